@@ -1,0 +1,155 @@
+"""The tables of a configuration file: core's own keys, their limits, defaults and meanings. A default exists only here.
+
+A table with `use` mixes these keys with the options of the part that it names.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from vtrain.contract import Duration, LocalPath, Options, Size, fixed
+
+Names = Annotated[tuple[str, ...], Field(strict=False)]
+
+
+class RunTable(Options):
+    """[run]: what the run is called, where it writes, and its one seed."""
+
+    name: str = Field("run", min_length=1, max_length=100, description="name of the run, shown by trackers")
+    output_dir: LocalPath = fixed(description="folder for checkpoints, samples, plan and metrics")
+    seed: int = fixed(42, ge=0, lt=2**63, description="seed from which order, noise and dropout are derived")
+    resume: str = Field(
+        "latest",
+        min_length=1,
+        description='"latest": go on from the newest sound checkpoint, or start; "never": start, in an empty folder; '
+        "otherwise the path of a checkpoint",
+    )
+
+
+class LoraTable(Options):
+    """[model.lora]: the adapter (LoRA, arXiv 2106.09685), through peft."""
+
+    rank: int = fixed(16, ge=1, le=4096, description="rank of the adapter")
+    alpha: float | None = fixed(None, gt=0, description="scale is alpha / rank; absent: alpha = rank")
+    targets: Names | None = fixed(None, description="module names to adapt (suffixes); absent: the family's choice")
+    dropout: float = fixed(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+
+
+class ModelTable(Options):
+    """[model]: core's keys beside the family's options."""
+
+    train: Literal["full", "lora"] = fixed(description='what is trained: all weights ("full") or an adapter ("lora")')
+    lora: LoraTable | None = fixed(None, description='the adapter; only with train = "lora"')
+
+
+class PrecisionTable(Options):
+    """[precision]: number formats and activation memory."""
+
+    mixed: Literal["bf16", "no"] = fixed("bf16", description="autocast of the forward pass; weights keep their type")
+    base: Literal["fp32", "bf16"] | None = fixed(
+        None, description='storage type of the denoiser; absent: "bf16" under LoRA, "fp32" for full training'
+    )
+    gradient_checkpointing: bool = Field(
+        True, description="recompute each block in the backward pass: less memory, about a third more time"
+    )
+
+
+class VideoTable(Options):
+    """[data.video]: which frames of a clip are used. Frames are counted after resampling to fps."""
+
+    frames: int | None = Field(None, ge=1, description="frames of a training clip; absent: the family's default")
+    min_frames: int | None = Field(
+        None,
+        ge=1,
+        description="a clip of fewer frames is dropped; absent: frames. Clips between are cut to the frame rule",
+    )
+    fps: float | None = Field(
+        None, gt=0, le=240, description="frames per second after resampling; absent: the family's"
+    )
+    window: Literal["start", "center"] = Field("start", description="which part of a longer clip is used")
+
+
+class DataTable(Options):
+    """[[data]]: core's keys beside the data backend's options."""
+
+    id: str | None = Field(None, min_length=1, max_length=100, description="name of the dataset; absent: its place")
+    enabled: bool = Field(True, description="false leaves the dataset out")
+    captions: Literal["textfile", "filename"] = Field(
+        "textfile", description="textfile: the .txt of the same name; filename: the file's stem, _ and - as spaces"
+    )
+    missing_caption: Literal["drop", "empty"] = Field(
+        "drop", description="a clip without a caption is dropped with that reason, or trained with an empty one"
+    )
+    resolution: str | Annotated[tuple[Size, ...], Field(strict=False, min_length=1)] | None = Field(
+        None, description='a bucket set of the family ("480p"), a size "WxH", or a list of sizes; absent: the family\'s'
+    )
+    crop: Literal["center", "none"] = Field(
+        "center", description="center: scale to cover the bucket, cut the rest; none: squeeze the whole frame into it"
+    )
+    upscale: bool = Field(False, description="use clips smaller than their bucket, enlarged, instead of dropping them")
+    repeats: int = Field(0, ge=0, description="extra passes over the dataset in each epoch")
+    on_bad_file: Literal["skip", "stop"] = Field(
+        "skip", description="a file that cannot be read: leave it out, or stop"
+    )
+    video: VideoTable = Field(VideoTable(), description="which frames of a clip are used")
+
+
+class CacheTable(Options):
+    """[cache]: where encoded text and video are kept. Entries are named by their content, so runs may share a folder."""
+
+    dir: LocalPath = Field("cache", validate_default=True, description="folder of the ledger and the encoded samples")
+    text_batch: int = Field(8, ge=1, description="captions encoded at once")
+    video_batch: int = Field(1, ge=1, description="clips encoded at once")
+
+
+class ClipTable(Options):
+    """[train.clip]: limits the gradient before each optimizer step."""
+
+    method: Literal["norm", "value"] = Field("norm", description="scale the whole gradient's norm, or clamp each value")
+    max: float = Field(gt=0, description="the limit")
+
+
+class TrainTable(Options):
+    """[train]: how long, in what batches."""
+
+    steps: int | None = Field(None, ge=1, description="optimizer steps in all; give steps or epochs")
+    epochs: float | None = Field(None, gt=0, description="passes over the data in all; give steps or epochs")
+    batch_size: int = fixed(1, ge=1, description="clips per micro-batch and process")
+    accumulate: int = fixed(1, ge=1, description="micro-batches per optimizer step and process")
+    caption_dropout: float = Field(0.1, ge=0, le=1, description="share of samples trained with the dropped caption")
+    clip: ClipTable | None = Field(None, description="gradient clipping; absent: none")
+    log_every: int = Field(10, ge=1, description="optimizer steps between readings of the device's numbers")
+
+
+class LrScheduleTable(Options):
+    """[lr_schedule]: the learning rate over the run, as a factor of the optimizer's lr."""
+
+    use: Literal["constant", "linear", "cosine"] = Field("constant", description="what follows the warm-up")
+    warmup: Duration | None = Field(None, description="linear warm-up from 0; absent: none")
+    end: float = Field(0.0, ge=0, le=1, description="linear, cosine: factor at the last step")
+
+
+class ValidationTable(Options):
+    """[validation]: videos generated from the model being trained."""
+
+    every: Duration = Field(description="how often")
+    at_start: bool = Field(False, description="also before the first step")
+    prompts: dict[str, str] = Field(min_length=1, description="nickname (a file name) -> prompt")
+    negative_prompt: str = Field("", description="guidance's other side")
+    size: Size | None = Field(None, description='"WxH"; absent: the family\'s default')
+    frames: int | None = Field(None, ge=1, description="absent: the family's default")
+    fps: float | None = Field(
+        None, gt=0, le=240, description="playing speed of the files; absent: the family's default"
+    )
+    guidance: float = Field(6.0, ge=1, description="classifier-free guidance scale; 1 is none")
+    steps: int = Field(50, ge=1, le=1000, description="solver steps")
+    seed: int = Field(42, ge=0, lt=2**63, description="seed of the starting noise, the same at every validation")
+
+
+class CheckpointTable(Options):
+    """[checkpoint]: how often, how many. The last step is always saved."""
+
+    every: Duration = Field(Duration(500, "steps"), description="how often")
+    keep: int | None = Field(3, ge=1, description="how many of the newest are kept")

@@ -1,0 +1,91 @@
+"""Sizes and frame counts: arithmetic that a plan needs before any tensor exists."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, core_schema
+
+
+class Size(NamedTuple):
+    """A picture's size in pixels. Written WxH in configs, plans and file names; tensors and code are (h, w)."""
+
+    width: int
+    height: int
+
+    @classmethod
+    def parse(cls, text: object) -> Size:
+        """Read "832x480" (width first). Raises ValueError."""
+        if isinstance(text, Size):
+            return text
+        match = re.fullmatch(r"(\d+)\s*[xX]\s*(\d+)", text.strip()) if isinstance(text, str) else None
+        if match is None or not int(match[1]) or not int(match[2]):
+            raise ValueError('a size is width x height in pixels, such as "832x480"')
+        return cls(int(match[1]), int(match[2]))
+
+    @property
+    def aspect(self) -> float:
+        return self.width / self.height
+
+    @property
+    def area(self) -> int:
+        return self.width * self.height
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            cls.parse, serialization=core_schema.to_string_ser_schema(when_used="always")
+        )
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"type": "string", "pattern": r"^\d+x\d+$", "examples": ["832x480"]}
+
+
+class ClipShape(NamedTuple):
+    """Frames, height and width of a clip in pixels, in tensor order."""
+
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def size(self) -> Size:
+        return Size(self.width, self.height)
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}@{self.frames}"
+
+
+class LatentShape(NamedTuple):
+    """Channels, frames, height and width of one clip's latents (C, f, h, w)."""
+
+    channels: int
+    frames: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class FrameRule:
+    """Which numbers of frames a video codec takes: stride * k + offset, k >= 0 (4k+1 for the Wan VAE)."""
+
+    stride: int
+    offset: int
+
+    def accepts(self, frames: int) -> bool:
+        return frames >= self.offset and (frames - self.offset) % self.stride == 0
+
+    def floor(self, frames: int) -> int:
+        """The largest accepted count that is <= frames; 0 if there is none."""
+        return frames - (frames - self.offset) % self.stride if frames >= self.offset else 0
+
+    def __str__(self) -> str:
+        return f"{self.stride}k+{self.offset}"

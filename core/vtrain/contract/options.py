@@ -1,0 +1,129 @@
+"""Options of a table or a part: frozen pydantic models in which every key is described and no unknown key passes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationInfo,
+    WithJsonSchema,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, core_schema
+
+Resume = Literal["apply", "refuse"]
+
+
+class Options(BaseModel):
+    """Base of all options. A subclass is frozen, forbids unknown keys and describes each of its fields.
+
+    Raises TypeError when the subclass is defined if a field has no description.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True, protected_namespaces=())
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        bare = [name for name, field in cls.model_fields.items() if not field.description]
+        if bare:
+            raise TypeError(f"{cls.__name__}: no description for {', '.join(bare)}")
+
+
+def fixed(default: Any = ..., **details: Any) -> Any:
+    """A pydantic Field whose value may not change when a run is resumed (plain Fields may, and the change is shown)."""
+    return Field(default, json_schema_extra={"resume": "refuse"}, **details)
+
+
+def resume_rule(options: type[Options], field: str) -> Resume:
+    """Whether a changed value of `field` is applied at a resume or refuses it."""
+    extra = options.model_fields[field].json_schema_extra
+    return "refuse" if isinstance(extra, dict) and extra.get("resume") == "refuse" else "apply"
+
+
+def _folder(info: ValidationInfo) -> Path:
+    """The folder that relative paths start from: the configuration file's own."""
+    context = info.context
+    return Path(context["folder"]) if isinstance(context, dict) and "folder" in context else Path.cwd()
+
+
+def _local_path(value: object, info: ValidationInfo) -> Path:
+    if not isinstance(value, str | Path) or not str(value):
+        raise ValueError("a path is a text that is not empty")
+    return _folder(info) / Path(value).expanduser()
+
+
+def _model_source(value: object, info: ValidationInfo) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError('a hub id such as "owner/name", or a folder')
+    local = _local_path(value, info)
+    looks_local = value.startswith((".", "~", "/")) or local.exists() or value.count("/") != 1
+    return str(local) if looks_local else value
+
+
+LocalPath = Annotated[Path, BeforeValidator(_local_path), Field(strict=False), WithJsonSchema({"type": "string"})]
+"""A file or folder; relative paths start at the configuration file's folder, "~" is the home folder. Becomes absolute."""
+
+ModelSource = Annotated[str, BeforeValidator(_model_source)]
+"""A folder, or a hub id "owner/name" if no such folder exists. A folder becomes an absolute path."""
+
+Unit = Literal["steps", "epochs", "seconds"]
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A length of training: "500 steps", "2 epochs", "90 s", "10 min" or "1.5 h". A step is an optimizer step.
+
+    value: > 0; whole for steps. unit: "steps", "epochs" or "seconds".
+    """
+
+    value: float
+    unit: Unit
+
+    _UNITS: ClassVar[dict[str, tuple[Unit, float]]] = {
+        "step": ("steps", 1), "steps": ("steps", 1), "epoch": ("epochs", 1), "epochs": ("epochs", 1),
+        "s": ("seconds", 1), "sec": ("seconds", 1), "min": ("seconds", 60), "h": ("seconds", 3600),
+    }  # fmt: skip
+    _FORM: ClassVar[str] = r"^\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?|s|sec|min|h)\s*$"
+
+    @classmethod
+    def parse(cls, text: object) -> Duration:
+        """Read a duration. Raises ValueError that shows the grammar."""
+        if isinstance(text, Duration):
+            return text
+        match = re.match(cls._FORM, text) if isinstance(text, str) else None
+        if match is None:
+            raise ValueError('a duration is a number and a unit in quotes, such as "500 steps", "2 epochs" or "10 min"')
+        unit, factor = cls._UNITS[match[2]]
+        value = float(match[1]) * factor
+        if value <= 0:
+            raise ValueError("a duration is greater than 0")
+        if unit == "steps" and value != int(value):
+            raise ValueError("a number of steps is whole")
+        return cls(value, unit)
+
+    def __str__(self) -> str:
+        if self.unit == "seconds":
+            for name, size in (("h", 3600), ("min", 60)):
+                if self.value % size == 0:
+                    return f"{self.value / size:g} {name}"
+            return f"{self.value:g} s"
+        return f"{self.value:g} {self.unit if self.value != 1 else self.unit[:-1]}"
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            cls.parse, serialization=core_schema.to_string_ser_schema(when_used="always")
+        )
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"type": "string", "pattern": cls._FORM, "examples": ["500 steps", "2 epochs", "10 min"]}

@@ -1,0 +1,292 @@
+"""What a part must be. Parts subclass nothing: whatever has these members is one.
+
+Objects are built before anything heavy is loaded: building one, and all members not marked *torch*, import no torch.
+A new ability is a new `Supports...` protocol found by isinstance; a protocol here is never widened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Literal, Protocol, runtime_checkable
+
+from vtrain.contract.errors import Problem
+from vtrain.contract.geometry import ClipShape, FrameRule, LatentShape, Size
+from vtrain.contract.records import (
+    Caption,
+    Condition,
+    Latents,
+    LossTerm,
+    Needs,
+    NoiseLevel,
+    Role,
+    RunInfo,
+    SourceRef,
+    StepView,
+    Text,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+HashFile = Callable[[Path], str]
+"""Content hash of a file, remembered by path, size and time of change."""
+
+DType = Literal["fp32", "bf16"]
+"""Names of storage types in configs and plans."""
+
+Predict = Callable[["Tensor", NoiseLevel], "Tensor"]
+"""(noisy (B, C, f, h, w), level) -> prediction of the same shape, guidance included."""
+
+
+class TextEncoder(Protocol):
+    """Captions to embeddings. *torch*"""
+
+    def encode(self, captions: Sequence[Caption], role: Role) -> Text:
+        """Embeddings on the CPU. What a role adds to the text (an instruction, nothing) is the family's business.
+
+        "prompt": a clip's caption or a validation prompt; "negative": guidance's other side; "dropped": a dropped caption.
+        """
+        ...
+
+
+class VideoCodec(Protocol):
+    """Pixels to latents and back. *torch* One thread at a time."""
+
+    def encode(self, pixels: Tensor, *, std: bool = False) -> Latents:
+        """pixels (B, 3, F, H, W) float in [-1, 1], F as the frame rule wants -> normalised latents on the same device, fp32."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents (B, C, f, h, w), normalised -> pixels (B, 3, F, H, W) fp32 in [-1, 1]."""
+        ...
+
+
+class Denoiser(Protocol):
+    """The model being trained. *torch*"""
+
+    @property
+    def module(self) -> nn.Module:
+        """What the optimizer, accelerate and checkpoints see."""
+        ...
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The repeated blocks in order: tap points, and units of offload and wrapping."""
+        ...
+
+    def predict(self, noisy: Tensor, level: NoiseLevel, condition: Condition) -> Tensor:
+        """noisy (B, C, f, h, w) -> prediction of the sampler's target, same shape."""
+        ...
+
+    def fold(self, tap: Tensor, latents: LatentShape) -> Tensor:
+        """A block's raw output -> (B, f, h, w, D) in the token grid of clips with these latents."""
+        ...
+
+    def gradient_checkpointing(self, on: bool) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations (non-reentrant)."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the weights below `folder` in the family's published format; `Family.load_denoiser(weights=folder)` reads them."""
+        ...
+
+
+@runtime_checkable
+class SupportsLora(Protocol):
+    """A denoiser whose adapters other tools can load. *torch*"""
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        """Names of the modules that get an adapter by default (suffixes, as peft matches them)."""
+        ...
+
+    def save_lora(self, folder: Path, state: Mapping[str, Tensor], settings: Mapping[str, object]) -> None:
+        """Write peft's `state` (its own key names) and settings (rank, alpha, targets) as the field's tools load them."""
+        ...
+
+    def load_lora(self, folder: Path) -> dict[str, Tensor]:
+        """Read back what `save_lora` wrote, under peft's own key names."""
+        ...
+
+
+class Family(Protocol):
+    """A model family on a model folder: its geometry, its text, its codec, its denoiser."""
+
+    @property
+    def default_fps(self) -> float: ...
+
+    @property
+    def default_frames(self) -> int: ...
+
+    @property
+    def default_size(self) -> Size: ...
+
+    @property
+    def frame_rule(self) -> FrameRule: ...
+
+    @property
+    def pixel_stride(self) -> int:
+        """Heights and widths are multiples of this."""
+        ...
+
+    @property
+    def block_count(self) -> int: ...
+
+    @property
+    def block_width(self) -> int:
+        """D of a block's output."""
+        ...
+
+    @property
+    def text_tokens(self) -> int:
+        """Text is padded to this many tokens for the denoiser."""
+        ...
+
+    @property
+    def text_width(self) -> int:
+        """D of the text embeddings."""
+        ...
+
+    @property
+    def parameters(self) -> int:
+        """Number of the denoiser's parameters, from the model folder, without loading them."""
+        ...
+
+    def resolutions(self) -> Mapping[str, tuple[Size, ...]]:
+        """The official bucket sets by name ("480p"), the default one first."""
+        ...
+
+    def latent_shape(self, clip: ClipShape) -> LatentShape:
+        """Arithmetic only; equals what the codec gives."""
+        ...
+
+    def pixel_frames(self, latent_frame: int) -> range:
+        """The pixel frames for which a latent frame stands."""
+        ...
+
+    def check(self) -> Sequence[Problem]:
+        """What is wrong with the model folder: files missing, other classes, another codec. Nothing is loaded."""
+        ...
+
+    def describe(self) -> Sequence[tuple[str, str]]:
+        """(label, text) rows about the model for the plan."""
+        ...
+
+    def scheduler_config(self) -> Mapping[str, object]:
+        """The model folder's own scheduler config, for its sampler."""
+        ...
+
+    def text_fingerprint(self, hash_file: HashFile) -> str:
+        """Changes when, and only when, encoded text would: weights, config, tokenizer, instruction, storage type."""
+        ...
+
+    def video_fingerprint(self, hash_file: HashFile) -> str:
+        """Changes when, and only when, encoded video would: weights, config, storage type, tiling."""
+        ...
+
+    def open_text_encoder(self, device: str) -> AbstractContextManager[TextEncoder]:
+        """*torch* Load the text encoder for the length of a with block; its memory is free afterwards."""
+        ...
+
+    def open_video_codec(self, device: str) -> AbstractContextManager[VideoCodec]:
+        """*torch* Load the codec for the length of a with block; its memory is free afterwards."""
+        ...
+
+    def load_denoiser(self, device: str, dtype: DType, weights: Path | None = None) -> Denoiser:
+        """*torch* Load the denoiser in storage type `dtype`, from the model folder or from what `Denoiser.save` wrote.
+
+        Raises ModelError for missing, unexpected or misshapen weights.
+        """
+        ...
+
+
+class Sampler(Protocol):
+    """A noise schedule: trained with and sampled with the same object."""
+
+    def describe(self) -> Sequence[tuple[str, str]]:
+        """(label, text) rows about the schedule for the plan."""
+        ...
+
+    def warnings(self) -> Sequence[str]:
+        """What of the options has no effect, and why."""
+        ...
+
+    def draw(self, n: int, generator: torch.Generator) -> NoiseLevel:
+        """*torch* Levels for n clips, on the CPU, from `generator` alone."""
+        ...
+
+    def corrupt(self, clean: Tensor, noise: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        """*torch* (noisy, target), both shaped like clean (B, C, f, h, w)."""
+        ...
+
+    def solve(
+        self, predict: Predict, noise: Tensor, steps: int, on_step: Callable[[int, Tensor], None] | None = None
+    ) -> Tensor:
+        """*torch* From noise (B, C, f, h, w) fp32 to clean in `steps` calls of `predict`.
+
+        on_step(number of steps done, current latents) after each.
+        """
+        ...
+
+
+class LossModule(Protocol):
+    """A regularizer at work: an nn.Module whose parameters, if any, are trained, saved and resumed. *torch*"""
+
+    def __call__(self, view: StepView) -> LossTerm: ...
+
+
+class Regularizer(Protocol):
+    """A loss term beside the flow loss. It has never heard of a family."""
+
+    def needs(self) -> Needs: ...
+
+    def describe(self) -> Sequence[tuple[str, str]]:
+        """(label, text) rows for the plan."""
+        ...
+
+    def load(self, tap_widths: Mapping[int, int]) -> nn.Module:
+        """*torch* The LossModule. tap_widths: block number -> D."""
+        ...
+
+
+class DataBackend(Protocol):
+    """Where files are. It decodes nothing and knows no video."""
+
+    @property
+    def location(self) -> str:
+        """What names this place in the ledger: an absolute path or a URL, without secrets."""
+        ...
+
+    def refs(self) -> Iterator[SourceRef]:
+        """Every file, sorted by id. Raises DataError when the place does not exist or cannot be read."""
+        ...
+
+    def open(self, ref_id: str) -> BinaryIO:
+        """A seekable binary file. Raises OSError."""
+        ...
+
+
+class Optimizer(Protocol):
+    """What core asks of an optimizer: torch.optim.Optimizer's own interface. *torch*"""
+
+    param_groups: list[dict[str, object]]
+
+    def step(self) -> object: ...
+    def zero_grad(self, set_to_none: bool = True) -> None: ...
+    def state_dict(self) -> dict[str, object]: ...
+    def load_state_dict(self, state_dict: dict[str, object]) -> None: ...
+
+
+class Tracker(Protocol):
+    """Where numbers and videos go. Called from one thread of its own; a failure never stops training."""
+
+    def start(self, run: RunInfo) -> None: ...
+    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
+    def videos(self, step: int, files: Mapping[str, Path]) -> None: ...
+    def finish(self) -> None: ...
+
+
+Rows = Iterable[tuple[str, str]]

@@ -1,0 +1,131 @@
+"""What flows between core and parts: frozen records, tensor shapes in their docstrings. Nothing here imports torch.
+
+B clips in a batch, C latent channels, f h w latent frames, height and width, L text tokens, D a width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Role = Literal["prompt", "negative", "dropped"]
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A caption as the user wrote it, plus named extras of the clip (such as a motion score)."""
+
+    text: str
+    extras: Mapping[str, float | int | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Encoded captions. embeds (B, L, D) floating; mask (B, L) bool, True for real tokens, which come first."""
+
+    embeds: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Encoded clips, normalised as the denoiser takes them.
+
+    mean (B, C, f, h, w): the posterior mode. std, same shape: given when asked, for a fresh draw each use.
+    """
+
+    mean: Tensor
+    std: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class NoiseLevel:
+    """How noisy each clip is.
+
+    sigma: (B,) or, per latent frame, (B, f); float32 in [0, 1], 0 is clean and 1 is noise.
+    timestep: same shape; the number that the denoiser is given for it, in the family's own unit.
+    """
+
+    sigma: Tensor
+    timestep: Tensor
+
+
+@dataclass(frozen=True)
+class Condition:
+    """All that a denoiser is conditioned on: text and, by name, whatever else the family takes (tensors with B first)."""
+
+    text: Text
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StepView:
+    """What a regularizer sees of one training step.
+
+    clean, noise, noisy, target, prediction: (B, C, f, h, w). level: the step's noise.
+    taps: block number -> that block's output folded to (B, f, h, w, D), in the graph. step: optimizer steps done so far.
+    """
+
+    clean: Tensor
+    noise: Tensor
+    noisy: Tensor
+    target: Tensor
+    prediction: Tensor
+    level: NoiseLevel
+    condition: Condition
+    taps: Mapping[int, Tensor]
+    step: int
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """A regularizer's share of the loss. value: scalar tensor, weight already applied, added to the flow loss.
+
+    metrics: detached scalar tensors to log, by short name.
+    """
+
+    value: Tensor
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a regularizer asks of a step. taps: zero-based numbers of the blocks whose output it reads."""
+
+    taps: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class SourceRef:
+    """One file of a dataset. id: stable, relative, "/"-separated. size: bytes. version: changes when the file
+    does (mtime, etag)."""
+
+    id: str
+    size: int
+    version: str
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters with settings of their own. parameters: (name, parameter) pairs. decay: whether weight decay applies.
+
+    lr_factor: multiplies the optimizer's learning rate.
+    """
+
+    parameters: tuple[tuple[str, Tensor], ...]
+    decay: bool
+    lr_factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a tracker is told of a run at its start. output_dir: an absolute path; step: 0, or where it resumes."""
+
+    name: str
+    output_dir: str
+    config: Mapping[str, object]
+    step: int

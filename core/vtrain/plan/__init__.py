@@ -1,0 +1,1 @@
+"""Config and catalog to a plan: built, checked and priced without torch."""

@@ -1,0 +1,96 @@
+"""A plan: what a run will do, decided before anything heavy is loaded. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from vtrain.config.record import Config
+from vtrain.config.tables import DataTable
+from vtrain.contract import ClipShape, DataBackend, Family, Regularizer, Sampler, Size
+
+
+@dataclass(frozen=True)
+class DatasetPlan:
+    """One enabled [[data]] table, every default resolved.
+
+    where: its place in the file. sizes: the buckets. frames, min_frames: of a training clip, counted at fps, accepted
+    by the family's frame rule.
+    """
+
+    id: str
+    where: str
+    backend: DataBackend
+    table: DataTable
+    sizes: tuple[Size, ...]
+    frames: int
+    min_frames: int
+    fps: float
+
+
+@dataclass(frozen=True)
+class ValidationPlan:
+    """[validation] with every default resolved. shape: what is generated."""
+
+    prompts: Mapping[str, str]
+    negative_prompt: str
+    shape: ClipShape
+    fps: float
+    guidance: float
+    steps: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The parts of a run, built and checked, and the values core resolved.
+
+    base: storage type of the denoiser. processes: how many train together. regularizers: (name, part).
+    warnings: what is allowed but probably not meant.
+    """
+
+    config: Config
+    processes: int
+    family: Family
+    sampler: Sampler
+    regularizers: tuple[tuple[str, Regularizer], ...]
+    datasets: tuple[DatasetPlan, ...]
+    base: str
+    validation: ValidationPlan | None
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DatasetSurvey:
+    """What a scan found in one dataset.
+
+    files: looked at, captions not counted. samples: clip shape -> number of training samples, repeats not counted.
+    left_out: reason -> (number of files, an example's id), dropped and failed alike.
+    """
+
+    id: str
+    files: int
+    samples: Mapping[ClipShape, int]
+    left_out: Mapping[str, tuple[int, str]]
+    repeats: int
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a scan found in all datasets. texts: different captions to encode, of samples only."""
+
+    datasets: tuple[DatasetSurvey, ...]
+    texts: int
+
+    def buckets(self) -> dict[ClipShape, int]:
+        """Samples of one epoch by clip shape, repeats counted."""
+        total: dict[ClipShape, int] = {}
+        for dataset in self.datasets:
+            for shape, count in dataset.samples.items():
+                total[shape] = total.get(shape, 0) + count * (1 + dataset.repeats)
+        return total
+
+    @property
+    def epoch(self) -> int:
+        """Samples in one epoch, repeats counted."""
+        return sum(self.buckets().values())

@@ -1,0 +1,1 @@
+"""Entry points to a catalog; a broken plugin is a row with its reason."""

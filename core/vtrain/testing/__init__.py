@@ -1,0 +1,1 @@
+"""What a plugin's own tests import: the conformance kit."""

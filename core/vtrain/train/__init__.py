@@ -1,0 +1,1 @@
+"""The training step, the loop, and what a run leaves on disk."""

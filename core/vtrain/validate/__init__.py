@@ -1,0 +1,1 @@
+"""Videos from the model being trained."""

@@ -1,0 +1,1 @@
+"""vtrain's first-party parts, registered through the same hooks as anyone's."""

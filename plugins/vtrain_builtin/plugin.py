@@ -1,0 +1,29 @@
+"""What vtrain_builtin registers."""
+
+from __future__ import annotations
+
+from vtrain.contract import DataBackendSpec, OptimizerSpec, SamplerSpec, TrackerSpec, hookimpl
+from vtrain_builtin.adamw import ADAMW
+from vtrain_builtin.flow import FLOW
+from vtrain_builtin.folder import FOLDER
+from vtrain_builtin.tensorboard import TENSORBOARD
+
+
+@hookimpl
+def vtrain_data_backends() -> tuple[DataBackendSpec, ...]:
+    return (FOLDER,)
+
+
+@hookimpl
+def vtrain_samplers() -> tuple[SamplerSpec, ...]:
+    return (FLOW,)
+
+
+@hookimpl
+def vtrain_optimizers() -> tuple[OptimizerSpec, ...]:
+    return (ADAMW,)
+
+
+@hookimpl
+def vtrain_trackers() -> tuple[TrackerSpec, ...]:
+    return (TENSORBOARD,)

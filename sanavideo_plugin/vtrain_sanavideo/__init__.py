@@ -1,0 +1,1 @@
+"""SANA-Video for vtrain."""

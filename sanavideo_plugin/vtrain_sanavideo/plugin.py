@@ -1,0 +1,1 @@
+"""What vtrain_sanavideo registers."""

@@ -1,0 +1,61 @@
+"""`adamw`: torch's own AdamW (Loshchilov and Hutter, arXiv 1711.05101), fused where the device has the kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from vtrain.contract import OptimizerSpec, Options, ParameterGroup
+
+if TYPE_CHECKING:
+    import torch
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
+"""Device types for which torch has a fused AdamW of floating-point weights."""
+
+
+class AdamWOptions(Options):
+    """Options of `adamw`. All may change at a resume: the state does not depend on them."""
+
+    lr: float = Field(gt=0, description="learning rate")
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = Field(
+        (0.9, 0.999), description="decay of the running mean of gradients, and of their squares"
+    )
+    eps: float = Field(1e-8, gt=0, description="added to the root of the squares")
+    weight_decay: float = Field(
+        0.01, ge=0, description="decoupled decay: a step scales weights by 1 - lr x weight_decay"
+    )
+
+
+def build_adamw(options: AdamWOptions, groups: Sequence[ParameterGroup]) -> torch.optim.AdamW:
+    """groups: with `decay` False, weight decay is 0; lr_factor multiplies lr. Raises ValueError when no group has a parameter."""
+    import torch
+
+    settings = [
+        {
+            "params": list(group.parameters),
+            "lr": options.lr * group.lr_factor,
+            "weight_decay": options.weight_decay if group.decay else 0.0,
+        }
+        for group in groups
+        if group.parameters
+    ]
+    if not settings:
+        raise ValueError("an optimizer without a parameter")
+    weights = [weight for group in groups for _, weight in group.parameters]
+    fused = all(weight.device.type in FUSED_DEVICES and weight.is_floating_point() for weight in weights)
+    return torch.optim.AdamW(settings, lr=options.lr, betas=options.betas, eps=options.eps, fused=fused or None)
+
+
+ADAMW = OptimizerSpec(
+    name="adamw",
+    summary="AdamW, torch's own, fused where the device allows",
+    options=AdamWOptions,
+    build=build_adamw,
+    pure_bf16=False,
+    state_bytes=8.0,
+)

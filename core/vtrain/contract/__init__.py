@@ -46,6 +46,7 @@ from vtrain.contract.records import (
 )
 from vtrain.contract.specs import (
     KINDS,
+    RESERVED_KEYS,
     DataBackendSpec,
     FamilySpec,
     OptimizerSpec,
@@ -61,6 +62,7 @@ __all__ = [
     "HOOK_SPECS",
     "KINDS",
     "PROJECT",
+    "RESERVED_KEYS",
     "Caption",
     "Catalog",
     "CheckpointError",

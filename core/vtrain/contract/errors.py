@@ -28,11 +28,16 @@ class Problem:
 class VtrainError(Exception):
     """Base of every error a user can mend; carries one or more problems, all reported at once."""
 
+    exit_code = 2
+
     def __init__(self, problems: Problem | Iterable[Problem]) -> None:
         self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)
         if not self.problems:
             raise ValueError("an error without a problem")
         super().__init__("\n".join(str(problem) for problem in self.problems))
+
+    def __reduce__(self) -> tuple[type[VtrainError], tuple[tuple[Problem, ...]]]:
+        return type(self), (self.problems,)
 
 
 class ConfigError(VtrainError):

@@ -5,7 +5,7 @@ Hooks describe; objects work: each returns specs once, takes no argument, and is
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import pluggy
 
@@ -15,6 +15,7 @@ from vtrain.contract.specs import (
     OptimizerSpec,
     RegularizerSpec,
     SamplerSpec,
+    Spec,
     TrackerSpec,
 )
 
@@ -60,7 +61,7 @@ class Hooks:
         return ()
 
 
-HOOK_SPECS = {
+HOOK_SPECS: Mapping[str, type[Spec]] = {
     "vtrain_families": FamilySpec,
     "vtrain_regularizers": RegularizerSpec,
     "vtrain_samplers": SamplerSpec,

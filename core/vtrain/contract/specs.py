@@ -94,3 +94,27 @@ KINDS: tuple[type[Spec], ...] = (
     OptimizerSpec,
     TrackerSpec,
 )
+
+RESERVED_KEYS: Mapping[str, frozenset[str]] = {
+    "family": frozenset({"use", "train", "lora"}),
+    "data_backend": frozenset(
+        {
+            "use",
+            "id",
+            "enabled",
+            "captions",
+            "missing_caption",
+            "resolution",
+            "crop",
+            "upscale",
+            "repeats",
+            "on_bad_file",
+        }
+        | {"video"}
+    ),
+    "regularizer": frozenset({"use"}),
+    "sampler": frozenset({"use"}),
+    "optimizer": frozenset({"use"}),
+    "tracker": frozenset({"use"}),
+}
+"""Kind -> core's own keys of the tables that name a part of it: no option may be called so."""

@@ -18,7 +18,7 @@ class RunTable(Options):
     """[run]: what the run is called, where it writes, and its one seed."""
 
     name: str = Field("run", min_length=1, max_length=100, description="name of the run, shown by trackers")
-    output_dir: LocalPath = fixed(description="folder for checkpoints, samples, plan and metrics")
+    output_dir: LocalPath = Field(description="folder for checkpoints, samples, plan and metrics")
     seed: int = fixed(42, ge=0, lt=2**63, description="seed from which order, noise and dropout are derived")
     resume: str = Field(
         "latest",
@@ -117,7 +117,7 @@ class TrainTable(Options):
     steps: int | None = Field(None, ge=1, description="optimizer steps in all; give steps or epochs")
     epochs: float | None = Field(None, gt=0, description="passes over the data in all; give steps or epochs")
     batch_size: int = fixed(1, ge=1, description="clips per micro-batch and process")
-    accumulate: int = fixed(1, ge=1, description="micro-batches per optimizer step and process")
+    accumulate: int = Field(1, ge=1, description="micro-batches per optimizer step and process")
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of samples trained with the dropped caption")
     clip: ClipTable | None = Field(None, description="gradient clipping; absent: none")
     log_every: int = Field(10, ge=1, description="optimizer steps between readings of the device's numbers")

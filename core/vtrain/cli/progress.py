@@ -1,0 +1,102 @@
+"""What a run shows: a live bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from types import TracebackType
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from vtrain.plan.price import bytes_text
+from vtrain.train.loop import Event, Logged, Saved, Stopped, Validated, Warned
+from vtrain.train.metrics import Row
+
+
+def numbers(row: Row, steps: int, seconds: float) -> str:
+    """One line: loss, learning rate, gradient norm, terms, s/step, time left, memory. seconds: smoothed, per step."""
+    terms = "".join(f"  {name} {value:.4g}" for name, value in row.terms.items())
+    norm = f"  norm {row.grad_norm:.3g}" if row.grad_norm is not None else ""
+    left = timedelta(seconds=round((steps - row.step) * seconds))
+    return f"loss {row.loss:.4f}{terms}  lr {row.lr:.2e}{norm}  {seconds:.3g} s/step  left {left}  {bytes_text(row.memory)}"
+
+
+class Display:
+    """Shows events as they come. Silent on processes beside the first."""
+
+    def __init__(self, console: Console, steps: int, done: int) -> None:
+        self.console, self.steps = console, steps
+        self.pace: float | None = None
+        self.bar: Progress | None = None
+        if console.is_terminal:
+            columns = (
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[numbers]}"),
+            )
+            self.bar = Progress(*columns, console=console)
+            self.task = self.bar.add_task("step", total=steps, completed=done, numbers="waiting for the first step")
+
+    def __enter__(self) -> Display:
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def show(self, event: Event) -> None:
+        if isinstance(event, Logged):
+            self.rows(event.rows)
+        elif isinstance(event, Saved):
+            self.say(f"saved {event.folder}" + (f", {len(event.deleted)} older deleted" if event.deleted else ""))
+        elif isinstance(event, Validated):
+            for path in event.files.values():
+                self.say(f"wrote {path}")
+        elif isinstance(event, Warned):
+            self.say(f"WARNING: {event.text}", style="bold red")
+        elif isinstance(event, Stopped):
+            why = "all steps are done" if event.signal is None else "stopped as asked; run the same command to go on"
+            self.say(f"step {event.step} of {self.steps}: {why}")
+
+    def rows(self, rows: tuple[Row, ...]) -> None:
+        """Show the newest step; the pace is smoothed so that the time left does not jump."""
+        row = rows[-1]
+        self.pace = row.seconds if self.pace is None else 0.7 * self.pace + 0.3 * row.seconds
+        text = numbers(row, self.steps, self.pace)
+        if self.bar is not None:
+            self.bar.update(self.task, completed=row.step, numbers=escape(text))
+        else:
+            self.say(f"step {row.step}/{self.steps}  {text}")
+
+    def say(self, text: str, style: str | None = None) -> None:
+        self.console.print(escape(text), style=style, soft_wrap=True, highlight=False)
+
+
+@contextmanager
+def filling(console: Console) -> Iterator[object]:
+    """Progress of filling caches: report(stage, done, total)."""
+    with Progress(
+        TextColumn("{task.description}"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    ) as bar:
+        tasks: dict[str, object] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(escape(stage), total=total)
+                if not console.is_terminal:
+                    console.print(f"{escape(stage)}: {total}", soft_wrap=True, highlight=False)
+            bar.update(tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
+
+        yield report

@@ -1,0 +1,62 @@
+"""Feeds trackers from a thread of their own: whatever they do, training goes on."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from vtrain.contract import Registered, RunInfo, Tracker
+from vtrain.train.loop import Event, Logged, Validated
+
+Job = Callable[[Tracker], None]
+
+
+class Trackers:
+    """Passes events to every tracker, in order. One that fails is told once and left out from then on."""
+
+    def __init__(
+        self, trackers: Sequence[tuple[Registered, Tracker]], info: RunInfo, warn: Callable[[str], None]
+    ) -> None:
+        self.alive = list(trackers)
+        self.warn = warn
+        self.jobs: queue.Queue[Job | None] = queue.Queue()
+        self.thread = threading.Thread(target=self._work, name="trackers", daemon=True)
+        self.jobs.put(lambda tracker: tracker.start(info))
+
+    def __enter__(self) -> Trackers:
+        self.thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Wait, at most a minute, until all is passed on."""
+        self.jobs.put(lambda tracker: tracker.finish())
+        self.jobs.put(None)
+        self.thread.join(timeout=60)
+        if self.thread.is_alive():
+            self.warn(
+                "trackers did not finish within a minute; their last numbers may be missing (metrics.jsonl has all)"
+            )
+
+    def show(self, event: Event) -> None:
+        if isinstance(event, Logged):
+            for row in event.rows:
+                step, scalars = row.step, row.scalars()
+                self.jobs.put(lambda tracker, step=step, scalars=scalars: tracker.scalars(step, scalars))  # type: ignore[misc]
+        elif isinstance(event, Validated):
+            done, files = event.step, {name: Path(file) for name, file in event.files.items() if file.suffix == ".mp4"}
+            self.jobs.put(lambda tracker: tracker.videos(done, files))
+
+    def _work(self) -> None:
+        while (job := self.jobs.get()) is not None:
+            for part, tracker in list(self.alive):
+                try:
+                    job(tracker)
+                except Exception as error:
+                    self.alive.remove((part, tracker))
+                    name = f"{part.spec.name} ({part.distribution} {part.version})"
+                    self.warn(f"tracker {name} failed and is left out from here on: {type(error).__name__}: {error}")

@@ -1,0 +1,245 @@
+"""Config to plan: build the parts, resolve what the file leaves open, and check the tables against each other."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from vtrain.config.record import Config, Part
+from vtrain.config.tables import DataTable
+from vtrain.contract import (
+    ClipShape,
+    ConfigError,
+    DataBackendSpec,
+    Duration,
+    Family,
+    FamilySpec,
+    OptimizerSpec,
+    Problem,
+    Regularizer,
+    RegularizerSpec,
+    SamplerSpec,
+    Size,
+)
+from vtrain.plan.records import DatasetPlan, Plan, ValidationPlan
+from vtrain.registry.blame import blame
+
+FILE_NAME = re.compile(r"[\w][\w .+-]{0,79}")
+
+
+def make_plan(config: Config, processes: int = 1) -> Plan:
+    """Build every part that the config names and check the whole. processes: how many train together.
+
+    Raises ConfigError with all problems found.
+    """
+    spec = config.model.registered.spec
+    assert isinstance(spec, FamilySpec)
+    with blame(config.model.registered, "building it"):
+        family = spec.build(config.model.options)
+    broken = list(family.check())
+    problems = _check_precision(config) + _check_training(config) + _check_output(config)
+    if broken:
+        raise ConfigError(broken + problems)
+    sampler_spec = config.sampler.registered.spec
+    assert isinstance(sampler_spec, SamplerSpec)
+    with blame(config.sampler.registered, "building it"):
+        sampler = sampler_spec.build(config.sampler.options, family.scheduler_config())
+    datasets = _datasets(config, family, problems)
+    regularizers = _regularizers(config, family, problems)
+    validation = _validation(config, family, problems)
+    if problems:
+        raise ConfigError(sorted(problems))
+    return Plan(
+        config=config,
+        processes=processes,
+        family=family,
+        sampler=sampler,
+        regularizers=regularizers,
+        datasets=datasets,
+        base=config.precision.base or ("bf16" if config.model.table.train == "lora" else "fp32"),
+        validation=validation,
+        warnings=tuple(sampler.warnings()),
+    )
+
+
+def _check_precision(config: Config) -> list[Problem]:
+    optimizer = config.optimizer.registered.spec
+    assert isinstance(optimizer, OptimizerSpec)
+    full_bf16 = config.model.table.train == "full" and config.precision.base == "bf16"
+    if not full_bf16 or optimizer.pure_bf16:
+        return []
+    return [
+        Problem(
+            config.where("precision", "base"),
+            f'full training of bf16 weights with optimizer "{optimizer.name}": its updates are smaller than bf16 can '
+            "hold, so the weights would not move.",
+            'Use base = "fp32" with mixed = "bf16".',
+        )
+    ]
+
+
+def _check_training(config: Config) -> list[Problem]:
+    problems = []
+    timed = 'needs "steps" or "epochs": a schedule in seconds would not be the same run twice.'
+    if config.lr_schedule.warmup is not None and config.lr_schedule.warmup.unit == "seconds":
+        problems.append(Problem(config.where("lr_schedule", "warmup"), f"lr_schedule.warmup {timed}"))
+    return problems
+
+
+def _check_output(config: Config) -> list[Problem]:
+    problems = []
+    for place, folder in ((("run", "output_dir"), config.run.output_dir), (("cache", "dir"), config.cache.dir)):
+        parent = folder
+        while not parent.exists() and parent != parent.parent:
+            parent = parent.parent
+        if not parent.is_dir():
+            problems.append(Problem(config.where(*place), f"{parent} is a file, so {folder} cannot be a folder."))
+        elif not os.access(parent, os.W_OK | os.X_OK):
+            problems.append(Problem(config.where(*place), f"no permission to write in {parent}."))
+    resume = config.run.resume
+    if resume not in ("latest", "never") and not resume_path(config).is_dir():
+        problems.append(
+            Problem(config.where("run", "resume"), f'no checkpoint folder {resume_path(config)}; or "latest", "never".')
+        )
+    return problems
+
+
+def resume_path(config: Config) -> Path:
+    """The checkpoint that [run].resume names, when it is neither "latest" nor "never"."""
+    return config.path.parent / Path(config.run.resume).expanduser()
+
+
+def _datasets(config: Config, family: Family, problems: list[Problem]) -> tuple[DatasetPlan, ...]:
+    plans: list[DatasetPlan] = []
+    for number, part in enumerate(config.data):
+        if not part.table.enabled:
+            continue
+        spec = part.registered.spec
+        assert isinstance(spec, DataBackendSpec)
+        with blame(part.registered, "building it"):
+            backend = spec.build(part.options)
+        video = part.table.video
+        frames = family.default_frames if video.frames is None else video.frames
+        least = frames if video.min_frames is None else video.min_frames
+        problems += _check_frames(config, family, ("data", number, "video", "frames"), frames)
+        problems += _check_frames(config, family, ("data", number, "video", "min_frames"), least)
+        if least > frames:
+            what = f"min_frames = {least} is more than frames = {frames}."
+            problems.append(Problem(config.where("data", number, "video", "min_frames"), what))
+        plans.append(
+            DatasetPlan(
+                id=part.table.id or Path(backend.location).name or f"data-{number}",
+                where=config.where("data", number),
+                backend=backend,
+                table=part.table,
+                sizes=_sizes(config, family, number, part, problems),
+                frames=frames,
+                min_frames=least,
+                fps=family.default_fps if video.fps is None else video.fps,
+            )
+        )
+    names = [dataset.id for dataset in plans]
+    for dataset in plans:
+        if names.count(dataset.id) > 1:
+            problems.append(Problem(dataset.where, f'two datasets are called "{dataset.id}".', "Give each its own id."))
+    return tuple(plans)
+
+
+def _check_frames(config: Config, family: Family, key: tuple[str | int, ...], frames: int) -> list[Problem]:
+    rule = family.frame_rule
+    if rule.accepts(frames):
+        return []
+    floor = rule.floor(frames)
+    near = " or ".join(str(n) for n in (floor, floor + rule.stride if floor else rule.offset) if n)
+    return [Problem(config.where(*key), f"{key[-1]} = {frames}: the family takes {rule} frames.", f"Use {near}.")]
+
+
+def _sizes(
+    config: Config, family: Family, number: int, part: Part[DataTable], problems: list[Problem]
+) -> tuple[Size, ...]:
+    wanted = part.table.resolution
+    where = config.where("data", number, "resolution")
+    named = family.resolutions()
+    if wanted is None:
+        return next(iter(named.values()))
+    if isinstance(wanted, str):
+        if wanted in named:
+            return named[wanted]
+        try:
+            wanted = (Size.parse(wanted),)
+        except ValueError:
+            sets = ", ".join(f'"{name}"' for name in named)
+            what = (
+                f'resolution = "{wanted}" is neither a bucket set of this family ({sets}) nor a size such as "832x480".'
+            )
+            problems.append(Problem(where, what))
+            return ()
+    for size in wanted:
+        problems += _check_size(where, size, family.pixel_stride)
+    return wanted
+
+
+def _check_size(where: str, size: Size, stride: int) -> list[Problem]:
+    if size.width % stride == 0 and size.height % stride == 0:
+        return []
+    near = Size(*(max(stride, round(length / stride) * stride) for length in size))
+    return [Problem(where, f"{size}: width and height must be multiples of {stride}.", f'The nearest is "{near}".')]
+
+
+def _regularizers(config: Config, family: Family, problems: list[Problem]) -> tuple[tuple[str, Regularizer], ...]:
+    built: list[tuple[str, Regularizer]] = []
+    for number, part in enumerate(config.regularizers):
+        spec = part.registered.spec
+        assert isinstance(spec, RegularizerSpec)
+        with blame(part.registered, "building it"):
+            regularizer = spec.build(part.options)
+        beyond = [tap for tap in regularizer.needs().taps if not 0 <= tap < family.block_count]
+        if beyond:
+            what = f"{spec.name} reads block {beyond[0]}; the model has blocks 0 to {family.block_count - 1}."
+            problems.append(Problem(config.where("regularizer", number), what))
+        if spec.name in (name for name, _ in built):
+            problems.append(Problem(config.where("regularizer", number), f"{spec.name} is given twice."))
+        built.append((spec.name, regularizer))
+    return tuple(built)
+
+
+def _validation(config: Config, family: Family, problems: list[Problem]) -> ValidationPlan | None:
+    table = config.validation
+    if table is None:
+        return None
+    size = table.size or family.default_size
+    frames = table.frames or family.default_frames
+    problems += _check_size(config.where("validation", "size"), size, family.pixel_stride)
+    problems += _check_frames(config, family, ("validation", "frames"), frames)
+    problems += _check_nicknames(config, list(table.prompts))
+    return ValidationPlan(
+        prompts=table.prompts,
+        negative_prompt=table.negative_prompt,
+        shape=ClipShape(frames, size.height, size.width),
+        fps=table.fps or family.default_fps,
+        guidance=table.guidance,
+        steps=table.steps,
+        seed=table.seed,
+    )
+
+
+def _check_nicknames(config: Config, names: Sequence[str]) -> list[Problem]:
+    return [
+        Problem(
+            config.where("validation", "prompts", name),
+            f'"{name}" cannot be a file name.',
+            "A nickname is 1 to 80 letters, digits, spaces and _ . + -, and starts with a letter, digit or _.",
+        )
+        for name in names
+        if not FILE_NAME.fullmatch(name)
+    ]
+
+
+def whole_steps(duration: Duration, steps_per_epoch: float) -> int | None:
+    """A duration in optimizer steps, at least 1; None for one in seconds."""
+    if duration.unit == "seconds":
+        return None
+    steps = duration.value if duration.unit == "steps" else duration.value * steps_per_epoch
+    return max(1, round(steps))

@@ -1,0 +1,176 @@
+"""Plan and survey to prices: how many steps, how much is cached and saved, and whether there is room for it."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from vtrain.config.record import Config
+from vtrain.contract import ClipShape, ConfigError, OptimizerSpec, Problem
+from vtrain.plan.make import whole_steps
+from vtrain.plan.records import Plan, Survey
+
+FLOAT32 = 4
+STORED_BYTES = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What a run amounts to. Sizes in bytes; an upper bound for text, whose entries hold only real tokens.
+
+    checkpoint_bytes: one checkpoint; None under LoRA, whose size depends on modules not loaded yet.
+    steps_per_epoch: not whole in general. validations: how many; None when timed in minutes.
+    """
+
+    steps: int
+    steps_per_epoch: float
+    samples_per_step: int
+    text_bytes: int
+    video_bytes: int
+    checkpoint_bytes: int | None
+    checkpoints: int | None
+    validations: int | None
+    warnings: tuple[str, ...]
+
+    @property
+    def epochs(self) -> float:
+        return self.steps / self.steps_per_epoch
+
+
+def price(plan: Plan, survey: Survey) -> Prices:
+    """Count the run. Raises ConfigError if it cannot be done with this data or this disk."""
+    config = plan.config
+    per_step = config.train.batch_size * config.train.accumulate * plan.processes
+    problems = _check_amount(plan, survey, per_step)
+    if problems:
+        raise ConfigError(problems)
+    per_epoch = survey.epoch / per_step
+    steps = config.train.steps or max(1, math.ceil(per_epoch * (config.train.epochs or 0) - 1e-9))
+    every = whole_steps(config.checkpoint.every, per_epoch)
+    validate_every = whole_steps(config.validation.every, per_epoch) if config.validation else None
+    prices = Prices(
+        steps=steps,
+        steps_per_epoch=per_epoch,
+        samples_per_step=per_step,
+        text_bytes=_text_bytes(plan, survey),
+        video_bytes=sum(_latent_bytes(plan, shape) * count for shape, count in _stored(survey).items()),
+        checkpoint_bytes=_checkpoint_bytes(plan),
+        checkpoints=math.ceil(steps / every) if every else None,
+        validations=steps // validate_every if validate_every else None,
+        warnings=plan.warnings + _pointed_out(config, steps, per_epoch),
+    )
+    problems = _check_disk(config, prices)
+    if problems:
+        raise ConfigError(problems)
+    return prices
+
+
+def _stored(survey: Survey) -> dict[ClipShape, int]:
+    """Samples by shape without repeats: what the cache holds."""
+    total: dict[ClipShape, int] = {}
+    for dataset in survey.datasets:
+        for shape, count in dataset.samples.items():
+            total[shape] = total.get(shape, 0) + count
+    return total
+
+
+def _latent_bytes(plan: Plan, shape: ClipShape) -> int:
+    return math.prod(plan.family.latent_shape(shape)) * FLOAT32
+
+
+def _text_bytes(plan: Plan, survey: Survey) -> int:
+    captions = survey.texts + 1 + (len(plan.validation.prompts) + 1 if plan.validation else 0)
+    return captions * plan.family.text_tokens * plan.family.text_width * FLOAT32
+
+
+def _checkpoint_bytes(plan: Plan) -> int | None:
+    if plan.config.model.table.train == "lora":
+        return None
+    optimizer = plan.config.optimizer.registered.spec
+    assert isinstance(optimizer, OptimizerSpec)
+    return int(plan.family.parameters * (STORED_BYTES[plan.base] + optimizer.state_bytes))
+
+
+def _check_amount(plan: Plan, survey: Survey, per_step: int) -> list[Problem]:
+    """Every step's samples, and every batch's, must be different clips."""
+    where = plan.config.where("train", "batch_size")
+    batch = plan.config.train.batch_size
+    problems = []
+    if survey.epoch < per_step:
+        problems.append(
+            Problem(
+                where,
+                f"one step takes batch_size {batch} x accumulate {plan.config.train.accumulate} x "
+                f"{plan.processes} process(es) = {per_step} samples, and one epoch has {survey.epoch}.",
+                f"Set data.repeats to at least {_repeats(plan, survey.epoch, per_step)}, or lower batch_size or accumulate.",
+            )
+        )
+    for shape, count in sorted(survey.buckets().items()):
+        if count < batch:
+            problems.append(
+                Problem(
+                    where,
+                    f"bucket {shape} has {count} sample(s) in an epoch, fewer than batch_size = {batch}.",
+                    f"Set data.repeats to at least {_repeats(plan, count, batch)}, lower batch_size, or list other sizes.",
+                )
+            )
+    return problems
+
+
+def _repeats(plan: Plan, have: int, need: int) -> int:
+    """The least data.repeats, equal for all datasets, with which `have` samples become `need`."""
+    passes = 1 + min(dataset.table.repeats for dataset in plan.datasets)
+    return math.ceil(need * passes / max(have, 1)) - 1
+
+
+def _pointed_out(config: Config, steps: int, per_epoch: float) -> tuple[str, ...]:
+    found = []
+    warmup = whole_steps(config.lr_schedule.warmup, per_epoch) if config.lr_schedule.warmup else None
+    if warmup is not None and warmup >= steps:
+        found.append(f"lr_schedule.warmup is {warmup} steps and the run {steps}: the full rate is never held")
+    if config.validation is not None and not config.validation.at_start:
+        every = whole_steps(config.validation.every, per_epoch)
+        if every is not None and every > steps:
+            found.append(f"validation.every is {every} steps and the run {steps}: no video is ever generated")
+    if config.train.clip is None:
+        found.append("no gradient clipping ([train.clip] is absent)")
+    return tuple(found)
+
+
+def _check_disk(config: Config, prices: Prices) -> list[Problem]:
+    """Room for the cache, and for as many checkpoints as exist at once while the newest is written."""
+    kept = config.checkpoint.keep or prices.checkpoints or 1
+    at_once = min(kept, prices.checkpoints or kept) + 1
+    wanted = [
+        (("cache", "dir"), config.cache.dir, prices.text_bytes + prices.video_bytes, "the cache"),
+        (
+            ("run", "output_dir"),
+            config.run.output_dir,
+            at_once * (prices.checkpoint_bytes or 0),
+            f"{at_once} checkpoints",
+        ),
+    ]
+    problems = []
+    for key, folder, needed, what in wanted:
+        free = shutil.disk_usage(_existing(folder)).free
+        if needed > free:
+            words = f"{what} may need {bytes_text(needed)} and the disk of {folder} has {bytes_text(free)} free."
+            problems.append(Problem(config.where(*key), words))
+    return problems
+
+
+def _existing(folder: Path) -> Path:
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def bytes_text(count: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

@@ -1,0 +1,142 @@
+"""A plan as words: sections of labelled rows, and the same as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from vtrain.config.record import NoKeys, Part
+from vtrain.config.tables import ModelTable
+from vtrain.contract import Registered
+from vtrain.plan.price import Prices, bytes_text
+from vtrain.plan.records import DatasetSurvey, Plan, Survey
+
+
+@dataclass(frozen=True)
+class Section:
+    """A title and its (label, text) rows."""
+
+    title: str
+    rows: tuple[tuple[str, str], ...]
+
+
+def sections(plan: Plan, survey: Survey, prices: Prices) -> tuple[Section, ...]:
+    """Everything the run would do."""
+    parts = (
+        Section("model", tuple(plan.family.describe()) + _training(plan)),
+        Section("schedule", tuple(plan.sampler.describe())),
+        *(Section(f"data: {found.id}", tuple(_dataset(found))) for found in survey.datasets),
+        Section("run", _run(plan, prices)),
+        *(Section(f"regularizer: {name}", tuple(part.describe())) for name, part in plan.regularizers),
+        Section("validation", _validation(plan, prices)),
+        Section("on disk", _disk(plan, survey, prices)),
+        Section("parts", tuple((f"{p.spec.kind} {p.spec.name}", f"{p.distribution} {p.version}") for p in used(plan))),
+        Section("look at", tuple(("warning", text) for text in prices.warnings)),
+    )
+    return tuple(section for section in parts if section.rows)
+
+
+def used(plan: Plan) -> tuple[Registered, ...]:
+    """Every part that the run uses, once."""
+    config = plan.config
+    parts: list[Part[NoKeys] | Part[ModelTable]] = [config.model, config.sampler, config.optimizer]
+    parts += [*config.regularizers, *config.trackers]
+    registered = [part.registered for part in parts] + [part.registered for part in config.data if part.table.enabled]
+    return tuple({(part.spec.kind, part.spec.name): part for part in registered}.values())
+
+
+def _training(plan: Plan) -> tuple[tuple[str, str], ...]:
+    table, precision = plan.config.model.table, plan.config.precision
+    if table.train == "lora":
+        lora = table.lora
+        rank = lora.rank if lora else 16
+        alpha = (lora.alpha if lora else None) or rank
+        what = f"LoRA, rank {rank}, alpha {alpha:g}"
+    else:
+        what = "all weights"
+    checkpointing = (
+        "with gradient checkpointing" if precision.gradient_checkpointing else "without gradient checkpointing"
+    )
+    mixed = "bf16 autocast" if precision.mixed == "bf16" else "no autocast"
+    return (("trained", what), ("precision", f"weights {plan.base}, {mixed}, {checkpointing}"))
+
+
+def _dataset(found: DatasetSurvey) -> Iterable[tuple[str, str]]:
+    samples = sum(found.samples.values())
+    passes = f", {1 + found.repeats} passes an epoch" if found.repeats else ""
+    yield "files", f"{found.files} looked at, {samples} used{passes}"
+    for shape, count in sorted(found.samples.items()):
+        yield f"bucket {shape}", f"{count} sample{'s' if count != 1 else ''}"
+    for reason, (count, example) in sorted(found.left_out.items()):
+        yield f"left out: {count}", f"{reason}  (such as {example})"
+
+
+def _run(plan: Plan, prices: Prices) -> tuple[tuple[str, str], ...]:
+    train, config = plan.config.train, plan.config
+    warmup = f", warm-up {config.lr_schedule.warmup}" if config.lr_schedule.warmup else ""
+    clip = f"{train.clip.method} at most {train.clip.max:g}" if train.clip else "none"
+    return (
+        ("steps", f"{prices.steps} optimizer steps, {prices.epochs:.4g} epochs"),
+        (
+            "a step",
+            f"{prices.samples_per_step} samples = batch {train.batch_size} x accumulate {train.accumulate} x "
+            f"{plan.processes} process{'es' if plan.processes > 1 else ''}",
+        ),
+        ("learning rate", f"{config.lr_schedule.use}{warmup}"),
+        ("caption dropout", f"{train.caption_dropout:g}"),
+        ("clipping", clip),
+        ("seed", str(config.run.seed)),
+    )
+
+
+def _validation(plan: Plan, prices: Prices) -> tuple[tuple[str, str], ...]:
+    table, made = plan.config.validation, plan.validation
+    if table is None or made is None:
+        return (("videos", "none: no [validation]"),)
+    times = f"{prices.validations} times" if prices.validations is not None else "timed"
+    return (
+        ("videos", f"{len(made.prompts)} every {table.every} ({times}) and at the end"),
+        ("each", f"{made.shape} at {made.fps:g} fps, {made.steps} solver steps, guidance {made.guidance:g}"),
+    )
+
+
+def _disk(plan: Plan, survey: Survey, prices: Prices) -> tuple[tuple[str, str], ...]:
+    config = plan.config
+    checkpoints = f"every {config.checkpoint.every} and the last"
+    kept = f", newest {config.checkpoint.keep} kept" if config.checkpoint.keep else ", all kept"
+    each = f", {bytes_text(prices.checkpoint_bytes)} each" if prices.checkpoint_bytes is not None else ""
+    clips = sum(sum(found.samples.values()) for found in survey.datasets)
+    return (
+        ("output", str(config.run.output_dir)),
+        ("checkpoints", checkpoints + kept + each),
+        ("cache", str(config.cache.dir)),
+        ("cached video", f"{clips} clips, {bytes_text(prices.video_bytes)}"),
+        ("cached text", f"{survey.texts} captions, at most {bytes_text(prices.text_bytes)}"),
+    )
+
+
+def as_json(plan: Plan, survey: Survey, prices: Prices) -> dict[str, object]:
+    """The same for programs."""
+    return {
+        "steps": prices.steps,
+        "steps_per_epoch": prices.steps_per_epoch,
+        "samples_per_step": prices.samples_per_step,
+        "cache_bytes": {"text": prices.text_bytes, "video": prices.video_bytes},
+        "checkpoint_bytes": prices.checkpoint_bytes,
+        "datasets": [
+            {
+                "id": found.id,
+                "files": found.files,
+                "buckets": {str(shape): count for shape, count in found.samples.items()},
+                "left_out": {reason: {"files": n, "example": e} for reason, (n, e) in found.left_out.items()},
+                "repeats": found.repeats,
+            }
+            for found in survey.datasets
+        ],
+        "parts": [
+            {"kind": p.spec.kind, "name": p.spec.name, "distribution": p.distribution, "version": p.version}
+            for p in used(plan)
+        ],
+        "sections": {section.title: [list(row) for row in section.rows] for section in sections(plan, survey, prices)},
+        "warnings": list(prices.warnings),
+    }

@@ -1,0 +1,62 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) through peft, on any family that supports them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vtrain.config.tables import LoraTable
+from vtrain.contract import ConfigError, Denoiser, Problem, SupportsLora
+
+ADAPTER = "default"
+
+
+def lora_settings(denoiser: Denoiser, table: LoraTable) -> dict[str, object]:
+    """What a file of the adapter carries about itself: rank, alpha, targets, dropout, under peft's names."""
+    targets = table.targets or (denoiser.lora_targets if isinstance(denoiser, SupportsLora) else ())
+    return {
+        "r": table.rank,
+        "lora_alpha": table.alpha if table.alpha is not None else table.rank,
+        "target_modules": sorted(targets),
+        "lora_dropout": table.dropout,
+    }
+
+
+def add_lora(denoiser: Denoiser, table: LoraTable, seed: int, where: str) -> None:
+    """Freeze the denoiser and add an adapter, fp32, in place. seed: of the adapter's first weights.
+
+    Raises ConfigError when the family has no adapters or no module matches the targets.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    if not isinstance(denoiser, SupportsLora):
+        raise ConfigError(Problem(where, "this family has no adapters.", 'Use train = "full".'))
+    denoiser.module.requires_grad_(False)
+    torch.manual_seed(seed)
+    try:
+        inject_adapter_in_model(LoraConfig(**lora_settings(denoiser, table)), denoiser.module, ADAPTER)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ConfigError(Problem(where, f"no adapter can be added: {error}", "See [model.lora] targets.")) from error
+    for name, parameter in denoiser.module.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+
+
+def lora_state(module: nn.Module) -> dict[str, Tensor]:
+    """The adapter's weights under peft's names, without the adapter's name."""
+    from peft import get_peft_model_state_dict
+
+    return dict(get_peft_model_state_dict(module, adapter_name=ADAPTER))
+
+
+def load_lora_state(module: nn.Module, state: dict[str, Tensor]) -> list[str]:
+    """Put `state` (as `lora_state` gives it) into the adapter. Gives the keys that did not fit, [] when all did."""
+    from peft import set_peft_model_state_dict
+
+    expected = {key: value.shape for key, value in lora_state(module).items()}
+    odd = [key for key in expected if key not in state or state[key].shape != expected[key]]
+    odd += [key for key in state if key not in expected]
+    if not odd:
+        set_peft_model_state_dict(module, state, adapter_name=ADAPTER)
+    return sorted(odd)

@@ -1,0 +1,167 @@
+"""Puts a run together: denoiser, adapter, regularizers, optimizer and loop, from the model folder or a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vtrain.config.tables import LoraTable
+from vtrain.contract import (
+    CheckpointError,
+    Denoiser,
+    DType,
+    OptimizerSpec,
+    Problem,
+    SupportsLora,
+)
+from vtrain.data.batches import Batches
+from vtrain.data.seeds import derive
+from vtrain.plan.price import Prices
+from vtrain.plan.records import Plan
+from vtrain.registry.blame import blame
+from vtrain.train import checkpoint, metrics
+from vtrain.train.adapters import add_lora, load_lora_state, lora_settings, lora_state
+from vtrain.train.feed import Feed
+from vtrain.train.loop import Ends, Event, Logged, Loop
+from vtrain.train.optimizer_state import load_optimizer, save_optimizer
+from vtrain.train.parameters import groups, trained
+from vtrain.train.processes import Processes
+from vtrain.train.resume import RunState, Start, settings, write_state
+from vtrain.train.schedule import Interval, lr_factor
+from vtrain.train.signals import StopRequest
+from vtrain.train.step import Step
+
+Validate = Callable[[int], dict[str, Path]]
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """A run ready to go. denoiser, step: the model as trained and what wraps it. validate is set before `run`."""
+
+    plan: Plan
+    prices: Prices
+    start: Start
+    batches: Batches
+    processes: Processes
+    denoiser: Denoiser
+    step: Step
+    optimizer: torch.optim.Optimizer
+    named: list[tuple[str, Tensor]]
+
+    def run(self, stop: StopRequest, validate: Validate | None = None) -> Iterator[Event]:
+        """Train to the last step, or until `stop`. Rows of metrics are on disk before they are given."""
+        config, state, per_epoch = self.plan.config, self.start.state, self.prices.steps_per_epoch
+        loop = Loop(
+            self.processes.wrap(self.step),
+            self.optimizer,
+            [parameter for _, parameter in self.named],
+            lr_factor(config.lr_schedule, self.prices.steps, per_epoch),
+            Feed(self.batches, self.plan.sampler, config.run.seed, self.processes.device),
+            self.processes,
+            config.train,
+            Ends(self.save, validate, stop),
+            first=state.step,
+            last=self.prices.steps,
+            micro_batch=state.micro_batch,
+            steps_per_epoch=per_epoch,
+            seed=config.run.seed,
+        )
+        table = config.validation
+        interval = Interval(table.every, per_epoch, 0.0) if table else None
+        for event in loop.run(config.checkpoint, interval, at_start=table.at_start if table else False):
+            if isinstance(event, Logged) and self.processes.first:
+                metrics.append(config.run.output_dir, event.rows)
+            yield event
+
+    def save(self, step: int, micro_batch: int) -> tuple[Path, tuple[Path, ...]]:
+        """Write the checkpoint of `step` on the first process and let old ones go. Raises CheckpointError on all."""
+
+        def write() -> tuple[Path, tuple[Path, ...]]:
+            parent = self.plan.config.run.output_dir / "checkpoints"
+            folder = checkpoint.write(parent, step, lambda folder: self.fill(folder, step, micro_batch))
+            return folder, tuple(checkpoint.prune(parent, self.plan.config.checkpoint.keep, folder))
+
+        return self.processes.from_first(write)
+
+    def fill(self, folder: Path, step: int, micro_batch: int) -> None:
+        """The files of a checkpoint."""
+        config = self.plan.config
+        if config.model.table.train == "lora":
+            assert isinstance(self.denoiser, SupportsLora)
+            table = lora_table(self.plan)
+            self.denoiser.save_lora(folder, lora_state(self.denoiser.module), lora_settings(self.denoiser, table))
+        else:
+            self.denoiser.save(folder)
+        for name, module in self.step.regularizers.items():
+            (folder / "regularizers").mkdir(exist_ok=True)
+            save_file(module.state_dict(), folder / "regularizers" / f"{name}.safetensors")
+        save_optimizer(folder, self.optimizer, self.named)
+        values = {key: setting.value for key, setting in settings(config).items()}
+        write_state(folder, RunState(step, micro_batch, step / self.prices.steps_per_epoch, values))
+        (folder / "config.toml").write_text(config.text, encoding="utf-8")
+
+
+def lora_table(plan: Plan) -> LoraTable:
+    """[model.lora], or its defaults."""
+    return plan.config.model.table.lora or LoraTable()
+
+
+def assemble(plan: Plan, prices: Prices, start: Start, batches: Batches, processes: Processes) -> Trainer:
+    """Load and build everything a run needs on this process's device.
+
+    Raises ModelError, CheckpointError or ConfigError where the parts do not fit together.
+    """
+    denoiser = load_model(plan, start, str(processes.device))
+    denoiser.gradient_checkpointing(plan.config.precision.gradient_checkpointing)
+    regularizers = load_regularizers(plan, start, processes.device)
+    taps = {name: regularizer.needs().taps for name, regularizer in plan.regularizers}
+    step = Step(denoiser, plan.sampler, regularizers, taps)
+    step.train()
+    named = trained(step)
+    part = plan.config.optimizer
+    assert isinstance(part.registered.spec, OptimizerSpec)
+    with blame(part.registered, "building it"):
+        optimizer = part.registered.spec.build(part.options, groups(named))
+    if start.folder is not None:
+        load_optimizer(start.folder, optimizer, named)
+    return Trainer(plan, prices, start, batches, processes, denoiser, step, optimizer, named)
+
+
+def load_model(plan: Plan, start: Start, device: str) -> Denoiser:
+    """The denoiser as it starts: of the model folder or a checkpoint, with its adapter under LoRA."""
+    config = plan.config
+    lora = config.model.table.train == "lora"
+    with blame(config.model.registered, "loading the denoiser"):
+        weights = None if lora else start.folder
+        denoiser = plan.family.load_denoiser(device, cast(DType, plan.base), weights)
+    if not lora:
+        denoiser.module.requires_grad_(True)
+        return denoiser
+    seed = derive(config.run.seed, "adapter")
+    add_lora(denoiser, lora_table(plan), seed, config.where("model", "lora", "targets"))
+    if start.folder is not None:
+        assert isinstance(denoiser, SupportsLora)
+        odd = load_lora_state(denoiser.module, denoiser.load_lora(start.folder))
+        if odd:
+            what = f"the adapter there does not fit this model: {', '.join(odd[:5])}."
+            raise CheckpointError(Problem(str(start.folder), what))
+    return denoiser
+
+
+def load_regularizers(plan: Plan, start: Start, device: torch.device) -> dict[str, nn.Module]:
+    """Each regularizer's own module, its first weights a function of the run's seed."""
+    modules = {}
+    for (name, regularizer), part in zip(plan.regularizers, plan.config.regularizers, strict=True):
+        torch.manual_seed(derive(plan.config.run.seed, f"regularizer {name}"))
+        with blame(part.registered, "loading it"):
+            module = regularizer.load(dict.fromkeys(regularizer.needs().taps, plan.family.block_width))
+        if start.folder is not None:
+            module.load_state_dict(load_file(start.folder / "regularizers" / f"{name}.safetensors"))
+        modules[name] = module.to(device)
+    return modules

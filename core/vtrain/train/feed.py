@@ -1,0 +1,76 @@
+"""Micro-batches with their noise, made ready one thread ahead of the step."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from vtrain.contract import Condition, NoiseLevel, Sampler, Text
+from vtrain.data.batches import Batch, Batches
+from vtrain.data.seeds import generator
+from vtrain.train.step import StepInput
+
+AHEAD = 2
+
+
+@dataclass(frozen=True)
+class Fed:
+    """A step's input, on the device, and what is logged of it. sigmas: one, or one per latent frame, for each clip."""
+
+    given: StepInput
+    micro_batch: int
+    sample_ids: tuple[str, ...]
+    sigmas: list[float | list[float]]
+
+
+class Feed:
+    """Gives this process's micro-batches in order.
+
+    Noise and level of a sample are drawn by a generator of its own, a pure function of (seed, draw number, purpose), on
+    the CPU: the same on every device, whatever the batch size.
+    """
+
+    def __init__(self, batches: Batches, sampler: Sampler, seed: int, device: torch.device) -> None:
+        self.batches, self.sampler, self.seed, self.device = batches, sampler, seed, device
+
+    def draw(self, batch: Batch) -> tuple[torch.Tensor, NoiseLevel]:
+        """Noise (B, C, f, h, w) fp32 and level of a batch, on the CPU."""
+        shape = batch.latents.mean.shape[1:]
+        noise = [torch.randn(shape, generator=generator(self.seed, "noise", draw)) for draw in batch.draws]
+        levels = [self.sampler.draw(1, generator(self.seed, "level", draw)) for draw in batch.draws]
+        sigma = torch.cat([level.sigma for level in levels])
+        return torch.stack(noise), NoiseLevel(sigma, torch.cat([level.timestep for level in levels]))
+
+    def prepare(self, number: int, step: int) -> Fed:
+        """The global micro-batch `number`, which optimizer step `step` (zero-based) uses."""
+        batch = self.batches[number]
+        noise, level = self.draw(batch)
+        sigmas = level.sigma.tolist()
+        given = StepInput(
+            clean=self._move(batch.latents.mean),
+            noise=self._move(noise),
+            level=NoiseLevel(self._move(level.sigma), self._move(level.timestep)),
+            condition=Condition(Text(self._move(batch.text.embeds), self._move(batch.text.mask))),
+            step=step,
+        )
+        return Fed(given, number, batch.sample_ids, sigmas)
+
+    def _move(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def stream(self, numbers: Iterator[tuple[int, int]]) -> Iterator[Fed]:
+        """`prepare` of each (micro-batch number, step), up to AHEAD of them in advance."""
+        with ThreadPoolExecutor(1, thread_name_prefix="feed") as pool:
+            waiting: deque[Future[Fed]] = deque()
+            for number, step in numbers:
+                waiting.append(pool.submit(self.prepare, number, step))
+                if len(waiting) > AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()

@@ -1,0 +1,218 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from vtrain.config.tables import CheckpointTable, TrainTable
+from vtrain.contract import CheckpointError
+from vtrain.data.seeds import derive
+from vtrain.train.feed import Fed, Feed
+from vtrain.train.metrics import Row
+from vtrain.train.processes import Processes
+from vtrain.train.readings import Measured, Unread, rows
+from vtrain.train.schedule import Factor, Interval
+from vtrain.train.signals import StopRequest
+from vtrain.train.step import StepOutput, clip_gradients, gradient_norm
+
+
+@dataclass(frozen=True)
+class Logged:
+    """Numbers of the optimizer steps since the last reading."""
+
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint was written. deleted: older ones that [checkpoint].keep let go."""
+
+    folder: Path
+    deleted: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Validated:
+    """Videos were generated. files: nickname -> mp4."""
+
+    step: int
+    files: dict[str, Path]
+
+
+@dataclass(frozen=True)
+class Warned:
+    """Something went wrong that training survives."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """The run ended. signal: number of the signal that asked for it, None when all steps are done."""
+
+    step: int
+    signal: int | None
+
+
+Event = Logged | Saved | Validated | Warned | Stopped
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What the loop calls at its edges. save(step, next micro-batch) -> (folder, deleted); validate(step) -> files."""
+
+    save: Callable[[int, int], tuple[Path, tuple[Path, ...]]]
+    validate: Callable[[int], dict[str, Path]] | None
+    stop: StopRequest
+
+
+class Loop:
+    """Runs optimizer steps `first` to `last` (zero-based, last excluded) and tells what happens.
+
+    The device is read only when numbers are logged: every `log_every` steps, and before anything uses the weights.
+    """
+
+    def __init__(
+        self,
+        step: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        parameters: list[Tensor],
+        factor: Factor,
+        feed: Feed,
+        processes: Processes,
+        table: TrainTable,
+        ends: Ends,
+        *,
+        first: int,
+        last: int,
+        micro_batch: int,
+        steps_per_epoch: float,
+        seed: int,
+    ) -> None:
+        self.step, self.optimizer, self.parameters, self.factor = step, optimizer, parameters, factor
+        self.feed, self.processes, self.table, self.ends = feed, processes, table, ends
+        self.first, self.last, self.micro_batch, self.seed = first, last, micro_batch, seed
+        self.steps_per_epoch = steps_per_epoch
+        self.per_step = table.accumulate * processes.count
+        self.unread: list[Unread] = []
+        self.clock = time.perf_counter()
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+
+    def run(self, checkpoint: CheckpointTable, validate: Interval | None, *, at_start: bool) -> Iterator[Event]:
+        """The whole run, or what is left of it."""
+        save = Interval(checkpoint.every, self.steps_per_epoch, time.monotonic())
+        if at_start and self.ends.validate and self.first == 0:
+            yield from self.validation(0)
+        fed = self.feed.stream(self.order())
+        self.clock = time.perf_counter()
+        for number in range(self.first, self.last):
+            self.optimizer_step(number, fed)
+            done, ended = number + 1, number + 1 == self.last
+            if ended or done % self.table.log_every == 0:
+                yield from self.read()
+            stop, saving, validating = self.agreed(done, ended, save, validate)
+            if saving or stop or ended:
+                yield from self.checkpoint(done, must=stop or ended)
+            if (validating or ended) and not stop:
+                yield from self.validation(done)
+            if stop and not ended:
+                yield Stopped(done, self.ends.stop.signal)
+                return
+        yield Stopped(self.last, None)
+
+    def order(self) -> Iterator[tuple[int, int]]:
+        """This process's global micro-batch numbers, with the optimizer step that each belongs to."""
+        for number in range(self.first, self.last):
+            start = self.micro_batch + (number - self.first) * self.per_step
+            for turn in range(self.table.accumulate):
+                yield start + turn * self.processes.count + self.processes.rank, number
+
+    def optimizer_step(self, number: int, fed: Iterator[Fed]) -> None:
+        """Forward and backward of each micro-batch, clip, step. Nothing here waits for the device."""
+        micro = []
+        for turn in range(self.table.accumulate):
+            item = next(fed)
+            torch.manual_seed(derive(self.seed, "dropout", item.micro_batch))
+            with self.processes.unsynchronised(self.step, when=turn < self.table.accumulate - 1):
+                output: StepOutput = self.step(item.given)
+                (output.loss / self.table.accumulate).backward()  # type: ignore[no-untyped-call]
+            micro.append(Measured(item, output.loss.detach(), output.flow, dict(output.metrics)))
+        norm = self.clip(number)
+        lr = 0.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self.factor(number)
+            lr = max(lr, group["lr"])
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.unread.append(Unread(number + 1, tuple(micro), lr, norm))
+
+    def clip(self, number: int) -> Tensor | None:
+        """Clip if asked; the norm before clipping, at least on steps that are logged."""
+        clip = self.table.clip
+        done = number + 1
+        norm = None
+        if (done == self.last or done % self.table.log_every == 0) and (clip is None or clip.method == "value"):
+            norm = gradient_norm(self.parameters)
+        if clip is not None:
+            clipped = clip_gradients(self.parameters, clip.method, clip.max)
+            norm = norm if clipped is None else clipped
+        return norm
+
+    def read(self) -> Iterator[Event]:
+        """Fetch the unread numbers in one go. Raises TrainingError, naming samples, if any is not finite."""
+        unread, self.unread = self.unread, []
+        if unread:
+            seconds = (time.perf_counter() - self.clock) / len(unread)
+            yield Logged(rows(unread, self.processes, self.steps_per_epoch, seconds, self.memory()))
+            self.clock = time.perf_counter()
+
+    def agreed(self, done: int, ended: bool, save: Interval, validate: Interval | None) -> tuple[bool, bool, bool]:
+        """(stop, save, validate) after this step, the same on every process.
+
+        Several processes agree when numbers are logged, since agreeing waits for the device.
+        """
+        several = self.processes.count > 1
+        asking = not several or ended or done % self.table.log_every == 0
+        now = time.monotonic()
+        saving = save.due(done, now) if not save.timed or asking else False
+        validating = validate.due(done, now) if validate and (not validate.timed or asking) else False
+        stop = bool(self.ends.stop) if asking else False
+        if several and asking:
+            votes = self.processes.gathered([(stop, saving, validating)])
+            stop = any(vote[0] for vote in votes)
+            saving, validating = votes[0][1], votes[0][2]
+        return stop, saving, validating
+
+    def checkpoint(self, done: int, *, must: bool) -> Iterator[Event]:
+        """Read all flags, then save. A save that fails is told; at the end of a run it is an error."""
+        yield from self.read()
+        try:
+            folder, deleted = self.ends.save(done, self.micro_batch + (done - self.first) * self.per_step)
+        except CheckpointError as error:
+            if must:
+                raise
+            yield Warned(str(error))
+        else:
+            yield Saved(folder, deleted)
+        self.clock = time.perf_counter()
+
+    def validation(self, done: int) -> Iterator[Event]:
+        """Read all flags, then generate."""
+        yield from self.read()
+        if self.ends.validate is not None:
+            yield Validated(done, self.ends.validate(done))
+        self.clock = time.perf_counter()
+
+    def memory(self) -> int:
+        """Peak bytes on the device, or this process's resident bytes on a CPU."""
+        if self.processes.device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return int(psutil.Process().memory_info().rss)

@@ -1,0 +1,127 @@
+"""From numbers on the device to rows of metrics: one read for many steps, and a look at whether all are finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vtrain.contract import Problem, TrainingError
+from vtrain.train.feed import Fed
+from vtrain.train.metrics import Row
+from vtrain.train.processes import Processes
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One micro-batch, numbers still on the device. loss: scalar; flow (B,); terms: scalars by name."""
+
+    fed: Fed
+    loss: Tensor
+    flow: Tensor
+    terms: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Unread:
+    """One optimizer step whose numbers nobody has looked at yet. step: 1-based. norm: scalar or not taken."""
+
+    step: int
+    micro: tuple[Measured, ...]
+    lr: float
+    norm: Tensor | None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One micro-batch's numbers, as any process can tell them to another."""
+
+    step: int
+    micro_batch: int
+    loss: float
+    flow: list[float]
+    terms: dict[str, float]
+    sigmas: list[float | list[float]]
+    samples: tuple[str, ...]
+
+
+def fetch(unread: Sequence[Unread]) -> tuple[list[Reading], list[float | None]]:
+    """Readings of this process's micro-batches, and the norm of each step: one wait for the device."""
+    micro = [(step.step, measured) for step in unread for measured in step.micro]
+    tensors = [
+        part for _, m in micro for part in (m.loss.reshape(1), m.flow, *(v.reshape(1) for v in m.terms.values()))
+    ]
+    tensors += [step.norm.reshape(1) for step in unread if step.norm is not None]
+    numbers = iter(torch.cat([tensor.float() for tensor in tensors]).tolist())
+    readings = [
+        Reading(
+            step=step,
+            micro_batch=m.fed.micro_batch,
+            loss=next(numbers),
+            flow=[next(numbers) for _ in range(len(m.flow))],
+            terms={name: next(numbers) for name in m.terms},
+            sigmas=m.fed.sigmas,
+            samples=m.fed.sample_ids,
+        )
+        for step, m in micro
+    ]
+    return readings, [None if step.norm is None else next(numbers) for step in unread]
+
+
+def rows(
+    unread: Sequence[Unread], processes: Processes, steps_per_epoch: float, seconds: float, memory: int
+) -> tuple[Row, ...]:
+    """Metrics of steps, over all processes. seconds: per step.
+
+    Raises TrainingError, naming the samples, at the first step with a number that is not finite.
+    """
+    if not unread:
+        return ()
+    own, norms = fetch(unread)
+    readings: list[Reading] = sorted(processes.gathered(own), key=lambda reading: reading.micro_batch)
+    found = []
+    for step, norm in zip(unread, norms, strict=True):
+        parts = [reading for reading in readings if reading.step == step.step]
+        check_finite(step.step, parts, norm)
+        found.append(
+            Row(
+                step=step.step,
+                epoch=round(step.step / steps_per_epoch, 6),
+                loss=_mean([part.loss for part in parts]),
+                flow_loss=_mean([_mean(part.flow) for part in parts]),
+                lr=step.lr,
+                grad_norm=norm,
+                sigmas=[sigma for part in parts for sigma in part.sigmas],
+                samples=[sample for part in parts for sample in part.samples],
+                seconds=seconds,
+                memory=memory,
+                terms={name: _mean([part.terms[name] for part in parts]) for name in parts[0].terms},
+            )
+        )
+    return tuple(found)
+
+
+def check_finite(step: int, parts: Sequence[Reading], norm: float | None) -> None:
+    """Raises TrainingError that names the clips whose own loss is not finite, else all of the micro-batch or step."""
+    what = "the loss is not finite"
+    bad = [
+        name for part in parts for name, value in zip(part.samples, part.flow, strict=True) if not math.isfinite(value)
+    ] or [name for part in parts if not math.isfinite(part.loss) for name in part.samples]
+    if not bad and norm is not None and not math.isfinite(norm):
+        what, bad = "the gradient is not finite", [name for part in parts for name in part.samples]
+    if bad:
+        raise TrainingError(
+            Problem(
+                f"step {step}",
+                f"{what}; samples: {', '.join(dict.fromkeys(bad))}.",
+                "No checkpoint holds these weights. Look at these clips, lower the learning rate, or clip the gradient.",
+            )
+        )
+
+
+def _mean(values: list[float]) -> float:
+    """In the order given, so that it is the same whichever process held which value."""
+    return sum(values) / len(values)

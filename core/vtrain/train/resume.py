@@ -1,0 +1,167 @@
+"""Going on from a checkpoint: which one, and which changes of the configuration it allows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from vtrain.config.record import Config, Part, TableT
+from vtrain.contract import CheckpointError, Options, Problem, resume_rule
+from vtrain.plan.make import resume_path
+from vtrain.train import checkpoint
+
+STATE = "state.json"
+Value = str | int | float | bool | list[object] | None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A resolved value of the configuration. refuse: whether a resumed run must have the same."""
+
+    value: Value
+    refuse: bool
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands. step: optimizer steps done. micro_batch: the next global one. settings: key -> value."""
+
+    step: int
+    micro_batch: int
+    epoch: float
+    settings: Mapping[str, Value]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins. folder: the checkpoint it goes on from, None for a new run. notices: to tell the user."""
+
+    folder: Path | None
+    state: RunState
+    notices: tuple[str, ...]
+
+
+def settings(config: Config) -> dict[str, Setting]:
+    """Every resolved value by its dotted key, with its resume rule."""
+    found: dict[str, Setting] = {}
+    for name, table in (
+        ("run", config.run),
+        ("precision", config.precision),
+        ("cache", config.cache),
+        ("train", config.train),
+        ("lr_schedule", config.lr_schedule),
+        ("checkpoint", config.checkpoint),
+        ("validation", config.validation),
+    ):
+        if table is not None:
+            _flatten(found, name, table, refuse=False)
+    _part(found, "model", config.model, refuse=True)
+    _part(found, "sampler", config.sampler, refuse=True)
+    _part(found, "optimizer", config.optimizer, refuse=True)
+    for number, data in enumerate(config.data):
+        _part(found, f"data[{number}]", data, refuse=False)
+    for regularizer in config.regularizers:
+        _part(found, f"regularizer.{regularizer.registered.spec.name}", regularizer, refuse=True)
+    for number, tracker in enumerate(config.trackers):
+        _part(found, f"tracker[{number}]", tracker, refuse=False)
+    return found
+
+
+def _part(found: dict[str, Setting], name: str, part: Part[TableT], refuse: bool) -> None:
+    found[f"{name}.use"] = Setting(part.registered.spec.name, refuse)
+    _flatten(found, name, part.table, refuse=False)
+    _flatten(found, name, part.options, refuse=False)
+
+
+def _flatten(found: dict[str, Setting], prefix: str, table: Options, refuse: bool) -> None:
+    plain = table.model_dump(mode="json")
+    for field in type(table).model_fields:
+        rule = refuse or resume_rule(type(table), field) == "refuse"
+        inner = _field_value(table, field)
+        if isinstance(inner, Options):
+            _flatten(found, f"{prefix}.{field}", inner, rule)
+        else:
+            found[f"{prefix}.{field}"] = Setting(plain[field], rule)
+
+
+def _field_value(table: Options, field: str) -> object:
+    return dict(table)[field]
+
+
+def read_state(folder: Path) -> RunState:
+    """Raises CheckpointError when the state cannot be read."""
+    try:
+        return RunState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(Problem(str(folder / STATE), f"cannot be read: {error}.")) from error
+
+
+def write_state(folder: Path, state: RunState) -> None:
+    (folder / STATE).write_text(json.dumps(state.__dict__, indent=1), encoding="utf-8")
+
+
+def find_start(config: Config) -> Start:
+    """Pick the checkpoint that [run].resume asks for and compare the configurations.
+
+    Raises CheckpointError when it is damaged or belongs to a run that this file does not describe.
+    """
+    folder, notices = _choose(config)
+    now = settings(config)
+    values = {key: setting.value for key, setting in now.items()}
+    if folder is None:
+        return Start(None, RunState(0, 0, 0.0, values), tuple(notices))
+    state = read_state(folder)
+    changes = compare(state.settings, now)
+    refused = [
+        Problem(str(folder), f"{key} was {_show(old)} and is now {_show(new)}; this cannot change in a resumed run.")
+        for key, old, new, refuse in changes
+        if refuse
+    ]
+    if refused:
+        remedy = 'Restore the values, or start anew with another run.output_dir or resume = "never".'
+        raise CheckpointError([*refused[:-1], Problem(refused[-1].where, refused[-1].what, remedy)])
+    notices.append(f"going on from {folder} (step {state.step})")
+    notices += [f"changed since: {key}: {_show(old)} -> {_show(new)}" for key, old, new, _ in changes]
+    return Start(folder, state, tuple(notices))
+
+
+def compare(old: Mapping[str, Value], new: Mapping[str, Setting]) -> list[tuple[str, Value, Value, bool]]:
+    """(key, old value, new value, whether it refuses) of all that differ. A key that only one side has counts as None."""
+    changes = []
+    for key in sorted({*old, *new}):
+        before, setting = old.get(key), new.get(key)
+        now = setting.value if setting else None
+        refuse = setting.refuse if setting else key.startswith(("model.", "regularizer.", "sampler.", "optimizer.use"))
+        if before != now and key != "run.resume":
+            changes.append((key, before, now, refuse))
+    return changes
+
+
+def _show(value: Value) -> str:
+    return "absent" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _choose(config: Config) -> tuple[Path | None, list[str]]:
+    parent = config.run.output_dir / "checkpoints"
+    if config.run.resume == "never":
+        if checkpoint.steps_saved(parent):
+            what = 'resume = "never", and the folder holds checkpoints of an earlier run.'
+            raise CheckpointError(Problem(str(parent), what, "Choose another run.output_dir, or move them away."))
+        return None, []
+    if config.run.resume != "latest":
+        folder = resume_path(config)
+        reason = checkpoint.fault(folder)
+        if reason is not None:
+            raise CheckpointError(Problem(str(folder), f"this checkpoint is not sound: {reason}.", "Name another one."))
+        return folder, []
+    folder_or_none, faults = checkpoint.latest(parent)
+    if folder_or_none is None and faults:
+        remedy = "Nothing was deleted. Move them away to start anew."
+        problems = [Problem(str(found.folder), f"not a sound checkpoint: {found.reason}.") for found in faults]
+        raise CheckpointError([*problems, Problem(str(parent), "no checkpoint here is sound.", remedy)])
+    notices = [f"passed over {found.folder}: {found.reason}" for found in faults]
+    if folder_or_none is None:
+        notices.append("no checkpoint yet: starting anew")
+    return folder_or_none, notices

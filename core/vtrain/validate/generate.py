@@ -1,0 +1,111 @@
+"""Videos from the model being trained, by the sampler it is trained with and classifier-free guidance (arXiv 2207.12598)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from vtrain.contract import Caption, Condition, Denoiser, Family, NoiseLevel, Predict, Sampler, Text
+from vtrain.data.caches import Caches
+from vtrain.plan.records import ValidationPlan
+from vtrain.validate.video import to_frames, write_mp4, write_sheet
+
+
+class Interrupted(Exception):
+    """The user asked to stop while a video was being generated."""
+
+
+def texts(plan: ValidationPlan) -> list[tuple[Caption, str]]:
+    """What has to be in the text cache before validation."""
+    negative: list[tuple[Caption, str]] = [(Caption(plan.negative_prompt), "negative")] if plan.guidance > 1 else []
+    return [(Caption(prompt), "prompt") for prompt in plan.prompts.values()] + negative
+
+
+def padded(text: Text, tokens: int) -> Text:
+    """Text (B, L, D) with zeros and mask False up to `tokens`."""
+    more = tokens - text.mask.shape[1]
+    return Text(pad(text.embeds, (0, 0, 0, more)), pad(text.mask, (0, more)))
+
+
+def guided(denoiser: Denoiser, prompt: Text, negative: Text | None, guidance: float) -> Predict:
+    """The prediction with guidance: u + g (c - u), c with the prompt, u with the negative one; both in one batch."""
+    if negative is None:
+        return lambda noisy, level: denoiser.predict(noisy, level, Condition(prompt)).float()
+    both = Text(torch.cat([negative.embeds, prompt.embeds]), torch.cat([negative.mask, prompt.mask]))
+
+    def predict(noisy: Tensor, level: NoiseLevel) -> Tensor:
+        doubled = NoiseLevel(torch.cat([level.sigma] * 2), torch.cat([level.timestep] * 2))
+        prediction = denoiser.predict(torch.cat([noisy] * 2), doubled, Condition(both)).float()
+        without, with_prompt = prediction.chunk(2)
+        return without + guidance * (with_prompt - without)
+
+    return predict
+
+
+@dataclass(frozen=True)
+class Validator:
+    """Generates the plan's prompts with a denoiser. autocast: as in training. stopping: asked after each solver step."""
+
+    plan: ValidationPlan
+    family: Family
+    sampler: Sampler
+    caches: Caches
+    denoiser: Denoiser
+    device: torch.device
+    autocast: Callable[[], AbstractContextManager[Any]]
+    stopping: Callable[[], bool]
+
+    def start(self) -> Tensor:
+        """The starting noise (1, C, f, h, w), fp32 from a CPU generator: the same on every device and at every step."""
+        shape = self.family.latent_shape(self.plan.shape)
+        return torch.randn((1, *shape), generator=torch.Generator().manual_seed(self.plan.seed))
+
+    def text(self, caption: str, role: str) -> Text:
+        text = padded(self.caches.text(Caption(caption), role), self.family.text_tokens)
+        return Text(text.embeds.to(self.device), text.mask.to(self.device))
+
+    def latents(self, prompt: str) -> Tensor:
+        """Clean latents (1, C, f, h, w) of one prompt, on the CPU. Raises Interrupted."""
+        negative = self.text(self.plan.negative_prompt, "negative") if self.plan.guidance > 1 else None
+        predict = guided(self.denoiser, self.text(prompt, "prompt"), negative, self.plan.guidance)
+
+        def on_step(_done: int, _latents: Tensor) -> None:
+            if self.stopping():
+                raise Interrupted
+
+        with torch.no_grad(), self.autocast():
+            return self.sampler.solve(predict, self.start().to(self.device), self.plan.steps, on_step).cpu()
+
+    def videos(self, folder: Path, nicknames: list[str]) -> dict[str, Path]:
+        """Generate and write `folder`/<nickname>.mp4 for some of the prompts. The module is as before afterwards."""
+        if not nicknames:
+            return {}
+        folder.mkdir(parents=True, exist_ok=True)
+        module = self.denoiser.module
+        training = module.training
+        module.eval()
+        try:
+            latents = {nickname: self.latents(self.plan.prompts[nickname]) for nickname in nicknames}
+        finally:
+            module.train(training)
+        files = {}
+        with self.family.open_video_codec(str(self.device)) as codec, torch.no_grad():
+            for nickname, clean in latents.items():
+                files[nickname] = folder / f"{nickname}.mp4"
+                pixels = codec.decode(clean.to(self.device))
+                write_mp4(files[nickname], to_frames(pixels[0]), self.plan.fps)
+        return files
+
+
+def sheet(folder: Path, files: dict[str, Path]) -> Path:
+    """A contact sheet of finished videos."""
+    path = folder / "sheet.png"
+    write_sheet(path, files)
+    return path

@@ -44,7 +44,7 @@ def installed() -> tuple[list[Installed], list[Failure]]:
                 for entry in distribution.entry_points
                 if (match := _GROUP.fullmatch(entry.group))
             ]
-        except Exception as error:  # noqa: BLE001 - whatever a foreign file makes the parser raise is that file's row
+        except Exception as error:
             failures.append(Failure("", name, version, f"its entry_points.txt cannot be read: {error}"))
     order = sorted(plugins, key=lambda plugin: (plugin.entry.name, plugin.api, plugin.distribution, plugin.entry.value))
     return order, failures
@@ -64,5 +64,6 @@ def _declaring() -> Iterator[Distribution]:
 def _identity(distribution: Distribution) -> tuple[str, str]:
     """Name and version; "unknown" where the metadata lacks them."""
     metadata = distribution.metadata
-    name, version = (metadata[key] if key in metadata else "" for key in ("Name", "Version"))
+    name = metadata["Name"] if "Name" in metadata else None  # noqa: SIM401 - the protocol has no get
+    version = metadata["Version"] if "Version" in metadata else None  # noqa: SIM401
     return name or "unknown", version or "unknown"

@@ -5,6 +5,7 @@
 diffusers' own `SanaVideoPipeline.from_pretrained` loads the folder. The same arguments write the same bytes.
 """
 
+# mypy: allow-untyped-calls
 from __future__ import annotations
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import GemmaTokenizerFast
+    from transformers import GemmaTokenizer
 
 CORPUS = (
     "a cat walks slowly over the wet grass in the soft light of the morning",
@@ -80,10 +81,10 @@ def build(
     return folder
 
 
-def train_tokenizer() -> GemmaTokenizerFast:
+def train_tokenizer() -> GemmaTokenizer:
     """A tokenizer built as Gemma's: BPE with byte fallback, "▁" for spaces, <bos> put first. Trained on CORPUS."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-    from transformers import GemmaTokenizerFast
+    from transformers import GemmaTokenizer
 
     learner = Tokenizer(models.BPE(unk_token="<unk>"))
     learner.normalizer = normalizers.Replace(" ", "▁")
@@ -92,9 +93,9 @@ def train_tokenizer() -> GemmaTokenizerFast:
     learned = json.loads(learner.to_str())["model"]
     pieces = sorted(learned["vocab"], key=learned["vocab"].__getitem__)
     names = [*SPECIAL_TOKENS, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
-    return GemmaTokenizerFast(
+    return GemmaTokenizer(
         vocab={name: number for number, name in enumerate(names)},
-        merges=[tuple(merge) for merge in learned["merges"]],
+        merges=[(first, second) for first, second in learned["merges"]],  # type: ignore[misc]  # pairs are taken
         add_bos_token=True,
     )
 
@@ -102,7 +103,7 @@ def train_tokenizer() -> GemmaTokenizerFast:
 def _write_transformer(
     folder: Path, layers: int, heads: int, head_dim: int, text_width: int, max_shard_size: str
 ) -> None:
-    from diffusers import SanaVideoTransformer3DModel
+    from diffusers.models.transformers.transformer_sana_video import SanaVideoTransformer3DModel
 
     SanaVideoTransformer3DModel(
         in_channels=16,
@@ -123,12 +124,12 @@ def _write_transformer(
 
 
 def _write_vae(folder: Path, dim: int) -> None:
-    from diffusers import AutoencoderKLWan
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
     AutoencoderKLWan(base_dim=dim, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1).save_pretrained(folder)
 
 
-def _write_text_encoder(folder: Path, tokenizer: GemmaTokenizerFast, width: int) -> None:
+def _write_text_encoder(folder: Path, tokenizer: GemmaTokenizer, width: int) -> None:
     from transformers import Gemma2Config, Gemma2Model
 
     heads = 4
@@ -144,13 +145,12 @@ def _write_text_encoder(folder: Path, tokenizer: GemmaTokenizerFast, width: int)
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        attn_implementation="eager",
     )
     Gemma2Model(config).save_pretrained(folder)
 
 
 def _write_scheduler(folder: Path) -> None:
-    from diffusers import DPMSolverMultistepScheduler
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
     DPMSolverMultistepScheduler(
         algorithm_type="dpmsolver++",

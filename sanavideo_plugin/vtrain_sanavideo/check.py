@@ -1,0 +1,203 @@
+"""What is wrong with a model folder, all at once, from its JSON files and the headers of its weights. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from vtrain.contract import ModelError, Problem
+from vtrain_sanavideo import installed
+from vtrain_sanavideo.flow import scheduler_fault
+from vtrain_sanavideo.geometry import CodecConfig, TransformerConfig, misfits
+from vtrain_sanavideo.source import STEMS, Source
+from vtrain_sanavideo.weights import file_problems, misfit_problem, stored_shapes
+
+CLASSES: Mapping[str, tuple[str, ...]] = {
+    "text_encoder": ("Gemma2Model",),
+    "tokenizer": ("GemmaTokenizerFast", "GemmaTokenizer"),
+    "transformer": ("SanaVideoTransformer3DModel",),
+    "vae": ("AutoencoderKLWan",),
+}
+"""The classes that this family works with; the scheduler may be any that follows a flow."""
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+Json = Mapping[str, object]
+
+
+def read_json(path: Path) -> Json:
+    """A JSON object. Raises ModelError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(Problem(str(path), "this file is missing.", "Is the folder in diffusers layout?")) from error
+    except (OSError, ValueError) as error:
+        raise ModelError(Problem(str(path), f"this file cannot be read: {error}.", "Download it again.")) from error
+    if not isinstance(content, dict):
+        raise ModelError(Problem(str(path), "this file holds no JSON object.", "Download it again."))
+    return content
+
+
+def read_transformer(folder: Path) -> TransformerConfig:
+    """The transformer's config, completed by its class's defaults. Raises ModelError."""
+    defaults = installed.default_arguments(installed.TRANSFORMER, "SanaVideoTransformer3DModel", "__init__")
+    return _typed(TransformerConfig, folder / "config.json", defaults)
+
+
+def read_codec(folder: Path) -> CodecConfig:
+    """The VAE's config, completed by its class's defaults. Raises ModelError."""
+    config = _typed(CodecConfig, folder / "config.json", codec_defaults())
+    if faults := config.faults():
+        raise ModelError(Problem(str(folder / "config.json"), fault, "Take the VAE's own config.") for fault in faults)
+    return config
+
+
+def codec_defaults() -> dict[str, object]:
+    return installed.default_arguments(installed.VAE, "AutoencoderKLWan", "__init__")
+
+
+def meaning(config: Json) -> dict[str, object]:
+    """A config without what says nothing about the model: who wrote it, from where, in which storage type."""
+    silent = ("transformers_version", "torch_dtype", "dtype", "architectures")
+    return {key: value for key, value in config.items() if not key.startswith("_") and key not in silent}
+
+
+def codec_folder(source: Source) -> Path:
+    """The VAE's folder: the sub-folder `vae` of a checkpoint, or the folder itself if it is a VAE alone."""
+    alone = (source.folder / "config.json").is_file() and not (source.folder / "vae").exists()
+    return source.folder if alone else source.folder / "vae"
+
+
+def check(source: Source, vae: Source | None) -> list[Problem]:
+    """Every problem of the checkpoint, and of the VAE that replaces its own, if any."""
+    problems: list[Problem] = []
+    if source.revision and not source.on_hub:
+        problems.append(Problem(source.name, "revision is for hub ids, and this is a folder.", "Remove revision."))
+    try:
+        folder = source.folder
+    except ModelError as error:
+        return [*problems, *error.problems]
+    problems += _index(folder)
+    for part in STEMS:
+        problems += _weights(folder / part, STEMS[part], source)
+    problems += _tokenizer(folder / "tokenizer")
+    problems += _scheduler(folder / "scheduler")
+    problems += _geometry(folder)
+    if vae is not None:
+        problems += _other_vae(folder / "vae", vae)
+    return list(dict.fromkeys(problems))
+
+
+def _index(folder: Path) -> list[Problem]:
+    path = folder / "model_index.json"
+    try:
+        index = read_json(path)
+    except ModelError as error:
+        return list(error.problems)
+    problems = []
+    for part, wanted in CLASSES.items():
+        entry = index.get(part)
+        found = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+        if found not in wanted:
+            what = f"{part} is {f'a {found}' if found else 'not listed'}, and this family works with {wanted[0]}."
+            problems.append(Problem(str(path), what, "Name a SANA-Video checkpoint in [model] path."))
+    return problems
+
+
+def _weights(folder: Path, stem: str, source: Source) -> list[Problem]:
+    if not folder.is_dir():
+        return [Problem(str(folder), "this folder is missing.", "Is the model complete, and in diffusers layout?")]
+    problems = file_problems(folder, stem, may_be_fetched=source.may_fetch())
+    pickled = sorted(path.name for path in folder.glob("*.bin"))
+    if problems and pickled:
+        what = f"the weights are pickled ({pickled[0]}), and pickles are not read."
+        return [Problem(str(folder), what, "Convert them to safetensors.")]
+    return problems
+
+
+def _tokenizer(folder: Path) -> list[Problem]:
+    config = folder / "tokenizer_config.json"
+    problems = [] if config.is_file() else [Problem(str(config), "this file is missing.", "Download it again.")]
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        problems.append(Problem(str(folder), "neither tokenizer.json nor tokenizer.model is here.", "Download one."))
+    return problems
+
+
+def _scheduler(folder: Path) -> list[Problem]:
+    path = folder / "scheduler_config.json"
+    try:
+        fault = scheduler_fault(read_json(path))
+    except ModelError as error:
+        return list(error.problems)
+    return [Problem(str(path), fault, "Take the checkpoint's own scheduler.")] if fault else []
+
+
+def _geometry(folder: Path) -> list[Problem]:
+    """The configs, the sizes that two of them share, and the transformer's weights."""
+    problems: list[Problem] = []
+    try:
+        transformer = read_transformer(folder / "transformer")
+    except ModelError as error:
+        transformer = None
+        problems += error.problems
+    try:
+        codec = _known_vae(folder / "vae")
+        if transformer is not None and codec.z_dim != transformer.in_channels:
+            what = f"the VAE has {codec.z_dim} latent channels, and the transformer takes {transformer.in_channels}."
+            problems.append(Problem(str(folder / "vae" / "config.json"), what, "Take the VAE of this checkpoint."))
+    except ModelError as error:
+        problems += error.problems
+    try:
+        text = read_json(folder / "text_encoder" / "config.json").get("hidden_size")
+        if transformer is not None and text != transformer.caption_channels:
+            what = f"the text encoder's width is {text}, and the transformer takes {transformer.caption_channels}."
+            problems.append(Problem(str(folder / "text_encoder" / "config.json"), what, "Take this checkpoint's own."))
+    except ModelError as error:
+        problems += error.problems
+    return problems + (_transformer_weights(folder / "transformer", transformer) if transformer is not None else [])
+
+
+def _transformer_weights(folder: Path, config: TransformerConfig) -> list[Problem]:
+    if file_problems(folder, STEMS["transformer"]):
+        return []  # reported, or still on the hub
+    lines = misfits(config.shapes(), stored_shapes(folder, STEMS["transformer"]))
+    return [misfit_problem(folder, lines)] if lines else []
+
+
+def _known_vae(folder: Path) -> CodecConfig:
+    """The config of a VAE that is a Wan VAE. Raises ModelError."""
+    path = folder / "config.json"
+    found = read_json(path).get("_class_name", CLASSES["vae"][0])
+    if found not in CLASSES["vae"]:
+        what = f"this VAE is a {found}, and this family works with {CLASSES['vae'][0]}."
+        raise ModelError(Problem(str(path), what, "Take the VAE of this checkpoint, or another copy of it."))
+    return read_codec(folder)
+
+
+def _other_vae(own: Path, other: Source) -> list[Problem]:
+    """vae_path names another copy of the same VAE, or it is a mistake: latents of another one mean nothing here."""
+    try:
+        folder = codec_folder(other)
+        _known_vae(folder)
+        theirs, ours = (codec_defaults() | meaning(read_json(path / "config.json")) for path in (folder, own))
+    except ModelError as error:
+        return list(error.problems)
+    odd = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
+    problems = _weights(folder, STEMS["vae"], other)
+    if odd:
+        what = f"vae_path is not the VAE of [model] path: {', '.join(odd)} differ."
+        problems.append(Problem(str(folder / "config.json"), what, "Remove vae_path, or name a copy of the same VAE."))
+    return problems
+
+
+def _typed(kind: type[ConfigT], path: Path, defaults: Json) -> ConfigT:
+    try:
+        return kind.model_validate({**defaults, **read_json(path)})
+    except ValidationError as error:
+        raise ModelError(
+            Problem(str(path), f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}.", "This family cannot use that.")
+            for entry in error.errors(include_url=False)
+        ) from error

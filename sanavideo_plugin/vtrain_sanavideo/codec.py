@@ -1,0 +1,111 @@
+"""Pixels to latents and back through the Wan VAE, normalised as SanaVideoPipeline does."""
+
+# mypy: allow-untyped-calls
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vtrain.contract import Latents
+from vtrain_sanavideo.geometry import CodecConfig
+from vtrain_sanavideo.options import SanaVideoOptions
+from vtrain_sanavideo.text import release
+from vtrain_sanavideo.weights import fill
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+    from torch import Tensor
+
+TOLERANCE = 1e-3
+"""How far beyond [-1, 1] a pixel may be: resampling and bf16 rounding, not a range of [0, 255]."""
+
+
+class SanaVideoCodec:
+    """The VAE at work. The feature cache of its causal convolutions lives on the module, so one thread at a time is let in."""
+
+    def __init__(self, vae: AutoencoderKLWan, config: CodecConfig) -> None:
+        import torch
+
+        self._vae: AutoencoderKLWan | None = vae
+        self._config = config
+        self._mean = torch.tensor(config.latents_mean).view(1, config.z_dim, 1, 1, 1)
+        self._std = torch.tensor(config.latents_std).view(1, config.z_dim, 1, 1, 1)
+        self._lock = threading.Lock()
+
+    def encode(self, pixels: Tensor, *, std: bool = False) -> Latents:
+        """mean = (posterior mode - latents_mean) / latents_std; std = the posterior's / latents_std.
+
+        pixels (B, 3, F, H, W). Raises ValueError for another shape, frame count or range: the VAE would cut it in silence.
+        """
+        import torch
+
+        self._check(pixels)
+        with self._lock, torch.inference_mode():
+            vae = self._open()
+            posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+            scale = self._std.to(vae.device)
+            mean = (posterior.mode().float() - self._mean.to(vae.device)) / scale
+            spread = posterior.std.float() / scale if std else None
+        here = pixels.device
+        return Latents(mean=mean.to(here).clone(), std=None if spread is None else spread.to(here).clone())
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents (B, C, f, h, w) -> pixels, in the arithmetic and storage type of the pipeline, returned as fp32."""
+        import torch
+
+        with self._lock, torch.inference_mode():
+            vae = self._open()
+            stored = latents.to(vae.device, vae.dtype)
+            mean, inverse = self._mean.to(stored), 1.0 / self._std.to(stored)
+            pixels: Tensor = vae.decode(stored / inverse + mean, return_dict=False)[0]
+        return pixels.float().to(latents.device).clone()
+
+    def close(self) -> None:
+        """Let go of the weights."""
+        self._vae = None
+
+    def _open(self) -> AutoencoderKLWan:
+        if self._vae is None:
+            raise RuntimeError("this video codec is closed")
+        return self._vae
+
+    def _check(self, pixels: Tensor) -> None:
+        factor, rule = self._config.space_factor, self._config.frame_rule
+        if pixels.ndim != 5 or pixels.shape[1] != 3 or not pixels.is_floating_point():
+            raise ValueError(f"pixels are floats (B, 3, F, H, W), not {pixels.dtype} {tuple(pixels.shape)}")
+        frames, height, width = pixels.shape[2:]
+        if not rule.accepts(frames):
+            raise ValueError(f"{frames} frames: the Wan VAE takes {rule}")
+        if height % factor or width % factor:
+            raise ValueError(f"{width}x{height}: the Wan VAE takes multiples of {factor}")
+        largest = pixels.abs().max().item()
+        if not largest <= 1 + TOLERANCE:
+            raise ValueError(f"pixels are in [-1, 1], and one is {largest:g} in size")
+
+
+@contextmanager
+def open_codec(folder: Path, config: CodecConfig, options: SanaVideoOptions, device: str) -> Iterator[SanaVideoCodec]:
+    """Load the VAE for the length of a with block. Raises ModelError."""
+    codec = SanaVideoCodec(_load(folder, options, device), config)
+    try:
+        yield codec
+    finally:
+        codec.close()
+        release(device)
+
+
+def _load(folder: Path, options: SanaVideoOptions, device: str) -> AutoencoderKLWan:
+    from accelerate import init_empty_weights
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+
+    with init_empty_weights(include_buffers=False):
+        vae: AutoencoderKLWan = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(folder))
+    fill(vae, folder, "diffusion_pytorch_model", options.vae_precision, device)
+    vae.to(device)  # type: ignore[arg-type]  # its wrapper hides self
+    vae.eval().requires_grad_(False)
+    if options.vae_tiling:
+        vae.enable_tiling()
+    return vae

@@ -1,0 +1,197 @@
+"""The family `sanavideo`: SANA-Video on a checkpoint in diffusers layout."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vtrain.contract import (
+    ClipShape,
+    DType,
+    FrameRule,
+    HashFile,
+    LatentShape,
+    ModelError,
+    Problem,
+    Size,
+)
+from vtrain_sanavideo import check, codec, denoiser, installed, text
+from vtrain_sanavideo.geometry import OFFICIAL_480P, CodecConfig, TransformerConfig
+from vtrain_sanavideo.options import SanaVideoOptions
+from vtrain_sanavideo.source import STEMS, Source
+from vtrain_sanavideo.weights import weight_files
+
+if TYPE_CHECKING:
+    from vtrain_sanavideo.codec import SanaVideoCodec
+    from vtrain_sanavideo.denoiser import SanaVideoDenoiser
+    from vtrain_sanavideo.text import SanaVideoText
+
+TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+"""What shapes tokens beside the vocabulary, where it exists."""
+
+
+class SanaVideoFamily:
+    """A vtrain.contract.Family. Members that read the model folder raise ModelError if it is not sound; `check` lists why."""
+
+    def __init__(self, options: SanaVideoOptions) -> None:
+        self._options = options
+        self._source = Source(options.path, options.revision)
+        other = options.vae_path if options.vae_path not in (None, options.path) else None
+        self._vae_source = Source(other) if other else None
+
+    @cached_property
+    def _transformer(self) -> TransformerConfig:
+        return check.read_transformer(self._source.folder / "transformer")
+
+    @cached_property
+    def _codec(self) -> CodecConfig:
+        return check.read_codec(check.codec_folder(self._vae_source or self._source))
+
+    @cached_property
+    def _instruction(self) -> str:
+        chosen = self._options.instruction
+        return installed.default_instruction() if chosen is None else chosen
+
+    @property
+    def default_fps(self) -> float:
+        return 16.0
+
+    @property
+    def default_frames(self) -> int:
+        return 81
+
+    @property
+    def default_size(self) -> Size:
+        return OFFICIAL_480P[0]
+
+    @property
+    def frame_rule(self) -> FrameRule:
+        return self._codec.frame_rule
+
+    @property
+    def pixel_stride(self) -> int:
+        return self._codec.space_factor * math.lcm(*self._transformer.patch_size)
+
+    @property
+    def block_count(self) -> int:
+        return self._transformer.num_layers
+
+    @property
+    def block_width(self) -> int:
+        return self._transformer.width
+
+    @property
+    def text_tokens(self) -> int:
+        return text.TEXT_TOKENS
+
+    @property
+    def text_width(self) -> int:
+        return self._transformer.caption_channels
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(shape) for shape in self._transformer.shapes().values())
+
+    def resolutions(self) -> Mapping[str, tuple[Size, ...]]:
+        return {"480p": OFFICIAL_480P}
+
+    def latent_shape(self, clip: ClipShape) -> LatentShape:
+        """Raises ValueError for a clip that the codec or the patches would cut."""
+        stride, rule = self.pixel_stride, self.frame_rule
+        if not rule.accepts(clip.frames) or clip.height % stride or clip.width % stride:
+            raise ValueError(f"{clip}: SANA-Video takes {rule} frames and multiples of {stride} pixels")
+        factor = self._codec.space_factor
+        return LatentShape(
+            channels=self._codec.z_dim,
+            frames=(clip.frames - rule.offset) // rule.stride + 1,
+            height=clip.height // factor,
+            width=clip.width // factor,
+        )
+
+    def pixel_frames(self, latent_frame: int) -> range:
+        last = self.frame_rule.stride * latent_frame
+        return range(max(0, last - self.frame_rule.stride + 1), last + 1)
+
+    def check(self) -> Sequence[Problem]:
+        return check.check(self._source, self._vae_source)
+
+    def describe(self) -> Sequence[tuple[str, str]]:
+        transformer, vae, options = self._transformer, self._codec, self._options
+        score = "no motion score" if options.motion_score == "none" else f"motion score {options.motion_score}"
+        wording = "the pipeline's" if options.instruction is None else "own" if options.instruction else "no"
+        return (
+            ("model", self._source.describe()),
+            ("denoiser", f"{transformer.num_layers} blocks x {transformer.width}, {self.parameters:,} parameters"),
+            ("text", f"Gemma-2 in {options.text_precision}, {wording} instruction, {score}, {text.TEXT_TOKENS} tokens"),
+            (
+                "video codec",
+                f"Wan VAE in {options.vae_precision}, x{vae.space_factor} space, x{vae.time_factor} time, "
+                f"{vae.z_dim} channels{', tiled' if options.vae_tiling else ''}"
+                f"{f', from {self._vae_source.describe()}' if self._vae_source else ''}",
+            ),
+        )
+
+    def scheduler_config(self) -> Mapping[str, object]:
+        return check.read_json(self._source.folder / "scheduler" / "scheduler_config.json")
+
+    def text_fingerprint(self, hash_file: HashFile) -> str:
+        encoder, tokenizer = self._source.part("text_encoder"), self._source.part("tokenizer")
+        vocabulary = "tokenizer.json" if (tokenizer / "tokenizer.json").is_file() else "tokenizer.model"
+        names = [vocabulary, *(name for name in TOKENIZER_FILES if (tokenizer / name).is_file())]
+        return _digest(
+            "sanavideo text 1",
+            {name: hash_file(tokenizer / name) for name in names},
+            check.meaning(check.read_json(encoder / "config.json")),
+            _weight_hashes(encoder, STEMS["text_encoder"], hash_file),
+            [self._instruction, self._options.motion_score, text.TEXT_TOKENS, self._options.text_precision],
+        )
+
+    def video_fingerprint(self, hash_file: HashFile) -> str:
+        folder = self._codec_folder()
+        return _digest(
+            "sanavideo video 1",
+            check.codec_defaults() | check.meaning(check.read_json(folder / "config.json")),
+            _weight_hashes(folder, STEMS["vae"], hash_file),
+            [self._options.vae_precision, self._options.vae_tiling],
+        )
+
+    def open_text_encoder(self, device: str) -> AbstractContextManager[SanaVideoText]:
+        encoder, tokenizer = self._source.part("text_encoder"), self._source.part("tokenizer")
+        return text.open_text(encoder, tokenizer, self._options, self._instruction, device)
+
+    def open_video_codec(self, device: str) -> AbstractContextManager[SanaVideoCodec]:
+        return codec.open_codec(self._codec_folder(), self._codec, self._options, device)
+
+    def load_denoiser(self, device: str, dtype: DType, weights: Path | None = None) -> SanaVideoDenoiser:
+        folder = self._source.part("transformer") if weights is None else weights / "transformer"
+        if check.read_transformer(folder) != self._transformer:
+            what = f"these weights are not of the model {self._source.name}: their config differs."
+            raise ModelError(Problem(str(folder), what, "Name the model that they were trained from."))
+        return denoiser.load(folder, self._transformer, device, dtype)
+
+    def _codec_folder(self) -> Path:
+        """The VAE's folder with its weights."""
+        source = self._vae_source or self._source
+        folder = check.codec_folder(source)
+        return folder if folder == source.folder else source.part(folder.name)
+
+
+def _weight_hashes(folder: Path, stem: str, hash_file: HashFile) -> dict[str, str]:
+    return {path.name: _content(path, hash_file) for path in weight_files(folder, stem).present}
+
+
+def _content(path: Path, hash_file: HashFile) -> str:
+    """A file's content hash. The hub's cache keeps large files under their sha256, so those need no reading."""
+    blob = path.resolve()
+    known = blob.parent.name == "blobs" and len(blob.name) == 64
+    return blob.name if known else hash_file(path)
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,132 @@
+"""`sanavideo-flow`: the schedule SANA-Video was trained with, and the checkpoint's own scheduler for sampling.
+
+Training (NVlabs/Sana, Sana_2000M_480px_AdamW_fsdp.yaml): x_s = (1 - s) x0 + s e, target v = e - x0, where
+u = sigmoid(N(0, 1)), s = floor(1000 u) / 1000, shifted to s' = 3 s / (1 + 2 s); the denoiser is given int(1000 s').
+Sampling: the scheduler of the model folder, with its own shift (8), as SanaVideoPipeline loops over it. The two shifts differ on
+purpose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol, cast
+
+from vtrain.contract import ModelError, NoiseLevel, Predict, Problem
+from vtrain_sanavideo.options import SanaVideoFlowOptions
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+LEVELS = 1000
+"""Noise levels of the training grid, and timesteps of the denoiser."""
+
+TRAINING_SHIFT = 3
+
+SOLVERS = (
+    "DPMSolverMultistepScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "UniPCMultistepScheduler",
+    "DEISMultistepScheduler",
+)
+"""Schedulers of diffusers that follow a flow from noise to clean in as many predictions as steps."""
+
+Config = Mapping[str, object]
+
+
+class Solver(Protocol):
+    """What is used of a diffusers scheduler. timesteps (steps,), sigmas (steps + 1,)."""
+
+    timesteps: Tensor
+    sigmas: Tensor
+
+    def set_timesteps(self, num_inference_steps: int, device: torch.device) -> None: ...
+
+    def step(
+        self, model_output: Tensor, timestep: Tensor, sample: Tensor, *, return_dict: bool
+    ) -> tuple[Tensor, ...]: ...
+
+
+def scheduler_fault(config: Config) -> str | None:
+    """Why a scheduler config cannot be sampled with, or None."""
+    name = config.get("_class_name")
+    if name not in SOLVERS:
+        return f"the scheduler is {name or 'not named'}, and sampling works with {', '.join(SOLVERS)}."
+    if config.get("use_dynamic_shifting"):
+        return "use_dynamic_shifting asks for a shift that depends on the size, which SANA-Video does not have."
+    if name != "FlowMatchEulerDiscreteScheduler" and not (
+        config.get("prediction_type") == "flow_prediction" and config.get("use_flow_sigmas")
+    ):
+        return f"{name} follows a flow only with prediction_type flow_prediction and use_flow_sigmas."
+    if str(config.get("algorithm_type", "")).startswith("sde") or config.get("stochastic_sampling"):
+        return "the scheduler adds noise of its own at each step, so that a seed would not give the same video again."
+    return None
+
+
+class SanaVideoFlow:
+    """The sampler. scheduler: the model folder's scheduler config."""
+
+    def __init__(self, options: SanaVideoFlowOptions, scheduler: Config) -> None:
+        self._options = options
+        self._config = dict(scheduler)
+
+    def describe(self) -> Sequence[tuple[str, str]]:
+        shift = self._config.get("flow_shift", self._config.get("shift", "of its class"))
+        return (
+            ("training levels", f"logit-normal(0, 1) on {LEVELS} levels, shift {TRAINING_SHIFT} (official)"),
+            ("sampling", f"{self._config.get('_class_name')}, shift {shift} (the checkpoint's own)"),
+        )
+
+    def warnings(self) -> Sequence[str]:
+        shift = self._config.get("flow_shift", self._config.get("shift"))
+        return tuple(
+            f"[sampler] {name} has no effect: SANA-Video trains with its official shift {TRAINING_SHIFT} and samples with "
+            f"the checkpoint's own scheduler (shift {shift}); another schedule would not match the pretrained weights."
+            for name in ("shift", "auto_shift")
+            if name in self._options.model_fields_set
+        )
+
+    def draw(self, n: int, generator: torch.Generator) -> NoiseLevel:
+        """Levels for n clips: sigma and timestep (n,), float32 on the CPU; timesteps are whole."""
+        import torch
+
+        normal = torch.randn(n, generator=generator, dtype=torch.float64)
+        level = (torch.sigmoid(normal) * LEVELS).floor().long()
+        # s' = 3 s / (1 + 2 s) with s = level / 1000, in whole numbers: int(1000 s') has no rounding error then.
+        above, below = TRAINING_SHIFT * level, LEVELS + (TRAINING_SHIFT - 1) * level
+        timestep = (LEVELS * above) // below
+        return NoiseLevel(sigma=(above.double() / below).float(), timestep=timestep.float())
+
+    def corrupt(self, clean: Tensor, noise: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        """(noisy, target) in fp32."""
+        sigma = level.sigma.to(clean.device).float()
+        spread = sigma[:, None, None, None, None] if sigma.ndim == 1 else sigma[:, None, :, None, None]
+        first, last = clean.float(), noise.float()
+        return (1 - spread) * first + spread * last, last - first
+
+    def solve(
+        self, predict: Predict, noise: Tensor, steps: int, on_step: Callable[[int, Tensor], None] | None = None
+    ) -> Tensor:
+        """As SanaVideoPipeline: the state is fp32, and so is what the scheduler gets. Raises ModelError, ValueError."""
+        if steps < 1:
+            raise ValueError(f"a solver takes at least 1 step, not {steps}")
+        solver = self._solver()
+        solver.set_timesteps(steps, device=noise.device)
+        state = noise.float()
+        for number, timestep in enumerate(solver.timesteps):
+            sigma = solver.sigmas[number].to(state.device).float()
+            level = NoiseLevel(sigma=sigma.expand(len(state)), timestep=timestep.float().expand(len(state)))
+            state = solver.step(predict(state, level).float(), timestep, state, return_dict=False)[0]
+            if on_step is not None:
+                on_step(number + 1, state)
+        return state
+
+    def _solver(self) -> Solver:
+        """A fresh scheduler: it remembers earlier predictions."""
+        fault = scheduler_fault(self._config)
+        if fault is not None:
+            raise ModelError(Problem("scheduler/scheduler_config.json", fault, "Take the checkpoint's own scheduler."))
+        from diffusers import schedulers
+
+        kind = getattr(schedulers, str(self._config["_class_name"]))
+        return cast("Solver", kind.from_config(self._config))

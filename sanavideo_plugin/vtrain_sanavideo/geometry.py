@@ -1,0 +1,153 @@
+"""The checkpoint's configs as typed records, and the arithmetic on them. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from vtrain.contract import FrameRule, Size
+
+OFFICIAL_480P = (
+    Size(832, 480), Size(896, 448), Size(768, 528), Size(720, 560), Size(624, 624), Size(592, 672),
+    Size(560, 720), Size(528, 768), Size(496, 816), Size(480, 832), Size(448, 896),
+)  # fmt: skip
+"""The buckets of the 480p model, the default first (NVlabs/Sana; diffusers has the same as ASPECT_RATIO_480_BIN)."""
+
+SCALE_SHIFT_TABLE = "scale_shift_table"
+"""The one weight that some checkpoints store as (1, 2, D) instead of (2, D)."""
+
+Count = Annotated[int, Field(ge=1)]
+Shape = tuple[int, ...]
+
+
+class TransformerConfig(BaseModel):
+    """transformer/config.json of a SanaVideoTransformer3DModel, over the class's own defaults."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    in_channels: Count
+    out_channels: Count | None
+    num_attention_heads: Count
+    attention_head_dim: Count
+    num_layers: Count
+    num_cross_attention_heads: Count
+    cross_attention_head_dim: Count
+    cross_attention_dim: Count
+    caption_channels: Count
+    mlp_ratio: float = Field(gt=0)
+    attention_bias: bool
+    patch_size: tuple[Literal[1], Count, Count]
+    norm_elementwise_affine: bool
+    guidance_embeds: Literal[False]
+    qk_norm: Literal["rms_norm_across_heads"] | None
+
+    @property
+    def width(self) -> int:
+        """D of a block's output."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    def shapes(self) -> dict[str, Shape]:
+        """Name and shape of every weight."""
+        width, out = self.width, self.out_channels or self.in_channels
+        shapes: dict[str, Shape] = {
+            SCALE_SHIFT_TABLE: (2, width),
+            **_layer("patch_embedding", (width, self.in_channels, *self.patch_size)),
+            **_layer("time_embed.emb.timestep_embedder.linear_1", (width, 256)),
+            **_layer("time_embed.emb.timestep_embedder.linear_2", (width, width)),
+            **_layer("time_embed.linear", (6 * width, width)),
+            **_layer("caption_projection.linear_1", (width, self.caption_channels)),
+            **_layer("caption_projection.linear_2", (width, width)),
+            "caption_norm.weight": (width,),
+            **_layer("proj_out", (math.prod(self.patch_size) * out, width)),
+        }
+        block = self._block()
+        for number in range(self.num_layers):
+            shapes |= {f"transformer_blocks.{number}.{name}": shape for name, shape in block.items()}
+        return shapes
+
+    def _block(self) -> dict[str, Shape]:
+        width, hidden = self.width, int(self.mlp_ratio * self.width)
+        cross = self.num_cross_attention_heads * self.cross_attention_head_dim
+        norm2 = _layer("norm2", (width,)) if self.norm_elementwise_affine else {}
+        return {
+            SCALE_SHIFT_TABLE: (6, width),
+            **self._attention("attn1", width, width, self.attention_bias),
+            **self._attention("attn2", cross, self.cross_attention_dim, True),
+            **norm2,
+            **_layer("ff.conv_inverted", (2 * hidden, width, 1, 1)),
+            **_layer("ff.conv_depth", (2 * hidden, 1, 3, 3)),
+            "ff.conv_point.weight": (width, hidden, 1, 1),
+            "ff.conv_temp.weight": (width, width, 3, 1),
+        }
+
+    def _attention(self, name: str, inner: int, source: int, bias: bool) -> dict[str, Shape]:
+        norms = {f"{name}.norm_{of}.weight": (inner,) for of in "qk"} if self.qk_norm else {}
+        return {
+            **norms,
+            **_layer(f"{name}.to_q", (inner, self.width), bias),
+            **_layer(f"{name}.to_k", (inner, source), bias),
+            **_layer(f"{name}.to_v", (inner, source), bias),
+            **_layer(f"{name}.to_out.0", (self.width, inner)),
+        }
+
+
+def _layer(name: str, weight: Shape, bias: bool = True) -> dict[str, Shape]:
+    return {f"{name}.weight": weight, **({f"{name}.bias": weight[:1]} if bias else {})}
+
+
+class CodecConfig(BaseModel):
+    """vae/config.json of an AutoencoderKLWan, over the class's own defaults."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    z_dim: Count
+    dim_mult: tuple[Count, ...] = Field(min_length=1)
+    temperal_downsample: tuple[bool, ...]
+    patch_size: Count | None
+    latents_mean: tuple[float, ...]
+    latents_std: tuple[Annotated[float, Field(gt=0)], ...]
+    scale_factor_temporal: Count | None
+    scale_factor_spatial: Count | None
+
+    @property
+    def time_factor(self) -> int:
+        """Pixel frames per latent frame, the first apart: each downsampling stage that is marked halves the frames."""
+        return 1 << sum(self.temperal_downsample)
+
+    @property
+    def space_factor(self) -> int:
+        """Pixels per latent in height and width: a halving between each two of dim_mult, times the pixel patch."""
+        return (1 << (len(self.dim_mult) - 1)) * (self.patch_size or 1)
+
+    @property
+    def frame_rule(self) -> FrameRule:
+        """The codec is causal: the first frame stands alone, then time_factor frames share a latent frame."""
+        return FrameRule(stride=self.time_factor, offset=1)
+
+    def faults(self) -> list[str]:
+        """What in the config contradicts itself."""
+        pairs = (
+            ("scale_factor_temporal", self.scale_factor_temporal, self.time_factor, "temperal_downsample gives"),
+            ("scale_factor_spatial", self.scale_factor_spatial, self.space_factor, "dim_mult and patch_size give"),
+            ("latents_mean", len(self.latents_mean), self.z_dim, "z_dim asks for"),
+            ("latents_std", len(self.latents_std), self.z_dim, "z_dim asks for"),
+        )
+        return [f"{name}: {said}, but {why} {is_}." for name, said, is_, why in pairs if said not in (None, is_)]
+
+
+def misfits(expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> list[str]:
+    """How stored weights differ from what the model has, one line for each weight, missing ones first.
+
+    SCALE_SHIFT_TABLE with a leading 1 is no difference: it is the same table.
+    """
+    missing = [f"{name} is missing" for name in expected if name not in found]
+    odd = [f"{name} is unexpected" for name in found if name not in expected]
+    wrong = [
+        f"{name} is {list(found[name])} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape and not (name == SCALE_SHIFT_TABLE and found[name] == (1, *shape))
+    ]
+    return missing + wrong + odd

@@ -1,0 +1,46 @@
+"""Options of the family `sanavideo` and of its sampler."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from vtrain.contract import DType, ModelSource, Options, fixed
+
+
+class SanaVideoOptions(Options):
+    """[model] with use = "sanavideo"."""
+
+    path: ModelSource = fixed(
+        description="the checkpoint: a folder in diffusers layout, or a hub id such as "
+        '"Efficient-Large-Model/SANA-Video_2B_480p_diffusers"'
+    )
+    revision: str | None = fixed(
+        None, min_length=1, description="branch, tag or commit of a hub id; absent: its main branch"
+    )
+    vae_path: ModelSource | None = fixed(
+        None, description="another copy of the same VAE: a folder or hub id; absent: the VAE of path"
+    )
+    motion_score: Annotated[int, Field(ge=0)] | Literal["none"] = fixed(
+        30,
+        description='added to prompts as " motion score: 30.", unless a clip has a score of its own; "none": nothing',
+    )
+    instruction: str | None = fixed(
+        None,
+        description='put before every prompt; absent: the video instruction of SanaVideoPipeline; "" is none',
+    )
+    text_precision: DType = fixed("bf16", description="storage type of the text encoder and of encoded text")
+    vae_precision: DType = fixed("fp32", description="storage type of the VAE; it was trained and used in fp32")
+    vae_tiling: bool = fixed(
+        False, description="encode and decode large videos in tiles: less memory, slightly other latents"
+    )
+
+
+class SanaVideoFlowOptions(Options):
+    """[sampler] with use = "sanavideo-flow". The schedule is the model's own, so neither key has an effect."""
+
+    shift: float | None = Field(
+        None, gt=0, description="no effect: training uses the official shift 3, sampling the checkpoint's own"
+    )
+    auto_shift: bool | None = Field(None, description="no effect: the official schedule does not depend on the size")

@@ -1,0 +1,164 @@
+"""Captions to Gemma-2 embeddings, token for token and bit for bit as SanaVideoPipeline.encode_prompt."""
+
+# mypy: allow-untyped-calls
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vtrain.contract import Caption, DataError, DType, ModelError, Problem, Role, Text
+from vtrain_sanavideo.options import SanaVideoOptions
+from vtrain_sanavideo.weights import file_problems, misfit_problem, torch_type
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import Gemma2Model, GemmaTokenizer
+
+TEXT_TOKENS = 300
+"""Tokens that the denoiser is given: SanaVideoPipeline's max_sequence_length."""
+
+MOTION_SCORE = "motion_score"
+"""The one extra that a caption may have."""
+
+
+class SanaVideoText:
+    """The text encoder at work. truncated: how many captions so far were too long and lost their end, motion score included."""
+
+    def __init__(
+        self, tokenizer: GemmaTokenizer, model: Gemma2Model, options: SanaVideoOptions, instruction: str
+    ) -> None:
+        self.truncated = 0
+        self._model: Gemma2Model | None = model
+        self._tokenizer = tokenizer
+        self._tokenizer.padding_side = "right"
+        self._options = options
+        self._instruction = instruction
+        self._instruction_tokens = len(tokenizer.encode(instruction)) if instruction else 0
+
+    def encode(self, captions: Sequence[Caption], role: Role) -> Text:
+        """embeds (B, L, D) on the CPU in the storage type, L = tokens of the longest caption; at most TEXT_TOKENS.
+
+        Raises DataError for extras that are not known or no motion score; ValueError for no captions.
+        """
+        if not captions:
+            raise ValueError("no captions to encode")
+        instruction = self._instruction if role == "prompt" else ""
+        words = [instruction + self.words(caption, role).lower().strip() for caption in captions]
+        embeds, mask = self._embed(words, self._room(role))
+        keep = [0, *range(mask.shape[1] - TEXT_TOKENS + 1, mask.shape[1])]
+        embeds, mask = embeds[:, keep], mask[:, keep]
+        longest = int(mask.sum(dim=1).max())
+        return Text(embeds=embeds[:, :longest].contiguous(), mask=mask[:, :longest].contiguous())
+
+    def words(self, caption: Caption, role: Role) -> str:
+        """The text of a caption in that role, instruction apart: "dropped" is the empty text, only "prompt" is scored."""
+        if unknown := sorted(set(caption.extras) - {MOTION_SCORE}):
+            raise DataError(
+                Problem("", f"SANA-Video takes no {', '.join(unknown)} with a caption.", "It takes motion_score.")
+            )
+        if role == "dropped":
+            return ""
+        score = _whole(caption.extras.get(MOTION_SCORE, self._options.motion_score))
+        return caption.text if role == "negative" or score is None else f"{caption.text} motion score: {score}."
+
+    def close(self) -> None:
+        """Let go of the weights."""
+        self._model = None
+
+    def _room(self, role: Role) -> int:
+        """Tokens for instruction and caption. The instruction's own two more than it needs: its <bos> and its last stay."""
+        if role != "prompt" or not self._instruction:
+            return TEXT_TOKENS
+        return self._instruction_tokens + TEXT_TOKENS - 2
+
+    def _embed(self, words: list[str], room: int) -> tuple[Tensor, Tensor]:
+        """(B, room, D) and bool (B, room). Padding is encoded too: shorter inputs would change the last bits."""
+        import torch
+
+        if self._model is None:
+            raise RuntimeError("this text encoder is closed")
+        self.truncated += sum(len(ids) > room for ids in self._tokenizer(words)["input_ids"])
+        tokens = self._tokenizer(words, padding="max_length", max_length=room, truncation=True, return_tensors="pt")
+        device = self._model.device
+        mask = tokens["attention_mask"]
+        with torch.inference_mode():
+            embeds = self._model(tokens["input_ids"].to(device), attention_mask=mask.to(device))[0]
+        return embeds.cpu().clone(), mask.bool()
+
+
+def _whole(score: float | int | str | None) -> int | None:
+    """A motion score. Raises DataError unless it is a whole number or "none"."""
+    if score is None or score == "none":
+        return None
+    try:
+        if float(score) == int(float(score)):
+            return int(float(score))
+    except (ValueError, OverflowError):
+        pass
+    raise DataError(Problem("", f"the motion score {score!r} is no whole number.", "Write a number such as 30."))
+
+
+@contextmanager
+def open_text(
+    encoder: Path, tokenizer: Path, options: SanaVideoOptions, instruction: str, device: str
+) -> Iterator[SanaVideoText]:
+    """Load tokenizer and encoder for the length of a with block. Raises ModelError."""
+    text = SanaVideoText(
+        _load_tokenizer(tokenizer), _load(encoder, options.text_precision, device), options, instruction
+    )
+    try:
+        yield text
+    finally:
+        text.close()
+        release(device)
+
+
+def release(device: str) -> None:
+    """Give memory of dropped modules back."""
+    gc.collect()
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.empty_cache()
+
+
+def _load_tokenizer(folder: Path) -> GemmaTokenizer:
+    from transformers import GemmaTokenizer
+
+    try:
+        tokenizer: GemmaTokenizer = GemmaTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(Problem(str(folder), f"no tokenizer can be read: {error}", "Download it again.")) from error
+    return tokenizer
+
+
+def _load(folder: Path, dtype: DType, device: str) -> Gemma2Model:
+    import torch
+    from transformers import Gemma2Model
+
+    if problems := file_problems(folder, "model"):
+        raise ModelError(problems)
+    try:
+        # "sdpa" does not do Gemma-2's capped logits.
+        loaded: tuple[Gemma2Model, dict[str, Any]] = Gemma2Model.from_pretrained(
+            folder,
+            dtype=torch_type(dtype),
+            attn_implementation="eager",
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # type: ignore[assignment]  # a pair, because of output_loading_info
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(Problem(str(folder), f"the text encoder cannot be loaded: {error}")) from error
+    model, report = loaded
+    lines = [f"{name} is missing" for name in sorted(report["missing_keys"])]
+    lines += [f"{name} is {list(found)} instead of {list(shape)}" for name, found, shape in report["mismatched_keys"]]
+    lines += [f"{name} is unexpected" for name in sorted(report["unexpected_keys"])]
+    if lines:
+        raise ModelError(misfit_problem(folder, lines))
+    model.to(torch.device(device))  # type: ignore[arg-type]  # its wrapper hides self
+    model.eval().requires_grad_(False)
+    return model

@@ -1,1 +1,26 @@
-"""What a plugin's own tests import: the conformance kit."""
+"""The conformance kit: abstract test classes for a plugin author's own tests. It needs pytest.
+
+Subclass one for each part, give its fixtures, and every rule of the contract runs as a test of its own::
+
+    class TestMyFamily(FamilyTests):
+        @pytest.fixture(scope="class")
+        @classmethod
+        def family(cls):
+            return MY_FAMILY.build(MY_FAMILY.options(path="..."))
+"""
+
+import pytest
+
+for _module in ("data_backend", "plugin", "regularizer", "sampler", "spec"):
+    pytest.register_assert_rewrite(f"vtrain.testing.{_module}")
+for _module in ("codec", "denoiser", "geometry", "lora", "taps", "text"):
+    pytest.register_assert_rewrite(f"vtrain.testing.family_{_module}")
+
+from vtrain.testing.data_backend import DataBackendTests  # noqa: E402  # after the assertions' rewriting is asked for
+from vtrain.testing.family import FamilyTests  # noqa: E402
+from vtrain.testing.plugin import PluginTests  # noqa: E402
+from vtrain.testing.regularizer import RegularizerTests  # noqa: E402
+from vtrain.testing.sampler import SamplerTests  # noqa: E402
+from vtrain.testing.spec import SpecTests  # noqa: E402
+
+__all__ = ["DataBackendTests", "FamilyTests", "PluginTests", "RegularizerTests", "SamplerTests", "SpecTests"]

@@ -1,0 +1,111 @@
+"""The rules of a denoiser."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from vtrain.contract import Condition, Denoiser, Family, ModelError, NoiseLevel, Text
+from vtrain.testing.draws import gap, noise
+from vtrain.testing.subject import Example, FamilySubject
+
+
+class DenoiserTests(FamilySubject):
+    """The model being trained.
+
+    batch_tolerance, mask_tolerance: largest difference, relative to the largest value, between predictions that must agree.
+    without_gradient: names of parameters that get no gradient by design; name them with a comment that says why.
+    """
+
+    batch_tolerance: float = 1e-5
+    mask_tolerance: float = 1e-5
+    without_gradient: frozenset[str] = frozenset()
+
+    def test_a_prediction_is_shaped_like_its_input(self, denoiser: Denoiser, example: Example) -> None:
+        """predict gives finite values in the shape of `noisy`."""
+        with torch.no_grad():
+            prediction = example.run(denoiser)
+        assert prediction.shape == example.noisy.shape
+        assert prediction.isfinite().all()
+
+    def test_clips_in_a_batch_do_not_see_each_other(self, denoiser: Denoiser, example: Example) -> None:
+        """Changing one clip, its level and its text leaves the other's prediction (within batch_tolerance)."""
+        text = example.condition.text
+        other = replace(
+            example,
+            noisy=torch.stack([example.noisy[0], noise(example.latents, seed=9)]),
+            level=NoiseLevel(example.level.sigma[[0, 0]], example.level.timestep[[0, 0]]),
+            condition=Condition(Text(text.embeds[[0, 0]], text.mask[[0, 0]])),
+        )
+        with torch.no_grad():
+            found, wanted = other.run(denoiser)[0], example.run(denoiser)[0]
+        assert gap(found, wanted) <= self.batch_tolerance, f"differ by {gap(found, wanted):.1e}"
+
+    def test_masked_text_does_not_matter(self, denoiser: Denoiser, example: Example) -> None:
+        """What stands in text embeddings behind the mask changes no prediction (within mask_tolerance)."""
+        text = example.condition.text
+        rubbish = torch.where(text.mask[..., None], text.embeds, 3 * noise(text.embeds.shape, seed=5))
+        with torch.no_grad():
+            found = example.with_text(Text(rubbish, text.mask)).run(denoiser)
+            wanted = example.run(denoiser)
+        assert gap(found, wanted) <= self.mask_tolerance, f"differ by {gap(found, wanted):.1e}"
+
+    def test_text_matters(self, denoiser: Denoiser, example: Example) -> None:
+        """Another text gives another prediction."""
+        text = example.condition.text
+        with torch.no_grad():
+            other = example.with_text(Text(text.embeds.flip(0), text.mask.flip(0))).run(denoiser)
+            assert gap(other, example.run(denoiser)) > 1e-6, "the text is ignored"
+
+    def test_the_level_matters(self, denoiser: Denoiser, example: Example) -> None:
+        """Another noise level gives another prediction."""
+        level = NoiseLevel(example.level.sigma.flip(0), example.level.timestep.flip(0))
+        with torch.no_grad():
+            other = replace(example, level=level).run(denoiser)
+            assert gap(other, example.run(denoiser)) > 1e-6, "the level is ignored"
+
+    def test_gradients_reach_every_parameter(self, denoiser: Denoiser, example: Example) -> None:
+        """A loss on the prediction gives every parameter a gradient that is not all zero."""
+        denoiser.module.zero_grad()
+        torch.autograd.backward(example.run(denoiser).float().square().mean())
+        dry = {
+            name
+            for name, weight in denoiser.module.named_parameters()
+            if weight.requires_grad and (weight.grad is None or not weight.grad.any())
+        }
+        denoiser.module.zero_grad()
+        assert dry == self.without_gradient, f"without a gradient: {', '.join(sorted(dry ^ self.without_gradient))}"
+
+    def test_loading_is_reproducible(self, family: Family) -> None:
+        """Loaded twice, the weights are the same, bit for bit."""
+        first, second = (family.load_denoiser("cpu", "fp32").module.state_dict() for _ in range(2))
+        assert first.keys() == second.keys()
+        odd = [name for name in first if not torch.equal(first[name], second[name])]
+        assert not odd, f"differ: {', '.join(odd)}"
+
+    def test_a_saved_denoiser_loads_to_equal_predictions(
+        self, family: Family, denoiser: Denoiser, example: Example, tmp_path: Path
+    ) -> None:
+        """save, then load_denoiser(weights=): the same predictions, bit for bit."""
+        folder = tmp_path / "saved"
+        denoiser.save(folder)
+        loaded = family.load_denoiser("cpu", "fp32", weights=folder)
+        with torch.no_grad():
+            assert torch.equal(example.run(loaded), example.run(denoiser))
+
+    def test_an_empty_weights_folder_is_an_error(self, family: Family, tmp_path: Path) -> None:
+        """load_denoiser raises ModelError for a folder that holds no weights."""
+        with pytest.raises(ModelError):
+            family.load_denoiser("cpu", "fp32", weights=tmp_path)
+
+    def test_bf16_is_a_storage_type(self, family: Family, example: Example) -> None:
+        """Loaded in bf16, most weights are bf16 and predictions are finite."""
+        denoiser = family.load_denoiser("cpu", "bf16")
+        weights = list(denoiser.module.parameters())
+        stored = sum(weight.numel() for weight in weights if weight.dtype is torch.bfloat16)
+        assert stored > 0.5 * sum(weight.numel() for weight in weights)
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            assert example.run(denoiser).isfinite().all()

@@ -1,0 +1,138 @@
+"""The rules of a regularizer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vtrain.contract import Condition, LatentShape, LossTerm, NoiseLevel, Regularizer, StepView, Text
+from vtrain.testing.draws import level_of, noise, required
+
+
+class RegularizerTests:
+    """A loss term, on views of random numbers that no family made.
+
+    latents: of a clip. patch: latents of a token, each way. tap_width: D of every tap.
+    """
+
+    latents: LatentShape = LatentShape(4, 3, 4, 6)
+    patch: int = 2
+    tap_width: int = 24
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def regularizer(cls) -> Regularizer:
+        """The regularizer, built from its options. Override it."""
+        required("regularizer", "the Regularizer under test, built from its options, scope class")
+
+    @pytest.fixture
+    def module(self, regularizer: Regularizer) -> nn.Module:
+        return self.loaded(regularizer)
+
+    def loaded(self, regularizer: Regularizer) -> nn.Module:
+        return regularizer.load(dict.fromkeys(regularizer.needs().taps, self.tap_width))
+
+    def view(
+        self, regularizer: Regularizer, seed: int = 0, frames: int = 3, dtype: torch.dtype = torch.float32
+    ) -> StepView:
+        """A step on random numbers, with the taps that the regularizer needs."""
+        shape = (2, *self.latents._replace(frames=frames))
+        clean, drawn = noise(shape, seed), noise(shape, seed + 1)
+        level: NoiseLevel = level_of((0.3, 0.8))
+        sigma = level.sigma.view(2, 1, 1, 1, 1)
+        grid = (2, frames, self.latents.height // self.patch, self.latents.width // self.patch, self.tap_width)
+        return StepView(
+            clean=clean,
+            noise=drawn,
+            noisy=(1 - sigma) * clean + sigma * drawn,
+            target=drawn - clean,
+            prediction=noise(shape, seed + 2).requires_grad_(),
+            level=level,
+            condition=Condition(Text(noise((2, 5, 8), seed + 3), torch.ones(2, 5, dtype=torch.bool))),
+            taps={tap: noise(grid, seed + 4 + tap).to(dtype).requires_grad_() for tap in regularizer.needs().taps},
+            step=0,
+        )
+
+    @staticmethod
+    def loss(module: nn.Module, view: StepView) -> LossTerm:
+        """The module's term; what it draws from torch's global generator is the same each time."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            term: LossTerm = module(view)
+        return term
+
+    def test_needs_are_pure(self, regularizer: Regularizer) -> None:
+        """needs() gives the same each time: block numbers from 0, none twice."""
+        taps = regularizer.needs().taps
+        assert taps == regularizer.needs().taps
+        assert all(isinstance(tap, int) and tap >= 0 for tap in taps)
+        assert len(set(taps)) == len(taps)
+
+    def test_the_loss_is_a_finite_scalar(self, regularizer: Regularizer, module: nn.Module) -> None:
+        """The term's value is a finite scalar tensor in the graph."""
+        value = self.loss(module, self.view(regularizer)).value
+        assert value.ndim == 0
+        assert value.isfinite()
+        assert value.requires_grad
+
+    def test_the_loss_reaches_every_tap(self, regularizer: Regularizer, module: nn.Module) -> None:
+        """The value has a gradient, not all zero, in each tap; without taps, in the prediction."""
+        view = self.view(regularizer)
+        torch.autograd.backward(self.loss(module, view).value)
+        read: dict[str, Tensor] = {f"tap {tap}": value for tap, value in view.taps.items()}
+        for name, tensor in (read or {"the prediction": view.prediction}).items():
+            assert tensor.grad is not None, f"{name} gets no gradient"
+            assert tensor.grad.any(), f"{name} gets a gradient of zeros"
+            assert tensor.grad.isfinite().all(), f"{name} gets a gradient that is not finite"
+
+    def test_its_own_parameters_are_trained(self, regularizer: Regularizer, module: nn.Module) -> None:
+        """Every parameter of the module that asks for a gradient gets one that is not all zero."""
+        torch.autograd.backward(self.loss(module, self.view(regularizer)).value)
+        dry = [
+            name
+            for name, weight in module.named_parameters()
+            if weight.requires_grad and (weight.grad is None or not weight.grad.any())
+        ]
+        assert not dry, f"without a gradient: {', '.join(dry)}"
+
+    def test_clean_clips_noise_and_targets_get_no_gradient(self, regularizer: Regularizer, module: nn.Module) -> None:
+        """The view is read, not written: its tensors are unchanged and its inputs stay out of the graph."""
+        view = self.view(regularizer)
+        read = (view.clean, view.noise, view.noisy, view.target, *view.taps.values())
+        kept = [tensor.detach().clone() for tensor in read]
+        torch.autograd.backward(self.loss(module, view).value)
+        assert all(torch.equal(tensor.detach(), copy) for tensor, copy in zip(read, kept, strict=True))
+        assert not any(tensor.requires_grad for tensor in (view.clean, view.noise, view.noisy, view.target))
+
+    def test_metrics_are_detached_scalars(self, regularizer: Regularizer, module: nn.Module) -> None:
+        """Each metric is a scalar tensor outside the graph, so that logging it costs nothing until it is read."""
+        for name, metric in self.loss(module, self.view(regularizer)).metrics.items():
+            assert isinstance(metric, Tensor), f"{name} is no tensor"
+            assert metric.ndim == 0, f"{name} has shape {tuple(metric.shape)}"
+            assert not metric.requires_grad, f"{name} is in the graph"
+
+    def test_one_latent_frame_is_enough(self, regularizer: Regularizer, module: nn.Module) -> None:
+        """A clip of one latent frame (a picture) gives a finite value that can be trained on."""
+        value = self.loss(module, self.view(regularizer, frames=1)).value
+        assert value.isfinite()
+        torch.autograd.backward(value)
+
+    def test_bf16_taps_are_taken(self, regularizer: Regularizer, module: nn.Module) -> None:
+        """Taps in bf16, as under autocast, give a finite value."""
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert self.loss(module, self.view(regularizer, dtype=torch.bfloat16)).value.isfinite()
+
+    def test_its_state_comes_back(self, regularizer: Regularizer, module: nn.Module) -> None:
+        """A second module with the first one's state gives the same loss, bit for bit."""
+        with torch.no_grad():
+            for seed, weight in enumerate(module.parameters()):
+                weight.add_(0.1 * noise(weight.shape, seed).to(weight))
+        other = self.loaded(regularizer)
+        other.load_state_dict(module.state_dict())
+        view = self.view(regularizer)
+        assert torch.equal(self.loss(module, view).value, self.loss(other, view).value)
+
+    def test_descriptions_are_pairs_of_texts(self, regularizer: Regularizer) -> None:
+        """describe() gives (label, text) rows."""
+        assert all(isinstance(label, str) and isinstance(text, str) for label, text in regularizer.describe())

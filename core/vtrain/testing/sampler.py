@@ -1,0 +1,155 @@
+"""The rules of a sampler."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from vtrain.contract import LatentShape, NoiseLevel, Sampler
+from vtrain.testing.draws import gap, level_of, noise, required
+
+
+class SamplerTests:
+    """A noise schedule, for training and sampling.
+
+    tolerance: largest error of a solved clip and of levels, relative to the largest value. steps: of the solver.
+    """
+
+    tolerance: float = 1e-4
+    steps: int = 10
+    latents: LatentShape = LatentShape(4, 3, 6, 8)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def sampler(cls) -> Sampler:
+        """The sampler, built from its options. Override it."""
+        required("sampler", "the Sampler under test, built from its options and a scheduler config, scope class")
+
+    @pytest.fixture
+    def clean(self) -> Tensor:
+        return noise((2, *self.latents), seed=1)
+
+    @pytest.fixture
+    def start(self) -> Tensor:
+        return noise((2, *self.latents), seed=2)
+
+    def test_drawn_levels_are_fp32_in_the_unit_range(self, sampler: Sampler) -> None:
+        """draw gives n levels in [0, 1], (n,) or (n, f), fp32 on the CPU, each with a timestep."""
+        for count in (1, 64):
+            level = sampler.draw(count, torch.Generator().manual_seed(0))
+            assert level.sigma.shape[0] == count
+            assert level.sigma.ndim in (1, 2)
+            assert level.sigma.dtype is torch.float32
+            assert level.sigma.device.type == "cpu"
+            assert level.timestep.shape == level.sigma.shape
+            assert level.sigma.min() >= 0
+            assert level.sigma.max() <= 1
+
+    def test_draws_come_from_the_generator_alone(self, sampler: Sampler) -> None:
+        """The same generator state gives the same levels; torch's global generator is neither used nor moved."""
+        before = torch.get_rng_state()
+        first = sampler.draw(8, torch.Generator().manual_seed(3))
+        assert torch.equal(before, torch.get_rng_state()), "the global generator was moved"
+        torch.rand(1)
+        again = sampler.draw(8, torch.Generator().manual_seed(3))
+        assert torch.equal(first.sigma, again.sigma)
+        assert torch.equal(first.timestep, again.timestep)
+        torch.set_rng_state(before)
+
+    def test_draws_differ(self, sampler: Sampler) -> None:
+        """Levels spread: 256 draws, each from a generator of its own, have many values and one shape."""
+        levels = [sampler.draw(1, torch.Generator().manual_seed(seed)).sigma for seed in range(256)]
+        assert len({level.shape for level in levels}) == 1
+        assert len(set(torch.cat(levels).flatten().tolist())) > 64
+
+    def test_level_zero_is_clean_and_level_one_is_noise(self, sampler: Sampler, clean: Tensor, start: Tensor) -> None:
+        """corrupt at sigma 0 gives the clean clip, at sigma 1 the noise."""
+        for sigma, wanted in ((0.0, clean), (1.0, start)):
+            noisy, _ = sampler.corrupt(clean, start, level_of((sigma, sigma)))
+            assert gap(noisy, wanted) <= 1e-6, f"at sigma {sigma:g} it is off by {gap(noisy, wanted):.1e}"
+
+    def test_corrupt_keeps_shape_type_and_inputs(self, sampler: Sampler, clean: Tensor, start: Tensor) -> None:
+        """(noisy, target) have the shape and type of `clean`; the inputs are not written to."""
+        for dtype in (torch.float32, torch.bfloat16):
+            first, last = clean.to(dtype), start.to(dtype)
+            kept = first.clone(), last.clone()
+            for result in sampler.corrupt(first, last, level_of((0.2, 0.7))):
+                assert result.shape == clean.shape
+                assert result.dtype is dtype
+                assert result.isfinite().all()
+            assert torch.equal(first, kept[0])
+            assert torch.equal(last, kept[1])
+
+    def test_each_clip_has_its_own_level(self, sampler: Sampler, clean: Tensor, start: Tensor) -> None:
+        """Corrupted in a batch, a clip is what it is alone."""
+        together = sampler.corrupt(clean, start, level_of((0.2, 0.7)))
+        for row, sigma in enumerate((0.2, 0.7)):
+            alone = sampler.corrupt(clean[row : row + 1], start[row : row + 1], level_of((sigma,)))
+            for found, wanted in zip(together, alone, strict=True):
+                assert gap(found[row : row + 1], wanted) <= 1e-6
+
+    def test_levels_may_differ_by_latent_frame(self, sampler: Sampler, clean: Tensor, start: Tensor) -> None:
+        """corrupt takes sigma (B, f): a frame at level 0 is clean, one at level 1 noise."""
+        sigma = torch.zeros(2, self.latents.frames)
+        sigma[:, 1:] = 1.0
+        noisy, _ = sampler.corrupt(clean, start, NoiseLevel(sigma, sigma * 1000))
+        assert gap(noisy[:, :, :1], clean[:, :, :1]) <= 1e-6
+        assert gap(noisy[:, :, 1:], start[:, :, 1:]) <= 1e-6
+
+    def test_a_perfect_denoiser_is_solved(self, sampler: Sampler, clean: Tensor, start: Tensor) -> None:
+        """Given the true target at each level, solve ends at the clean clip (within tolerance)."""
+        solved = sampler.solve(lambda noisy, level: sampler.corrupt(clean, start, level)[1], start, self.steps)
+        assert solved.shape == clean.shape
+        assert gap(solved, clean) <= self.tolerance, f"off by {gap(solved, clean):.1e}"
+
+    def test_predict_is_told_the_level_of_its_input(self, sampler: Sampler, clean: Tensor, start: Tensor) -> None:
+        """On a perfect path, what predict gets is corrupt's own noisy clip at the level that it is told (tolerance)."""
+        gaps: list[float] = []
+
+        def perfect(noisy: Tensor, level: NoiseLevel) -> Tensor:
+            wanted, target = sampler.corrupt(clean, start, level)
+            gaps.append(gap(noisy, wanted))
+            return target
+
+        sampler.solve(perfect, start, self.steps)
+        assert max(gaps) <= self.tolerance, f"off by {max(gaps):.1e} at call {gaps.index(max(gaps))}"
+
+    def test_solving_goes_from_noise_to_clean_in_so_many_calls(self, sampler: Sampler, start: Tensor) -> None:
+        """predict is called `steps` times, with fp32 clips, levels for each clip that fall from near 1."""
+        sigmas: list[float] = []
+
+        def predict(noisy: Tensor, level: NoiseLevel) -> Tensor:
+            assert noisy.dtype is torch.float32
+            assert level.sigma.shape[0] == level.timestep.shape[0] == len(noisy)
+            sigmas.append(float(level.sigma.max()))
+            return torch.zeros_like(noisy)
+
+        sampler.solve(predict, start, self.steps)
+        assert len(sigmas) == self.steps
+        assert sigmas[0] > 0.9
+        assert sigmas == sorted(sigmas, reverse=True)
+        assert len(set(sigmas)) == self.steps
+
+    def test_on_step_counts_the_steps_done(self, sampler: Sampler, start: Tensor) -> None:
+        """on_step is called after each step with 1, 2 ... steps and the latents; the last are the result."""
+        done: list[tuple[int, Tensor]] = []
+        result = sampler.solve(
+            lambda noisy, level: noisy * 0.1, start, self.steps, lambda number, state: done.append((number, state))
+        )
+        assert [number for number, _ in done] == list(range(1, self.steps + 1))
+        assert torch.equal(done[-1][1], result)
+
+    def test_solving_is_repeatable_and_keeps_its_noise(self, sampler: Sampler, start: Tensor) -> None:
+        """Solved twice with one sampler: the same clip, bit for bit; the noise is not written to, no random number drawn."""
+        kept, before = start.clone(), torch.get_rng_state()
+        first, again = (sampler.solve(lambda noisy, level: noisy * 0.5, start, self.steps) for _ in range(2))
+        assert torch.equal(first, again)
+        assert torch.equal(start, kept)
+        assert torch.equal(before, torch.get_rng_state())
+
+    def test_descriptions_are_texts(self, sampler: Sampler) -> None:
+        """describe() gives (label, text) rows, warnings() texts."""
+        assert sampler.describe()
+        assert all(isinstance(label, str) and isinstance(text, str) for label, text in sampler.describe())
+        assert all(isinstance(text, str) for text in sampler.warnings())

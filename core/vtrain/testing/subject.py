@@ -1,0 +1,102 @@
+"""The family under test and what is opened from it once for each test class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from vtrain.contract import (
+    Caption,
+    ClipShape,
+    Condition,
+    Denoiser,
+    Family,
+    LatentShape,
+    NoiseLevel,
+    Text,
+    TextEncoder,
+    VideoCodec,
+)
+from vtrain.testing.draws import level_of, noise, padded, required
+
+CAPTIONS = (Caption("a cat walks slowly over the wet grass"), Caption("a boat"))
+
+
+@dataclass(frozen=True)
+class Example:
+    """One call of Denoiser.predict for two clips. latents: their shape."""
+
+    noisy: Tensor
+    level: NoiseLevel
+    condition: Condition
+    latents: LatentShape
+
+    def run(self, denoiser: Denoiser) -> Tensor:
+        return denoiser.predict(self.noisy, self.level, self.condition)
+
+    def with_text(self, text: Text) -> Example:
+        return replace(self, condition=replace(self.condition, text=text))
+
+
+class FamilySubject:
+    """Fixtures that a family's tests share.
+
+    timestep_scale: the denoiser is given this x sigma as its timestep; the family's own unit.
+    disturbance: the denoiser's weights are moved by this share of their own size before tests, plus the same absolutely,
+    so that a layer that starts at zero hides no fault behind it.
+    """
+
+    timestep_scale: float = 1000.0
+    disturbance: float = 0.02
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def family(cls) -> Family:
+        """The family, built on a small model folder. Override it."""
+        required("family", "the Family under test, built from its options on a small model folder, scope class")
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def clip(cls, family: Family) -> ClipShape:
+        """A small clip that is wider than high, of three latent frames or so."""
+        stride, rule = family.pixel_stride, family.frame_rule
+        return ClipShape(rule.offset + 2 * rule.stride, 2 * stride, 3 * stride)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def text_encoder(cls, family: Family) -> Iterator[TextEncoder]:
+        with family.open_text_encoder("cpu") as encoder, torch.no_grad():
+            yield encoder
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def codec(cls, family: Family) -> Iterator[VideoCodec]:
+        with family.open_video_codec("cpu") as codec:
+            yield codec
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def denoiser(cls, family: Family) -> Denoiser:
+        return cls.disturbed(family.load_denoiser("cpu", "fp32"))
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def example(cls, family: Family, clip: ClipShape) -> Example:
+        latents = family.latent_shape(clip)
+        with family.open_text_encoder("cpu") as encoder, torch.no_grad():
+            text = padded(encoder.encode(CAPTIONS, "prompt"), family.text_tokens)
+        level = level_of((0.3, 0.8), cls.timestep_scale)
+        return Example(noise((2, *latents)), level, Condition(text), latents)
+
+    @classmethod
+    def disturbed(cls, denoiser: Denoiser) -> Denoiser:
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for weight in denoiser.module.parameters():
+                draw = torch.randn(weight.shape, generator=generator).to(weight)
+                weight.add_(cls.disturbance * (1 + weight.abs()) * draw)
+        return denoiser

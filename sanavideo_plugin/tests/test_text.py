@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import SanaVideoPipeline
+from transformers import Gemma2Model
+
+from vtrain.contract import Caption, DataError, ModelError
+from vtrain_sanavideo.family import SanaVideoFamily
+
+LONG = "a small dog runs along the beach while waves roll in behind it, " * 40
+Families = Callable[..., SanaVideoFamily]
+
+
+@pytest.fixture(scope="module")
+def pipelines(checkpoint: Path) -> dict[str, SanaVideoPipeline]:
+    """SanaVideoPipeline with its text encoder alone, in both storage types."""
+    return {
+        name: SanaVideoPipeline.from_pretrained(
+            checkpoint,
+            text_encoder=Gemma2Model.from_pretrained(
+                checkpoint / "text_encoder", dtype=dtype, attn_implementation="eager"
+            ),
+            transformer=None,
+            vae=None,
+        )
+        for name, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items()
+    }
+
+
+def reference(pipeline: SanaVideoPipeline, prompt: str, **settings: object) -> tuple[torch.Tensor, ...]:
+    """encode_prompt as SanaVideoPipeline.__call__ calls it: embeds (300, D) and mask, of prompt and of negative prompt."""
+    import inspect
+
+    defaults = inspect.signature(SanaVideoPipeline.__call__).parameters
+    settings.setdefault("complex_human_instruction", defaults["complex_human_instruction"].default)
+    with torch.no_grad():
+        return tuple(part[0] for part in pipeline.encode_prompt(prompt, device=torch.device("cpu"), **settings))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "caption",
+    ["a cat", LONG, "  A Cat\tWALKS over the GRASS ", "走る猫 — ÜBER 🐈", "", "a cat\nin two lines "],
+    ids=["short", "truncated", "upper case and spaces", "unicode", "empty", "newline"],
+)
+@pytest.mark.parametrize("score", [30, "none"])
+def test_prompts_are_encoded_bit_for_bit_as_the_pipeline_does(
+    checkpoint: Path,
+    family_of: Families,
+    pipelines: dict[str, SanaVideoPipeline],
+    caption: str,
+    precision: str,
+    score: object,
+) -> None:
+    ending = "" if score == "none" else f" motion score: {score}."
+    embeds, mask, *_ = reference(pipelines[precision], caption + ending)
+    family = family_of(checkpoint, text_precision=precision, motion_score=score)
+    with family.open_text_encoder("cpu") as encoder:
+        text = encoder.encode([Caption(caption)], "prompt")
+    real = int(mask.sum())
+    assert text.embeds.dtype == embeds.dtype
+    assert text.mask.dtype == torch.bool
+    assert text.mask[0].tolist() == [True] * real
+    assert mask[:real].all()
+    assert torch.equal(text.embeds[0], embeds[:real])
+
+
+@pytest.mark.parametrize("negative", ["", "A blurry video, Distorted.", LONG])
+def test_negative_prompts_and_dropped_captions_are_the_pipelines(
+    checkpoint: Path, family_of: Families, pipelines: dict[str, SanaVideoPipeline], negative: str
+) -> None:
+    *_, embeds, mask = reference(pipelines["fp32"], "a cat", negative_prompt=negative)
+    with family_of(checkpoint).open_text_encoder("cpu") as encoder:
+        text = encoder.encode([Caption(negative)], "negative")
+        dropped = encoder.encode([Caption("a dog")], "dropped")
+    assert torch.equal(text.embeds[0], embeds[: int(mask.sum())])
+    if not negative:
+        assert torch.equal(dropped.embeds, text.embeds)
+        assert dropped.mask.tolist() == [[True]]
+
+
+@pytest.mark.parametrize("instruction", ["", "Describe a video of this: "])
+def test_an_instruction_of_the_users_own_replaces_the_pipelines(
+    checkpoint: Path, family_of: Families, pipelines: dict[str, SanaVideoPipeline], instruction: str
+) -> None:
+    own = [instruction] if instruction else None
+    embeds, mask, *_ = reference(pipelines["fp32"], "a cat motion score: 7.", complex_human_instruction=own)
+    family = family_of(checkpoint, instruction=instruction)
+    with family.open_text_encoder("cpu") as encoder:
+        text = encoder.encode([Caption("a cat", {"motion_score": 7})], "prompt")
+    assert torch.equal(text.embeds[0], embeds[: int(mask.sum())])
+
+
+def test_a_batch_is_as_long_as_its_longest_caption_and_real_tokens_come_first(family: SanaVideoFamily) -> None:
+    captions = [Caption("a cat"), Caption("a cat walks slowly over the wet grass")]
+    with family.open_text_encoder("cpu") as encoder:
+        both = encoder.encode(captions, "prompt")
+        alone = [encoder.encode([caption], "prompt") for caption in captions]
+    assert both.embeds.shape[:2] == both.mask.shape == (2, alone[1].mask.shape[1])
+    for row, single in enumerate(alone):
+        real = single.mask.shape[1]
+        assert both.mask[row].tolist() == [True] * real + [False] * (both.mask.shape[1] - real)
+        torch.testing.assert_close(both.embeds[row, :real], single.embeds[0], rtol=1e-5, atol=1e-6)
+
+
+def test_captions_that_lost_their_end_are_counted(family: SanaVideoFamily) -> None:
+    with family.open_text_encoder("cpu") as encoder:
+        encoder.encode([Caption("a cat"), Caption(LONG)], "prompt")
+        assert encoder.truncated == 1
+        assert encoder.encode([Caption(LONG)], "negative").mask.shape == (1, 300)
+        assert encoder.truncated == 2
+
+
+@pytest.mark.parametrize(
+    "extras", [{"motion_score": 12.5}, {"motion_score": "fast"}, {"motion_score": float("inf")}, {"mood": "calm"}]
+)
+def test_an_extra_that_cannot_be_used_is_an_error(
+    family: SanaVideoFamily, extras: dict[str, float | int | str]
+) -> None:
+    with family.open_text_encoder("cpu") as encoder, pytest.raises(DataError):
+        encoder.encode([Caption("a cat", extras)], "prompt")
+
+
+def test_after_the_with_block_the_encoder_is_gone(family: SanaVideoFamily) -> None:
+    with family.open_text_encoder("cpu") as encoder:
+        model = encoder._model
+        assert model is not None
+        seen = weakref.ref(model)
+        del model
+    gc.collect()
+    assert seen() is None
+    with pytest.raises(RuntimeError, match="closed"):
+        encoder.encode([Caption("a cat")], "prompt")
+
+
+def test_a_text_encoder_whose_weights_do_not_fit_is_an_error(own_checkpoint: Path, family_of: Families) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = own_checkpoint / "text_encoder" / "model.safetensors"
+    state = load_file(path)
+    state["norm.weight"] = torch.ones(7)
+    state.pop("layers.0.mlp.up_proj.weight")
+    save_file(state, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError) as caught, family_of(own_checkpoint).open_text_encoder("cpu"):
+        pass
+    assert "layers.0.mlp.up_proj.weight is missing" in str(caught.value)
+    assert "norm.weight is [7] instead of [64]" in str(caught.value)

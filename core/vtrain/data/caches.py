@@ -1,0 +1,73 @@
+"""The caches of a run: encoded text and video, read by any process and filled by one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vtrain.contract import Caption, DataError, Latents, Problem, Role, Text
+from vtrain.data.fill_text import Report, fill_text
+from vtrain.data.fill_video import fill_video
+from vtrain.data.sample import Sample
+from vtrain.data.stores import Stores
+from vtrain.plan.records import Plan
+
+DROPPED = Caption("")
+"""What a dropped caption is replaced by, with the role "dropped"."""
+
+
+class Caches:
+    """Encoded text by caption and role, encoded video by sample. Nothing is kept in memory."""
+
+    def __init__(self, stores: Stores) -> None:
+        self._stores = stores
+
+    @classmethod
+    def open(cls, plan: Plan) -> Caches:
+        """The caches as they lie on the disk, filled by whichever process. Reads only."""
+        return cls(Stores(plan))
+
+    def text(self, caption: Caption, role: Role) -> Text:
+        """Real tokens only: embeds (1, L, D) in the encoder's type, mask all true. Raises DataError if not cached."""
+        embeds = self._stores.text.read(self._stores.text_key(caption, role))["embeds"][None]
+        return Text(embeds, torch.ones(embeds.shape[:2], dtype=torch.bool))
+
+    def latents(self, sample: Sample) -> Latents:
+        """mean (1, C, f, h, w) fp32. Raises DataError if not cached."""
+        key = self._stores.known_video_key(sample)
+        if key is None:
+            what = "this clip was not encoded, or its file changed since."
+            raise DataError(Problem(sample.id, what, "Start the run again: it will be encoded."))
+        return Latents(self._stores.video.read(key)["mean"][None])
+
+
+@dataclass(frozen=True)
+class Filled:
+    """samples: those that can be trained on, in their order. left_out: sample id -> why its file cannot be used."""
+
+    samples: tuple[Sample, ...]
+    left_out: Mapping[str, str]
+    caches: Caches
+
+
+def fill_caches(
+    plan: Plan, samples: Sequence[Sample], extra_texts: Sequence[tuple[Caption, Role]], device: str, report: Report
+) -> Filled:
+    """Encode what is missing: text, then video, their models one after the other, each loaded only if needed.
+
+    extra_texts: prompts beside the samples' captions; the dropped caption is added if the run drops any. report: told
+    ("text" | "video", done, total). May be interrupted at any time: what is on the disk is whole, and is not made
+    again. Raises DataError for a full disk, a bad file where the configuration says stop, or no usable clip left.
+    """
+    stores = Stores(plan)
+    texts: list[tuple[Caption, Role]] = [(sample.caption, "prompt") for sample in samples]
+    if plan.config.train.caption_dropout > 0:
+        texts.append((DROPPED, "dropped"))
+    fill_text(stores, [*texts, *extra_texts], device, report)
+    left_out = fill_video(stores, samples, device, report)
+    kept = tuple(sample for sample in samples if sample.id not in left_out)
+    if samples and not kept:
+        raise DataError(Problem(name, f"{reason}.") for name, reason in left_out.items())
+    return Filled(kept, left_out, Caches(stores))

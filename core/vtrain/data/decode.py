@@ -1,0 +1,156 @@
+"""Decoding: a sample's frames, upright, at their times, cropped and brought to the bucket by one antialiased resample."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import chain
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vtrain.data.sample import Sample
+from vtrain.data.timing import SLACK, on_screen
+from vtrain.data.video import FileFault, Orientation, faults, open_video
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+TRANSFORM_VERSION = 1
+"""Raised when the pixels that this module makes of a file change: part of every video key."""
+
+_CHUNK = 1 << 20
+_IN_MEMORY = 256 << 20
+_SEEK_SECONDS = 2.0
+"""A window that starts later than this is sought; before, decoding from the first frame costs less."""
+
+
+@contextmanager
+def hashed(stream: BinaryIO) -> Iterator[tuple[str, BinaryIO]]:
+    """SHA-256 of all its bytes, and a file with the same bytes from their start. Raises FileFault.
+
+    A local file is read once and rewound (its pages are then in memory); others are spooled, so that nothing is
+    fetched twice.
+    """
+    with ExitStack() as stack:
+        local = isinstance(stream, io.BufferedReader)
+        copy = stream if local else stack.enter_context(_spool())
+        digest = hashlib.sha256()
+        with faults("cannot be read"):
+            while chunk := stream.read(_CHUNK):
+                digest.update(chunk)
+                if not local:
+                    copy.write(chunk)
+            copy.seek(0)
+        yield digest.hexdigest(), copy
+
+
+def _spool() -> BinaryIO:
+    return cast("BinaryIO", tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY))
+
+
+def decode(stream: BinaryIO, sample: Sample) -> Tensor:
+    """uint8 (3, F, h, w) in the sample's shape. Raises FileFault, with both counts if frames are missing."""
+    if sample.times[0] > _SEEK_SECONDS:
+        pixels = _decode(stream, sample, seek=True)
+        if pixels is not None:
+            return pixels
+        stream.seek(0)  # the file cannot be sought that precisely: take it from its first frame
+    pixels = _decode(stream, sample, seek=False)
+    if pixels is None:
+        raise FileFault("its first frame comes after the window's start")
+    return pixels
+
+
+def unit_range(pixels: Tensor) -> Tensor:
+    """uint8 -> fp32 in [-1, 1], on the same device."""
+    return pixels.float().div_(127.5).sub_(1.0)
+
+
+def _decode(stream: BinaryIO, sample: Sample, *, seek: bool) -> Tensor | None:
+    """None if the first frame that could be had comes too late."""
+    times, shape = sample.times, sample.shape
+    pixels = torch.empty((3, *shape), dtype=torch.uint8)
+    done, last, picture = 0, None, None
+    try:
+        with open_video(stream, torch.get_num_threads()) as (container, video), faults("cannot be decoded"):
+            for frame in on_screen(_frames(container, video, times[0] if seek else None), times):
+                if frame is not last:
+                    last, picture = frame, _picture(frame, sample)
+                pixels[:, done] = cast("Tensor", picture)
+                done += 1
+    except FileFault as fault:
+        if done:
+            raise FileFault(f"{fault.reason}, {_missing(done, sample)}", lasting=fault.lasting) from fault
+        if not seek:
+            raise
+    if done == 0 and seek:
+        return None
+    if done < shape.frames:
+        raise FileFault(f"{_missing(done, sample)}: is it truncated?")
+    return pixels
+
+
+def _missing(done: int, sample: Sample) -> str:
+    return f"only {done} of {sample.shape.frames} frames could be decoded"
+
+
+Stamped = tuple[float, float, "VideoFrame"]
+"""(time, duration, frame) in seconds."""
+
+
+def _frames(container: InputContainer, video: VideoStream, seek: float | None) -> Iterator[Stamped]:
+    """Frames with times since the first one; from the key frame before `seek` on, if given. Raises FileFault."""
+    frames = _stamped(container, video)
+    first = next(frames, None)
+    if first is None:
+        return
+    origin = first[0]
+    if seek is None or video.time_base is None:
+        frames = chain([first], frames)
+    else:
+        container.seek(int((origin + seek - SLACK) / video.time_base), stream=video, backward=True)
+        frames = _stamped(container, video)
+    for time, duration, frame in frames:
+        yield time - origin, duration, frame
+
+
+def _stamped(container: InputContainer, video: VideoStream) -> Iterator[Stamped]:
+    """Frames with the file's own times. Raises FileFault for a frame without a time, or one that goes back."""
+    nominal = 1 / float(video.average_rate) if video.average_rate else 0.0
+    before = None
+    for frame in container.decode(video):
+        stamp = frame.pts if frame.pts is not None else frame.dts
+        if stamp is None or frame.time_base is None:
+            raise FileFault("its frames have no timestamps")
+        time = float(stamp * frame.time_base)
+        if before is not None and time < before:
+            raise FileFault(f"its timestamps go back, from {before:.3f} s to {time:.3f} s")
+        before = time
+        yield time, float(frame.duration * frame.time_base) or nominal, frame
+
+
+def _picture(frame: VideoFrame, sample: Sample) -> Tensor:
+    """One frame -> uint8 (3, h, w) in the bucket. Raises FileFault."""
+    if frame.is_corrupt:
+        raise FileFault("holds a damaged frame")
+    stored = cast("np.ndarray[Any, np.dtype[np.uint8]]", frame.to_ndarray(format="rgb24"))
+    upright = Orientation.of(frame).upright(stored)
+    if upright.shape[:2] != (sample.picture.height, sample.picture.width):
+        found = f"{upright.shape[1]}x{upright.shape[0]}"
+        raise FileFault(f"its picture size changes from {sample.picture} to {found}")
+    left, top, width, height = sample.box
+    part = np.ascontiguousarray(upright[top : top + height, left : left + width])
+    pixels = torch.from_numpy(part).permute(2, 0, 1)[None]
+    size = (sample.shape.height, sample.shape.width)
+    if pixels.shape[2:] != size:
+        pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)
+    return pixels[0]

@@ -1,0 +1,84 @@
+"""What a file's header says of its video: codec, size, length. One frame is decoded, to see that it can be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, BinaryIO
+
+from vtrain.data.video import FileFault, Orientation, faults, open_video
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
+
+_SQUARE = 0.01
+"""Pixel aspects this near to 1 count as 1: encoders write such ratios (512/513) when they round a size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A file's video stream.
+
+    width, height: stored pixels of the upright picture. pixel_aspect: a pixel's width by its height, upright.
+    frames: in the file. duration: seconds from the first frame's start to the last one's end.
+    """
+
+    codec: str
+    width: int
+    height: int
+    pixel_aspect: float
+    frames: int
+    duration: float
+
+    @property
+    def rate(self) -> float:
+        """Frames per second, on average."""
+        return self.frames / self.duration
+
+
+def probe(stream: BinaryIO) -> Probe:
+    """Read the header; where it lacks length or count, walk the packets. Raises FileFault."""
+    with open_video(stream) as (container, video):
+        length = _header(video)
+        with faults("its first frame cannot be decoded"):
+            frame = next(container.decode(video), None)
+        if frame is None:
+            raise FileFault("not one frame can be decoded")
+        turned = Orientation.of(frame)
+        aspect = float(video.sample_aspect_ratio or 1) or 1.0
+        width, height, codec = frame.width, frame.height, video.codec_context.name
+    if length is None:
+        stream.seek(0)
+        with open_video(stream) as (container, video), faults("its packets cannot be read"):
+            length = _walk(container, video)
+    if turned.transpose:
+        width, height, aspect = height, width, 1 / aspect
+    return Probe(codec, width, height, 1.0 if abs(aspect - 1) <= _SQUARE else aspect, *length)
+
+
+def _header(video: VideoStream) -> tuple[int, float] | None:
+    """(frames, seconds) if the header has both."""
+    if not video.frames or not video.duration or video.duration < 0 or video.time_base is None:
+        return None
+    return video.frames, float(video.duration * video.time_base)
+
+
+def _walk(container: InputContainer, video: VideoStream) -> tuple[int, float]:
+    """(frames, seconds) counted from the packets. Raises FileFault."""
+    count, first, last, end = 0, None, None, None
+    for packet in container.demux(video):
+        stamp = packet.pts if packet.pts is not None else packet.dts
+        if not packet.size or packet.is_discard or stamp is None:
+            continue
+        count += 1
+        after = stamp + (packet.duration or 0)
+        first = stamp if first is None else min(first, stamp)
+        last = stamp if last is None else max(last, stamp)
+        end = after if end is None else max(end, after)
+    if first is None or last is None or end is None or video.time_base is None:
+        raise FileFault("its frames have no timestamps")
+    if end <= last and count > 1:  # the last packet has no duration: give it the mean one
+        end = last + round((last - first) / (count - 1))
+    if end <= first:
+        raise FileFault("its length is unknown: one frame without a duration")
+    return count, float((end - first) * video.time_base)

@@ -1,0 +1,49 @@
+"""Where a run's encoded text and video lie: entries and the keys that name them."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from vtrain.contract import Caption, Role
+from vtrain.data import hashes
+from vtrain.data.decode import TRANSFORM_VERSION
+from vtrain.data.entries import Entries
+from vtrain.data.keys import text_key, video_key
+from vtrain.data.ledger import ContentHashes
+from vtrain.data.sample import Sample
+from vtrain.plan.records import Plan
+
+
+class Stores:
+    """The cache folder as this run's family sees it. Fingerprints are taken at their first use: they hash weights."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        folder = plan.config.cache.dir
+        self.text, self.video = Entries(folder, "text"), Entries(folder, "video")
+        self._contents = ContentHashes(folder)
+        self._hash_file = hashes.FileHashes(folder / hashes.FILE)
+
+    @cached_property
+    def _text_fingerprint(self) -> str:
+        return self.plan.family.text_fingerprint(self._hash_file)
+
+    @cached_property
+    def _video_fingerprint(self) -> str:
+        return self.plan.family.video_fingerprint(self._hash_file)
+
+    def location(self, sample: Sample) -> str:
+        """The place of the sample's dataset in the ledger."""
+        return self.plan.datasets[sample.place].backend.location
+
+    def text_key(self, caption: Caption, role: Role) -> str:
+        return text_key(caption, role, self._text_fingerprint)
+
+    def video_key(self, sample: Sample, content: str) -> str:
+        """content: SHA-256 of the source's bytes."""
+        return video_key(content, sample, TRANSFORM_VERSION, self._video_fingerprint)
+
+    def known_video_key(self, sample: Sample) -> str | None:
+        """By the content hash in the ledger; None if the source's bytes were not read yet."""
+        content = self._contents.of(self.location(sample), sample)
+        return None if content is None else self.video_key(sample, content)

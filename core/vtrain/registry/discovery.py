@@ -62,7 +62,7 @@ def _load(plugin: Installed) -> tuple[list[Registered], list[Failure]]:
             return registrations(plugin, loaded)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # noqa: BLE001 - a module that calls sys.exit() breaks itself only
+    except BaseException as error:  # a module that calls sys.exit() breaks itself only
         return [], [plugin.failure(_described(error, plugin.entry.module))]
 
 

@@ -1,0 +1,110 @@
+"""`vtrain`: the commands. Each imports what it needs when it is called, so that `--help` stays instant."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+app = typer.Typer(
+    name="vtrain",
+    help="Fine-tune video diffusion models. One TOML file describes a run.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+plugins = typer.Typer(help="What is installed.", no_args_is_help=True, rich_markup_mode=None)
+config = typer.Typer(help="The configuration file.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(plugins, name="plugins")
+app.add_typer(config, name="config")
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="the TOML file of the run", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from vtrain import __version__
+
+        typer.echo(f"vtrain {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """Fine-tune video diffusion models. One TOML file describes a run."""
+
+
+@app.command("run")
+def _run(config: ConfigFile) -> None:
+    """Train."""
+    from vtrain.cli.run import run
+
+    run(config)
+
+
+@app.command("plan")
+def _plan(config: ConfigFile, json: Json = False) -> None:
+    """Everything the run would do, priced, without loading a weight."""
+    from vtrain.cli.plan import plan
+
+    plan(config, json)
+
+
+@plugins.command("list")
+def _plugins_list(json: Json = False) -> None:
+    """Every installed part, and below them what cannot be used and why."""
+    from vtrain.cli.plugins import list_plugins
+
+    list_plugins(json)
+
+
+@plugins.command("show")
+def _plugins_show(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="name of a part", show_default=False)],
+    kind: Annotated[Optional[str], typer.Option("--kind", help="only the part of this kind")] = None,  # noqa: UP045
+    json: Json = False,
+) -> None:
+    """Every option of a part: type, default, limits, meaning."""
+    from vtrain.cli.plugins import show_plugin
+
+    show_plugin(name, kind, json)
+
+
+@config.command("schema")
+def _config_schema() -> None:
+    """The JSON Schema of the file with all installed parts, for editors."""
+    from vtrain.cli.config import print_schema
+
+    print_schema()
+
+
+@config.command("show")
+def _config_show(config: ConfigFile, json: Json = False) -> None:
+    """Every resolved value, and where it comes from."""
+    from vtrain.cli.config import show_config
+
+    show_config(config, json)
+
+
+def main() -> None:
+    """The console script. Errors a user can mend end with exit code 2 and a listing; anything else keeps its traceback."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        from vtrain.cli.report import report_error
+        from vtrain.contract import VtrainError
+
+        if not isinstance(error, VtrainError):
+            raise
+        report_error(error)
+        sys.exit(2)

@@ -1,0 +1,66 @@
+"""Errors and tables to the terminal. Text from files and plugins is shown as it is, never read as markup or as control codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from vtrain.contract import VtrainError
+
+Cells = Sequence[str]
+
+
+def visible(text: str) -> str:
+    """Text with its control characters written out, so that no file or plugin can move the cursor; line breaks and tabs stay."""
+    return "".join(
+        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in text
+    )
+
+
+def report_error(error: VtrainError) -> None:
+    """Every problem on stderr: where, what, remedy."""
+    count = len(error.problems)
+    title = "error:" if count == 1 else f"{count} errors:"
+    lines = [typer.style(title, fg="red", bold=True)]
+    for problem in error.problems:
+        place = f"{problem.where}: " if problem.where else ""
+        lines += _indented(f"{place}{problem.what}", "  ")
+        lines += _indented(problem.remedy, "      ")
+    typer.echo("\n".join(lines), err=True)
+
+
+def _indented(text: str, margin: str) -> list[str]:
+    return [margin + line for line in visible(text).splitlines()]
+
+
+def print_json(value: object) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_table(heads: Cells, rows: Sequence[Cells]) -> None:
+    """Columns: wrapped to the terminal's width there; whole lines, and no colour, into a file or a pipe."""
+    clean = [[visible(cell).replace("\n", " ") for cell in row] for row in rows]
+    if sys.stdout.isatty():
+        _rich_table(heads, clean)
+        return
+    widths = [max(len(row[column]) for row in [heads, *clean]) for column in range(len(heads))]
+    for row in [heads, *clean]:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _rich_table(heads: Cells, rows: Sequence[Cells]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for head in heads:
+        table.add_column(Text(head), overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    Console().print(table)

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -39,10 +40,7 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, named: list[t
     Raises CheckpointError when the state is of other parameters.
     """
     found: dict[str, dict[str, object]] = {}
-    for key, value in load_file(folder / TENSORS).items():
-        name, _, field = key.rpartition(MARK)
-        found.setdefault(name, {})[field] = value
-    for key, value in json.loads((folder / SCALARS).read_text(encoding="utf-8")).items():
+    for key, value in _read(folder):
         name, _, field = key.rpartition(MARK)
         found.setdefault(name, {})[field] = value
     names = {name for name, _ in named}
@@ -63,6 +61,15 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, named: list[t
                 field: _place(value, field, parameter, id(parameter) in counts_on_device)
                 for field, value in found[name].items()
             }
+
+
+def _read(folder: Path) -> list[tuple[str, object]]:
+    try:
+        tensors: dict[str, object] = dict(load_file(folder / TENSORS))
+        scalars: dict[str, object] = dict(json.loads((folder / SCALARS).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise CheckpointError(Problem(str(folder), f"the optimizer's state cannot be read: {error}.")) from error
+    return [*tensors.items(), *scalars.items()]
 
 
 def _fits(state: dict[str, object], parameter: Tensor) -> bool:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from vtrain.contract import Caption, Condition, Denoiser, Family, NoiseLevel, Predict, Sampler, Text
+from vtrain.contract import Caption, Condition, Denoiser, Family, NoiseLevel, Predict, Role, Sampler, Text
+from vtrain.data.batches import pad
 from vtrain.data.caches import Caches
 from vtrain.plan.records import ValidationPlan
 from vtrain.validate.video import to_frames, write_mp4, write_sheet
@@ -22,16 +22,10 @@ class Interrupted(Exception):
     """The user asked to stop while a video was being generated."""
 
 
-def texts(plan: ValidationPlan) -> list[tuple[Caption, str]]:
+def texts(plan: ValidationPlan) -> list[tuple[Caption, Role]]:
     """What has to be in the text cache before validation."""
-    negative: list[tuple[Caption, str]] = [(Caption(plan.negative_prompt), "negative")] if plan.guidance > 1 else []
+    negative: list[tuple[Caption, Role]] = [(Caption(plan.negative_prompt), "negative")] if plan.guidance > 1 else []
     return [(Caption(prompt), "prompt") for prompt in plan.prompts.values()] + negative
-
-
-def padded(text: Text, tokens: int) -> Text:
-    """Text (B, L, D) with zeros and mask False up to `tokens`."""
-    more = tokens - text.mask.shape[1]
-    return Text(pad(text.embeds, (0, 0, 0, more)), pad(text.mask, (0, more)))
 
 
 def guided(denoiser: Denoiser, prompt: Text, negative: Text | None, guidance: float) -> Predict:
@@ -67,8 +61,8 @@ class Validator:
         shape = self.family.latent_shape(self.plan.shape)
         return torch.randn((1, *shape), generator=torch.Generator().manual_seed(self.plan.seed))
 
-    def text(self, caption: str, role: str) -> Text:
-        text = padded(self.caches.text(Caption(caption), role), self.family.text_tokens)
+    def text(self, caption: str, role: Role) -> Text:
+        text = pad([self.caches.text(Caption(caption), role)], self.family.text_tokens)
         return Text(text.embeds.to(self.device), text.mask.to(self.device))
 
     def latents(self, prompt: str) -> Tensor:

@@ -1,0 +1,85 @@
+"""Every job of the project. `nox -s demo` and `nox -s tests` need nothing but nox; all install what constraints.txt pins."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.10.9"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.sessions = ["lint", "types", "tests"]
+
+CONSTRAINTS = "constraints.txt"
+CODE = ("core", "plugins", "sanavideo_plugin", "tests", "benchmarks", "examples", "noxfile.py")
+
+
+def install(session: nox.Session, *more: str, extras: str = "") -> None:
+    """torch alone first: a wheel that is at hand is then taken, and nothing later asks for another."""
+    pinned = next(line for line in Path(CONSTRAINTS).read_text().splitlines() if line.startswith("torch=="))
+    session.install("-q", "-c", CONSTRAINTS, pinned)
+    session.install("-q", "-c", CONSTRAINTS, "-e", f".{extras}", "-e", "./sanavideo_plugin", *more)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Train the tiny checkpoint on real clips; prints where checkpoints, videos and the loss plot are."""
+    install(session, extras="[plot]")
+    session.run("python", "examples/demo.py", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The whole test suite, two workers of one thread each. Arguments after -- go to pytest."""
+    install(session, extras="[test]")
+    session.install("-q", "--no-deps", "-e", "tests/fixtures/toy_plugin")
+    session.run("pytest", "-n", "2", *session.posargs, env={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """ruff: rules and format."""
+    session.install("-q", "-c", CONSTRAINTS, "ruff")
+    session.run("ruff", "check", *CODE)
+    session.run("ruff", "format", "--check", *CODE)
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """mypy --strict on everything that is shipped."""
+    install(session, "types-psutil", extras="[test]")
+    session.install("-q", "-c", CONSTRAINTS, "mypy")
+    session.run("mypy", "core", "plugins", "sanavideo_plugin/vtrain_sanavideo")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Every TOML and Python block and every command of README and docs, run."""
+    install(session, extras="[test]")
+    session.install("-q", "--no-deps", "-e", "tests/fixtures/toy_plugin")
+    session.run("pytest", "tests/docs", *session.posargs)
+
+
+@nox.session
+def plugins(session: nox.Session) -> None:
+    """The conformance kit on every part of ours and on the toy plugin, then the wheels in an empty environment."""
+    install(session, extras="[test]")
+    session.install("-q", "--no-deps", "-e", "tests/fixtures/toy_plugin")
+    session.run("pytest", "-k", "conformance or wheel or toy", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Ratios against bare loops, printed as tables. Takes about half an hour on two cores."""
+    install(session, extras="[test]")
+    for script in ("step.py", "startup.py"):
+        session.run("python", f"benchmarks/{script}", *session.posargs)
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """The 2B model on a GPU, random weights: time and memory against a bare loop on the same card."""
+    install(session)
+    session.run("python", "benchmarks/gpu_sana2b.py", *session.posargs)

@@ -1,0 +1,187 @@
+"""Whole runs of the toy family, as a user starts them: a config file, the `vtrain` command, an output folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+
+TOY_CONFIG = """
+[run]
+output_dir = "out"
+seed = 7
+
+[model]
+use = "toy"
+train = "{train}"
+{lora}
+[precision]
+mixed = "no"
+
+[[data]]
+use = "folder"
+path = "clips"
+
+[cache]
+dir = "{cache}"
+
+[train]
+steps = {steps}
+batch_size = {batch_size}
+accumulate = {accumulate}
+caption_dropout = 0.3
+log_every = {log_every}
+
+[optimizer]
+use = "adamw"
+lr = {lr}
+
+[lr_schedule]
+use = "cosine"
+warmup = "2 steps"
+
+[checkpoint]
+every = "{save} steps"
+"""
+
+LORA = "\n[model.lora]\nrank = {rank}\nalpha = 8.0\ndropout = 0.2\n"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder with a config file and what a run leaves in it."""
+
+    path: Path
+    cache: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.toml"
+
+    @property
+    def output(self) -> Path:
+        return self.path / "out"
+
+    def write(self, more: str = "", train: str = "full", rank: int = 4, **values: Any) -> Path:
+        """Write the config; `more` is appended."""
+        given = {"steps": 6, "batch_size": 2, "accumulate": 1, "log_every": 2, "lr": 1e-3, "save": 3} | values
+        lora = LORA.format(rank=rank) if train == "lora" else ""
+        text = TOY_CONFIG.format(train=train, lora=lora, cache=self.cache.as_posix(), **given)
+        self.config.write_text(text + more, encoding="utf-8")
+        return self.config
+
+    def rows(self) -> list[dict[str, Any]]:
+        """metrics.jsonl without what differs between runs."""
+        lines = (self.output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "memory")} for line in lines]
+
+    def tensors(self, step: int) -> dict[str, Tensor]:
+        """Every tensor of a checkpoint."""
+        folder = self.output / "checkpoints" / f"step-{step:06d}"
+        files = sorted(folder.rglob("*.safetensors"))
+        assert files
+        return {f"{file.relative_to(folder)}:{k}": v for file in files for k, v in load_file(file).items()}
+
+
+def command(*arguments: str | Path, processes: int = 1) -> list[str]:
+    """The command line of `vtrain`, by itself or under torchrun on this machine's CPU."""
+    code = "from vtrain.cli.app import main; main()"
+    if processes == 1:
+        return [sys.executable, "-c", code, *map(str, arguments)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*launcher, "-m", "vtrain.cli", *map(str, arguments)]
+
+
+@pytest.fixture
+def vtrain() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `vtrain` in a process of its own, one thread, and give what it printed."""
+
+    def run(*arguments: str | Path, processes: int = 1, check: int | None = 0) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            command(*arguments, processes=processes), capture_output=True, text=True, env=environment(), timeout=240
+        )
+        assert check is None or done.returncode == check, done.stdout + done.stderr
+        return done
+
+    return run
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start `vtrain` and go on; whatever still runs at the end of the test is killed."""
+    running: list[subprocess.Popen[str]] = []
+
+    def begin(*arguments: str | Path, processes: int = 1) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            command(*arguments, processes=processes),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment(),
+        )
+        running.append(process)
+        return process
+
+    yield begin
+    for process in running:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def write_clip(path: Path, width: int, height: int, frames: int, seed: int) -> None:
+    """A moving gradient at 8 fps, H.264."""
+    grid = np.indices((height, width)).sum(0)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(8))
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for number in range(frames):
+            ramp = (grid * (seed + 1) + number * 8) % 256
+            picture = np.stack([ramp, 255 - ramp, np.full_like(ramp, seed * 30)], -1).astype(np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+@pytest.fixture(scope="session")
+def toy_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five captioned clips of two shapes, and a cache that all runs share."""
+    folder = tmp_path_factory.mktemp("toy")
+    (folder / "clips").mkdir()
+    for seed, (width, height) in enumerate([(64, 64), (96, 64), (64, 64), (96, 64), (64, 64)]):
+        write_clip(folder / "clips" / f"clip_{seed}.mp4", width, height, 9, seed)
+        (folder / "clips" / f"clip_{seed}.txt").write_text(f"gradient number {seed}", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path, toy_clips: Path) -> Folder:
+    (tmp_path / "clips").symlink_to(toy_clips / "clips")
+    return Folder(tmp_path, toy_clips / "cache")
+
+
+@pytest.fixture
+def another(tmp_path_factory: pytest.TempPathFactory, toy_clips: Path) -> Callable[[], Folder]:
+    """More folders beside `folder`, with the same clips and cache."""
+
+    def make() -> Folder:
+        path = tmp_path_factory.mktemp("another")
+        (path / "clips").symlink_to(toy_clips / "clips")
+        return Folder(path, toy_clips / "cache")
+
+    return make

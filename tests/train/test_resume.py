@@ -1,0 +1,170 @@
+"""A run that is killed and resumed is the same run, bit for bit; and what a resume allows to change."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+Start = Callable[..., subprocess.Popen[str]]
+SMOOTH = '\n[[regularizer]]\nuse = "toy-smooth"\nblock = 1\nweight = 0.1\n'
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    for _ in range(1200):
+        if path.exists() or process.poll() is not None:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{path} never came")
+
+
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_a_killed_and_resumed_run_is_the_same_run_bit_for_bit(folder, another, vtrain: Run, start: Start, train: str) -> None:
+    """Kill -9 somewhere after the first checkpoint, within an accumulation or not: weights, optimizer and numbers agree."""
+    settings = {"train": train, "steps": 40, "save": 5, "accumulate": 2, "log_every": 4, "more": SMOOTH}
+    straight = another()
+    vtrain("run", straight.write(**settings))
+    process = start("run", folder.write(**settings))
+    wait_for(folder.output / "checkpoints" / "step-000005", process)
+    process.kill()
+    process.wait()
+    saved = sorted(path.name for path in (folder.output / "checkpoints").glob("step-??????"))
+    assert saved
+    assert saved[-1] != "step-000040", "the run was over before it could be killed"
+    resumed = vtrain("run", folder.config)
+    assert "going on from" in resumed.stdout
+    assert folder.rows() == straight.rows()
+    assert [row["step"] for row in folder.rows()] == list(range(1, 41))
+    expected, got = straight.tensors(40), folder.tensors(40)
+    assert expected.keys() == got.keys()
+    assert any("regularizers" in name for name in got)
+    assert any("optimizer" in name for name in got)
+    for name, value in expected.items():
+        assert torch.equal(value, got[name]), name
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_ends_cleanly_and_the_run_goes_on_from_there(
+    folder, another, vtrain: Run, start: Start, number: signal.Signals, code: int
+) -> None:
+    settings = {"steps": 300, "save": 1000, "log_every": 5}
+    process = start("run", folder.write(**settings))
+    wait_for(folder.output / "metrics.jsonl", process)
+    process.send_signal(number)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == code, printed
+    assert "stopped as asked; run the same command to go on" in printed
+    assert "Traceback" not in printed
+    saved = list((folder.output / "checkpoints").iterdir())
+    assert len(saved) == 1
+    done = int(saved[0].name.removeprefix("step-"))
+    assert 0 < done < 300
+    assert len(folder.rows()) == done
+    shorter = {**settings, "steps": done + 3}
+    folder.write(**shorter)
+    printed = vtrain("run", folder.config).stdout
+    assert f"changed since: train.steps: 300 -> {done + 3}" in printed
+    assert [row["step"] for row in folder.rows()] == list(range(1, done + 4))
+
+
+def test_changes_that_may_be_made_are_applied_and_shown(folder, vtrain: Run) -> None:
+    folder.write(steps=3)
+    vtrain("run", folder.config)
+    folder.write(steps=6, lr=5e-4, log_every=1)
+    printed = vtrain("run", folder.config).stdout
+    assert "changed since: optimizer.lr: 0.001 -> 0.0005" in printed
+    assert "changed since: train.steps: 3 -> 6" in printed
+    assert max(row["lr"] for row in folder.rows()[3:]) <= 5e-4
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "key"),
+    [
+        ({"train": "lora"}, {"train": "lora", "rank": 8}, "model.lora.rank was 4 and is now 8"),
+        ({}, {"train": "lora"}, 'model.train was "full" and is now "lora"'),
+        ({"batch_size": 2}, {"batch_size": 1}, "train.batch_size was 2 and is now 1"),
+        ({}, {"more": SMOOTH}, 'regularizer.toy-smooth.use was absent and is now "toy-smooth"'),
+    ],
+)
+def test_changes_that_would_make_it_another_run_are_refused(folder, vtrain: Run, before: dict, after: dict, key: str) -> None:
+    vtrain("run", folder.write(steps=3, **before))
+    kept = folder.tensors(3)
+    done = vtrain("run", folder.write(steps=6, **after), check=2)
+    assert key in done.stderr
+    assert "Traceback" not in done.stderr
+    assert kept.keys() == folder.tensors(3).keys()
+
+
+def test_another_model_is_refused(folder, vtrain: Run) -> None:
+    vtrain("run", folder.write(steps=3))
+    text = folder.config.read_text().replace('use = "toy"', 'use = "toy"\nwidth = 48')
+    folder.config.write_text(text)
+    assert "model.width was 32 and is now 48" in vtrain("run", folder.config, check=2).stderr
+
+
+def test_a_flipped_byte_in_the_newest_checkpoint_is_named_and_the_one_before_is_used(folder, another, vtrain: Run) -> None:
+    straight = another()
+    vtrain("run", straight.write(steps=9))
+    vtrain("run", folder.write(steps=6))
+    victim = folder.output / "checkpoints" / "step-000006" / "optimizer.safetensors"
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    printed = vtrain("run", folder.write(steps=9)).stdout
+    assert "optimizer.safetensors is damaged" in printed
+    assert "going on from" in printed
+    assert "3 later steps were cut from metrics.jsonl" in printed
+    # Six steps were planned at first, so the rates of its first three steps are of that shorter cosine.
+    assert [row["samples"] for row in folder.rows()] == [row["samples"] for row in straight.rows()]
+
+
+def test_when_no_checkpoint_is_sound_nothing_is_started_over_them(folder, vtrain: Run) -> None:
+    vtrain("run", folder.write(steps=3))
+    (folder.output / "checkpoints" / "step-000003" / "MANIFEST.json").unlink()
+    done = vtrain("run", folder.config, check=2)
+    assert "no checkpoint here is sound" in done.stderr
+    assert "never finished" in done.stderr
+
+
+def test_never_refuses_a_folder_that_holds_checkpoints(folder, vtrain: Run) -> None:
+    vtrain("run", folder.write(steps=3))
+    folder.write(steps=3)
+    folder.config.write_text(folder.config.read_text().replace("seed = 7", 'seed = 7\nresume = "never"'))
+    assert "holds checkpoints of an earlier run" in vtrain("run", folder.config, check=2).stderr
+
+
+def test_an_earlier_checkpoint_can_be_named_and_later_ones_are_left_behind(folder, vtrain: Run) -> None:
+    vtrain("run", folder.write(steps=6))
+    first = folder.rows()
+    named = folder.output / "checkpoints" / "step-000003"
+    folder.config.write_text(folder.config.read_text().replace("seed = 7", f'seed = 7\nresume = "{named}"'))
+    printed = vtrain("run", folder.config).stdout
+    assert "step-000006.left-behind-1" in printed
+    assert folder.rows() == first
+    assert sorted(p.name for p in (folder.output / "checkpoints").iterdir()) == [
+        "step-000003",
+        "step-000006",
+        "step-000006.left-behind-1",
+    ]
+
+
+def test_a_checkpoint_that_does_not_exist_is_an_error_before_training(folder, vtrain: Run) -> None:
+    folder.write(steps=3)
+    folder.config.write_text(folder.config.read_text().replace("seed = 7", 'seed = 7\nresume = "nowhere"'))
+    done = vtrain("run", folder.config, check=2)
+    assert "no checkpoint folder" in done.stderr
+    assert not folder.output.exists()
+
+
+def test_a_finished_run_has_nothing_to_do(folder, vtrain: Run) -> None:
+    vtrain("run", folder.write(steps=3))
+    before = {path: os.stat(path).st_mtime_ns for path in (folder.output / "checkpoints").rglob("*")}
+    assert "step 3 of 3: all steps are done" in vtrain("run", folder.config).stdout
+    assert before == {path: os.stat(path).st_mtime_ns for path in (folder.output / "checkpoints").rglob("*")}

@@ -1,0 +1,65 @@
+"""Learning rates and intervals against their formulas."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from vtrain.config.tables import LrScheduleTable
+from vtrain.contract import Duration
+from vtrain.train.schedule import Interval, lr_factor
+
+
+def factors(table: LrScheduleTable, steps: int, per_epoch: float = 10.0) -> list[float]:
+    factor = lr_factor(table, steps, per_epoch)
+    return [factor(step) for step in range(steps)]
+
+
+def test_warm_up_rises_in_equal_steps_to_the_full_rate() -> None:
+    got = factors(LrScheduleTable(use="constant", warmup=Duration(4, "steps")), 6)
+    assert got == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_cosine_follows_its_formula_after_the_warm_up_and_ends_at_end() -> None:
+    steps, warmup, end = 21, 5, 0.1
+    got = factors(LrScheduleTable(use="cosine", warmup=Duration(warmup, "steps"), end=end), steps)
+    for step in range(warmup, steps):
+        progress = (step - (warmup - 1)) / (steps - warmup)
+        assert got[step] == pytest.approx(end + (1 - end) * 0.5 * (1 + math.cos(math.pi * progress)), abs=1e-12)
+    assert got[-1] == pytest.approx(end)
+    assert got[warmup - 1] == 1.0
+
+
+def test_linear_falls_in_equal_steps() -> None:
+    got = factors(LrScheduleTable(use="linear", end=0.0), 5)
+    assert got == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.0])
+
+
+def test_a_warm_up_in_epochs_counts_steps_per_epoch() -> None:
+    assert factors(LrScheduleTable(use="constant", warmup=Duration(0.4, "epochs")), 5, per_epoch=10) == [
+        0.25,
+        0.5,
+        0.75,
+        1.0,
+        1.0,
+    ]
+
+
+def test_a_warm_up_longer_than_the_run_never_passes_one() -> None:
+    got = factors(LrScheduleTable(use="cosine", warmup=Duration(100, "steps")), 10)
+    assert got == [pytest.approx((step + 1) / 100) for step in range(10)]
+
+
+def test_an_interval_in_steps_is_a_pure_function_of_the_step() -> None:
+    interval = Interval(Duration(3, "steps"), 10, 0.0)
+    assert [step for step in range(1, 10) if interval.due(step, 1e9)] == [3, 6, 9]
+
+
+def test_an_interval_in_epochs_is_due_after_whole_epochs() -> None:
+    interval = Interval(Duration(0.5, "epochs"), 8, 0.0)
+    assert [step for step in range(1, 13) if interval.due(step, 0.0)] == [4, 8, 12]
+
+
+def test_an_interval_in_seconds_is_due_once_that_time_has_passed_and_then_starts_again() -> None:
+    interval = Interval(Duration.parse("1 min"), 10, 0.0)
+    assert [interval.due(1, now) for now in (0.0, 59.0, 61.0, 62.0, 121.0)] == [False, False, True, False, True]

@@ -98,11 +98,12 @@ class SanaVideoFlow:
         return NoiseLevel(sigma=(above.double() / below).float(), timestep=timestep.float())
 
     def corrupt(self, clean: Tensor, noise: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        """(noisy, target) in fp32."""
+        """(noisy, target), computed in fp32 and returned in the type of `clean`."""
         sigma = level.sigma.to(clean.device).float()
         spread = sigma[:, None, None, None, None] if sigma.ndim == 1 else sigma[:, None, :, None, None]
         first, last = clean.float(), noise.float()
-        return (1 - spread) * first + spread * last, last - first
+        noisy = (1 - spread) * first + spread * last
+        return noisy.to(clean.dtype), (last - first).to(clean.dtype)
 
     def solve(
         self, predict: Predict, noise: Tensor, steps: int, on_step: Callable[[int, Tensor], None] | None = None

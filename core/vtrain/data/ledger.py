@@ -127,17 +127,11 @@ class Ledger(AbstractContextManager["Ledger"]):
 
 
 class ContentHashes:
-    """The ledger's content hashes, read-only: for any process, for threads one at a time."""
+    """The ledger's content hashes, read-only. Each process opens its own, never one from before a fork."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
         self._db: sqlite3.Connection | None = None
-
-    def __getstate__(self) -> Path:
-        return self.path
-
-    def __setstate__(self, path: Path) -> None:
-        self.path, self._db = path, None
 
     def of(self, location: str, sample: Sample) -> str | None:
         """The content hash of a sample's file, or None if its bytes were not read yet. Raises DataError."""

@@ -37,7 +37,10 @@ class Probe:
 
 
 def probe(stream: BinaryIO) -> Probe:
-    """Read the header; where it lacks length or count, walk the packets. Raises FileFault."""
+    """Read the header; where it lacks length or count, walk the packets. Raises FileFault.
+
+    MP4 headers sum decoding times: where a variable rate meets B-frames the length can come out a little short.
+    """
     with open_video(stream) as (container, video):
         length = _header(video)
         with faults("its first frame cannot be decoded"):

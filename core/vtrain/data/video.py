@@ -66,8 +66,8 @@ def open_video(stream: BinaryIO, threads: int = 1) -> Iterator[tuple[InputContai
     with container:
         moving = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
         if not moving:
-            kinds = sorted({s.type for s in container.streams})
-            raise FileFault(f"holds no video, only {' and '.join(kinds) or 'an empty container'}")
+            sound = any(s.type == "audio" for s in container.streams)
+            raise FileFault("holds no video, only sound" if sound else "holds no video; is it truncated?")
         video = moving[0]
         if video.codec_context is None:
             raise FileFault("its codec is unknown to this build of ffmpeg")

@@ -86,6 +86,10 @@ class FamilySubject:
     @pytest.fixture(scope="class")
     @classmethod
     def example(cls, family: Family, clip: ClipShape) -> Example:
+        return cls.example_of(family, clip)
+
+    @classmethod
+    def example_of(cls, family: Family, clip: ClipShape) -> Example:
         latents = family.latent_shape(clip)
         with family.open_text_encoder("cpu") as encoder, torch.no_grad():
             text = padded(encoder.encode(CAPTIONS, "prompt"), family.text_tokens)

@@ -1,0 +1,341 @@
+"""Every rule of the family kit fails for a toy family that breaks it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from vtrain_toy.codec import ToyCodec
+from vtrain_toy.denoiser import ToyDenoiser, build_denoiser
+from vtrain_toy.family import ToyFamily, ToyOptions
+from vtrain_toy.text import ToyTextEncoder
+from vtrain_toy.transformer import ToyTransformer
+
+from vtrain.contract import Caption, ClipShape, Condition, Latents, LatentShape, NoiseLevel, Problem, Size, Text
+from vtrain.testing import FamilyTests
+
+CLIP = ClipShape(9, 32, 48)
+counter = itertools.count()
+Subject = dict[str, Any]
+
+
+def family(**members: object) -> ToyFamily:
+    """A toy family with members of its class replaced."""
+    broken = type("BrokenFamily", (ToyFamily,), members)
+    made: ToyFamily = broken(ToyOptions())
+    for name, value in members.items():
+        if not callable(value):
+            setattr(made, name, value)
+    return made
+
+
+def kit(**subject: object) -> Subject:
+    return subject
+
+
+def geometry(**members: object) -> Subject:
+    return kit(family=family(**members))
+
+
+def shaped(**members: object) -> Subject:
+    return kit(family=family(**members), clip=CLIP)
+
+
+class Encoder(ToyTextEncoder):
+    """A text encoder whose result passes through `change`."""
+
+    def __init__(self, change: Callable[[Text, Sequence[Caption]], Text]) -> None:
+        self.change = change
+
+    def encode(self, captions: Sequence[Caption], role: Any) -> Text:
+        return self.change(super().encode(captions, role), captions)
+
+
+def text(change: Callable[[Text, Sequence[Caption]], Text], **more: object) -> Subject:
+    return kit(text_encoder=Encoder(change), **more)
+
+
+def long_text(given: Text, captions: Sequence[Caption]) -> Text:
+    return Text(given.embeds.repeat(1, 9, 1), given.mask.repeat(1, 9))
+
+
+class Codec(ToyCodec):
+    """A codec whose latents or pixels pass through a change."""
+
+    def __init__(
+        self, encoded: Callable[[Tensor], Tensor] | None = None, decoded: Callable[[Tensor], Tensor] | None = None
+    ):
+        self.encoded = encoded or (lambda latents: latents)
+        self.decoded = decoded or (lambda pixels: pixels)
+
+    def encode(self, pixels: Tensor, *, std: bool = False) -> Latents:
+        latents = super().encode(pixels, std=std)
+        return Latents(self.encoded(latents.mean), latents.std)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.decoded(super().decode(latents))
+
+
+class RememberingCodec(ToyCodec):
+    """Its latents keep something of the clip before."""
+
+    before: float = 0.0
+
+    def encode(self, pixels: Tensor, *, std: bool = False) -> Latents:
+        latents = super().encode(pixels, std=std)
+        result = Latents(latents.mean + self.before, latents.std)
+        self.before = float(latents.mean.sum())
+        return result
+
+
+class CroppingCodec(ToyCodec):
+    def encode(self, pixels: Tensor, *, std: bool = False) -> Latents:
+        _, _, frames, height, width = pixels.shape
+        return super().encode(
+            pixels[:, :, : frames - (frames - 1) % 4, : height - height % 16, : width - width % 16], std=std
+        )
+
+
+class SpreadlessCodec(ToyCodec):
+    def encode(self, pixels: Tensor, *, std: bool = False) -> Latents:
+        return super().encode(pixels)
+
+
+class Denoiser(ToyDenoiser):
+    """A denoiser with methods replaced, on a fresh network."""
+
+    def __init__(self, transformer: type[ToyTransformer] = ToyTransformer) -> None:
+        torch.manual_seed(0)
+        super().__init__(transformer(32, 3))
+
+
+class Misshapen(Denoiser):
+    def predict(self, *inputs: Any) -> Tensor:
+        return super().predict(*inputs)[:, :, :-1]
+
+
+class Mixing(Denoiser):
+    def predict(self, *inputs: Any) -> Tensor:
+        prediction = super().predict(*inputs)
+        return prediction + 0.01 * prediction.mean(0, keepdim=True)
+
+
+class Unmasked(Denoiser):
+    def predict(self, noisy: Tensor, level: NoiseLevel, condition: Condition) -> Tensor:
+        everything = Text(condition.text.embeds, torch.ones_like(condition.text.mask))
+        return super().predict(noisy, level, Condition(everything))
+
+
+class Textless(Denoiser):
+    def predict(self, noisy: Tensor, level: NoiseLevel, condition: Condition) -> Tensor:
+        nothing = Text(torch.zeros_like(condition.text.embeds), torch.ones_like(condition.text.mask))
+        return super().predict(noisy, level, Condition(nothing))
+
+
+class Levelless(Denoiser):
+    def predict(self, noisy: Tensor, level: NoiseLevel, condition: Condition) -> Tensor:
+        return super().predict(noisy, NoiseLevel(level.sigma, torch.zeros_like(level.timestep)), condition)
+
+
+class WithIdleWeight(ToyTransformer):
+    def __init__(self, width: int, blocks: int) -> None:
+        super().__init__(width, blocks)
+        self.idle = nn.Parameter(torch.ones(3))
+
+
+class SavingOthers(Denoiser):
+    def save(self, folder: Path) -> None:
+        build_denoiser(32, 3, 7, None).save(folder)
+
+
+class Reentrant(ToyTransformer):
+    """The old form of checkpointing, in which a hook on a block sees a tensor outside the graph."""
+
+    def _through(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            again: Tensor = checkpoint(block, *inputs, use_reentrant=True)
+            return again
+        return super()._through(block, *inputs)
+
+
+class RunningTwice(ToyTransformer):
+    def _through(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+        return super()._through(block, super()._through(block, *inputs), *inputs[1:])
+
+
+class Scaling(ToyTransformer):
+    """Checkpointing changes the result a little."""
+
+    def _through(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+        return super()._through(block, *inputs) * (1.001 if self.checkpointing else 1.0)
+
+
+class Swapped(Denoiser):
+    def fold(self, tap: Tensor, latents: LatentShape) -> Tensor:
+        return super().fold(tap, latents).transpose(2, 3)
+
+
+class NeverCheckpointing(Denoiser):
+    def gradient_checkpointing(self, on: bool) -> None:
+        return
+
+
+class OddTarget(ToyDenoiser):
+    lora_targets = ("to_q", "to_gate")  # type: ignore[assignment]
+
+
+class Forgetful(ToyDenoiser):
+    def load_lora(self, folder: Path) -> dict[str, Tensor]:
+        return dict(list(super().load_lora(folder).items())[1:])
+
+
+def another(self: ToyFamily, device: str, dtype: str, weights: Path | None = None) -> ToyDenoiser:
+    return build_denoiser(32, 3, next(counter), None)
+
+
+def always_fp32(self: ToyFamily, device: str, dtype: str, weights: Path | None = None) -> ToyDenoiser:
+    return build_denoiser(32, 3, 0, None)
+
+
+def with_denoiser(kind: type[ToyDenoiser]) -> ToyFamily:
+    def load(self: ToyFamily, device: str, dtype: str, weights: Path | None = None) -> ToyDenoiser:
+        return kind(ToyTransformer(32, 3))
+
+    return family(load_denoiser=load)
+
+
+def keeping(opened: Callable[[], object]) -> Callable[..., Any]:
+    """An open_... method that never lets go of what it opened."""
+
+    @contextmanager
+    def opening(self: ToyFamily, device: str) -> Iterator[object]:
+        self.kept = opened()  # type: ignore[attr-defined]
+        yield self.kept  # type: ignore[attr-defined]
+
+    return opening
+
+
+def cropped(self: ToyFamily, clip: ClipShape) -> LatentShape:
+    return LatentShape(12, (clip.frames + 3) // 4, clip.height // 8, clip.width // 8)
+
+
+def unread(self: ToyFamily, hash_file: Callable[[Path], str]) -> str:
+    hash_file(Path(__file__))
+    return "always the same"
+
+
+def example_with(denoiser: ToyDenoiser, **more: object) -> Subject:
+    return kit(denoiser=denoiser, example=FamilyTests.example_of(family(), CLIP), **more)
+
+
+MUTANTS: Mapping[str, Callable[[Path], Subject]] = {
+    "test_the_default_frames_obey_the_frame_rule": lambda _: geometry(default_frames=10),
+    "test_the_default_speed_is_a_number_of_frames_per_second": lambda _: geometry(default_fps=0.0),
+    "test_every_bucket_is_a_multiple_of_the_pixel_stride": lambda _: geometry(default_size=Size(72, 64)),
+    "test_bucket_sets_have_sizes_and_no_size_twice": lambda _: geometry(
+        resolutions=lambda self: {"tiny": (Size(64, 64), Size(64, 64))}
+    ),
+    "test_every_bucket_has_a_latent_shape": lambda _: geometry(
+        latent_shape=lambda self, clip: LatentShape(12, 0, 8, 8)
+    ),
+    "test_latent_shape_refuses_what_the_codec_does_not_take": lambda _: shaped(latent_shape=cropped),
+    "test_latent_frames_stand_for_every_pixel_frame_once": lambda _: shaped(
+        pixel_frames=lambda self, frame: range(4 * frame, 4 * frame + 4)
+    ),
+    "test_counts_agree_with_the_denoiser": lambda _: geometry(parameters=48_175) | kit(denoiser=Denoiser()),
+    "test_a_sound_model_folder_has_no_problem": lambda _: geometry(check=lambda self: (Problem("", "odd"),)),
+    "test_descriptions_are_pairs_of_texts": lambda _: geometry(describe=lambda self: (("blocks", 3),)),
+    "test_fingerprints_are_stable_and_differ_from_each_other": lambda _: geometry(
+        text_fingerprint=lambda self, hash_file: str(next(counter))
+    ),
+    "test_fingerprints_follow_the_files_they_hash": lambda _: geometry(video_fingerprint=unread),
+    "test_embeddings_have_the_familys_shape": lambda _: text(
+        lambda given, _: Text(given.embeds[..., :-1], given.mask), family=family(), role="prompt"
+    ),
+    "test_masks_are_prefixes": lambda _: text(lambda given, _: Text(given.embeds, given.mask.flip(1)), role="prompt"),
+    "test_a_long_caption_keeps_to_the_token_limit": lambda _: text(long_text, family=family()),
+    "test_encoding_a_caption_is_deterministic": lambda _: text(
+        lambda given, _: Text(given.embeds + next(counter), given.mask)
+    ),
+    "test_a_caption_does_not_depend_on_its_batch": lambda _: text(
+        lambda given, _: Text(given.embeds - given.embeds.mean(0), given.mask)
+    ),
+    "test_different_captions_give_different_embeddings": lambda _: text(
+        lambda given, _: Text(torch.ones_like(given.embeds), given.mask)
+    ),
+    "test_no_embedding_is_in_a_graph": lambda _: text(lambda given, _: Text(given.embeds.requires_grad_(), given.mask)),
+    "test_the_text_encoder_is_released": lambda _: geometry(open_text_encoder=keeping(ToyTextEncoder)),
+    "test_latent_arithmetic_equals_a_real_encode": lambda _: kit(
+        family=family(), codec=Codec(lambda latents: torch.cat([latents, latents[:, :, :1]], 2))
+    ),
+    "test_latents_are_finite_fp32_without_a_graph": lambda _: kit(codec=Codec(Tensor.half), clip=CLIP),
+    "test_the_spread_is_given_when_asked": lambda _: kit(codec=SpreadlessCodec(), clip=CLIP),
+    "test_encoding_a_clip_is_deterministic": lambda _: kit(codec=RememberingCodec(), clip=CLIP),
+    "test_encoding_sees_the_pixels": lambda _: kit(codec=Codec(torch.zeros_like), clip=CLIP),
+    "test_encoded_clips_in_a_batch_do_not_see_each_other": lambda _: kit(
+        codec=Codec(lambda latents: latents - 0.01 * latents.mean(0)), clip=CLIP
+    ),
+    "test_decoding_gives_back_the_pixel_shape": lambda _: kit(
+        codec=Codec(decoded=lambda pixels: pixels[:, :, :-1]), clip=CLIP
+    ),
+    "test_decoded_clips_in_a_batch_do_not_see_each_other": lambda _: kit(
+        codec=Codec(decoded=lambda pixels: pixels - 0.01 * pixels.mean(0)), clip=CLIP
+    ),
+    "test_a_clip_off_the_rules_is_refused": lambda _: kit(family=family(), codec=CroppingCodec(), clip=CLIP),
+    "test_the_codec_is_released": lambda _: shaped(open_video_codec=keeping(ToyCodec)),
+    "test_a_prediction_is_shaped_like_its_input": lambda _: example_with(Misshapen()),
+    "test_clips_in_a_batch_do_not_see_each_other": lambda _: example_with(Mixing()),
+    "test_masked_text_does_not_matter": lambda _: example_with(Unmasked()),
+    "test_text_matters": lambda _: example_with(Textless()),
+    "test_the_level_matters": lambda _: example_with(Levelless()),
+    "test_gradients_reach_every_parameter": lambda _: example_with(Denoiser(WithIdleWeight)),
+    "test_loading_is_reproducible": lambda _: geometry(load_denoiser=another),
+    "test_a_saved_denoiser_loads_to_equal_predictions": lambda folder: example_with(
+        SavingOthers(), family=family(), tmp_path=folder
+    ),
+    "test_an_empty_weights_folder_is_an_error": lambda folder: geometry(load_denoiser=another) | kit(tmp_path=folder),
+    "test_bf16_is_a_storage_type": lambda _: kit(
+        family=family(load_denoiser=always_fp32), example=FamilyTests.example_of(family(), CLIP)
+    ),
+    "test_every_block_can_be_tapped": lambda _: example_with(Denoiser(Reentrant), family=family(), on=True),
+    "test_a_tap_folds_to_the_token_grid": lambda _: example_with(Swapped(), family=family()),
+    "test_checkpointing_changes_no_gradient": lambda _: example_with(Denoiser(Scaling)),
+    "test_checkpointing_recomputes_each_block": lambda _: example_with(NeverCheckpointing()),
+    "test_every_adapter_target_names_a_module": lambda _: kit(family=with_denoiser(OddTarget)),
+    "test_a_new_adapter_changes_nothing_and_is_trained": lambda _: kit(
+        family=family(load_denoiser=another), example=FamilyTests.example_of(family(), CLIP)
+    ),
+    "test_a_saved_adapter_loads_unchanged": lambda folder: kit(family=with_denoiser(Forgetful), tmp_path=folder),
+}
+"""Rule -> the arguments that break it."""
+
+
+@pytest.mark.parametrize("rule", MUTANTS)
+def test_the_rule_fails_for_a_family_that_breaks_it(rule: str, tmp_path: Path, breaks: Callable[..., None]) -> None:
+    breaks(FamilyTests(), rule, MUTANTS[rule](tmp_path))
+
+
+def test_every_rule_of_the_family_kit_has_a_mutant(rules_of: Callable[[type], set[str]]) -> None:
+    assert rules_of(FamilyTests) == MUTANTS.keys()
+
+
+def test_a_block_that_runs_twice_is_found(breaks: Callable[..., None]) -> None:
+    subject = example_with(Denoiser(RunningTwice), family=family(), on=False)
+    breaks(FamilyTests(), "test_every_block_can_be_tapped", subject)
+
+
+def test_a_denoiser_that_takes_no_adapters_is_skipped_with_the_reason() -> None:
+    class Adapterless:
+        def __init__(self, inner: ToyDenoiser) -> None:
+            self.module, self.blocks = inner.module, inner.blocks
+
+    adapterless = family(load_denoiser=lambda self, device, dtype, weights=None: Adapterless(Denoiser()))
+    with pytest.raises(pytest.skip.Exception, match="SupportsLora"):
+        FamilyTests().test_every_adapter_target_names_a_module(adapterless)

@@ -1,0 +1,316 @@
+"""Every rule of the sampler, regularizer and data backend kits fails for a part that breaks it."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO
+
+import pytest
+import torch
+from torch import Tensor, nn
+from vtrain_toy.smooth import Smooth, SmoothOptions
+from vtrain_toy.smoothness import Smoothness
+
+from vtrain.contract import DataError, LossTerm, Needs, NoiseLevel, Problem, SourceRef, StepView
+from vtrain.testing import DataBackendTests, RegularizerTests, SamplerTests
+from vtrain.testing.data_backend import FILES
+from vtrain.testing.draws import noise
+from vtrain_builtin.flow import Flow, FlowOptions
+
+Subject = dict[str, Any]
+counter = itertools.count(1)
+
+
+def sampler(**members: object) -> Subject:
+    """A flow sampler with methods replaced."""
+    return {"sampler": type("BrokenFlow", (Flow,), members)(FlowOptions(), {})}
+
+
+def clips(**members: object) -> Subject:
+    shape = (2, *SamplerTests.latents)
+    return sampler(**members) | {"clean": noise(shape, 1), "start": noise(shape, 2)}
+
+
+def started(**members: object) -> Subject:
+    return {name: part for name, part in clips(**members).items() if name != "clean"}
+
+
+def global_draw(self: Flow, n: int, generator: torch.Generator) -> NoiseLevel:
+    return self._at(torch.rand(n))
+
+
+def wide_draw(self: Flow, n: int, generator: torch.Generator) -> NoiseLevel:
+    return self._at(torch.randn(n, generator=generator))
+
+
+def constant_draw(self: Flow, n: int, generator: torch.Generator) -> NoiseLevel:
+    return self._at(torch.full((n,), 0.5))
+
+
+def swapped(self: Flow, clean: Tensor, drawn: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+    return Flow.corrupt(self, drawn, clean, level)
+
+
+def in_place(self: Flow, clean: Tensor, drawn: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+    noisy, target = Flow.corrupt(self, clean, drawn, level)
+    return clean.copy_(noisy), target
+
+
+def first_level(self: Flow, clean: Tensor, drawn: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+    return Flow.corrupt(self, clean, drawn, NoiseLevel(level.sigma[:1], level.timestep[:1]))
+
+
+def first_frame(self: Flow, clean: Tensor, drawn: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+    sigma = level.sigma[:, 0] if level.sigma.ndim == 2 else level.sigma
+    return Flow.corrupt(self, clean, drawn, NoiseLevel(sigma, sigma))
+
+
+def wrong_sign(self: Flow, predict: Any, start: Tensor, steps: int, on_step: Any = None) -> Tensor:
+    return Flow.solve(self, lambda noisy, level: -predict(noisy, level), start, steps, on_step)
+
+
+def wrong_level(self: Flow, predict: Any, start: Tensor, steps: int, on_step: Any = None) -> Tensor:
+    return Flow.solve(self, lambda noisy, level: predict(noisy, self._at(level.sigma * 0.95)), start, steps, on_step)
+
+
+def extra_call(self: Flow, predict: Any, start: Tensor, steps: int, on_step: Any = None) -> Tensor:
+    return Flow.solve(self, predict, start, steps + 1, on_step)
+
+
+def counting_from_zero(self: Flow, predict: Any, start: Tensor, steps: int, on_step: Any = None) -> Tensor:
+    report = None if on_step is None else (lambda done, state: on_step(done - 1, state))
+    return Flow.solve(self, predict, start, steps, report)
+
+
+def writing_noise(self: Flow, predict: Any, start: Tensor, steps: int, on_step: Any = None) -> Tensor:
+    return start.copy_(Flow.solve(self, predict, start, steps, on_step))
+
+
+SAMPLERS: Mapping[str, Callable[[], Subject]] = {
+    "test_drawn_levels_are_fp32_in_the_unit_range": lambda: sampler(draw=wide_draw),
+    "test_draws_come_from_the_generator_alone": lambda: sampler(draw=global_draw),
+    "test_draws_differ": lambda: sampler(draw=constant_draw),
+    "test_level_zero_is_clean_and_level_one_is_noise": lambda: clips(corrupt=swapped),
+    "test_corrupt_keeps_the_shape_and_its_inputs": lambda: clips(corrupt=in_place),
+    "test_each_clip_has_its_own_level": lambda: clips(corrupt=first_level),
+    "test_levels_may_differ_by_latent_frame": lambda: clips(corrupt=first_frame),
+    "test_a_perfect_denoiser_is_solved": lambda: clips(solve=wrong_sign),
+    "test_predict_is_told_the_level_of_its_input": lambda: clips(solve=wrong_level),
+    "test_solving_goes_from_noise_to_clean_in_so_many_calls": lambda: started(solve=extra_call),
+    "test_on_step_counts_the_steps_done": lambda: started(solve=counting_from_zero),
+    "test_solving_is_repeatable_and_keeps_its_noise": lambda: started(solve=writing_noise),
+    "test_descriptions_are_texts": lambda: sampler(describe=lambda self: (("shift", 1.0),)),
+}
+
+
+class Loss(Smoothness):
+    """The toy loss, passed through `change`."""
+
+    def __init__(self, change: Callable[[LossTerm, StepView], LossTerm]) -> None:
+        super().__init__(1, RegularizerTests.tap_width, 8, 0.1)
+        self.change = change
+
+    def forward(self, view: StepView) -> LossTerm:
+        return self.change(super().forward(view), view)
+
+
+def loss(change: Callable[[LossTerm, StepView], LossTerm]) -> Subject:
+    return {"regularizer": Smooth(SmoothOptions(block=1)), "module": Loss(change)}
+
+
+def regularizer(**members: object) -> Subject:
+    return {"regularizer": type("BrokenSmooth", (Smooth,), members)(SmoothOptions(block=1))}
+
+
+class Untapped(Smoothness):
+    """It reads a detached tap."""
+
+    def forward(self, view: StepView) -> LossTerm:
+        taps = {number: tap.detach() for number, tap in view.taps.items()}
+        return super().forward(StepView(**{**vars(view), "taps": taps}))
+
+
+class Idle(Smoothness):
+    """It has a weight that no loss reaches."""
+
+    def __init__(self) -> None:
+        super().__init__(1, RegularizerTests.tap_width, 8, 0.1)
+        self.idle = nn.Parameter(torch.ones(2))
+
+
+class Neighbours(Smoothness):
+    """It divides by the number of neighbouring frames, 0 for a picture."""
+
+    def forward(self, view: StepView) -> LossTerm:
+        return LossTerm(super().forward(view).value / (view.taps[1].shape[1] - 1))
+
+
+class Narrow(Smoothness):
+    """It overflows on bf16 taps."""
+
+    def forward(self, view: StepView) -> LossTerm:
+        odd = view.taps[1].dtype is torch.bfloat16
+        return LossTerm(super().forward(view).value * (float("inf") if odd else 1.0))
+
+
+def smoothness(kind: Callable[..., nn.Module]) -> Subject:
+    sizes = (1, RegularizerTests.tap_width, 8, 0.1)
+    return {"regularizer": Smooth(SmoothOptions(block=1)), "module": kind(*sizes)}
+
+
+def write_clean(term: LossTerm, view: StepView) -> LossTerm:
+    view.clean.mul_(2)
+    return term
+
+
+def changing_load(self: Smooth, widths: Mapping[int, int]) -> nn.Module:
+    return Smoothness(1, RegularizerTests.tap_width, 8, 0.1 * next(counter))
+
+
+REGULARIZERS: Mapping[str, Callable[[], Subject]] = {
+    "test_needs_are_pure": lambda: regularizer(needs=lambda self: Needs(taps=(next(counter),))),
+    "test_the_loss_is_a_finite_scalar": lambda: loss(lambda term, _: LossTerm(term.value.expand(2))),
+    "test_the_loss_reaches_every_tap": lambda: smoothness(Untapped),
+    "test_its_own_parameters_are_trained": lambda: smoothness(lambda *_: Idle()),
+    "test_clean_clips_noise_and_targets_get_no_gradient": lambda: loss(write_clean),
+    "test_metrics_are_detached_scalars": lambda: loss(lambda term, _: LossTerm(term.value, {"loss": term.value})),
+    "test_one_latent_frame_is_enough": lambda: smoothness(Neighbours),
+    "test_bf16_taps_are_taken": lambda: smoothness(Narrow),
+    "test_its_state_comes_back": lambda: {
+        "regularizer": type("Changing", (Smooth,), {"load": changing_load})(SmoothOptions(block=1)),
+        "module": Smoothness(1, RegularizerTests.tap_width, 8, 5.0),
+    },
+    "test_descriptions_are_pairs_of_texts": lambda: regularizer(describe=lambda self: (("weight", 0.1),)),
+}
+
+
+class Memory:
+    """A sound backend in memory; its mutants replace members."""
+
+    def __init__(self, files: Mapping[str, bytes] | None = None, location: str = "memory://here") -> None:
+        self.files = None if files is None else dict(files)
+        self.versions = dict.fromkeys(files or (), 1)
+        self.location = location
+
+    def refs(self) -> Iterator[SourceRef]:
+        if self.files is None:
+            raise DataError(Problem(self.location, "There is no such place."))
+        yield from (SourceRef(name, len(data), str(self.versions[name])) for name, data in sorted(self.files.items()))
+
+    def open(self, ref_id: str) -> BinaryIO:
+        if self.files is None or ref_id not in self.files:
+            raise FileNotFoundError(ref_id)
+        return io.BytesIO(self.files[ref_id])
+
+    def rewrite(self, name: str, data: bytes) -> None:
+        assert self.files is not None
+        self.files[name] = data
+        self.versions[name] += 1
+
+
+def changed(change: Callable[[list[SourceRef]], Sequence[SourceRef]]) -> Memory:
+    """A backend whose list of refs passes through `change`."""
+    return type("BrokenMemory", (Memory,), {"refs": lambda self: iter(change(list(Memory.refs(self))))})(FILES)
+
+
+def opening(opened: Callable[[bytes], object]) -> Memory:
+    return type("BrokenMemory", (Memory,), {"open": lambda self, ref_id: opened(self.files[ref_id])})(FILES)
+
+
+class Stream(io.BytesIO):
+    """A file that cannot be read twice."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+class Sharing(Memory):
+    """All readers of a file have one position."""
+
+    shared: dict[str, io.BytesIO]
+
+    def open(self, ref_id: str) -> BinaryIO:
+        if not hasattr(self, "shared"):
+            self.shared = {}
+        return self.shared.setdefault(ref_id, io.BytesIO(FILES[ref_id]))
+
+
+class Timeless(Memory):
+    def rewrite(self, name: str, data: bytes) -> None:
+        assert self.files is not None
+        self.files[name] = data
+
+
+def backend(part: Memory) -> Subject:
+    return {"backend": part}
+
+
+def with_files(part: Memory) -> Subject:
+    return {"backend": part, "files": FILES}
+
+
+BACKENDS: Mapping[str, Callable[[], Subject]] = {
+    "test_every_file_is_listed_once_sorted_by_id": lambda: with_files(changed(lambda refs: refs[::-1])),
+    "test_ids_are_relative_with_forward_slashes": lambda: backend(
+        changed(lambda refs: [SourceRef("/" + ref.id, ref.size, ref.version) for ref in refs])
+    ),
+    "test_sizes_are_true": lambda: with_files(
+        changed(lambda refs: [SourceRef(ref.id, max(ref.size, 1), ref.version) for ref in refs])
+    ),
+    "test_files_open_to_their_bytes": lambda: with_files(opening(lambda data: io.BytesIO(data[:64]))),
+    "test_open_files_can_be_read_anywhere": lambda: with_files(opening(Stream)),
+    "test_two_files_are_open_at_once": lambda: with_files(Sharing(FILES)),
+    "test_listing_is_repeatable": lambda: backend(
+        changed(lambda refs: [SourceRef(ref.id, ref.size, str(next(counter))) for ref in refs])
+    ),
+    "test_a_changed_file_has_another_version": lambda: (lambda part: {"backend": part, "rewrite": part.rewrite})(
+        Timeless(FILES)
+    ),
+    "test_an_absent_file_is_an_os_error": lambda: backend(
+        type("BrokenMemory", (Memory,), {"open": lambda self, ref_id: io.BytesIO()})(FILES)
+    ),
+    "test_a_missing_place_is_a_data_error": lambda: {"missing": Memory({})},
+    "test_the_location_names_the_place_without_secrets": lambda: {
+        "backend": Memory(FILES, "https://me:secret@host/clips"),
+        "missing": Memory(None, "memory://nowhere"),
+    },
+}
+
+
+@pytest.mark.parametrize("rule", SAMPLERS)
+def test_the_rule_fails_for_a_sampler_that_breaks_it(rule: str, breaks: Callable[..., None]) -> None:
+    breaks(SamplerTests(), rule, SAMPLERS[rule]())
+
+
+@pytest.mark.parametrize("rule", REGULARIZERS)
+def test_the_rule_fails_for_a_regularizer_that_breaks_it(rule: str, breaks: Callable[..., None]) -> None:
+    breaks(RegularizerTests(), rule, REGULARIZERS[rule]())
+
+
+@pytest.mark.parametrize("rule", BACKENDS)
+def test_the_rule_fails_for_a_data_backend_that_breaks_it(rule: str, breaks: Callable[..., None]) -> None:
+    breaks(DataBackendTests(), rule, BACKENDS[rule]())
+
+
+def test_every_rule_has_a_mutant(rules_of: Callable[[type], set[str]]) -> None:
+    assert rules_of(SamplerTests) == SAMPLERS.keys()
+    assert rules_of(RegularizerTests) == REGULARIZERS.keys()
+    assert rules_of(DataBackendTests) == BACKENDS.keys()
+
+
+class TestASoundBackend(DataBackendTests):
+    """What the mutants are made from passes every rule."""
+
+    @pytest.fixture
+    def backend(self, files: Mapping[str, bytes]) -> Memory:
+        return Memory(files)
+
+    @pytest.fixture
+    def rewrite(self, backend: Memory) -> Callable[[str, bytes], None]:
+        return backend.rewrite
+
+    @pytest.fixture
+    def missing(self) -> Memory:
+        return Memory(None, "memory://nowhere")

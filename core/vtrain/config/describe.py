@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vtrain.config.schema import options_schema
-from vtrain.config.wording import shown
+from vtrain.config.wording import plain, shown
 from vtrain.contract import Options
 
 _TYPES = {
@@ -97,6 +97,6 @@ def _type(field: dict[str, Any], shared: dict[str, Any]) -> str:
 def _limits(field: dict[str, Any], shared: dict[str, Any]) -> Iterator[str]:
     for key, words in _LIMITS.items():
         if key in field:
-            yield words.format(field[key])
+            yield words.format(plain(field[key]))
     for inner in field.get("anyOf", ()):
         yield from _limits(inner, shared)

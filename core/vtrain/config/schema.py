@@ -29,8 +29,8 @@ def json_schema(catalog: Catalog) -> Schema:
         "properties": properties,
         "required": list(REQUIRED),
         "additionalProperties": False,
-        "allOf": _fixed_samplers(catalog),
         "$defs": shared,
+        **_fixed_samplers(catalog),
     }
 
 
@@ -104,8 +104,8 @@ def _with_part(name: str, core: type[Options], part: Registered, shared: Schema)
     }
 
 
-def _fixed_samplers(catalog: Catalog) -> list[Schema]:
-    """Families that take no other sampler than their own."""
+def _fixed_samplers(catalog: Catalog) -> Schema:
+    """Families that take no other sampler than their own; nothing where there is no such family."""
     rules = []
     for name in catalog.names("family"):
         part = catalog.find("family", name)
@@ -113,4 +113,4 @@ def _fixed_samplers(catalog: Catalog) -> list[Schema]:
             family = {"properties": {"model": {"properties": {"use": {"const": name}}}}}
             sampler = {"properties": {"sampler": {"properties": {"use": {"const": part.spec.sampler}}}}}
             rules.append({"if": family, "then": sampler})
-    return rules
+    return {"allOf": rules} if rules else {}

@@ -50,12 +50,17 @@ def fault(error: ErrorDetails) -> str:
     value = shown(error["input"])
     if sort in _LIMITS:
         key, words = _LIMITS[sort]
-        return f"must be {words.format(context[key])}, got {value}"
+        return f"must be {words.format(plain(context[key]))}, got {value}"
     if sort == "finite_number":
         return f"must be a finite number, got {value}"
     if sort == "value_error":
         return f"{context['error']}; got {value}"
     return _length(error) or f"{error['msg'][:1].lower()}{error['msg'][1:]}; got {value}"
+
+
+def plain(number: float) -> str:
+    """A limit without a needless ".0"."""
+    return str(int(number)) if isinstance(number, float) and number.is_integer() else str(number)
 
 
 def _length(error: ErrorDetails) -> str:

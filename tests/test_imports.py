@@ -1,0 +1,131 @@
+"""What the light commands import, seen in sys.modules of a fresh interpreter."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Python = Callable[..., "subprocess.CompletedProcess[str]"]
+
+HEAVY = {"torch", "diffusers", "transformers", "accelerate"}
+PROBE = """
+import json, sys
+sys.argv = ["vtrain", *json.loads(sys.argv[1])]
+from vtrain.cli.app import main
+try:
+    main()
+except SystemExit as end:
+    code = end.code
+print("\\n" + json.dumps([code, sorted({name.split(".")[0] for name in sys.modules}), sorted(sys.modules)]))
+"""
+GOOD = """
+[run]
+output_dir = "out"
+[model]
+use = "drum"
+path = "m"
+train = "lora"
+[[data]]
+use = "folder"
+path = "clips"
+[train]
+steps = 1
+[optimizer]
+lr = 1.0
+"""
+FAMILY = """
+from pydantic import Field
+from vtrain.contract import FamilySpec, Options, hookimpl
+
+class DrumOptions(Options):
+    path: str = Field(description="where")
+
+@hookimpl
+def vtrain_families():
+    return [FamilySpec("drum", "a family for tests", DrumOptions, lambda options: None, sampler="flow")]
+"""
+
+
+@pytest.fixture
+def imported(python: Python) -> Callable[..., tuple[int, set[str], set[str]]]:
+    """imported("plugins", "list") -> exit code, top-level packages and all modules that the command imported."""
+
+    def run(*arguments: str, path: tuple[Path, ...] = ()) -> tuple[int, set[str], set[str]]:
+        done = python("-c", PROBE, json.dumps(arguments), path=path)
+        assert done.returncode == 0, done.stderr
+        code, packages, modules = json.loads(done.stdout.splitlines()[-1])
+        return code or 0, set(packages), set(modules)
+
+    return run
+
+
+def test_the_probe_sees_a_heavy_import(python: Python) -> None:
+    done = python("-c", "import sys, torch; print('torch' in sys.modules)")
+    assert done.stdout.strip() == "True"
+
+
+def test_help_imports_neither_plugins_nor_pydantic(imported: Callable[..., tuple[int, set[str], set[str]]]) -> None:
+    code, packages, modules = imported("--help")
+    assert code == 0
+    assert not packages & {*HEAVY, "pydantic", "pluggy", "rich", "av", "numpy", "tree_sitter", "vtrain_builtin"}
+    assert not modules & {"vtrain.contract", "vtrain.registry", "vtrain.config"}
+
+
+@pytest.mark.parametrize("arguments", [("plugins", "list"), ("plugins", "list", "--json")])
+def test_listing_plugins_imports_nothing_heavy(
+    imported: Callable[..., tuple[int, set[str], set[str]]], arguments: tuple[str, ...]
+) -> None:
+    code, packages, _ = imported(*arguments)
+    assert code == 0
+    assert not packages & {*HEAVY, "av", "numpy", "tree_sitter"}
+
+
+@pytest.mark.parametrize("arguments", [("plugins", "show", "adamw"), ("config", "schema")])
+def test_describing_options_imports_nothing_heavy(
+    imported: Callable[..., tuple[int, set[str], set[str]]], arguments: tuple[str, ...]
+) -> None:
+    code, packages, _ = imported(*arguments)
+    assert code == 0
+    assert not packages & HEAVY
+
+
+def test_showing_a_configuration_imports_nothing_heavy(
+    imported: Callable[..., tuple[int, set[str], set[str]]], install_plugin: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = install_plugin("drum", FAMILY)
+    (tmp_path / "config.toml").write_text(GOOD)
+    code, packages, _ = imported("config", "show", str(tmp_path / "config.toml"), path=(folder,))
+    assert code == 0
+    assert not packages & HEAVY
+
+
+@pytest.mark.parametrize("command", [("plan",), ("run",), ("config", "show")])
+def test_refusing_a_bad_configuration_imports_nothing_heavy(
+    imported: Callable[..., tuple[int, set[str], set[str]]], tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    (tmp_path / "bad.toml").write_text("[run]\noutput = 3\n")
+    code, packages, _ = imported(*command, str(tmp_path / "bad.toml"))
+    assert code == 2
+    assert not packages & HEAVY
+
+
+def test_the_entry_modules_of_all_installed_plugins_import_nothing_heavy(python: Python) -> None:
+    code = (
+        "import sys; from importlib.metadata import entry_points\n"
+        "names = [entry.load().__name__ for entry in entry_points(group='vtrain.v1')]\n"
+        "print(len(names), *sorted({name.split('.')[0] for name in sys.modules}))"
+    )
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    count, *packages = done.stdout.split()
+    assert int(count) >= 2
+    assert not set(packages) & HEAVY
+
+
+def test_importing_the_contract_imports_nothing_heavy(python: Python) -> None:
+    done = python("-c", "import sys, vtrain.contract; print(*sorted({name.split('.')[0] for name in sys.modules}))")
+    assert not set(done.stdout.split()) & {*HEAVY, "numpy", "av", "rich", "typer"}

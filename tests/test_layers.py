@@ -1,0 +1,230 @@
+"""The layers, held by the imports in the source: each imports only those to its left."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CORE = ROOT / "core" / "vtrain"
+RANK = {
+    "contract": 0,
+    "config": 1,
+    "registry": 1,
+    "plan": 2,
+    "data": 3,
+    "train": 4,
+    "validate": 4,
+    "cli": 5,
+}
+SHIPPED = {"testing", "scaffold"}  # for plugin authors: may use the contract, and nothing in core imports them
+FAMILIES = {"sanavideo", "sana", "wan", "gemma"}
+FOREIGN = {"diffusers", "transformers"}
+
+
+def imports(source: str, *, module_level: bool = False) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of every absolute import; module_level: only those that run when the module is imported."""
+    tree = ast.parse(source)
+    nodes: Iterator[ast.AST] = _at_import(tree) if module_level else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            yield node.lineno, str(node.module)
+            for alias in node.names:
+                yield node.lineno, f"{node.module}.{alias.name}"
+
+
+def _at_import(node: ast.AST) -> Iterator[ast.AST]:
+    """Statements that run at import: not function bodies, not `if TYPE_CHECKING`."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING":
+            continue
+        yield child
+        yield from _at_import(child)
+
+
+def layer_of(name: str) -> str:
+    parts = name.split(".")
+    return parts[1] if parts[0] == "vtrain" and len(parts) > 1 else ""
+
+
+def layer_faults(layer: str, source: str) -> list[str]:
+    """Imports in a module of `layer` that the order of the layers forbids."""
+    faults = []
+    for line, name in imports(source):
+        other = layer_of(name)
+        if not other or other == layer or other == "__version__":
+            continue
+        if (
+            other in SHIPPED
+            or (layer in RANK and RANK.get(other, 99) >= RANK[layer])
+            or (layer in SHIPPED and other != "contract")
+        ):
+            faults.append(f"{line}: {layer} imports {name}")
+    return faults
+
+
+def plugin_faults(package: str, source: str) -> list[str]:
+    """Imports of ours in a plugin that are neither the contract nor its own."""
+    return [
+        f"{line}: {package} imports {name}"
+        for line, name in imports(source)
+        if name.split(".")[0] in ("vtrain", "vtrain_builtin", "vtrain_sanavideo")
+        and name.split(".")[0] != package
+        and name.split(".")[:2] != ["vtrain", "contract"]
+        and name != "vtrain"
+    ] + [
+        f"{line}: {package} imports vtrain itself"
+        for line, name in imports(source)
+        if name == "vtrain" and _bare(source, line)
+    ]
+
+
+def _bare(source: str, line: int) -> bool:
+    """Whether the line is `import vtrain` or takes something other than the contract from it."""
+    return "import contract" not in source.splitlines()[line - 1]
+
+
+def foreign_faults(source: str) -> list[str]:
+    return [f"{line}: {name}" for line, name in imports(source) if name.split(".")[0] in FOREIGN]
+
+
+def family_faults(source: str) -> list[str]:
+    """Names and texts in code, docstrings apart, that are a family's."""
+    tree = ast.parse(source)
+    docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    faults = []
+    for node in ast.walk(tree):
+        words: list[str] = []
+        if isinstance(node, ast.Name):
+            words = [node.id]
+        elif isinstance(node, ast.Attribute):
+            words = [node.attr]
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef | ast.alias):
+            words = [node.name]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
+            words = [node.value]
+        for text in words:
+            said = set("".join(char if char.isalnum() else " " for char in text.lower()).split())
+            faults += (
+                [f"{getattr(node, 'lineno', 0)}: {text}"] if said & FAMILIES or "sanavideo" in text.lower() else []
+            )
+    return faults
+
+
+def modules(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*.py") if "tests" not in path.relative_to(folder).parts)
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def test_there_is_something_to_look_at() -> None:
+    assert len(modules(CORE)) > 20
+    assert {path.name for path in CORE.iterdir() if path.is_dir() and any(path.glob("*.py"))} <= {*RANK, *SHIPPED}
+
+
+@pytest.mark.parametrize("path", modules(CORE), ids=relative)
+def test_a_module_of_core_imports_only_layers_to_its_left(path: Path) -> None:
+    inside = path.relative_to(CORE).parts
+    if len(inside) == 1:
+        assert [name for _, name in imports(path.read_text()) if layer_of(name)] == [], (
+            "the package itself imports no layer"
+        )
+    else:
+        assert layer_faults(inside[0], path.read_text()) == []
+
+
+@pytest.mark.parametrize("path", modules(CORE), ids=relative)
+def test_core_imports_neither_diffusers_nor_transformers_and_names_no_family(path: Path) -> None:
+    source = path.read_text()
+    assert foreign_faults(source) == []
+    if path.relative_to(CORE).parts[0] not in SHIPPED:
+        assert family_faults(source) == []
+
+
+@pytest.mark.parametrize("path", modules(CORE / "contract"), ids=relative)
+def test_the_contract_imports_no_torch_when_it_is_imported(path: Path) -> None:
+    heavy = {"torch", "numpy", "accelerate", "peft", "av", *FOREIGN}
+    assert [name for _, name in imports(path.read_text(), module_level=True) if name.split(".")[0] in heavy] == []
+
+
+@pytest.mark.parametrize(
+    ("package", "folder"),
+    [
+        ("vtrain_builtin", ROOT / "plugins" / "vtrain_builtin"),
+        ("vtrain_sanavideo", ROOT / "sanavideo_plugin" / "vtrain_sanavideo"),
+    ],
+)
+def test_a_plugin_imports_the_contract_and_nothing_else_of_ours(package: str, folder: Path) -> None:
+    found = modules(folder)
+    assert found
+    assert {relative(path): faults for path in found if (faults := plugin_faults(package, path.read_text()))} == {}
+
+
+PLANTED = [
+    ("config", "from vtrain.registry import discover"),
+    ("registry", "import vtrain.config.load"),
+    ("contract", "def f():\n    from vtrain.plan.records import Plan"),
+    ("plan", "from vtrain.data.ledger import Ledger"),
+    ("data", "from vtrain import train"),
+    ("train", "import vtrain.validate"),
+    ("validate", "from vtrain.train.step import step"),
+    ("train", "from vtrain.cli.app import main"),
+    ("cli", "import vtrain.testing"),
+    ("testing", "from vtrain.registry import discover"),
+]
+
+
+@pytest.mark.parametrize(("layer", "source"), PLANTED)
+def test_a_planted_import_to_the_right_is_caught(layer: str, source: str) -> None:
+    assert layer_faults(layer, source)
+
+
+@pytest.mark.parametrize(
+    "source", ["from vtrain.contract import Plan", "import torch", "from vtrain import __version__"]
+)
+def test_an_allowed_import_is_not_caught(source: str) -> None:
+    assert layer_faults("plan", source) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["from vtrain.config import load", "import vtrain", "from vtrain import plan", "import vtrain_sanavideo.flow"],
+)
+def test_a_planted_import_in_a_plugin_is_caught(source: str) -> None:
+    assert plugin_faults("vtrain_builtin", source)
+
+
+@pytest.mark.parametrize(
+    "source", ["from vtrain.contract import Options", "from vtrain import contract", "import vtrain_builtin.flow"]
+)
+def test_a_plugins_allowed_import_is_not_caught(source: str) -> None:
+    assert plugin_faults("vtrain_builtin", source) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["x = 'sanavideo'", "def wan_codec(): pass", "use_sanavideo = 1", "x.sana", "'''Doc.'''\nx = 'a Sana model'"],
+)
+def test_a_planted_familys_name_is_caught(source: str) -> None:
+    assert family_faults(source)
+
+
+def test_a_familys_name_in_a_docstring_is_no_fault() -> None:
+    assert family_faults('def f():\n    """4k+1 for the Wan VAE."""') == []
+
+
+def test_a_planted_import_of_diffusers_or_torch_is_caught() -> None:
+    assert foreign_faults("def f():\n    from diffusers import X")
+    assert list(imports("import torch", module_level=True))
+    assert list(imports("def f():\n    import torch\nif TYPE_CHECKING:\n    import torch", module_level=True)) == []

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
 from vtrain.contract import CheckpointError
 from vtrain.train import checkpoint, metrics
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+
 from vtrain.contract import CheckpointError
 from vtrain.train.optimizer_state import SCALARS, TENSORS, load_optimizer, save_optimizer
 

@@ -15,7 +15,9 @@ TOLERANCE = 2e-6
 
 
 @pytest.mark.parametrize("train", ["full", "lora"])
-def test_two_processes_give_the_curve_of_one_with_twice_the_accumulation(folder, another, vtrain: Run, train: str) -> None:
+def test_two_processes_give_the_curve_of_one_with_twice_the_accumulation(
+    folder, another, vtrain: Run, train: str
+) -> None:
     settings = {"train": train, "steps": 8, "save": 4, "batch_size": 1, "lr": 1e-3}
     one = another()
     vtrain("run", one.write(accumulate=4, **settings))

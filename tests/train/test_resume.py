@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import time
@@ -26,7 +25,9 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.parametrize("train", ["full", "lora"])
-def test_a_killed_and_resumed_run_is_the_same_run_bit_for_bit(folder, another, vtrain: Run, start: Start, train: str) -> None:
+def test_a_killed_and_resumed_run_is_the_same_run_bit_for_bit(
+    folder, another, vtrain: Run, start: Start, train: str
+) -> None:
     """Kill -9 somewhere after the first checkpoint, within an accumulation or not: weights, optimizer and numbers agree."""
     settings = {"train": train, "steps": 40, "save": 5, "accumulate": 2, "log_every": 4, "more": SMOOTH}
     straight = another()
@@ -93,7 +94,9 @@ def test_changes_that_may_be_made_are_applied_and_shown(folder, vtrain: Run) -> 
         ({}, {"more": SMOOTH}, 'regularizer.toy-smooth.use was absent and is now "toy-smooth"'),
     ],
 )
-def test_changes_that_would_make_it_another_run_are_refused(folder, vtrain: Run, before: dict, after: dict, key: str) -> None:
+def test_changes_that_would_make_it_another_run_are_refused(
+    folder, vtrain: Run, before: dict, after: dict, key: str
+) -> None:
     vtrain("run", folder.write(steps=3, **before))
     kept = folder.tensors(3)
     done = vtrain("run", folder.write(steps=6, **after), check=2)
@@ -109,7 +112,9 @@ def test_another_model_is_refused(folder, vtrain: Run) -> None:
     assert "model.width was 32 and is now 48" in vtrain("run", folder.config, check=2).stderr
 
 
-def test_a_flipped_byte_in_the_newest_checkpoint_is_named_and_the_one_before_is_used(folder, another, vtrain: Run) -> None:
+def test_a_flipped_byte_in_the_newest_checkpoint_is_named_and_the_one_before_is_used(
+    folder, another, vtrain: Run
+) -> None:
     straight = another()
     vtrain("run", straight.write(steps=9))
     vtrain("run", folder.write(steps=6))
@@ -165,6 +170,6 @@ def test_a_checkpoint_that_does_not_exist_is_an_error_before_training(folder, vt
 
 def test_a_finished_run_has_nothing_to_do(folder, vtrain: Run) -> None:
     vtrain("run", folder.write(steps=3))
-    before = {path: os.stat(path).st_mtime_ns for path in (folder.output / "checkpoints").rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in (folder.output / "checkpoints").rglob("*")}
     assert "step 3 of 3: all steps are done" in vtrain("run", folder.config).stdout
-    assert before == {path: os.stat(path).st_mtime_ns for path in (folder.output / "checkpoints").rglob("*")}
+    assert before == {path: path.stat().st_mtime_ns for path in (folder.output / "checkpoints").rglob("*")}

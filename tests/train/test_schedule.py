@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+
 from vtrain.config.tables import LrScheduleTable
 from vtrain.contract import Duration
 from vtrain.train.schedule import Interval, lr_factor

@@ -106,5 +106,6 @@ def main() -> None:
 
         if not isinstance(error, VtrainError):
             raise
-        report_error(error)
-        sys.exit(2)
+        if not error.told:
+            report_error(error)
+        sys.exit(error.exit_code)

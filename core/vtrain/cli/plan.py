@@ -7,7 +7,6 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from vtrain.cli.prepare import prepare
 from vtrain.plan.price import Prices
@@ -25,14 +24,9 @@ def plan(config: Path, as_json_text: bool) -> None:
 
 
 def show(console: Console, plan: Plan, survey: Survey, prices: Prices) -> None:
-    """The plan as a table a section."""
+    """A title a section, its labels in one column. Lines are as long as they are: no path is cut or wrapped."""
     for section in sections(plan, survey, prices):
-        table = Table(
-            box=None, show_header=False, padding=(0, 2, 0, 0), title=escape(section.title), title_justify="left"
-        )
-        table.title_style = "bold"
-        table.add_column(no_wrap=True)
-        table.add_column(overflow="fold")
+        console.print(escape(section.title), style="bold", soft_wrap=True)
+        width = max(len(label) for label, _ in section.rows)
         for label, text in section.rows:
-            table.add_row("  " + escape(label), escape(text))
-        console.print(table)
+            console.print(f"  {escape(label.ljust(width))}  {escape(text)}", soft_wrap=True, highlight=False)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from vtrain.plan.price import bytes_text
 from vtrain.train.loop import Event, Logged, Saved, Stopped, Validated, Warned
@@ -80,23 +79,46 @@ class Display:
         self.console.print(escape(text), style=style, soft_wrap=True, highlight=False)
 
 
-@contextmanager
-def filling(console: Console) -> Iterator[object]:
-    """Progress of filling caches: report(stage, done, total)."""
-    with Progress(
-        TextColumn("{task.description}"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    ) as bar:
-        tasks: dict[str, object] = {}
+class Filling:
+    """Shows how caches fill: a bar a stage on a terminal; elsewhere a line at the start, at the end, and now and then."""
 
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(escape(stage), total=total)
-                if not console.is_terminal:
-                    console.print(f"{escape(stage)}: {total}", soft_wrap=True, highlight=False)
-            bar.update(tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
+    LINE_EVERY = 30.0
 
-        yield report
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.found: dict[str, int] = {}
+        self.said = 0.0
+        columns = (
+            TextColumn("{task.description}"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TimeRemainingColumn(),
+        )
+        self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Filling:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def report(self, stage: str, done: int, total: int) -> None:
+        """done of total are in the cache; the first call of a stage tells what was there."""
+        if stage not in self.found:
+            self.found[stage] = done
+            self.say(f"{stage}: {done} of {total} cached" + ("" if done == total else f", encoding {total - done}"))
+            if done < total:
+                self.tasks[stage] = self.bar.add_task(escape(f"encoding {stage}"), total=total, completed=done)
+            return
+        self.bar.update(self.tasks[stage], completed=done)
+        now = time.monotonic()
+        if not self.console.is_terminal and (done == total or now - self.said > self.LINE_EVERY):
+            self.say(f"{stage}: {done} of {total} cached")
+
+    def say(self, text: str) -> None:
+        self.said = time.monotonic()
+        self.console.print(escape(text), soft_wrap=True, highlight=False)

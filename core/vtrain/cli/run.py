@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from rich.markup import escape
 from vtrain.cli.plan import show as show_plan
 from vtrain.cli.prepare import planned
 from vtrain.contract import Denoiser, Options, Registered, RunInfo, Tracker, TrackerSpec
+from vtrain.data import hashes
 from vtrain.data.sample import Sample
 from vtrain.data.scan import scan
 from vtrain.plan.price import Prices, price
@@ -97,7 +99,7 @@ def _train(plan: Plan, processes: Processes, console: Console) -> int | None:
 
 def _prepare(plan: Plan, console: Console, device: str) -> Ready:
     """Scan, price, show, fill. On the first process only."""
-    from vtrain.cli.progress import filling
+    from vtrain.cli.progress import Filling
     from vtrain.data.caches import fill_caches
     from vtrain.validate.generate import texts
 
@@ -105,8 +107,8 @@ def _prepare(plan: Plan, console: Console, device: str) -> Ready:
     prices = price(plan, found.survey)
     show_plan(console, plan, found.survey, prices)
     extra = texts(plan.validation) if plan.validation else []
-    with filling(console) as report:
-        filled = fill_caches(plan, found.samples, extra, device, report)
+    with Filling(console) as filling:
+        filled = fill_caches(plan, found.samples, extra, device, filling.report)
     survey = found.survey
     if filled.left_out:
         for sample, reason in sorted(filled.left_out.items()):
@@ -123,8 +125,20 @@ def _write_run_files(plan: Plan, ready: Ready) -> None:
     output = plan.config.run.output_dir
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.toml").write_text(plan.config.text, encoding="utf-8")
-    text = json.dumps(as_json(plan, ready.survey, ready.prices), indent=2)
-    (output / "plan.json").write_text(text, encoding="utf-8")
+    from vtrain.train.resume import settings
+
+    hash_file = hashes.FileHashes(plan.config.cache.dir / hashes.FILE)
+    fingerprints = {
+        "text": plan.family.text_fingerprint(hash_file),
+        "video": plan.family.video_fingerprint(hash_file),
+        "config": hashlib.sha256(plan.config.text.encode()).hexdigest(),
+    }
+    whole = {
+        **as_json(plan, ready.survey, ready.prices),
+        "settings": {key: setting.value for key, setting in settings(plan.config).items()},
+        "fingerprints": fingerprints,
+    }
+    (output / "plan.json").write_text(json.dumps(whole, indent=2), encoding="utf-8")
 
 
 def _tracker(part: Registered, options: Options) -> Tracker:

@@ -1,0 +1,186 @@
+"""What a run survives, what ends it, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from vtrain.contract import TrainingError
+from vtrain.train.readings import Reading, check_finite
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+VALIDATION = """
+[validation]
+every = "3 steps"
+size = "64x64"
+frames = 9
+steps = 4
+prompts = { one = "gradient number 1" }
+"""
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_samples_and_saves_nothing_of_it(folder, vtrain: Run) -> None:
+    done = vtrain("run", folder.write(steps=40, save=5, lr=1e30, log_every=10), check=2)
+    assert "not finite; samples: clips/clip_" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((folder.output / "checkpoints").glob("step-*"))
+
+
+def reading(flow: list[float], loss: float) -> Reading:
+    return Reading(5, 10, loss, flow, {}, [0.5] * len(flow), tuple(f"clip {n}" for n in range(len(flow))))
+
+
+def test_the_clip_whose_own_loss_is_not_finite_is_the_one_named() -> None:
+    with pytest.raises(TrainingError, match=r"step 5: the loss is not finite; samples: clip 1\."):
+        check_finite(5, [reading([1.0, math.nan, 2.0], math.nan)], None)
+
+
+def test_a_term_that_is_not_finite_names_its_micro_batch() -> None:
+    with pytest.raises(TrainingError, match=r"samples: clip 0, clip 1\."):
+        check_finite(5, [reading([1.0, 2.0], math.inf)], None)
+
+
+def test_a_gradient_that_is_not_finite_is_told_apart() -> None:
+    with pytest.raises(TrainingError, match="the gradient is not finite"):
+        check_finite(5, [reading([1.0], 1.0)], math.inf)
+    check_finite(5, [reading([1.0], 1.0)], 3.0)
+
+
+def test_validation_writes_a_playable_video_and_a_sheet(folder, vtrain: Run) -> None:
+    import av
+
+    printed = vtrain("run", folder.write(more=VALIDATION + "at_start = true\n", steps=4)).stdout
+    for step in (0, 3, 4):
+        made = folder.output / "samples" / f"step-{step:06d}"
+        assert sorted(path.name for path in made.iterdir()) == ["one.mp4", "sheet.png"]
+        assert f"wrote {made / 'one.mp4'}" in printed
+        with av.open(str(made / "one.mp4")) as container:
+            stream = container.streams.video[0]
+            frames = list(container.decode(stream))
+            assert (stream.codec_context.name, stream.width, stream.height, len(frames)) == ("h264", 64, 64, 9)
+            assert stream.average_rate == 8
+
+
+def test_a_failing_validation_is_told_and_training_goes_on(folder, vtrain: Run) -> None:
+    folder.write(more=VALIDATION, steps=6)
+    folder.output.mkdir()
+    (folder.output / "samples").write_text("in the way", encoding="utf-8")
+    printed = vtrain("run", folder.config).stdout
+    assert "WARNING: validation at step 3 failed, training goes on" in printed
+    assert "step 6 of 6: all steps are done" in printed
+
+
+def test_a_failing_tracker_is_told_once_and_training_goes_on(folder, vtrain: Run) -> None:
+    folder.write(steps=6)
+    folder.output.mkdir()
+    (folder.output / "tensorboard").write_text("in the way", encoding="utf-8")
+    printed = vtrain("run", folder.config).stdout
+    assert printed.count("WARNING: tracker tensorboard") == 1
+    assert "step 6 of 6: all steps are done" in printed
+    assert len(folder.rows()) == 6
+
+
+def test_a_full_disk_in_the_middle_is_told_and_the_last_good_checkpoint_stays(
+    folder, vtrain: Run, tmp_path: Path
+) -> None:
+    """A kernel limit on file size stands for the full disk: the small adapter fits, the larger one of rank 64 does not."""
+    folder.write(train="lora", steps=6, save=3, rank=64)
+    wrapper = tmp_path / "limited.py"
+    wrapper.write_text(
+        "import resource, signal, sys\n"
+        "from pathlib import Path\n"
+        "from vtrain.train import checkpoint\n"
+        "real = checkpoint.write\n"
+        "def limited(parent, step, fill):\n"
+        "    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "    soft = 20_000 if step == 6 else resource.RLIM_INFINITY\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, resource.RLIM_INFINITY))\n"
+        "    try:\n"
+        "        return real(parent, step, fill)\n"
+        "    finally:\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
+        "checkpoint.write = limited\n"
+        "from vtrain.cli.app import main\n"
+        f"sys.argv = ['vtrain', 'run', {str(folder.config)!r}]\n"
+        "main()\n",
+        encoding="utf-8",
+    )
+    import sys
+
+    done = subprocess.run([sys.executable, wrapper], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "step-000006: the checkpoint could not be written" in done.stderr
+    assert "The newest sound checkpoint is" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in (folder.output / "checkpoints").iterdir()] == ["step-000003"]
+    assert vtrain("run", folder.config).stdout.count("saved") == 1
+
+
+def test_plan_json_holds_the_resolved_run_and_every_part_with_its_version(folder, vtrain: Run) -> None:
+    vtrain("run", folder.write(steps=2))
+    plan = json.loads((folder.output / "plan.json").read_text(encoding="utf-8"))
+    assert plan["steps"] == 2
+    assert plan["samples_per_step"] == 2
+    assert {(part["kind"], part["name"]) for part in plan["parts"]} >= {("family", "toy"), ("sampler", "flow")}
+    assert all(part["version"] for part in plan["parts"])
+    assert plan["settings"]["train.caption_dropout"] == 0.3
+    assert plan["fingerprints"]["video"]
+    assert (folder.output / "config.toml").read_text() == folder.config.read_text()
+
+
+def test_a_second_run_with_warm_caches_encodes_nothing(folder, another, vtrain: Run) -> None:
+    vtrain("run", folder.write(steps=2))
+    again = another()
+    printed = vtrain("run", again.write(steps=2)).stdout
+    assert "text: 6 of 6 cached\n" in printed
+    assert "video: 5 of 5 cached\n" in printed
+    assert "encoding" not in printed
+
+
+def test_gradient_checkpointing_changes_no_number(folder, another, vtrain: Run) -> None:
+    other = another()
+    vtrain("run", folder.write(steps=4))
+    other.write(steps=4)
+    other.config.write_text(
+        other.config.read_text().replace('mixed = "no"', 'mixed = "no"\ngradient_checkpointing = false')
+    )
+    vtrain("run", other.config)
+    assert [row["loss"] for row in folder.rows()] == [row["loss"] for row in other.rows()]
+
+
+def test_bf16_autocast_trains_close_to_fp32_and_not_equal_to_it(folder, another, vtrain: Run) -> None:
+    other = another()
+    vtrain("run", folder.write(steps=4))
+    other.write(steps=4)
+    other.config.write_text(other.config.read_text().replace('mixed = "no"', 'mixed = "bf16"'))
+    vtrain("run", other.config)
+    fp32, bf16 = ([row["loss"] for row in run.rows()] for run in (folder, other))
+    assert bf16 == pytest.approx(fp32, rel=0.02)
+    assert bf16 != fp32
+    assert all(tensor.dtype == torch.float32 for name, tensor in other.tensors(4).items() if "denoiser" in name)
+
+
+def test_a_clip_that_cannot_be_decoded_is_left_out_by_name_and_the_rest_is_trained_on(
+    folder, vtrain: Run, tmp_path: Path
+) -> None:
+    clips = tmp_path / "some"
+    clips.mkdir()
+    for source in sorted((tmp_path / "clips").iterdir()):
+        (clips / source.name).write_bytes(source.read_bytes())
+    whole = (clips / "clip_0.mp4").read_bytes()
+    (clips / "clip_0.mp4").write_bytes(whole[: len(whole) * 2 // 3])
+    (clips / "clip_2.mp4").write_bytes(b"")
+    (clips / "notes.pdf").write_bytes(b"%PDF")
+    (clips / "clip_4.txt").unlink()
+    folder.write(steps=2, batch_size=1)
+    folder.config.write_text(folder.config.read_text().replace('"clips"', '"some"'))
+    printed = vtrain("run", folder.config).stdout
+    for name in ("clip_0.mp4", "clip_2.mp4", "notes.pdf", "clip_4.mp4"):
+        assert name in printed, printed
+    assert {sample for row in folder.rows() for sample in row["samples"]} <= {"some/clip_1.mp4", "some/clip_3.mp4"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -75,6 +76,12 @@ LocalPath = Annotated[Path, BeforeValidator(_local_path), Field(strict=False), W
 ModelSource = Annotated[str, BeforeValidator(_model_source)]
 """A folder, or a hub id "owner/name" if no such folder exists. A folder becomes an absolute path."""
 
+
+def _digits(value: float) -> str:
+    """A number as the grammar of durations takes it: all its digits, no exponent."""
+    return format(Decimal(repr(value)).normalize(), "f")
+
+
 Unit = Literal["steps", "epochs", "seconds"]
 
 
@@ -111,12 +118,12 @@ class Duration:
         return cls(value, unit)
 
     def __str__(self) -> str:
-        if self.unit == "seconds":
-            for name, size in (("h", 3600), ("min", 60)):
-                if self.value % size == 0:
-                    return f"{self.value / size:g} {name}"
-            return f"{self.value:g} s"
-        return f"{self.value:g} {self.unit if self.value != 1 else self.unit[:-1]}"
+        if self.unit != "seconds":
+            return f"{_digits(self.value)} {self.unit if self.value != 1 else self.unit[:-1]}"
+        for name, size in (("h", 3600), ("min", 60)):
+            if self.value % size == 0:
+                return f"{_digits(self.value / size)} {name}"
+        return f"{_digits(self.value)} s"
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:

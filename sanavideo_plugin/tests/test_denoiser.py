@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import SanaVideoTransformer3DModel
+from diffusers.models.transformers.transformer_sana_video import SanaVideoTransformer3DModel
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 
-from vtrain.contract import Condition, LatentShape, ModelError, NoiseLevel, SupportsLora, Text
+from vtrain.contract import Condition, DType, LatentShape, ModelError, NoiseLevel, SupportsLora, Text
 from vtrain_sanavideo import tiny
 from vtrain_sanavideo.denoiser import SanaVideoDenoiser
 from vtrain_sanavideo.family import SanaVideoFamily
@@ -60,7 +60,7 @@ def theirs(module: SanaVideoTransformer3DModel, dtype: torch.dtype = torch.float
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16"])
-def test_a_prediction_is_bit_for_bit_diffusers_own(family: SanaVideoFamily, checkpoint: Path, name: str) -> None:
+def test_a_prediction_is_bit_for_bit_diffusers_own(family: SanaVideoFamily, checkpoint: Path, name: DType) -> None:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
     module = SanaVideoTransformer3DModel.from_pretrained(checkpoint, subfolder="transformer", torch_dtype=dtype)
     denoiser = family.load_denoiser("cpu", name)
@@ -186,7 +186,8 @@ def test_checkpointing_is_non_reentrant_and_can_be_turned_off(
     family: SanaVideoFamily, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     denoiser = family.load_denoiser("cpu", "fp32")
-    real, seen = torch.utils.checkpoint.checkpoint, list[object]()
+    real: Callable[..., object] = torch.utils.checkpoint.checkpoint
+    seen: list[object] = []
 
     def spy(*args: object, **settings: object) -> object:
         seen.append(settings.get("use_reentrant"))

@@ -57,6 +57,8 @@ class Source:
         if self.on_hub and name in STEMS and self.incomplete(folder, STEMS[name]):
             # The commit of the configs, so that a branch that has moved on since does not mix two models.
             self._download((f"{name}/*.json", f"{name}/*.safetensors"), self.folder.name)
+            if self.incomplete(folder, STEMS[name]):  # without a connection the hub's client takes what there is
+                raise ModelError(self._unreachable(f"weights of {name} are missing in the cache"))
         return folder
 
     @staticmethod
@@ -108,17 +110,17 @@ class Source:
         try:
             found = self._snapshot(patterns, revision, offline=False)
         except (OSError, ValueError, HTTPError) as error:
-            raise ModelError(self._unreachable(error)) from error
+            raise ModelError(self._unreachable(str(error))) from error
         if found is None:
             raise AssertionError("an online snapshot is a folder or an error")
         return found
 
-    def _unreachable(self, error: Exception) -> Problem:
+    def _unreachable(self, why: str) -> Problem:
         revision = f" --revision {self.revision}" if self.revision else ""
         endpoint = os.environ.get("HF_ENDPOINT")
         return Problem(
             self.name,
             f"this is no folder here, and it cannot be had from the hub{f' at {endpoint}' if endpoint else ''}: "
-            f"{str(error).strip().splitlines()[0]}",
+            f"{why.strip().splitlines()[0]}",
             f"Correct [model] path, or, where there is a connection: hf download {self.name}{revision}",
         )

@@ -162,24 +162,24 @@ def test_options_are_named_that_a_plugins_part_still_needs(
         kit().test_parts_are_built_without_anything_heavy([spec])
 
 
-@pytest.mark.parametrize(
-    ("kit", "fixture"),
-    [
-        (FamilyTests, "family"),
-        (SamplerTests, "sampler"),
-        (RegularizerTests, "regularizer"),
-        (DataBackendTests, "backend"),
-        (SpecTests, "spec"),
-        (PluginTests, "entry_module"),
-    ],
-)
 def test_a_kit_without_its_fixture_says_what_to_give(
-    tmp_path: Path, python: Callable[..., subprocess.CompletedProcess[str]], kit: type, fixture: str
+    tmp_path: Path, python: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    name = kit.__name__
+    lacking = {
+        FamilyTests: "fixture `family`",
+        SamplerTests: "fixture `sampler`",
+        RegularizerTests: "fixture `regularizer`",
+        DataBackendTests: "fixture `backend`",
+        SpecTests: "fixture `spec`",
+        PluginTests: "class attribute `entry_module`",
+    }
+    lines = [f"class Test{kit.__name__}({kit.__name__}):\n    pass\n" for kit in lacking]
     file = tmp_path / "test_part.py"
-    file.write_text(f"from vtrain.testing import {name}\n\n\nclass TestPart({name}):\n    pass\n", encoding="utf-8")
-    done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(file))
+    file.write_text("from vtrain.testing import *\n\n\n" + "\n\n".join(lines), encoding="utf-8")
+    done = python("-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(file))
     assert done.returncode == 1, done.stdout + done.stderr
-    assert re.search(rf"Give (a fixture|the class attribute) `{fixture}`: ", done.stdout)
+    for kit, what in lacking.items():
+        assert re.search(rf"Give a {what}: |Give the {what}: ", done.stdout), (
+            f"{kit.__name__} does not ask for its {what}"
+        )
     assert "passed" not in done.stdout.splitlines()[-1]

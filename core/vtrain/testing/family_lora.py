@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 
 from vtrain.contract import Denoiser, Family, SupportsLora
 from vtrain.testing.draws import noise
@@ -17,6 +16,8 @@ RANK = 4
 
 def adapted(family: Family) -> tuple[Denoiser, SupportsLora]:
     """A fresh denoiser with peft's adapter on its own targets, twice typed. Skips when it takes none."""
+    from peft import LoraConfig, inject_adapter_in_model  # it imports transformers, which most kits do not need
+
     denoiser = family.load_denoiser("cpu", "fp32")
     if not isinstance(denoiser, SupportsLora):
         pytest.skip("this family's denoiser takes no adapters (SupportsLora)")
@@ -49,6 +50,8 @@ class LoraTests(FamilySubject):
 
     def test_a_saved_adapter_loads_unchanged(self, family: Family, tmp_path: Path) -> None:
         """load_lora gives back what save_lora wrote: the same names, the same values."""
+        from peft import get_peft_model_state_dict
+
         denoiser, lora = adapted(family)
         given = get_peft_model_state_dict(denoiser.module)
         state = {name: noise(value.shape, seed) for seed, (name, value) in enumerate(given.items())}

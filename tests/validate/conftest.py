@@ -1,0 +1,74 @@
+"""A tiny SANA-Video checkpoint and a run's parts on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vtrain.config import load
+from vtrain.plan.make import make_plan
+from vtrain.plan.records import Plan
+from vtrain.registry import discover
+
+CLIPS = Path(__file__).parents[2] / "examples" / "clips"
+CONFIG = """
+[run]
+output_dir = "out"
+[model]
+use = "sanavideo"
+path = "{model}"
+train = "{train}"
+text_precision = "fp32"
+[precision]
+base = "fp32"
+mixed = "no"
+[[data]]
+use = "folder"
+path = "{clips}"
+resolution = ["64x32"]
+[data.video]
+frames = 5
+fps = 8
+[train]
+steps = {steps}
+log_every = 1
+[optimizer]
+use = "adamw"
+lr = 1e-3
+[validation]
+every = "100 steps"
+size = "{size}"
+frames = 5
+steps = 6
+guidance = 5.0
+seed = 11
+negative_prompt = "Blurry, worst quality"
+prompts = {{ rabbit = "A big grey Rabbit in a meadow" }}
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from vtrain_sanavideo.tiny import build
+
+    return build(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def write_config(tmp_path: Path, tiny: Path) -> Callable[..., Path]:
+    """Write config.toml into tmp_path."""
+
+    def write(size: str = "64x32", train: str = "full", steps: int = 2) -> Path:
+        text = CONFIG.format(model=tiny.as_posix(), clips=CLIPS.as_posix(), size=size, train=train, steps=steps)
+        file = tmp_path / "config.toml"
+        file.write_text(text, encoding="utf-8")
+        return file
+
+    return write
+
+
+@pytest.fixture
+def plan(write_config: Callable[..., Path]) -> Plan:
+    return make_plan(load(write_config(), discover()))

@@ -1,0 +1,142 @@
+"""What validation makes is what diffusers' own SanaVideoPipeline makes with the same weights, prompt, seed and steps."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+from vtrain.contract import Text
+from vtrain.data.batches import pad
+from vtrain.data.caches import Caches, fill_caches
+from vtrain.plan.records import Plan
+from vtrain.validate.generate import Interrupted, Validator, texts
+from vtrain.validate.video import to_frames
+
+LATENT_TOLERANCE = 1e-4
+"""Largest difference of latents, whose values are about 1, after six solver steps in fp32 with guidance 5."""
+
+
+def validator(plan: Plan, stop: bool = False) -> Validator:
+    assert plan.validation is not None
+    fill_caches(plan, (), texts(plan.validation), "cpu", lambda stage, done, total: None)
+    denoiser = plan.family.load_denoiser("cpu", "fp32")
+    return Validator(
+        plan.validation,
+        plan.family,
+        plan.sampler,
+        Caches.open(plan),
+        denoiser,
+        torch.device("cpu"),
+        lambda: nullcontext(),
+        lambda: stop,
+    )
+
+
+def test_latents_and_frames_equal_the_pipelines(plan: Plan, tiny: Path) -> None:
+    from diffusers import SanaVideoPipeline
+
+    made = plan.validation
+    assert made is not None
+    ours = validator(plan).latents(made.prompts["rabbit"])
+    with plan.family.open_video_codec("cpu") as codec, torch.no_grad():
+        frames = to_frames(codec.decode(ours)[0])
+    pipeline = SanaVideoPipeline.from_pretrained(tiny, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    settings = {
+        "prompt": made.prompts["rabbit"] + " motion score: 30.",
+        "negative_prompt": made.negative_prompt,
+        "height": made.shape.height,
+        "width": made.shape.width,
+        "frames": made.shape.frames,
+        "num_inference_steps": made.steps,
+        "guidance_scale": made.guidance,
+        "use_resolution_binning": False,
+    }
+    theirs = pipeline(**settings, generator=torch.Generator().manual_seed(made.seed), output_type="latent").frames
+    assert theirs.std() > 0.1
+    assert (ours - theirs).abs().max() < LATENT_TOLERANCE
+    video = pipeline(**settings, generator=torch.Generator().manual_seed(made.seed), output_type="np").frames[0]
+    assert (frames.int() - torch.from_numpy(video * 255).round().int()).abs().max() <= 1
+
+
+def test_the_start_is_the_same_at_every_validation_and_depends_on_the_seed_alone(plan: Plan) -> None:
+    first, second = validator(plan).start(), validator(plan).start()
+    assert torch.equal(first, second)
+    assert torch.equal(first, torch.randn(first.shape, generator=torch.Generator().manual_seed(11)))
+
+
+def test_text_is_padded_with_zeros_that_the_mask_leaves_out() -> None:
+    text = pad([Text(torch.ones(1, 3, 2), torch.ones(1, 3, dtype=torch.bool))], 5)
+    assert text.embeds[0, :, 0].tolist() == [1, 1, 1, 0, 0]
+    assert text.mask[0].tolist() == [True, True, True, False, False]
+
+
+def test_generation_stops_when_asked(plan: Plan) -> None:
+    with pytest.raises(Interrupted):
+        validator(plan, stop=True).latents("A big grey Rabbit in a meadow")
+
+
+def run(code: str, *arguments: Path | str) -> str:
+    """Run code in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+TRAIN = "import sys\nfrom vtrain.cli.app import main\nsys.argv = ['vtrain', 'run', sys.argv[1]]\nmain()"
+
+PLAIN = """
+    import sys
+    from pathlib import Path
+    import av, numpy as np, torch
+    from diffusers import SanaVideoPipeline, SanaVideoTransformer3DModel
+    model, checkpoint, video, kind = sys.argv[1:]
+    pipeline = SanaVideoPipeline.from_pretrained(model, torch_dtype=torch.float32)
+    before = {k: v.clone() for k, v in pipeline.transformer.state_dict().items()}
+    if kind == "full":
+        pipeline.transformer = SanaVideoTransformer3DModel.from_pretrained(Path(checkpoint) / "transformer")
+        after = pipeline.transformer.state_dict()
+        assert any(not torch.equal(before[k], after[k]) for k in before), "nothing was trained"
+    else:
+        pipeline.load_lora_weights(checkpoint)
+        assert pipeline.transformer.peft_config["default_0"].lora_alpha == 32
+    frames = pipeline("A big grey Rabbit in a meadow motion score: 30.", negative_prompt="Blurry, worst quality",
+        height=32, width=64, frames=5, num_inference_steps=6, guidance_scale=5.0, use_resolution_binning=False,
+        generator=torch.Generator().manual_seed(11), output_type="np").frames[0]
+    with av.open(video) as container:
+        ours = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+    error = ((ours / 255 - frames) ** 2).mean()
+    psnr = -10 * np.log10(error)
+    assert "vtrain" not in sys.modules and "vtrain_sanavideo" not in sys.modules
+    print("psnr", psnr)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_a_runs_checkpoint_in_plain_diffusers_makes_the_video_that_the_run_made(
+    tmp_path: Path, tiny: Path, write_config: Callable[..., Path], train: str
+) -> None:
+    """Slow (two processes that import diffusers): the whole way from `vtrain run` to another tool, for full and LoRA.
+
+    H.264 at CRF 18 with 4:2:0 chroma is what separates the two videos.
+    """
+    config = write_config(train=train, steps=8)
+    if train == "lora":
+        toml = config.read_text(encoding="utf-8")
+        config.write_text(
+            toml.replace("[precision]", "[model.lora]\nrank = 4\nalpha = 32.0\n[precision]"), encoding="utf-8"
+        )
+    run(TRAIN, config)
+    video = tmp_path / "out" / "samples" / "step-000008" / "rabbit.mp4"
+    printed = run(PLAIN, tiny, tmp_path / "out" / "checkpoints" / "step-000008", video, train)
+    assert float(printed.split("psnr")[1]) > 28, printed

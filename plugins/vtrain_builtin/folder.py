@@ -35,7 +35,7 @@ class FolderOptions(Options):
 
 
 class LocalFolder:
-    """A folder of this machine. Linked files and folders are followed, each folder once. location: absolute path."""
+    """A folder of this machine. Links are followed, but none to a folder around it. location: absolute path."""
 
     def __init__(self, path: str) -> None:
         self.location = path
@@ -53,15 +53,18 @@ class LocalFolder:
         return (self._root / ref_id).open("rb")
 
     def _walk(self) -> Iterator[SourceRef]:
-        seen: set[tuple[int, int]] = set()
-        for folder, folders, files in os.walk(self._root, onerror=self._unreadable, followlinks=True):
-            status = Path(folder).stat()
-            if (status.st_dev, status.st_ino) in seen:  # a link back up
+        for name, folders, files in os.walk(self._root, onerror=self._unreadable, followlinks=True):
+            folder = Path(name)
+            if self._leads_back(folder):
                 folders.clear()
                 continue
-            seen.add((status.st_dev, status.st_ino))
-            for name in files:
-                yield self._ref(Path(folder) / name)
+            for file in files:
+                yield self._ref(folder / file)
+
+    def _leads_back(self, folder: Path) -> bool:
+        """Whether this is a link to a folder around it."""
+        around = folder.relative_to(self._root).parents
+        return folder.is_symlink() and any(folder.samefile(self._root / parent) for parent in around)
 
     def _ref(self, file: Path) -> SourceRef:
         """A link to nothing is listed too, with size 0, so that it is reported and not passed over."""

@@ -79,7 +79,7 @@ class AverageCodec:
         self.family.encoded_batches.append(tuple(pixels.shape))
         assert pixels.dtype == torch.float32
         assert pixels.abs().max() <= 1
-        return Latents(torch.nn.functional.avg_pool3d(pixels[:, :, ::4], (1, 8, 8)))
+        return Latents(torch.nn.functional.avg_pool3d(pixels[:, :, ::4], (1, 8, 8)) + self.family.spoil)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         raise AssertionError("the data layer decodes no latents")
@@ -89,7 +89,7 @@ class AverageCodec:
 class AverageFamily:
     """A family with no weights: its codec averages, its text encoder hashes. It counts what it is asked to do.
 
-    on_encode: called before each encoding of video.
+    on_encode: called before each encoding of video. spoil: added to its latents.
     """
 
     codec_weights: Path | None = None
@@ -98,6 +98,7 @@ class AverageFamily:
     encoded_batches: list[tuple[int, ...]] = dataclasses.field(default_factory=list)
     opened: list[str] = dataclasses.field(default_factory=list)
     on_encode: Callable[[], None] | None = None
+    spoil: float = 0.0
 
     default_fps = 16.0
     default_frames = 17

@@ -68,21 +68,21 @@ def open_readonly(path: Path) -> sqlite3.Connection:
 def _connect(path: Path, layout: Layout) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, check_same_thread=False)
     try:
-        _check(connection, layout)
-        connection.execute("PRAGMA journal_mode = WAL")
+        if not _is_ours(connection, layout):
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.executescript(
+                f"BEGIN; {layout.tables} PRAGMA application_id = {layout.application_id}; "
+                f"PRAGMA user_version = {layout.version}; COMMIT;"
+            )
         connection.execute("PRAGMA synchronous = NORMAL")
-        with connection:
-            connection.executescript(layout.tables)
-            connection.execute(f"PRAGMA application_id = {layout.application_id}")
-            connection.execute(f"PRAGMA user_version = {layout.version}")
     except BaseException:
         connection.close()
         raise
     return connection
 
 
-def _check(connection: sqlite3.Connection, layout: Layout) -> None:
-    """Raises sqlite3.DatabaseError for a file that is damaged or holds something else."""
+def _is_ours(connection: sqlite3.Connection, layout: Layout) -> bool:
+    """False for an empty file. Raises sqlite3.DatabaseError for one that is damaged or holds something else."""
     (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
     if found != "ok":
         raise sqlite3.DatabaseError(str(found).strip())
@@ -91,6 +91,7 @@ def _check(connection: sqlite3.Connection, layout: Layout) -> None:
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if tables and (owner, version) != (layout.application_id, layout.version):
         raise sqlite3.DatabaseError(f"application {owner}, version {version}")
+    return bool(tables)
 
 
 def _move_aside(path: Path) -> Path:

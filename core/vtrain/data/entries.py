@@ -19,6 +19,8 @@ from vtrain.data.keys import FORMAT
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _LONGEST_HEADER = 1 << 16
+_STAMP = "vtrain"
+"""The metadata's one key; its value is "<format> <key> <CRC-32 of the numbers>"."""
 
 
 class Entries:
@@ -54,7 +56,7 @@ class Entries:
             raise DataError(Problem(str(path), what, "Start the run again: it will be encoded.")) from error
         try:
             header, start = _header(data)
-            if not _is_own(header, key) or header["__metadata__"]["crc32"] != _crc(data, start):
+            if not _is_own(header, key, _crc(data, start)):
                 raise ValueError("its content is not what its name says")
             return load(data)
         except (ValueError, SafetensorError) as error:
@@ -104,12 +106,13 @@ def _serialise(key: str, tensors: Mapping[str, Tensor]) -> bytes:
     from safetensors.torch import save
 
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"format": FORMAT, "key": key, "crc32": "0" * 8}
+    # One text, because safetensors writes several in a random order.
+    metadata = {_STAMP: f"{FORMAT} {key} {'0' * 8}"}
     data = save(whole, metadata)
     _, start = _header(data)
     # The checksum is of fixed length, so that filling it in moves nothing.
-    crc = f'"crc32":"{_crc(data, start)}"'.encode()
-    return data[:start].replace(b'"crc32":"00000000"', crc, 1) + data[start:]
+    unsigned, signed = f"{key} {'0' * 8}", f"{key} {_crc(data, start)}"
+    return data[:start].replace(unsigned.encode(), signed.encode(), 1) + data[start:]
 
 
 def _crc(data: bytes, start: int) -> str:
@@ -127,6 +130,7 @@ def _header(data: bytes) -> tuple[dict[str, dict[str, Any]], int]:
     return header, 8 + length
 
 
-def _is_own(header: Mapping[str, Mapping[str, Any]], key: str) -> bool:
-    metadata = header.get("__metadata__", {})
-    return metadata.get("format") == FORMAT and metadata.get("key") == key and "crc32" in metadata
+def _is_own(header: Mapping[str, Mapping[str, Any]], key: str, crc: str = "") -> bool:
+    """Whether the stamp in the metadata is this entry's, its checksum too if one is given."""
+    stamp = header.get("__metadata__", {}).get(_STAMP)
+    return isinstance(stamp, str) and stamp.startswith(f"{FORMAT} {key} ") and stamp.endswith(crc)

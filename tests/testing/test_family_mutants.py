@@ -304,7 +304,7 @@ MUTANTS: Mapping[str, Callable[[Path], Subject]] = {
     "test_bf16_is_a_storage_type": lambda _: kit(
         family=family(load_denoiser=always_fp32), example=FamilyTests.example_of(family(), CLIP)
     ),
-    "test_every_block_can_be_tapped": lambda _: example_with(Denoiser(Reentrant), family=family(), on=True),
+    "test_every_block_can_be_tapped": lambda _: example_with(Denoiser(Reentrant), on=True),
     "test_a_tap_folds_to_the_token_grid": lambda _: example_with(Swapped(), family=family()),
     "test_checkpointing_changes_no_gradient": lambda _: example_with(Denoiser(Scaling)),
     "test_checkpointing_recomputes_each_block": lambda _: example_with(NeverCheckpointing()),
@@ -326,8 +326,13 @@ def test_every_rule_of_the_family_kit_has_a_mutant(rules_of: Callable[[type], se
     assert rules_of(FamilyTests) == MUTANTS.keys()
 
 
+def test_a_tap_outside_the_graph_is_called_detached() -> None:
+    with pytest.raises(AssertionError, match="what a hook on a block sees is detached"):
+        FamilyTests().test_every_block_can_be_tapped(**example_with(Denoiser(Reentrant), on=True))
+
+
 def test_a_block_that_runs_twice_is_found(breaks: Callable[..., None]) -> None:
-    subject = example_with(Denoiser(RunningTwice), family=family(), on=False)
+    subject = example_with(Denoiser(RunningTwice), on=False)
     breaks(FamilyTests(), "test_every_block_can_be_tapped", subject)
 
 

@@ -103,8 +103,10 @@ def test_noise_is_mixed_in_fp32_whatever_comes_in() -> None:
     assert torch.equal(half, wanted.float().bfloat16())
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5, 20])
-@pytest.mark.parametrize("clip", [ClipShape(5, 64, 96), ClipShape(1, 96, 32)])
+@pytest.mark.parametrize(
+    ("clip", "steps"),
+    [(ClipShape(5, 64, 96), 1), (ClipShape(5, 64, 96), 2), (ClipShape(5, 64, 96), 20), (ClipShape(1, 96, 32), 5)],
+)
 def test_latents_equal_the_pipelines_with_guidance(
     family: SanaVideoFamily, checkpoint: Path, clip: ClipShape, steps: int
 ) -> None:

@@ -45,13 +45,12 @@ def reference(pipeline: SanaVideoPipeline, prompt: str, **settings: object) -> t
         return tuple(part[0] for part in pipeline.encode_prompt(prompt, device=torch.device("cpu"), **settings))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("precision", "score"), [("fp32", 30), ("bf16", 30), ("fp32", "none")])
 @pytest.mark.parametrize(
     "caption",
     ["a cat", LONG, "  A Cat\tWALKS over the GRASS ", "走る猫 — ÜBER 🐈", "", "a cat\nin two lines "],
     ids=["short", "truncated", "upper case and spaces", "unicode", "empty", "newline"],
 )
-@pytest.mark.parametrize("score", [30, "none"])
 def test_prompts_are_encoded_bit_for_bit_as_the_pipeline_does(
     checkpoint: Path,
     family_of: Families,

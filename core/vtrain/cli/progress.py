@@ -57,8 +57,9 @@ class Display:
         elif isinstance(event, Saved):
             self.say(f"saved {event.folder}" + (f", {len(event.deleted)} older deleted" if event.deleted else ""))
         elif isinstance(event, Validated):
-            for path in event.files.values():
-                self.say(f"wrote {path}")
+            for path in (*event.files.values(), event.sheet):
+                if path is not None:
+                    self.say(f"wrote {path}")
         elif isinstance(event, Warned):
             self.say(f"WARNING: {event.text}", style="bold red")
         elif isinstance(event, Stopped):
@@ -110,7 +111,7 @@ class Filling:
         """done of total are in the cache; the first call of a stage tells what was there."""
         if stage not in self.found:
             self.found[stage] = done
-            self.say(f"{stage}: {done} of {total} cached" + ("" if done == total else f", encoding {total - done}"))
+            self.say(f"{stage}: {done} of {total} cached" + ("" if done == total else f", {total - done} to do"))
             if done < total:
                 self.tasks[stage] = self.bar.add_task(escape(f"encoding {stage}"), total=total, completed=done)
             return

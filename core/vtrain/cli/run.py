@@ -26,6 +26,7 @@ from vtrain.registry.blame import blame
 
 if TYPE_CHECKING:
     from vtrain.data.caches import Caches
+    from vtrain.train.loop import Validate, Validated
     from vtrain.train.processes import Processes
 
 
@@ -158,9 +159,11 @@ def _validation(
     processes: Processes,
     stopping: Callable[[], bool],
     warn: Callable[[str], None],
-) -> Callable[[int], dict[str, Path]] | None:
+) -> Validate | None:
     """Validation that never ends the run: each process generates its share, a failure is told and training goes on."""
-    from vtrain.validate.generate import Interrupted, Validator, sheet
+    from vtrain.train.loop import Validated
+    from vtrain.validate.generate import Interrupted, Validator
+    from vtrain.validate.video import write_sheet
 
     made = plan.validation
     if made is None:
@@ -169,7 +172,7 @@ def _validation(
         made, plan.family, plan.sampler, caches, denoiser, processes.device, processes.accelerator.autocast, stopping
     )
 
-    def validate(step: int) -> dict[str, Path]:
+    def validate(step: int) -> Validated:
         folder = plan.config.run.output_dir / "samples" / f"step-{step:06d}"
         share = list(made.prompts)[processes.rank :: processes.count]
         files: dict[str, Path] = {}
@@ -186,8 +189,9 @@ def _validation(
                 warn(f"validation at step {step} failed, training goes on: {words}")
         everything = {name: path for part, _ in told for name, path in part.items()}
         files = {name: everything[name] for name in made.prompts if name in everything}
+        sheet = folder / "sheet.png"
         if files and processes.first:
-            files["sheet"] = sheet(folder, files)
-        return files
+            write_sheet(sheet, files)
+        return Validated(step, files, sheet if files else None)
 
     return validate

@@ -5,7 +5,6 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import TracebackType
 
 from vtrain.contract import Registered, RunInfo, Tracker
@@ -48,7 +47,7 @@ class Trackers:
                 step, scalars = row.step, row.scalars()
                 self.jobs.put(lambda tracker, step=step, scalars=scalars: tracker.scalars(step, scalars))  # type: ignore[misc]
         elif isinstance(event, Validated):
-            done, files = event.step, {name: Path(file) for name, file in event.files.items() if file.suffix == ".mp4"}
+            done, files = event.step, event.files
             self.jobs.put(lambda tracker: tracker.videos(done, files))
 
     def _work(self) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from vtrain.config.record import Config, Part
@@ -25,8 +23,6 @@ from vtrain.contract import (
 )
 from vtrain.plan.records import DatasetPlan, Plan, ValidationPlan
 from vtrain.registry.blame import blame
-
-FILE_NAME = re.compile(r"[\w][\w .+-]{0,79}")
 
 
 def make_plan(config: Config, processes: int = 1) -> Plan:
@@ -213,7 +209,6 @@ def _validation(config: Config, family: Family, problems: list[Problem]) -> Vali
     frames = table.frames or family.default_frames
     problems += _check_size(config.where("validation", "size"), size, family.pixel_stride)
     problems += _check_frames(config, family, ("validation", "frames"), frames)
-    problems += _check_nicknames(config, list(table.prompts))
     return ValidationPlan(
         prompts=table.prompts,
         negative_prompt=table.negative_prompt,
@@ -223,18 +218,6 @@ def _validation(config: Config, family: Family, problems: list[Problem]) -> Vali
         steps=table.steps,
         seed=table.seed,
     )
-
-
-def _check_nicknames(config: Config, names: Sequence[str]) -> list[Problem]:
-    return [
-        Problem(
-            config.where("validation", "prompts", name),
-            f'"{name}" cannot be a file name.',
-            "A nickname is 1 to 80 letters, digits, spaces and _ . + -, and starts with a letter, digit or _.",
-        )
-        for name in names
-        if not FILE_NAME.fullmatch(name)
-    ]
 
 
 def whole_steps(duration: Duration, steps_per_epoch: float) -> int | None:

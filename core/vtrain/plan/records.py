@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from vtrain.config.record import Config
 from vtrain.config.tables import DataTable
-from vtrain.contract import ClipShape, DataBackend, Family, Regularizer, Sampler, Size
+from vtrain.contract import ClipShape, DataBackend, DType, Family, Regularizer, Sampler, Size
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Plan:
     sampler: Sampler
     regularizers: tuple[tuple[str, Regularizer], ...]
     datasets: tuple[DatasetPlan, ...]
-    base: str
+    base: DType
     validation: ValidationPlan | None
     warnings: tuple[str, ...]
 

@@ -47,13 +47,9 @@ def used(plan: Plan) -> tuple[Registered, ...]:
 
 def _training(plan: Plan) -> tuple[tuple[str, str], ...]:
     table, precision = plan.config.model.table, plan.config.precision
-    if table.train == "lora":
-        lora = table.lora
-        rank = lora.rank if lora else 16
-        alpha = (lora.alpha if lora else None) or rank
-        what = f"LoRA, rank {rank}, alpha {alpha:g}"
-    else:
-        what = "all weights"
+    what = "all weights"
+    if table.lora is not None:
+        what = f"LoRA, rank {table.lora.rank}, alpha {table.lora.alpha or table.lora.rank:g}"
     checkpointing = (
         "with gradient checkpointing" if precision.gradient_checkpointing else "without gradient checkpointing"
     )

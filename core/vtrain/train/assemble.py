@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vtrain.config.tables import LoraTable
 from vtrain.contract import (
     CheckpointError,
     Denoiser,
-    DType,
     OptimizerSpec,
     Problem,
     SupportsLora,
@@ -28,7 +25,7 @@ from vtrain.registry.blame import blame
 from vtrain.train import checkpoint, metrics
 from vtrain.train.adapters import add_lora, load_lora_state, lora_settings, lora_state
 from vtrain.train.feed import Feed
-from vtrain.train.loop import Ends, Event, Logged, Loop
+from vtrain.train.loop import Ends, Event, Logged, Loop, Validate
 from vtrain.train.optimizer_state import load_optimizer, save_optimizer
 from vtrain.train.parameters import groups, trained
 from vtrain.train.processes import Processes
@@ -36,8 +33,6 @@ from vtrain.train.resume import RunState, Start, settings, write_state
 from vtrain.train.schedule import Interval, lr_factor
 from vtrain.train.signals import StopRequest
 from vtrain.train.step import Step
-
-Validate = Callable[[int], dict[str, Path]]
 
 
 @dataclass(frozen=True)
@@ -92,10 +87,10 @@ class Trainer:
     def fill(self, folder: Path, step: int, micro_batch: int) -> None:
         """The files of a checkpoint."""
         config = self.plan.config
-        if config.model.table.train == "lora":
+        lora = config.model.table.lora
+        if lora is not None:
             assert isinstance(self.denoiser, SupportsLora)
-            table = lora_table(self.plan)
-            self.denoiser.save_lora(folder, lora_state(self.denoiser.module), lora_settings(self.denoiser, table))
+            self.denoiser.save_lora(folder, lora_state(self.denoiser.module), lora_settings(self.denoiser, lora))
         else:
             self.denoiser.save(folder)
         for name, module in self.step.regularizers.items():
@@ -105,11 +100,6 @@ class Trainer:
         values = {key: setting.value for key, setting in settings(config).items()}
         write_state(folder, RunState(step, micro_batch, step / self.prices.steps_per_epoch, values))
         (folder / "config.toml").write_text(config.text, encoding="utf-8")
-
-
-def lora_table(plan: Plan) -> LoraTable:
-    """[model.lora], or its defaults."""
-    return plan.config.model.table.lora or LoraTable()
 
 
 def assemble(plan: Plan, prices: Prices, start: Start, batches: Batches, processes: Processes) -> Trainer:
@@ -136,15 +126,15 @@ def assemble(plan: Plan, prices: Prices, start: Start, batches: Batches, process
 def load_model(plan: Plan, start: Start, device: str) -> Denoiser:
     """The denoiser as it starts: of the model folder or a checkpoint, with its adapter under LoRA."""
     config = plan.config
-    lora = config.model.table.train == "lora"
+    lora = config.model.table.lora
     with blame(config.model.registered, "loading the denoiser"):
         weights = None if lora else start.folder
-        denoiser = plan.family.load_denoiser(device, cast(DType, plan.base), weights)
-    if not lora:
+        denoiser = plan.family.load_denoiser(device, plan.base, weights)
+    if lora is None:
         denoiser.module.requires_grad_(True)
         return denoiser
     seed = derive(config.run.seed, "adapter")
-    add_lora(denoiser, lora_table(plan), seed, config.where("model", "lora", "targets"))
+    add_lora(denoiser, lora, seed, config.where("model", "lora", "targets"))
     if start.folder is not None:
         assert isinstance(denoiser, SupportsLora)
         odd = load_lora_state(denoiser.module, denoiser.load_lora(start.folder))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,10 +40,11 @@ class Saved:
 
 @dataclass(frozen=True)
 class Validated:
-    """Videos were generated. files: nickname -> mp4."""
+    """Videos were generated. files: nickname -> mp4; sheet: a PNG of them all, None if there are none."""
 
     step: int
-    files: dict[str, Path]
+    files: Mapping[str, Path]
+    sheet: Path | None
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,16 @@ class Stopped:
 Event = Logged | Saved | Validated | Warned | Stopped
 
 
+Validate = Callable[[int], Validated]
+"""Optimizer steps done -> what was generated. Never raises for a video that fails."""
+
+
 @dataclass(frozen=True)
 class Ends:
-    """What the loop calls at its edges. save(step, next micro-batch) -> (folder, deleted); validate(step) -> files."""
+    """What the loop calls at its edges. save(step, next micro-batch) -> (folder, deleted)."""
 
     save: Callable[[int, int], tuple[Path, tuple[Path, ...]]]
-    validate: Callable[[int], dict[str, Path]] | None
+    validate: Validate | None
     stop: StopRequest
 
 
@@ -208,7 +213,7 @@ class Loop:
         """Read all flags, then generate."""
         yield from self.read()
         if self.ends.validate is not None:
-            yield Validated(done, self.ends.validate(done))
+            yield self.ends.validate(done)
         self.clock = time.perf_counter()
 
     def memory(self) -> int:

@@ -15,7 +15,7 @@ from vtrain.contract import Caption, Condition, Denoiser, Family, NoiseLevel, Pr
 from vtrain.data.batches import pad
 from vtrain.data.caches import Caches
 from vtrain.plan.records import ValidationPlan
-from vtrain.validate.video import to_frames, write_mp4, write_sheet
+from vtrain.validate.video import to_frames, write_mp4
 
 
 class Interrupted(Exception):
@@ -96,10 +96,3 @@ class Validator:
                 pixels = codec.decode(clean.to(self.device))
                 write_mp4(files[nickname], to_frames(pixels[0]), self.plan.fps)
         return files
-
-
-def sheet(folder: Path, files: dict[str, Path]) -> Path:
-    """A contact sheet of finished videos."""
-    path = folder / "sheet.png"
-    write_sheet(path, files)
-    return path

@@ -9,6 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -25,15 +26,21 @@ def to_frames(pixels: Tensor) -> Tensor:
 
 
 def write_mp4(path: Path, frames: Tensor, fps: float) -> None:
-    """frames uint8 (F, H, W, 3), H and W even -> H.264, yuv420p, BT.709 as players assume. Written aside, then renamed."""
+    """frames uint8 (F, H, W, 3), H and W even -> H.264, yuv420p, tagged BT.709, limited range. Written aside, then renamed."""
     aside = path.with_name(f".{path.name}.partial")
     _, height, width, _ = frames.shape
     with av.open(str(aside), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.options = {"crf": CRF, "preset": "medium"}
+        stream.codec_context.colorspace = Colorspace.ITU709
+        stream.codec_context.color_primaries = ColorPrimaries.BT709
+        stream.codec_context.color_trc = ColorTrc.BT709
+        stream.codec_context.color_range = ColorRange.MPEG
         for picture in frames.numpy():
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            rgb = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            yuv = rgb.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
+            container.mux(stream.encode(yuv))
         container.mux(stream.encode(None))
     aside.replace(path)
 

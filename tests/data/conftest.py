@@ -246,6 +246,7 @@ def video_bytes(
     gop: int = 250,
     b_frames: int = 3,
     aspect: Fraction | None = None,
+    transfer: int | None = None,
     times: Sequence[float] | None = None,
     options: Mapping[str, str] | None = None,
 ) -> bytes:
@@ -259,6 +260,8 @@ def video_bytes(
         stream.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
         if codec == "libx264":
             stream.options = {"crf": "12", "g": str(gop), "bf": str(b_frames)}
+        if transfer:
+            stream.codec_context.color_trc = transfer
         if aspect:
             stream.codec_context.sample_aspect_ratio = aspect
         if rotate or mirror:

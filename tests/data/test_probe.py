@@ -78,6 +78,12 @@ def test_a_file_with_only_sound_says_so(audio_only) -> None:
         probe(io.BytesIO(audio_only))
 
 
+@pytest.mark.parametrize(("transfer", "name"), [(16, "PQ"), (18, "HLG")])
+def test_high_dynamic_range_is_refused_and_not_shown_washed_out(make_video, transfer, name) -> None:
+    with pytest.raises(FileFault, match=rf"high dynamic range \({name}\)"):
+        probe(io.BytesIO(make_video(transfer=transfer)))
+
+
 class Unreadable(io.BytesIO):
     def read(self, size=-1):
         raise OSError(5, "Input/output error")

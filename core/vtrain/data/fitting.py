@@ -47,7 +47,9 @@ def _nearest(source: Probe, dataset: DatasetPlan) -> tuple[Size, Box]:
     aspect = source.width * source.pixel_aspect / source.height
     distance = {size: abs(math.log(size.aspect / aspect)) for size in dataset.sizes}
     least = min(distance.values())
-    near = sorted((size for size in distance if distance[size] <= least + 1e-9), key=lambda s: (s.area, s.width))
+    near = [size for size in distance if distance[size] <= least + 1e-9]
+    if len(near) > 1:
+        near.sort(key=lambda size: (size.area, size.width))
     boxes = {size: _box(source, size, dataset.table.crop) for size in near}
     whole = [size for size in near if not _enlarged(boxes[size], size)]
     size = whole[-1] if whole else near[0]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import posixpath
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
 from vtrain.contract import DataBackend, SourceRef
 from vtrain.data import captions
@@ -24,10 +24,9 @@ def list_files(backend: DataBackend) -> Listing:
     """Sort a backend's files by what their names say. Raises DataError."""
     videos, texts, left = [], {}, {}
     for ref in backend.refs():
-        path = PurePosixPath(ref.id)
-        suffix = path.suffix.lower()
-        if any(part.startswith(".") for part in path.parts):
+        if ref.id.startswith(".") or "/." in ref.id:
             continue
+        suffix = posixpath.splitext(ref.id)[1].lower()
         if not _utf8(ref.id):
             left[ref.id.encode(errors="backslashreplace").decode()] = Left(
                 "dropped", "bad name", "its name is not UTF-8: rename it"

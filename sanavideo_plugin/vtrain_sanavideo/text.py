@@ -135,6 +135,20 @@ def _load_tokenizer(folder: Path) -> GemmaTokenizer:
     return tokenizer
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar of transformers' own: it would tear the run's display. Its setting is as before afterwards."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _load(folder: Path, dtype: DType, device: str) -> Gemma2Model:
     import torch
     from transformers import Gemma2Model
@@ -143,14 +157,15 @@ def _load(folder: Path, dtype: DType, device: str) -> Gemma2Model:
         raise ModelError(problems)
     try:
         # "sdpa" does not do Gemma-2's capped logits.
-        loaded: tuple[Gemma2Model, dict[str, Any]] = Gemma2Model.from_pretrained(
-            folder,
-            dtype=torch_type(dtype),
-            attn_implementation="eager",
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )  # type: ignore[assignment]  # a pair, because of output_loading_info
+        with _quiet():
+            loaded: tuple[Gemma2Model, dict[str, Any]] = Gemma2Model.from_pretrained(
+                folder,
+                dtype=torch_type(dtype),
+                attn_implementation="eager",
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )  # type: ignore[assignment]  # a pair, because of output_loading_info
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(Problem(str(folder), f"the text encoder cannot be loaded: {error}")) from error
     model, report = loaded

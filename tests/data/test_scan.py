@@ -95,8 +95,9 @@ def test_a_clip_of_too_few_frames_at_any_rate_gets_only_the_remedy_that_works(go
 def test_a_slower_source_is_left_out_and_not_shown_with_frames_repeated(good, make_video) -> None:
     reason = reason_of(good, make_video(frames=40, fps=10))
     assert reason.startswith("10 frames per second in the file, fewer than the 16 of data.video.fps")
-    assert reason.endswith("set data.video.fps to 10 or less")
+    assert reason.endswith("set data.video.fps to 10 or less, or data.video.repeat_frames = true")
     assert left_out(good, fps=10.0, frames=9) == {}
+    assert left_out(good, video={"repeat_frames": True}) == {}
 
 
 def test_ntsc_rates_count_as_their_round_neighbours(setup, make_video) -> None:

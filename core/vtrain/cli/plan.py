@@ -20,7 +20,10 @@ def plan(config: Path, as_json_text: bool) -> None:
     if as_json_text:
         print(json.dumps(as_json(prepared.plan, prepared.scan.survey, prepared.prices), indent=2))  # noqa: T201
     else:
-        show(Console(soft_wrap=True, highlight=False), prepared.plan, prepared.scan.survey, prepared.prices)
+        console = Console(soft_wrap=True, highlight=False)
+        for message in prepared.scan.messages:
+            console.print(escape(message))
+        show(console, prepared.plan, prepared.scan.survey, prepared.prices)
 
 
 def show(console: Console, plan: Plan, survey: Survey, prices: Prices) -> None:

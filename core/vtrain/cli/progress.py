@@ -8,7 +8,15 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from vtrain.plan.price import bytes_text
 from vtrain.train.loop import Event, Logged, Saved, Stopped, Validated, Warned
@@ -35,6 +43,7 @@ class Display:
                 TextColumn("step"),
                 MofNCompleteColumn(),
                 BarColumn(bar_width=24),
+                TimeElapsedColumn(),
                 TextColumn("{task.fields[numbers]}"),
             )
             self.bar = Progress(*columns, console=console)

@@ -105,19 +105,23 @@ def _prepare(plan: Plan, console: Console, device: str) -> Ready:
     from vtrain.validate.generate import texts
 
     found = scan(plan)
+    for message in found.messages:
+        console.print(escape(message))
     prices = price(plan, found.survey)
     show_plan(console, plan, found.survey, prices)
     extra = texts(plan.validation) if plan.validation else []
     with Filling(console) as filling:
         filled = fill_caches(plan, found.samples, extra, device, filling.report)
+    if filled.truncated:
+        console.print(f"{filled.truncated} captions were too long for the text encoder and lost their end")
     survey = found.survey
     if filled.left_out:
         for sample, reason in sorted(filled.left_out.items()):
             console.print(f"left out: {escape(sample)}: {escape(reason)}")
-        survey = scan(plan).survey
+        survey = filled.recount(survey)
         prices = price(plan, survey)
         console.print(
-            f"{len(filled.left_out)} of {len(found.samples)} clips could not be decoded; {len(filled.samples)} remain"
+            f"{len(filled.left_out)} of {len(found.samples)} clips cannot be used; {len(filled.samples)} remain"
         )
     return Ready(survey, tuple(filled.samples), prices)
 

@@ -68,6 +68,9 @@ class VideoTable(Options):
     fps: float | None = Field(
         None, gt=0, le=240, description="frames per second after resampling; absent: the family's"
     )
+    repeat_frames: bool = Field(
+        False, description="use clips slower than fps, each frame shown more than once, instead of dropping them"
+    )
     window: Literal["start", "center"] = Field("start", description="which part of a longer clip is used")
 
 

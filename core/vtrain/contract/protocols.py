@@ -52,6 +52,16 @@ class TextEncoder(Protocol):
         ...
 
 
+@runtime_checkable
+class SupportsTruncation(Protocol):
+    """A text encoder that cuts long captions, and counts them. *torch*"""
+
+    @property
+    def truncated(self) -> int:
+        """How many of the captions encoded so far lost their end."""
+        ...
+
+
 class VideoCodec(Protocol):
     """Pixels to latents and back. *torch* One thread at a time."""
 

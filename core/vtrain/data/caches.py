@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,7 +13,7 @@ from vtrain.data.fill_text import Report, fill_text
 from vtrain.data.fill_video import fill_video
 from vtrain.data.sample import Sample
 from vtrain.data.stores import Stores
-from vtrain.plan.records import Plan
+from vtrain.plan.records import Plan, Survey
 
 DROPPED = Caption("")
 """What a dropped caption is replaced by, with the role "dropped"."""
@@ -45,11 +46,28 @@ class Caches:
 
 @dataclass(frozen=True)
 class Filled:
-    """samples: those that can be trained on, in their order. left_out: sample id -> why its file cannot be used."""
+    """samples: those that can be trained on, in their order. left_out: sample id -> why its file cannot be used.
+
+    truncated: captions encoded now that were too long and lost their end.
+    """
 
     samples: tuple[Sample, ...]
     left_out: Mapping[str, str]
+    truncated: int
     caches: Caches
+
+    def recount(self, survey: Survey) -> Survey:
+        """The survey without what was left out."""
+        datasets = []
+        for found in survey.datasets:
+            shapes = Counter(sample.shape for sample in self.samples if sample.dataset == found.id)
+            reasons = dict(found.left_out)
+            for name, reason in self.left_out.items():
+                if name.startswith(f"{found.id}/"):
+                    count, example = reasons.get(reason, (0, name.removeprefix(f"{found.id}/")))
+                    reasons[reason] = (count + 1, example)
+            datasets.append(replace(found, samples=dict(sorted(shapes.items())), left_out=reasons))
+        return replace(survey, datasets=tuple(datasets))
 
 
 def fill_caches(
@@ -65,9 +83,9 @@ def fill_caches(
     texts: list[tuple[Caption, Role]] = [(sample.caption, "prompt") for sample in samples]
     if plan.config.train.caption_dropout > 0:
         texts.append((DROPPED, "dropped"))
-    fill_text(stores, [*texts, *extra_texts], device, report)
+    truncated = fill_text(stores, [*texts, *extra_texts], device, report)
     left_out = fill_video(stores, samples, device, report)
     kept = tuple(sample for sample in samples if sample.id not in left_out)
     if samples and not kept:
         raise DataError(Problem(name, f"{reason}.") for name, reason in left_out.items())
-    return Filled(kept, left_out, Caches(stores))
+    return Filled(kept, left_out, truncated, Caches(stores))

@@ -7,21 +7,24 @@ from itertools import groupby
 
 import torch
 
-from vtrain.contract import Caption, PluginError, Problem, Role, Text
+from vtrain.contract import Caption, PluginError, Problem, Role, SupportsTruncation, Text
 from vtrain.data.stores import Stores
 
 Report = Callable[[str, int, int], None]
 """Told (stage, done, total): "text" counts captions, "video" counts clips."""
 
 
-def fill_text(stores: Stores, texts: Iterable[tuple[Caption, Role]], device: str, report: Report) -> None:
-    """Encode what is missing; the encoder is opened only if something is. Raises DataError for a full disk."""
+def fill_text(stores: Stores, texts: Iterable[tuple[Caption, Role]], device: str, report: Report) -> int:
+    """Encode what is missing; the encoder is opened only if something is. Raises DataError for a full disk.
+
+    Gives how many of the captions encoded now were too long and lost their end, as far as the encoder counts them.
+    """
     wanted = {stores.text_key(caption, role): (caption, role) for caption, role in texts}
     missing = {key: text for key, text in wanted.items() if not stores.text.sound(key)}
     done = len(wanted) - len(missing)
     report("text", done, len(wanted))
     if not missing:
-        return
+        return 0
     with stores.plan.family.open_text_encoder(device) as encoder, torch.no_grad():
         for role, keys in _batches(missing, stores.plan.config.cache.text_batch):
             text = encoder.encode([missing[key][0] for key in keys], role)
@@ -29,6 +32,7 @@ def fill_text(stores: Stores, texts: Iterable[tuple[Caption, Role]], device: str
                 stores.text.write(key, {"embeds": embeds[:count]})
             done += len(keys)
             report("text", done, len(wanted))
+        return encoder.truncated if isinstance(encoder, SupportsTruncation) else 0
 
 
 def _batches(missing: Mapping[str, tuple[Caption, Role]], size: int) -> Iterator[tuple[Role, list[str]]]:

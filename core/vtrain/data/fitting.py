@@ -33,7 +33,7 @@ def fit(source: Probe, dataset: DatasetPlan, rule: FrameRule) -> Fit | Left:
     frames = rule.floor(min(available, dataset.frames))
     if available < dataset.min_frames or frames == 0:
         return _too_short(source, dataset, rule, available)
-    if frames > 1 and source.rate < dataset.fps * _SAME_RATE:
+    if frames > 1 and source.rate < dataset.fps * _SAME_RATE and not dataset.table.video.repeat_frames:
         return _too_slow(source, dataset)
     size, box = _nearest(source, dataset)
     if not dataset.table.upscale and _enlarged(box, size):
@@ -92,7 +92,8 @@ def _too_slow(source: Probe, dataset: DatasetPlan) -> Left:
         "dropped",
         "too slow",
         f"{source.rate:.6g} frames per second in the file, fewer than the {dataset.fps:g} of data.video.fps: frames "
-        f"would be repeated; set data.video.fps to {math.floor(source.rate * 1000) / 1000:g} or less",
+        f"would be repeated; set data.video.fps to {math.floor(source.rate * 1000) / 1000:g} or less, or "
+        "data.video.repeat_frames = true",
     )
 
 

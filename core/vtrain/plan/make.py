@@ -92,7 +92,7 @@ def _check_output(config: Config) -> list[Problem]:
             parent = parent.parent
         if not parent.is_dir():
             problems.append(Problem(config.where(*place), f"{parent} is a file, so {folder} cannot be a folder."))
-        elif not os.access(parent, os.W_OK | os.X_OK):
+        elif not os.access(parent, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
             problems.append(Problem(config.where(*place), f"no permission to write in {parent}."))
     resume = config.run.resume
     if resume not in ("latest", "never") and not resume_path(config).is_dir():

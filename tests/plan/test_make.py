@@ -1,0 +1,153 @@
+"""What a plan resolves, and what it refuses before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vtrain.contract import ClipShape, ConfigError, Size
+from vtrain.plan.make import make_plan
+from vtrain.plan.records import Plan
+
+PlanOf = Callable[..., Plan]
+VALIDATION = 'every = "5 steps"\nprompts = { a = "b" }\n'
+
+
+def test_what_the_file_leaves_open_is_the_familys(plan_of: PlanOf) -> None:
+    plan = plan_of(validation=VALIDATION)
+    (dataset,) = plan.datasets
+    assert (dataset.frames, dataset.min_frames, dataset.fps) == (9, 9, 8)
+    assert dataset.sizes == (Size(64, 64), Size(96, 64), Size(64, 96))
+    assert dataset.id == "clips"
+    assert plan.base == "fp32"
+    assert plan.validation is not None
+    assert plan.validation.shape == ClipShape(9, plan.family.default_size.height, plan.family.default_size.width)
+    assert plan.validation.fps == 8
+
+
+def test_an_adapter_trains_on_a_base_in_bf16_unless_told_otherwise(plan_of: PlanOf) -> None:
+    assert plan_of(model='use = "toy"\ntrain = "lora"').base == "bf16"
+    assert plan_of(model='use = "toy"\ntrain = "lora"', precision='base = "fp32"').base == "fp32"
+
+
+def test_a_size_is_width_by_height(plan_of: PlanOf) -> None:
+    plan = plan_of(
+        data='use = "folder"\npath = "clips"\nresolution = "96x64"', validation=VALIDATION + 'size = "96x64"'
+    )
+    assert plan.datasets[0].sizes == (Size(width=96, height=64),)
+    assert plan.validation is not None
+    assert (plan.validation.shape.width, plan.validation.shape.height) == (96, 64)
+
+
+def refused(plan_of: PlanOf, **tables: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        plan_of(**tables)
+    return str(caught.value)
+
+
+def test_all_problems_between_tables_come_at_once_each_with_its_line(plan_of: PlanOf) -> None:
+    text = refused(
+        plan_of,
+        data='use = "folder"\npath = "clips"\nresolution = ["65x64", "96x60"]\n[data.video]\nframes = 10\nmin_frames = 13',
+        validation=VALIDATION + 'size = "100x64"\nframes = 8',
+        precision='base = "bf16"',
+        lr_schedule='warmup = "5 min"',
+        more='[[regularizer]]\nuse = "toy-smooth"\nblock = 3',
+    )
+    lines = text.splitlines()
+    expected = [
+        "config.toml:9: 65x64: width and height must be multiples of",
+        "config.toml:9: 96x60: width and height must be multiples of",
+        "config.toml:11: frames = 10: the family takes 4k+1 frames. Use 9 or 13.",
+        "config.toml:12: min_frames = 13 is more than frames = 10.",
+        "config.toml:21: 100x64: width and height must be multiples of",
+        "config.toml:22: frames = 8: the family takes 4k+1 frames. Use 5 or 9.",
+        'config.toml:24: full training of bf16 weights with optimizer "adamw"',
+        'config.toml:26: lr_schedule.warmup needs "steps" or "epochs"',
+        "config.toml:27: toy-smooth reads block 3; the model has blocks 0 to 2.",
+    ]
+    for words in expected:
+        assert any(words in line for line in lines), (words, text)
+    assert len(lines) == len(expected)
+
+
+def test_an_unknown_bucket_set_names_those_there_are(plan_of: PlanOf) -> None:
+    assert '"480p" is neither a bucket set of this family ("tiny")' in refused(
+        plan_of, data='use = "folder"\npath = "clips"\nresolution = "480p"'
+    )
+
+
+def test_two_datasets_of_one_name_are_refused(plan_of: PlanOf, tmp_path: Path) -> None:
+    more = '[[data]]\nuse = "folder"\npath = "other/clips"'
+    with pytest.raises(ConfigError, match='two datasets are called "clips"'):
+        plan_of(more=more)
+    assert len(plan_of(more=more + '\nid = "others"').datasets) == 2
+
+
+def test_a_disabled_dataset_is_no_part_of_the_plan(plan_of: PlanOf) -> None:
+    assert len(plan_of(more='[[data]]\nuse = "folder"\npath = "more"\nenabled = false').datasets) == 1
+
+
+def test_an_output_folder_below_a_file_is_refused(plan_of: PlanOf, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    text = refused(plan_of, run='output_dir = "file/out"', cache='dir = "file/cache"')
+    assert text.count("is a file, so") == 2
+
+
+def test_an_output_folder_without_permission_is_refused(plan_of: PlanOf) -> None:
+    """Root may write anywhere, so as root the check runs with another effective user."""
+    own = os.geteuid()
+    with tempfile.TemporaryDirectory() as name:
+        locked = Path(name) / "locked"
+        locked.mkdir()
+        Path(name).chmod(0o755)
+        tables = {"run": f'output_dir = "{locked.as_posix()}/out"', "cache": f'dir = "{locked.as_posix()}/cache"'}
+        config = plan_of(**tables).config
+        locked.chmod(0o555)
+        os.seteuid(65534 if own == 0 else own)
+        try:
+            with pytest.raises(ConfigError) as caught:
+                make_plan(config)
+        finally:
+            os.seteuid(own)
+    assert str(caught.value).count("no permission to write in") == 2
+
+
+def test_a_tap_on_the_last_block_is_fine(plan_of: PlanOf) -> None:
+    plan = plan_of(more='[[regularizer]]\nuse = "toy-smooth"\nblock = 2')
+    assert [name for name, _ in plan.regularizers] == ["toy-smooth"]
+
+
+def test_a_regularizer_given_twice_is_refused(plan_of: PlanOf) -> None:
+    one = '[[regularizer]]\nuse = "toy-smooth"\nblock = 1\n'
+    with pytest.raises(ConfigError, match="toy-smooth is given twice"):
+        plan_of(more=one + one)
+
+
+def test_a_plugins_own_error_leaves_with_a_note_that_names_it(plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    import vtrain_toy.family
+
+    def broken(self: object) -> object:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(vtrain_toy.family.ToyFamily, "__init__", lambda self, options: broken(self))
+    with pytest.raises(ZeroDivisionError) as caught:
+        plan_of()
+    assert "in family toy (vtrain-toy" in caught.value.__notes__[0]
+
+
+def test_planning_imports_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from vtrain.cli.prepare import planned, prepare\n"
+        "import vtrain.plan.render, vtrain.cli.plan\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'accelerate', 'peft'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,107 @@
+"""Counting a run, against counts done by hand."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+
+import pytest
+
+from vtrain.contract import ClipShape, ConfigError
+from vtrain.plan import price as pricing
+from vtrain.plan.price import bytes_text, price
+from vtrain.plan.records import DatasetSurvey, Plan, Survey
+from vtrain.plan.render import as_json, sections
+
+PlanOf = Callable[..., Plan]
+SQUARE, WIDE = ClipShape(9, 64, 64), ClipShape(9, 64, 96)
+
+
+def survey(square: int = 10, wide: int = 6, repeats: int = 0) -> Survey:
+    found = DatasetSurvey(
+        "clips", square + wide + 3, {SQUARE: square, WIDE: wide}, {"too short": (3, "x.mp4")}, repeats
+    )
+    return Survey((found,), texts=square + wide)
+
+
+def test_steps_and_epochs_follow_from_each_other(plan_of: PlanOf) -> None:
+    made = price(plan_of(processes=2, train="steps = 10\nbatch_size = 2\naccumulate = 2"), survey())
+    assert (made.samples_per_step, made.steps_per_epoch, made.steps, made.epochs) == (8, 2.0, 10, 5.0)
+    by_epochs = price(plan_of(train="epochs = 1.5"), survey(repeats=1))
+    assert (by_epochs.steps_per_epoch, by_epochs.steps) == (32, 48)
+
+
+def test_the_cache_holds_each_clip_once_whatever_the_repeats(plan_of: PlanOf) -> None:
+    plan = plan_of()
+    once, thrice = price(plan, survey()), price(plan, survey(repeats=2))
+    assert once.video_bytes == thrice.video_bytes
+    per_clip = {shape: 4 * _product(plan.family.latent_shape(shape)) for shape in (SQUARE, WIDE)}
+    assert once.video_bytes == 10 * per_clip[SQUARE] + 6 * per_clip[WIDE]
+
+
+def _product(numbers: tuple[int, ...]) -> int:
+    total = 1
+    for number in numbers:
+        total *= number
+    return total
+
+
+def test_more_samples_a_step_than_there_are_is_refused_with_the_repeats_that_would_do(plan_of: PlanOf) -> None:
+    plan = plan_of(processes=2, train="steps = 10\nbatch_size = 5\naccumulate = 4")
+    with pytest.raises(ConfigError) as caught:
+        price(plan, survey())
+    assert "batch_size 5 x accumulate 4 x 2 process(es) = 40 samples, and one epoch has 16" in str(caught.value)
+    assert "Set data.repeats to at least 2" in str(caught.value)
+    assert price(plan, survey(repeats=2)).samples_per_step == 40
+
+
+def test_a_bucket_smaller_than_a_batch_is_named(plan_of: PlanOf) -> None:
+    with pytest.raises(ConfigError, match=r"bucket 96x64@9 has 1 sample\(s\) in an epoch, fewer than batch_size = 4"):
+        price(plan_of(train="steps = 10\nbatch_size = 4"), survey(square=10, wide=1))
+
+
+def test_too_little_disk_is_refused(plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(pricing.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(ConfigError) as caught:
+        price(plan_of(), survey())
+    assert "the cache may need" in str(caught.value)
+    assert "2 checkpoints may need" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tables", "words"),
+    [
+        ({"lr_schedule": 'use = "cosine"\nwarmup = "10 steps"'}, "lr_schedule.warmup is 10 steps and the run 10"),
+        ({"validation": 'every = "11 steps"\nprompts = { a = "b" }'}, "validation.every is 11 steps and the run 10"),
+        ({}, "no gradient clipping"),
+    ],
+)
+def test_what_is_probably_not_meant_is_pointed_out(plan_of: PlanOf, tables: dict[str, str], words: str) -> None:
+    assert any(words in warning for warning in price(plan_of(**tables), survey()).warnings)
+
+
+def test_nothing_is_pointed_out_without_cause(plan_of: PlanOf) -> None:
+    plan = plan_of(train="steps = 10\nclip = { max = 1.0 }", lr_schedule='warmup = "9 steps"')
+    assert price(plan, survey()).warnings == ()
+
+
+def test_the_rendered_plan_says_what_was_counted(plan_of: PlanOf) -> None:
+    plan = plan_of(train="steps = 8", validation='every = "4 steps"\nprompts = { a = "b" }')
+    made = price(plan, survey())
+    rows = {
+        f"{section.title}/{label}": text for section in sections(plan, survey(), made) for label, text in section.rows
+    }
+    assert rows["run/steps"] == "8 optimizer steps, 0.5 epochs"
+    assert rows["data: clips/files"] == "19 looked at, 16 used"
+    assert rows["data: clips/left out: 3"] == "too short  (such as x.mp4)"
+    assert rows["data: clips/bucket 96x64@9"] == "6 samples"
+    assert rows["validation/videos"] == "1 every 4 steps (2 times) and at the end"
+    assert as_json(plan, survey(), made)["steps"] == 8
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (5 << 30, "5.0 GiB"), (3 << 40, "3.0 TiB")]
+)
+def test_sizes_read_as_a_person_would_write_them(count: int, text: str) -> None:
+    assert bytes_text(count) == text

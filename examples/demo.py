@@ -12,6 +12,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
 from vtrain_sanavideo import tiny
 
 HERE = Path(__file__).parent
@@ -38,7 +39,9 @@ def draw_loss(metrics: Path, picture: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=HERE.parent / "demo-output", help="folder for everything it makes")
+    parser.add_argument(
+        "--output", type=Path, default=HERE.parent / "demo-output", help="folder for everything it makes"
+    )
     output = parser.parse_args().output.resolve()
     checkpoint, run = output / "tiny-checkpoint", output / "run"
     if not (checkpoint / "model_index.json").exists():
@@ -46,7 +49,9 @@ def main() -> int:
         tiny.build(checkpoint)
     config = output / "demo.toml"
     text = (HERE / "demo.toml").read_text(encoding="utf-8")
-    text = text.replace('"../demo-output', f'"{output.as_posix()}').replace('"clips"', f'"{(HERE / "clips").as_posix()}"')
+    text = text.replace('"../demo-output', f'"{output.as_posix()}').replace(
+        '"clips"', f'"{(HERE / "clips").as_posix()}"'
+    )
     config.write_text(text, encoding="utf-8")
     done = subprocess.run(["vtrain", "run", str(config)], check=False)
     if done.returncode != 0:

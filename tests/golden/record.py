@@ -58,6 +58,7 @@ def machine() -> dict[str, str]:
     ]
     return {
         "cpu": names[0] if names else platform.processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "torch": version("torch"),
         "diffusers": version("diffusers"),
     }

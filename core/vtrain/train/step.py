@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from vtrain.contract import Condition, Denoiser, LatentShape, LossTerm, NoiseLevel, Sampler, StepView
@@ -81,11 +80,6 @@ class Step(nn.Module):
         return StepOutput(loss, flow.detach(), metrics)
 
 
-def parameter_count(module: nn.Module) -> int:
-    """Trained parameters."""
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-
-
 def clip_gradients(parameters: list[Tensor], method: str, limit: float) -> Tensor | None:
     """Clip in place; gives the norm before clipping for "norm", None for "value". Never reads the device."""
     if method == "value":
@@ -97,8 +91,3 @@ def clip_gradients(parameters: list[Tensor], method: str, limit: float) -> Tenso
 def gradient_norm(parameters: list[Tensor]) -> Tensor:
     """2-norm of all gradients together, a scalar on their device."""
     return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-
-
-def mean_of(values: list[Tensor]) -> Tensor:
-    """Mean of scalars."""
-    return torch.stack(values).mean()

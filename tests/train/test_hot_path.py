@@ -1,0 +1,134 @@
+"""An optimizer step never waits for the device: no number is read from a tensor until numbers are logged."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vtrain.config.tables import ClipTable, LoraTable, TrainTable
+from vtrain.contract import Caption, ClipShape, Condition, Denoiser, Family, NoiseLevel, Sampler, Text
+from vtrain.data.batches import pad
+from vtrain.train.adapters import add_lora
+from vtrain.train.feed import Fed
+from vtrain.train.loop import Ends, Logged, Loop
+from vtrain.train.parameters import groups, trained
+from vtrain.train.signals import StopRequest
+from vtrain.train.step import Step, StepInput
+
+READS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::nonzero", "aten::equal"}
+"""What .item(), .tolist() of a scalar, bool() and shapes that depend on values come down to."""
+
+
+class Reads(TorchDispatchMode):
+    """Counts operations that would wait for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        if name in READS:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass
+class OneProcess:
+    """What the loop asks of Processes, for one process on the CPU."""
+
+    count: int = 1
+    rank: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def unsynchronised(self, step: object, *, when: bool) -> nullcontext[None]:
+        return nullcontext()
+
+    def gathered(self, values: list[Any]) -> list[Any]:
+        return values
+
+
+def fed(family: Family, sampler: Sampler) -> Iterator[Fed]:
+    shape = family.latent_shape(ClipShape(5, 64, 64))
+    with family.open_text_encoder("cpu") as encoder:
+        text: Text = pad([encoder.encode([Caption("a clip")], "prompt")], family.text_tokens)
+    for number in itertools.count():
+        generator = torch.Generator().manual_seed(number)
+        level: NoiseLevel = sampler.draw(1, generator)
+        clean, noise = (torch.randn((1, *shape), generator=generator) for _ in range(2))
+        given = StepInput(clean, noise, level, Condition(text), number)
+        yield Fed(given, number, ("clip",), level.sigma.tolist())
+
+
+def toy() -> tuple[Family, Denoiser, Sampler]:
+    from vtrain_toy.family import TOY
+
+    from vtrain_builtin.flow import FLOW
+
+    family = TOY.build(TOY.options())
+    return family, family.load_denoiser("cpu", "fp32"), FLOW.build(FLOW.options(), {})
+
+
+def sana(folder: Path) -> tuple[Family, Denoiser, Sampler]:
+    from vtrain_sanavideo.plugin import FLOW, SANAVIDEO
+    from vtrain_sanavideo.tiny import build
+
+    family = SANAVIDEO.build(SANAVIDEO.options.model_validate({"path": str(build(folder / "tiny"))}))
+    return family, family.load_denoiser("cpu", "fp32"), FLOW.build(FLOW.options(), family.scheduler_config())
+
+
+@pytest.mark.parametrize("clip", [None, ClipTable(method="norm", max=1.0), ClipTable(method="value", max=0.1)])
+@pytest.mark.parametrize("kind", ["toy", "sana", "sana lora"])
+def test_an_optimizer_step_reads_nothing_from_the_device(tmp_path: Path, kind: str, clip: ClipTable | None) -> None:
+    family, denoiser, sampler = toy() if kind == "toy" else sana(tmp_path)
+    if kind == "sana lora":
+        add_lora(denoiser, LoraTable(rank=2, dropout=0.1), 1, "")
+    denoiser.gradient_checkpointing(True)
+    step = Step(denoiser, sampler, {}, {})
+    step.train()
+    named = trained(step)
+    from vtrain_builtin.adamw import ADAMW
+
+    optimizer = ADAMW.build(ADAMW.options.model_validate({"lr": 1e-3}), groups(named))
+    table = TrainTable.model_validate({"steps": 100, "log_every": 1, "accumulate": 2, "clip": clip})
+    loop = Loop(
+        step,
+        optimizer,
+        [parameter for _, parameter in named],
+        lambda step: 1.0,
+        None,  # type: ignore[arg-type] - the test feeds the loop itself
+        OneProcess(),  # type: ignore[arg-type]
+        table,
+        Ends(lambda step, micro_batch: (tmp_path, ()), None, StopRequest()),
+        first=0,
+        last=100,
+        micro_batch=0,
+        steps_per_epoch=10,
+        seed=1,
+    )
+    source = fed(family, sampler)
+    items = [next(source) for _ in range(6)]
+    loop.optimizer_step(0, iter(items[:2]))
+    with Reads() as reads:
+        loop.optimizer_step(1, iter(items[2:4]))
+        loop.optimizer_step(2, iter(items[4:6]))
+    assert reads.found == []
+    (logged,) = loop.read()
+    assert isinstance(logged, Logged)
+    assert [row.step for row in logged.rows] == [1, 2, 3]
+
+
+def test_the_counter_counts() -> None:
+    with Reads() as reads:
+        tensor = torch.ones(2).sum()
+        float(tensor)
+        bool(tensor > 1)
+    assert len(reads.found) == 2

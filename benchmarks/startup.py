@@ -1,0 +1,218 @@
+"""What starting costs: the command line against importing its libraries, a run's first step against loading its model.
+
+Every number is of a whole process, in CPU-seconds and in wall time, on one thread; the processes of a group take turns.
+The first step is timed from the start of `vtrain run`, caches warm, to the line that tells of step 1; the process is
+then ended. Its bare counterpart imports the libraries that such a run needs (torch, diffusers' transformer class,
+accelerate, safetensors, and peft under LoRA), loads the same weights, and does nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before numpy starts its threads; the processes below inherit it
+
+import argparse
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+from report import Ratio, ratio, say, say_machine, table, write_json
+from workload import BASE, MODELS, MODES, Model, fill, write_config
+
+VTRAIN = [sys.executable, "-c", "from vtrain.cli.app import main; main()"]
+CLI_LIBRARIES = [sys.executable, "-c", "import typer, rich, pydantic"]
+CLI_LIMIT = 3.0
+FIRST_STEP_LIMIT = 1.3
+
+LOAD = """
+import sys
+import torch, accelerate, safetensors{peft}
+from diffusers.models.transformers.transformer_sana_video import SanaVideoTransformer3DModel
+SanaVideoTransformer3DModel.from_pretrained(sys.argv[1], torch_dtype=torch.{dtype})
+"""
+
+THREADS = """
+import sys, torch
+from vtrain.train.step import Step
+forward = Step.forward
+def told(self, given):
+    sys.stdout.write(f"threads {torch.get_num_threads()}\\n")
+    return forward(self, given)
+Step.forward = told
+from vtrain.cli.app import main
+main()
+"""
+"""`vtrain`, telling at each step with how many threads torch computes."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one process, in seconds."""
+
+    cpu: float
+    wall: float
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One command against its bare counterpart: medians, and the ratio of CPU-seconds in pairs."""
+
+    what: str
+    bare: Cost
+    vtrain: Cost
+    ratio: Ratio
+
+
+Measure = Callable[[], Cost]
+
+
+def whole(command: list[str]) -> Cost:
+    """Run to the end. Its own CPU-seconds and those of its children."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"exit code {process.returncode} of {' '.join(command)}")
+    return Cost(usage.ru_utime + usage.ru_stime, time.perf_counter() - start)
+
+
+def first_step(config: Path) -> Cost:
+    """Run until the line of step 1, in an output folder that is not there yet; then end the process."""
+    shutil.rmtree(config.with_suffix(""), ignore_errors=True)
+    start = time.perf_counter()
+    with subprocess.Popen(
+        [*VTRAIN, "run", str(config)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if line.startswith("step 1/"):
+                times = psutil.Process(process.pid).cpu_times()
+                cost = Cost(times.user + times.system, time.perf_counter() - start)
+                process.kill()
+                return cost
+    raise SystemExit("".join(said))
+
+
+def compare(bare: Measure, others: Mapping[str, Measure], runs: int, limit: float) -> list[Compared]:
+    """`runs` rounds, in each of which every process runs once, after one round that is not counted."""
+    costs: dict[str, list[Cost]] = {"": [], **{name: [] for name in others}}
+    for turn in range(runs + 1):
+        for name, measure in {"": bare, **others}.items():
+            cost = measure()
+            if turn:
+                costs[name].append(cost)
+    seconds = {name: [cost.cpu for cost in found] for name, found in costs.items()}
+    return [
+        Compared(name, middle(costs[""]), middle(costs[name]), ratio(seconds[name], seconds[""], limit))
+        for name in others
+    ]
+
+
+def middle(costs: list[Cost]) -> Cost:
+    return Cost(statistics.median(cost.cpu for cost in costs), statistics.median(cost.wall for cost in costs))
+
+
+def command_line(config: Path, runs: int) -> list[Compared]:
+    """`--help`, `plugins list` and `plan` of a run whose data are known, against importing typer, rich and pydantic."""
+    whole([*VTRAIN, "plan", str(config)])
+    commands = {"--help": ["--help"], "plugins list": ["plugins", "list"], "plan": ["plan", str(config)]}
+    measures = {f"vtrain {name}": _whole([*VTRAIN, *words]) for name, words in commands.items()}
+    return compare(_whole(CLI_LIBRARIES), measures, runs, CLI_LIMIT)
+
+
+def _whole(command: list[str]) -> Measure:
+    return lambda: whole(command)
+
+
+def first_steps(folder: Path, model: Model, mode: str, runs: int) -> list[Compared]:
+    """The first step of `model`, warm caches, against imports and weight loading."""
+    config = write_config(folder, model, mode, log_every=1, name=f"{model.name}-{mode}")
+    fill(config)
+    dtype = {"fp32": "float32", "bf16": "bfloat16"}[BASE[mode]]
+    code = LOAD.format(peft=", peft" if mode == "lora" else "", dtype=dtype)
+    bare = [sys.executable, "-c", code, str(model.build(folder) / "transformer")]
+    return compare(_whole(bare), {f"{model.name}, {mode}": lambda: first_step(config)}, runs, FIRST_STEP_LIMIT)
+
+
+def threads_in_a_run(config: Path, threads: int) -> set[int]:
+    """With how many threads torch computes in steps of a run started under OMP_NUM_THREADS = `threads`."""
+    shutil.rmtree(config.with_suffix(""), ignore_errors=True)
+    command = [sys.executable, "-c", THREADS, "run", str(config)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    found: set[int] = set()
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if line.startswith("threads "):
+                found.add(int(line.split()[1]))
+            if line.startswith("step 3/"):
+                process.kill()
+                return found
+    raise SystemExit("".join(said))
+
+
+def cost_table(found: list[Compared], what: str, bare: str) -> str:
+    return table(
+        (what, f"{bare}: CPU s (wall)", "vtrain: CPU s (wall)", "ratio of CPU-seconds, 95% interval"),
+        [
+            (each.what, f"{each.bare.cpu:.2f} ({each.bare.wall:.2f})", f"{each.vtrain.cpu:.2f} ({each.vtrain.wall:.2f})", str(each.ratio))
+            for each in found
+        ],
+    )  # fmt: skip
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=10, help="counted processes of each kind (default: 10)")
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--folder", type=Path, help="where checkpoints and caches go (default: a temporary folder)")
+    parser.add_argument("--json", type=Path, help="write the numbers to this file")
+    return parser.parse_args()
+
+
+def main() -> None:
+    chosen = arguments()
+    with ExitStack() as stack:
+        folder = chosen.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vtrain-startup-")))
+        folder.mkdir(parents=True, exist_ok=True)
+        say_machine()
+        config = write_config(folder, MODELS["tiny"], "full", log_every=1, name="plan")
+        fill(config)
+        commands = command_line(config, chosen.runs)
+        say(cost_table(commands, "command", "import typer, rich, pydantic"))
+        starts = [
+            row
+            for model in chosen.models
+            for mode in chosen.modes
+            for row in first_steps(folder, MODELS[model], mode, chosen.runs)
+        ]
+        if starts:
+            say("\n" + cost_table(starts, "first step", "imports and weights"))
+        threads = {asked: sorted(threads_in_a_run(config, asked)) for asked in (1, 2)}
+        for asked, found in threads.items():
+            verdict = "respected" if found == [asked] else "NOT RESPECTED"
+            say(f"\nOMP_NUM_THREADS={asked}: steps compute with {found} threads: {verdict}")
+        content = {"commands": commands, "first_steps": starts}
+        tables = {name: [asdict(each) for each in rows] for name, rows in content.items()}
+        write_json(chosen.json, {**tables, "threads": {str(asked): found for asked, found in threads.items()}})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""vtrain's training step against a bare torch + diffusers loop, in CPU-seconds on one thread, and their peak memory.
+
+Both sides train the same checkpoint on the same cached clips with the same optimizer. In one process, blocks of N steps
+of the bare loop (bare.py) and of vtrain take turns, and which comes first changes with every pair. The bare loop has
+its batches in memory; vtrain is the real thing, from a config file: it reads caches, draws noise per sample, logs,
+writes metrics. CPU-seconds count all threads of the process, vtrain's feeding thread too. Peak memory is the maximum
+resident size of a process of its own for each side.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch and numpy start their threads
+
+import argparse
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from report import Ratio, ratio, say, say_machine, table, write_json
+from workload import BASE, MODELS, MODES, RANK, Model, fill, write_config
+
+TIME_LIMITS = {"small": 1.02, "tiny": 1.10}
+MEMORY_LIMIT = 1.05
+STEPS = {"small": 4, "tiny": 40}
+"""Of one block, by default."""
+
+RSS_STEPS = 8
+RSS_PAIRS = 3
+
+Block = Callable[[], float]
+"""Runs one block of steps and gives the last loss, or the mean of those logged."""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A workload's CPU-seconds per step, medians over blocks, and their ratio in pairs."""
+
+    model: str
+    mode: str
+    bare: float
+    vtrain: float
+    ratio: Ratio
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A workload's peak resident bytes, medians over processes, and their ratio in pairs."""
+
+    model: str
+    mode: str
+    bare: int
+    vtrain: int
+    ratio: Ratio
+
+
+@contextmanager
+def vtrain_block(config: Path) -> Iterator[Block]:
+    """A run as `vtrain run` starts it, without terminal and trackers; each block runs to the next log line."""
+    from vtrain.cli.prepare import planned
+    from vtrain.data.batches import Batches
+    from vtrain.data.caches import fill_caches
+    from vtrain.data.scan import scan
+    from vtrain.plan.price import price
+    from vtrain.train.assemble import assemble
+    from vtrain.train.loop import Logged
+    from vtrain.train.processes import Processes
+    from vtrain.train.resume import find_start
+    from vtrain.train.signals import StopRequest
+
+    plan = planned(config)
+    processes = Processes(plan.config.precision.mixed)
+    found = scan(plan)
+    filled = fill_caches(plan, found.samples, [], str(processes.device), lambda _kind, _done, _total: None)
+    plan.config.run.output_dir.mkdir(parents=True, exist_ok=True)
+    batches = Batches(plan, filled.caches, filled.samples)
+    trainer = assemble(plan, price(plan, found.survey), find_start(plan.config), batches, processes)
+    events = trainer.run(StopRequest())
+
+    def block() -> float:
+        event = next(events)
+        assert isinstance(event, Logged)
+        assert len(event.rows) == plan.config.train.log_every
+        return statistics.fmean(row.loss for row in event.rows)
+
+    try:
+        yield block
+    finally:
+        events.close()  # type: ignore[attr-defined]
+
+
+@contextmanager
+def bare_block(config: Path, model: Model, mode: str, steps: int) -> Iterator[Block]:
+    """The bare loop on the samples that vtrain cached for `config`."""
+    import bare
+
+    samples = read_samples(config)
+    checkpoint = model.build(config.parent)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[BASE[mode]]
+    net = bare.prepare(bare.load_model(checkpoint, dtype), RANK if mode == "lora" else None)
+    losses = bare.train(net, bare.adamw(net, 1e-5), [bare.Sample(*sample) for sample in samples])
+
+    def block() -> float:
+        for _ in range(steps):
+            loss = next(losses)
+        return float(loss)
+
+    yield block
+
+
+def read_samples(config: Path) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """(latents, embeds, mask) of each cached clip, written once to a file, so that reading them needs no vtrain."""
+    path = config.parent / "samples.pt"
+    if not path.exists():
+        from vtrain.cli.prepare import planned
+        from vtrain.data.batches import Batches
+        from vtrain.data.caches import Caches
+        from vtrain.data.scan import scan
+
+        plan = planned(config)
+        samples = scan(plan).samples
+        batches = Batches(plan, Caches.open(plan), samples)
+        found = [batches[number] for number in range(len(samples))]
+        torch.save([(batch.latents.mean, batch.text.embeds, batch.text.mask) for batch in found], path)
+    loaded: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = torch.load(path, weights_only=True)
+    return loaded
+
+
+def cpu_seconds(block: Block) -> float:
+    before = time.process_time()
+    loss = block()
+    seconds = time.process_time() - before
+    assert loss == loss, "the loss is not a number"
+    return seconds
+
+
+def measure_time(folder: Path, model: Model, mode: str, pairs: int, steps: int) -> Timed:
+    """Pairs of blocks in turn, after one block of each to warm up."""
+    config = write_config(folder, model, mode, log_every=steps, name=f"time-{model.name}-{mode}")
+    fill(config)
+    seconds: dict[str, list[float]] = {"bare": [], "vtrain": []}
+    with ExitStack() as stack:
+        blocks = {
+            "bare": stack.enter_context(bare_block(config, model, mode, steps)),
+            "vtrain": stack.enter_context(vtrain_block(config)),
+        }
+        for block in blocks.values():
+            block()
+        for pair in range(pairs):
+            for side in sorted(blocks, reverse=pair % 2 == 1):
+                seconds[side].append(cpu_seconds(blocks[side]) / steps)
+    gc.collect()
+    bare, vtrain = (statistics.median(seconds[side]) for side in ("bare", "vtrain"))
+    return Timed(model.name, mode, bare, vtrain, ratio(seconds["vtrain"], seconds["bare"], TIME_LIMITS[model.name]))
+
+
+def run_side(folder: Path, model: Model, mode: str, side: str, steps: int) -> int:
+    """One block on one side alone. Gives this process's peak resident bytes."""
+    config = write_config(folder, model, mode, log_every=steps, name=f"rss-{model.name}-{mode}-{os.getpid()}")
+    with vtrain_block(config) if side == "vtrain" else bare_block(config, model, mode, steps) as block:
+        block()
+    return peak_bytes()
+
+
+def peak_bytes() -> int:
+    """This process's peak resident size. Linux's VmHWM: ru_maxrss also counts the parent's memory at the fork."""
+    status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
+
+
+def measure_memory(folder: Path, model: Model, mode: str, pairs: int, steps: int) -> Memory:
+    """Processes of their own, in turn."""
+    config = write_config(folder, model, mode, log_every=steps, name=f"rss-{model.name}-{mode}")
+    fill(config)
+    read_samples(config)
+    peaks: dict[str, list[int]] = {"bare": [], "vtrain": []}
+    options = ["--folder", str(folder), "--models", model.name, "--modes", mode, "--steps", str(steps)]
+    for pair in range(pairs):
+        for side in sorted(peaks, reverse=pair % 2 == 1):
+            command = [sys.executable, __file__, "--rss", "--side", side, *options]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise SystemExit(done.stdout + done.stderr)
+            peaks[side].append(json.loads(done.stdout.splitlines()[-1]))
+    bare, vtrain = (int(statistics.median(peaks[side])) for side in ("bare", "vtrain"))
+    return Memory(model.name, mode, bare, vtrain, ratio(peaks["vtrain"], peaks["bare"], MEMORY_LIMIT))
+
+
+def time_table(found: list[Timed]) -> str:
+    return table(
+        ("model", "trained", "bare CPU-s/step", "vtrain CPU-s/step", "ratio, 95% interval"),
+        [(each.model, each.mode, f"{each.bare:.4f}", f"{each.vtrain:.4f}", str(each.ratio)) for each in found],
+    )
+
+
+def memory_table(found: list[Memory]) -> str:
+    return table(
+        ("model", "trained", "bare peak MiB", "vtrain peak MiB", "ratio, 95% interval"),
+        [
+            (each.model, each.mode, f"{each.bare / 2**20:.0f}", f"{each.vtrain / 2**20:.0f}", str(each.ratio))
+            for each in found
+        ],
+    )
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=24, help="pairs of blocks for each workload (default: 24)")
+    parser.add_argument("--steps", type=int, help=f"steps of a block (default: {STEPS})")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--rss-pairs", type=int, default=RSS_PAIRS, help="pairs of processes for peak memory; 0: none")
+    parser.add_argument("--folder", type=Path, help="where checkpoints and caches go (default: a temporary folder)")
+    parser.add_argument("--json", type=Path, help="write the numbers to this file")
+    parser.add_argument("--rss", action="store_true", help="one block of one --side alone; prints its peak bytes")
+    parser.add_argument("--side", choices=("bare", "vtrain"), default="vtrain", help="with --rss")
+    return parser.parse_args()
+
+
+def main() -> None:
+    chosen = arguments()
+    torch.set_num_threads(1)
+    with ExitStack() as stack:
+        folder = chosen.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vtrain-step-")))
+        folder.mkdir(parents=True, exist_ok=True)
+        works = [(MODELS[model], mode) for model in chosen.models for mode in chosen.modes]
+        if chosen.rss:
+            say(json.dumps(run_side(folder, *works[0], chosen.side, chosen.steps or RSS_STEPS)))
+            return
+        say_machine()
+        timed = [measure_time(folder, m, mode, chosen.pairs, chosen.steps or STEPS[m.name]) for m, mode in works]
+        say(time_table(timed))
+        memory = [
+            measure_memory(folder, m, mode, chosen.rss_pairs, chosen.steps or RSS_STEPS)
+            for m, mode in works
+            if chosen.rss_pairs
+        ]
+        if memory:
+            say("\n" + memory_table(memory))
+        write_json(chosen.json, {"time": [asdict(each) for each in timed], "memory": [asdict(each) for each in memory]})
+
+
+if __name__ == "__main__":
+    main()

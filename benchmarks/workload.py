@@ -1,0 +1,132 @@
+"""What is trained in the benchmarks: a checkpoint in the real format, clips, and a config file that names them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from vtrain_sanavideo import tiny
+
+FRAMES, HEIGHT, WIDTH = 17, 128, 64
+"""Of a clip, in pixels: latents 16 x 5 x 16 x 8, 160 tokens."""
+
+CLIPS = 4
+
+RANK = 16
+
+CONFIG = """
+[run]
+output_dir = "{output}"
+
+[model]
+use = "sanavideo"
+path = "{checkpoint}"
+train = "{train}"
+{lora}
+[precision]
+mixed = "bf16"
+base = "{base}"
+gradient_checkpointing = false
+
+[[data]]
+use = "folder"
+path = "{clips}"
+resolution = "{width}x{height}"
+
+[data.video]
+frames = {frames}
+
+[cache]
+dir = "{cache}"
+
+[train]
+steps = 1000000
+caption_dropout = 0
+log_every = {log_every}
+
+[optimizer]
+use = "adamw"
+lr = 1e-5
+
+[checkpoint]
+every = "1000000 steps"
+"""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A transformer: `layers` blocks of width heads x head_dim."""
+
+    name: str
+    layers: int
+    heads: int
+    head_dim: int
+
+    def build(self, folder: Path) -> Path:
+        """Write the whole checkpoint (random weights) below `folder`, unless it is there."""
+        checkpoint = folder / self.name
+        if not (checkpoint / "model_index.json").exists():
+            tiny.build(checkpoint, layers=self.layers, heads=self.heads, head_dim=self.head_dim)
+        return checkpoint
+
+
+MODELS = {model.name: model for model in (Model("tiny", 4, 2, 48), Model("small", 6, 8, 112))}
+"""0.9 M and 104 M parameters."""
+
+MODES = ("full", "lora")
+"""full: fp32 weights, all trained. lora: bf16 weights, an fp32 adapter of rank 16 on them. Both under bf16 autocast."""
+
+BASE = {"full": "fp32", "lora": "bf16"}
+
+
+def write_clips(folder: Path) -> Path:
+    """CLIPS short captioned H.264 files at 16 fps: moving gradients."""
+    folder.mkdir(parents=True, exist_ok=True)
+    grid = np.indices((HEIGHT, WIDTH)).sum(0)
+    for number in range(CLIPS):
+        (folder / f"clip_{number}.txt").write_text(f"a gradient that moves, number {number}", encoding="utf-8")
+        with av.open(str(folder / f"clip_{number}.mp4"), "w") as container:
+            stream = container.add_stream("libx264", rate=Fraction(16))
+            stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+            for frame in range(FRAMES):
+                ramp = (grid * (number + 1) + 8 * frame) % 256
+                picture = np.stack([ramp, 255 - ramp, np.full_like(ramp, 60 * number)], -1).astype(np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode(None))
+    return folder
+
+
+def write_config(folder: Path, model: Model, mode: str, log_every: int, name: str = "run") -> Path:
+    """The config file `folder`/`name`.toml; checkpoint, clips and caches below `folder` are shared by all of them."""
+    clips = folder / "clips"
+    if not clips.exists():
+        write_clips(clips)
+    text = CONFIG.format(
+        output=(folder / name).as_posix(),
+        checkpoint=model.build(folder).as_posix(),
+        train=mode,
+        lora=f"\n[model.lora]\nrank = {RANK}\n" if mode == "lora" else "",
+        base=BASE[mode],
+        clips=clips.as_posix(),
+        width=WIDTH,
+        height=HEIGHT,
+        frames=FRAMES,
+        cache=(folder / "cache").as_posix(),
+        log_every=log_every,
+    )
+    config = folder / f"{name}.toml"
+    config.write_text(text, encoding="utf-8")
+    return config
+
+
+def fill(config: Path) -> None:
+    """Make the caches of the run."""
+    from vtrain.cli.prepare import planned
+    from vtrain.data.caches import fill_caches
+    from vtrain.data.scan import scan
+
+    plan = planned(config)
+    fill_caches(plan, scan(plan).samples, [], "cpu", lambda _kind, _done, _total: None)

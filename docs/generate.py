@@ -80,7 +80,7 @@ def tables() -> Iterator[str]:
         yield f"{needed.capitalize()}.{f' {about[:1].upper()}{about[1:]}' if about else ''}{tracker}\n"
         yield from grid(HEADS, [*([use_row(name, found)] if name in PARTS else []), *option_rows(model)])
         for part in parts_of(found, name):
-            yield f"\n### `{header}` with `use = \"{part.spec.name}\"`\n"
+            yield f'\n### `{header}` with `use = "{part.spec.name}"`\n'
             yield f"{part.spec.summary[:1].upper()}{part.spec.summary[1:]} ({part.distribution}).\n"
             options = list(option_rows(part.spec.options))
             yield from grid(HEADS, options) if options else ["It takes no options."]
@@ -106,8 +106,16 @@ def rule_grid(rule: str) -> Iterator[str]:
     yield from grid(("key", "meaning"), rows)
 
 
+def example() -> Iterator[str]:
+    """The full 2B configuration, as it lies in examples/."""
+    yield "```toml"
+    yield (FOLDER.parent / "examples" / "sanavideo-2b-full.toml").read_text(encoding="utf-8").rstrip()
+    yield "```"
+
+
 GENERATED: dict[str, Callable[[], Iterator[str]]] = {
     "tables": tables,
+    "example": example,
     "refuse": lambda: rule_grid("refuse"),
     "apply": lambda: rule_grid("apply"),
 }
@@ -119,7 +127,7 @@ def fresh(page: str) -> str:
 
 
 def main() -> None:
-    for path in sorted(FOLDER.glob("*.md")):
+    for path in (FOLDER.parent / "README.md", *sorted(FOLDER.glob("*.md"))):
         path.write_text(fresh(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 

@@ -1,0 +1,188 @@
+"""The pages, their fenced blocks, and a folder in which what they show can be run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FENCE = re.compile(r"^```(\S*) ?([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LEAST: dict[str, Any] = {
+    "run": {"output_dir": "output"},
+    "model": {"use": "sanavideo", "path": "owner/name", "train": "full"},
+    "data": [{"use": "folder", "path": "clips"}],
+    "train": {"steps": 10},
+    "optimizer": {"lr": 1e-4},
+}
+"""A valid file, into which fragments are merged."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block. words: of the info string after the language, such as "fragment" or "file=x.py"."""
+
+    page: Path
+    line: int
+    language: str
+    words: tuple[str, ...]
+    text: str
+
+    @property
+    def file(self) -> str:
+        """The name under which the block says it is kept; "" for none."""
+        return next((word.removeprefix("file=") for word in self.words if word.startswith("file=")), "")
+
+    def __str__(self) -> str:
+        return f"{self.page.name}:{self.line}"
+
+
+def blocks_of(page: Path, text: str) -> list[Block]:
+    """All fenced blocks of a page, in order."""
+    return [
+        Block(page, text.count("\n", 0, match.start()) + 1, match[1], tuple(match[2].split()), match[3])
+        for match in FENCE.finditer(text)
+    ]
+
+
+@cache
+def pages() -> tuple[Path, ...]:
+    return (
+        ROOT / "README.md",
+        ROOT / "CHANGELOG.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+        ROOT / "examples/README.md",
+    )
+
+
+@cache
+def blocks(*languages: str) -> tuple[Block, ...]:
+    found = [block for page in pages() for block in blocks_of(page, page.read_text(encoding="utf-8"))]
+    return tuple(block for block in found if not languages or block.language in languages)
+
+
+def merged(text: str) -> str:
+    """A fragment, put into the least valid file."""
+    tree = {key: dict(value) if isinstance(value, dict) else value for key, value in LEAST.items()}
+    for key, value in tomllib.loads(text).items():
+        tree[key] = {**tree.get(key, {}), **value} if isinstance(value, dict) else value
+    return "\n".join(f"{key} = {_inline(value)}" for key, value in tree.items())
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{json.dumps(key)} = {_inline(item)}" for key, item in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_inline, value)) + "]"
+    return json.dumps(value)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test for each page or block that asks for one."""
+    wanted = {
+        "page": lambda: pages(),
+        "toml_block": lambda: blocks("toml"),
+        "console_block": lambda: blocks("console"),
+        "shell_block": lambda: blocks("sh", "console"),
+        "python_page": lambda: tuple(dict.fromkeys(block.page for block in blocks("python"))),
+    }
+    for name, give in wanted.items():
+        if name in metafunc.fixturenames:
+            given = give()
+            ids = [value.name if isinstance(value, Path) else str(value) for value in given]
+            metafunc.parametrize(name, given, ids=ids)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def every_page() -> tuple[Path, ...]:
+    return pages()
+
+
+@pytest.fixture(scope="session")
+def every_block() -> tuple[Block, ...]:
+    return blocks()
+
+
+@pytest.fixture(scope="session")
+def make_block() -> Callable[..., Block]:
+    """make_block("toml", text, "fragment"): a planted one, on a page that does not exist."""
+    return lambda language, text, *words: Block(ROOT / "docs/planted.md", 1, language, words, text)
+
+
+@pytest.fixture(scope="session")
+def as_file() -> Callable[[Block], str]:
+    """The configuration file that a TOML block stands for."""
+    return lambda block: merged(block.text) if "fragment" in block.words else block.text
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as `nox -s demo` leaves it: demo-output with the tiny checkpoint and its file; a bad file beside."""
+    from vtrain_sanavideo import tiny
+
+    folder = tmp_path_factory.mktemp("prepared")
+    tiny.build(folder / "demo-output" / "tiny-checkpoint")
+    text = (ROOT / "examples/demo.toml").read_text(encoding="utf-8")
+    text = text.replace('"../demo-output', f'"{folder}/demo-output')
+    text = text.replace('"clips"', f'"{(ROOT / "examples/clips").as_posix()}"')
+    (folder / "demo-output" / "demo.toml").write_text(text, encoding="utf-8")
+    lines = ["[run]", 'output_dir = "out"', "", "[model]", 'use = "sanavideo"', 'path = "tiny"', 'train = "full"', ""]
+    lines += ["[[data]]", 'use = "folder"', 'path = "clips"', "", "[train]", 'steps = "1000"', "batchsize = 2", ""]
+    lines += ["[optimizer]", 'use = "adamv"', "lr = 1e-3"]
+    (folder / "bad.toml").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def installed_from() -> Callable[[Path, Path], Path]:
+    """installed_from(page, folder): the page's `file=` blocks in `folder`, which becomes a distribution on a path."""
+
+    def install(page: Path, folder: Path) -> Path:
+        for block in blocks():
+            if block.page == page and block.file:
+                (folder / block.file).write_text(block.text, encoding="utf-8")
+        project = folder / "pyproject.toml"
+        if project.exists():
+            about = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
+            info = folder / f"{about['name'].replace('-', '_')}-{about['version']}.dist-info"
+            info.mkdir()
+            (info / "METADATA").write_text(
+                f"Metadata-Version: 2.1\nName: {about['name']}\nVersion: {about['version']}\n"
+            )
+            entries = [
+                f"[{group}]\n" + "\n".join(f"{name} = {target}" for name, target in entry.items())
+                for group, entry in about["entry-points"].items()
+            ]
+            (info / "entry_points.txt").write_text("\n".join(entries), encoding="utf-8")
+        return folder
+
+    return install
+
+
+@pytest.fixture
+def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """run_python("-m", ..., folder=...): a fresh interpreter in `folder`, which is on its path; one thread, offline."""
+
+    def run(*arguments: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(folder)}
+        command = [sys.executable, *map(str, arguments)]
+        return subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=240
+        )
+
+    return run

@@ -1,0 +1,148 @@
+"""What pages point at is there, and their generated parts are what the generator gives now."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from vtrain.config import load
+from vtrain.registry import discover
+from vtrain.train.resume import settings
+
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+CODE = re.compile(r"`([^`\n]+)`")
+FOLDERS = ("core/", "plugins/", "sanavideo_plugin", "tests/", "docs/", "examples/", "benchmarks/")
+
+
+@pytest.fixture(scope="module")
+def generator() -> ModuleType:
+    path = Path(__file__).parents[2] / "docs" / "generate.py"
+    spec = importlib.util.spec_from_file_location("generate", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def tests_there() -> set[str]:
+    """Names of all tests of the repository, the kit's rules included."""
+    root = Path(__file__).parents[2]
+    found: set[str] = set()
+    for folder in ("tests", "sanavideo_plugin/tests", "core/vtrain/testing"):
+        for file in (root / folder).rglob("*.py"):
+            nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+            found |= {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    return found
+
+
+def prose(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(text: str) -> set[str]:
+    """What headings are called in links, as GitHub makes it."""
+    heads = re.findall(r"^#+ (.*)$", prose(text), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def link_fault(page: Path, target: str) -> str:
+    if target.startswith(("https://", "http://", "mailto:")):
+        return ""
+    name, _, anchor = target.partition("#")
+    path = page.parent / name if name else page
+    if not path.exists():
+        return f"{target}: no such file"
+    if anchor and anchor not in anchors(path.read_text(encoding="utf-8")):
+        return f"{target}: no such heading"
+    return ""
+
+
+def name_fault(root: Path, known: set[str], name: str) -> str:
+    """Code in a page's prose that names a file or a test which is not there."""
+    if re.fullmatch(r"test_\w+", name) and name not in known:
+        return f"{name}: no such test"
+    if name.startswith(FOLDERS) and " " not in name and not (root / name).exists():
+        return f"{name}: no such file"
+    return ""
+
+
+def test_links_resolve(page: Path) -> None:
+    targets = LINK.findall(prose(page.read_text(encoding="utf-8")))
+    assert [fault for target in targets if (fault := link_fault(page, target))] == []
+
+
+def test_files_and_tests_that_are_named_exist(page: Path, root: Path, tests_there: set[str]) -> None:
+    names = CODE.findall(prose(page.read_text(encoding="utf-8")))
+    assert [fault for name in names if (fault := name_fault(root, tests_there, name))] == []
+
+
+def test_planted_wrong_links_and_names_are_found(root: Path, tests_there: set[str]) -> None:
+    page = root / "docs" / "resume.md"
+    assert link_fault(page, "nothing.md")
+    assert link_fault(page, "#no-such-heading")
+    assert link_fault(page, "#what-may-change") == ""
+    assert name_fault(root, tests_there, "test_that_is_not_there")
+    assert name_fault(root, tests_there, "core/vtrain/nothing.py")
+    assert name_fault(root, tests_there, "core/vtrain/train") == ""
+
+
+def test_each_of_the_twelve_sentences_names_a_test(root: Path, tests_there: set[str]) -> None:
+    rows = re.findall(r"^\| (\d+) \| .* \| (.*) \|$", (root / "docs/architecture.md").read_text(), flags=re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(1, 13))
+    assert all(set(CODE.findall(tests)) & tests_there for _, tests in rows)
+
+
+def test_generated_parts_are_up_to_date(page: Path, generator: ModuleType) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert generator.fresh(text) == text, "run: python docs/generate.py"
+
+
+def test_a_changed_generated_part_is_found(root: Path, generator: ModuleType) -> None:
+    text = (root / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert "| `seed` | whole number | `42` |" in text
+    assert generator.fresh(text.replace("| `seed` | whole number | `42` |", "| `seed` | whole number | `43` |")) == text
+
+
+def test_the_generated_pages_have_every_key_of_every_table(root: Path, generator: ModuleType) -> None:
+    configuration = (root / "docs" / "configuration.md").read_text(encoding="utf-8")
+    resume = (root / "docs" / "resume.md").read_text(encoding="utf-8")
+    keys = [key for key, _ in generator.rules()]
+    assert len(keys) > 70
+    for key in keys:
+        assert f"`{key}`" in resume, key
+        assert f"`{key.split(' ')[0].split('.', 1)[1]}`" in configuration, key
+
+
+@pytest.mark.parametrize("name", ["sanavideo-2b-full.toml", "sanavideo-2b-lora.toml", "demo.toml"])
+def test_the_resume_table_says_what_resume_does(root: Path, generator: ModuleType, name: str) -> None:
+    said: dict[str, str] = {key.split(" ")[0]: option.resume for key, option in generator.rules()}
+    done = settings(load(root / "examples" / name, discover()))
+    assert len(done) > 60
+    for key, setting in done.items():
+        plain = re.sub(r"\[\d+\]", "", key)
+        assert said[plain] == ("refuse" if setting.refuse else "apply"), key
+
+
+def test_a_regularizer_refuses_as_the_table_says(
+    root: Path,
+    tmp_path: Path,
+    installed_from: Callable[[Path, Path], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    make_block: Callable[..., Any],
+    as_file: Callable[[Any], str],
+) -> None:
+    monkeypatch.syspath_prepend(str(installed_from(root / "docs" / "plugins.md", tmp_path)))
+    path = tmp_path / "config.toml"
+    path.write_text(as_file(make_block("toml", '[[regularizer]]\nuse = "motion"', "fragment")), encoding="utf-8")
+    done = settings(load(path, discover()))
+    assert done["regularizer.motion.use"].refuse
+    assert not done["regularizer.motion.weight"].refuse

@@ -1,0 +1,87 @@
+"""Those of the twelve sentences that no layer's own tests hold."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
+from pathlib import Path
+
+import pytest
+
+from vtrain.config.record import Config, Part
+from vtrain.contract import Condition, Latents, LossTerm, NoiseLevel, StepView, Text
+from vtrain.plan.price import Prices
+from vtrain.plan.records import DatasetPlan, DatasetSurvey, Plan, Survey, ValidationPlan
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+FETCHES = {"item", "tolist", "cpu", "numpy", "synchronize"}
+PROBE = """
+import json, sys
+sys.argv = ["vtrain", "plan", sys.argv[1]]
+from vtrain.cli.app import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+print("\\n" + json.dumps(sorted({name.split(".")[0] for name in sys.modules})))
+"""
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def fetches(source: str) -> list[str]:
+    """Calls in a module that would wait for the device."""
+    calls = [node.func for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    return [call.attr for call in calls if isinstance(call, ast.Attribute) and call.attr in FETCHES]
+
+
+def test_only_registry_calls_hooks_and_only_the_command_line_discovers(root: Path) -> None:
+    pluggy, discover = set(), set()
+    for file in (root / "core" / "vtrain").rglob("*.py"):
+        layer = file.relative_to(root / "core" / "vtrain").parts[0]
+        names = set(imported(ast.parse(file.read_text(encoding="utf-8"))))
+        pluggy |= {layer} if any(name.split(".")[0] == "pluggy" for name in names) else set()
+        discover |= {layer} if any(name.endswith(".discover") for name in names) else set()
+    assert pluggy == {"contract", "registry"}
+    assert discover == {"registry", "cli"}
+
+
+def test_what_stages_hand_on_is_frozen() -> None:
+    from vtrain.data.batches import Batch
+    from vtrain.data.caches import Filled
+    from vtrain.data.sample import Sample
+    from vtrain.data.scan import Scan
+    from vtrain.train.loop import Logged, Saved, Stopped, Validated, Warned
+
+    records = [Config, Part, Plan, DatasetPlan, ValidationPlan, Survey, DatasetSurvey, Prices]
+    records += [Scan, Sample, Filled, Batch, Text, Latents, NoiseLevel, Condition, StepView, LossTerm]
+    records += [Logged, Saved, Validated, Warned, Stopped]
+    loose = [each.__name__ for each in records if not (is_dataclass(each) and each.__dataclass_params__.frozen)]  # type: ignore[attr-defined]
+    assert loose == []
+
+
+def test_planning_a_real_checkpoint_imports_nothing_heavy(prepared: Path, run_python: Run) -> None:
+    done = run_python("-c", PROBE, prepared / "demo-output" / "demo.toml", folder=prepared)
+    assert done.returncode == 0, done.stderr
+    assert "7 used" in done.stdout
+    packages = set(json.loads(done.stdout.splitlines()[-1]))
+    assert "av" in packages
+    assert not packages & {"torch", "diffusers", "transformers", "accelerate"}
+
+
+@pytest.mark.parametrize("module", ["step", "taps", "loop", "parameters"])
+def test_step_and_loop_never_fetch_numbers_from_the_device(root: Path, module: str) -> None:
+    assert fetches((root / "core/vtrain/train" / f"{module}.py").read_text(encoding="utf-8")) == []
+
+
+def test_a_planted_fetch_is_found() -> None:
+    assert fetches("def f(loss):\n    return loss.item()") == ["item"]

@@ -1,11 +1,15 @@
-"""Ctrl-C and SIGTERM: the first asks the run to save and end; a second Ctrl-C ends it at once."""
+"""Ctrl-C and SIGTERM: the first asks the run to save and end; a second Ctrl-C, a second or more later, ends it at once."""
 
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+ONE_PRESS = 1.0
+"""Seconds within which several signals are one wish."""
 
 
 class StopRequest:
@@ -13,6 +17,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self.since = 0.0
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -20,13 +25,18 @@ class StopRequest:
 
 @contextmanager
 def listening() -> Iterator[StopRequest]:
-    """Catch the two signals for the length of the with block."""
+    """Catch the two signals for the length of the with block.
+
+    A launcher passes on the Ctrl-C that its processes got from the terminal too: two at once are one.
+    """
     request = StopRequest()
 
     def ask(number: int, _frame: FrameType | None) -> None:
-        if request and number == signal.SIGINT:
+        now = time.monotonic()
+        if not request:
+            request.signal, request.since = signal.Signals(number), now
+        elif number == signal.SIGINT and now - request.since > ONE_PRESS:
             raise KeyboardInterrupt
-        request.signal = signal.Signals(number)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -10,8 +10,9 @@ import torch
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
-TOLERANCE = 2e-6
-"""Gradients are summed in another order (all-reduce), so fp32 rounding differs; measured differences are below 5e-7."""
+TOLERANCE = 1e-6
+"""Gradients are summed in another order (all-reduce), so fp32 rounding differs. Measured over these eight steps: losses 5.1e-8
+relative, weights 4.5e-8 absolute at most."""
 
 
 @pytest.mark.parametrize("train", ["full", "lora"])
@@ -32,7 +33,7 @@ def test_two_processes_give_the_curve_of_one_with_twice_the_accumulation(
     left, right = folder.tensors(8), one.tensors(8)
     assert left.keys() == right.keys()
     for name, value in right.items():
-        torch.testing.assert_close(left[name], value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(left[name], value, rtol=0, atol=TOLERANCE)
 
 
 def test_an_error_of_the_users_is_told_once_by_two_processes(folder, vtrain: Run) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from vtrain_sanavideo.family import SanaVideoFamily
 from vtrain_sanavideo.options import SanaVideoOptions
 

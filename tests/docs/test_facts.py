@@ -1,0 +1,89 @@
+"""Lists on the pages that the code has too are the code's."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vtrain.contract
+import vtrain.testing
+from vtrain.cli.app import app
+from vtrain.contract import HOOK_SPECS, VtrainError
+from vtrain.data.video import SUFFIXES
+from vtrain_sanavideo.geometry import OFFICIAL_480P
+
+
+@pytest.fixture
+def said(root: Path) -> Any:
+    """said("data.md"): the page's words, line breaks as spaces."""
+    return lambda name: " ".join((root / "docs" / name).read_text(encoding="utf-8").split())
+
+
+def kinds(source: str) -> Iterator[str]:
+    """The kinds of reasons that a module leaves files out for."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Left":
+            kind = node.args[1]
+            if isinstance(kind, ast.Constant):
+                yield str(kind.value)
+
+
+def test_every_reason_to_leave_a_file_out_is_on_the_page(root: Path) -> None:
+    found = {kind for file in (root / "core/vtrain/data").glob("*.py") for kind in kinds(file.read_text())}
+    assert {"too short", "bad caption"} <= found
+    rows = re.findall(r"^\| ([^|]+) \| ", (root / "docs" / "data.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert found | {"not a video", "decoding"} <= set(rows)
+
+
+def test_the_suffixes_of_videos_are_the_codes(said: Any) -> None:
+    listed = re.search(r"by suffix: ([a-z0-9 ]+), whatever", said("data.md"))
+    assert listed is not None
+    assert {f".{suffix}" for suffix in listed[1].split()} == SUFFIXES
+
+
+def test_the_buckets_are_the_codes(said: Any) -> None:
+    listed = re.search(r"is the 11 official buckets: ([0-9x ]+)\.", said("sanavideo.md"))
+    assert listed is not None
+    assert listed[1].split() == [str(size) for size in OFFICIAL_480P]
+
+
+def test_the_hooks_are_the_codes(root: Path) -> None:
+    text = (root / "docs" / "plugins.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(vtrain_\w+)` \| `(\w+)` \|", text, flags=re.MULTILINE))
+    assert rows == {hook: spec.__name__ for hook, spec in HOOK_SPECS.items()}
+
+
+def test_the_classes_of_the_kit_are_the_codes(said: Any) -> None:
+    assert all(f"`{name}`" in said("plugins.md") for name in vtrain.testing.__all__)
+
+
+def test_the_classes_of_errors_are_the_codes(root: Path) -> None:
+    text = (root / "docs" / "errors.md").read_text(encoding="utf-8")
+    classes = {name for name in vars(vtrain.contract) if name.endswith("Error")} - {VtrainError.__name__}
+    assert set(re.findall(r"^\| `(\w+Error)` \|", text, flags=re.MULTILINE)) == classes
+    assert VtrainError.exit_code == 2
+
+
+def test_the_changelog_names_every_command(root: Path) -> None:
+    text = (root / "CHANGELOG.md").read_text(encoding="utf-8")
+    names = {str(command.name) for command in app.registered_commands}
+    assert names >= {"run", "plan"}
+    for name in names | {"plugins list", "plugins show", "config schema", "config show"}:
+        assert re.search(rf"`(vtrain )?{name}`", text), name
+
+
+def test_the_plugin_of_the_readme_is_that_of_the_page(every_block: tuple[Any, ...]) -> None:
+    for file in ("vtrain_motion.py", "pyproject.toml"):
+        same = [block.text for block in every_block if block.file == file]
+        assert len(same) == 2
+        assert same[0] == same[1]
+        assert len(same[0].splitlines()) <= 45
+
+
+def test_planted_kinds_are_found() -> None:
+    assert list(kinds('Left("dropped", "too odd", "because")')) == ["too odd"]

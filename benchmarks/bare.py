@@ -1,7 +1,12 @@
-"""The loop that vtrain is measured against: torch, diffusers, and nothing around them."""
+"""The loop that vtrain is measured against: torch, diffusers, and nothing around them.
+
+As a script it takes one step and ends: python bare.py TRANSFORMER DTYPE FOLDER RANK, where FOLDER holds samples.pt and
+RANK 0 trains all weights.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -23,8 +28,8 @@ class Sample:
     mask: Tensor
 
 
-def load_model(checkpoint: Path, dtype: torch.dtype) -> SanaVideoTransformer3DModel:
-    return SanaVideoTransformer3DModel.from_pretrained(checkpoint / "transformer", torch_dtype=dtype)
+def load_model(transformer: Path, dtype: torch.dtype) -> SanaVideoTransformer3DModel:
+    return SanaVideoTransformer3DModel.from_pretrained(transformer, torch_dtype=dtype)
 
 
 def prepare(model: SanaVideoTransformer3DModel, lora_rank: int | None) -> SanaVideoTransformer3DModel:
@@ -49,9 +54,9 @@ def adamw(model: nn.Module, lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=True)
 
 
-def draw_level() -> tuple[Tensor, Tensor]:
+def draw_level(device: torch.device) -> tuple[Tensor, Tensor]:
     """(sigma, timestep), both (1,): logit-normal on 1000 levels, shift 3, as SANA-Video was trained."""
-    s = (torch.randn(1).sigmoid() * 1000).floor() / 1000
+    s = (torch.randn(1, device=device).sigmoid() * 1000).floor() / 1000
     sigma = 3 * s / (1 + 2 * s)
     return sigma, (1000 * sigma).floor()
 
@@ -62,8 +67,8 @@ def train(
     """Steps without end, one at each `next`, on the model's device. Gives the loss, detached and unread."""
     device = samples[0].latents.device
     for sample in cycle(samples):
-        clean, noise = sample.latents, torch.randn(sample.latents.shape).to(device)
-        sigma, timestep = (value.to(device) for value in draw_level())
+        clean, noise = sample.latents, torch.randn_like(sample.latents)
+        sigma, timestep = draw_level(device)
         spread = sigma[:, None, None, None, None]
         with torch.autocast(device.type, torch.bfloat16):
             prediction = model(
@@ -78,3 +83,15 @@ def train(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         yield loss.detach()
+
+
+def main() -> None:
+    folder, dtype, samples, rank = sys.argv[1:]
+    model = prepare(load_model(Path(folder), getattr(torch, dtype)), int(rank) or None)
+    stored = torch.load(Path(samples) / "samples.pt", weights_only=True)
+    loss = next(train(model, adamw(model, 1e-5), [Sample(*each) for each in stored]))
+    sys.stdout.write(f"{float(loss)}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -19,25 +19,25 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 
 @dataclass(frozen=True)
 class Ratio:
-    """Median of ratios, its bootstrap 95% interval, and the limit it is held to."""
+    """Median of ratios, its bootstrap 95% interval, and the limit it is held to, if any."""
 
     median: float
     low: float
     high: float
     pairs: int
-    limit: float
+    limit: float | None
 
     @property
     def met(self) -> bool:
         """Whether the interval reaches down to the limit."""
-        return self.low <= self.limit
+        return self.limit is None or self.low <= self.limit
 
     def __str__(self) -> str:
-        verdict = "met" if self.met else "MISSED"
-        return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}] over {self.pairs}, limit {self.limit:.2f}: {verdict}"
+        held = "no limit" if self.limit is None else f"limit {self.limit:.2f}: {'met' if self.met else 'MISSED'}"
+        return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}] over {self.pairs}, {held}"
 
 
-def ratio(above: Sequence[float], below: Sequence[float], limit: float) -> Ratio:
+def ratio(above: Sequence[float], below: Sequence[float], limit: float | None) -> Ratio:
     """Of pairs above / below: the median of their ratios, and percentiles of the medians of resampled pairs."""
     ratios = np.asarray(above) / np.asarray(below)
     random = np.random.default_rng(0)

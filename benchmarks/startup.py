@@ -2,8 +2,11 @@
 
 Every number is of a whole process, in CPU-seconds and in wall time, on one thread; the processes of a group take turns.
 The first step is timed from the start of `vtrain run`, caches warm, to the line that tells of step 1; the process is
-then ended. Its bare counterpart imports the libraries that such a run needs (torch, diffusers' transformer class,
-accelerate, safetensors, and peft under LoRA), loads the same weights, and does nothing else.
+then ended. It is held to a script that imports the libraries such a run needs (torch, diffusers' transformer class,
+accelerate, safetensors, and peft under LoRA), loads the same weights, and does nothing else; from_pretrained maps the
+weights of a CPU and leaves reading them to their first use. Beside it stands the bare loop (bare.py) up to the end of
+its own first step, which holds what any first step costs: reading the weights, gradients and optimizer state in fresh
+memory.
 """
 
 from __future__ import annotations
@@ -22,14 +25,15 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
 from report import Ratio, ratio, say, say_machine, table, write_json
-from workload import BASE, MODELS, MODES, Model, fill, write_config
+from workload import BASE, MODELS, MODES, RANK, Model, fill, read_samples, write_config
 
 VTRAIN = [sys.executable, "-c", "from vtrain.cli.app import main; main()"]
-CLI_LIBRARIES = [sys.executable, "-c", "import typer, rich, pydantic"]
+HERE = Path(__file__).resolve().parent
 CLI_LIMIT = 3.0
 FIRST_STEP_LIMIT = 1.3
 
@@ -37,7 +41,7 @@ LOAD = """
 import sys
 import torch, accelerate, safetensors{peft}
 from diffusers.models.transformers.transformer_sana_video import SanaVideoTransformer3DModel
-SanaVideoTransformer3DModel.from_pretrained(sys.argv[1], torch_dtype=torch.{dtype})
+SanaVideoTransformer3DModel.from_pretrained(sys.argv[1], torch_dtype=getattr(torch, sys.argv[2]))
 """
 
 THREADS = """
@@ -64,11 +68,12 @@ class Cost:
 
 @dataclass(frozen=True)
 class Compared:
-    """One command against its bare counterpart: medians, and the ratio of CPU-seconds in pairs."""
+    """One process against another: medians, and the ratio of their CPU-seconds in pairs."""
 
     what: str
-    bare: Cost
-    vtrain: Cost
+    against: str
+    cost: Cost
+    base: Cost
     ratio: Ratio
 
 
@@ -105,19 +110,21 @@ def first_step(config: Path) -> Cost:
     raise SystemExit("".join(said))
 
 
-def compare(bare: Measure, others: Mapping[str, Measure], runs: int, limit: float) -> list[Compared]:
+def rounds(measures: Mapping[str, Measure], runs: int) -> dict[str, list[Cost]]:
     """`runs` rounds, in each of which every process runs once, after one round that is not counted."""
-    costs: dict[str, list[Cost]] = {"": [], **{name: [] for name in others}}
+    costs: dict[str, list[Cost]] = {name: [] for name in measures}
     for turn in range(runs + 1):
-        for name, measure in {"": bare, **others}.items():
+        for name, measure in measures.items():
             cost = measure()
             if turn:
                 costs[name].append(cost)
-    seconds = {name: [cost.cpu for cost in found] for name, found in costs.items()}
-    return [
-        Compared(name, middle(costs[""]), middle(costs[name]), ratio(seconds[name], seconds[""], limit))
-        for name in others
-    ]
+    return costs
+
+
+def compared(costs: Mapping[str, list[Cost]], what: str, against: str, limit: float | None) -> Compared:
+    ours, theirs = costs[what], costs[against]
+    pairs = ratio([cost.cpu for cost in ours], [cost.cpu for cost in theirs], limit)
+    return Compared(what, against, middle(ours), middle(theirs), pairs)
 
 
 def middle(costs: list[Cost]) -> Cost:
@@ -127,23 +134,38 @@ def middle(costs: list[Cost]) -> Cost:
 def command_line(config: Path, runs: int) -> list[Compared]:
     """`--help`, `plugins list` and `plan` of a run whose data are known, against importing typer, rich and pydantic."""
     whole([*VTRAIN, "plan", str(config)])
-    commands = {"--help": ["--help"], "plugins list": ["plugins", "list"], "plan": ["plan", str(config)]}
-    measures = {f"vtrain {name}": _whole([*VTRAIN, *words]) for name, words in commands.items()}
-    return compare(_whole(CLI_LIBRARIES), measures, runs, CLI_LIMIT)
-
-
-def _whole(command: list[str]) -> Measure:
-    return lambda: whole(command)
+    libraries = "import typer, rich, pydantic"
+    commands = {
+        "vtrain --help": ["--help"],
+        "vtrain plugins list": ["plugins", "list"],
+        "vtrain plan": ["plan", str(config)],
+    }
+    measures = {name: partial(whole, [*VTRAIN, *words]) for name, words in commands.items()}
+    costs = rounds({libraries: partial(whole, [sys.executable, "-c", libraries]), **measures}, runs)
+    return [compared(costs, name, libraries, None if name == "vtrain plan" else CLI_LIMIT) for name in measures]
 
 
 def first_steps(folder: Path, model: Model, mode: str, runs: int) -> list[Compared]:
-    """The first step of `model`, warm caches, against imports and weight loading."""
+    """The first step of `model`, warm caches, against imports and weight loading, and against the bare loop's own."""
     config = write_config(folder, model, mode, log_every=1, name=f"{model.name}-{mode}")
     fill(config)
-    dtype = {"fp32": "float32", "bf16": "bfloat16"}[BASE[mode]]
-    code = LOAD.format(peft=", peft" if mode == "lora" else "", dtype=dtype)
-    bare = [sys.executable, "-c", code, str(model.build(folder) / "transformer")]
-    return compare(_whole(bare), {f"{model.name}, {mode}": lambda: first_step(config)}, runs, FIRST_STEP_LIMIT)
+    read_samples(config)
+    more = [str(model.build(folder) / "transformer"), {"fp32": "float32", "bf16": "bfloat16"}[BASE[mode]]]
+    load, bare, vtrain = (f"{model.name}, {mode}: {name}" for name in ("imports and weights", "bare loop", "vtrain"))
+    imports = LOAD.format(peft=", peft" if mode == "lora" else "")
+    measures = {
+        load: partial(whole, [sys.executable, "-c", imports, *more]),
+        bare: partial(
+            whole, [sys.executable, str(HERE / "bare.py"), *more, str(folder), str(RANK if mode == "lora" else 0)]
+        ),
+        vtrain: partial(first_step, config),
+    }
+    costs = rounds(measures, runs)
+    return [
+        compared(costs, vtrain, load, FIRST_STEP_LIMIT),
+        compared(costs, bare, load, None),
+        compared(costs, vtrain, bare, None),
+    ]
 
 
 def threads_in_a_run(config: Path, threads: int) -> set[int]:
@@ -167,14 +189,14 @@ def threads_in_a_run(config: Path, threads: int) -> set[int]:
     raise SystemExit("".join(said))
 
 
-def cost_table(found: list[Compared], what: str, bare: str) -> str:
+def cost_table(found: list[Compared]) -> str:
+    def text(cost: Cost) -> str:
+        return f"{cost.cpu:.2f} ({cost.wall:.2f})"
+
     return table(
-        (what, f"{bare}: CPU s (wall)", "vtrain: CPU s (wall)", "ratio of CPU-seconds, 95% interval"),
-        [
-            (each.what, f"{each.bare.cpu:.2f} ({each.bare.wall:.2f})", f"{each.vtrain.cpu:.2f} ({each.vtrain.wall:.2f})", str(each.ratio))
-            for each in found
-        ],
-    )  # fmt: skip
+        ("process", "CPU s (wall)", "against", "its CPU s (wall)", "ratio of CPU-seconds, 95% interval"),
+        [(each.what, text(each.cost), each.against, text(each.base), str(each.ratio)) for each in found],
+    )
 
 
 def arguments() -> argparse.Namespace:
@@ -196,7 +218,7 @@ def main() -> None:
         config = write_config(folder, MODELS["tiny"], "full", log_every=1, name="plan")
         fill(config)
         commands = command_line(config, chosen.runs)
-        say(cost_table(commands, "command", "import typer, rich, pydantic"))
+        say(cost_table(commands))
         starts = [
             row
             for model in chosen.models
@@ -204,7 +226,7 @@ def main() -> None:
             for row in first_steps(folder, MODELS[model], mode, chosen.runs)
         ]
         if starts:
-            say("\n" + cost_table(starts, "first step", "imports and weights"))
+            say("\n" + cost_table(starts))
         threads = {asked: sorted(threads_in_a_run(config, asked)) for asked in (1, 2)}
         for asked, found in threads.items():
             verdict = "respected" if found == [asked] else "NOT RESPECTED"

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 from report import Ratio, ratio, say, say_machine, table, write_json
-from workload import BASE, MODELS, MODES, RANK, Model, fill, write_config
+from workload import BASE, MODELS, MODES, RANK, Model, fill, read_samples, write_config
 
 TIME_LIMITS = {"small": 1.02, "tiny": 1.10}
 MEMORY_LIMIT = 1.05
@@ -107,7 +107,7 @@ def bare_block(config: Path, model: Model, mode: str, steps: int) -> Iterator[Bl
     samples = read_samples(config)
     checkpoint = model.build(config.parent)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[BASE[mode]]
-    net = bare.prepare(bare.load_model(checkpoint, dtype), RANK if mode == "lora" else None)
+    net = bare.prepare(bare.load_model(checkpoint / "transformer", dtype), RANK if mode == "lora" else None)
     losses = bare.train(net, bare.adamw(net, 1e-5), [bare.Sample(*sample) for sample in samples])
 
     def block() -> float:
@@ -116,24 +116,6 @@ def bare_block(config: Path, model: Model, mode: str, steps: int) -> Iterator[Bl
         return float(loss)
 
     yield block
-
-
-def read_samples(config: Path) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """(latents, embeds, mask) of each cached clip, written once to a file, so that reading them needs no vtrain."""
-    path = config.parent / "samples.pt"
-    if not path.exists():
-        from vtrain.cli.prepare import planned
-        from vtrain.data.batches import Batches
-        from vtrain.data.caches import Caches
-        from vtrain.data.scan import scan
-
-        plan = planned(config)
-        samples = scan(plan).samples
-        batches = Batches(plan, Caches.open(plan), samples)
-        found = [batches[number] for number in range(len(samples))]
-        torch.save([(batch.latents.mean, batch.text.embeds, batch.text.mask) for batch in found], path)
-    loaded: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = torch.load(path, weights_only=True)
-    return loaded
 
 
 def cpu_seconds(block: Block) -> float:

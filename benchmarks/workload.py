@@ -5,10 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import av
 import numpy as np
+
 from vtrain_sanavideo import tiny
+
+if TYPE_CHECKING:
+    import torch
 
 FRAMES, HEIGHT, WIDTH = 17, 128, 64
 """Of a clip, in pixels: latents 16 x 5 x 16 x 8, 160 tokens."""
@@ -130,3 +135,23 @@ def fill(config: Path) -> None:
 
     plan = planned(config)
     fill_caches(plan, scan(plan).samples, [], "cpu", lambda _kind, _done, _total: None)
+
+
+def read_samples(config: Path) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """(latents, embeds, mask) of each cached clip, written once to a file, so that reading them needs no vtrain."""
+    import torch
+
+    path = config.parent / "samples.pt"
+    if not path.exists():
+        from vtrain.cli.prepare import planned
+        from vtrain.data.batches import Batches
+        from vtrain.data.caches import Caches
+        from vtrain.data.scan import scan
+
+        plan = planned(config)
+        samples = scan(plan).samples
+        batches = Batches(plan, Caches.open(plan), samples)
+        found = [batches[number] for number in range(len(samples))]
+        torch.save([(batch.latents.mean, batch.text.embeds, batch.text.mask) for batch in found], path)
+    loaded: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = torch.load(path, weights_only=True)
+    return loaded

@@ -1,7 +1,9 @@
 """What starting costs: the command line against importing its libraries, a run's first step against loading its model.
 
-Every number is of a whole process, in CPU-seconds and in wall time, on one thread; the processes of a group take turns.
-The first step is timed from the start of `vtrain run`, caches warm, to the line that tells of step 1; the process is
+Every number is of a process of its own, in CPU-seconds and in wall time, on one thread; the processes of a group take
+turns. Commands are measured from start to end.
+
+The first step is measured from the start of `vtrain run`, caches warm, to the line that tells of step 1; the process is
 then ended. It is held to a script that imports the libraries such a run needs (torch, diffusers' transformer class,
 accelerate, safetensors, and peft under LoRA), loads the same weights, and does nothing else; from_pretrained maps the
 weights of a CPU and leaves reading them to their first use. Beside it stands the bare loop (bare.py) up to the end of
@@ -38,10 +40,11 @@ CLI_LIMIT = 3.0
 FIRST_STEP_LIMIT = 1.3
 
 LOAD = """
-import sys
+import sys, time
 import torch, accelerate, safetensors{peft}
 from diffusers.models.transformers.transformer_sana_video import SanaVideoTransformer3DModel
 SanaVideoTransformer3DModel.from_pretrained(sys.argv[1], torch_dtype=getattr(torch, sys.argv[2]))
+print("cpu", time.process_time(), flush=True)
 """
 
 THREADS = """
@@ -94,17 +97,29 @@ def whole(command: list[str]) -> Cost:
 def first_step(config: Path) -> Cost:
     """Run until the line of step 1, in an output folder that is not there yet; then end the process."""
     shutil.rmtree(config.with_suffix(""), ignore_errors=True)
+    return until([*VTRAIN, "run", str(config)], "step 1/", lambda _line, process: used(process))
+
+
+def told(command: list[str]) -> Cost:
+    """Run a script until it tells how many CPU-seconds it has used; its end is not counted."""
+    return until(command, "cpu ", lambda line, _process: float(line.split()[1]))
+
+
+def used(process: int) -> float:
+    times = psutil.Process(process).cpu_times()
+    return float(times.user + times.system)
+
+
+def until(command: list[str], begins: str, cpu: Callable[[str, int], float]) -> Cost:
+    """Start a process, and end it at its first line that `begins` so."""
     start = time.perf_counter()
-    with subprocess.Popen(
-        [*VTRAIN, "run", str(config)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
         said = []
         for line in process.stdout:
             said.append(line)
-            if line.startswith("step 1/"):
-                times = psutil.Process(process.pid).cpu_times()
-                cost = Cost(times.user + times.system, time.perf_counter() - start)
+            if line.startswith(begins):
+                cost = Cost(cpu(line, process.pid), time.perf_counter() - start)
                 process.kill()
                 return cost
     raise SystemExit("".join(said))
@@ -154,9 +169,9 @@ def first_steps(folder: Path, model: Model, mode: str, runs: int) -> list[Compar
     load, bare, vtrain = (f"{model.name}, {mode}: {name}" for name in ("imports and weights", "bare loop", "vtrain"))
     imports = LOAD.format(peft=", peft" if mode == "lora" else "")
     measures = {
-        load: partial(whole, [sys.executable, "-c", imports, *more]),
+        load: partial(told, [sys.executable, "-c", imports, *more]),
         bare: partial(
-            whole, [sys.executable, str(HERE / "bare.py"), *more, str(folder), str(RANK if mode == "lora" else 0)]
+            told, [sys.executable, str(HERE / "bare.py"), *more, str(folder), str(RANK if mode == "lora" else 0)]
         ),
         vtrain: partial(first_step, config),
     }

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
+from vtrain.cli.collector import uncollected
 from vtrain.cli.plan import show as show_plan
 from vtrain.cli.prepare import planned
 from vtrain.contract import Denoiser, Options, Registered, RunInfo, Tracker, TrackerSpec
@@ -41,10 +42,11 @@ class Ready:
 
 def run(config: Path) -> None:
     """Train as `config` says. Exits with 0 at the last step, 130 or 143 after Ctrl-C or SIGTERM, everything saved."""
-    plan = planned(config)
-    from vtrain.train.processes import Processes
+    with uncollected():
+        plan = planned(config)
+        from vtrain.train.processes import Processes
 
-    processes = Processes(plan.config.precision.mixed)
+        processes = Processes(plan.config.precision.mixed)
     console = Console(quiet=not processes.first, soft_wrap=True, highlight=False)
     try:
         ended_by = _train(plan, processes, console)
@@ -78,7 +80,8 @@ def _train(plan: Plan, processes: Processes, console: Console) -> int | None:
         if dropped:
             console.print(f"{dropped} later steps were cut from metrics.jsonl")
     caches = Caches.open(plan)
-    trainer = assemble(plan, ready.prices, start, Batches(plan, caches, ready.samples), processes)
+    with uncollected():
+        trainer = assemble(plan, ready.prices, start, Batches(plan, caches, ready.samples), processes)
     info = RunInfo(plan.config.run.name, str(output), dict(start.state.settings), start.state.step)
     warn = _warner(console)
     trackers = [(part.registered, _tracker(part.registered, part.options)) for part in plan.config.trackers]

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from vtrain.config.tables import LoraTable
 from vtrain.contract import Text
 from vtrain.data.batches import pad
 from vtrain.data.caches import Caches, fill_caches
 from vtrain.plan.records import Plan
+from vtrain.train.adapters import add_lora
 from vtrain.validate.generate import Interrupted, Validator, texts
 from vtrain.validate.video import to_frames
 
@@ -81,6 +83,21 @@ def test_text_is_padded_with_zeros_that_the_mask_leaves_out() -> None:
 def test_generation_stops_when_asked(plan: Plan) -> None:
     with pytest.raises(Interrupted):
         validator(plan, stop=True).latents("A big grey Rabbit in a meadow")
+
+
+def test_no_dropout_is_left_on_while_videos_are_generated(plan: Plan, tmp_path: Path) -> None:
+    made = validator(plan)
+    add_lora(made.denoiser, LoraTable(rank=4, dropout=0.5), 1, "")
+    for name, parameter in made.denoiser.module.named_parameters():
+        if "lora_B" in name:
+            parameter.data.fill_(0.05)
+    made.denoiser.module.train()
+    generated = [made.videos(tmp_path / turn, ["rabbit"])["rabbit"].read_bytes() for turn in ("one", "two")]
+    assert generated[0] == generated[1]
+    assert made.denoiser.module.training, "training goes on as before"
+    with torch.no_grad():
+        in_training = [made.latents(made.plan.prompts["rabbit"]) for _ in range(2)]
+    assert not torch.equal(*in_training), "with dropout the two would differ, so the check above can fail"
 
 
 def run(code: str, *arguments: Path | str) -> str:

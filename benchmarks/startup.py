@@ -219,6 +219,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=10, help="counted processes of each kind (default: 10)")
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--threads", nargs="*", type=int, default=[1, 2], help="OMP_NUM_THREADS to try (default: 1 2)")
     parser.add_argument("--folder", type=Path, help="where checkpoints and caches go (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     return parser.parse_args()
@@ -242,7 +243,7 @@ def main() -> None:
         ]
         if starts:
             say("\n" + cost_table(starts))
-        threads = {asked: sorted(threads_in_a_run(config, asked)) for asked in (1, 2)}
+        threads = {asked: sorted(threads_in_a_run(config, asked)) for asked in chosen.threads}
         for asked, found in threads.items():
             verdict = "respected" if found == [asked] else "NOT RESPECTED"
             say(f"\nOMP_NUM_THREADS={asked}: steps compute with {found} threads: {verdict}")

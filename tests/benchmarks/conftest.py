@@ -1,0 +1,48 @@
+"""Benchmarks are scripts: they are run as such, and their modules loaded by path."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+MODULES = ("bare", "gpu_sana2b", "report", "startup", "step", "workload")
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """A module of benchmarks/, as its scripts import it."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    for name in MODULES:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+    def load(name: str) -> ModuleType:
+        loaded = importlib.import_module(name)
+        monkeypatch.setitem(sys.modules, name, loaded)
+        return loaded
+
+    return load
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Callable[..., tuple[str, dict[str, Any]]]:
+    """Run a script of benchmarks/ on a CPU; gives what it printed and what it wrote to --json."""
+
+    def run(name: str, *arguments: str) -> tuple[str, dict[str, Any]]:
+        numbers = tmp_path / "numbers.json"
+        command = [sys.executable, str(BENCHMARKS / name), *arguments, "--json", str(numbers)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout, json.loads(numbers.read_text(encoding="utf-8"))
+
+    return run

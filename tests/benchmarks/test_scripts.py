@@ -1,0 +1,48 @@
+"""Each benchmark runs from end to end in its smallest form. Their numbers are not judged here: no test is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Script = Callable[..., tuple[str, dict[str, Any]]]
+
+
+def test_the_step_benchmark_gives_ratios_of_time_and_memory(script: Script, tmp_path: Path) -> None:
+    text, numbers = script(
+        "step.py", "--models", "tiny", "--modes", "lora", "--pairs", "2", "--steps", "2", "--rss-pairs", "1",
+        "--folder", str(tmp_path / "work"),
+    )  # fmt: skip
+    (timed,), (memory,) = numbers["time"], numbers["memory"]
+    assert (timed["model"], timed["mode"], timed["ratio"]["pairs"], timed["ratio"]["limit"]) == (
+        "tiny",
+        "lora",
+        2,
+        1.10,
+    )
+    assert timed["ratio"]["low"] <= timed["ratio"]["median"] <= timed["ratio"]["high"]
+    assert timed["bare"] > 0
+    assert timed["vtrain"] > 0
+    # A process that holds torch and a model has more than 200 MiB, whatever it was started from.
+    assert memory["bare"] > 200 << 20
+    assert memory["ratio"]["median"] == memory["vtrain"] / memory["bare"]
+    assert text.count("| tiny  | lora    |") == 2
+    assert numbers["machine"]["torch"] in text
+
+
+def test_the_startup_benchmark_compares_commands_and_sees_the_users_threads_respected(script: Script) -> None:
+    text, numbers = script("startup.py", "--runs", "1", "--threads", "1", "--models")
+    assert [row["what"] for row in numbers["commands"]] == ["vtrain --help", "vtrain plugins list", "vtrain plan"]
+    assert all(row["cost"]["cpu"] > 0 and row["base"]["cpu"] > 0 for row in numbers["commands"])
+    assert numbers["first_steps"] == []
+    assert numbers["threads"] == {"1": [1]}
+    assert "OMP_NUM_THREADS=1: steps compute with [1] threads: respected" in text
+
+
+def test_the_gpu_benchmark_runs_on_a_cpu_with_a_tiny_model(script: Script) -> None:
+    text, numbers = script("gpu_sana2b.py", "--device", "cpu", "--tiny", "--blocks", "2", "--steps", "1")
+    assert [(setup["mode"], setup["clip"]) for setup in numbers["setups"]] == [("lora", "64x64x9"), ("full", "64x64x9")]
+    assert all(len(setup[side]["seconds"]) == 2 for setup in numbers["setups"] for side in ("bare", "vtrain"))
+    assert "SimpleTuner" in text
+    assert text.count("| in turn") == 4

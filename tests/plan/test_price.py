@@ -9,7 +9,7 @@ import pytest
 
 from vtrain.contract import ClipShape, ConfigError
 from vtrain.plan import price as pricing
-from vtrain.plan.price import bytes_text, price
+from vtrain.plan.price import bytes_text, check_room, price
 from vtrain.plan.records import DatasetSurvey, Plan, Survey
 from vtrain.plan.render import as_json, sections
 
@@ -60,20 +60,33 @@ def test_a_bucket_smaller_than_a_batch_is_named(plan_of: PlanOf) -> None:
         price(plan_of(train="steps = 10\nbatch_size = 4"), survey(square=10, wide=1))
 
 
-def test_too_little_disk_is_refused(plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_is_refused_and_what_is_there_already_counts(
+    plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(pricing.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(ConfigError) as caught:
-        price(plan_of(), survey())
-    assert "the cache may need" in str(caught.value)
-    assert "2 checkpoints may need" in str(caught.value)
+    plan = plan_of()
+    made = price(plan, survey())
+    with pytest.raises(ConfigError, match="the cache and 2 checkpoints need .* more and the disk of"):
+        check_room(plan, made)
+    for folder, size in (
+        (plan.config.cache.dir / "video", made.video_bytes),
+        (plan.config.run.output_dir / "checkpoints", 2 * (made.checkpoint_bytes or 0) - 900),
+    ):
+        folder.mkdir(parents=True)
+        with (folder / "entry").open("wb") as file:
+            file.truncate(size)
+    check_room(plan, made)
 
 
 @pytest.mark.parametrize(
     ("tables", "words"),
     [
         ({"lr_schedule": 'use = "cosine"\nwarmup = "10 steps"'}, "lr_schedule.warmup is 10 steps and the run 10"),
-        ({"validation": 'every = "11 steps"\nprompts = { a = "b" }'}, "validation.every is 11 steps and the run 10"),
+        (
+            {"validation": 'every = "11 steps"\nprompts = { a = "b" }'},
+            "validation.every is 11 steps and the run 10: videos come only at the end",
+        ),
         ({}, "no gradient clipping"),
     ],
 )

@@ -72,7 +72,7 @@ def test_prune_keeps_the_newest_and_only_once_the_new_one_verifies(tmp_path: Pat
     folders[3] = checkpoint.write(tmp_path, 4, fill)
     assert checkpoint.prune(tmp_path, 2, folders[3]) == folders[:2]
     assert [path for _, path in checkpoint.steps_saved(tmp_path)] == folders[2:]
-    assert checkpoint.prune(tmp_path, None, folders[3]) == []
+    assert checkpoint.prune(tmp_path, "all", folders[3]) == []
 
 
 def test_later_checkpoints_are_set_aside_and_not_lost(tmp_path: Path) -> None:

@@ -61,6 +61,8 @@ def test_an_interval_in_epochs_is_due_after_whole_epochs() -> None:
     assert [step for step in range(1, 13) if interval.due(step, 0.0)] == [4, 8, 12]
 
 
-def test_an_interval_in_seconds_is_due_once_that_time_has_passed_and_then_starts_again() -> None:
-    interval = Interval(Duration.parse("1 min"), 10, 0.0)
-    assert [interval.due(1, now) for now in (0.0, 59.0, 61.0, 62.0, 121.0)] == [False, False, True, False, True]
+def test_an_interval_in_seconds_is_due_once_that_time_has_passed_since_it_was_last_done() -> None:
+    interval = Interval(Duration.parse("1 min"), 10, 1000.0)
+    assert [interval.due(1, now) for now in (1000.0, 1059.0, 1061.0)] == [False, False, True]
+    interval.done(1500.0)
+    assert [interval.due(1, now) for now in (1501.0, 1559.0, 1560.0)] == [False, False, True]

@@ -10,7 +10,7 @@ from pathlib import Path
 from vtrain.config import load
 from vtrain.data.scan import Scan, scan
 from vtrain.plan.make import make_plan
-from vtrain.plan.price import Prices, price
+from vtrain.plan.price import Prices, check_room, price
 from vtrain.plan.records import Plan
 from vtrain.registry import discover
 
@@ -33,4 +33,6 @@ def prepare(path: Path, on_file: Callable[[int], None] | None = None) -> Prepare
     """Plan, scan, price. Raises ConfigError, ModelError, PluginError or DataError."""
     plan = planned(path)
     found = scan(plan, on_file)
-    return Prepared(plan, found, price(plan, found.survey))
+    prices = price(plan, found.survey)
+    check_room(plan, prices)
+    return Prepared(plan, found, prices)

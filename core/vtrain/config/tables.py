@@ -155,4 +155,6 @@ class CheckpointTable(Options):
     """[checkpoint]: how often, how many. The last step is always saved."""
 
     every: Duration = Field(Duration(500, "steps"), description="how often")
-    keep: int | None = Field(3, ge=1, description="how many of the newest are kept")
+    keep: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
+        3, description='how many of the newest are kept, or "all"'
+    )

@@ -6,7 +6,7 @@ A new ability is a new `Supports...` protocol found by isinstance; a protocol he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal, Protocol, runtime_checkable
@@ -279,17 +279,6 @@ class DataBackend(Protocol):
         ...
 
 
-class Optimizer(Protocol):
-    """What core asks of an optimizer: torch.optim.Optimizer's own interface. *torch*"""
-
-    param_groups: list[dict[str, object]]
-
-    def step(self) -> object: ...
-    def zero_grad(self, set_to_none: bool = True) -> None: ...
-    def state_dict(self) -> dict[str, object]: ...
-    def load_state_dict(self, state_dict: dict[str, object]) -> None: ...
-
-
 class Tracker(Protocol):
     """Where numbers and videos go. Called from one thread of its own; a failure never stops training."""
 
@@ -297,6 +286,3 @@ class Tracker(Protocol):
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
     def videos(self, step: int, files: Mapping[str, Path]) -> None: ...
     def finish(self) -> None: ...
-
-
-Rows = Iterable[tuple[str, str]]

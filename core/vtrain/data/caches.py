@@ -46,7 +46,8 @@ class Caches:
 
 @dataclass(frozen=True)
 class Filled:
-    """samples: those that can be trained on, in their order. left_out: sample id -> why its file cannot be used.
+    """samples: those that can be trained on, in their order, with the content that was encoded: whatever becomes of their
+    files or of the ledger later, their entries are found. left_out: sample id -> why its file cannot be used.
 
     truncated: captions encoded now that were too long and lost their end.
     """
@@ -85,7 +86,8 @@ def fill_caches(
         texts.append((DROPPED, "dropped"))
     truncated = fill_text(stores, [*texts, *extra_texts], device, report)
     left_out = fill_video(stores, samples, device, report)
-    kept = tuple(sample for sample in samples if sample.id not in left_out)
+    used = (sample for sample in samples if sample.id not in left_out)
+    kept = tuple(replace(sample, content=stores.known_content(sample)) for sample in used)
     if samples and not kept:
         raise DataError(Problem(name, f"{reason}.") for name, reason in left_out.items())
     return Filled(kept, left_out, truncated, Caches(stores))

@@ -24,7 +24,7 @@ class Sample:
     id: "<dataset id>/<ref id>". dataset: its id; place: its number in plan.datasets. ref_id, size, version: of the
     source file. picture: the upright source picture in stored pixels; box: the part of it that is used.
     shape: the bucket. start: of the window, in seconds after the first frame. fps: after resampling. crop: how box was
-    chosen.
+    chosen. content: SHA-256 of the source's bytes as encoded, "" until that is known.
     """
 
     id: str
@@ -40,6 +40,7 @@ class Sample:
     start: float
     crop: str
     caption: Caption
+    content: str = ""
 
     @property
     def times(self) -> list[float]:

@@ -43,7 +43,11 @@ class Stores:
         """content: SHA-256 of the source's bytes."""
         return video_key(content, sample, TRANSFORM_VERSION, self._video_fingerprint)
 
+    def known_content(self, sample: Sample) -> str:
+        """The content hash that the sample carries or that the ledger has; "" if the source's bytes were not read yet."""
+        return sample.content or self._contents.of(self.location(sample), sample) or ""
+
     def known_video_key(self, sample: Sample) -> str | None:
-        """By the content hash in the ledger; None if the source's bytes were not read yet."""
-        content = self._contents.of(self.location(sample), sample)
-        return None if content is None else self.video_key(sample, content)
+        """By the content hash, if that is known."""
+        content = self.known_content(sample)
+        return self.video_key(sample, content) if content else None

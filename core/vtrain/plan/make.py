@@ -34,7 +34,12 @@ def make_plan(config: Config, processes: int = 1) -> Plan:
     assert isinstance(spec, FamilySpec)
     with blame(config.model.registered, "building it"):
         family = spec.build(config.model.options)
-    broken = list(family.check())
+    broken = [
+        Problem(
+            config.where("model", "path"), f"{found.where}: {found.what}" if found.where else found.what, found.remedy
+        )
+        for found in family.check()
+    ]
     problems = _check_precision(config) + _check_training(config) + _check_output(config)
     if broken:
         raise ConfigError(broken + problems)
@@ -120,7 +125,8 @@ def _datasets(config: Config, family: Family, problems: list[Problem]) -> tuple[
         frames = family.default_frames if video.frames is None else video.frames
         least = frames if video.min_frames is None else video.min_frames
         problems += _check_frames(config, family, ("data", number, "video", "frames"), frames)
-        problems += _check_frames(config, family, ("data", number, "video", "min_frames"), least)
+        if video.min_frames is not None:
+            problems += _check_frames(config, family, ("data", number, "video", "min_frames"), least)
         if least > frames:
             what = f"min_frames = {least} is more than frames = {frames}."
             problems.append(Problem(config.where("data", number, "video", "min_frames"), what))

@@ -40,7 +40,7 @@ class Prices:
 
 
 def price(plan: Plan, survey: Survey) -> Prices:
-    """Count the run. Raises ConfigError if it cannot be done with this data or this disk."""
+    """Count the run. Raises ConfigError if it cannot be done with this data."""
     config = plan.config
     per_step = config.train.batch_size * config.train.accumulate * plan.processes
     problems = _check_amount(plan, survey, per_step)
@@ -50,7 +50,7 @@ def price(plan: Plan, survey: Survey) -> Prices:
     steps = config.train.steps or max(1, math.ceil(per_epoch * (config.train.epochs or 0) - 1e-9))
     every = whole_steps(config.checkpoint.every, per_epoch)
     validate_every = whole_steps(config.validation.every, per_epoch) if config.validation else None
-    prices = Prices(
+    return Prices(
         steps=steps,
         steps_per_epoch=per_epoch,
         samples_per_step=per_step,
@@ -61,10 +61,6 @@ def price(plan: Plan, survey: Survey) -> Prices:
         validations=steps // validate_every if validate_every else None,
         warnings=plan.warnings + _pointed_out(config, steps, per_epoch),
     )
-    problems = _check_disk(config, prices)
-    if problems:
-        raise ConfigError(problems)
-    return prices
 
 
 def _stored(survey: Survey) -> dict[ClipShape, int]:
@@ -130,35 +126,65 @@ def _pointed_out(config: Config, steps: int, per_epoch: float) -> tuple[str, ...
     warmup = whole_steps(config.lr_schedule.warmup, per_epoch) if config.lr_schedule.warmup else None
     if warmup is not None and warmup >= steps:
         found.append(f"lr_schedule.warmup is {warmup} steps and the run {steps}: the full rate is never held")
-    if config.validation is not None and not config.validation.at_start:
+    if config.validation is not None:
         every = whole_steps(config.validation.every, per_epoch)
         if every is not None and every > steps:
-            found.append(f"validation.every is {every} steps and the run {steps}: no video is ever generated")
+            found.append(f"validation.every is {every} steps and the run {steps}: videos come only at the end")
     if config.train.clip is None:
         found.append("no gradient clipping ([train.clip] is absent)")
     return tuple(found)
 
 
-def _check_disk(config: Config, prices: Prices) -> list[Problem]:
-    """Room for the cache, and for as many checkpoints as exist at once while the newest is written."""
-    kept = config.checkpoint.keep or prices.checkpoints or 1
+def check_room(plan: Plan, prices: Prices) -> None:
+    """Raises ConfigError if a disk lacks room for what is not there yet: cached video, and checkpoints as they are kept.
+
+    While the newest checkpoint is written, one more than are kept exists. Text entries are small and not counted. What the
+    folders hold already is looked up only where room seems to lack.
+    """
+    config = plan.config
+    kept = prices.checkpoints or 1 if config.checkpoint.keep == "all" else config.checkpoint.keep
     at_once = min(kept, prices.checkpoints or kept) + 1
-    wanted = [
-        (("cache", "dir"), config.cache.dir, prices.text_bytes + prices.video_bytes, "the cache"),
-        (
+    wanted = (
+        _Wanted(("cache", "dir"), config.cache.dir, "video", prices.video_bytes, "the cache"),
+        _Wanted(
             ("run", "output_dir"),
             config.run.output_dir,
+            "checkpoints",
             at_once * (prices.checkpoint_bytes or 0),
             f"{at_once} checkpoints",
         ),
-    ]
+    )
+    disks: dict[int, list[_Wanted]] = {}
+    for want in wanted:
+        disks.setdefault(_existing(want.folder).stat().st_dev, []).append(want)
     problems = []
-    for key, folder, needed, what in wanted:
-        free = shutil.disk_usage(_existing(folder)).free
+    for sharing in disks.values():
+        free = shutil.disk_usage(_existing(sharing[0].folder)).free
+        if sum(want.size for want in sharing) <= free:
+            continue
+        needed = sum(max(0, want.size - _held(want.folder / want.below)) for want in sharing)
         if needed > free:
-            words = f"{what} may need {bytes_text(needed)} and the disk of {folder} has {bytes_text(free)} free."
-            problems.append(Problem(config.where(*key), words))
-    return problems
+            what = " and ".join(want.what for want in sharing if want.size)
+            words = f"{what} need {bytes_text(needed)} more and the disk of {sharing[0].folder} has {bytes_text(free)} free."
+            problems.append(Problem(config.where(*sharing[0].key), words))
+    if problems:
+        raise ConfigError(problems)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """Room that a run takes below folder/below. key: the table and key that say where."""
+
+    key: tuple[str, str]
+    folder: Path
+    below: str
+    size: int
+    what: str
+
+
+def _held(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _existing(folder: Path) -> Path:

@@ -99,7 +99,8 @@ def _validation(plan: Plan, prices: Prices) -> tuple[tuple[str, str], ...]:
 def _disk(plan: Plan, survey: Survey, prices: Prices) -> tuple[tuple[str, str], ...]:
     config = plan.config
     checkpoints = f"every {config.checkpoint.every} and the last"
-    kept = f", newest {config.checkpoint.keep} kept" if config.checkpoint.keep else ", all kept"
+    keep = config.checkpoint.keep
+    kept = ", all kept" if keep == "all" else f", newest {keep} kept"
     each = f", {bytes_text(prices.checkpoint_bytes)} each" if prices.checkpoint_bytes is not None else ""
     clips = sum(sum(found.samples.values()) for found in survey.datasets)
     return (

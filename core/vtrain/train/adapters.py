@@ -31,6 +31,12 @@ def add_lora(denoiser: Denoiser, table: LoraTable, seed: int, where: str) -> Non
 
     if not isinstance(denoiser, SupportsLora):
         raise ConfigError(Problem(where, "this family has no adapters.", 'Use train = "full".'))
+    names = [name for name, _ in denoiser.module.named_modules()]
+    for target in table.targets or ():
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise ConfigError(
+                Problem(where, f'no module of the model is called "{target}".', "Correct [model.lora] targets.")
+            )
     denoiser.module.requires_grad_(False)
     torch.manual_seed(seed)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ from vtrain.registry.blame import blame
 from vtrain.train import checkpoint, metrics
 from vtrain.train.adapters import add_lora, load_lora_state, lora_settings, lora_state
 from vtrain.train.feed import Feed
-from vtrain.train.loop import Ends, Event, Logged, Loop, Validate
+from vtrain.train.loop import Ends, Event, Logged, Loop, Saved, Validate, Warned
+from vtrain.train.metrics import Row
 from vtrain.train.optimizer_state import load_optimizer, save_optimizer
 from vtrain.train.parameters import groups, trained
 from vtrain.train.processes import Processes
@@ -50,7 +52,7 @@ class Trainer:
     named: list[tuple[str, Tensor]]
 
     def run(self, stop: StopRequest, validate: Validate | None = None) -> Iterator[Event]:
-        """Train to the last step, or until `stop`. Rows of metrics are on disk before they are given."""
+        """Train to the last step, or until `stop`. Rows of metrics are on disk before the next event comes."""
         config, state, per_epoch = self.plan.config, self.start.state, self.prices.steps_per_epoch
         loop = Loop(
             self.processes.wrap(self.step),
@@ -68,19 +70,28 @@ class Trainer:
             seed=config.run.seed,
         )
         table = config.validation
-        interval = Interval(table.every, per_epoch, 0.0) if table else None
+        interval = Interval(table.every, per_epoch, time.monotonic()) if table else None
+        unwritten: tuple[Row, ...] = ()
         for event in loop.run(config.checkpoint, interval, at_start=table.at_start if table else False):
-            if isinstance(event, Logged) and self.processes.first:
-                metrics.append(config.run.output_dir, event.rows)
             yield event
+            if isinstance(event, Logged) and self.processes.first:
+                unwritten += event.rows
+                try:
+                    metrics.append(config.run.output_dir, unwritten)
+                    unwritten = ()
+                except OSError as error:
+                    yield Warned(f"metrics could not be written and are kept for the next time: {error}")
 
-    def save(self, step: int, micro_batch: int) -> tuple[Path, tuple[Path, ...]]:
+    def save(self, step: int, micro_batch: int) -> Saved:
         """Write the checkpoint of `step` on the first process and let old ones go. Raises CheckpointError on all."""
 
-        def write() -> tuple[Path, tuple[Path, ...]]:
+        def write() -> Saved:
             parent = self.plan.config.run.output_dir / "checkpoints"
             folder = checkpoint.write(parent, step, lambda folder: self.fill(folder, step, micro_batch))
-            return folder, tuple(checkpoint.prune(parent, self.plan.config.checkpoint.keep, folder))
+            try:
+                return Saved(folder, tuple(checkpoint.prune(parent, self.plan.config.checkpoint.keep, folder)))
+            except OSError as error:
+                return Saved(folder, (), f"an older checkpoint could not be deleted: {error}")
 
         return self.processes.from_first(write)
 

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from safetensors import SafetensorError
 
@@ -75,7 +76,10 @@ def _seal(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """Windows cannot open a folder, and syncs only what is open for writing."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -143,10 +147,10 @@ def set_aside(parent: Path, after: int) -> list[Path]:
     return moved
 
 
-def prune(parent: Path, keep: int | None, newest: Path) -> list[Path]:
+def prune(parent: Path, keep: int | Literal["all"], newest: Path) -> list[Path]:
     """Delete all but the newest `keep`, once `newest` has verified. Gives what was deleted."""
     saved = [folder for _, folder in steps_saved(parent)]
-    gone = saved[:-keep] if keep is not None else []
+    gone = saved[:-keep] if keep != "all" else []
     if not gone or newest in gone:
         return []
     reason = fault(newest)

@@ -59,6 +59,11 @@ class Feed:
         )
         return Fed(given, number, batch.sample_ids, sigmas)
 
+    def _enter_thread(self) -> None:
+        """The current device is a thread's own: without this every process would open a context on the first GPU."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
     def _move(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.device.type == "cpu":
             return tensor
@@ -66,7 +71,7 @@ class Feed:
 
     def stream(self, numbers: Iterator[tuple[int, int]]) -> Iterator[Fed]:
         """`prepare` of each (micro-batch number, step), up to AHEAD of them in advance."""
-        with ThreadPoolExecutor(1, thread_name_prefix="feed") as pool:
+        with ThreadPoolExecutor(1, thread_name_prefix="feed", initializer=self._enter_thread) as pool:
             waiting: deque[Future[Fed]] = deque()
             for number, step in numbers:
                 waiting.append(pool.submit(self.prepare, number, step))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vtrain.config.tables import CheckpointTable, TrainTable
-from vtrain.contract import CheckpointError
+from vtrain.contract import CheckpointError, Problem, TrainingError
 from vtrain.data.seeds import derive
 from vtrain.train.feed import Fed, Feed
 from vtrain.train.metrics import Row
@@ -32,10 +32,11 @@ class Logged:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint was written. deleted: older ones that [checkpoint].keep let go."""
+    """A checkpoint was written. deleted: older ones that [checkpoint].keep let go; trouble: why some could not be."""
 
     folder: Path
     deleted: tuple[Path, ...]
+    trouble: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,9 @@ Validate = Callable[[int], Validated]
 
 @dataclass(frozen=True)
 class Ends:
-    """What the loop calls at its edges. save(step, next micro-batch) -> (folder, deleted)."""
+    """What the loop calls at its edges. save: steps done, next micro-batch -> Saved."""
 
-    save: Callable[[int, int], tuple[Path, tuple[Path, ...]]]
+    save: Callable[[int, int], Saved]
     validate: Validate | None
     stop: StopRequest
 
@@ -115,23 +116,26 @@ class Loop:
         """The whole run, or what is left of it."""
         save = Interval(checkpoint.every, self.steps_per_epoch, time.monotonic())
         if at_start and self.ends.validate and self.first == 0:
-            yield from self.validation(0)
+            yield from self.validation(0, validate)
         fed = self.feed.stream(self.order())
-        self.clock = time.perf_counter()
+        self.restart_clock()
         for number in range(self.first, self.last):
             self.optimizer_step(number, fed)
             done, ended = number + 1, number + 1 == self.last
             if ended or done % self.table.log_every == 0:
                 yield from self.read()
-            stop, saving, validating = self.agreed(done, ended, save, validate)
+            stop, saving, validating = self.agreed(done, save, validate)
             if saving or stop or ended:
-                yield from self.checkpoint(done, must=stop or ended)
+                yield from self.checkpoint(done, save, must=stop or ended)
             if (validating or ended) and not stop:
-                yield from self.validation(done)
+                yield from self.validation(done, validate)
+                stop = self.processes.any(bool(self.ends.stop))[0]
+                if stop and not (saving or ended):
+                    yield from self.checkpoint(done, save, must=True)
             if stop and not ended:
                 yield Stopped(done, self.ends.stop.signal)
                 return
-        yield Stopped(self.last, None)
+        yield Stopped(max(self.first, self.last), None)
 
     def order(self) -> Iterator[tuple[int, int]]:
         """This process's global micro-batch numbers, with the optimizer step that each belongs to."""
@@ -149,7 +153,8 @@ class Loop:
             with self.processes.unsynchronised(self.step, when=turn < self.table.accumulate - 1):
                 output: StepOutput = self.step(item.given)
                 (output.loss / self.table.accumulate).backward()  # type: ignore[no-untyped-call]
-            micro.append(Measured(item, output.loss.detach(), output.flow, dict(output.metrics)))
+            loss, metrics = output.loss.detach(), dict(output.metrics)
+            micro.append(Measured(item.micro_batch, item.sigmas, item.sample_ids, loss, output.flow, metrics))
         norm = self.clip(number)
         lr = 0.0
         for group in self.optimizer.param_groups:
@@ -188,45 +193,57 @@ class Loop:
             yield Logged(rows(unread, self.processes, self.steps_per_epoch, seconds, self.memory()))
             self.clock = time.perf_counter()
 
-    def agreed(self, done: int, ended: bool, save: Interval, validate: Interval | None) -> tuple[bool, bool, bool]:
-        """(stop, save, validate) after this step, the same on every process.
+    def agreed(self, done: int, save: Interval, validate: Interval | None) -> tuple[bool, bool, bool]:
+        """(stop, save, validate) after this step, the same on every process. Does not wait for the device.
 
-        Several processes agree when numbers are logged, since agreeing waits for the device.
+        Any process may have been asked to stop; what is due by the clock is due by the first one's.
         """
-        several = self.processes.count > 1
-        asking = not several or ended or done % self.table.log_every == 0
         now = time.monotonic()
-        saving = save.due(done, now) if not save.timed or asking else False
-        validating = validate.due(done, now) if validate and (not validate.timed or asking) else False
-        stop = bool(self.ends.stop) if asking else False
-        if several and asking:
-            votes = self.processes.gathered([(stop, saving, validating)])
-            stop = any(vote[0] for vote in votes)
-            saving, validating = votes[0][1], votes[0][2]
+        saving = save.due(done, now) if self.processes.first or not save.timed else False
+        validating = False
+        if validate is not None and (self.processes.first or not validate.timed):
+            validating = validate.due(done, now)
+        stop, saving, validating = self.processes.any(bool(self.ends.stop), saving, validating)
         return stop, saving, validating
 
-    def checkpoint(self, done: int, *, must: bool) -> Iterator[Event]:
+    def checkpoint(self, done: int, interval: Interval, *, must: bool) -> Iterator[Event]:
         """Read all flags, then save. A save that fails is told; at the end of a run it is an error."""
         yield from self.read()
+        self.check_weights(done)
         try:
-            folder, deleted = self.ends.save(done, self.micro_batch + (done - self.first) * self.per_step)
+            yield self.ends.save(done, self.micro_batch + (done - self.first) * self.per_step)
         except CheckpointError as error:
             if must:
                 raise
             yield Warned(str(error))
-        else:
-            yield Saved(folder, deleted)
-        self.clock = time.perf_counter()
+        interval.done(time.monotonic())
+        self.restart_clock()
 
-    def validation(self, done: int) -> Iterator[Event]:
+    def validation(self, done: int, interval: Interval | None) -> Iterator[Event]:
         """Read all flags, then generate."""
         yield from self.read()
+        self.check_weights(done)
         if self.ends.validate is not None:
             yield self.ends.validate(done)
+        if interval is not None:
+            interval.done(time.monotonic())
+        self.restart_clock()
+
+    def check_weights(self, done: int) -> None:
+        """Raises TrainingError if a trained weight is not finite: a gradient can be broken whose loss is not."""
+        sums = torch.stack([parameter.detach().float().sum() for parameter in self.parameters])
+        if not bool(sums.isfinite().all()):
+            remedy = "They were not saved. Lower the learning rate, or clip the gradient, and start the run again."
+            raise TrainingError(Problem(f"step {done}", "the weights are not finite.", remedy))
+
+    def restart_clock(self) -> None:
+        """Seconds per step and peak memory are those of training, not of what was done in between."""
         self.clock = time.perf_counter()
+        if self.processes.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
 
     def memory(self) -> int:
-        """Peak bytes on the device, or this process's resident bytes on a CPU."""
+        """Peak bytes on the device since training went on, or this process's resident bytes on a CPU."""
         if self.processes.device.type == "cuda":
             return torch.cuda.max_memory_allocated()
         return int(psutil.Process().memory_info().rss)

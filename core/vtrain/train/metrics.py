@@ -17,8 +17,8 @@ class Row:
 
     step: 1-based. loss: flow loss plus terms, mean over the step's micro-batches; flow_loss: without terms.
     grad_norm: before clipping; None on steps where it was not read. sigmas, samples: in draw order over all processes.
-    terms: regularizers' numbers. seconds: wall time of the step; memory: bytes at its end. These two differ between
-    runs; all else is the same when a run is resumed.
+    terms: regularizers' numbers. seconds: wall time of a step, mean since the last reading; memory: resident bytes on a
+    CPU, peak bytes on a device. These two differ between runs; all else is the same when a run is resumed.
     """
 
     step: int
@@ -42,11 +42,16 @@ class Row:
 
 
 def append(folder: Path, rows: Iterable[Row]) -> None:
-    """Add rows to the file and sync it."""
-    with (folder / FILE).open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
+    """Add rows to the file and sync it. Raises OSError, the file then being as it was."""
+    with (folder / FILE).open("ab") as file:
+        before = file.tell()
+        try:
+            file.write("".join(json.dumps(asdict(row)) + "\n" for row in rows).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            os.truncate(folder / FILE, before)
+            raise
 
 
 def cut_back(folder: Path, step: int) -> int:

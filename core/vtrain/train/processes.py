@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -10,30 +9,27 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from torch import distributed as dist
 from torch import nn
 
 from vtrain.contract import VtrainError
 
 T = TypeVar("T")
 
-FILLING_CACHES = timedelta(days=7)
-"""The others wait for the first process to fill the caches, which may take long."""
-
-
-def planned_processes() -> int:
-    """How many processes the launcher started, before torch is imported by anything that plans."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+PATIENCE = timedelta(days=7)
+"""How long processes wait for each other's word: the first may fill caches or save for hours. Gradients keep torch's own limit."""
 
 
 class Processes:
-    """This process among its peers: device, autocast, DDP, and what all must agree on."""
+    """This process among its peers: device, autocast, DDP, and what all must agree on.
+
+    Words (objects, votes) go through a group of their own on the CPU, so that agreeing never waits for a device.
+    """
 
     def __init__(self, mixed: str) -> None:
         """mixed: "bf16" or "no". Without an accelerator it must be told `cpu`, or torchrun starts unsynchronised copies."""
-        on_cpu = not torch.accelerator.is_available()
-        patience = InitProcessGroupKwargs(timeout=FILLING_CACHES)
-        self.accelerator = Accelerator(mixed_precision=mixed, cpu=on_cpu, kwargs_handlers=[patience])
+        self.accelerator = Accelerator(mixed_precision=mixed, cpu=not torch.accelerator.is_available())
+        self.words = dist.new_group(backend="gloo", timeout=PATIENCE) if self.count > 1 else None
 
     @property
     def device(self) -> torch.device:
@@ -77,7 +73,7 @@ class Processes:
                 box = [make()]
             except VtrainError as error:
                 box = [error]
-        broadcast_object_list(box, from_process=0)
+        dist.broadcast_object_list(box, src=0, group=self.words)
         if not isinstance(box[0], VtrainError):
             made: T = box[0]
             return made
@@ -86,12 +82,21 @@ class Processes:
 
     def gathered(self, values: list[Any]) -> list[Any]:
         """The lists of all processes, one after the other."""
-        return list(gather_object(values)) if self.count > 1 else values
+        if self.count == 1:
+            return values
+        lists: list[Any] = [None] * self.count
+        dist.all_gather_object(lists, values, group=self.words)
+        return [value for part in lists for value in part]
 
-    def wait(self) -> None:
-        self.accelerator.wait_for_everyone()
+    def any(self, *votes: bool) -> tuple[bool, ...]:
+        """For each vote, whether any process says yes."""
+        if self.count == 1:
+            return votes
+        counted = torch.tensor(votes, dtype=torch.int32)
+        dist.all_reduce(counted, dist.ReduceOp.MAX, group=self.words)
+        return tuple(bool(vote) for vote in counted.tolist())
 
     def close(self) -> None:
-        """Leave the process group, if there is one."""
+        """Leave the process group, if there is one. After a failure it is better left alone: peers may be in it."""
         if self.count > 1:
-            torch.distributed.destroy_process_group()
+            dist.destroy_process_group()

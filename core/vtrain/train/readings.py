@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from vtrain.contract import Problem, TrainingError
-from vtrain.train.feed import Fed
 from vtrain.train.metrics import Row
 from vtrain.train.processes import Processes
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One micro-batch, numbers still on the device. loss: scalar; flow (B,); terms: scalars by name."""
+    """One micro-batch, numbers still on the device, its inputs let go. loss: scalar; flow (B,); terms: scalars by name."""
 
-    fed: Fed
+    micro_batch: int
+    sigmas: list[float | list[float]]
+    samples: tuple[str, ...]
     loss: Tensor
     flow: Tensor
     terms: dict[str, Tensor]
@@ -59,12 +60,12 @@ def fetch(unread: Sequence[Unread]) -> tuple[list[Reading], list[float | None]]:
     readings = [
         Reading(
             step=step,
-            micro_batch=m.fed.micro_batch,
+            micro_batch=m.micro_batch,
             loss=next(numbers),
             flow=[next(numbers) for _ in range(len(m.flow))],
             terms={name: next(numbers) for name in m.terms},
-            sigmas=m.fed.sigmas,
-            samples=m.fed.sample_ids,
+            sigmas=m.sigmas,
+            samples=m.samples,
         )
         for step, m in micro
     ]
@@ -76,16 +77,19 @@ def rows(
 ) -> tuple[Row, ...]:
     """Metrics of steps, over all processes. seconds: per step.
 
-    Raises TrainingError, naming the samples, at the first step with a number that is not finite.
+    Raises TrainingError, naming the samples, at the first step with a number that is not finite. The step before it is
+    named too if nobody took the norm of its gradient: a loss can be finite whose gradient is not.
     """
     if not unread:
         return ()
     own, norms = fetch(unread)
     readings: list[Reading] = sorted(processes.gathered(own), key=lambda reading: reading.micro_batch)
     found = []
+    before: list[Reading] = []
     for step, norm in zip(unread, norms, strict=True):
         parts = [reading for reading in readings if reading.step == step.step]
-        check_finite(step.step, parts, norm)
+        check_finite(step.step, parts, norm, before)
+        before = parts if norm is None else []
         found.append(
             Row(
                 step=step.step,
@@ -104,8 +108,11 @@ def rows(
     return tuple(found)
 
 
-def check_finite(step: int, parts: Sequence[Reading], norm: float | None) -> None:
-    """Raises TrainingError that names the clips whose own loss is not finite, else all of the micro-batch or step."""
+def check_finite(step: int, parts: Sequence[Reading], norm: float | None, before: Sequence[Reading] = ()) -> None:
+    """Raises TrainingError that names the clips whose own loss is not finite, else all of the micro-batch or step.
+
+    before: readings of the step before, if the norm of its gradient is not known.
+    """
     what = "the loss is not finite"
     bad = [
         name for part in parts for name, value in zip(part.samples, part.flow, strict=True) if not math.isfinite(value)
@@ -113,10 +120,12 @@ def check_finite(step: int, parts: Sequence[Reading], norm: float | None) -> Non
     if not bad and norm is not None and not math.isfinite(norm):
         what, bad = "the gradient is not finite", [name for part in parts for name in part.samples]
     if bad:
+        earlier = ", ".join(dict.fromkeys(name for part in before for name in part.samples))
+        also = f" Or the step before broke the weights; its samples: {earlier}." if earlier else ""
         raise TrainingError(
             Problem(
                 f"step {step}",
-                f"{what}; samples: {', '.join(dict.fromkeys(bad))}.",
+                f"{what}; samples: {', '.join(dict.fromkeys(bad))}.{also}",
                 "No checkpoint holds these weights. Look at these clips, lower the learning rate, or clip the gradient.",
             )
         )

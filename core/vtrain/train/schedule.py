@@ -35,22 +35,24 @@ def lr_factor(table: LrScheduleTable, steps: int, steps_per_epoch: float) -> Fac
 
 
 class Interval:
-    """Tells after which optimizer steps something is due. In steps or epochs it is a pure function of the step."""
+    """Tells after which optimizer steps something is due. In steps or epochs it is a pure function of the step.
+
+    In seconds it counts from its making, and again from each `done`.
+    """
 
     def __init__(self, every: Duration, steps_per_epoch: float, now: float) -> None:
-        """now: seconds on the clock that `due` is given."""
+        """now: seconds on the clock that `due` and `done` are given."""
         self.steps = whole_steps(every, steps_per_epoch)
         self.seconds = every.value
         self.last = now
 
-    def due(self, done: int, now: float) -> bool:
-        """done: optimizer steps done, >= 1. In seconds, a True restarts the count."""
-        if self.steps is not None:
-            return done % self.steps == 0
-        if now - self.last < self.seconds:
-            return False
+    def due(self, steps: int, now: float) -> bool:
+        """steps: optimizer steps done, >= 1."""
+        return steps % self.steps == 0 if self.steps is not None else now - self.last >= self.seconds
+
+    def done(self, now: float) -> None:
+        """What was due has been done."""
         self.last = now
-        return True
 
     @property
     def timed(self) -> bool:

@@ -68,13 +68,18 @@ class Validator:
     def latents(self, prompt: str) -> Tensor:
         """Clean latents (1, C, f, h, w) of one prompt, on the CPU. Raises Interrupted."""
         negative = self.text(self.plan.negative_prompt, "negative") if self.plan.guidance > 1 else None
-        predict = guided(self.denoiser, self.text(prompt, "prompt"), negative, self.plan.guidance)
+        guess = guided(self.denoiser, self.text(prompt, "prompt"), negative, self.plan.guidance)
+
+        def predict(noisy: Tensor, level: NoiseLevel) -> Tensor:
+            """In training's autocast; the solver's own arithmetic stays fp32."""
+            with self.autocast():
+                return guess(noisy, level)
 
         def on_step(_done: int, _latents: Tensor) -> None:
             if self.stopping():
                 raise Interrupted
 
-        with torch.no_grad(), self.autocast():
+        with torch.no_grad():
             return self.sampler.solve(predict, self.start().to(self.device), self.plan.steps, on_step).cpu()
 
     def videos(self, folder: Path, nicknames: list[str]) -> dict[str, Path]:

@@ -1,7 +1,7 @@
 """Mistakes that trainers of video models have been seen to make, each as a patch of our own code.
 
-A mutant is turned on in a process by `VTRAIN_MUTANT=name python -m pytest -p mutants ...` with this folder on PYTHONPATH; `run.py` beside
-this file does so for each and prints which tests notice.
+A mutant is turned on in a process by `VTRAIN_MUTANT=name python -m pytest -p mutants ...` with this folder on PYTHONPATH;
+`run.py` beside this file does so for each and prints which tests notice.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def test_too_little_disk_is_refused_and_what_is_there_already_counts(
     monkeypatch.setattr(pricing.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     plan = plan_of()
     made = price(plan, survey())
-    with pytest.raises(ConfigError, match="the cache and 2 checkpoints need .* more and the disk of"):
+    with pytest.raises(ConfigError, match=r"the cache and 2 checkpoints need .* more and the disk of"):
         check_room(plan, made)
     for folder, size in (
         (plan.config.cache.dir / "video", made.video_bytes),

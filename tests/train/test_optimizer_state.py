@@ -53,9 +53,41 @@ def test_settings_come_from_the_file_and_not_from_the_checkpoint(tmp_path: Path)
     train(module, optimizer, 1)
     save_optimizer(tmp_path, optimizer, list(module.named_parameters()))
     other = torch.optim.AdamW(module.parameters(), lr=0.5, weight_decay=0.3)
-    load_optimizer(tmp_path, other, list(module.named_parameters()))
+    load_optimizer(tmp_path, other, list(module.named_parameters()), own={"lr", "weight_decay", "eps"})
     assert other.param_groups[0]["lr"] == 0.5
     assert other.param_groups[0]["weight_decay"] == 0.3
+
+
+class Counting(torch.optim.SGD):
+    """Keeps a count in its groups, as schedule-free optimizers do."""
+
+    def step(self, closure: object = None) -> None:
+        super().step()
+        for group in self.param_groups:
+            group["k"] = group.get("k", 0) + 1
+
+
+def test_a_count_that_an_optimizer_keeps_in_its_groups_goes_on(tmp_path: Path) -> None:
+    module = model()
+    optimizer = Counting(module.parameters(), lr=0.1)
+    train(module, optimizer, 3)
+    save_optimizer(tmp_path, optimizer, list(module.named_parameters()), own={"momentum"})
+    again = Counting(module.parameters(), lr=0.2, momentum=0.5)
+    load_optimizer(tmp_path, again, list(module.named_parameters()), own={"momentum"})
+    assert again.param_groups[0]["k"] == 3
+    assert (again.param_groups[0]["lr"], again.param_groups[0]["momentum"]) == (0.2, 0.5)
+
+
+def test_a_parameter_that_never_got_a_gradient_has_no_state_and_that_is_fine(tmp_path: Path) -> None:
+    module = model()
+    module.register_parameter("unused", nn.Parameter(torch.zeros(3)))
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+    train(module, optimizer, 2)
+    named = list(module.named_parameters())
+    save_optimizer(tmp_path, optimizer, named)
+    again = torch.optim.AdamW(module.parameters(), lr=0.1)
+    load_optimizer(tmp_path, again, named)
+    assert len(again.state) == len(optimizer.state)
 
 
 def test_state_of_another_shape_or_other_names_is_refused(tmp_path: Path) -> None:

@@ -168,6 +168,62 @@ def test_a_checkpoint_that_does_not_exist_is_an_error_before_training(folder, vt
     assert not folder.output.exists()
 
 
+def test_a_changed_dataset_is_told_and_the_run_goes_on(folder, vtrain: Run, tmp_path: Path) -> None:
+    clips = tmp_path / "own"
+    clips.mkdir()
+    for source in sorted((tmp_path / "clips").iterdir()):
+        (clips / source.name).write_bytes(source.read_bytes())
+    folder.write(steps=3)
+    folder.config.write_text(folder.config.read_text().replace('"clips"', '"own"'))
+    vtrain("run", folder.config)
+    (clips / "clip_4.mp4").unlink()
+    folder.config.write_text(folder.config.read_text().replace("steps = 3\n", "steps = 5\n", 1))
+    printed = vtrain("run", folder.config).stdout
+    assert "the data changed since: 5 samples," in printed
+    assert "-> 4 samples," in printed
+    assert len(folder.rows()) == 5
+
+
+def test_an_adapter_does_not_go_on_upon_other_weights_at_the_same_place(folder, vtrain: Run, tmp_path: Path) -> None:
+    from vtrain_toy.family import TOY
+
+    def put_weights(seed: int) -> None:
+        TOY.build(TOY.options.model_validate({"init_seed": seed})).load_denoiser("cpu", "fp32").save(
+            tmp_path / "weights"
+        )
+
+    put_weights(1)
+    folder.write(train="lora", steps=3)
+    folder.config.write_text(folder.config.read_text().replace('use = "toy"', 'use = "toy"\npath = "weights"'))
+    vtrain("run", folder.config)
+    put_weights(2)
+    folder.config.write_text(folder.config.read_text().replace("steps = 3\n", "steps = 6\n", 1))
+    assert "its adapter was trained on other weights than" in vtrain("run", folder.config, check=2).stderr
+    put_weights(1)
+    vtrain("run", folder.config)
+
+
+def test_a_default_written_out_is_no_change(folder, vtrain: Run) -> None:
+    vtrain("run", folder.write(steps=3))
+    text = (
+        folder.config.read_text()
+        .replace('mixed = "no"', 'mixed = "no"\nbase = "fp32"')
+        .replace("steps = 3", "steps = 4", 1)
+    )
+    folder.config.write_text(text)
+    printed = vtrain("run", folder.config).stdout
+    assert "precision.base" not in printed
+    assert "going on from" in printed
+
+
+def test_fewer_steps_than_the_checkpoint_has_is_said_and_changes_nothing(folder, vtrain: Run) -> None:
+    vtrain("run", folder.write(steps=6))
+    before = folder.rows()
+    printed = vtrain("run", folder.write(steps=4)).stdout
+    assert "nothing to do: train.steps is 4 and the checkpoint is at 6" in printed
+    assert folder.rows() == before
+
+
 def test_a_finished_run_has_nothing_to_do(folder, vtrain: Run) -> None:
     vtrain("run", folder.write(steps=3))
     before = {path: path.stat().st_mtime_ns for path in (folder.output / "checkpoints").rglob("*")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,6 +40,36 @@ def reading(flow: list[float], loss: float) -> Reading:
 def test_the_clip_whose_own_loss_is_not_finite_is_the_one_named() -> None:
     with pytest.raises(TrainingError, match=r"step 5: the loss is not finite; samples: clip 1\."):
         check_finite(5, [reading([1.0, math.nan, 2.0], math.nan)], None)
+
+
+def test_the_step_before_is_named_too_when_nobody_looked_at_its_gradient() -> None:
+    with pytest.raises(TrainingError, match=r"Or the step before broke the weights; its samples: clip 0, clip 1\."):
+        check_finite(6, [reading([math.nan], math.nan)], None, [reading([1.0, 1.0], 1.0)])
+
+
+BREAK = """
+import sys, torch
+from vtrain.train import loop
+real = loop.Loop.clip
+def broken(self, number):
+    if number == 4:
+        self.parameters[0].grad[0] = float("nan")
+    return real(self, number)
+loop.Loop.clip = broken
+from vtrain.cli.app import main
+main()
+"""
+
+
+def test_a_broken_gradient_behind_a_finite_loss_is_not_saved(folder) -> None:
+    """The gradient of step 5 is broken where no norm is taken; the checkpoint of step 5 comes before any bad loss."""
+    folder.write(steps=20, save=5, log_every=10)
+    done = subprocess.run(
+        [sys.executable, "-c", BREAK, "run", folder.config], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "step 5: the weights are not finite" in done.stderr
+    assert not list((folder.output / "checkpoints").glob("step-*"))
 
 
 def test_a_term_that_is_not_finite_names_its_micro_batch() -> None:
@@ -111,8 +142,6 @@ def test_a_full_disk_in_the_middle_is_told_and_the_last_good_checkpoint_stays(
         "main()\n",
         encoding="utf-8",
     )
-    import sys
-
     done = subprocess.run([sys.executable, wrapper], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "step-000006: the checkpoint could not be written" in done.stderr

@@ -65,6 +65,8 @@ class Display:
             self.rows(event.rows)
         elif isinstance(event, Saved):
             self.say(f"saved {event.folder}" + (f", {len(event.deleted)} older deleted" if event.deleted else ""))
+            if event.trouble:
+                self.say(f"WARNING: {event.trouble}", style="bold red")
         elif isinstance(event, Validated):
             for path in (*event.files.values(), event.sheet):
                 if path is not None:

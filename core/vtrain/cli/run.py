@@ -16,11 +16,21 @@ from rich.markup import escape
 from vtrain.cli.collector import uncollected
 from vtrain.cli.plan import show as show_plan
 from vtrain.cli.prepare import planned
-from vtrain.contract import Denoiser, Options, Registered, RunInfo, Tracker, TrackerSpec
+from vtrain.contract import (
+    CheckpointError,
+    ConfigError,
+    Denoiser,
+    Options,
+    Problem,
+    Registered,
+    RunInfo,
+    Tracker,
+    TrackerSpec,
+)
 from vtrain.data import hashes
 from vtrain.data.sample import Sample
 from vtrain.data.scan import scan
-from vtrain.plan.price import Prices, price
+from vtrain.plan.price import Prices, check_room, price
 from vtrain.plan.records import Plan, Survey
 from vtrain.plan.render import as_json
 from vtrain.registry.blame import blame
@@ -29,6 +39,7 @@ if TYPE_CHECKING:
     from vtrain.data.caches import Caches
     from vtrain.train.loop import Validate, Validated
     from vtrain.train.processes import Processes
+    from vtrain.train.resume import Start
 
 
 @dataclass(frozen=True)
@@ -48,10 +59,11 @@ def run(config: Path) -> None:
 
         processes = Processes(plan.config.precision.mixed)
     console = Console(quiet=not processes.first, soft_wrap=True, highlight=False)
-    try:
-        ended_by = _train(plan, processes, console)
-    finally:
-        processes.close()
+    if processes.count != plan.processes:
+        what = f"the launcher announced {plan.processes} processes in WORLD_SIZE, and {processes.count} train together."
+        raise ConfigError(Problem("", what, "Start the run with torchrun, or unset WORLD_SIZE."))
+    ended_by = _train(plan, processes, console)
+    processes.close()
     if ended_by is not None:
         sys.exit(128 + ended_by)
 
@@ -59,39 +71,32 @@ def run(config: Path) -> None:
 def _train(plan: Plan, processes: Processes, console: Console) -> int | None:
     from vtrain.cli.progress import Display
     from vtrain.cli.trackers import Trackers
-    from vtrain.data.batches import Batches
     from vtrain.data.caches import Caches
-    from vtrain.train import checkpoint, metrics
     from vtrain.train.assemble import assemble
     from vtrain.train.loop import Stopped
-    from vtrain.train.resume import find_start
+    from vtrain.train.resume import find_start, settings
     from vtrain.train.signals import listening
 
     output = plan.config.run.output_dir
-    start = processes.from_first(lambda: find_start(plan.config))
+    start = processes.from_first(lambda: find_start(plan))
     ready = processes.from_first(lambda: _prepare(plan, console, str(processes.device)))
     for notice in start.notices:
         console.print(escape(notice))
-    if processes.first:
-        _write_run_files(plan, ready)
-        dropped = metrics.cut_back(output, start.state.step)
-        for moved in checkpoint.set_aside(output / "checkpoints", start.state.step):
-            console.print(f"a later checkpoint was left behind as {escape(str(moved))}")
-        if dropped:
-            console.print(f"{dropped} later steps were cut from metrics.jsonl")
     caches = Caches.open(plan)
     with uncollected():
-        trainer = assemble(plan, ready.prices, start, Batches(plan, caches, ready.samples), processes)
-    info = RunInfo(plan.config.run.name, str(output), dict(start.state.settings), start.state.step)
+        trainer = assemble(plan, ready.prices, start, ready.samples, caches, processes)
+    processes.from_first(lambda: _begin(plan, ready, trainer.start, trainer.data, console))
+    values = {key: setting.value for key, setting in settings(plan).items()}
+    info = RunInfo(plan.config.run.name, str(output), values, start.state.step)
     warn = _warner(console)
     trackers = [(part.registered, _tracker(part.registered, part.options)) for part in plan.config.trackers]
     signalled: int | None = None
     with (
-        listening() as stop,
+        listening(lambda: console.print("stopping after this step; what is done will be saved")) as stop,
         Display(console, ready.prices.steps, start.state.step) as display,
         Trackers(trackers if processes.first else [], info, warn) as told,
     ):
-        validate = _validation(plan, trainer.denoiser, caches, processes, lambda: bool(stop), warn)
+        validate = _validation(plan, trainer.denoiser, caches, processes, lambda: bool(stop), console)
         for event in trainer.run(stop, validate):
             display.show(event)
             told.show(event)
@@ -111,6 +116,7 @@ def _prepare(plan: Plan, console: Console, device: str) -> Ready:
     for message in found.messages:
         console.print(escape(message))
     prices = price(plan, found.survey)
+    check_room(plan, prices)
     show_plan(console, plan, found.survey, prices)
     extra = texts(plan.validation) if plan.validation else []
     with Filling(console) as filling:
@@ -129,6 +135,28 @@ def _prepare(plan: Plan, console: Console, device: str) -> Ready:
     return Ready(survey, tuple(filled.samples), prices)
 
 
+def _begin(plan: Plan, ready: Ready, start: Start, data: str, console: Console) -> None:
+    """Make the output folder what the start says, once everything has loaded. Raises CheckpointError if that fails."""
+    from vtrain.train import checkpoint, metrics
+
+    output = plan.config.run.output_dir
+    if start.folder is not None and start.state.data != data:
+        console.print(f"the data changed since: {start.state.data} -> {data}; from here on the order is the new data's")
+    if start.state.step >= ready.prices.steps:
+        console.print(f"nothing to do: train.steps is {ready.prices.steps} and the checkpoint is at {start.state.step}")
+        return
+    try:
+        _write_run_files(plan, ready)
+        dropped = metrics.cut_back(output, start.state.step)
+        moved = checkpoint.set_aside(output / "checkpoints", start.state.step)
+    except OSError as error:
+        raise CheckpointError(Problem(str(output), f"the output folder cannot be written: {error}.")) from error
+    for folder in moved:
+        console.print(f"a later checkpoint was left behind as {escape(str(folder))}")
+    if dropped:
+        console.print(f"{dropped} later steps were cut from metrics.jsonl")
+
+
 def _write_run_files(plan: Plan, ready: Ready) -> None:
     output = plan.config.run.output_dir
     output.mkdir(parents=True, exist_ok=True)
@@ -143,7 +171,7 @@ def _write_run_files(plan: Plan, ready: Ready) -> None:
     }
     whole = {
         **as_json(plan, ready.survey, ready.prices),
-        "settings": {key: setting.value for key, setting in settings(plan.config).items()},
+        "settings": {key: setting.value for key, setting in settings(plan).items()},
         "fingerprints": fingerprints,
     }
     (output / "plan.json").write_text(json.dumps(whole, indent=2), encoding="utf-8")
@@ -153,6 +181,9 @@ def _tracker(part: Registered, options: Options) -> Tracker:
     assert isinstance(part.spec, TrackerSpec)
     with blame(part, "building it"):
         return part.spec.build(options)
+
+
+INTERRUPTED = "interrupted"
 
 
 def _warner(console: Console) -> Callable[[str], None]:
@@ -165,14 +196,14 @@ def _validation(
     caches: Caches,
     processes: Processes,
     stopping: Callable[[], bool],
-    warn: Callable[[str], None],
+    console: Console,
 ) -> Validate | None:
     """Validation that never ends the run: each process generates its share, a failure is told and training goes on."""
     from vtrain.train.loop import Validated
     from vtrain.validate.generate import Interrupted, Validator
     from vtrain.validate.video import write_sheet
 
-    made = plan.validation
+    made, warn = plan.validation, _warner(console)
     if made is None:
         return None
     validator = Validator(
@@ -187,18 +218,24 @@ def _validation(
         try:
             files = validator.videos(folder, share)
         except Interrupted:
-            trouble = "stopped as asked"
+            trouble = INTERRUPTED
         except Exception as error:
             trouble = f"{type(error).__name__}: {error}"
         told = processes.gathered([(files, trouble)])
-        for _, words in told:
-            if words:
-                warn(f"validation at step {step} failed, training goes on: {words}")
         everything = {name: path for part, _ in told for name, path in part.items()}
         files = {name: everything[name] for name in made.prompts if name in everything}
-        sheet = folder / "sheet.png"
-        if files and processes.first:
-            write_sheet(sheet, files)
-        return Validated(step, files, sheet if files else None)
+        sheet = folder / "sheet.png" if files else None
+        troubles = {words for _, words in told if words}
+        if sheet is not None and processes.first:
+            try:
+                write_sheet(sheet, files)
+            except Exception as error:
+                troubles.add(f"no contact sheet: {type(error).__name__}: {error}")
+                sheet = None
+        for words in sorted(troubles - {INTERRUPTED}):
+            warn(f"validation at step {step} failed, training goes on: {words}")
+        if INTERRUPTED in troubles:
+            console.print(f"validation at step {step} was left unfinished, as asked")
+        return Validated(step, files, sheet)
 
     return validate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,23 +15,26 @@ from vtrain.contract import (
     CheckpointError,
     Denoiser,
     OptimizerSpec,
+    Options,
     Problem,
     SupportsLora,
 )
 from vtrain.data.batches import Batches
+from vtrain.data.caches import Caches
+from vtrain.data.sample import Sample
 from vtrain.data.seeds import derive
 from vtrain.plan.price import Prices
 from vtrain.plan.records import Plan
 from vtrain.registry.blame import blame
 from vtrain.train import checkpoint, metrics
-from vtrain.train.adapters import add_lora, load_lora_state, lora_settings, lora_state
+from vtrain.train.adapters import add_lora, base_mark, load_lora_state, lora_settings, lora_state
 from vtrain.train.feed import Feed
 from vtrain.train.loop import Ends, Event, Logged, Loop, Saved, Validate, Warned
 from vtrain.train.metrics import Row
 from vtrain.train.optimizer_state import load_optimizer, save_optimizer
 from vtrain.train.parameters import groups, trained
 from vtrain.train.processes import Processes
-from vtrain.train.resume import RunState, Start, settings, write_state
+from vtrain.train.resume import RunState, Start, data_mark, settings, write_state
 from vtrain.train.schedule import Interval, lr_factor
 from vtrain.train.signals import StopRequest
 from vtrain.train.step import Step
@@ -39,14 +42,16 @@ from vtrain.train.step import Step
 
 @dataclass(frozen=True)
 class Trainer:
-    """A run ready to go. denoiser, step: the model as trained and what wraps it. validate is set before `run`."""
+    """A run ready to go. denoiser, step: the model as trained and what wraps it. base, data: marks of what it stands on."""
 
     plan: Plan
     prices: Prices
     start: Start
+    data: str
     batches: Batches
     processes: Processes
     denoiser: Denoiser
+    base: str
     step: Step
     optimizer: torch.optim.Optimizer
     named: list[tuple[str, Tensor]]
@@ -107,18 +112,20 @@ class Trainer:
         for name, module in self.step.regularizers.items():
             (folder / "regularizers").mkdir(exist_ok=True)
             save_file(module.state_dict(), folder / "regularizers" / f"{name}.safetensors")
-        save_optimizer(folder, self.optimizer, self.named)
-        values = {key: setting.value for key, setting in settings(config).items()}
-        write_state(folder, RunState(step, micro_batch, step / self.prices.steps_per_epoch, values))
+        save_optimizer(folder, self.optimizer, self.named, own_keys(config.optimizer.options))
+        values = {key: setting.value for key, setting in settings(self.plan).items()}
+        write_state(folder, RunState(step, micro_batch, values, self.data, self.base))
         (folder / "config.toml").write_text(config.text, encoding="utf-8")
 
 
-def assemble(plan: Plan, prices: Prices, start: Start, batches: Batches, processes: Processes) -> Trainer:
+def assemble(
+    plan: Plan, prices: Prices, start: Start, samples: Sequence[Sample], caches: Caches, processes: Processes
+) -> Trainer:
     """Load and build everything a run needs on this process's device.
 
     Raises ModelError, CheckpointError or ConfigError where the parts do not fit together.
     """
-    denoiser = load_model(plan, start, str(processes.device))
+    denoiser, base = load_model(plan, start, str(processes.device))
     denoiser.gradient_checkpointing(plan.config.precision.gradient_checkpointing)
     regularizers = load_regularizers(plan, start, processes.device)
     taps = {name: regularizer.needs().taps for name, regularizer in plan.regularizers}
@@ -130,12 +137,19 @@ def assemble(plan: Plan, prices: Prices, start: Start, batches: Batches, process
     with blame(part.registered, "building it"):
         optimizer = part.registered.spec.build(part.options, groups(named))
     if start.folder is not None:
-        load_optimizer(start.folder, optimizer, named)
-    return Trainer(plan, prices, start, batches, processes, denoiser, step, optimizer, named)
+        load_optimizer(start.folder, optimizer, named, own_keys(part.options))
+    batches = Batches(plan, caches, samples)
+    data = data_mark(samples)
+    return Trainer(plan, prices, start, data, batches, processes, denoiser, base, step, optimizer, named)
 
 
-def load_model(plan: Plan, start: Start, device: str) -> Denoiser:
-    """The denoiser as it starts: of the model folder or a checkpoint, with its adapter under LoRA."""
+def own_keys(options: Options) -> frozenset[str]:
+    """Settings of an optimizer that the configuration file gives: a checkpoint never overrides them."""
+    return frozenset(type(options).model_fields)
+
+
+def load_model(plan: Plan, start: Start, device: str) -> tuple[Denoiser, str]:
+    """The denoiser as it starts: of the model folder or a checkpoint, with its adapter under LoRA; and the base's mark."""
     config = plan.config
     lora = config.model.table.lora
     with blame(config.model.registered, "loading the denoiser"):
@@ -143,7 +157,11 @@ def load_model(plan: Plan, start: Start, device: str) -> Denoiser:
         denoiser = plan.family.load_denoiser(device, plan.base, weights)
     if lora is None:
         denoiser.module.requires_grad_(True)
-        return denoiser
+        return denoiser, ""
+    base = base_mark(denoiser.module)
+    if start.folder is not None and base != start.state.base:
+        what = f"its adapter was trained on other weights than {plan.config.where('model', 'path')} gives now."
+        raise CheckpointError(Problem(str(start.folder), what, "Restore the model, or start anew elsewhere."))
     seed = derive(config.run.seed, "adapter")
     add_lora(denoiser, lora, seed, config.where("model", "lora", "targets"))
     if start.folder is not None:
@@ -152,7 +170,7 @@ def load_model(plan: Plan, start: Start, device: str) -> Denoiser:
         if odd:
             what = f"the adapter there does not fit this model: {', '.join(odd[:5])}."
             raise CheckpointError(Problem(str(start.folder), what))
-    return denoiser
+    return denoiser, base
 
 
 def load_regularizers(plan: Plan, start: Start, device: torch.device) -> dict[str, nn.Module]:

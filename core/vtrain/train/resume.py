@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from vtrain.config.record import Config, Part, TableT
 from vtrain.contract import CheckpointError, Options, Problem, resume_rule
+from vtrain.data.sample import Sample
 from vtrain.plan.make import resume_path
+from vtrain.plan.records import Plan
 from vtrain.train import checkpoint
 
 STATE = "state.json"
@@ -26,12 +29,17 @@ class Setting:
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands. step: optimizer steps done. micro_batch: the next global one. settings: key -> value."""
+    """Where a run stands.
+
+    step: optimizer steps done. micro_batch: the next global one. settings: key -> value. data: names the samples and
+    their shapes (`data_mark`). base: names the weights under an adapter (`base_mark`), "" when all weights are trained.
+    """
 
     step: int
     micro_batch: int
-    epoch: float
     settings: Mapping[str, Value]
+    data: str
+    base: str
 
 
 @dataclass(frozen=True)
@@ -43,9 +51,10 @@ class Start:
     notices: tuple[str, ...]
 
 
-def settings(config: Config) -> dict[str, Setting]:
-    """Every resolved value by its dotted key, with its resume rule."""
-    found: dict[str, Setting] = {}
+def settings(plan: Plan) -> dict[str, Setting]:
+    """Every value by its dotted key, with its resume rule; what the file leaves open is as the plan resolved it."""
+    config = plan.config
+    found: dict[str, Setting] = {"processes": Setting(plan.processes, refuse=False)}
     for name, table in (
         ("run", config.run),
         ("precision", config.precision),
@@ -66,7 +75,35 @@ def settings(config: Config) -> dict[str, Setting]:
         _part(found, f"regularizer.{regularizer.registered.spec.name}", regularizer, refuse=True)
     for number, tracker in enumerate(config.trackers):
         _part(found, f"tracker[{number}]", tracker, refuse=False)
-    return found
+    return found | {key: Setting(value, found[key].refuse) for key, value in _resolved(plan).items()}
+
+
+def _resolved(plan: Plan) -> dict[str, Value]:
+    values: dict[str, Value] = {"precision.base": plan.base}
+    lora = plan.config.model.table.lora
+    if lora is not None:
+        values["model.lora.alpha"] = lora.alpha or float(lora.rank)
+    enabled = [number for number, part in enumerate(plan.config.data) if part.table.enabled]
+    for number, dataset in zip(enabled, plan.datasets, strict=True):
+        values[f"data[{number}].id"] = dataset.id
+        values[f"data[{number}].resolution"] = [str(size) for size in dataset.sizes]
+        values[f"data[{number}].video.frames"] = dataset.frames
+        values[f"data[{number}].video.min_frames"] = dataset.min_frames
+        values[f"data[{number}].video.fps"] = dataset.fps
+    made = plan.validation
+    if made is not None:
+        values["validation.size"] = str(made.shape.size)
+        values["validation.frames"] = made.shape.frames
+        values["validation.fps"] = made.fps
+    return values
+
+
+def data_mark(samples: Sequence[Sample]) -> str:
+    """How many samples, and a hash of their ids and shapes, on which the order of training depends."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(f"{sample.id}\0{sample.shape}\n".encode())
+    return f"{len(samples)} samples, {digest.hexdigest()[:16]}"
 
 
 def _part(found: dict[str, Setting], name: str, part: Part[TableT], refuse: bool) -> None:
@@ -102,26 +139,23 @@ def write_state(folder: Path, state: RunState) -> None:
     (folder / STATE).write_text(json.dumps(state.__dict__, indent=1), encoding="utf-8")
 
 
-def find_start(config: Config) -> Start:
+def find_start(plan: Plan) -> Start:
     """Pick the checkpoint that [run].resume asks for and compare the configurations.
 
     Raises CheckpointError when it is damaged or belongs to a run that this file does not describe.
     """
-    folder, notices = _choose(config)
-    now = settings(config)
+    folder, notices = _choose(plan.config)
+    now = settings(plan)
     values = {key: setting.value for key, setting in now.items()}
     if folder is None:
-        return Start(None, RunState(0, 0, 0.0, values), tuple(notices))
+        return Start(None, RunState(0, 0, values, "", ""), tuple(notices))
     state = read_state(folder)
     changes = compare(state.settings, now)
-    refused = [
-        Problem(str(folder), f"{key} was {_show(old)} and is now {_show(new)}; this cannot change in a resumed run.")
-        for key, old, new, refuse in changes
-        if refuse
-    ]
+    refused = [f"{key} was {_show(old)} and is now {_show(new)}" for key, old, new, refuse in changes if refuse]
     if refused:
-        remedy = 'Restore the values, or start anew with another run.output_dir or resume = "never".'
-        raise CheckpointError([*refused[:-1], Problem(refused[-1].where, refused[-1].what, remedy)])
+        remedy = "Restore it, or start anew with another run.output_dir."
+        problems = [Problem("", f"{change}; this cannot change in a resumed run.") for change in refused]
+        raise CheckpointError([Problem(str(folder), "this checkpoint is of another run.", remedy), *problems])
     notices.append(f"going on from {folder} (step {state.step})")
     notices += [f"changed since: {key}: {_show(old)} -> {_show(new)}" for key, old, new, _ in changes]
     return Start(folder, state, tuple(notices))

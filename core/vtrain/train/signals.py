@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -24,8 +24,8 @@ class StopRequest:
 
 
 @contextmanager
-def listening() -> Iterator[StopRequest]:
-    """Catch the two signals for the length of the with block.
+def listening(heard: Callable[[], None] = lambda: None) -> Iterator[StopRequest]:
+    """Catch the two signals for the length of the with block. heard: called at the first.
 
     A launcher passes on the Ctrl-C that its processes got from the terminal too: two at once are one.
     """
@@ -35,6 +35,7 @@ def listening() -> Iterator[StopRequest]:
         now = time.monotonic()
         if not request:
             request.signal, request.since = signal.Signals(number), now
+            heard()
         elif number == signal.SIGINT and now - request.since > ONE_PRESS:
             raise KeyboardInterrupt
 

@@ -96,7 +96,7 @@ class Validator:
         training = module.training
         module.eval()
         try:
-            latents = {}
+            latents: dict[str, Tensor] = {}
             for first in range(0, len(nicknames), together):
                 names = nicknames[first : first + together]
                 made = self.latents(*(self.plan.prompts[name] for name in names))

@@ -1,0 +1,155 @@
+"""What a run of the tiny world has learnt: videos of fixed prompts, made by vtrain's own validation, read by the judge.
+
+    python examples/world/evaluate.py CONFIG [--checkpoint FOLDER] [--prompts 64] [--json FILE]
+
+The prompts are the 32 combinations of known words, 8 of which no training clip shows, each from one starting noise per 32 prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import judge
+import torch
+import world
+
+from vtrain.cli.prepare import planned
+from vtrain.data.caches import Caches, fill_caches
+from vtrain.plan.records import Plan, ValidationPlan
+from vtrain.train.processes import Processes
+from vtrain.validate.generate import Validator, texts
+
+SEEDS = range(7001, 8000)
+"""Of the starting noise, one for each 32 prompts; not the run's own validation seed."""
+TOGETHER = 16
+CHANCE = {"colour": 1 / 4, "shape": 1 / 2, "direction": 1 / 4, "all": 1 / 32}
+"""Of naming a known word blindly."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One prompt, what the judge read, and whether it is right per attribute and in all."""
+
+    prompt: str
+    seed: int
+    held_out: bool
+    read: judge.Verdict
+    hits: Mapping[str, bool]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Shares of right answers."""
+
+    prompts: int
+    colour: float
+    shape: float
+    direction: float
+    all: float
+
+
+def answers(plan: Plan, checkpoint: Path | None, prompts: int, folder: Path) -> list[Answer]:
+    """Generate the first `prompts` fixed prompts with a checkpoint (None: untrained) into `folder`, and judge them."""
+    device = torch.device("cpu")
+    processes = Processes(plan.config.precision.mixed)
+    denoiser = plan.family.load_denoiser(str(device), plan.base, checkpoint)
+    found = []
+    for seed, first in zip(SEEDS, range(0, prompts, 32), strict=False):
+        asked = {f"{place:02}": words for place, words in enumerate(world.combinations()[: prompts - first])}
+        table = validation(plan, {name: words.caption for name, words in asked.items()}, seed)
+        fill_caches(plan, (), texts(table), str(device), lambda stage, done, total: None)
+        validator = Validator(
+            table,
+            plan.family,
+            plan.sampler,
+            Caches.open(plan),
+            denoiser,
+            device,
+            processes.accelerator.autocast,
+            lambda: False,
+        )
+        files = validator.videos(folder / f"seed-{seed}", list(asked), TOGETHER)
+        for name, words in asked.items():
+            read = judge.judge(judge.read(files[name]))
+            found.append(Answer(words.caption, seed, world.held_out(words), read, read.hits(words)))
+    return found
+
+
+def validation(plan: Plan, prompts: Mapping[str, str], seed: int) -> ValidationPlan:
+    """The plan's validation with other prompts."""
+    if plan.validation is None:
+        raise SystemExit("the configuration has no [validation]: size, guidance and steps are taken from there")
+    return replace(plan.validation, prompts=prompts, seed=seed)
+
+
+def accuracy(found: list[Answer]) -> Accuracy:
+    shares = {name: sum(answer.hits[name] for answer in found) / len(found) for name in CHANCE}
+    return Accuracy(len(found), **shares)
+
+
+def by_chance(hits: int, prompts: int, chance: float) -> float:
+    """Probability of at least that many hits by blind guessing (binomial)."""
+    return math.fsum(
+        math.comb(prompts, n) * chance**n * (1 - chance) ** (prompts - n) for n in range(hits, prompts + 1)
+    )
+
+
+def report(found: list[Answer]) -> dict[str, object]:
+    """As JSON: accuracy over all prompts, the trained combinations, the held-out ones; p by chance; every answer."""
+    groups = {
+        "everything": found,
+        "trained combinations": [answer for answer in found if not answer.held_out],
+        "held-out combinations": [answer for answer in found if answer.held_out],
+    }
+    whole = accuracy(found)
+    chances = {
+        name: by_chance(round(getattr(whole, name) * len(found)), len(found), chance) for name, chance in CHANCE.items()
+    }
+    return {
+        **{name: asdict(accuracy(group)) for name, group in groups.items() if group},
+        "probability by chance": chances,
+        "answers": [asdict(answer) for answer in found],
+    }
+
+
+def table(found: list[Answer]) -> str:
+    lines = [f"{'':24}{'prompts':>8}{'colour':>9}{'shape':>9}{'direction':>11}{'all three':>11}"]
+    for name, row in report(found).items():
+        if isinstance(row, dict) and "prompts" in row:
+            shares = "".join(f"{row[key]:>{width}.1%}" for key, width in zip(CHANCE, (9, 9, 11, 11), strict=True))
+            lines.append(f"{name:24}{row['prompts']:>8}{shares}")
+    return "\n".join(lines)
+
+
+def newest(run: Path) -> Path:
+    folders = sorted((run / "checkpoints").glob("step-*[0-9]"))
+    if not folders:
+        raise SystemExit(f"{run} has no checkpoint yet")
+    return folders[-1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Judge a run of the tiny world.")
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--checkpoint", type=Path, help="folder of a checkpoint (default: the newest of the run)")
+    parser.add_argument("--prompts", type=int, default=64, help="how many, best a multiple of 32 (default: 64)")
+    parser.add_argument("--json", type=Path, help="write every answer there")
+    parser.add_argument("--videos", type=Path, help="keep the videos in this folder")
+    chosen = parser.parse_args()
+    plan = planned(chosen.config)
+    checkpoint = chosen.checkpoint or newest(plan.config.run.output_dir)
+    with tempfile.TemporaryDirectory() as scratch:
+        found = answers(plan, checkpoint, chosen.prompts, chosen.videos or Path(scratch))
+    print(f"{checkpoint}\n{table(found)}")
+    if chosen.json:
+        chosen.json.write_text(json.dumps(report(found), indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

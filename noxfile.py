@@ -13,7 +13,7 @@ nox.options.reuse_existing_virtualenvs = True
 nox.options.sessions = ["lint", "types", "tests"]
 
 CONSTRAINTS = "constraints.txt"
-CODE = ("core", "plugins", "sanavideo_plugin", "tests", "benchmarks", "examples", "noxfile.py")
+CODE = ("core", "plugins", "sanavideo_plugin", "tests", "benchmarks", "examples", "docs", "noxfile.py")
 
 
 def install(session: nox.Session, *more: str, extras: str = "") -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from vtrain.config import load
 from vtrain.registry import discover
-from vtrain.train.resume import settings
+from vtrain.train.resume import declared
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 CODE = re.compile(r"`([^`\n]+)`")
@@ -125,7 +125,7 @@ def test_the_generated_pages_have_every_key_of_every_table(root: Path, generator
 @pytest.mark.parametrize("name", ["sanavideo-2b-full.toml", "sanavideo-2b-lora.toml", "demo.toml"])
 def test_the_resume_table_says_what_resume_does(root: Path, generator: ModuleType, name: str) -> None:
     said: dict[str, str] = {key.split(" ")[0]: option.resume for key, option in generator.rules()}
-    done = settings(load(root / "examples" / name, discover()))
+    done = declared(load(root / "examples" / name, discover()))
     assert len(done) > 60
     for key, setting in done.items():
         plain = re.sub(r"\[\d+\]", "", key)
@@ -143,6 +143,6 @@ def test_a_regularizer_refuses_as_the_table_says(
     monkeypatch.syspath_prepend(str(installed_from(root / "docs" / "plugins.md", tmp_path)))
     path = tmp_path / "config.toml"
     path.write_text(as_file(make_block("toml", '[[regularizer]]\nuse = "motion"', "fragment")), encoding="utf-8")
-    done = settings(load(path, discover()))
+    done = declared(load(path, discover()))
     assert done["regularizer.motion.use"].refuse
     assert not done["regularizer.motion.weight"].refuse

@@ -163,6 +163,35 @@ def test_plan_json_holds_the_resolved_run_and_every_part_with_its_version(folder
     assert (folder.output / "config.toml").read_text() == folder.config.read_text()
 
 
+FAIL_INSIDE = """
+import vtrain_toy.denoiser, vtrain_toy.plugin
+from vtrain.train import loop
+real = loop.Loop.optimizer_step
+def fail_later(self, number, fed):
+    if number == 3:
+        vtrain_toy.denoiser.PATCH = 0
+    return real(self, number, fed)
+loop.Loop.optimizer_step = fail_later
+from vtrain.cli.app import main
+main()
+"""
+
+
+def test_a_bug_inside_a_plugin_keeps_its_traceback_and_names_plugin_version_and_step(folder) -> None:
+    folder.write(more='\n[[regularizer]]\nuse = "toy-smooth"\nblock = 1\n')
+    done = subprocess.run(
+        [sys.executable, "-c", FAIL_INSIDE, "run", folder.config],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr
+    assert "at step 4" in done.stderr
+    assert "in vtrain-toy 0.1.0 (family toy, regularizer toy-smooth), module vtrain_toy.denoiser" in done.stderr
+
+
 def test_a_second_run_with_warm_caches_encodes_nothing(folder, vtrain: Run) -> None:
     vtrain("run", folder.write(steps=2))
     folder.config.write_text(folder.config.read_text().replace('output_dir = "out"', 'output_dir = "again"'))

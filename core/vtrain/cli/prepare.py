@@ -13,6 +13,7 @@ from vtrain.plan.make import make_plan
 from vtrain.plan.price import Prices, check_room, price
 from vtrain.plan.records import Plan
 from vtrain.registry import discover
+from vtrain.registry.blame import blame
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ def planned(path: Path) -> Plan:
 def prepare(path: Path, on_file: Callable[[int], None] | None = None) -> Prepared:
     """Plan, scan, price. Raises ConfigError, ModelError, PluginError or DataError."""
     plan = planned(path)
-    found = scan(plan, on_file)
+    with blame(plan.config.parts()):
+        found = scan(plan, on_file)
     prices = price(plan, found.survey)
     check_room(plan, prices)
     return Prepared(plan, found, prices)

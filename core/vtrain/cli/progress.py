@@ -47,7 +47,7 @@ class Display:
                 TextColumn("{task.fields[numbers]}"),
             )
             self.bar = Progress(*columns, console=console)
-            self.task = self.bar.add_task("step", total=steps, completed=done, numbers="waiting for the first step")
+            self.task = self.bar.add_task("step", total=steps, completed=done, numbers="waiting for the first numbers")
 
     def __enter__(self) -> Display:
         if self.bar is not None:
@@ -76,6 +76,11 @@ class Display:
         elif isinstance(event, Stopped):
             why = "all steps are done" if event.signal is None else "stopped as asked; run the same command to go on"
             self.say(f"step {event.step} of {self.steps}: {why}")
+
+    def stepped(self, done: int) -> None:
+        """An optimizer step was queued on the device; its numbers may come later."""
+        if self.bar is not None:
+            self.bar.update(self.task, completed=done)
 
     def rows(self, rows: tuple[Row, ...]) -> None:
         """Show the newest step; the pace is smoothed so that the time left does not jump."""

@@ -62,7 +62,8 @@ def run(config: Path) -> None:
     if processes.count != plan.processes:
         what = f"the launcher announced {plan.processes} processes in WORLD_SIZE, and {processes.count} train together."
         raise ConfigError(Problem("", what, "Start the run with torchrun, or unset WORLD_SIZE."))
-    ended_by = _train(plan, processes, console)
+    with blame(plan.config.parts()):
+        ended_by = _train(plan, processes, console)
     processes.close()
     if ended_by is not None:
         sys.exit(128 + ended_by)
@@ -97,7 +98,7 @@ def _train(plan: Plan, processes: Processes, console: Console) -> int | None:
         Trackers(trackers if processes.first else [], info, warn) as told,
     ):
         validate = _validation(plan, trainer.denoiser, caches, processes, lambda: bool(stop), console)
-        for event in trainer.run(stop, validate):
+        for event in trainer.run(stop, validate, display.stepped):
             display.show(event)
             told.show(event)
             if isinstance(event, Stopped):
@@ -179,8 +180,7 @@ def _write_run_files(plan: Plan, ready: Ready) -> None:
 
 def _tracker(part: Registered, options: Options) -> Tracker:
     assert isinstance(part.spec, TrackerSpec)
-    with blame(part, "building it"):
-        return part.spec.build(options)
+    return part.spec.build(options)
 
 
 INTERRUPTED = "interrupted"

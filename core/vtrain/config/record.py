@@ -64,6 +64,13 @@ class Config:
     regularizers: tuple[Part[NoKeys], ...]
     trackers: tuple[Part[NoKeys], ...]
 
+    def parts(self) -> tuple[Registered, ...]:
+        """Every part that the file names for this run, once."""
+        single = (self.model, self.sampler, self.optimizer)
+        named = [part.registered for part in single] + [part.registered for part in self.data if part.table.enabled]
+        named += [part.registered for part in (*self.regularizers, *self.trackers)]
+        return tuple({(part.spec.kind, part.spec.name): part for part in named}.values())
+
     def where(self, *key: str | int) -> str:
         """ "config.toml:12" of the value, or of the nearest table around it that the file has."""
         for end in range(len(key), 0, -1):

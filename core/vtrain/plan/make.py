@@ -30,10 +30,14 @@ def make_plan(config: Config, processes: int = 1) -> Plan:
 
     Raises ConfigError with all problems found.
     """
+    with blame(config.parts()):
+        return _make_plan(config, processes)
+
+
+def _make_plan(config: Config, processes: int) -> Plan:
     spec = config.model.registered.spec
     assert isinstance(spec, FamilySpec)
-    with blame(config.model.registered, "building it"):
-        family = spec.build(config.model.options)
+    family = spec.build(config.model.options)
     broken = [
         Problem(
             config.where("model", "path"), f"{found.where}: {found.what}" if found.where else found.what, found.remedy
@@ -45,8 +49,7 @@ def make_plan(config: Config, processes: int = 1) -> Plan:
         raise ConfigError(broken + problems)
     sampler_spec = config.sampler.registered.spec
     assert isinstance(sampler_spec, SamplerSpec)
-    with blame(config.sampler.registered, "building it"):
-        sampler = sampler_spec.build(config.sampler.options, family.scheduler_config())
+    sampler = sampler_spec.build(config.sampler.options, family.scheduler_config())
     datasets = _datasets(config, family, problems)
     regularizers = _regularizers(config, family, problems)
     validation = _validation(config, family, problems)
@@ -119,8 +122,7 @@ def _datasets(config: Config, family: Family, problems: list[Problem]) -> tuple[
             continue
         spec = part.registered.spec
         assert isinstance(spec, DataBackendSpec)
-        with blame(part.registered, "building it"):
-            backend = spec.build(part.options)
+        backend = spec.build(part.options)
         video = part.table.video
         frames = family.default_frames if video.frames is None else video.frames
         least = frames if video.min_frames is None else video.min_frames
@@ -195,8 +197,7 @@ def _regularizers(config: Config, family: Family, problems: list[Problem]) -> tu
     for number, part in enumerate(config.regularizers):
         spec = part.registered.spec
         assert isinstance(spec, RegularizerSpec)
-        with blame(part.registered, "building it"):
-            regularizer = spec.build(part.options)
+        regularizer = spec.build(part.options)
         beyond = [tap for tap in regularizer.needs().taps if not 0 <= tap < family.block_count]
         if beyond:
             what = f"{spec.name} reads block {beyond[0]}; the model has blocks 0 to {family.block_count - 1}."

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from vtrain.config.record import NoKeys, Part
-from vtrain.config.tables import ModelTable
-from vtrain.contract import Registered
 from vtrain.plan.price import Prices, bytes_text
 from vtrain.plan.records import DatasetSurvey, Plan, Survey
 
@@ -30,19 +27,13 @@ def sections(plan: Plan, survey: Survey, prices: Prices) -> tuple[Section, ...]:
         *(Section(f"regularizer: {name}", tuple(part.describe())) for name, part in plan.regularizers),
         Section("validation", _validation(plan, prices)),
         Section("on disk", _disk(plan, survey, prices)),
-        Section("parts", tuple((f"{p.spec.kind} {p.spec.name}", f"{p.distribution} {p.version}") for p in used(plan))),
+        Section(
+            "parts",
+            tuple((f"{p.spec.kind} {p.spec.name}", f"{p.distribution} {p.version}") for p in plan.config.parts()),
+        ),
         Section("look at", tuple(("warning", text) for text in prices.warnings)),
     )
     return tuple(section for section in parts if section.rows)
-
-
-def used(plan: Plan) -> tuple[Registered, ...]:
-    """Every part that the run uses, once."""
-    config = plan.config
-    parts: list[Part[NoKeys] | Part[ModelTable]] = [config.model, config.sampler, config.optimizer]
-    parts += [*config.regularizers, *config.trackers]
-    registered = [part.registered for part in parts] + [part.registered for part in config.data if part.table.enabled]
-    return tuple({(part.spec.kind, part.spec.name): part for part in registered}.values())
 
 
 def _training(plan: Plan) -> tuple[tuple[str, str], ...]:
@@ -132,7 +123,7 @@ def as_json(plan: Plan, survey: Survey, prices: Prices) -> dict[str, object]:
         ],
         "parts": [
             {"kind": p.spec.kind, "name": p.spec.name, "distribution": p.distribution, "version": p.version}
-            for p in used(plan)
+            for p in plan.config.parts()
         ],
         "sections": {section.title: [list(row) for row in section.rows] for section in sections(plan, survey, prices)},
         "warnings": list(prices.warnings),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,6 @@ from vtrain.data.sample import Sample
 from vtrain.data.seeds import derive
 from vtrain.plan.price import Prices
 from vtrain.plan.records import Plan
-from vtrain.registry.blame import blame
 from vtrain.train import checkpoint, metrics
 from vtrain.train.adapters import add_lora, base_mark, load_lora_state, lora_settings, lora_state
 from vtrain.train.feed import Feed
@@ -56,8 +55,13 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     named: list[tuple[str, Tensor]]
 
-    def run(self, stop: StopRequest, validate: Validate | None = None) -> Iterator[Event]:
-        """Train to the last step, or until `stop`. Rows of metrics are on disk before the next event comes."""
+    def run(
+        self, stop: StopRequest, validate: Validate | None = None, stepped: Callable[[int], None] = lambda done: None
+    ) -> Iterator[Event]:
+        """Train to the last step, or until `stop`. Rows of metrics are on disk before the next event comes.
+
+        stepped: told the optimizer steps done after each, whether its numbers were read or not.
+        """
         config, state, per_epoch = self.plan.config, self.start.state, self.prices.steps_per_epoch
         loop = Loop(
             self.processes.wrap(self.step),
@@ -67,7 +71,7 @@ class Trainer:
             Feed(self.batches, self.plan.sampler, config.run.seed, self.processes.device),
             self.processes,
             config.train,
-            Ends(self.save, validate, stop),
+            Ends(self.save, validate, stop, stepped),
             first=state.step,
             last=self.prices.steps,
             micro_batch=state.micro_batch,
@@ -134,8 +138,7 @@ def assemble(
     named = trained(step)
     part = plan.config.optimizer
     assert isinstance(part.registered.spec, OptimizerSpec)
-    with blame(part.registered, "building it"):
-        optimizer = part.registered.spec.build(part.options, groups(named))
+    optimizer = part.registered.spec.build(part.options, groups(named))
     if start.folder is not None:
         load_optimizer(start.folder, optimizer, named, own_keys(part.options))
     batches = Batches(plan, caches, samples)
@@ -152,9 +155,8 @@ def load_model(plan: Plan, start: Start, device: str) -> tuple[Denoiser, str]:
     """The denoiser as it starts: of the model folder or a checkpoint, with its adapter under LoRA; and the base's mark."""
     config = plan.config
     lora = config.model.table.lora
-    with blame(config.model.registered, "loading the denoiser"):
-        weights = None if lora else start.folder
-        denoiser = plan.family.load_denoiser(device, plan.base, weights)
+    weights = None if lora else start.folder
+    denoiser = plan.family.load_denoiser(device, plan.base, weights)
     if lora is None:
         denoiser.module.requires_grad_(True)
         return denoiser, ""
@@ -176,10 +178,9 @@ def load_model(plan: Plan, start: Start, device: str) -> tuple[Denoiser, str]:
 def load_regularizers(plan: Plan, start: Start, device: torch.device) -> dict[str, nn.Module]:
     """Each regularizer's own module, its first weights a function of the run's seed."""
     modules = {}
-    for (name, regularizer), part in zip(plan.regularizers, plan.config.regularizers, strict=True):
+    for name, regularizer in plan.regularizers:
         torch.manual_seed(derive(plan.config.run.seed, f"regularizer {name}"))
-        with blame(part.registered, "loading it"):
-            module = regularizer.load(dict.fromkeys(regularizer.needs().taps, plan.family.block_width))
+        module = regularizer.load(dict.fromkeys(regularizer.needs().taps, plan.family.block_width))
         if start.folder is not None:
             module.load_state_dict(load_file(start.folder / "regularizers" / f"{name}.safetensors"))
         modules[name] = module.to(device)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vtrain.config.tables import CheckpointTable, TrainTable
 from vtrain.contract import CheckpointError, Problem, TrainingError
 from vtrain.data.seeds import derive
+from vtrain.registry.blame import at_step
 from vtrain.train.feed import Fed, Feed
 from vtrain.train.metrics import Row
 from vtrain.train.processes import Processes
@@ -72,11 +73,12 @@ Validate = Callable[[int], Validated]
 
 @dataclass(frozen=True)
 class Ends:
-    """What the loop calls at its edges. save: steps done, next micro-batch -> Saved."""
+    """What the loop calls at its edges. save: steps done, next micro-batch -> Saved. stepped: steps done."""
 
     save: Callable[[int, int], Saved]
     validate: Validate | None
     stop: StopRequest
+    stepped: Callable[[int], None] = lambda done: None
 
 
 class Loop:
@@ -120,8 +122,10 @@ class Loop:
         fed = self.feed.stream(self.order())
         self.restart_clock()
         for number in range(self.first, self.last):
-            self.optimizer_step(number, fed)
+            with at_step(number + 1):
+                self.optimizer_step(number, fed)
             done, ended = number + 1, number + 1 == self.last
+            self.ends.stepped(done)
             if ended or done % self.table.log_every == 0:
                 yield from self.read()
             stop, saving, validating = self.agreed(done, save, validate)

@@ -53,8 +53,14 @@ class Start:
 
 def settings(plan: Plan) -> dict[str, Setting]:
     """Every value by its dotted key, with its resume rule; what the file leaves open is as the plan resolved it."""
-    config = plan.config
-    found: dict[str, Setting] = {"processes": Setting(plan.processes, refuse=False)}
+    found = declared(plan.config)
+    resolved = {key: Setting(value, found[key].refuse) for key, value in _resolved(plan).items()}
+    return found | resolved | {"processes": Setting(plan.processes, refuse=False)}
+
+
+def declared(config: Config) -> dict[str, Setting]:
+    """Every value of the file or its default, with its resume rule; None where the plan decides."""
+    found: dict[str, Setting] = {}
     for name, table in (
         ("run", config.run),
         ("precision", config.precision),
@@ -75,7 +81,7 @@ def settings(plan: Plan) -> dict[str, Setting]:
         _part(found, f"regularizer.{regularizer.registered.spec.name}", regularizer, refuse=True)
     for number, tracker in enumerate(config.trackers):
         _part(found, f"tracker[{number}]", tracker, refuse=False)
-    return found | {key: Setting(value, found[key].refuse) for key, value in _resolved(plan).items()}
+    return found
 
 
 def _resolved(plan: Plan) -> dict[str, Value]:

@@ -68,7 +68,6 @@ class Memory:
 def vtrain_block(config: Path) -> Iterator[Block]:
     """A run as `vtrain run` starts it, without terminal and trackers; each block runs to the next log line."""
     from vtrain.cli.prepare import planned
-    from vtrain.data.batches import Batches
     from vtrain.data.caches import fill_caches
     from vtrain.data.scan import scan
     from vtrain.plan.price import price
@@ -83,8 +82,8 @@ def vtrain_block(config: Path) -> Iterator[Block]:
     found = scan(plan)
     filled = fill_caches(plan, found.samples, [], str(processes.device), lambda _kind, _done, _total: None)
     plan.config.run.output_dir.mkdir(parents=True, exist_ok=True)
-    batches = Batches(plan, filled.caches, filled.samples)
-    trainer = assemble(plan, price(plan, found.survey), find_start(plan.config), batches, processes)
+    prices, start = price(plan, found.survey), find_start(plan)
+    trainer = assemble(plan, prices, start, filled.samples, filled.caches, processes)
     events = trainer.run(StopRequest())
 
     def block() -> float:

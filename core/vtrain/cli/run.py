@@ -17,12 +17,14 @@ from vtrain.cli.collector import uncollected
 from vtrain.cli.plan import show as show_plan
 from vtrain.cli.prepare import planned
 from vtrain.contract import (
+    Caption,
     CheckpointError,
     ConfigError,
     Denoiser,
     Options,
     Problem,
     Registered,
+    Role,
     RunInfo,
     Tracker,
     TrackerSpec,
@@ -111,7 +113,6 @@ def _prepare(plan: Plan, console: Console, device: str) -> Ready:
     """Scan, price, show, fill. On the first process only."""
     from vtrain.cli.progress import Filling
     from vtrain.data.caches import fill_caches
-    from vtrain.validate.generate import texts
 
     found = scan(plan)
     for message in found.messages:
@@ -119,7 +120,11 @@ def _prepare(plan: Plan, console: Console, device: str) -> Ready:
     prices = price(plan, found.survey)
     check_room(plan, prices)
     show_plan(console, plan, found.survey, prices)
-    extra = texts(plan.validation) if plan.validation else []
+    extra: list[tuple[Caption, Role]] = []
+    if plan.validation is not None:
+        from vtrain.validate.generate import texts
+
+        extra = texts(plan.validation)
     with Filling(console) as filling:
         filled = fill_caches(plan, found.samples, extra, device, filling.report)
     if filled.truncated:
@@ -199,13 +204,13 @@ def _validation(
     console: Console,
 ) -> Validate | None:
     """Validation that never ends the run: each process generates its share, a failure is told and training goes on."""
+    made, warn = plan.validation, _warner(console)
+    if made is None:
+        return None
     from vtrain.train.loop import Validated
     from vtrain.validate.generate import Interrupted, Validator
     from vtrain.validate.video import write_sheet
 
-    made, warn = plan.validation, _warner(console)
-    if made is None:
-        return None
     validator = Validator(
         made, plan.family, plan.sampler, caches, denoiser, processes.device, processes.accelerator.autocast, stopping
     )

@@ -98,16 +98,16 @@ PLUGINS: Mapping[str, tuple[str, str]] = {
 
 @pytest.fixture
 def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], type[PluginTests]]]:
-    """Writes an entry module `odd_plugin` and gives a kit for it, for this process and those it starts."""
+    """Writes an entry module `mutant_plugin` and gives a kit for it, for this process and those it starts."""
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
     def write(source: str) -> type[PluginTests]:
-        (tmp_path / "odd_plugin.py").write_text(source, encoding="utf-8")
-        return type("OddPlugin", (PluginTests,), {"entry_module": "odd_plugin"})
+        (tmp_path / "mutant_plugin.py").write_text(source, encoding="utf-8")
+        return type("OddPlugin", (PluginTests,), {"entry_module": "mutant_plugin"})
 
     yield write
-    sys.modules.pop("odd_plugin", None)
+    sys.modules.pop("mutant_plugin", None)
 
 
 def arguments(kit: type[PluginTests], rule: str) -> Subject:

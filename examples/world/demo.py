@@ -26,8 +26,8 @@ from vtrain.plan.records import Plan
 
 HERE = Path(__file__).parent
 CLIPS = 384
-SHORT = {"steps = 1800": "steps = 500", 'every = "300 steps"': 'every = "250 steps"'}
-"""About two minutes instead of ten: colours and directions are there, shapes not always."""
+SHORT = {"steps = 1200": "steps = 500", 'every = "300 steps"': 'every = "250 steps"'}
+"""Colours and most directions are there by then, shapes not always."""
 
 
 def write_config(output: Path, short: bool) -> Path:

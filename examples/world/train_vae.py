@@ -1,6 +1,6 @@
 """Train the tiny world's VAE: a real AutoencoderKLWan (x8 space, x4 time, 16 channels) of 0.7 M parameters.
 
-    python examples/world/train_vae.py train FOLDER        about half an hour on two free cores
+    python examples/world/train_vae.py train FOLDER        about 20 minutes of one core
     python examples/world/train_vae.py measure [FOLDER]    PSNR on unseen clips, from the stored weights
 
 Clips are drawn on the fly, so that every batch is new. First single frames (the causal first latent frame), then whole clips.
@@ -222,7 +222,7 @@ def main() -> None:
     training.add_argument("folder", type=Path)
     training.add_argument("--start", type=Path, help="go on from the weights of this folder")
     training.add_argument("--image-steps", type=int, default=300)
-    training.add_argument("--clip-steps", type=int, default=6000)
+    training.add_argument("--clip-steps", type=int, default=4000)
     training.add_argument("--lr", type=float, default=2e-3)
     training.add_argument("--seed", type=int, default=0)
     measuring = commands.add_parser("measure", help="PSNR of stored weights on unseen clips")

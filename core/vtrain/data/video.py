@@ -1,4 +1,7 @@
-"""Opening a video file with PyAV: which stream, which way up, and every way to fail as one kind of error."""
+"""Opening a video file with PyAV: which stream, which way up, and every way to fail as one kind of error.
+
+PyAV is imported by what opens a file: a scan of files that are all known opens none.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-import av
-from av.buffer import Buffer
-from av.stream import Disposition
-
 if TYPE_CHECKING:
     import numpy as np
+    from av import FFmpegError
     from av.container import InputContainer
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
@@ -50,15 +50,24 @@ def faults(doing: str) -> Iterator[None]:
     """Turn what PyAV and the storage raise into FileFault."""
     try:
         yield
-    except av.error.FFmpegError as error:
+    except _ffmpeg_error() as error:
         raise FileFault(f"{doing}: {error.strerror}") from error
     except OSError as error:
         raise FileFault(f"{doing}: {error.strerror or error}", lasting=False) from error
 
 
+def _ffmpeg_error() -> type[FFmpegError]:
+    from av import FFmpegError
+
+    return FFmpegError
+
+
 @contextmanager
 def open_video(stream: BinaryIO, threads: int = 1) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its first video stream that is not a cover picture. Raises FileFault."""
+    import av
+    from av.stream import Disposition
+
     with faults("cannot be read as a video"):
         container = av.open(
             stream, "r", options={"format_whitelist": _FORMATS}, metadata_errors="replace", buffer_size=_BUFFER
@@ -92,6 +101,8 @@ class Orientation:
 
         The matrix (ISO/IEC 14496-12, 8.2.2) is ((a, b, u), (c, d, v), (x, y, w)): (x', y') = (a x + c y, b x + d y).
         """
+        from av.buffer import Buffer
+
         matrix = frame.side_data.get("DISPLAYMATRIX")
         if not isinstance(matrix, Buffer):
             return cls()

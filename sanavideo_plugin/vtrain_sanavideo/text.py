@@ -136,7 +136,7 @@ def _load_tokenizer(folder: Path) -> GemmaTokenizer:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bar of transformers' own: it would tear the run's display. Its setting is as before afterwards."""
     from transformers.utils import logging
 
@@ -157,7 +157,7 @@ def _load(folder: Path, dtype: DType, device: str) -> Gemma2Model:
         raise ModelError(problems)
     try:
         # "sdpa" does not do Gemma-2's capped logits.
-        with _quiet():
+        with quiet():
             loaded: tuple[Gemma2Model, dict[str, Any]] = Gemma2Model.from_pretrained(
                 folder,
                 dtype=torch_type(dtype),

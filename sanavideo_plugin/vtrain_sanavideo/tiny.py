@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vtrain_sanavideo.text import quiet
+
 if TYPE_CHECKING:
     from transformers import GemmaTokenizer
 
@@ -146,7 +148,8 @@ def _write_text_encoder(folder: Path, tokenizer: GemmaTokenizer, width: int) -> 
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    Gemma2Model(config).save_pretrained(folder)
+    with quiet():
+        Gemma2Model(config).save_pretrained(folder)
 
 
 def _write_scheduler(folder: Path) -> None:

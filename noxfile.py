@@ -79,6 +79,21 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def world(session: nox.Session) -> None:
+    """A model of random weights learns to make what the prompt says, on a CPU; a judge reads it back from the pixels."""
+    install(session, extras="[plot]")
+    session.run("python", "examples/world/demo.py", *session.posargs)
+
+
+@nox.session
+def mutants(session: nox.Session) -> None:
+    """Known mistakes turned on one at a time: which tests notice. Takes about four minutes."""
+    install(session, extras="[test]")
+    session.install("-q", "--no-deps", "-e", "tests/fixtures/toy_plugin")
+    session.run("python", "tests/mutants/run.py", *session.posargs)
+
+
+@nox.session
 def gpu(session: nox.Session) -> None:
     """The 2B model on a GPU, random weights: time and memory against a bare loop on the same card."""
     install(session)

@@ -66,7 +66,7 @@ def _part(config: Config, path: KeyPath, part: Part[Any]) -> Iterator[Row]:
 def _options(config: Config, path: KeyPath, options: Options, default: str) -> Iterator[Row]:
     plain = options.model_dump(mode="json")
     for key in type(options).model_fields:
-        yield from _value(config, (*path, key), getattr(options, key), plain[key], default)
+        yield from _value(config, (*path, key), dict(options)[key], plain[key], default)
 
 
 def _value(config: Config, path: KeyPath, value: object, plain: Any, default: str) -> Iterator[Row]:

@@ -151,6 +151,35 @@ def test_a_full_disk_in_the_middle_is_told_and_the_last_good_checkpoint_stays(
     assert vtrain("run", folder.config).stdout.count("saved") == 1
 
 
+STOP_WHILE_FILLING = """
+import os, signal
+from vtrain.data import fill_video
+real = fill_video._encode
+def encode(*given):
+    yield from real(*given)
+    os.kill(os.getpid(), signal.SIGINT)
+fill_video._encode = encode
+from vtrain.cli.app import main
+main()
+"""
+
+
+def test_ctrl_c_while_caches_fill_keeps_what_is_whole_and_says_so(folder, vtrain: Run, tmp_path: Path) -> None:
+    folder.write(steps=2)
+    folder.config.write_text(folder.config.read_text().replace(folder.cache.as_posix(), "own-cache"))
+    done = subprocess.run(
+        [sys.executable, "-c", STOP_WHILE_FILLING, "run", folder.config],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 130
+    assert "interrupted; what is cached or saved is whole" in done.stdout
+    assert len(list((tmp_path / "own-cache" / "video").rglob("*.safetensors"))) == 1
+    assert "video: 1 of 5 cached, 4 to do" in vtrain("run", folder.config).stdout
+
+
 def test_plan_json_holds_the_resolved_run_and_every_part_with_its_version(folder, vtrain: Run) -> None:
     vtrain("run", folder.write(steps=2))
     plan = json.loads((folder.output / "plan.json").read_text(encoding="utf-8"))

@@ -99,7 +99,6 @@ def main() -> None:
     try:
         app()
     except KeyboardInterrupt:
-        typer.echo("interrupted; whatever was written is whole", err=True)
         sys.exit(130)
     except Exception as error:
         from vtrain.cli.report import report_error

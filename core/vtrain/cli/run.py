@@ -64,8 +64,12 @@ def run(config: Path) -> None:
     if processes.count != plan.processes:
         what = f"the launcher announced {plan.processes} processes in WORLD_SIZE, and {processes.count} train together."
         raise ConfigError(Problem("", what, "Start the run with torchrun, or unset WORLD_SIZE."))
-    with blame(plan.config.parts()):
-        ended_by = _train(plan, processes, console)
+    try:
+        with blame(plan.config.parts()):
+            ended_by = _train(plan, processes, console)
+    except KeyboardInterrupt:
+        console.print("interrupted; what is cached or saved is whole, and the same command goes on from it")
+        raise
     processes.close()
     if ended_by is not None:
         sys.exit(128 + ended_by)

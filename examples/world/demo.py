@@ -27,7 +27,7 @@ from vtrain.plan.records import Plan
 HERE = Path(__file__).parent
 CLIPS = 384
 SHORT = {"steps = 1200": "steps = 500", 'every = "300 steps"': 'every = "250 steps"'}
-"""Colours and most directions are there by then, shapes not always."""
+"""Colours are there by then, shapes and directions hardly."""
 
 
 def write_config(output: Path, short: bool) -> Path:
@@ -70,7 +70,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Train a tiny model from nothing to make what the prompt says.")
     parser.add_argument("--output", type=Path, default=HERE.parents[1] / "demo-output" / "world")
     parser.add_argument("--prompts", type=int, default=64, help="prompts that are judged at the end (default: 64)")
-    parser.add_argument("--short", action="store_true", help="about two minutes: enough to see that it learns")
+    parser.add_argument("--short", action="store_true", help="500 steps: colours are there")
     chosen = parser.parse_args()
     output, begun = chosen.output.resolve(), time.monotonic()
     output.mkdir(parents=True, exist_ok=True)

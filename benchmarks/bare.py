@@ -22,7 +22,7 @@ LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 @dataclass(frozen=True)
 class Sample:
-    """One clip, in memory. latents (1, C, f, h, w) fp32; embeds (1, 300, D); mask (1, 300) bool."""
+    """One clip, in memory. latents (1, C, f, h, w) fp32; embeds (1, L, D); mask (1, L) bool."""
 
     latents: Tensor
     embeds: Tensor

@@ -124,9 +124,9 @@ def latents_not_normalised() -> None:
 def dropout_in_validation() -> None:
     from vtrain.validate.generate import Validator
 
-    def latents(original: Any, self: Any, prompt: str) -> Any:
+    def latents(original: Any, self: Any, *prompts: str) -> Any:
         self.denoiser.module.train()
-        return original(self, prompt)
+        return original(self, *prompts)
 
     _method(Validator, "latents", latents)
 
@@ -134,8 +134,10 @@ def dropout_in_validation() -> None:
 def guidance_backwards() -> None:
     from vtrain.validate import generate
 
-    def guided(original: Any, denoiser: Any, prompt: Any, negative: Any, guidance: float) -> Any:
-        return original(denoiser, negative or prompt, prompt if negative else None, guidance)
+    def guided(original: Any, denoiser: Any, text: Any, guidance: float) -> Any:
+        half = len(text.mask) // 2
+        swapped = type(text)(text.embeds.roll(half, 0), text.mask.roll(half, 0)) if guidance > 1 else text
+        return original(denoiser, swapped, guidance)
 
     wrap(generate, "guided", guided)
 

@@ -293,6 +293,7 @@ MUTANTS: Mapping[str, Callable[[Path], Subject]] = {
     "test_a_prediction_is_shaped_like_its_input": lambda _: example_with(Misshapen()),
     "test_clips_in_a_batch_do_not_see_each_other": lambda _: example_with(Mixing()),
     "test_masked_text_does_not_matter": lambda _: example_with(Unmasked()),
+    "test_padding_of_text_does_not_matter": lambda _: example_with(Unmasked()),
     "test_text_matters": lambda _: example_with(Textless()),
     "test_the_level_matters": lambda _: example_with(Levelless()),
     "test_gradients_reach_every_parameter": lambda _: example_with(Denoiser(WithIdleWeight)),

@@ -75,9 +75,12 @@ def test_the_start_is_the_same_at_every_validation_and_depends_on_the_seed_alone
 
 
 def test_text_is_padded_with_zeros_that_the_mask_leaves_out() -> None:
-    text = pad([Text(torch.ones(1, 3, 2), torch.ones(1, 3, dtype=torch.bool))], 5)
-    assert text.embeds[0, :, 0].tolist() == [1, 1, 1, 0, 0]
-    assert text.mask[0].tolist() == [True, True, True, False, False]
+    short, long = (Text(torch.ones(1, length, 2), torch.ones(1, length, dtype=torch.bool)) for length in (3, 9))
+    text = pad([short, short], 5)
+    assert text.embeds[1, :, 0].tolist() == [1, 1, 1, 0, 0]
+    assert text.mask[1].tolist() == [True, True, True, False, False]
+    assert pad([short, long], 300).mask.sum(dim=1).tolist() == [3, 9]
+    assert pad([short, long], 300).embeds.shape == (2, 16, 2), "the longest's length, rounded up to eight"
 
 
 def test_generation_stops_when_asked(plan: Plan) -> None:

@@ -152,7 +152,7 @@ class Family(Protocol):
 
     @property
     def text_tokens(self) -> int:
-        """Text is padded to this many tokens for the denoiser."""
+        """The denoiser gets text padded to its batch's longest, never beyond this. Longer captions are cut by the encoder."""
         ...
 
     @property

@@ -16,13 +16,16 @@ from vtrain.data.sample import Sample
 from vtrain.data.seeds import chance
 from vtrain.plan.records import Plan
 
+ROUND = 8
+"""Attention kernels read masks in pieces of eight."""
+
 
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch: B clips of one shape.
 
-    latents: mean (B, C, f, h, w) fp32. text: embeds (B, L, D) with L = family.text_tokens, zero where the mask is
-    false. draws: each sample's draw number, from which its noise derives. dropped: whose caption was dropped.
+    latents: mean (B, C, f, h, w) fp32. text: embeds (B, L, D) with L just enough for its longest text, zero where the mask
+    is false. draws: each sample's draw number, from which its noise derives. dropped: whose caption was dropped.
     """
 
     micro_batch: int
@@ -82,11 +85,15 @@ class Batches:
 
 
 def pad(texts: Sequence[Text], tokens: int) -> Text:
-    """Texts (1, L, D) of different L -> one Text (B, tokens, D), zeros after the real tokens."""
+    """Texts (1, L, D) of different L -> one Text (B, L, D), zeros after the real tokens.
+
+    L is the longest's, rounded up to a whole ROUND, and at most `tokens`: padding to more changes no prediction and costs time.
+    """
     longest = max(text.embeds.shape[1] for text in texts)
     if longest > tokens:
         what = f"a caption was encoded to {longest} tokens where the model family takes {tokens}."
         raise PluginError(Problem("", what, "This is a fault of the model family's plugin."))
+    tokens = min(tokens, -(-longest // ROUND) * ROUND)
     first = texts[0].embeds
     embeds = first.new_zeros((len(texts), tokens, first.shape[2]))
     mask = torch.zeros((len(texts), tokens), dtype=torch.bool)

@@ -28,15 +28,17 @@ def texts(plan: ValidationPlan) -> list[tuple[Caption, Role]]:
     return [(Caption(prompt), "prompt") for prompt in plan.prompts.values()] + negative
 
 
-def guided(denoiser: Denoiser, prompt: Text, negative: Text | None, guidance: float) -> Predict:
-    """The prediction with guidance: u + g (c - u), c with the prompt, u with the negative one; both in one batch."""
-    if negative is None:
-        return lambda noisy, level: denoiser.predict(noisy, level, Condition(prompt)).float()
-    both = Text(torch.cat([negative.embeds, prompt.embeds]), torch.cat([negative.mask, prompt.mask]))
+def guided(denoiser: Denoiser, text: Text, guidance: float) -> Predict:
+    """The prediction with guidance: u + g (c - u), c with the prompt, u with the negative one; both in one batch.
+
+    text: of the negative prompts, then the prompts; with guidance at 1 or below, of the prompts alone.
+    """
+    if guidance <= 1:
+        return lambda noisy, level: denoiser.predict(noisy, level, Condition(text)).float()
 
     def predict(noisy: Tensor, level: NoiseLevel) -> Tensor:
         doubled = NoiseLevel(torch.cat([level.sigma] * 2), torch.cat([level.timestep] * 2))
-        prediction = denoiser.predict(torch.cat([noisy] * 2), doubled, Condition(both)).float()
+        prediction = denoiser.predict(torch.cat([noisy] * 2), doubled, Condition(text)).float()
         without, with_prompt = prediction.chunk(2)
         return without + guidance * (with_prompt - without)
 
@@ -61,15 +63,18 @@ class Validator:
         shape = self.family.latent_shape(self.plan.shape)
         return torch.randn((1, *shape), generator=torch.Generator().manual_seed(self.plan.seed))
 
-    def text(self, captions: Sequence[str], role: Role) -> Text:
-        text = pad([self.caches.text(Caption(caption), role) for caption in captions], self.family.text_tokens)
+    def text(self, prompts: Sequence[str]) -> Text:
+        """As guided() takes it, on the device."""
+        texts = [self.caches.text(Caption(prompt), "prompt") for prompt in prompts]
+        if self.plan.guidance > 1:
+            texts = [self.caches.text(Caption(self.plan.negative_prompt), "negative")] * len(texts) + texts
+        text = pad(texts, self.family.text_tokens)
         return Text(text.embeds.to(self.device), text.mask.to(self.device))
 
     def latents(self, *prompts: str) -> Tensor:
         """Clean latents (B, C, f, h, w) of B prompts, in one batch and from the same noise, on the CPU. Raises Interrupted."""
         count = len(prompts)
-        negative = self.text([self.plan.negative_prompt] * count, "negative") if self.plan.guidance > 1 else None
-        guess = guided(self.denoiser, self.text(prompts, "prompt"), negative, self.plan.guidance)
+        guess = guided(self.denoiser, self.text(prompts), self.plan.guidance)
         noise = self.start().to(self.device).repeat(count, 1, 1, 1, 1)
 
         def predict(noisy: Tensor, level: NoiseLevel) -> Tensor:

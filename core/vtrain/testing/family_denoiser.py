@@ -54,7 +54,7 @@ class DenoiserTests(FamilySubject):
         assert gap(found, wanted) <= self.mask_tolerance, f"differ by {gap(found, wanted):.1e}"
 
     def test_padding_of_text_does_not_matter(self, denoiser: Denoiser, example: Example) -> None:
-        """More padding behind the real tokens changes no prediction (within mask_tolerance): batches are padded to their longest."""
+        """More padding behind the real tokens changes no prediction (within mask_tolerance)."""
         text, longest = example.condition.text, int(example.condition.text.mask.sum(dim=1).max())
         with torch.no_grad():
             found = example.with_text(Text(text.embeds[:, :longest], text.mask[:, :longest])).run(denoiser)

@@ -49,8 +49,8 @@ class LocalFolder:
         found = list(self._walk())
         yield from sorted(found, key=lambda ref: ref.id)
 
-    def open(self, ref_id: str) -> BinaryIO:
-        return (self._root / ref_id).open("rb")
+    def open(self, ref: SourceRef) -> BinaryIO:
+        return (self._root / ref.id).open("rb")
 
     def _walk(self) -> Iterator[SourceRef]:
         for name, folders, files in os.walk(self._root, onerror=self._unreadable, followlinks=True):
@@ -114,9 +114,9 @@ class RemoteFolder:
         refs = [self._ref(path[skip:], info) for path, info in found.items()]
         yield from sorted(refs, key=lambda ref: ref.id)
 
-    def open(self, ref_id: str) -> BinaryIO:
+    def open(self, ref: SourceRef) -> BinaryIO:
         system, root = self._file_system()
-        return system.open(f"{root.rstrip('/')}/{ref_id}", "rb")
+        return system.open(f"{root.rstrip('/')}/{ref.id}", "rb")
 
     def _ref(self, name: str, info: Mapping[str, object]) -> SourceRef:
         size = info.get("size")

@@ -46,11 +46,11 @@ def test_the_version_changes_with_the_file_to_the_nanosecond(files) -> None:
 
 
 def test_a_listed_file_opens_and_can_be_sought(files) -> None:
-    with build(files).open("sub/a.mp4") as stream:
+    with build(files).open(SourceRef("sub/a.mp4", 0, "")) as stream:
         assert stream.read() == b"a"
         assert stream.seek(0) == 0
     with pytest.raises(FileNotFoundError):
-        build(files).open("none.mp4")
+        build(files).open(SourceRef("none.mp4", 0, ""))
 
 
 def test_a_relative_path_starts_at_the_configuration_file(files) -> None:
@@ -89,7 +89,7 @@ def test_a_folder_behind_a_url_is_listed_and_read_in_place() -> None:
         assert isinstance(backend, RemoteFolder)
         refs = list(backend.refs())
         assert [(ref.id, ref.size) for ref in refs] == [("a.mp4", 2), ("sub/b.txt", 1)]
-        with backend.open("a.mp4") as stream:
+        with backend.open(SourceRef("a.mp4", 0, "")) as stream:
             assert stream.read() == b"aa"
         memory.pipe("/bucket/clips/a.mp4", b"xx")
         assert next(backend.refs()).version != refs[0].version

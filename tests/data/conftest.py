@@ -38,6 +38,7 @@ from vtrain.contract import (
     Registered,
     Role,
     Size,
+    SourceRef,
     Text,
 )
 from vtrain.plan.records import DatasetPlan, Plan
@@ -142,9 +143,9 @@ class CountingFolder(LocalFolder):
         super().__init__(path)
         self.opened: list[str] = []
 
-    def open(self, ref_id: str) -> BinaryIO:
-        self.opened.append(ref_id)
-        return super().open(ref_id)
+    def open(self, ref: SourceRef) -> BinaryIO:
+        self.opened.append(ref.id)
+        return super().open(ref)
 
 
 @dataclasses.dataclass

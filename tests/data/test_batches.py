@@ -43,8 +43,10 @@ def test_a_batch_holds_the_latents_and_text_of_its_samples(seven) -> None:
         wide = batch.text.embeds.shape[1]
         assert batch.text.mask.sum(dim=1).max() > wide - 8, "padded to the longest, in eights"
         for row, name in enumerate(batch.sample_ids):
-            assert torch.equal(batch.latents.mean[row : row + 1], caches.latents(by_id[name]).mean)
-            text = caches.text(by_id[name].caption, "prompt")
+            assert torch.equal(
+                batch.latents.mean[row : row + 1], caches.latents(by_id[name], by_id[name].starts[0]).mean
+            )
+            text = caches.text(by_id[name].captions[0], "prompt")
             length = text.embeds.shape[1]
             assert torch.equal(batch.text.embeds[row, :length], text.embeds[0])
             assert not batch.text.embeds[row, length:].any()

@@ -47,11 +47,11 @@ def test_latents_are_the_codecs_own_of_the_decoded_pixels(setup, clips) -> None:
     filled = fill(setup, setup.dataset(folder=clips, sizes=[(160, 96)], fps=10.0, frames=9))
     assert len(filled.samples) == 7
     sample = filled.samples[2]
-    mean = filled.caches.latents(sample).mean
+    mean = filled.caches.latents(sample, sample.starts[0]).mean
     assert mean.shape == (1, 3, 3, 12, 20)
     assert mean.dtype == torch.float32
     with (clips / sample.ref_id).open("rb") as stream:
-        pixels = unit_range(decode(stream, sample))[None]
+        pixels = unit_range(decode(stream, sample, sample.starts[0]))[None]
     assert torch.equal(mean, torch.nn.functional.avg_pool3d(pixels[:, :, ::4], (1, 8, 8)))
 
 
@@ -162,7 +162,10 @@ def test_a_lost_ledger_costs_reading_and_no_encoding(three) -> None:
         file.unlink()
     assert encodes(three) == (0, 0)
     again = Caches.open(three.plan())
-    assert torch.equal(again.latents(first.samples[0]).mean, first.caches.latents(first.samples[0]).mean)
+    assert torch.equal(
+        again.latents(first.samples[0], first.samples[0].starts[0]).mean,
+        first.caches.latents(first.samples[0], first.samples[0].starts[0]).mean,
+    )
 
 
 def test_another_process_opens_the_caches_without_filling(three) -> None:
@@ -170,9 +173,11 @@ def test_another_process_opens_the_caches_without_filling(three) -> None:
     three.family.opened.clear()
     other = Caches.open(three.plan())
     for sample in filled.samples:
-        assert torch.equal(other.latents(sample).mean, filled.caches.latents(sample).mean)
         assert torch.equal(
-            other.text(sample.caption, "prompt").embeds, filled.caches.text(sample.caption, "prompt").embeds
+            other.latents(sample, sample.starts[0]).mean, filled.caches.latents(sample, sample.starts[0]).mean
+        )
+        assert torch.equal(
+            other.text(sample.captions[0], "prompt").embeds, filled.caches.text(sample.captions[0], "prompt").embeds
         )
     assert three.family.opened == []
 
@@ -186,10 +191,12 @@ def test_clips_of_one_shape_are_encoded_together_up_to_the_batch(setup, make_vid
     filled = fill(setup, dataset, video_batch=2)
     counts = sorted((shape[0], shape[3:]) for shape in setup.family.encoded_batches)
     assert counts == [(1, (64, 128)), (2, (64, 128)), (2, (64, 128)), (2, (128, 64))]
-    alone = [filled.caches.latents(sample).mean for sample in filled.samples]
+    alone = [filled.caches.latents(sample, sample.starts[0]).mean for sample in filled.samples]
     shutil.rmtree(setup.cache)
     single = fill(setup, dataset, video_batch=1)
-    assert all(torch.equal(a, single.caches.latents(s).mean) for a, s in zip(alone, single.samples, strict=True))
+    assert all(
+        torch.equal(a, single.caches.latents(s, s.starts[0]).mean) for a, s in zip(alone, single.samples, strict=True)
+    )
 
 
 def test_decoding_goes_on_while_the_codec_encodes(three) -> None:
@@ -201,11 +208,11 @@ def test_decoding_goes_on_while_the_codec_encodes(three) -> None:
     second = threading.Event()
     opened = dataset.backend.open
 
-    def open_and_tell(ref_id):
-        if ref_id == "1.mp4":
+    def open_and_tell(ref):
+        if ref.id == "1.mp4":
             assert threading.current_thread() is not threading.main_thread()
             second.set()
-        return opened(ref_id)
+        return opened(ref)
 
     dataset.backend.open = open_and_tell
     three.family.on_encode = lambda: second.wait(20) or pytest.fail("nothing was decoded during the encoding")
@@ -279,10 +286,10 @@ def test_a_flipped_byte_is_found_when_read_and_the_next_start_mends_it(three) ->
         data[-10] ^= 1
         path.write_bytes(data)
     with pytest.raises(DataError, match="damaged") as caught:
-        filled.caches.latents(filled.samples[0])
+        filled.caches.latents(filled.samples[0], filled.samples[0].starts[0])
     assert "Start the run again" in str(caught.value)
     assert encodes(three) == (0, 1)
-    filled.caches.latents(filled.samples[0])
+    filled.caches.latents(filled.samples[0], filled.samples[0].starts[0])
 
 
 def test_an_entry_names_its_key_and_format(three) -> None:
@@ -368,9 +375,9 @@ def test_an_entry_that_was_never_made_is_an_error_that_says_what_to_do(three) ->
     samples = scan(plan).samples
     caches = Caches.open(plan)
     with pytest.raises(DataError, match="was not encoded"):
-        caches.latents(samples[0])
+        caches.latents(samples[0], samples[0].starts[0])
     with pytest.raises(DataError, match="it will be encoded"):
-        caches.text(samples[0].caption, "prompt")
+        caches.text(samples[0].captions[0], "prompt")
 
 
 def test_the_ledger_learns_content_hashes_as_files_are_read(three) -> None:

@@ -26,7 +26,7 @@ def sample_of(data: bytes, dataset) -> Sample:
     return Sample(
         id="clips/x.mp4", dataset="clips", place=0, ref_id="x.mp4", size=len(data), version="1",
         picture=Size(source.width, source.height), box=place.box, shape=place.shape, fps=dataset.fps,
-        start=place.start, crop=dataset.table.crop, caption=Caption(""),
+        starts=place.samples[0], crop=dataset.table.crop, captions=(Caption(""),),
     )  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def ffmpeg(data: bytes, *filters: tuple[str, str]) -> np.ndarray:
 
 def pixels_of(data: bytes, sample: Sample) -> np.ndarray:
     """decode() as (F, h, w, 3)."""
-    pixels = decode(io.BytesIO(data), sample)
+    pixels = decode(io.BytesIO(data), sample, sample.starts[0])
     assert pixels.dtype == torch.uint8
     assert pixels.shape == (3, *sample.shape)
     return pixels.permute(1, 2, 3, 0).numpy()
@@ -156,8 +156,8 @@ def test_a_window_in_the_middle_of_a_long_clip_is_the_same_as_decoding_up_to_it(
     data = make_video(frames=240, fps=24, size=(64, 64), gop=gop)
     dataset = setup.dataset(sizes=[(64, 64)], frames=33, fps=16, video={"window": "center"})
     sample = sample_of(data, dataset)
-    assert sample.start == pytest.approx((160 - 33) // 2 / 16)
-    first = round(sample.start * 16)
+    assert sample.starts[0] == pytest.approx((160 - 33) // 2 / 16)
+    first = round(sample.starts[0] * 16)
     assert np.array_equal(pixels_of(data, sample), ffmpeg(data, ("fps", "16:round=up"))[first : first + 33])
 
 
@@ -166,13 +166,13 @@ def test_a_truncated_clip_fails_with_both_numbers(setup, make_video) -> None:
     sample = sample_of(data, setup.dataset(frames=29))
     for share in (0.5, 0.7, 0.9):
         with pytest.raises(FileFault, match=r"only \d+ of 29 frames could be decoded|first frame|cannot be decoded"):
-            decode(io.BytesIO(data[: int(len(data) * share)]), sample)
+            decode(io.BytesIO(data[: int(len(data) * share)]), sample, sample.starts[0])
 
 
 def test_a_picture_of_another_size_than_probed_is_refused(setup, make_video) -> None:
     sample = sample_of(make_video(frames=18, fps=16), setup.dataset())
     with pytest.raises(FileFault, match="its picture size changes from 128x64 to 64x64"):
-        decode(io.BytesIO(make_video(frames=18, fps=16, size=(64, 64))), sample)
+        decode(io.BytesIO(make_video(frames=18, fps=16, size=(64, 64))), sample, sample.starts[0])
 
 
 def test_unit_range_is_minus_one_to_one() -> None:
@@ -196,7 +196,7 @@ def test_a_remote_file_is_fetched_once_and_hashed_on_the_way(setup, make_video) 
     pipe = Pipe(data)
     with hashed(pipe) as (content, copy):
         assert content == hashlib.sha256(data).hexdigest()
-        decode(copy, sample_of(data, setup.dataset()))
+        decode(copy, sample_of(data, setup.dataset()), 0.0)
     assert pipe.given == len(data)
 
 
@@ -212,4 +212,4 @@ def test_shapes_are_frames_height_width(setup, make_video) -> None:
     data = make_video(frames=18, fps=16)
     sample = sample_of(data, setup.dataset(sizes=[(96, 48)]))
     assert sample.shape == ClipShape(frames=17, height=48, width=96)
-    assert decode(io.BytesIO(data), sample).shape == (3, 17, 48, 96)
+    assert decode(io.BytesIO(data), sample, sample.starts[0]).shape == (3, 17, 48, 96)

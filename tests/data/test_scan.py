@@ -39,7 +39,7 @@ def test_the_real_clips_are_all_used_at_ten_frames_per_second(setup, clips) -> N
     assert survey.samples == {ClipShape(9, 96, 128): 3, ClipShape(9, 96, 160): 4}
     assert survey.left_out == {"not a video: .md": (1, "README.md")}
     assert found.survey.texts == 7
-    assert found.samples[0].caption.text.startswith("A hand tilts a yellow decorated tea box")
+    assert found.samples[0].captions[0].text.startswith("A hand tilts a yellow decorated tea box")
     assert found.messages == ()
 
 
@@ -143,13 +143,13 @@ def test_frames_between_least_and_most_are_cut_to_the_frame_rule(setup, make_vid
     setup.add("a.mp4", make_video(frames=16, fps=16))
     setup.add("b.mp4", make_video(frames=40, fps=16))
     found = scan(setup.plan(setup.dataset(frames=17, min_frames=9, video={"window": "center"}))).samples
-    assert [(s.shape.frames, s.start) for s in found] == [(13, 1 / 16), (17, 11 / 16)]
+    assert [(s.shape.frames, s.starts) for s in found] == [(13, (1 / 16,)), (17, (11 / 16,))]
 
 
 def test_captions_are_read_with_and_without_a_byte_order_mark_and_put_on_one_line(setup, make_video) -> None:
     setup.add("a.mp4", make_video()).with_suffix(".txt").write_bytes(b"\xef\xbb\xbfein M\xc3\xa4dchen \r\n\n winkt\n")
     setup.add("sub/b.MP4", make_video(), "two")
-    assert [s.caption.text for s in scan(setup.plan()).samples] == ["ein Mädchen winkt", "two"]
+    assert [s.captions[0].text for s in scan(setup.plan()).samples] == ["ein Mädchen winkt", "two"]
 
 
 def test_a_caption_that_is_not_utf8_is_left_out_with_the_place(good, make_video) -> None:
@@ -165,13 +165,13 @@ def test_a_missing_or_empty_caption_is_left_out_or_empty_as_asked(good, make_vid
         'no caption: its caption file is empty; add one, or set data.missing_caption = "empty"',
     ]
     samples = scan(good.plan(good.dataset(missing_caption="empty"))).samples
-    assert [s.caption.text for s in samples] == ["", "a clip", ""]
+    assert [s.captions[0].text for s in samples] == ["", "a clip", ""]
 
 
 def test_a_file_name_is_a_caption_if_asked(setup, make_video) -> None:
     setup.add("a_red-ball  rolls_.mp4", make_video(), caption=None)
     (sample,) = scan(setup.plan(setup.dataset(captions="filename"))).samples
-    assert sample.caption.text == "a red ball rolls"
+    assert sample.captions[0].text == "a red ball rolls"
 
 
 def test_a_name_that_is_not_utf8_is_left_out_and_can_be_printed(good, make_video) -> None:
@@ -233,7 +233,7 @@ def test_a_second_scan_opens_nothing_and_a_change_opens_just_that_file(good, mak
     third = good.dataset()
     after = scan(good.plan(third))
     assert sorted(third.backend.opened) == ["b.txt", "new.mp4", "new.txt"]
-    assert [s.caption.text for s in after.samples] == ["another caption", "a clip", "new"]
+    assert [s.captions[0].text for s in after.samples] == ["another caption", "a clip", "new"]
     with Ledger(good.cache) as ledger:
         assert "bad.mp4" not in ledger.sources(str(good.folder))
 

@@ -199,10 +199,10 @@ class Memory:
             raise DataError(Problem(self.location, "There is no such place."))
         yield from (SourceRef(name, len(data), str(self.versions[name])) for name, data in sorted(self.files.items()))
 
-    def open(self, ref_id: str) -> BinaryIO:
-        if self.files is None or ref_id not in self.files:
-            raise FileNotFoundError(ref_id)
-        return io.BytesIO(self.files[ref_id])
+    def open(self, ref: SourceRef) -> BinaryIO:
+        if self.files is None or ref.id not in self.files:
+            raise FileNotFoundError(ref.id)
+        return io.BytesIO(self.files[ref.id])
 
     def rewrite(self, name: str, data: bytes) -> None:
         assert self.files is not None
@@ -216,7 +216,7 @@ def changed(change: Callable[[list[SourceRef]], Sequence[SourceRef]]) -> Memory:
 
 
 def opening(opened: Callable[[bytes], object]) -> Memory:
-    return type("BrokenMemory", (Memory,), {"open": lambda self, ref_id: opened(self.files[ref_id])})(FILES)
+    return type("BrokenMemory", (Memory,), {"open": lambda self, ref: opened(self.files[ref.id])})(FILES)
 
 
 class Stream(io.BytesIO):
@@ -231,10 +231,10 @@ class Sharing(Memory):
 
     shared: dict[str, io.BytesIO]
 
-    def open(self, ref_id: str) -> BinaryIO:
+    def open(self, ref: SourceRef) -> BinaryIO:
         if not hasattr(self, "shared"):
             self.shared = {}
-        return self.shared.setdefault(ref_id, io.BytesIO(FILES[ref_id]))
+        return self.shared.setdefault(ref.id, io.BytesIO(FILES[ref.id]))
 
 
 class Timeless(Memory):
@@ -269,7 +269,7 @@ BACKENDS: Mapping[str, Callable[[], Subject]] = {
         Timeless(FILES)
     ),
     "test_an_absent_file_is_an_os_error": lambda: backend(
-        type("BrokenMemory", (Memory,), {"open": lambda self, ref_id: io.BytesIO()})(FILES)
+        type("BrokenMemory", (Memory,), {"open": lambda self, ref: io.BytesIO()})(FILES)
     ),
     "test_a_missing_place_is_a_data_error": lambda: {"missing": Memory({})},
     "test_the_location_names_the_place_without_secrets": lambda: {

@@ -25,6 +25,7 @@ from vtrain.contract.records import (
     SourceRef,
     StepView,
     Text,
+    Words,
 )
 
 if TYPE_CHECKING:
@@ -271,11 +272,39 @@ class DataBackend(Protocol):
         ...
 
     def refs(self) -> Iterator[SourceRef]:
-        """Every file, sorted by id. Raises DataError when the place does not exist or cannot be read."""
+        """Every file, sorted by id, never all in memory at once.
+
+        Raises DataError when the place does not exist or cannot be read.
+        """
         ...
 
-    def open(self, ref_id: str) -> BinaryIO:
-        """A seekable binary file. Raises OSError."""
+    def open(self, ref: SourceRef) -> BinaryIO:
+        """A seekable binary file, for a ref that `refs` gave, now or in an earlier process. Raises OSError."""
+        ...
+
+
+@runtime_checkable
+class SupportsShards(Protocol):
+    """A data backend whose files lie in shards (tar files): those that did not change are not listed again.
+
+    `refs` is then the members of all shards. A member's id is "<shard's id>/<name in the shard>".
+    """
+
+    def shards(self) -> Iterator[SourceRef]:
+        """The shards, sorted by id; cheap to list. Raises DataError."""
+        ...
+
+    def members(self, shard: SourceRef) -> Iterator[SourceRef]:
+        """The files in a shard, sorted by id; reads its index. Raises OSError if it cannot be read."""
+        ...
+
+
+@runtime_checkable
+class SupportsCaptions(Protocol):
+    """A data backend that knows captions of its own (a manifest): data.captions = "backend" takes them."""
+
+    def captions(self) -> Iterator[tuple[str, Words]]:
+        """(id of the clip, its words), sorted by id, never all in memory at once. Raises DataError."""
         ...
 
 

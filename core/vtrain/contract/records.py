@@ -102,11 +102,19 @@ class Needs:
 @dataclass(frozen=True)
 class SourceRef:
     """One file of a dataset. id: stable, relative, "/"-separated. size: bytes. version: changes when the file
-    does (mtime, etag)."""
+    does (mtime, etag); it may hold what the backend needs to find the bytes (a tar member's offset)."""
 
     id: str
     size: int
     version: str
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a backend itself says of a clip. texts: its captions, of which each use takes one. extras: by name."""
+
+    texts: tuple[str, ...]
+    extras: Mapping[str, float | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

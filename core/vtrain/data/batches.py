@@ -9,11 +9,11 @@ from itertools import accumulate, repeat
 
 import torch
 
-from vtrain.contract import DataError, Latents, PluginError, Problem, Text
+from vtrain.contract import Caption, DataError, Latents, PluginError, Problem, Text
 from vtrain.data.caches import DROPPED, Caches
 from vtrain.data.order import Order
 from vtrain.data.sample import Sample
-from vtrain.data.seeds import chance
+from vtrain.data.seeds import chance, choice
 from vtrain.plan.records import Plan
 
 ROUND = 8
@@ -72,12 +72,25 @@ class Batches:
         numbers = tuple(draw.number for draw in draws)
         dropped = tuple(map(self._drops, numbers))
         texts = [
-            self._caches.text(DROPPED, "dropped") if drop else self._caches.text(sample.caption, "prompt")
-            for sample, drop in zip(samples, dropped, strict=True)
+            self._caches.text(DROPPED, "dropped")
+            if drop
+            else self._caches.text(self._caption(sample, number), "prompt")
+            for sample, number, drop in zip(samples, numbers, dropped, strict=True)
         ]
-        means = [self._caches.latents(sample).mean for sample in samples]
+        means = [
+            self._caches.latents(sample, self._start(sample, number)).mean
+            for sample, number in zip(samples, numbers, strict=True)
+        ]
         text = pad(texts, self._plan.family.text_tokens)
         return Batch(micro_batch, Latents(torch.cat(means)), text, numbers, tuple(s.id for s in samples), dropped)
+
+    def _start(self, sample: Sample, draw: int) -> float:
+        """The window that this draw uses."""
+        return sample.starts[choice(self._plan.config.run.seed, "window", draw, len(sample.starts))]
+
+    def _caption(self, sample: Sample, draw: int) -> Caption:
+        """The caption that this draw uses."""
+        return sample.captions[choice(self._plan.config.run.seed, "caption", draw, len(sample.captions))]
 
     def _drops(self, draw: int) -> bool:
         """Whether this draw's caption is dropped: from the seed and the draw number alone."""

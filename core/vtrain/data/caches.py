@@ -35,9 +35,9 @@ class Caches:
         embeds = self._stores.text.read(self._stores.text_key(caption, role))["embeds"][None]
         return Text(embeds, torch.ones(embeds.shape[:2], dtype=torch.bool))
 
-    def latents(self, sample: Sample) -> Latents:
-        """mean (1, C, f, h, w) fp32. Raises DataError if not cached."""
-        key = self._stores.known_video_key(sample)
+    def latents(self, sample: Sample, start: float) -> Latents:
+        """Of the window at one of the sample's starts: mean (1, C, f, h, w) fp32. Raises DataError if not cached."""
+        key = self._stores.known_video_key(sample, start)
         if key is None:
             what = "this clip was not encoded, or its file changed since."
             raise DataError(Problem(sample.id, what, "Start the run again: it will be encoded."))
@@ -81,7 +81,7 @@ def fill_caches(
     again. Raises DataError for a full disk, a bad file where the configuration says stop, or no usable clip left.
     """
     stores = Stores(plan)
-    texts: list[tuple[Caption, Role]] = [(sample.caption, "prompt") for sample in samples]
+    texts: list[tuple[Caption, Role]] = [(caption, "prompt") for sample in samples for caption in sample.captions]
     if plan.config.train.caption_dropout > 0:
         texts.append((DROPPED, "dropped"))
     truncated = fill_text(stores, [*texts, *extra_texts], device, report)

@@ -7,6 +7,9 @@ import posixpath
 import re
 from typing import BinaryIO
 
+from vtrain.config.tables import DataTable
+from vtrain.contract import Caption, Words
+from vtrain.data.sample import Left
 from vtrain.data.video import FileFault, faults
 
 SUFFIX = ".txt"
@@ -23,8 +26,8 @@ def from_name(ref_id: str) -> str:
     return " ".join(re.split(r"[\s_-]+", posixpath.basename(stem(ref_id)))).strip()
 
 
-def from_file(stream: BinaryIO) -> str:
-    """The whole text, UTF-8 with or without a byte order mark, on one line. Raises FileFault."""
+def from_file(stream: BinaryIO) -> Words:
+    """The whole text, UTF-8 with or without a byte order mark, on one line; no text if it is blank. Raises FileFault."""
     with faults("its caption file cannot be read"):
         data = stream.read(_MOST_BYTES + 1)
     if len(data) > _MOST_BYTES:
@@ -34,4 +37,26 @@ def from_file(stream: BinaryIO) -> str:
     except UnicodeDecodeError as error:
         raise FileFault(f"its caption file is not UTF-8 (byte {error.start}): save it as UTF-8") from error
     text = text.removeprefix(codecs.BOM_UTF8.decode())
-    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+    line = " ".join(line.strip() for line in text.splitlines() if line.strip())
+    return Words((line,) if line else ())
+
+
+def choose(ref_id: str, beside: Words | Left | None, table: DataTable) -> tuple[Caption, ...] | Left:
+    """A clip's captions under a dataset's settings, or why it has none.
+
+    beside: what was found for it beside the clip, None if nothing was.
+    """
+    if table.captions == "filename":
+        name = from_name(ref_id)
+        words, lack = Words((name,) if name else ()), "its name has no words"
+    elif beside is None:
+        words, lack = Words(()), f"no caption: {SUFFIX} file of the same name is missing"
+    elif isinstance(beside, Left):
+        return beside
+    else:
+        words, lack = beside, "no caption: its caption file is empty"
+    if words.texts:
+        return tuple(Caption(text, words.extras) for text in words.texts)
+    if table.missing_caption == "empty":
+        return (Caption("", words.extras),)
+    return Left("dropped", "no caption", f'{lack}; add one, or set data.missing_caption = "empty"')

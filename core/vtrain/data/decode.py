@@ -57,14 +57,17 @@ def _spool() -> BinaryIO:
     return cast("BinaryIO", tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY))
 
 
-def decode(stream: BinaryIO, sample: Sample) -> Tensor:
-    """uint8 (3, F, h, w) in the sample's shape. Raises FileFault, with both counts if frames are missing."""
-    if sample.times[0] > _SEEK_SECONDS:
-        pixels = _decode(stream, sample, seek=True)
+def decode(stream: BinaryIO, sample: Sample, start: float) -> Tensor:
+    """uint8 (3, F, h, w) in the sample's shape, of the window at `start`.
+
+    Raises FileFault, with both counts if frames are missing.
+    """
+    if start > _SEEK_SECONDS:
+        pixels = _decode(stream, sample, start, seek=True)
         if pixels is not None:
             return pixels
         stream.seek(0)  # the file cannot be sought that precisely: take it from its first frame
-    pixels = _decode(stream, sample, seek=False)
+    pixels = _decode(stream, sample, start, seek=False)
     if pixels is None:
         raise FileFault("its first frame comes after the window's start")
     return pixels
@@ -75,9 +78,9 @@ def unit_range(pixels: Tensor) -> Tensor:
     return pixels.float().div_(127.5).sub_(1.0)
 
 
-def _decode(stream: BinaryIO, sample: Sample, *, seek: bool) -> Tensor | None:
+def _decode(stream: BinaryIO, sample: Sample, start: float, *, seek: bool) -> Tensor | None:
     """None if the first frame that could be had comes too late."""
-    times, shape = sample.times, sample.shape
+    times, shape = sample.times(start), sample.shape
     pixels = torch.empty((3, *shape), dtype=torch.uint8)
     done, last, picture = 0, None, None
     try:

@@ -5,77 +5,148 @@ from __future__ import annotations
 import errno
 import json
 import os
-import tempfile
+import secrets
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, BinaryIO
 
-from torch import Tensor
+import numpy as np
 
 from vtrain.contract import DataError, Problem
 from vtrain.data.keys import FORMAT
+from vtrain.data.packing import Bytes, Packed, dtype_names, from_words, pack, unpack, words
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KINDS = ("text", "video")
+SUFFIX, PART, DAMAGED = ".safetensors", ".part", ".damaged"
+"""Of an entry; of one being written, or left by a process that was killed; of one that was found damaged."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_LONGEST_HEADER = 1 << 16
+_LONGEST_HEADER = 4096
+_BLOCK = 4096
 _STAMP = "vtrain"
-"""The metadata's one key; its value is "<format> <key> <CRC-32 of the numbers>"."""
+"""The metadata's one key; its value is "<format> <key> <checksum>", and a word for each tensor that is compressed."""
+_UNSIGNED = "0" * 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    """text: as it lies in the file, after its length. tensors: name -> type, shape, first byte, end. stamp: its words."""
+
+    text: bytes
+    tensors: Mapping[str, tuple[str, tuple[int, ...], int, int]]
+    stamp: tuple[str, ...]
+
+    @classmethod
+    def read(cls, stream: BinaryIO) -> _Header:
+        """From the start of a file. Raises OSError or ValueError."""
+        data = stream.read(8 + _LONGEST_HEADER)
+        length = int.from_bytes(data[:8], "little")
+        if len(data) < 8 or length > len(data) - 8:
+            raise ValueError("it is cut short, or no safetensors file")
+        text = data[8 : 8 + length]
+        try:
+            return cls._parse(text)
+        except (KeyError, TypeError, RecursionError) as error:
+            raise ValueError("its header is none") from error
+
+    @classmethod
+    def _parse(cls, text: bytes) -> _Header:
+        header = json.loads(text)
+        stamp = header.pop("__metadata__")[_STAMP].split(" ")
+        tensors = {}
+        for name, tensor in header.items():
+            begin, end = map(int, tensor["data_offsets"])
+            each = Packed(tensor["dtype"], tuple(map(int, tensor["shape"])), shuffled=False)
+            if not 0 <= begin <= end or end - begin != each.nbytes:
+                raise ValueError("its header contradicts itself")
+            tensors[name] = (each.dtype, each.shape, begin, end)
+        return cls(text, tensors, tuple(stamp))
+
+    @property
+    def start(self) -> int:
+        """Where the numbers start in the file."""
+        return 8 + len(self.text)
+
+    @property
+    def length(self) -> int:
+        """Of the whole file."""
+        return self.start + max((end for *_, end in self.tensors.values()), default=0)
+
+    def is_of(self, key: str) -> bool:
+        return len(self.stamp) >= 3 and self.stamp[:2] == (FORMAT, key)
+
+    def checksum(self, numbers: Bytes) -> str:
+        """Of the header, its own checksum unsigned, and the numbers."""
+        signed = f"{self.stamp[1]} {self.stamp[2]}".encode()
+        return checksum(self.text.replace(signed, f"{self.stamp[1]} {_UNSIGNED}".encode(), 1), numbers)
+
+
+def checksum(header: bytes, numbers: Bytes) -> str:
+    """CRC-32 of the header, of the 64-bit sum of each block of 4 KiB, and of what is left: at the speed of the memory.
+
+    A flipped bit, a torn, zeroed or misplaced block are found; words that changed places within a block are not.
+    """
+    whole = len(numbers) // _BLOCK * _BLOCK
+    sums = numbers[:whole].view("<u8").reshape(-1, _BLOCK // 8).sum(axis=1, dtype=np.uint64)
+    return f"{zlib.crc32(numbers[whole:].data, zlib.crc32(sums.data, zlib.crc32(header))):08x}"
 
 
 class Entries:
-    """The entries of one kind ("text", "video") in a cache folder."""
+    """The entries of one kind ("text", "video") in a cache folder. compress: whether those written from now on are."""
 
-    def __init__(self, folder: Path, kind: str) -> None:
-        self.folder = folder / kind
+    def __init__(self, folder: Path, kind: str, *, compress: bool = False) -> None:
+        self.folder, self.compress = folder / kind, compress
 
     def path(self, key: str) -> Path:
-        return self.folder / key[:2] / f"{key}.safetensors"
+        return self.folder / key[:2] / f"{key}{SUFFIX}"
 
     def sound(self, key: str) -> bool:
         """Whether the entry is there, whole and its own: its header and length are looked at, not its numbers."""
         try:
-            with self.path(key).open("rb") as stream:
-                header, start = _header(stream.read(8 + _LONGEST_HEADER))
-                length = os.fstat(stream.fileno()).st_size
+            with self.path(key).open("rb", buffering=0) as stream:
+                header = _Header.read(stream)  # type: ignore[arg-type]  # raw, so that no more than the header is read
+                return header.is_of(key) and header.length == os.fstat(stream.fileno()).st_size
         except (OSError, ValueError):
             return False
-        end = max((tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"), default=0)
-        return start + end == length and _is_own(header, key)
 
     def read(self, key: str) -> dict[str, Tensor]:
         """The tensors. Raises DataError if the entry is missing or damaged; a damaged one is moved aside."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
         path = self.path(key)
         try:
-            data = path.read_bytes()
+            return _tensors(*_load(path, key))
         except OSError as error:
             what = f"the cache entry cannot be read: {error.strerror or error}."
             raise DataError(Problem(str(path), what, "Start the run again: it will be encoded.")) from error
-        try:
-            header, start = _header(data)
-            if not _is_own(header, key, _crc(data, start)):
-                raise ValueError("its content is not what its name says")
-            return load(data)
-        except (ValueError, SafetensorError) as error:
-            aside = path.with_suffix(".damaged")
-            with suppress(OSError):
-                path.replace(aside)
+        except ValueError as error:
+            aside = set_aside(path)
             what = f"the cache entry is damaged ({error}) and was moved to {aside.name}."
             raise DataError(Problem(str(path), what, "Start the run again: it will be encoded anew.")) from error
+
+    def damage(self, key: str) -> str | None:
+        """What is wrong with an entry, all its bytes read, or None. Raises OSError if it cannot be read."""
+        try:
+            header, data = _load(self.path(key), key)
+            if len(header.stamp) > 3:
+                _tensors(header, data)
+        except ValueError as error:
+            return str(error)
+        return None
 
     def write(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Put the entry in place, whole or not at all. Raises DataError if the disk is full or cannot be written."""
         path = self.path(key)
-        data = _serialise(key, tensors)
+        data = _serialise(key, tensors, compress=self.compress)
         with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=f".{key[:16]}-", suffix=".part", dir=path.parent)
-            aside = Path(name)
+            aside = path.with_name(f".{key[:16]}-{secrets.token_hex(8)}{PART}")
             try:
-                with os.fdopen(handle, "wb") as stream:
+                with aside.open("xb") as stream:
                     stream.write(data)
                     stream.flush()
                     os.fsync(stream.fileno())
@@ -83,6 +154,23 @@ class Entries:
             except BaseException:  # also an interrupt: no half entry stays
                 aside.unlink(missing_ok=True)
                 raise
+
+    def files(self) -> Iterator[Path]:
+        """Every file of the kind, entry or not, in order of name. Raises DataError if a folder cannot be read."""
+        try:
+            for folder in sorted(self.folder.iterdir()) if self.folder.is_dir() else ():
+                yield from sorted(folder.iterdir()) if folder.is_dir() else ()
+        except OSError as error:
+            what = f"the cache cannot be read: {error.strerror or error}."
+            raise DataError(Problem(str(self.folder), what, "Check the folder.")) from error
+
+
+def set_aside(path: Path) -> Path:
+    """Where a damaged entry now lies; the next filling makes it anew."""
+    aside = path.with_suffix(DAMAGED)
+    with suppress(OSError):
+        path.replace(aside)
+    return aside
 
 
 @contextmanager
@@ -101,36 +189,55 @@ def _writing(path: Path) -> Iterator[None]:
         raise DataError(problem) from error
 
 
-def _serialise(key: str, tensors: Mapping[str, Tensor]) -> bytes:
-    """safetensors bytes whose metadata hold format, key and a checksum of the numbers."""
+def _load(path: Path, key: str) -> tuple[_Header, Bytes]:
+    """Header and numbers of a whole entry whose checksum holds. Raises OSError or ValueError."""
+    with path.open("rb") as stream:
+        header = _Header.read(stream)
+        length = os.fstat(stream.fileno()).st_size
+        if not header.is_of(key):
+            raise ValueError("its content is not what its name says")
+        if header.length != length:
+            raise ValueError(f"it has {length} bytes where {header.length} belong")
+        data: Bytes = np.empty(length - header.start, dtype=np.uint8)
+        stream.seek(header.start)
+        if stream.readinto(data.data) != len(data):
+            raise ValueError("it became shorter while it was read")
+    if header.checksum(data) != header.stamp[2]:
+        raise ValueError("its checksum does not hold")
+    return header, data
+
+
+def _tensors(header: _Header, data: Bytes) -> dict[str, Tensor]:
+    """Raises ValueError for a compressed entry that does not unpack."""
+    import torch
+
+    packed = from_words(" ".join(header.stamp[3:]))
+    found, types = {}, dtype_names()
+    for name, (dtype, shape, begin, end) in header.tensors.items():
+        part = data[begin:end]
+        found[name] = (
+            unpack(packed[name], part)
+            if name in packed
+            else torch.from_numpy(part).view(types[dtype]).view(shape)
+        )
+    return found
+
+
+def _serialise(key: str, tensors: Mapping[str, Tensor], *, compress: bool) -> bytes:
+    """safetensors bytes whose metadata hold format, key, a checksum and what is compressed."""
     from safetensors.torch import save
 
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    packed: dict[str, Packed] = {}
+    if compress:
+        packs = {name: pack(tensor) for name, tensor in whole.items()}
+        packed = {name: what for name, (what, _) in packs.items()}
+        whole = {name: data for name, (_, data) in packs.items()}
     # One text, because safetensors writes several in a random order.
-    metadata = {_STAMP: f"{FORMAT} {key} {'0' * 8}"}
-    data = save(whole, metadata)
-    _, start = _header(data)
+    stamp = f"{FORMAT} {key} {_UNSIGNED} {words(packed)}".rstrip()
+    data = save(whole, {_STAMP: stamp})
+    start = 8 + int.from_bytes(data[:8], "little")
+    signed = checksum(data[8:start], np.frombuffer(data, dtype=np.uint8)[start:])
     # The checksum is of fixed length, so that filling it in moves nothing.
-    unsigned, signed = f"{key} {'0' * 8}", f"{key} {_crc(data, start)}"
-    return data[:start].replace(unsigned.encode(), signed.encode(), 1) + data[start:]
-
-
-def _crc(data: bytes, start: int) -> str:
-    return f"{zlib.crc32(memoryview(data)[start:]):08x}"
-
-
-def _header(data: bytes) -> tuple[dict[str, dict[str, Any]], int]:
-    """A safetensors header and where the numbers start. Raises ValueError."""
-    length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > min(_LONGEST_HEADER, len(data) - 8):
-        raise ValueError("it is cut short, or no safetensors file")
-    header = json.loads(data[8 : 8 + length])
-    if not isinstance(header, dict) or not all(isinstance(value, dict) for value in header.values()):
-        raise ValueError("its header is none")
-    return header, 8 + length
-
-
-def _is_own(header: Mapping[str, Mapping[str, Any]], key: str, crc: str = "") -> bool:
-    """Whether the stamp in the metadata is this entry's, its checksum too if one is given."""
-    stamp = header.get("__metadata__", {}).get(_STAMP)
-    return isinstance(stamp, str) and stamp.startswith(f"{FORMAT} {key} ") and stamp.endswith(crc)
+    unsigned = f"{key} {_UNSIGNED}"
+    return data[:start].replace(unsigned.encode(), f"{key} {signed}".encode(), 1) + data[start:]

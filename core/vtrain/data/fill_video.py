@@ -26,12 +26,13 @@ ItemT = TypeVar("ItemT")
 
 @dataclass(frozen=True)
 class Prepared:
-    """A sample whose file was read. content: SHA-256 of its bytes, if they could be read.
+    """A window of a sample whose file was read. content: SHA-256 of its bytes, if they could be read.
 
     pixels: uint8 (3, F, h, w), or None if there is nothing to encode: the entry was there already, or `fault`.
     """
 
     sample: Sample
+    start: float
     content: str | None = None
     pixels: Tensor | None = None
     fault: FileFault | None = None
@@ -43,9 +44,10 @@ def fill_video(stores: Stores, samples: Sequence[Sample], device: str, report: R
     Raises DataError for a full disk, and for a bad file where data.on_bad_file is "stop".
     """
     left_out: dict[str, str] = {}
-    todo = sorted((s for s in samples if not _present(stores, s)), key=lambda s: (s.shape, s.id, s.place))
-    done = len(samples) - len(todo)
-    report("video", done, len(samples))
+    wanted = [(sample, start) for sample in samples for start in sample.starts]
+    todo = sorted((w for w in wanted if not _present(stores, *w)), key=lambda w: (w[0].shape, w[0].id, w[0].place))
+    done = len(wanted) - len(todo)
+    report("video", done, len(wanted))
     if not todo:
         return left_out
     batches = _prepare(stores, todo, stores.plan.config.cache.video_batch)
@@ -60,21 +62,21 @@ def fill_video(stores: Stores, samples: Sequence[Sample], device: str, report: R
                 for item in _encode(stores, codec, clips, device):
                     _note(stores, ledger, item, left_out)
             done += len(batch)
-            report("video", done, len(samples))
+            report("video", done, len(wanted))
     return left_out
 
 
-def _present(stores: Stores, sample: Sample) -> bool:
-    key = stores.known_video_key(sample)
+def _present(stores: Stores, sample: Sample, start: float) -> bool:
+    key = stores.known_video_key(sample, start)
     return key is not None and stores.video.sound(key)
 
 
-def _prepare(stores: Stores, samples: Sequence[Sample], size: int) -> Iterator[list[Prepared]]:
-    """Samples in lists of one shape, with at most `size` to encode in each."""
-    for _, group in groupby(samples, key=lambda sample: sample.shape):
+def _prepare(stores: Stores, windows: Sequence[tuple[Sample, float]], size: int) -> Iterator[list[Prepared]]:
+    """Windows in lists of one shape, with at most `size` to encode in each."""
+    for _, group in groupby(windows, key=lambda window: window[0].shape):
         batch: list[Prepared] = []
-        for sample in group:
-            batch.append(_read(stores, sample))
+        for sample, start in group:
+            batch.append(_read(stores, sample, start))
             if sum(item.pixels is not None for item in batch) == size:
                 yield batch
                 batch = []
@@ -82,20 +84,20 @@ def _prepare(stores: Stores, samples: Sequence[Sample], size: int) -> Iterator[l
             yield batch
 
 
-def _read(stores: Stores, sample: Sample) -> Prepared:
+def _read(stores: Stores, sample: Sample, start: float) -> Prepared:
     """Hash the file and, unless its entry is there under that hash, decode it."""
     content = None
     try:
         with (
             faults("cannot be opened"),
-            stores.plan.datasets[sample.place].backend.open(sample.ref_id) as stream,
+            stores.plan.datasets[sample.place].backend.open(sample.ref) as stream,
             hashed(stream) as (content, copy),
         ):
-            if stores.video.sound(stores.video_key(sample, content)):
-                return Prepared(sample, content)
-            return Prepared(sample, content, decode(copy, sample))
+            if stores.video.sound(stores.video_key(sample, start, content)):
+                return Prepared(sample, start, content)
+            return Prepared(sample, start, content, decode(copy, sample, start))
     except FileFault as fault:
-        return Prepared(sample, content, fault=fault)
+        return Prepared(sample, start, content, fault=fault)
 
 
 def _ahead(items: Iterator[ItemT]) -> Generator[ItemT]:
@@ -136,6 +138,8 @@ def _encode(stores: Stores, codec: VideoCodec, clips: Sequence[Prepared], device
         raise PluginError(Problem("", what, "This is a fault of the model family's plugin."))
     for item, latents in zip(clips, mean, strict=True):
         if not bool(latents.isfinite().all()):
-            yield Prepared(item.sample, fault=FileFault("encodes to numbers that are not finite", lasting=False))
+            yield Prepared(
+                item.sample, item.start, fault=FileFault("encodes to numbers that are not finite", lasting=False)
+            )
         elif item.content is not None:
-            stores.video.write(stores.video_key(item.sample, item.content), {"mean": latents})
+            stores.video.write(stores.video_key(item.sample, item.start, item.content), {"mean": latents})

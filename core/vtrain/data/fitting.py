@@ -20,10 +20,11 @@ _SAME_RATE = 0.99
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """A clip's place. start: of the window, in seconds after the first frame."""
+    """A clip's place. samples: what is made of it, each with the starts of its windows (of which a draw uses one), in
+    seconds after the first frame."""
 
     shape: ClipShape
-    start: float
+    samples: tuple[tuple[float, ...], ...]
     box: Box
 
 
@@ -39,7 +40,7 @@ def fit(source: Probe, dataset: DatasetPlan, rule: FrameRule) -> Fit | Left:
     if not dataset.table.upscale and _enlarged(box, size):
         return _too_small(source, box, size)
     spare = available - frames if dataset.table.video.window == "center" else 0
-    return Fit(ClipShape(frames, size.height, size.width), (spare // 2) / dataset.fps, box)
+    return Fit(ClipShape(frames, size.height, size.width), (((spare // 2) / dataset.fps,),), box)
 
 
 def _nearest(source: Probe, dataset: DatasetPlan) -> tuple[Size, Box]:

@@ -17,9 +17,9 @@ def text_key(caption: Caption, role: Role, fingerprint: str) -> str:
     return _key("text", fingerprint, role, caption.text, sorted(caption.extras.items()))
 
 
-def video_key(content: str, sample: Sample, transform: int, fingerprint: str) -> str:
-    """content: SHA-256 of the source's bytes. fingerprint: the family's, of its video codec."""
-    window = [sample.start, sample.fps, *sample.shape]
+def video_key(content: str, sample: Sample, start: float, transform: int, fingerprint: str) -> str:
+    """content: SHA-256 of the source's bytes. start: of the window. fingerprint: the family's, of its video codec."""
+    window = [start, sample.fps, *sample.shape]
     return _key("video", fingerprint, content, transform, window, sample.crop, sample.box)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from vtrain.contract import Words
 from vtrain.data.database import Layout, database_faults, open_database, open_readonly
 from vtrain.data.probe import Probe
 from vtrain.data.sample import Sample
@@ -17,7 +19,7 @@ FILE = "ledger.sqlite"
 
 _LAYOUT = Layout(
     application_id=0x76744C31,
-    version=1,
+    version=2,
     tables="""
     CREATE TABLE IF NOT EXISTS source (
         location TEXT, ref TEXT, size INTEGER, version TEXT, fault TEXT, caption TEXT, codec TEXT, width INTEGER,
@@ -33,13 +35,13 @@ _LAYOUT = Layout(
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What is known of a file of this size and version: its probe or its caption's text, or the fault of either."""
+    """What is known of a file of this size and version: its probe or its words, or the fault of either."""
 
     size: int
     version: str
     fault: str | None = None
     probe: Probe | None = None
-    caption: str | None = None
+    words: Words | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ class Ledger(AbstractContextManager["Ledger"]):
                 (location,),
             ):
                 probe = Probe(*header) if header[0] is not None else None
-                found[ref] = Source(size, version, fault, probe, caption)
+                found[ref] = Source(size, version, fault, probe, _words(caption))
         return found
 
     def record_sources(self, location: str, sources: Mapping[str, Source]) -> None:
@@ -91,7 +93,7 @@ class Ledger(AbstractContextManager["Ledger"]):
             self._db.executemany(
                 "INSERT OR REPLACE INTO source VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)",
                 (
-                    (location, ref, s.size, s.version, s.fault, s.caption, *_columns(s.probe))
+                    (location, ref, s.size, s.version, s.fault, _text(s.words), *_columns(s.probe))
                     for ref, s in sources.items()
                 ),
             )
@@ -141,6 +143,18 @@ class ContentHashes:
                 self._db = open_readonly(self.path)
             row = self._db.execute(query, (location, sample.ref_id, sample.size, sample.version)).fetchone()
         return row[0] if row else None
+
+
+def _words(text: str | None) -> Words | None:
+    """What `_text` wrote."""
+    if text is None:
+        return None
+    texts, extras = json.loads(text)
+    return Words(tuple(texts), extras)
+
+
+def _text(words: Words | None) -> str | None:
+    return None if words is None else json.dumps([words.texts, dict(words.extras)], ensure_ascii=False)
 
 
 def _columns(probe: Probe | None) -> tuple[object, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from vtrain.contract import Caption, ClipShape, Size
+from vtrain.contract import Caption, ClipShape, Size, SourceRef
 
 
 class Box(NamedTuple):
@@ -21,10 +21,13 @@ class Box(NamedTuple):
 class Sample:
     """One training sample. Slim and picklable: a dataset of a million is a tuple of these.
 
-    id: "<dataset id>/<ref id>". dataset: its id; place: its number in plan.datasets. ref_id, size, version: of the
-    source file. picture: the upright source picture in stored pixels; box: the part of it that is used.
-    shape: the bucket. start: of the window, in seconds after the first frame. fps: after resampling. crop: how box was
-    chosen. content: SHA-256 of the source's bytes as encoded, "" until that is known.
+    id: "<dataset id>/<ref id>", and "#<number>" from 1 where a clip is cut into several samples. dataset: its id;
+    place: its number in plan.datasets. ref_id, size, version: of the source file. picture: the upright source picture
+    in stored pixels; box: the part of it that is used. shape: the bucket. starts: of the windows of which a draw uses
+    one, in seconds after the first frame; each is one cached entry. fps: after resampling. crop: how box was chosen.
+    captions: of which a draw uses one; each is one cached entry. content: SHA-256 of the source's bytes as encoded, ""
+    until that is known. mask_ref: id of its mask file in the same dataset, "" for none. first_frame: whether it is
+    also a sample of image-to-video.
     """
 
     id: str
@@ -37,15 +40,21 @@ class Sample:
     box: Box
     shape: ClipShape
     fps: float
-    start: float
+    starts: tuple[float, ...]
     crop: str
-    caption: Caption
+    captions: tuple[Caption, ...]
     content: str = ""
+    mask_ref: str = ""
+    first_frame: bool = False
 
     @property
-    def times(self) -> list[float]:
-        """When each output frame is taken, in seconds after the source's first frame."""
-        return [self.start + k / self.fps for k in range(self.shape.frames)]
+    def ref(self) -> SourceRef:
+        """The source file, as its backend opens it."""
+        return SourceRef(self.ref_id, self.size, self.version)
+
+    def times(self, start: float) -> list[float]:
+        """When each output frame of the window at `start` is taken, in seconds after the source's first frame."""
+        return [start + k / self.fps for k in range(self.shape.frames)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 
-from vtrain.contract import Caption, ClipShape, DataError, FrameRule, Problem, Size, SourceRef
+from vtrain.contract import ClipShape, DataError, FrameRule, Problem, Size, SourceRef, Words
 from vtrain.data import captions
 from vtrain.data.fitting import FIT_VERSION, fit
 from vtrain.data.ledger import Fate, Ledger, Source
@@ -21,8 +21,8 @@ from vtrain.plan.records import DatasetPlan, DatasetSurvey, Plan, Survey
 _DISTINCT = 4
 """Different reasons of one kind that a survey lists apart; more are counted together, with one as the example."""
 
-Outcomes = Mapping[str, Sample | Left]
-"""Ref id -> its sample, or why there is none."""
+Outcomes = Mapping[str, tuple[Sample, ...] | Left]
+"""Ref id -> its samples, or why there is none."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ def scan(plan: Plan, on_file: Callable[[int], None] | None = None) -> Scan:
         messages = (ledger.message,) if ledger.message else ()
     if problems:
         raise DataError(problems)
-    samples = [s for outcomes in found for s in outcomes.values() if isinstance(s, Sample)]
+    samples = [s for outcomes in found for made in outcomes.values() if isinstance(made, tuple) for s in made]
     surveys = [_survey(dataset, outcomes) for dataset, outcomes in zip(plan.datasets, found, strict=True)]
-    texts = len({sample.caption.text for sample in samples})
+    texts = len({caption.text for sample in samples for caption in sample.captions})
     return Scan(tuple(sorted(samples, key=lambda s: (s.id, s.place))), Survey(tuple(surveys), texts), messages)
 
 
@@ -89,7 +89,7 @@ def _scan_dataset(
     sources = refresh(ledger, backend, chain(listing.videos, beside.values()), count)
     key = settings_key(dataset, rule)
     before = ledger.fates(key)
-    outcomes: dict[str, Sample | Left] = dict(listing.left)
+    outcomes: dict[str, tuple[Sample, ...] | Left] = dict(listing.left)
     for ref in listing.videos:
         outcomes[ref.id] = _undecodable(ref, before.get(ref.id)) or _decide(ref, place, dataset, rule, sources, beside)
     refs = {ref.id: ref for ref in listing.videos}
@@ -119,45 +119,41 @@ def _decide(
     rule: FrameRule,
     sources: Mapping[str, Source],
     beside: Mapping[str, SourceRef],
-) -> Sample | Left:
+) -> tuple[Sample, ...] | Left:
     source = sources[ref.id]
     if source.probe is None:
         return Left("failed", "bad file", str(source.fault))
     place_of = fit(source.probe, dataset, rule)
     if isinstance(place_of, Left):
         return place_of
-    caption = _caption(ref, dataset, sources, beside)
-    if isinstance(caption, Left):
-        return caption
-    return Sample(
-        id=f"{dataset.id}/{ref.id}", dataset=dataset.id, place=place, ref_id=ref.id, size=ref.size,
-        version=ref.version, picture=Size(source.probe.width, source.probe.height), box=place_of.box,
-        shape=place_of.shape, fps=dataset.fps, start=place_of.start, crop=dataset.table.crop, caption=caption,
+    chosen = captions.choose(ref.id, _beside(ref, sources, beside), dataset.table)
+    if isinstance(chosen, Left):
+        return chosen
+    several = len(place_of.samples) > 1
+    return tuple(
+        Sample(
+            id=f"{dataset.id}/{ref.id}{f'#{number}' if several else ''}", dataset=dataset.id, place=place,
+            ref_id=ref.id, size=ref.size, version=ref.version,
+            picture=Size(source.probe.width, source.probe.height), box=place_of.box, shape=place_of.shape,
+            fps=dataset.fps, starts=starts, crop=dataset.table.crop, captions=chosen,
+        )
+        for number, starts in enumerate(place_of.samples, start=1)
     )  # fmt: skip
 
 
-def _caption(
-    ref: SourceRef, dataset: DatasetPlan, sources: Mapping[str, Source], beside: Mapping[str, SourceRef]
-) -> Caption | Left:
-    if dataset.table.captions == "filename":
-        text, lack = captions.from_name(ref.id), "its name has no words"
-    elif (text_ref := beside.get(captions.stem(ref.id))) is None:
-        text, lack = "", f"no caption: {captions.SUFFIX} file of the same name is missing"
-    else:
-        source = sources[text_ref.id]
-        if source.fault is not None:
-            return Left("dropped", "bad caption", source.fault)
-        text, lack = source.caption or "", "no caption: its caption file is empty"
-    if text or dataset.table.missing_caption == "empty":
-        return Caption(text)
-    return Left("dropped", "no caption", f'{lack}; add one, or set data.missing_caption = "empty"')
+def _beside(ref: SourceRef, sources: Mapping[str, Source], beside: Mapping[str, SourceRef]) -> Words | Left | None:
+    """What the caption file of a clip says, or why it cannot be read; None without one."""
+    if (text_ref := beside.get(captions.stem(ref.id))) is None:
+        return None
+    source = sources[text_ref.id]
+    return Left("dropped", "bad caption", source.fault) if source.fault is not None else source.words
 
 
-def _fate(ref: SourceRef | None, outcome: Sample | Left) -> Fate:
+def _fate(ref: SourceRef | None, outcome: tuple[Sample, ...] | Left) -> Fate:
     size, version = (ref.size, ref.version) if ref else (0, "")
     if isinstance(outcome, Left):
         return Fate(size, version, outcome.status, "", outcome.kind, outcome.reason)
-    return Fate(size, version, "used", str(outcome.shape))
+    return Fate(size, version, "used", str(outcome[0].shape))
 
 
 def _at(dataset: DatasetPlan, problem: Problem) -> Problem:
@@ -175,14 +171,14 @@ def _problems(dataset: DatasetPlan, outcomes: Outcomes) -> Iterable[Problem]:
                 yield Problem(f"{place}/{ref_id}", f"{outcome.reason}.", remedy)
     if not outcomes:
         yield Problem(dataset.where, f"dataset {dataset.id}: no file in {place}.")
-    elif not any(isinstance(outcome, Sample) for outcome in outcomes.values()):
+    elif not any(isinstance(outcome, tuple) for outcome in outcomes.values()):
         left = _survey(dataset, outcomes).left_out
         reasons = "; ".join(f"{count} x {reason} (such as {example})" for reason, (count, example) in left.items())
         yield Problem(dataset.where, f"dataset {dataset.id}: no usable clip in {place}: {reasons}.")
 
 
 def _survey(dataset: DatasetPlan, outcomes: Outcomes) -> DatasetSurvey:
-    shapes: Counter[ClipShape] = Counter(o.shape for o in outcomes.values() if isinstance(o, Sample))
+    shapes: Counter[ClipShape] = Counter(s.shape for o in outcomes.values() if isinstance(o, tuple) for s in o)
     lefts = {ref_id: o for ref_id, o in outcomes.items() if isinstance(o, Left)}
     reasons: dict[str, set[str]] = {}
     for left in lefts.values():

@@ -26,6 +26,11 @@ def chance(seed: int, purpose: str, *numbers: int) -> float:
     return derive(seed, purpose, *numbers) / _SEEDS
 
 
+def choice(seed: int, purpose: str, draw: int, count: int) -> int:
+    """One of range(count) for a draw, all as likely. Nothing is derived where there is no choice."""
+    return 0 if count == 1 else derive(seed, purpose, draw) % count
+
+
 def generator(seed: int, purpose: str, *numbers: int) -> torch.Generator:
     """A CPU generator that starts at `derive(seed, purpose, *numbers)`. Imports torch."""
     import torch

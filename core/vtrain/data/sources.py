@@ -43,11 +43,11 @@ def _look_at(backend: DataBackend, ref: SourceRef) -> tuple[Source, bool]:
     seen = Source(ref.size, ref.version)
     try:
         if ref.id.lower().endswith(captions.SUFFIX):
-            with faults("its caption file cannot be read"), backend.open(ref.id) as stream:
-                return replace(seen, caption=captions.from_file(stream)), True
+            with faults("its caption file cannot be read"), backend.open(ref) as stream:
+                return replace(seen, words=captions.from_file(stream)), True
         if ref.size == 0:
             raise FileFault("is empty (0 bytes)")
-        with faults("cannot be opened"), backend.open(ref.id) as stream:
+        with faults("cannot be opened"), backend.open(ref) as stream:
             return replace(seen, probe=probe(stream)), True
     except FileFault as fault:
         return replace(seen, fault=fault.reason), fault.lasting

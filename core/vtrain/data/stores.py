@@ -39,15 +39,15 @@ class Stores:
     def text_key(self, caption: Caption, role: Role) -> str:
         return text_key(caption, role, self._text_fingerprint)
 
-    def video_key(self, sample: Sample, content: str) -> str:
-        """content: SHA-256 of the source's bytes."""
-        return video_key(content, sample, TRANSFORM_VERSION, self._video_fingerprint)
+    def video_key(self, sample: Sample, start: float, content: str) -> str:
+        """start: one of the sample's. content: SHA-256 of the source's bytes."""
+        return video_key(content, sample, start, TRANSFORM_VERSION, self._video_fingerprint)
 
     def known_content(self, sample: Sample) -> str:
         """The content hash that the sample carries or that the ledger has; "" if the source's bytes were not read yet."""
         return sample.content or self._contents.of(self.location(sample), sample) or ""
 
-    def known_video_key(self, sample: Sample) -> str | None:
+    def known_video_key(self, sample: Sample, start: float) -> str | None:
         """By the content hash, if that is known."""
         content = self.known_content(sample)
-        return self.video_key(sample, content) if content else None
+        return self.video_key(sample, start, content) if content else None

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from vtrain.contract import DataBackend, DataError
+from vtrain.contract import DataBackend, DataError, SourceRef
 from vtrain.testing.draws import required
 
 FILES: Mapping[str, bytes] = {
@@ -18,6 +18,10 @@ FILES: Mapping[str, bytes] = {
     "deep/empty.mp4": b"",
     "name with spaces and é.mp4": b"x" * 100,
 }
+
+
+def _ref(backend: DataBackend, ref_id: str) -> SourceRef:
+    return next(ref for ref in backend.refs() if ref.id == ref_id)
 
 
 class DataBackendTests:
@@ -65,14 +69,14 @@ class DataBackendTests:
 
     def test_files_open_to_their_bytes(self, backend: DataBackend, files: Mapping[str, bytes]) -> None:
         """open gives the file's bytes."""
-        for name, data in files.items():
-            with backend.open(name) as file:
-                assert file.read() == data, name
+        for ref in backend.refs():
+            with backend.open(ref) as file:
+                assert file.read() == files[ref.id], ref.id
 
     def test_open_files_can_be_read_anywhere(self, backend: DataBackend, files: Mapping[str, bytes]) -> None:
         """An open file seeks, as video decoders do: from the start, from here and from the end."""
         data = files["b.mp4"]
-        with backend.open("b.mp4") as file:
+        with backend.open(_ref(backend, "b.mp4")) as file:
             assert file.seekable()
             assert file.seek(-10, io.SEEK_END) == len(data) - 10
             assert file.read() == data[-10:]
@@ -82,7 +86,8 @@ class DataBackendTests:
 
     def test_two_files_are_open_at_once(self, backend: DataBackend, files: Mapping[str, bytes]) -> None:
         """Open files do not share a position."""
-        with backend.open("b.mp4") as first, backend.open("b.mp4") as second:
+        ref = _ref(backend, "b.mp4")
+        with backend.open(ref) as first, backend.open(ref) as second:
             first.read(50)
             assert second.read(4) == files["b.mp4"][:4]
 
@@ -102,7 +107,7 @@ class DataBackendTests:
     def test_an_absent_file_is_an_os_error(self, backend: DataBackend) -> None:
         """open raises OSError for an id that is not there."""
         with pytest.raises(OSError, match=r".*"):
-            backend.open("no such file.mp4").close()
+            backend.open(SourceRef("no such file.mp4", 0, "")).close()
 
     def test_a_missing_place_is_a_data_error(self, missing: DataBackend) -> None:
         """refs raises DataError for a place that does not exist, with a remedy in it."""

@@ -1,4 +1,4 @@
-"""The tiny world, whole: clips, checkpoint, training from random weights, and the judge's figures and pictures.
+"""The demo: clips, checkpoint, training from random weights, and the judge's figures and pictures of what was learnt.
 
     python examples/world/demo.py [--output FOLDER] [--short]
 
@@ -12,7 +12,8 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import checkpoint
@@ -25,57 +26,84 @@ from vtrain.cli.prepare import planned
 from vtrain.plan.records import Plan
 
 HERE = Path(__file__).parent
+OUTPUT = HERE.parents[1] / "demo-output" / "world"
 CLIPS = 384
-SHORT = {"steps = 1200": "steps = 500", 'every = "300 steps"': 'every = "250 steps"'}
-"""Colours are there by then, shapes and directions hardly."""
+JUDGED = 32
+"""Prompts that each checkpoint but the last answers."""
 
 
-def write_config(output: Path, short: bool) -> Path:
-    """world.toml with paths in `output`. Raises ValueError where the file no longer has what is replaced."""
-    text = (HERE / "world.toml").read_text(encoding="utf-8")
-    for old, new in {"../../demo-output/world": output.as_posix(), **(SHORT if short else {})}.items():
+@dataclass(frozen=True)
+class Length:
+    """How long is trained. every: steps between validations, and between checkpoints."""
+
+    steps: int
+    every: int
+
+    @property
+    def changes(self) -> dict[str, str]:
+        """Of world.toml, whose own length is WHOLE."""
+        return {
+            f"steps = {WHOLE.steps}": f"steps = {self.steps}",
+            f'every = "{WHOLE.every} steps"': f'every = "{self.every} steps"',
+        }
+
+
+WHOLE = Length(1000, 250)
+SHORT = Length(400, 200)
+"""Not all is learnt by then, and far more than chance."""
+
+
+def write_config(source: Path, target: Path, changes: Mapping[str, str]) -> Path:
+    """`source` with other values, as `target`. Raises ValueError where it no longer has what is replaced."""
+    text = source.read_text(encoding="utf-8")
+    for old, new in changes.items():
         if old not in text:
-            raise ValueError(f"world.toml has no {old!r}")
+            raise ValueError(f"{source} has no {old!r}")
         text = text.replace(old, new)
-    path = output / "world.toml"
-    path.write_text(text, encoding="utf-8")
-    return path
+    target.write_text(text, encoding="utf-8")
+    return target
 
 
-def make_inputs(output: Path) -> None:
+def make_inputs(output: Path, clips: int) -> None:
     """Clips and checkpoint, unless they are there."""
-    if len(list((output / "clips").glob("*.txt"))) < CLIPS:
-        print(f"drawing {CLIPS} clips: {output / 'clips'}", flush=True)
-        world.write_clips(output / "clips", world.clips(CLIPS, seed=0))
+    if len(list((output / "clips").glob("*.txt"))) < clips:
+        print(f"drawing {clips} clips: {output / 'clips'}", flush=True)
+        world.write_clips(output / "clips", world.clips(clips, seed=0))
     if not (output / "checkpoint" / "model_index.json").exists():
         print(f"making the checkpoint: {output / 'checkpoint'}", flush=True)
         checkpoint.build(output / "checkpoint")
 
 
 def judged(plan: Plan, prompts: int, scratch: Path) -> tuple[dict[int, evaluate.Accuracy], list[evaluate.Answer]]:
-    """Accuracy of every checkpoint over 32 prompts, and all answers of the last one."""
-    run = plan.config.run.output_dir
-    folders = sorted((run / "checkpoints").glob("step-*[0-9]"))
-    curve = {}
-    for folder in folders[:-1]:
-        found = evaluate.answers(plan, folder, min(prompts, 32), scratch / folder.name)
-        curve[int(folder.name.removeprefix("step-"))] = evaluate.accuracy(found)
-        print(f"judged {folder.name}: all three words right in {evaluate.accuracy(found).all:.0%}", flush=True)
-    last = evaluate.answers(plan, folders[-1], prompts, scratch / folders[-1].name)
-    curve[int(folders[-1].name.removeprefix("step-"))] = evaluate.accuracy(last)
-    return curve, last
+    """Accuracy of every checkpoint, and all answers of the last one."""
+    curve, found = {}, []
+    folders = sorted((plan.config.run.output_dir / "checkpoints").glob("step-*[0-9]"))
+    for folder in folders:
+        asked = evaluate.fixed(prompts if folder == folders[-1] else min(prompts, JUDGED))
+        found = evaluate.answers(plan, evaluate.denoiser(plan, folder), asked, scratch / folder.name)
+        shares = evaluate.accuracy(found)
+        curve[int(folder.name.removeprefix("step-"))] = shares
+        print(f"judged {folder.name}: all three words right in {shares.all:.0%} of {shares.prompts}", flush=True)
+    return curve, found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Train a tiny model from nothing to make what the prompt says.")
-    parser.add_argument("--output", type=Path, default=HERE.parents[1] / "demo-output" / "world")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder for everything it makes")
     parser.add_argument("--prompts", type=int, default=64, help="prompts that are judged at the end (default: 64)")
-    parser.add_argument("--short", action="store_true", help="500 steps: colours are there")
+    parser.add_argument("--short", action="store_true", help=f"{SHORT.steps} steps: most of it is there")
+    parser.add_argument("--steps", type=int, help="another number of steps, with validation and checkpoint at the half")
+    parser.add_argument("--clips", type=int, default=CLIPS, help=f"training clips (default: {CLIPS})")
     chosen = parser.parse_args()
+    if min(chosen.prompts, chosen.steps or 2, chosen.clips) < 1 or chosen.clips < 16 or chosen.steps == 1:
+        parser.error("--prompts is at least 1, --steps 2, --clips 16")
+    length = SHORT if chosen.short else WHOLE
+    length = Length(chosen.steps, chosen.steps // 2) if chosen.steps else length
     output, begun = chosen.output.resolve(), time.monotonic()
     output.mkdir(parents=True, exist_ok=True)
-    make_inputs(output)
-    config = write_config(output, chosen.short)
+    make_inputs(output, chosen.clips)
+    changes = {"../../demo-output/world": output.as_posix(), **length.changes}
+    config = write_config(HERE / "world.toml", output / "world.toml", changes)
     started = time.monotonic()
     done = subprocess.run(["vtrain", "run", str(config)], check=False)
     trained = time.monotonic()
@@ -83,7 +111,7 @@ def main() -> int:
         return done.returncode
     plan = planned(config)
     run = plan.config.run.output_dir
-    curve, last = judged(plan, chosen.prompts, output / "judged")
+    curve, last = judged(plan, chosen.prompts, run / "judged")
     seconds = {"vtrain run": trained - started, "all": time.monotonic() - begun}
     result = {
         **evaluate.report(last),
@@ -104,7 +132,8 @@ def main() -> int:
         ("the same, playing", "grid.mp4"),
         ("loss and accuracy", "curves.png"),
         ("every answer", "accuracy.json"),
-        ("videos", "samples"),
+        ("its videos", "judged"),
+        ("validation videos", "samples"),
         ("checkpoints", "checkpoints"),
     ):
         print(f"  {label:18} {run / name}")

@@ -11,23 +11,32 @@ import argparse
 import json
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 
 import judge
+import numpy as np
 import torch
 import world
 
 from vtrain.cli.prepare import planned
+from vtrain.contract import Denoiser
 from vtrain.data.caches import Caches, fill_caches
 from vtrain.plan.records import Plan, ValidationPlan
+from vtrain.train.assemble import load_model
 from vtrain.train.processes import Processes
+from vtrain.train.resume import RunState, Start, read_state
 from vtrain.validate.generate import Validator, texts
+from vtrain.validate.video import to_frames
 
 SEEDS = range(7001, 8000)
 """Of the starting noise, one for each 32 prompts; not the run's own validation seed."""
 TOGETHER = 16
+"""Prompts in one batch."""
+Asked = tuple[int, world.Words]
+"""A seed of the starting noise, and what is asked for."""
 CHANCE = {"colour": 1 / 4, "shape": 1 / 2, "direction": 1 / 4, "all": 1 / 32}
 """Of naming a known word blindly."""
 
@@ -54,31 +63,45 @@ class Accuracy:
     all: float
 
 
-def answers(plan: Plan, checkpoint: Path | None, prompts: int, folder: Path) -> list[Answer]:
-    """Generate the first `prompts` fixed prompts with a checkpoint (None: untrained) into `folder`, and judge them."""
-    device = torch.device("cpu")
-    processes = Processes(plan.config.precision.mixed)
-    denoiser = plan.family.load_denoiser(str(device), plan.base, checkpoint)
+def fixed(prompts: int) -> list[Asked]:
+    """The first of the fixed questions: all combinations of known words from one starting noise, then from the next."""
+    return [(seed, words) for seed in SEEDS[: math.ceil(prompts / 32)] for words in world.combinations()][:prompts]
+
+
+def denoiser(plan: Plan, checkpoint: Path | None) -> Denoiser:
+    """The model as a run has it at a checkpoint, with its adapter under LoRA. None: as the run starts."""
+    state = read_state(checkpoint) if checkpoint else RunState(0, 0, {}, "", "")
+    return load_model(plan, Start(checkpoint, state, ()), "cpu")[0]
+
+
+def answers(plan: Plan, model: Denoiser, asked: Sequence[Asked], folder: Path) -> list[Answer]:
+    """Generate what is asked for into `folder`, and judge it."""
     found = []
-    for seed, first in zip(SEEDS, range(0, prompts, 32), strict=False):
-        asked = {f"{place:02}": words for place, words in enumerate(world.combinations()[: prompts - first])}
-        table = validation(plan, {name: words.caption for name, words in asked.items()}, seed)
-        fill_caches(plan, (), texts(table), str(device), lambda stage, done, total: None)
-        validator = Validator(
-            table,
-            plan.family,
-            plan.sampler,
-            Caches.open(plan),
-            denoiser,
-            device,
-            processes.accelerator.autocast,
-            lambda: False,
-        )
-        files = validator.videos(folder / f"seed-{seed}", list(asked), TOGETHER)
-        for name, words in asked.items():
+    for seed, group in groupby(asked, key=lambda each: each[0]):
+        questions = {words.caption.replace(" ", "-"): words for _, words in group}
+        made = validator(plan, model, {name: words.caption for name, words in questions.items()}, seed)
+        files = made.videos(folder / f"seed-{seed}", list(questions), TOGETHER)
+        for name, words in questions.items():
             read = judge.judge(judge.read(files[name]))
             found.append(Answer(words.caption, seed, world.held_out(words), read, read.hits(words)))
     return found
+
+
+def frames(plan: Plan, model: Denoiser, caption: str, seed: int) -> np.ndarray:
+    """One video as it leaves the model, uint8 (F, H, W, 3): no compression in between."""
+    made = validator(plan, model, {"one": caption}, seed)
+    with plan.family.open_video_codec("cpu") as codec, torch.no_grad():
+        return to_frames(codec.decode(made.latents(caption))[0]).numpy()
+
+
+def validator(plan: Plan, model: Denoiser, prompts: Mapping[str, str], seed: int) -> Validator:
+    """The run's own validation with other prompts, its text cached."""
+    table = validation(plan, prompts, seed)
+    fill_caches(plan, (), texts(table), "cpu", lambda stage, done, total: None)
+    model.module.eval()
+    autocast = Processes(plan.config.precision.mixed).accelerator.autocast
+    caches, device = Caches.open(plan), torch.device("cpu")
+    return Validator(table, plan.family, plan.sampler, caches, model, device, autocast, lambda: False)
 
 
 def validation(plan: Plan, prompts: Mapping[str, str], seed: int) -> ValidationPlan:
@@ -145,7 +168,8 @@ def main() -> None:
     plan = planned(chosen.config)
     checkpoint = chosen.checkpoint or newest(plan.config.run.output_dir)
     with tempfile.TemporaryDirectory() as scratch:
-        found = answers(plan, checkpoint, chosen.prompts, chosen.videos or Path(scratch))
+        model = denoiser(plan, checkpoint)
+        found = answers(plan, model, fixed(chosen.prompts), chosen.videos or Path(scratch))
     print(f"{checkpoint}\n{table(found)}")
     if chosen.json:
         chosen.json.write_text(json.dumps(report(found), indent=2) + "\n", encoding="utf-8")

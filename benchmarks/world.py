@@ -1,0 +1,172 @@
+"""What training modes teach the tiny world in equal steps: the judge's accuracy, loss, time and memory of each.
+
+    PYTHONPATH=examples/world python benchmarks/world.py [--output FOLDER] [--json FILE] [--write]
+
+From random weights, then a new word by LoRA on the model that examples/world/demo.py leaves (run before, if it was not).
+--write puts the table into docs/tiny-world.md. Wall times, one run after the other: compare them within one table alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import demo
+import evaluate
+import lora
+import report
+
+from vtrain.cli.prepare import planned
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "tiny-world.md"
+MARKED = re.compile(r"(<!-- measured: world -->\n).*?(<!-- end -->)", re.DOTALL)
+LAST = 50
+"""Steps over which the loss is averaged: single ones swing with the noise level."""
+CHECKPOINTING = {"gradient_checkpointing = false": "gradient_checkpointing = true"}
+FP32 = {'mixed = "bf16"': 'mixed = "no"'}
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A row. changes: of world.toml, or of lora.toml."""
+
+    name: str
+    changes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> str:
+        return re.sub(r"\W+", "-", self.name)
+
+
+FROM_NOTHING = (
+    Mode("full, bf16"),
+    Mode("full, fp32", FP32),
+    Mode("full, bf16, checkpointing", CHECKPOINTING),
+    Mode("full, bf16, 8 clips x 2 accumulated", {"batch_size = 16": "batch_size = 8\naccumulate = 2"}),
+)
+NEW_WORD = (
+    Mode("LoRA, bf16, base fp32"),
+    Mode("LoRA, bf16, base bf16", {'base = "fp32"': 'base = "bf16"'}),
+    Mode("LoRA, fp32", FP32),
+    Mode("LoRA, bf16, base fp32, checkpointing", CHECKPOINTING),
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one run. accuracy: label -> accuracy. loss: mean of the last steps. seconds: per step, median; memory: peak MiB."""
+
+    mode: str
+    steps: int
+    accuracy: Mapping[str, evaluate.Accuracy]
+    loss: float
+    seconds: float
+    memory: float
+
+
+def run(config: Path) -> Path:
+    """Train; the newest checkpoint."""
+    subprocess.run(["vtrain", "run", str(config)], check=True)
+    return evaluate.newest(planned(config).config.run.output_dir)
+
+
+def measured(mode: Mode, config: Path, accuracy: Mapping[str, evaluate.Accuracy]) -> Measured:
+    lines = (planned(config).config.run.output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    seconds = statistics.median(row["seconds"] for row in rows)
+    memory = max(row["memory"] for row in rows) / 2**20
+    loss = statistics.fmean(row["loss"] for row in rows[-LAST:])
+    found = Measured(mode.name, len(rows), accuracy, loss, seconds, memory)
+    report.say(f"{mode.name}: {', '.join(f'{name} {shares.all:.0%}' for name, shares in accuracy.items())}")
+    return found
+
+
+def from_nothing(mode: Mode, output: Path) -> Measured:
+    folder = output / "table" / mode.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    changes = {
+        "../../demo-output/world/run": (folder / "run").as_posix(),
+        "../../demo-output/world": output.as_posix(),
+        "at_start = true": "at_start = false",
+        **demo.SHORT.changes,
+        f'every = "{demo.SHORT.every} steps"': f'every = "{demo.SHORT.steps} steps"',
+        **mode.changes,
+    }
+    config = demo.write_config(demo.HERE / "world.toml", folder / "world.toml", changes)
+    checkpoint = run(config)
+    plan = planned(config)
+    found = evaluate.answers(plan, evaluate.denoiser(plan, checkpoint), evaluate.fixed(64), folder / "judged")
+    return measured(mode, config, {"all prompts": evaluate.accuracy(found)})
+
+
+def new_word(mode: Mode, output: Path) -> Measured:
+    folder = output / "table" / mode.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    changes = {
+        "../../demo-output/world/lora/run": (folder / "run").as_posix(),
+        **lora.moved(output / "lora"),
+        "at_start = true": "at_start = false",
+        **mode.changes,
+    }
+    config = demo.write_config(lora.SOURCE, folder / "lora.toml", changes)
+    adapter = run(config)
+    return measured(mode, config, lora.judged(planned(config), adapter, folder / "judged"))
+
+
+def table(found: list[Measured]) -> str:
+    """Rows of one task."""
+    kinds = list(found[0].accuracy)
+    heads = (
+        "mode",
+        *(f"{kind}, all right" for kind in kinds),
+        "colour / shape / direction",
+        "loss",
+        "s/step",
+        "peak MiB",
+    )
+    rows = []
+    for each in found:
+        first = each.accuracy[kinds[0]]
+        words = f"{first.colour:.0%} / {first.shape:.0%} / {first.direction:.0%}"
+        shares = (f"{each.accuracy[kind].all:.1%} of {each.accuracy[kind].prompts}" for kind in kinds)
+        rows.append((each.mode, *shares, words, f"{each.loss:.3f}", f"{each.seconds:.3f}", f"{each.memory:.0f}"))
+    return report.table(heads, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The tiny world in every training mode.")
+    parser.add_argument("--output", type=Path, default=demo.OUTPUT, help="demo.py's output folder, used and kept")
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE.relative_to(ROOT)}")
+    chosen = parser.parse_args()
+    output = chosen.output.resolve()
+    subprocess.run([sys.executable, str(demo.HERE / "demo.py"), "--output", str(output)], check=True)
+    trained = evaluate.newest(planned(output / "world.toml").config.run.output_dir)
+    lora.prepare(output, trained, output / "lora")
+    full = [from_nothing(mode, output) for mode in FROM_NOTHING]
+    adapters = [new_word(mode, output) for mode in NEW_WORD]
+    told = "; ".join(f"{name} {value}" for name, value in report.machine().items())
+    text = (
+        f"Measured on {datetime.now(UTC):%Y-%m-%d}: {told}.\n\n"
+        f"From random weights, {full[0].steps} steps, 64 prompts:\n\n{table(full)}\n\n"
+        f"A new word, {adapters[0].steps} steps on {lora.CLIPS} clips:\n\n{table(adapters)}\n"
+    )
+    report.say(text)
+    rows = [{**vars(each), "accuracy": {k: vars(v) for k, v in each.accuracy.items()}} for each in (*full, *adapters)]
+    report.write_json(chosen.json, {"world": rows})
+    if chosen.write:
+        page = PAGE.read_text(encoding="utf-8")
+        PAGE.write_text(MARKED.sub(lambda match: match[1] + text + match[2], page), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -25,8 +25,8 @@ def sample_of(data: bytes, dataset) -> Sample:
     place = fit(source, dataset, ANY)
     return Sample(
         id="clips/x.mp4", dataset="clips", place=0, ref_id="x.mp4", size=len(data), version="1",
-        picture=Size(source.width, source.height), box=place.box, shape=place.shape, fps=dataset.fps,
-        starts=place.samples[0], crop=dataset.table.crop, captions=(Caption(""),),
+        picture=Size(source.width, source.height), box=place.cuts[0].box, shape=place.shape, fps=place.fps,
+        starts=place.cuts[0].starts, crop=dataset.table.crop, captions=(Caption(""),),
     )  # fmt: skip
 
 

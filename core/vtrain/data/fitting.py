@@ -19,16 +19,39 @@ _SAME_RATE = 0.99
 
 
 @dataclass(frozen=True, slots=True)
-class Fit:
-    """A clip's place. samples: what is made of it, each with the starts of its windows (of which a draw uses one), in
-    seconds after the first frame."""
+class Cut:
+    """One sample of a clip. starts: of its windows, of which a draw uses one, in seconds after the first frame.
 
-    shape: ClipShape
-    samples: tuple[tuple[float, ...], ...]
+    box: the part of the picture that is used.
+    """
+
+    starts: tuple[float, ...]
     box: Box
 
 
-def fit(source: Probe, dataset: DatasetPlan, rule: FrameRule) -> Fit | Left:
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A clip's place in its dataset. shape: its bucket. fps: frames a second of a window. cuts: its samples.
+
+    stretch: how much wider or higher the picture becomes by being squeezed into the bucket, at least 1.
+    """
+
+    shape: ClipShape
+    fps: float
+    cuts: tuple[Cut, ...]
+    stretch: float = 1.0
+
+
+def decides(dataset: DatasetPlan, rule: FrameRule) -> list[object]:
+    """Everything of a dataset's settings that decides over its files, as JSON knows it."""
+    table = dataset.table
+    return [
+        FIT_VERSION, dataset.backend.location, dataset.sizes, dataset.frames, dataset.min_frames, dataset.fps,
+        str(rule), table.crop, table.upscale, table.video.window, table.captions, table.missing_caption,
+    ]  # fmt: skip
+
+
+def fit(source: Probe, dataset: DatasetPlan, rule: FrameRule, ref_id: str = "") -> Fit | Left:
     """The clip's bucket: the size of nearest aspect (log distance), and as many frames as rule and length allow."""
     available = available_frames(source.duration, dataset.fps)
     frames = rule.floor(min(available, dataset.frames))
@@ -40,7 +63,8 @@ def fit(source: Probe, dataset: DatasetPlan, rule: FrameRule) -> Fit | Left:
     if not dataset.table.upscale and _enlarged(box, size):
         return _too_small(source, box, size)
     spare = available - frames if dataset.table.video.window == "center" else 0
-    return Fit(ClipShape(frames, size.height, size.width), (((spare // 2) / dataset.fps,),), box)
+    cuts = (Cut(((spare // 2) / dataset.fps,), box),)
+    return Fit(ClipShape(frames, size.height, size.width), dataset.fps, cuts)
 
 
 def _nearest(source: Probe, dataset: DatasetPlan) -> tuple[Size, Box]:

@@ -11,7 +11,7 @@ from itertools import chain
 
 from vtrain.contract import ClipShape, DataError, FrameRule, Problem, Size, SourceRef, Words
 from vtrain.data import captions
-from vtrain.data.fitting import FIT_VERSION, fit
+from vtrain.data.fitting import decides, fit
 from vtrain.data.ledger import Fate, Ledger, Source
 from vtrain.data.listing import Listing, list_files
 from vtrain.data.sample import Left, Sample
@@ -68,12 +68,7 @@ def scan(plan: Plan, on_file: Callable[[int], None] | None = None) -> Scan:
 
 def settings_key(dataset: DatasetPlan, rule: FrameRule) -> str:
     """Names everything of a dataset's settings that decides over its files."""
-    table = dataset.table
-    settings = [
-        FIT_VERSION, dataset.backend.location, dataset.sizes, dataset.frames, dataset.min_frames, dataset.fps,
-        str(rule), table.crop, table.upscale, table.video.window, table.captions, table.missing_caption,
-    ]  # fmt: skip
-    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(decides(dataset, rule)).encode()).hexdigest()
 
 
 def _scan_dataset(
@@ -123,21 +118,21 @@ def _decide(
     source = sources[ref.id]
     if source.probe is None:
         return Left("failed", "bad file", str(source.fault))
-    place_of = fit(source.probe, dataset, rule)
+    place_of = fit(source.probe, dataset, rule, ref.id)
     if isinstance(place_of, Left):
         return place_of
     chosen = captions.choose(ref.id, _beside(ref, sources, beside), dataset.table)
     if isinstance(chosen, Left):
         return chosen
-    several = len(place_of.samples) > 1
+    several = len(place_of.cuts) > 1
     return tuple(
         Sample(
             id=f"{dataset.id}/{ref.id}{f'#{number}' if several else ''}", dataset=dataset.id, place=place,
             ref_id=ref.id, size=ref.size, version=ref.version,
-            picture=Size(source.probe.width, source.probe.height), box=place_of.box, shape=place_of.shape,
-            fps=dataset.fps, starts=starts, crop=dataset.table.crop, captions=chosen,
+            picture=Size(source.probe.width, source.probe.height), box=cut.box, shape=place_of.shape,
+            fps=place_of.fps, starts=cut.starts, crop=dataset.table.crop, captions=chosen,
         )
-        for number, starts in enumerate(place_of.samples, start=1)
+        for number, cut in enumerate(place_of.cuts, start=1)
     )  # fmt: skip
 
 

@@ -57,7 +57,7 @@ class PrecisionTable(Options):
 
 
 class VideoTable(Options):
-    """[data.video]: which frames of a clip are used. Frames are counted after resampling to fps."""
+    """[data.video]: which frames of a clip are used. Frames are counted after resampling to fps and frame_interval."""
 
     frames: int | None = Field(None, ge=1, description="frames of a training clip; absent: the family's default")
     min_frames: int | None = Field(
@@ -65,13 +65,38 @@ class VideoTable(Options):
         ge=1,
         description="a clip of fewer frames is dropped; absent: frames. Clips between are cut to the frame rule",
     )
-    fps: float | None = Field(
-        None, gt=0, le=240, description="frames per second after resampling; absent: the family's"
+    max_frames: int | None = Field(
+        None,
+        ge=1,
+        description="a longer clip is cut into pieces of this many frames, each used like a clip of its own; absent: it "
+        'stays whole. With bucket_by = "resolution_frames" also the longest training clip; absent there: frames',
     )
+    fps: Annotated[float, Field(gt=0, le=240)] | Literal["source"] | None = Field(
+        None, description='frames per second after resampling; "source": each clip\'s own rate; absent: the family\'s'
+    )
+    frame_interval: int = Field(1, ge=1, le=1000, description="after resampling, take every n-th frame")
     repeat_frames: bool = Field(
         False, description="use clips slower than fps, each frame shown more than once, instead of dropping them"
     )
-    window: Literal["start", "center"] = Field("start", description="which part of a longer clip is used")
+    window: Literal["start", "center", "all", "random"] = Field(
+        "start",
+        description="which part of a longer clip is used; all: every part, each a sample of its own; random: one of a "
+        "fixed set of windows, drawn anew at each use",
+    )
+    windows: int = Field(
+        4, ge=1, le=1000, description='window = "random": windows in the set, spread evenly over the clip, each cached'
+    )
+    bucket_by: Literal["aspect", "resolution_frames"] = Field(
+        "aspect",
+        description="aspect: clips have `frames` frames, only shorter ones fewer; resolution_frames: each clip has as "
+        "many as it can, up to max_frames",
+    )
+    round_to: int = Field(
+        1,
+        ge=1,
+        description='bucket_by = "resolution_frames": lengths are rounded down to steps of this many frames, so that '
+        "there are fewer buckets",
+    )
 
 
 class DataTable(Options):
@@ -79,22 +104,56 @@ class DataTable(Options):
 
     id: str | None = Field(None, min_length=1, max_length=100, description="name of the dataset; absent: its place")
     enabled: bool = Field(True, description="false leaves the dataset out")
-    captions: Literal["textfile", "filename"] = Field(
-        "textfile", description="textfile: the .txt of the same name; filename: the file's stem, _ and - as spaces"
+    captions: Literal["textfile", "filename", "instance_prompt", "csv", "parquet", "json", "backend"] | None = Field(
+        None,
+        description="textfile: the .txt of the same name, a caption a line; filename: the file's stem, _ and - as "
+        "spaces; instance_prompt: `caption` for every clip; csv, parquet: from captions_file; json: the .json of the "
+        'same name; backend: those the data backend has. Absent: "backend" where it has some, else "textfile"',
+    )
+    caption: str | None = Field(None, min_length=1, description='captions = "instance_prompt": the caption of every clip')
+    caption_prefix: str = Field("", description="put before every caption as it stands, with any space it ends in")
+    captions_file: LocalPath | None = Field(None, description='captions = "csv" or "parquet": the file that has them')
+    file_column: str | None = Field(
+        None, min_length=1, description='column of captions_file with the clip\'s path in the dataset; absent: "file"'
+    )
+    caption_column: str | None = Field(
+        None, min_length=1, description='column of captions_file with the caption; absent: "caption"'
     )
     missing_caption: Literal["drop", "empty"] = Field(
         "drop", description="a clip without a caption is dropped with that reason, or trained with an empty one"
     )
-    resolution: str | Annotated[tuple[Size, ...], Field(strict=False, min_length=1)] | None = Field(
-        None, description='a bucket set of the family ("480p"), a size "WxH", or a list of sizes; absent: the family\'s'
+    resolution: (
+        str
+        | Annotated[int, Field(ge=1, le=65536)]
+        | Annotated[tuple[Size, ...], Field(strict=False, min_length=1)]
+        | None
+    ) = Field(
+        None,
+        description='a bucket set of the family ("480p"), a size "WxH", a list of sizes, or a number, from which buckets '
+        "of eleven aspects are made by resolution_type; absent: the family's",
     )
-    crop: Literal["center", "none"] = Field(
-        "center", description="center: scale to cover the bucket, cut the rest; none: squeeze the whole frame into it"
+    resolution_type: Literal["pixel_area", "pixel"] = Field(
+        "pixel_area",
+        description="unit of a number in resolution, min_size, max_size and downsample_to. pixel_area: the edge of a "
+        "square of that area; pixel: the shorter edge",
+    )
+    crop: Literal["center", "random", "none"] = Field(
+        "center",
+        description="center: scale to cover the bucket, cut the rest; random: the same at a place drawn once for each "
+        "clip and window; none: squeeze the whole frame into it",
+    )
+    min_size: int | None = Field(None, ge=1, description="a smaller clip is dropped")
+    max_size: int | None = Field(None, ge=1, description="a larger clip counts as reduced to downsample_to")
+    downsample_to: int | None = Field(
+        None, ge=1, description="the size that a clip above max_size is reduced to before it is cropped"
     )
     upscale: bool = Field(False, description="use clips smaller than their bucket, enlarged, instead of dropping them")
     repeats: int = Field(0, ge=0, description="extra passes over the dataset in each epoch")
-    on_bad_file: Literal["skip", "stop"] = Field(
-        "skip", description="a file that cannot be read: leave it out, or stop"
+    on_bad_file: Literal["skip", "stop", "move"] = Field(
+        "skip", description="a file that cannot be read: leave it out, stop, or leave it out and move it to quarantine"
+    )
+    quarantine: LocalPath | None = Field(
+        None, description='on_bad_file = "move": the folder, outside the dataset, that bad files are moved to'
     )
     video: VideoTable = Field(VideoTable(), description="which frames of a clip are used")
 
@@ -105,6 +164,9 @@ class CacheTable(Options):
     dir: LocalPath = Field("cache", validate_default=True, description="folder of the ledger and the encoded samples")
     text_batch: int = Field(8, ge=1, description="captions encoded at once")
     video_batch: int = Field(1, ge=1, description="clips encoded at once")
+    compress: bool = Field(
+        False, description="lossless compression (zstd) of entries written from now on; those that are there stay as they are"
+    )
 
 
 class ClipTable(Options):

@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
 from vtrain.contract import DataError, Problem
 from vtrain.data.keys import FORMAT
-from vtrain.data.packing import Bytes, Packed, dtype_names, from_words, pack, unpack, words
+from vtrain.data.packing import Bytes, Packed, from_bytes, from_words, pack, unpack, words
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +43,7 @@ class _Header:
     stamp: tuple[str, ...]
 
     @classmethod
-    def read(cls, stream: BinaryIO) -> _Header:
+    def read(cls, stream: IO[bytes]) -> _Header:
         """From the start of a file. Raises OSError or ValueError."""
         data = stream.read(8 + _LONGEST_HEADER)
         length = int.from_bytes(data[:8], "little")
@@ -109,8 +109,8 @@ class Entries:
     def sound(self, key: str) -> bool:
         """Whether the entry is there, whole and its own: its header and length are looked at, not its numbers."""
         try:
-            with self.path(key).open("rb", buffering=0) as stream:
-                header = _Header.read(stream)  # type: ignore[arg-type]  # raw, so that no more than the header is read
+            with self.path(key).open("rb", buffering=0) as stream:  # so that no more than the header is read
+                header = _Header.read(stream)
                 return header.is_of(key) and header.length == os.fstat(stream.fileno()).st_size
         except (OSError, ValueError):
             return False
@@ -209,17 +209,11 @@ def _load(path: Path, key: str) -> tuple[_Header, Bytes]:
 
 def _tensors(header: _Header, data: Bytes) -> dict[str, Tensor]:
     """Raises ValueError for a compressed entry that does not unpack."""
-    import torch
-
     packed = from_words(" ".join(header.stamp[3:]))
-    found, types = {}, dtype_names()
+    found = {}
     for name, (dtype, shape, begin, end) in header.tensors.items():
         part = data[begin:end]
-        found[name] = (
-            unpack(packed[name], part)
-            if name in packed
-            else torch.from_numpy(part).view(types[dtype]).view(shape)
-        )
+        found[name] = unpack(packed[name], part) if name in packed else from_bytes(part, dtype, shape)
     return found
 
 

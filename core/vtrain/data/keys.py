@@ -8,7 +8,7 @@ import json
 from vtrain.contract import Caption, Role
 from vtrain.data.sample import Sample
 
-FORMAT = "vtrain-cache-1"
+FORMAT = "vtrain-cache-2"
 """Layout of an entry, in its name and in its metadata."""
 
 

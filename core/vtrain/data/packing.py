@@ -46,16 +46,24 @@ def dtype_names() -> Mapping[str, Any]:
     }  # fmt: skip
 
 
+def from_bytes(data: Bytes, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """The tensor that lies in these bytes; it shares their memory."""
+    import torch
+
+    of = dtype_names()[dtype]
+    return torch.from_numpy(data).view(of).view(shape) if len(data) else torch.empty(shape, dtype=of)
+
+
 def pack(tensor: Tensor) -> tuple[Packed, Tensor]:
     """A contiguous tensor on the CPU -> what it was, and uint8 (n,)."""
     import torch
     from zstandard import ZstdCompressor
 
     names = {dtype: name for name, dtype in dtype_names().items()}
-    data: Bytes = tensor.reshape(-1).view(torch.uint8).numpy()
-    width = tensor.element_size()
+    data: Bytes = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else np.empty(0, np.uint8)
     compress = ZstdCompressor(_LEVEL).compress
-    plain, shuffled = compress(data), compress(np.ascontiguousarray(data.reshape(-1, width).T))
+    plain = compress(data.tobytes())
+    shuffled = compress(data.reshape(-1, tensor.element_size()).T.tobytes())
     smaller = min(plain, shuffled, key=len)
     packed = Packed(names[tensor.dtype], tuple(tensor.shape), smaller is shuffled)
     return packed, torch.frombuffer(bytearray(smaller), dtype=torch.uint8)
@@ -63,7 +71,6 @@ def pack(tensor: Tensor) -> tuple[Packed, Tensor]:
 
 def unpack(packed: Packed, data: Bytes) -> Tensor:
     """The tensor again, bit for bit. Raises ValueError if the bytes are not what `packed` says."""
-    import torch
     from zstandard import ZstdDecompressor, ZstdError, frame_content_size
 
     try:
@@ -75,7 +82,7 @@ def unpack(packed: Packed, data: Bytes) -> Tensor:
     numbers: Bytes = np.frombuffer(raw, dtype=np.uint8)
     width = _WIDTHS[packed.dtype]
     restored = numbers.reshape(width, -1).T.copy() if packed.shuffled else numbers.copy()
-    return torch.from_numpy(restored.reshape(-1)).view(dtype_names()[packed.dtype]).view(packed.shape)
+    return from_bytes(restored.reshape(-1), packed.dtype, packed.shape)
 
 
 def words(packed: Mapping[str, Packed]) -> str:

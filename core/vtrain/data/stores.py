@@ -7,7 +7,7 @@ from functools import cached_property
 from vtrain.contract import Caption, Role
 from vtrain.data import hashes
 from vtrain.data.decode import TRANSFORM_VERSION
-from vtrain.data.entries import Entries
+from vtrain.data.entries import KINDS, Entries
 from vtrain.data.keys import text_key, video_key
 from vtrain.data.ledger import ContentHashes
 from vtrain.data.sample import Sample
@@ -20,7 +20,8 @@ class Stores:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         folder = plan.config.cache.dir
-        self.text, self.video = Entries(folder, "text"), Entries(folder, "video")
+        compress = plan.config.cache.compress
+        self.text, self.video = (Entries(folder, kind, compress=compress) for kind in KINDS)
         self._contents = ContentHashes(folder)
         self._hash_file = hashes.FileHashes(folder / hashes.FILE)
 

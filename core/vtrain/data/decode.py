@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
@@ -16,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtrain.data.sample import Sample
+from vtrain.data.spool import hashed as hashed
 from vtrain.data.timing import SLACK, on_screen
 from vtrain.data.video import FileFault, Orientation, faults, open_video
 
@@ -27,48 +24,22 @@ if TYPE_CHECKING:
 TRANSFORM_VERSION = 1
 """Raised when the pixels that this module makes of a file change: part of every video key."""
 
-_CHUNK = 1 << 20
-_IN_MEMORY = 256 << 20
 _SEEK_SECONDS = 2.0
 """A window that starts later than this is sought; before, decoding from the first frame costs less."""
 
 
-@contextmanager
-def hashed(stream: BinaryIO) -> Iterator[tuple[str, BinaryIO]]:
-    """SHA-256 of all its bytes, and a file with the same bytes from their start. Raises FileFault.
+def decode(stream: BinaryIO, sample: Sample, start: float, into: Tensor | None = None) -> Tensor:
+    """uint8 (3, F, h, w) in the sample's shape, of the window at `start`; written to `into` if that is given.
 
-    A local file is read once and rewound (its pages are then in memory); others are spooled, so that nothing is
-    fetched twice.
+    One decoded frame is in memory at a time, and those that the codec refers to. Raises FileFault, with both counts if
+    frames are missing.
     """
-    with ExitStack() as stack:
-        local = isinstance(stream, io.BufferedReader)
-        copy = stream if local else stack.enter_context(_spool())
-        digest = hashlib.sha256()
-        with faults("cannot be read"):
-            while chunk := stream.read(_CHUNK):
-                digest.update(chunk)
-                if not local:
-                    copy.write(chunk)
-            copy.seek(0)
-        yield digest.hexdigest(), copy
-
-
-def _spool() -> BinaryIO:
-    return cast("BinaryIO", tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY))
-
-
-def decode(stream: BinaryIO, sample: Sample, start: float) -> Tensor:
-    """uint8 (3, F, h, w) in the sample's shape, of the window at `start`.
-
-    Raises FileFault, with both counts if frames are missing.
-    """
+    pixels = torch.empty((3, *sample.shape), dtype=torch.uint8) if into is None else into
     if start > _SEEK_SECONDS:
-        pixels = _decode(stream, sample, start, seek=True)
-        if pixels is not None:
+        if _decode(stream, sample, start, pixels, seek=True):
             return pixels
         stream.seek(0)  # the file cannot be sought that precisely: take it from its first frame
-    pixels = _decode(stream, sample, start, seek=False)
-    if pixels is None:
+    if not _decode(stream, sample, start, pixels, seek=False):
         raise FileFault("its first frame comes after the window's start")
     return pixels
 
@@ -78,10 +49,9 @@ def unit_range(pixels: Tensor) -> Tensor:
     return pixels.float().div_(127.5).sub_(1.0)
 
 
-def _decode(stream: BinaryIO, sample: Sample, start: float, *, seek: bool) -> Tensor | None:
-    """None if the first frame that could be had comes too late."""
+def _decode(stream: BinaryIO, sample: Sample, start: float, pixels: Tensor, *, seek: bool) -> bool:
+    """False if the first frame that could be had comes too late."""
     times, shape = sample.times(start), sample.shape
-    pixels = torch.empty((3, *shape), dtype=torch.uint8)
     done, last, picture = 0, None, None
     try:
         with open_video(stream, torch.get_num_threads()) as (container, video), faults("cannot be decoded"):
@@ -96,10 +66,10 @@ def _decode(stream: BinaryIO, sample: Sample, start: float, *, seek: bool) -> Te
         if not seek:
             raise
     if done == 0 and seek:
-        return None
+        return False
     if done < shape.frames:
         raise FileFault(f"{_missing(done, sample)}: is it truncated?")
-    return pixels
+    return True
 
 
 def _missing(done: int, sample: Sample) -> str:

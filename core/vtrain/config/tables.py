@@ -155,6 +155,13 @@ class DataTable(Options):
     quarantine: LocalPath | None = Field(
         None, description='on_bad_file = "move": the folder, outside the dataset, that bad files are moved to'
     )
+    images: bool = Field(False, description="also use single images, as clips of one frame")
+    decode_timeout: float = Field(
+        120.0,
+        gt=0,
+        description="seconds that a file may take to decode, not counting the wait for its storage; a decoder that hangs "
+        "is stopped then, and the file is left out",
+    )
     video: VideoTable = Field(VideoTable(), description="which frames of a clip are used")
 
 

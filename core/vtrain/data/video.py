@@ -24,6 +24,9 @@ SUFFIXES = frozenset(
 )  # fmt: skip
 """Lower-case suffixes of files that are taken for videos."""
 
+IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"))
+"""Lower-case suffixes of files that are taken for clips of one frame where data.images is true."""
+
 # Only formats that hold their own pictures: a playlist renamed to .mp4 must not make ffmpeg open other files.
 _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegvideo,mpegts,asf,flv,ogg,gif"
 

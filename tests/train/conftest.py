@@ -56,6 +56,9 @@ warmup = "2 steps"
 every = "{save} steps"
 """
 
+OWN = ("seconds", "data_wait", "memory")
+"""What of a row differs between runs."""
+
 LORA = "\n[model.lora]\nrank = {rank}\nalpha = 8.0\ndropout = 0.2\n"
 
 
@@ -85,7 +88,7 @@ class Folder:
     def rows(self) -> list[dict[str, Any]]:
         """metrics.jsonl without what differs between runs."""
         lines = (self.output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "memory")} for line in lines]
+        return [{k: v for k, v in json.loads(line).items() if k not in OWN} for line in lines]
 
     def tensors(self, step: int) -> dict[str, Tensor]:
         """Every tensor of a checkpoint."""

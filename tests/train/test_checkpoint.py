@@ -123,7 +123,7 @@ def test_a_full_disk_is_told_and_the_last_good_checkpoint_stays(tmp_path: Path) 
 
 
 def row(step: int) -> metrics.Row:
-    return metrics.Row(step, step / 10, 1.0 / step, 1.0 / step, 1e-3, None, [0.5], ["a"], 0.1, 100)
+    return metrics.Row(step, step / 10, 1.0 / step, 1.0 / step, 1e-3, None, [0.5], ["a"], 0.1, 0.0, 100)
 
 
 def test_metrics_are_cut_back_to_the_checkpoint_and_a_torn_line_goes(tmp_path: Path) -> None:

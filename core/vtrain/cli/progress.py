@@ -24,11 +24,16 @@ from vtrain.train.metrics import Row
 
 
 def numbers(row: Row, steps: int, seconds: float) -> str:
-    """One line: loss, learning rate, gradient norm, terms, s/step, time left, memory. seconds: smoothed, per step."""
+    """One line: loss, learning rate, gradient norm, terms, s/step, time left, memory. seconds: smoothed, per step.
+
+    The share of the step in which it waited for its data is shown where it is 1% or more.
+    """
     terms = "".join(f"  {name} {value:.4g}" for name, value in row.terms.items())
     norm = f"  norm {row.grad_norm:.3g}" if row.grad_norm is not None else ""
     left = timedelta(seconds=round((steps - row.step) * seconds))
-    return f"loss {row.loss:.4f}{terms}  lr {row.lr:.2e}{norm}  {seconds:.3g} s/step  left {left}  {bytes_text(row.memory)}"
+    waiting = f"  waiting for data {row.data_wait / row.seconds:.0%}" if row.data_wait >= 0.01 * row.seconds > 0 else ""
+    pace = f"{seconds:.3g} s/step{waiting}  left {left}"
+    return f"loss {row.loss:.4f}{terms}  lr {row.lr:.2e}{norm}  {pace}  {bytes_text(row.memory)}"
 
 
 class Display:

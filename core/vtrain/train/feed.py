@@ -1,11 +1,12 @@
-"""Micro-batches with their noise, made ready one thread ahead of the step."""
+"""Micro-batches with their noise, read, drawn and put on the device in the background, ahead of the step."""
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,17 +15,22 @@ from vtrain.data.batches import Batch, Batches
 from vtrain.data.seeds import generator
 from vtrain.train.step import StepInput
 
-AHEAD = 2
+AHEAD = 4
+"""Micro-batches that are ready or in the making while one is trained on: they bridge a storage that stutters."""
 
 
 @dataclass(frozen=True)
 class Fed:
-    """A step's input, on the device, and what is logged of it. sigmas: one, or one per latent frame, for each clip."""
+    """A step's input, on the device, and what is logged of it. sigmas: one, or one per latent frame, for each clip.
+
+    waited: seconds for which the step had to wait for it.
+    """
 
     given: StepInput
     micro_batch: int
     sample_ids: tuple[str, ...]
     sigmas: list[float | list[float]]
+    waited: float = 0.0
 
 
 class Feed:
@@ -69,13 +75,26 @@ class Feed:
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
-    def stream(self, numbers: Iterator[tuple[int, int]]) -> Iterator[Fed]:
-        """`prepare` of each (micro-batch number, step), up to AHEAD of them in advance."""
+    def stream(self, numbers: Iterator[tuple[int, int]]) -> Generator[Fed]:
+        """`prepare` of each (micro-batch number, step), in order, up to AHEAD of them in advance by one thread.
+
+        What goes wrong in making one is raised when its turn comes. Closing it ends the thread.
+        """
         with ThreadPoolExecutor(1, thread_name_prefix="feed", initializer=self._enter_thread) as pool:
             waiting: deque[Future[Fed]] = deque()
-            for number, step in numbers:
-                waiting.append(pool.submit(self.prepare, number, step))
-                if len(waiting) > AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            try:
+                for number, step in numbers:
+                    waiting.append(pool.submit(self.prepare, number, step))
+                    if len(waiting) > AHEAD:
+                        yield _wait(waiting.popleft())
+                while waiting:
+                    yield _wait(waiting.popleft())
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+
+def _wait(future: Future[Fed]) -> Fed:
+    began = time.perf_counter()
+    fed = future.result()
+    return replace(fed, waited=time.perf_counter() - began)

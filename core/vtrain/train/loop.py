@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,8 +120,12 @@ class Loop:
         save = Interval(checkpoint.every, self.steps_per_epoch, time.monotonic())
         if at_start and self.ends.validate and self.first == 0:
             yield from self.validation(0, validate)
-        fed = self.feed.stream(self.order())
-        self.restart_clock()
+        with closing(self.feed.stream(self.order())) as fed:
+            self.restart_clock()
+            yield from self.steps(fed, save, validate)
+
+    def steps(self, fed: Iterator[Fed], save: Interval, validate: Interval | None) -> Iterator[Event]:
+        """Optimizer steps, with what is due after each."""
         for number in range(self.first, self.last):
             with at_step(number + 1):
                 self.optimizer_step(number, fed)
@@ -158,7 +163,8 @@ class Loop:
                 output: StepOutput = self.step(item.given)
                 (output.loss / self.table.accumulate).backward()  # type: ignore[no-untyped-call]
             loss, metrics = output.loss.detach(), dict(output.metrics)
-            micro.append(Measured(item.micro_batch, item.sigmas, item.sample_ids, loss, output.flow, metrics))
+            shown = (item.micro_batch, item.sigmas, item.sample_ids)
+            micro.append(Measured(*shown, loss, output.flow, metrics, item.waited))
         norm = self.clip(number)
         lr = 0.0
         for group in self.optimizer.param_groups:

@@ -17,8 +17,9 @@ class Row:
 
     step: 1-based. loss: flow loss plus terms, mean over the step's micro-batches; flow_loss: without terms.
     grad_norm: before clipping; None on steps where it was not read. sigmas, samples: in draw order over all processes.
-    terms: regularizers' numbers. seconds: wall time of a step, mean since the last reading; memory: resident bytes on a
-    CPU, peak bytes on a device. These two differ between runs; all else is the same when a run is resumed.
+    terms: regularizers' numbers. seconds: wall time of a step, mean since the last reading; data_wait: seconds of it in
+    which the step waited for its data, on the slowest process; memory: resident bytes on a CPU, peak bytes on a device.
+    These three differ between runs; all else is the same when a run is resumed.
     """
 
     step: int
@@ -30,6 +31,7 @@ class Row:
     sigmas: list[float | list[float]]
     samples: list[str]
     seconds: float
+    data_wait: float
     memory: int
     terms: Mapping[str, float] = field(default_factory=dict)
 
@@ -38,7 +40,15 @@ class Row:
         values = {"loss": self.loss, "flow_loss": self.flow_loss, "lr": self.lr, "epoch": self.epoch}
         if self.grad_norm is not None:
             values["grad_norm"] = self.grad_norm
-        return values | dict(self.terms) | {"step_seconds": self.seconds, "memory_gib": self.memory / 2**30}
+        return (
+            values
+            | dict(self.terms)
+            | {
+                "step_seconds": self.seconds,
+                "data_wait_seconds": self.data_wait,
+                "memory_gib": self.memory / 2**30,
+            }
+        )
 
 
 def append(folder: Path, rows: Iterable[Row]) -> None:

@@ -16,7 +16,10 @@ from vtrain.train.processes import Processes
 
 @dataclass(frozen=True)
 class Measured:
-    """One micro-batch, numbers still on the device, its inputs let go. loss: scalar; flow (B,); terms: scalars by name."""
+    """One micro-batch, numbers still on the device, its inputs let go. loss: scalar; flow (B,); terms: scalars by name.
+
+    waited: seconds for its data.
+    """
 
     micro_batch: int
     sigmas: list[float | list[float]]
@@ -24,6 +27,7 @@ class Measured:
     loss: Tensor
     flow: Tensor
     terms: dict[str, Tensor]
+    waited: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Reading:
     terms: dict[str, float]
     sigmas: list[float | list[float]]
     samples: tuple[str, ...]
+    waited: float = 0.0
 
 
 def fetch(unread: Sequence[Unread]) -> tuple[list[Reading], list[float | None]]:
@@ -66,6 +71,7 @@ def fetch(unread: Sequence[Unread]) -> tuple[list[Reading], list[float | None]]:
             terms={name: next(numbers) for name in m.terms},
             sigmas=m.sigmas,
             samples=m.samples,
+            waited=m.waited,
         )
         for step, m in micro
     ]
@@ -101,6 +107,7 @@ def rows(
                 sigmas=[sigma for part in parts for sigma in part.sigmas],
                 samples=[sample for part in parts for sample in part.samples],
                 seconds=seconds,
+                data_wait=_longest_wait(parts, processes.count),
                 memory=memory,
                 terms={name: _mean([part.terms[name] for part in parts]) for name in parts[0].terms},
             )
@@ -129,6 +136,14 @@ def check_finite(step: int, parts: Sequence[Reading], norm: float | None, before
                 "No checkpoint holds these weights. Look at these clips, lower the learning rate, or clip the gradient.",
             )
         )
+
+
+def _longest_wait(parts: Sequence[Reading], processes: int) -> float:
+    """Seconds that the slowest process waited for the data of a step: the others wait for it."""
+    waits = [0.0] * processes
+    for part in parts:
+        waits[part.micro_batch % processes] += part.waited
+    return max(waits)
 
 
 def _mean(values: list[float]) -> float:

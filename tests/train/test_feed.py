@@ -1,0 +1,130 @@
+"""Micro-batches are made ahead of the step: how many, by whom, and what becomes of them when the run ends early."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from vtrain.contract import DataError, Latents, NoiseLevel, Problem, Text
+from vtrain.data.batches import Batch
+from vtrain.train.feed import AHEAD, Feed
+from vtrain.train.readings import Reading, _longest_wait
+
+
+class Made:
+    """Batches made by a function of their number, which remembers what was asked for, and where."""
+
+    def __init__(self, make: Callable[[int], None] = lambda number: None) -> None:
+        self.make, self.asked, self.threads = make, list[int](), set[str]()
+
+    def __getitem__(self, number: int) -> Batch:
+        self.asked.append(number)
+        self.threads.add(threading.current_thread().name)
+        self.make(number)
+        text = Text(torch.full((1, 8, 4), float(number)), torch.ones(1, 8, dtype=torch.bool))
+        return Batch(number, Latents(torch.full((1, 2, 1, 2, 2), float(number))), text, (number,), ("a",), (False,))
+
+
+class Halves:
+    """A sampler whose level is always a half."""
+
+    def draw(self, n: int, generator: torch.Generator) -> NoiseLevel:
+        return NoiseLevel(torch.full((n,), 0.5), torch.full((n,), 500.0))
+
+
+def feed(made: Made) -> Feed:
+    return Feed(made, Halves(), 1, torch.device("cpu"))  # type: ignore[arg-type]
+
+
+def numbers(count: int) -> Iterator[tuple[int, int]]:
+    return ((n, n) for n in range(count))
+
+
+def threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("feed")]
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Wait for something that another thread does."""
+    end = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_batches_are_made_in_one_other_thread_in_order_and_never_further_ahead_than_said() -> None:
+    made = Made()
+    stream = feed(made).stream(numbers(20))
+    for number in range(20):
+        fed = next(stream)
+        assert fed.micro_batch == number
+        assert fed.given.clean.unique().item() == number
+        expected = min(20, number + 1 + AHEAD)
+        until(lambda expected=expected: len(made.asked) == expected)
+        time.sleep(0.002)
+        assert len(made.asked) == expected
+    assert next(stream, None) is None
+    assert made.asked == list(range(20))
+    assert made.threads == {"feed_0"}
+    assert threads() == []
+
+
+def test_what_a_step_waits_for_is_measured_and_what_is_ready_costs_nothing() -> None:
+    slow = feed(Made(lambda number: time.sleep(0.05) if number == 0 else None)).stream(numbers(6))
+    assert next(slow).waited >= 0.05
+    time.sleep(0.3)
+    assert sum(next(slow).waited for _ in range(AHEAD)) < 0.05
+
+
+def test_an_error_in_the_background_is_raised_at_its_turn_in_its_own_words() -> None:
+    def fail(number: int) -> None:
+        if number == 2:
+            raise DataError(Problem("cache/x", "the cache entry is damaged."))
+
+    stream = feed(Made(fail)).stream(numbers(9))
+    assert [next(stream).micro_batch, next(stream).micro_batch] == [0, 1]
+    with pytest.raises(DataError, match="cache/x: the cache entry is damaged"):
+        next(stream)
+    assert threads() == []
+
+
+def test_closing_leaves_no_thread_and_begins_nothing_new() -> None:
+    go = threading.Event()
+
+    def block(number: int) -> None:
+        if number == 2:
+            assert go.wait(20)
+
+    made = Made(block)
+    stream = feed(made).stream(numbers(100))
+    next(stream)
+    until(lambda: made.asked == [0, 1, 2])
+    threading.Timer(0.1, go.set).start()
+    stream.close()
+    assert made.asked == [0, 1, 2]
+    assert threads() == []
+
+
+def test_a_keyboard_interrupt_while_waiting_leaves_no_thread(monkeypatch) -> None:
+    from vtrain.train import feed as module
+
+    def interrupted(future: object) -> None:
+        raise KeyboardInterrupt
+
+    stream = feed(Made()).stream(numbers(100))
+    next(stream)
+    monkeypatch.setattr(module, "_wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(stream)
+    assert threads() == []
+
+
+def test_the_wait_of_a_step_is_that_of_its_slowest_process() -> None:
+    parts = [
+        Reading(1, micro_batch, 0.0, [0.0], {}, [0.5], ("a",), waited)
+        for micro_batch, waited in [(0, 0.1), (1, 0.4), (2, 0.2), (3, 0.05)]
+    ]
+    assert _longest_wait(parts, 1) == pytest.approx(0.75)
+    assert _longest_wait(parts, 2) == pytest.approx(0.45)

@@ -74,8 +74,9 @@ class Measured:
 
 
 def run(config: Path) -> Path:
-    """Train; the newest checkpoint."""
-    subprocess.run(["vtrain", "run", str(config)], check=True)
+    """Train; the newest checkpoint. Raises SystemExit if it is stopped."""
+    if (code := demo.train(config)) != 0:
+        raise SystemExit(code)
     return evaluate.newest(planned(config).config.run.output_dir)
 
 

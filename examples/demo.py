@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,7 @@ def main() -> int:
         '"clips"', f'"{(HERE / "clips").as_posix()}"'
     )
     config.write_text(text, encoding="utf-8")
+    signal.signal(signal.SIGINT, lambda number, frame: None)  # a Ctrl-C is for vtrain, which saves what is done
     done = subprocess.run(["vtrain", "run", str(config)], check=False)
     if done.returncode != 0:
         return done.returncode

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -74,6 +75,18 @@ def make_inputs(output: Path, clips: int) -> None:
         checkpoint.build(output / "checkpoint")
 
 
+def train(config: Path) -> int:
+    """`vtrain run`; its exit code. A Ctrl-C is for it alone: it saves what is done, and ends."""
+    before = signal.signal(signal.SIGINT, lambda number, frame: None)
+    try:
+        code = subprocess.run(["vtrain", "run", str(config)], check=False).returncode
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if code > 128:
+        print("the same command goes on from there")
+    return code
+
+
 def judged(plan: Plan, prompts: int, scratch: Path) -> tuple[dict[int, evaluate.Accuracy], list[evaluate.Answer]]:
     """Accuracy of every checkpoint, and all answers of the last one."""
     curve, found = {}, []
@@ -105,10 +118,9 @@ def main() -> int:
     changes = {"../../demo-output/world": output.as_posix(), **length.changes}
     config = write_config(HERE / "world.toml", output / "world.toml", changes)
     started = time.monotonic()
-    done = subprocess.run(["vtrain", "run", str(config)], check=False)
+    if (code := train(config)) != 0:
+        return code
     trained = time.monotonic()
-    if done.returncode != 0:
-        return done.returncode
     plan = planned(config)
     run = plan.config.run.output_dir
     curve, last = judged(plan, chosen.prompts, run / "judged")

@@ -106,7 +106,7 @@ def main() -> int:
     folder = trained / "lora"
     folder.mkdir(exist_ok=True)
     config = prepare(trained, checkpoint, folder)
-    if (code := subprocess.run(["vtrain", "run", str(config)], check=False).returncode) != 0:
+    if (code := demo.train(config)) != 0:
         return code
     plan = planned(config)
     adapter = evaluate.newest(plan.config.run.output_dir)

@@ -160,7 +160,8 @@ def write_mp4(path: Path, frames: np.ndarray, fps: float = FPS) -> None:
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv444p"
-        stream.options = {"crf": "8", "preset": "medium", "threads": "1"}
+        # No B-frames: where x264 puts them differs from run to run for pictures as small as these.
+        stream.options = {"crf": "8", "preset": "medium", "threads": "1", "bf": "0"}
         stream.codec_context.colorspace = Colorspace.ITU709
         stream.codec_context.color_primaries = ColorPrimaries.BT709
         stream.codec_context.color_trc = ColorTrc.BT709

@@ -32,7 +32,8 @@ def write_mp4(path: Path, frames: Tensor, fps: float) -> None:
     with av.open(str(aside), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.options = {"crf": CRF, "preset": "medium"}
+        # Without B-frames: x264's choice of them differs from run to run for small pictures (with its assembler code on).
+        stream.options = {"crf": CRF, "preset": "medium", "bf": "0"}
         stream.codec_context.colorspace = Colorspace.ITU709
         stream.codec_context.color_primaries = ColorPrimaries.BT709
         stream.codec_context.color_trc = ColorTrc.BT709

@@ -52,6 +52,9 @@ class LocalFolder:
     def open(self, ref: SourceRef) -> BinaryIO:
         return (self._root / ref.id).open("rb")
 
+    def file(self, ref: SourceRef) -> Path:
+        return self._root / ref.id
+
     def _walk(self) -> Iterator[SourceRef]:
         for name, folders, files in os.walk(self._root, onerror=self._unreadable, followlinks=True):
             folder = Path(name)

@@ -217,9 +217,9 @@ def test_a_missing_file_and_a_folder_are_errors(tmp_path: Path, catalog: Catalog
         ("data", "[data]\nuse = 'folder'\npath = 'c'", 1, "[data] may stand several times", "[[data]]"),
         (
             "data",
-            "[[data]]\nuse = 'folder'\npath = 'c'\nresolution = 480",
+            "[[data]]\nuse = 'folder'\npath = 'c'\nresolution = true",
             4,
-            "expected a text in quotes or a list, got 480",
+            "expected a text in quotes or a whole number or a list, got true",
             "",
         ),
         ("data", "[[data]]\nuse = 'folder'\npath = 'c'\nresolution = [\n'8x8',\n480]", 6, "resolution, entry 2", ""),

@@ -72,7 +72,7 @@ class VideoTable(Options):
         'stays whole. With bucket_by = "resolution_frames" also the longest training clip; absent there: frames',
     )
     fps: Annotated[float, Field(gt=0, le=240)] | Literal["source"] | None = Field(
-        None, description='frames per second after resampling; "source": each clip\'s own rate; absent: the family\'s'
+        None, description="frames per second after resampling; \"source\": each clip's own rate; absent: the family's"
     )
     frame_interval: int = Field(1, ge=1, le=1000, description="after resampling, take every n-th frame")
     repeat_frames: bool = Field(
@@ -110,7 +110,9 @@ class DataTable(Options):
         "spaces; instance_prompt: `caption` for every clip; csv, parquet: from captions_file; json: the .json of the "
         'same name; backend: those the data backend has. Absent: "backend" where it has some, else "textfile"',
     )
-    caption: str | None = Field(None, min_length=1, description='captions = "instance_prompt": the caption of every clip')
+    caption: str | None = Field(
+        None, min_length=1, description='captions = "instance_prompt": the caption of every clip'
+    )
     caption_prefix: str = Field("", description="put before every caption as it stands, with any space it ends in")
     captions_file: LocalPath | None = Field(None, description='captions = "csv" or "parquet": the file that has them')
     file_column: str | None = Field(
@@ -172,7 +174,8 @@ class CacheTable(Options):
     text_batch: int = Field(8, ge=1, description="captions encoded at once")
     video_batch: int = Field(1, ge=1, description="clips encoded at once")
     compress: bool = Field(
-        False, description="lossless compression (zstd) of entries written from now on; those that are there stay as they are"
+        False,
+        description="lossless compression (zstd) of entries written from now on; those that are there stay as they are",
     )
 
 

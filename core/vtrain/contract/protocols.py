@@ -308,6 +308,15 @@ class SupportsCaptions(Protocol):
         ...
 
 
+@runtime_checkable
+class SupportsFiles(Protocol):
+    """A data backend whose files are files of this machine: data.on_bad_file = "move" may move them."""
+
+    def file(self, ref: SourceRef) -> Path:
+        """The file itself, at an absolute path."""
+        ...
+
+
 class Tracker(Protocol):
     """Where numbers and videos go. Called from one thread of its own; a failure never stops training."""
 

@@ -1,19 +1,30 @@
-"""Captions of clips: from the text file beside a clip, or from the clip's own name."""
+"""Captions of clips: beside a clip as text or JSON, in its name, in one file or from the backend, or one text for all."""
 
 from __future__ import annotations
 
 import codecs
+import json
 import posixpath
 import re
-from typing import BinaryIO
+from collections.abc import Mapping
+from typing import Any, BinaryIO
 
-from vtrain.config.tables import DataTable
 from vtrain.contract import Caption, Words
 from vtrain.data.sample import Left
 from vtrain.data.video import FileFault, faults
+from vtrain.plan.records import CaptionsFrom, DatasetPlan
 
 SUFFIX = ".txt"
+SIDECAR = ".json"
+BESIDE: Mapping[str, CaptionsFrom] = {SUFFIX: "textfile", SIDECAR: "json"}
+"""Suffix of a caption file -> the setting of data.captions that reads it."""
+
+MOTION_SCORE = "motion_score"
+"""The name of a clip's motion score: in a sidecar, as a column, and in Caption.extras."""
+
 _MOST_BYTES = 1 << 20
+_MOST_TEXTS = 1000
+"""Captions of one clip: each is encoded."""
 
 
 def stem(ref_id: str) -> str:
@@ -27,36 +38,147 @@ def from_name(ref_id: str) -> str:
 
 
 def from_file(stream: BinaryIO) -> Words:
-    """The whole text, UTF-8 with or without a byte order mark, on one line; no text if it is blank. Raises FileFault."""
+    """A text file: each line that is not blank is a caption. Raises FileFault."""
+    return Words(_few(line.strip() for line in _text(stream).splitlines()))
+
+
+def from_sidecar(stream: BinaryIO) -> Words:
+    """A JSON object with "caption" (a text) or "captions" (a list of texts), and "motion_score". Raises FileFault.
+
+    Other keys are of no interest; null is as good as absent.
+    """
+    try:
+        data = json.loads(_text(stream))
+    except json.JSONDecodeError as error:
+        raise FileFault(f"its caption file is not JSON: {error.msg} (line {error.lineno})") from error
+    except (RecursionError, ValueError) as error:  # ValueError: a whole number of thousands of digits
+        raise FileFault("its caption file is not JSON that can be read") from error
+    if not isinstance(data, dict):
+        raise FileFault(f"its caption file is {_sort(data)}: write a JSON object with the key caption or captions")
+    score = data.get(MOTION_SCORE)
+    return Words(_few(_texts(data)), {} if score is None else {MOTION_SCORE: motion_score(score)})
+
+
+def read(ref_id: str, stream: BinaryIO) -> Words:
+    """A caption file, by its suffix. Raises FileFault."""
+    return from_sidecar(stream) if ref_id.lower().endswith(SIDECAR) else from_file(stream)
+
+
+def _text(stream: BinaryIO) -> str:
+    """All of it, UTF-8 with or without a byte order mark. Raises FileFault."""
     with faults("its caption file cannot be read"):
         data = stream.read(_MOST_BYTES + 1)
     if len(data) > _MOST_BYTES:
         raise FileFault(f"its caption file is larger than {_MOST_BYTES >> 20} MiB")
     try:
-        text = data.decode()
+        return data.decode().removeprefix(codecs.BOM_UTF8.decode())
     except UnicodeDecodeError as error:
         raise FileFault(f"its caption file is not UTF-8 (byte {error.start}): save it as UTF-8") from error
-    text = text.removeprefix(codecs.BOM_UTF8.decode())
-    line = " ".join(line.strip() for line in text.splitlines() if line.strip())
-    return Words((line,) if line else ())
 
 
-def choose(ref_id: str, beside: Words | Left | None, table: DataTable) -> tuple[Caption, ...] | Left:
-    """A clip's captions under a dataset's settings, or why it has none.
+def _few(texts: Any) -> tuple[str, ...]:
+    """Those that are not blank. Raises FileFault for too many."""
+    found = tuple(text for text in texts if text)
+    if len(found) > _MOST_TEXTS:
+        raise FileFault(
+            f"its caption file has {len(found)} captions, more than {_MOST_TEXTS}: put a caption on one line"
+        )
+    return found
 
-    beside: what was found for it beside the clip, None if nothing was.
+
+def _texts(data: Mapping[str, Any]) -> list[str]:
+    one, several = data.get("caption"), data.get("captions")
+    if one is not None and several is not None:
+        raise FileFault("its caption file has both caption and captions: keep one of them")
+    if one is not None and not isinstance(one, str):
+        raise FileFault(f"caption in its caption file is {_sort(one)}: write a text")
+    if several is not None and not (isinstance(several, list) and all(isinstance(text, str) for text in several)):
+        raise FileFault(f"captions in its caption file is {_sort(several)}: write a list of texts")
+    texts = [one] if isinstance(one, str) else several or []
+    if any(not _encodable(text) for text in texts):
+        raise FileFault("a caption in its caption file has half a character (a lone surrogate)")
+    return [" ".join(text.split()) for text in texts]
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _sort(value: object) -> str:
+    """What a JSON value is, in words."""
+    if isinstance(value, list):
+        odd = next((item for item in value if not isinstance(item, str)), None)
+        return "a list" if odd is None else f"a list with {_sort(odd)} in it"
+    names = {dict: "an object", str: "a text", bool: "true or false", int: "a number", float: "a number"}
+    return names.get(type(value), "null")
+
+
+def motion_score(value: object) -> int:
+    """A whole number from 0 on, as a number or as digits. Raises FileFault."""
+    try:
+        if isinstance(value, int | float | str) and not isinstance(value, bool):
+            number = float(value)
+            if number >= 0 and number.is_integer():
+                return int(number)
+    except (ValueError, OverflowError):
+        pass
+    raise FileFault(f"its motion score {str(value)[:40]!r} is no whole number from 0 on: write one such as 30")
+
+
+def choose(ref_id: str, found: Words | Left | None, dataset: DatasetPlan) -> tuple[Caption, ...] | Left:
+    """A clip's captions under a dataset's settings, or why it has none. caption_prefix stands before each; none is empty.
+
+    found: what its caption file, its rows or the backend say of it, None if there is nothing of the kind.
     """
-    if table.captions == "filename":
+    table, source = dataset.table, dataset.captions
+    if source == "filename":
         name = from_name(ref_id)
-        words, lack = Words((name,) if name else ()), "its name has no words"
-    elif beside is None:
-        words, lack = Words(()), f"no caption: {SUFFIX} file of the same name is missing"
-    elif isinstance(beside, Left):
-        return beside
-    else:
-        words, lack = beside, "no caption: its caption file is empty"
+        found = Words((name,) if name else ())
+    elif source == "instance_prompt":
+        found = Words((table.caption or "",))
+    elif isinstance(found, Left):
+        return found
+    words = found or Words(())
     if words.texts:
-        return tuple(Caption(text, words.extras) for text in words.texts)
+        return tuple(Caption(table.caption_prefix + text, words.extras) for text in words.texts)
     if table.missing_caption == "empty":
         return (Caption("", words.extras),)
+    lack = _lack(dataset, there=found is not None)
     return Left("dropped", "no caption", f'{lack}; add one, or set data.missing_caption = "empty"')
+
+
+def _lack(dataset: DatasetPlan, *, there: bool) -> str:
+    """there: whether the place of captions knows the clip at all."""
+    match dataset.captions:
+        case "filename":
+            return "its name has no words"
+        case "csv" | "parquet":
+            name = dataset.table.captions_file.name if dataset.table.captions_file else "captions_file"
+            return f"no caption: {name} has {'only an empty one for it' if there else 'no row for it'}"
+        case "backend":
+            return f"no caption: the data backend has {'only an empty one' if there else 'none'}"
+        case "json":
+            return (
+                f"no caption: {'its caption file has none' if there else f'{SIDECAR} file of the same name is missing'}"
+            )
+        case _:
+            return (
+                f"no caption: {'its caption file is empty' if there else f'{SUFFIX} file of the same name is missing'}"
+            )
+
+
+def decides(dataset: DatasetPlan) -> list[object]:
+    """What of the settings, and of captions_file, decides over captions, as JSON knows it."""
+    table = dataset.table
+    stamp = None
+    if table.captions_file is not None and table.captions_file.exists():
+        status = table.captions_file.stat()
+        stamp = [status.st_size, status.st_mtime_ns]
+    return [
+        dataset.captions, table.caption, table.caption_prefix, table.missing_caption, str(table.captions_file),
+        table.file_column, table.caption_column, stamp,
+    ]  # fmt: skip

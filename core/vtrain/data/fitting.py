@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from vtrain.contract import ClipShape, FrameRule, Size
+from vtrain.data import captions, reasons
+from vtrain.data.boxes import box, distance, enlarged, place, reduction, stretch
 from vtrain.data.probe import Probe
 from vtrain.data.sample import Box, Left
 from vtrain.data.timing import available_frames
+from vtrain.data.windows import windows
 from vtrain.plan.records import DatasetPlan
+from vtrain.plan.sizes import measure
 
-FIT_VERSION = 1
+FIT_VERSION = 2
 """Raised when the arithmetic here changes, so that fates in the ledger are not mistaken for current ones."""
 
 _SAME_RATE = 0.99
@@ -44,93 +47,104 @@ class Fit:
 
 def decides(dataset: DatasetPlan, rule: FrameRule) -> list[object]:
     """Everything of a dataset's settings that decides over its files, as JSON knows it."""
-    table = dataset.table
+    table, video = dataset.table, dataset.table.video
     return [
-        FIT_VERSION, dataset.backend.location, dataset.sizes, dataset.frames, dataset.min_frames, dataset.fps,
-        str(rule), table.crop, table.upscale, table.video.window, table.captions, table.missing_caption,
+        FIT_VERSION, dataset.backend.location, dataset.sizes, dataset.frames, dataset.min_frames, dataset.max_frames,
+        dataset.fps, str(rule), table.crop, dataset.crop_seed if table.crop == "random" else 0, table.upscale,
+        table.resolution_type, table.min_size, table.max_size, table.downsample_to, video.window, video.windows,
+        video.frame_interval, video.repeat_frames, video.round_to, captions.decides(dataset),
     ]  # fmt: skip
 
 
 def fit(source: Probe, dataset: DatasetPlan, rule: FrameRule, ref_id: str = "") -> Fit | Left:
-    """The clip's bucket: the size of nearest aspect (log distance), and as many frames as rule and length allow."""
-    available = available_frames(source.duration, dataset.fps)
-    frames = rule.floor(min(available, dataset.frames))
-    if available < dataset.min_frames or frames == 0:
-        return _too_short(source, dataset, rule, available)
-    if frames > 1 and source.rate < dataset.fps * _SAME_RATE and not dataset.table.video.repeat_frames:
-        return _too_slow(source, dataset)
-    size, box = _nearest(source, dataset)
-    if not dataset.table.upscale and _enlarged(box, size):
-        return _too_small(source, box, size)
-    spare = available - frames if dataset.table.video.window == "center" else 0
-    cuts = (Cut(((spare // 2) / dataset.fps,), box),)
-    return Fit(ClipShape(frames, size.height, size.width), dataset.fps, cuts)
+    """The clip's bucket: the size of nearest aspect (log distance), and as many frames as rule and length allow.
+
+    ref_id: from which crop = "random" takes its places.
+    """
+    video = dataset.table.video
+    fps = _rate(source, dataset)
+    available = _available(source, dataset, fps)
+    frames = _length(available, dataset, rule)
+    if frames == 0:
+        return reasons.too_short(source, dataset, rule, available)
+    if frames > 1 and source.rate < fps * _SAME_RATE and not video.repeat_frames:
+        return reasons.too_slow(source, dataset, fps)
+    small = _too_small(source, dataset)
+    if isinstance(small, Left):
+        return small
+    size, part = small
+    starts = windows(available, frames, video.window, video.windows, dataset.max_frames)
+    return Fit(
+        shape=ClipShape(frames, size.height, size.width),
+        fps=fps,
+        cuts=tuple(
+            Cut(tuple(k / fps for k in each), _placed(source, part, dataset, ref_id, number))
+            for number, each in enumerate(starts, start=1)
+        ),
+        stretch=stretch(source, part, size),
+    )
+
+
+def _rate(source: Probe, dataset: DatasetPlan) -> float:
+    """Frames a second of a window: data.video.fps or the clip's own, by frame_interval."""
+    if dataset.fps is not None:
+        return dataset.fps / dataset.table.video.frame_interval
+    return (source.rate if source.duration > 0 else 1.0) / dataset.table.video.frame_interval
+
+
+def _available(source: Probe, dataset: DatasetPlan, fps: float) -> int:
+    """Frames after resampling. A still picture is one frame, however long it is shown."""
+    if source.frames == 1 and not dataset.table.video.repeat_frames:
+        return 1
+    return available_frames(source.duration, fps)
+
+
+def _length(available: int, dataset: DatasetPlan, rule: FrameRule) -> int:
+    """Frames of a window: at most dataset.frames, round_to's steps above min_frames; 0 if there are too few."""
+    if available < dataset.min_frames:
+        return 0
+    most = min(available, dataset.frames)
+    return rule.floor(most - (most - dataset.min_frames) % dataset.table.video.round_to)
+
+
+def _too_small(source: Probe, dataset: DatasetPlan) -> tuple[Size, Box] | Left:
+    """The bucket's size and the part of the picture for it; or why the picture is too small."""
+    table = dataset.table
+    own = measure(source.width * source.pixel_aspect, source.height, table.resolution_type)
+    if table.min_size is not None and own < table.min_size:
+        return reasons.below_least(source, dataset, own)
+    size, part = _nearest(source, dataset)
+    if not table.upscale and enlarged(part, size):
+        return reasons.too_small(source, part, size)
+    return size, part
 
 
 def _nearest(source: Probe, dataset: DatasetPlan) -> tuple[Size, Box]:
-    """Of the sizes whose aspect is nearest: the largest that needs no enlarging, else the smallest."""
-    aspect = source.width * source.pixel_aspect / source.height
-    distance = {size: abs(math.log(size.aspect / aspect)) for size in dataset.sizes}
-    least = min(distance.values())
-    near = [size for size in distance if distance[size] <= least + 1e-9]
+    """Of the sizes whose aspect is nearest: the largest that needs no enlarging, else the smallest.
+
+    A picture above max_size counts as reduced to downsample_to.
+    """
+    distances = {size: distance(source, size) for size in dataset.sizes}
+    least = min(distances.values())
+    near = [size for size in distances if distances[size] <= least + 1e-9]
     if len(near) > 1:
         near.sort(key=lambda size: (size.area, size.width))
-    boxes = {size: _box(source, size, dataset.table.crop) for size in near}
-    whole = [size for size in near if not _enlarged(boxes[size], size)]
+    factor = reduction(source, dataset.table)
+    boxes = {size: box(source, size, dataset.table.crop, factor) for size in near}
+    whole = [size for size in near if not enlarged(boxes[size], size) and _within(source, size, factor)]
     size = whole[-1] if whole else near[0]
     return size, boxes[size]
 
 
-def _box(source: Probe, size: Size, crop: str) -> Box:
-    """The largest centred part of the picture with the bucket's aspect, to the nearest stored pixel; or all of it."""
-    if crop == "none":
-        return Box(0, 0, source.width, source.height)
+def _within(source: Probe, size: Size, factor: float | None) -> bool:
+    """Whether the reduced picture covers the size."""
+    if factor is None:
+        return True
     shown = source.width * source.pixel_aspect
-    scale = max(size.width / shown, size.height / source.height)
-    width = min(source.width, max(1, round(size.width / scale / source.pixel_aspect)))
-    height = min(source.height, max(1, round(size.height / scale)))
-    return Box((source.width - width) // 2, (source.height - height) // 2, width, height)
+    return max(size.width / shown, size.height / source.height) <= factor * (1 + 1e-9)
 
 
-def _enlarged(box: Box, size: Size) -> bool:
-    return box.width < size.width or box.height < size.height
-
-
-def _too_short(source: Probe, dataset: DatasetPlan, rule: FrameRule, available: int) -> Left:
-    remedies = []
-    if least := rule.floor(available):
-        remedies.append(f"data.video.min_frames = {least}")
-    own = available_frames(source.duration, source.rate)
-    if own >= dataset.min_frames and source.rate > dataset.fps:
-        remedies.append(f"data.video.fps = {source.rate:.6g}")
-    remedy = f": set {' or '.join(remedies)}" if remedies else f" (the frame rule is {rule}): use a longer clip"
-    return Left(
-        "dropped",
-        "too short",
-        f"{_counted(available)} at {dataset.fps:g} fps ({source.frames} at the file's {source.rate:.6g}); "
-        f"needs {max(dataset.min_frames, rule.offset)}{remedy}",
-    )
-
-
-def _too_slow(source: Probe, dataset: DatasetPlan) -> Left:
-    return Left(
-        "dropped",
-        "too slow",
-        f"{source.rate:.6g} frames per second in the file, fewer than the {dataset.fps:g} of data.video.fps: frames "
-        f"would be repeated; set data.video.fps to {math.floor(source.rate * 1000) / 1000:g} or less, or "
-        "data.video.repeat_frames = true",
-    )
-
-
-def _too_small(source: Probe, box: Box, size: Size) -> Left:
-    picture = Size(source.width, source.height)
-    used = "" if picture == (box.width, box.height) else f", of which {box.width}x{box.height} would be used,"
-    return Left(
-        "dropped",
-        "too small",
-        f"{picture}{used} is smaller than its bucket {size}: set data.upscale = true or a smaller data.resolution",
-    )
-
-
-def _counted(frames: int) -> str:
-    return f"{frames} frame" if frames == 1 else f"{frames} frames"
+def _placed(source: Probe, part: Box, dataset: DatasetPlan, ref_id: str, number: int) -> Box:
+    if dataset.table.crop != "random":
+        return part
+    return place(source, part, dataset.crop_seed, ref_id, number)

@@ -80,7 +80,7 @@ def _scan_dataset(
         listing = list_files(backend)
     except DataError as error:
         raise DataError([_at(dataset, problem) for problem in error.problems]) from error
-    beside = _caption_refs(listing) if dataset.table.captions == "textfile" else {}
+    beside = _caption_refs(listing) if dataset.captions == "textfile" else {}
     sources = refresh(ledger, backend, chain(listing.videos, beside.values()), count)
     key = settings_key(dataset, rule)
     before = ledger.fates(key)
@@ -121,7 +121,7 @@ def _decide(
     place_of = fit(source.probe, dataset, rule, ref.id)
     if isinstance(place_of, Left):
         return place_of
-    chosen = captions.choose(ref.id, _beside(ref, sources, beside), dataset.table)
+    chosen = captions.choose(ref.id, _beside(ref, sources, beside), dataset)
     if isinstance(chosen, Left):
         return chosen
     several = len(place_of.cuts) > 1

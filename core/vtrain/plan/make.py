@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from vtrain.config.record import Config, Part
-from vtrain.config.tables import DataTable
+from vtrain.config.record import Config
 from vtrain.contract import (
     ClipShape,
     ConfigError,
-    DataBackendSpec,
     Duration,
     Family,
     FamilySpec,
@@ -19,9 +17,10 @@ from vtrain.contract import (
     Regularizer,
     RegularizerSpec,
     SamplerSpec,
-    Size,
 )
-from vtrain.plan.records import DatasetPlan, Plan, ValidationPlan
+from vtrain.plan.datasets import check_frames, datasets, warnings
+from vtrain.plan.records import Plan, ValidationPlan
+from vtrain.plan.sizes import check_size
 from vtrain.registry.blame import blame
 
 
@@ -50,7 +49,7 @@ def _make_plan(config: Config, processes: int) -> Plan:
     sampler_spec = config.sampler.registered.spec
     assert isinstance(sampler_spec, SamplerSpec)
     sampler = sampler_spec.build(config.sampler.options, family.scheduler_config())
-    datasets = _datasets(config, family, problems)
+    made = datasets(config, family, problems)
     regularizers = _regularizers(config, family, problems)
     validation = _validation(config, family, problems)
     if problems:
@@ -61,10 +60,10 @@ def _make_plan(config: Config, processes: int) -> Plan:
         family=family,
         sampler=sampler,
         regularizers=regularizers,
-        datasets=datasets,
+        datasets=made,
         base=config.precision.base or ("bf16" if config.model.table.train == "lora" else "fp32"),
         validation=validation,
-        warnings=tuple(sampler.warnings()),
+        warnings=(*sampler.warnings(), *warnings(config, family)),
     )
 
 
@@ -115,83 +114,6 @@ def resume_path(config: Config) -> Path:
     return config.path.parent / Path(config.run.resume).expanduser()
 
 
-def _datasets(config: Config, family: Family, problems: list[Problem]) -> tuple[DatasetPlan, ...]:
-    plans: list[DatasetPlan] = []
-    for number, part in enumerate(config.data):
-        if not part.table.enabled:
-            continue
-        spec = part.registered.spec
-        assert isinstance(spec, DataBackendSpec)
-        backend = spec.build(part.options)
-        video = part.table.video
-        frames = family.default_frames if video.frames is None else video.frames
-        least = frames if video.min_frames is None else video.min_frames
-        problems += _check_frames(config, family, ("data", number, "video", "frames"), frames)
-        if video.min_frames is not None:
-            problems += _check_frames(config, family, ("data", number, "video", "min_frames"), least)
-        if least > frames:
-            what = f"min_frames = {least} is more than frames = {frames}."
-            problems.append(Problem(config.where("data", number, "video", "min_frames"), what))
-        plans.append(
-            DatasetPlan(
-                id=part.table.id or Path(backend.location).name or f"data-{number}",
-                where=config.where("data", number),
-                backend=backend,
-                table=part.table,
-                sizes=_sizes(config, family, number, part, problems),
-                frames=frames,
-                min_frames=least,
-                fps=family.default_fps if video.fps is None else video.fps,
-            )
-        )
-    names = [dataset.id for dataset in plans]
-    for dataset in plans:
-        if names.count(dataset.id) > 1:
-            problems.append(Problem(dataset.where, f'two datasets are called "{dataset.id}".', "Give each its own id."))
-    return tuple(plans)
-
-
-def _check_frames(config: Config, family: Family, key: tuple[str | int, ...], frames: int) -> list[Problem]:
-    rule = family.frame_rule
-    if rule.accepts(frames):
-        return []
-    floor = rule.floor(frames)
-    near = " or ".join(str(n) for n in (floor, floor + rule.stride if floor else rule.offset) if n)
-    return [Problem(config.where(*key), f"{key[-1]} = {frames}: the family takes {rule} frames.", f"Use {near}.")]
-
-
-def _sizes(
-    config: Config, family: Family, number: int, part: Part[DataTable], problems: list[Problem]
-) -> tuple[Size, ...]:
-    wanted = part.table.resolution
-    where = config.where("data", number, "resolution")
-    named = family.resolutions()
-    if wanted is None:
-        return next(iter(named.values()))
-    if isinstance(wanted, str):
-        if wanted in named:
-            return named[wanted]
-        try:
-            wanted = (Size.parse(wanted),)
-        except ValueError:
-            sets = ", ".join(f'"{name}"' for name in named)
-            what = (
-                f'resolution = "{wanted}" is neither a bucket set of this family ({sets}) nor a size such as "832x480".'
-            )
-            problems.append(Problem(where, what))
-            return ()
-    for size in wanted:
-        problems += _check_size(where, size, family.pixel_stride)
-    return wanted
-
-
-def _check_size(where: str, size: Size, stride: int) -> list[Problem]:
-    if size.width % stride == 0 and size.height % stride == 0:
-        return []
-    near = Size(*(max(stride, round(length / stride) * stride) for length in size))
-    return [Problem(where, f"{size}: width and height must be multiples of {stride}.", f'The nearest is "{near}".')]
-
-
 def _regularizers(config: Config, family: Family, problems: list[Problem]) -> tuple[tuple[str, Regularizer], ...]:
     built: list[tuple[str, Regularizer]] = []
     for number, part in enumerate(config.regularizers):
@@ -214,8 +136,8 @@ def _validation(config: Config, family: Family, problems: list[Problem]) -> Vali
         return None
     size = table.size or family.default_size
     frames = table.frames or family.default_frames
-    problems += _check_size(config.where("validation", "size"), size, family.pixel_stride)
-    problems += _check_frames(config, family, ("validation", "frames"), frames)
+    problems += check_size(config.where("validation", "size"), size, family.pixel_stride)
+    problems += check_frames(config, family.frame_rule, ("validation", "frames"), frames)
     return ValidationPlan(
         prompts=table.prompts,
         negative_prompt=table.negative_prompt,

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from vtrain.config.record import Config
 from vtrain.config.tables import DataTable
-from vtrain.contract import ClipShape, DataBackend, DType, Family, Regularizer, Sampler, Size
+from vtrain.contract import ClipShape, DataBackend, DType, Family, Regularizer, Sampler, Size, SupportsCaptions
+
+CaptionsFrom = Literal["textfile", "filename", "instance_prompt", "csv", "parquet", "json", "backend"]
 
 
 @dataclass(frozen=True)
 class DatasetPlan:
     """One enabled [[data]] table, every default resolved.
 
-    where: its place in the file. sizes: the buckets. frames, min_frames: of a training clip, counted at fps, accepted
-    by the family's frame rule.
+    where: its place in the file. sizes: the buckets. frames, min_frames: of a training clip at most and at least, counted
+    after resampling, accepted by the family's frame rule. fps: after resampling, None for each clip's own; every n-th frame
+    of that is taken, n = table.video.frame_interval. max_frames: of a piece that a longer clip is cut into, None: it stays
+    whole. crop_seed: of the places of crop = "random".
     """
 
     id: str
@@ -25,7 +30,14 @@ class DatasetPlan:
     sizes: tuple[Size, ...]
     frames: int
     min_frames: int
-    fps: float
+    fps: float | None
+    max_frames: int | None = None
+    crop_seed: int = 0
+
+    @property
+    def captions(self) -> CaptionsFrom:
+        """Where captions come from: as the table says, else the backend's own, else text files."""
+        return self.table.captions or ("backend" if isinstance(self.backend, SupportsCaptions) else "textfile")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from vtrain.cli.prepare import prepare
+from vtrain.cli.report import visible
 from vtrain.plan.price import Prices
 from vtrain.plan.records import Plan, Survey
 from vtrain.plan.render import as_json, sections
@@ -27,9 +28,15 @@ def plan(config: Path, as_json_text: bool) -> None:
 
 
 def show(console: Console, plan: Plan, survey: Survey, prices: Prices) -> None:
-    """A title a section, its labels in one column. Lines are as long as they are: no path is cut or wrapped."""
+    """A title a section, its rows in columns. Lines are as long as they are: no path is cut or wrapped."""
     for section in sections(plan, survey, prices):
         console.print(escape(section.title), style="bold", soft_wrap=True)
-        width = max(len(label) for label, _ in section.rows)
-        for label, text in section.rows:
-            console.print(f"  {escape(label.ljust(width))}  {escape(text)}", soft_wrap=True, highlight=False)
+        widths = [max(map(len, column)) for column in zip(*section.rows, strict=True)]
+        for row in section.rows:
+            # Columns of a table hold numbers, which stand under each other on the right.
+            rest = [
+                cell.rjust(width) if section.table else cell.ljust(width)
+                for cell, width in zip(row[1:], widths[1:], strict=True)
+            ]
+            line = visible("  ".join((row[0].ljust(widths[0]), *rest)).rstrip()).replace("\n", "\\n")
+            console.print(f"  {escape(line)}", soft_wrap=True, highlight=False)

@@ -313,7 +313,7 @@ class SupportsFiles(Protocol):
     """A data backend whose files are files of this machine: data.on_bad_file = "move" may move them."""
 
     def file(self, ref: SourceRef) -> Path:
-        """The file itself, at an absolute path."""
+        """The file itself, at an absolute path. Raises OSError if it is no longer of this size and version."""
         ...
 
 

@@ -55,21 +55,12 @@ def price(plan: Plan, survey: Survey) -> Prices:
         steps_per_epoch=per_epoch,
         samples_per_step=per_step,
         text_bytes=_text_bytes(plan, survey),
-        video_bytes=sum(_latent_bytes(plan, shape) * count for shape, count in _stored(survey).items()),
+        video_bytes=sum(_latent_bytes(plan, bucket.shape) * bucket.windows for bucket in survey.table()),
         checkpoint_bytes=_checkpoint_bytes(plan),
         checkpoints=math.ceil(steps / every) if every else None,
         validations=steps // validate_every if validate_every else None,
         warnings=plan.warnings + _pointed_out(config, steps, per_epoch),
     )
-
-
-def _stored(survey: Survey) -> dict[ClipShape, int]:
-    """Samples by shape without repeats: what the cache holds."""
-    total: dict[ClipShape, int] = {}
-    for dataset in survey.datasets:
-        for shape, count in dataset.samples.items():
-            total[shape] = total.get(shape, 0) + count
-    return total
 
 
 def _latent_bytes(plan: Plan, shape: ClipShape) -> int:

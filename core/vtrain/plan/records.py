@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from vtrain.config.record import Config
@@ -73,11 +73,23 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Section:
+    """A part of a plan in words: a title and its (label, text) rows; or a table, whose first row has the columns' names."""
+
+    title: str
+    rows: tuple[tuple[str, ...], ...]
+    table: bool = False
+
+
+@dataclass(frozen=True)
 class DatasetSurvey:
     """What a scan found in one dataset.
 
     files: looked at, captions not counted. samples: clip shape -> number of training samples, repeats not counted.
-    left_out: reason -> (number of files, an example's id), dropped and failed alike.
+    left_out: reason -> (number of files, an example's id), dropped and failed alike. clips: clip shape -> number of files
+    that the samples are of; windows: -> number of windows, each encoded once; where either is empty, each sample has one.
+    stretch: clip shape -> the most that a picture becomes wider or higher by being squeezed into it, at least 1; empty: none
+    does. notes: what else is worth knowing, such as caption rows without a clip.
     """
 
     id: str
@@ -85,6 +97,33 @@ class DatasetSurvey:
     samples: Mapping[ClipShape, int]
     left_out: Mapping[str, tuple[int, str]]
     repeats: int
+    clips: Mapping[ClipShape, int] = field(default_factory=dict)
+    windows: Mapping[ClipShape, int] = field(default_factory=dict)
+    stretch: Mapping[ClipShape, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def clips_of(self, shape: ClipShape) -> int:
+        """Files that give samples of a shape."""
+        return self.clips.get(shape, 0) if self.clips else self.samples.get(shape, 0)
+
+    def windows_of(self, shape: ClipShape) -> int:
+        """Windows of a shape: what is encoded and cached."""
+        return self.windows.get(shape, 0) if self.windows else self.samples.get(shape, 0)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """What all datasets have of one shape.
+
+    clips, windows: files, and windows to encode. samples: in an epoch, repeats counted. stretch: the most that a picture
+    becomes wider or higher in it, at least 1.
+    """
+
+    shape: ClipShape
+    clips: int
+    windows: int
+    samples: int
+    stretch: float
 
 
 @dataclass(frozen=True)
@@ -93,6 +132,19 @@ class Survey:
 
     datasets: tuple[DatasetSurvey, ...]
     texts: int
+
+    def table(self) -> tuple[Bucket, ...]:
+        """Every bucket, in order of shape."""
+        return tuple(
+            Bucket(
+                shape,
+                clips=sum(found.clips_of(shape) for found in self.datasets),
+                windows=sum(found.windows_of(shape) for found in self.datasets),
+                samples=samples,
+                stretch=max(found.stretch.get(shape, 1.0) for found in self.datasets),
+            )
+            for shape, samples in sorted(self.buckets().items())
+        )
 
     def buckets(self) -> dict[ClipShape, int]:
         """Samples of one epoch by clip shape, repeats counted."""

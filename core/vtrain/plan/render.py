@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-
+from vtrain.plan.data_words import buckets_json, buckets_section, dataset_rows
 from vtrain.plan.price import Prices, bytes_text
-from vtrain.plan.records import DatasetSurvey, Plan, Survey
-
-
-@dataclass(frozen=True)
-class Section:
-    """A title and its (label, text) rows."""
-
-    title: str
-    rows: tuple[tuple[str, str], ...]
+from vtrain.plan.records import Plan, Section, Survey
 
 
 def sections(plan: Plan, survey: Survey, prices: Prices) -> tuple[Section, ...]:
@@ -22,7 +12,11 @@ def sections(plan: Plan, survey: Survey, prices: Prices) -> tuple[Section, ...]:
     parts = (
         Section("model", tuple(plan.family.describe()) + _training(plan)),
         Section("schedule", tuple(plan.sampler.describe())),
-        *(Section(f"data: {found.id}", tuple(_dataset(found))) for found in survey.datasets),
+        *(
+            Section(f"data: {found.id}", tuple(dataset_rows(dataset, found, alone=len(survey.datasets) == 1)))
+            for dataset, found in zip(plan.datasets, survey.datasets, strict=True)
+        ),
+        buckets_section(plan, survey),
         Section("run", _run(plan, prices)),
         *(Section(f"regularizer: {name}", tuple(part.describe())) for name, part in plan.regularizers),
         Section("validation", _validation(plan, prices)),
@@ -46,16 +40,6 @@ def _training(plan: Plan) -> tuple[tuple[str, str], ...]:
     )
     mixed = "bf16 autocast" if precision.mixed == "bf16" else "no autocast"
     return (("trained", what), ("precision", f"weights {plan.base}, {mixed}, {checkpointing}"))
-
-
-def _dataset(found: DatasetSurvey) -> Iterable[tuple[str, str]]:
-    samples = sum(found.samples.values())
-    passes = f", {1 + found.repeats} passes an epoch" if found.repeats else ""
-    yield "files", f"{found.files} looked at, {samples} used{passes}"
-    for shape, count in sorted(found.samples.items()):
-        yield f"bucket {shape}", f"{count} sample{'s' if count != 1 else ''}"
-    for reason, (count, example) in sorted(found.left_out.items()):
-        yield f"left out: {count}", f"{reason}  (such as {example})"
 
 
 def _run(plan: Plan, prices: Prices) -> tuple[tuple[str, str], ...]:
@@ -93,12 +77,12 @@ def _disk(plan: Plan, survey: Survey, prices: Prices) -> tuple[tuple[str, str], 
     keep = config.checkpoint.keep
     kept = ", all kept" if keep == "all" else f", newest {keep} kept"
     each = f", {bytes_text(prices.checkpoint_bytes)} each" if prices.checkpoint_bytes is not None else ""
-    clips = sum(sum(found.samples.values()) for found in survey.datasets)
+    windows = sum(bucket.windows for bucket in survey.table())
     return (
         ("output", str(config.run.output_dir)),
         ("checkpoints", checkpoints + kept + each),
         ("cache", str(config.cache.dir)),
-        ("cached video", f"{clips} clips, {bytes_text(prices.video_bytes)}"),
+        ("cached video", f"{windows} clips, {bytes_text(prices.video_bytes)}"),
         ("cached text", f"{survey.texts} captions, at most {bytes_text(prices.text_bytes)}"),
     )
 
@@ -116,11 +100,15 @@ def as_json(plan: Plan, survey: Survey, prices: Prices) -> dict[str, object]:
                 "id": found.id,
                 "files": found.files,
                 "buckets": {str(shape): count for shape, count in found.samples.items()},
+                "clips": sum(map(found.clips_of, found.samples)),
+                "windows": sum(map(found.windows_of, found.samples)),
+                "notes": list(found.notes),
                 "left_out": {reason: {"files": n, "example": e} for reason, (n, e) in found.left_out.items()},
                 "repeats": found.repeats,
             }
             for found in survey.datasets
         ],
+        "buckets": buckets_json(plan, survey),
         "parts": [
             {"kind": p.spec.kind, "name": p.spec.name, "distribution": p.distribution, "version": p.version}
             for p in plan.config.parts()

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vtrain.data.pixels import Conversion
 from vtrain.data.sample import Sample
 from vtrain.data.spool import hashed as hashed
 from vtrain.data.timing import SLACK, on_screen
-from vtrain.data.video import FileFault, Orientation, faults, open_video
+from vtrain.data.video import FileFault, faults, open_video
 
 if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-TRANSFORM_VERSION = 1
+TRANSFORM_VERSION = 2
 """Raised when the pixels that this module makes of a file change: part of every video key."""
 
 _SEEK_SECONDS = 2.0
@@ -52,12 +53,12 @@ def unit_range(pixels: Tensor) -> Tensor:
 def _decode(stream: BinaryIO, sample: Sample, start: float, pixels: Tensor, *, seek: bool) -> bool:
     """False if the first frame that could be had comes too late."""
     times, shape = sample.times(start), sample.shape
-    done, last, picture = 0, None, None
+    done, last, picture, conversion = 0, None, None, Conversion()
     try:
         with open_video(stream, torch.get_num_threads()) as (container, video), faults("cannot be decoded"):
             for frame in on_screen(_frames(container, video, times[0] if seek else None), times):
                 if frame is not last:
-                    last, picture = frame, _picture(frame, sample)
+                    last, picture = frame, _picture(conversion, frame, sample)
                 pixels[:, done] = cast("Tensor", picture)
                 done += 1
     except FileFault as fault:
@@ -111,12 +112,11 @@ def _stamped(container: InputContainer, video: VideoStream) -> Iterator[Stamped]
         yield time, float(frame.duration * frame.time_base) or nominal, frame
 
 
-def _picture(frame: VideoFrame, sample: Sample) -> Tensor:
+def _picture(conversion: Conversion, frame: VideoFrame, sample: Sample) -> Tensor:
     """One frame -> uint8 (3, h, w) in the bucket. Raises FileFault."""
     if frame.is_corrupt:
         raise FileFault("holds a damaged frame")
-    stored = cast("np.ndarray[Any, np.dtype[np.uint8]]", frame.to_ndarray(format="rgb24"))
-    upright = Orientation.of(frame).upright(stored)
+    upright = conversion.upright(frame)
     if upright.shape[:2] != (sample.picture.height, sample.picture.width):
         found = f"{upright.shape[1]}x{upright.shape[0]}"
         raise FileFault(f"its picture size changes from {sample.picture} to {found}")

@@ -5,14 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
-from vtrain.data.video import FileFault, Orientation, faults, open_video
+from vtrain.data.video import FileFault, faults, open_video, refuse_hdr
 
 if TYPE_CHECKING:
     from av.container import InputContainer
+    from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
 _SQUARE = 0.01
 """Pixel aspects this near to 1 count as 1: encoders write such ratios (512/513) when they round a size."""
+
+_AGREED = 0.1
+"""Length by the header and by the index may differ by this share: the last frame may be shown longer or shorter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +41,15 @@ class Probe:
 
 
 def probe(stream: BinaryIO) -> Probe:
-    """Read the header; where it lacks length or count, walk the packets. Raises FileFault.
+    """Read the header; where it lacks length or count, or contradicts its own index, walk the packets. Raises FileFault.
 
     MP4 headers sum decoding times: where a variable rate meets B-frames the length can come out a little short.
     """
+    from vtrain.data.pixels import Orientation
+
     with open_video(stream) as (container, video):
-        length = _header(video)
-        with faults("its first frame cannot be decoded"):
-            frame = next(container.decode(video), None)
-        if frame is None:
-            raise FileFault("not one frame can be decoded")
+        length = _still(container) or _header(video)
+        frame = _first_frame(container, video)
         turned = Orientation.of(frame)
         aspect = float(video.sample_aspect_ratio or 1) or 1.0
         width, height, codec = frame.width, frame.height, video.codec_context.name
@@ -59,11 +62,37 @@ def probe(stream: BinaryIO) -> Probe:
     return Probe(codec, width, height, 1.0 if abs(aspect - 1) <= _SQUARE else aspect, *length)
 
 
+def _first_frame(container: InputContainer, video: VideoStream) -> VideoFrame:
+    """Raises FileFault if there is none, or if it is in high dynamic range."""
+    with faults("its first frame cannot be decoded"):
+        frame = next(container.decode(video), None)
+    if frame is None:
+        raise FileFault("not one frame can be decoded")
+    refuse_hdr(frame.color_trc)
+    return frame
+
+
+def _still(container: InputContainer) -> tuple[int, float] | None:
+    """(frames, seconds) of an image file: one, shown for 1/25 s, which is ffmpeg's default."""
+    return (1, 0.04) if container.format.name.endswith("_pipe") else None
+
+
 def _header(video: VideoStream) -> tuple[int, float] | None:
-    """(frames, seconds) if the header has both."""
+    """(frames, seconds) if the header has both, and its index does not contradict them.
+
+    An edit list may leave out frames that the header counts, and either may lie.
+    """
     if not video.frames or not video.duration or video.duration < 0 or video.time_base is None:
         return None
-    return video.frames, float(video.duration * video.time_base)
+    stamps = [entry.timestamp for entry in video.index_entries if not entry.is_discard]
+    duration = float(video.duration * video.time_base)
+    if len(stamps) != video.frames:
+        return None
+    if len(stamps) > 1:
+        span = float((max(stamps) - min(stamps)) * video.time_base) * len(stamps) / (len(stamps) - 1)
+        if not abs(duration - span) <= _AGREED * span:
+            return None
+    return video.frames, duration
 
 
 def _walk(container: InputContainer, video: VideoStream) -> tuple[int, float]:

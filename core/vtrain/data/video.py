@@ -1,21 +1,17 @@
-"""Opening a video file with PyAV: which stream, which way up, and every way to fail as one kind of error.
+"""Opening a video file with PyAV: which stream, within which bounds, and every way to fail as one kind of error.
 
 PyAV is imported by what opens a file: a scan of files that are all known opens none.
 """
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 if TYPE_CHECKING:
-    import numpy as np
     from av import FFmpegError
     from av.container import InputContainer
-    from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
 SUFFIXES = frozenset(
@@ -28,10 +24,19 @@ IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".
 """Lower-case suffixes of files that are taken for clips of one frame where data.images is true."""
 
 # Only formats that hold their own pictures: a playlist renamed to .mp4 must not make ffmpeg open other files.
-_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegvideo,mpegts,asf,flv,ogg,gif"
+_FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegvideo,mpegts,asf,flv,ogg,gif,nut,"
+    "png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe,apng"
+)
+
+MOST_PIXELS = 1 << 26
+"""Of a picture that is decoded (8192x8192): a small file may claim any size."""
 
 _HDR = {16: "PQ", 18: "HLG"}
 """ITU-T H.273 transfer characteristics of high dynamic range."""
+
+_DOLBY = ("dvh1", "dvhe", "dva1", "dvav", "dav1")
+"""Codec tags of Dolby Vision without a base layer that others can show."""
 
 _BUFFER = 1 << 20
 
@@ -72,9 +77,8 @@ def open_video(stream: BinaryIO, threads: int = 1) -> Iterator[tuple[InputContai
     from av.stream import Disposition
 
     with faults("cannot be read as a video"):
-        container = av.open(
-            stream, "r", options={"format_whitelist": _FORMATS}, metadata_errors="replace", buffer_size=_BUFFER
-        )
+        options = {"format_whitelist": _FORMATS, "max_pixels": str(MOST_PIXELS)}
+        container = av.open(stream, "r", options=options, metadata_errors="replace", buffer_size=_BUFFER)
     with container:
         moving = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
         if not moving:
@@ -83,41 +87,17 @@ def open_video(stream: BinaryIO, threads: int = 1) -> Iterator[tuple[InputContai
         video = moving[0]
         if video.codec_context is None:
             raise FileFault("its codec is unknown to this build of ffmpeg")
-        if video.color_trc in _HDR:
-            name = _HDR[video.color_trc]
-            raise FileFault(f"is in high dynamic range ({name}); convert it to standard range (BT.709) first")
+        if video.codec_context.width * video.codec_context.height > MOST_PIXELS:
+            size = f"{video.codec_context.width}x{video.codec_context.height}"
+            raise FileFault(f"claims a picture of {size}; at most {MOST_PIXELS} pixels are decoded")
+        refuse_hdr(video.color_trc, video.codec_context.codec_tag)
+        video.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
         video.codec_context.thread_count = threads
         yield container, video
 
 
-@dataclass(frozen=True, slots=True)
-class Orientation:
-    """How a stored picture is turned upright: first transposed, then mirrored left-right and upside-down."""
-
-    transpose: bool = False
-    mirror: bool = False
-    flip: bool = False
-
-    @classmethod
-    def of(cls, frame: VideoFrame) -> Orientation:
-        """From the display matrix of the frame, if it has one. Raises FileFault for other than quarter turns.
-
-        The matrix (ISO/IEC 14496-12, 8.2.2) is ((a, b, u), (c, d, v), (x, y, w)): (x', y') = (a x + c y, b x + d y).
-        """
-        from av.buffer import Buffer
-
-        matrix = frame.side_data.get("DISPLAYMATRIX")
-        if not isinstance(matrix, Buffer):
-            return cls()
-        a, b, _, c, d = struct.unpack("=5i", bytes(memoryview(matrix))[:20])
-        if a and d and not b and not c:
-            return cls(False, a < 0, d < 0)
-        if b and c and not a and not d:
-            return cls(True, c < 0, b < 0)
-        raise FileFault("is to be shown turned by an angle that is not a quarter turn")
-
-    def upright(self, picture: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """(h, w, 3) as stored -> (h, w, 3) as shown; a view."""
-        if self.transpose:
-            picture = picture.swapaxes(0, 1)
-        return picture[:: -1 if self.flip else 1, :: -1 if self.mirror else 1]
+def refuse_hdr(transfer: int, tag: str = "") -> None:
+    """Raises FileFault for high dynamic range. transfer: of H.273; tag: the codec's in the container."""
+    name = "Dolby Vision" if tag in _DOLBY else _HDR.get(transfer)
+    if name is not None:
+        raise FileFault(f"is in high dynamic range ({name}); convert it to standard range (BT.709) first")

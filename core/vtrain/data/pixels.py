@@ -1,0 +1,92 @@
+"""A decoded frame as 8-bit RGB, upright, by ffmpeg's own conversion.
+
+Matrix (BT.601, BT.709, ...), range (full, limited) and the place of the chroma samples are those that the file states;
+ffmpeg takes an unstated matrix for BT.601 and an unstated range of YUV for limited, whatever the size. 10 and more bits
+are brought to 8 with ffmpeg's dither. Transparency is dropped, interlaced frames stay as they are.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vtrain.data.video import FileFault, faults
+
+if TYPE_CHECKING:
+    from av.filter import Graph
+    from av.video.frame import VideoFrame
+
+Picture = np.ndarray[Any, np.dtype[np.uint8]]
+"""(h, w, 3)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Orientation:
+    """How a stored picture is turned upright: first transposed, then mirrored left-right and upside-down."""
+
+    transpose: bool = False
+    mirror: bool = False
+    flip: bool = False
+
+    @classmethod
+    def of(cls, frame: VideoFrame) -> Orientation:
+        """From the display matrix of the frame, if it has one. Raises FileFault for other than quarter turns.
+
+        The matrix (ISO/IEC 14496-12, 8.2.2) is ((a, b, u), (c, d, v), (x, y, w)): (x', y') = (a x + c y, b x + d y).
+        """
+        from av.buffer import Buffer
+
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+        if not isinstance(matrix, Buffer):
+            return cls()
+        a, b, _, c, d = struct.unpack("=5i", bytes(memoryview(matrix))[:20])
+        if a and d and not b and not c:
+            return cls(False, a < 0, d < 0)
+        if b and c and not a and not d:
+            return cls(True, c < 0, b < 0)
+        raise FileFault("is to be shown turned by an angle that is not a quarter turn")
+
+    def upright(self, picture: Picture) -> Picture:
+        """(h, w, 3) as stored -> (h, w, 3) as shown; a view."""
+        if self.transpose:
+            picture = picture.swapaxes(0, 1)
+        return picture[:: -1 if self.flip else 1, :: -1 if self.mirror else 1]
+
+
+class Conversion:
+    """The frames of one clip to RGB; ffmpeg's scaler is set up once, and anew if the frames' format changes."""
+
+    def __init__(self) -> None:
+        self._format: tuple[object, ...] | None = None
+        self._graph: Graph | None = None
+
+    def upright(self, frame: VideoFrame) -> Picture:
+        """The picture as it is shown. Raises FileFault."""
+        return Orientation.of(frame).upright(self.rgb(frame))
+
+    def rgb(self, frame: VideoFrame) -> Picture:
+        """The picture as it is stored. Raises FileFault for colours that ffmpeg cannot convert."""
+        found = (frame.format.name, frame.width, frame.height, int(frame.colorspace), int(frame.color_range))
+        with faults(f"its pixels ({frame.format.name}, matrix {found[3]} of H.273) cannot be converted to RGB"):
+            if self._graph is None or found != self._format:
+                self._graph, self._format = _graph(*found), found
+            self._graph.vpush(frame)
+            converted = self._graph.vpull()
+        return converted.to_ndarray()
+
+
+def _graph(form: str, width: int, height: int, matrix: int, span: int) -> Graph:
+    from av.filter import Graph
+
+    graph = Graph()
+    graph.threads = 1
+    source = graph.add(
+        "buffer", video_size=f"{width}x{height}", pix_fmt=form, time_base="1/1000", pixel_aspect="1/1",
+        colorspace=str(matrix), range=str(span),
+    )  # fmt: skip
+    scale = graph.add("scale", "flags=bicubic")  # the default of ffmpeg's command line
+    graph.link_nodes(source, scale, graph.add("format", "rgb24"), graph.add("buffersink")).configure()
+    return graph

@@ -1,0 +1,96 @@
+"""Where a data backend's files are: a local path or a URL of fsspec, and how patiently a URL is asked."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Self
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
+from urllib.request import url2pathname
+
+from pydantic import BeforeValidator, Field, JsonValue, TypeAdapter, ValidationInfo, model_validator
+
+from vtrain.contract import LocalPath, Options
+
+_LOCAL = TypeAdapter[Path](LocalPath)
+_SECRET = re.compile(
+    r"secret|token|password|passwd|credential|access_?key|account_?key|authorization|cookie|(^|_)(key|pass|pat|auth)$",
+    re.IGNORECASE,
+)
+_URL = re.compile(r"[a-z][a-z0-9+.-]*(::|://)", re.IGNORECASE)
+
+
+def is_url(text: str) -> bool:
+    """Whether a path is a URL for fsspec; `file://` is a local path."""
+    return bool(_URL.match(text)) and not text.startswith(("file://", "local://"))
+
+
+def _place(value: object, info: ValidationInfo) -> str:
+    if isinstance(value, str) and is_url(value):
+        return value
+    if isinstance(value, str) and value.startswith(("file://", "local://")):
+        value = url2pathname(urlsplit(value).path)
+    return os.path.abspath(_LOCAL.validate_python(value, context=info.context))  # noqa: PTH100 (follows no link)
+
+
+PlacePath = Annotated[str, BeforeValidator(_place)]
+"""An absolute local path, or a URL as it was written. Relative paths start at the configuration file."""
+
+
+class PlaceOptions(Options):
+    """Options of every backend that reads a local path or a URL."""
+
+    path: PlacePath = Field(min_length=1, description="the place: a local path or a URL of fsspec")
+    retries: int = Field(4, ge=0, le=100, description="of a URL: how often a failed request is made again")
+    timeout: float = Field(
+        30.0, gt=0, le=3600, description="of a URL: seconds that one request may take before it counts as failed"
+    )
+    storage_options: dict[str, JsonValue] = Field(
+        {},
+        description="of a URL: options of its fsspec file system, such as endpoint_url; secrets come from the environment",
+    )
+
+    @model_validator(mode="after")
+    def _no_secrets(self) -> Self:
+        if found := sorted(secret_keys(self.storage_options)):
+            raise ValueError(
+                f"storage_options holds {', '.join(found)}: secrets come from the environment or the storage's own "
+                "credentials file, never from this file"
+            )
+        if self.storage_options and not is_url(self.path):
+            raise ValueError("storage_options is for a URL, and path is a local one")
+        return self
+
+
+def secret_keys(options: JsonValue) -> Iterable[str]:
+    """Keys, at any depth, under which secrets are given."""
+    if isinstance(options, dict):
+        for key, value in options.items():
+            if _SECRET.search(key):
+                yield key
+            yield from secret_keys(value)
+    elif isinstance(options, list):
+        for value in options:
+            yield from secret_keys(value)
+
+
+class Redaction:
+    """A URL without its secrets: user, password, query and fragment; and texts in which they occur."""
+
+    def __init__(self, url: str) -> None:
+        parts = [urlsplit(part) for part in url.split("::")]
+        self.location = "::".join(
+            f"{part.scheme}://{part.netloc.rpartition('@')[2]}{part.path.rstrip('/')}" if part.scheme else part.path
+            for part in parts
+        )
+        words = [word for part in parts for word in (part.password, part.username, part.query, part.fragment) if word]
+        words += [value for part in parts for _, value in parse_qsl(part.query)]
+        forms = {form for word in words for form in (word, unquote(word), quote(word, safe=""))}
+        self.words = tuple(sorted((form for form in forms if form), key=len, reverse=True))
+
+    def __call__(self, text: str) -> str:
+        for word in self.words:
+            text = text.replace(word, "***")
+        return text

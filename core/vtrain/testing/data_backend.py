@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from urllib.parse import urlsplit
 
 import pytest
 
-from vtrain.contract import DataBackend, DataError, SourceRef
+from vtrain.contract import DataBackend, DataError, SourceRef, SupportsCaptions, SupportsShards, Words
 from vtrain.testing.draws import required
 
 FILES: Mapping[str, bytes] = {
     "b.mp4": bytes(range(256)) * 40,
     "a.txt": "a cat on a mat, é".encode(),
+    "deep.mp4": b"beside the folder of that name",
     "deep/er/clip.mp4": b"inside",
     "deep/empty.mp4": b"",
     "name with spaces and é.mp4": b"x" * 100,
@@ -24,13 +27,31 @@ def _ref(backend: DataBackend, ref_id: str) -> SourceRef:
     return next(ref for ref in backend.refs() if ref.id == ref_id)
 
 
+def _largest(files: Mapping[str, bytes]) -> str:
+    return max(files, key=lambda name: len(files[name]))
+
+
+def sharded(backend: DataBackend) -> SupportsShards:
+    if not isinstance(backend, SupportsShards):
+        pytest.skip("this backend's files do not lie in shards (SupportsShards)")
+    return backend
+
+
+def captioned(backend: DataBackend) -> SupportsCaptions:
+    if not isinstance(backend, SupportsCaptions):
+        pytest.skip("this backend has no captions of its own (SupportsCaptions)")
+    return backend
+
+
 class DataBackendTests:
     """Where files are.
 
     secrets: words of the backend's options that must not be shown (passwords, tokens).
+    rewritten: the id of the file that the test of versions rewrites.
     """
 
     secrets: tuple[str, ...] = ()
+    rewritten: str = "deep/er/clip.mp4"
 
     @pytest.fixture
     def files(self) -> Mapping[str, bytes]:
@@ -51,6 +72,11 @@ class DataBackendTests:
     def missing(self) -> DataBackend:
         """A backend on a place that does not exist. Override it."""
         required("missing", "a DataBackend, built without an error, on a place that does not exist")
+
+    @pytest.fixture
+    def words(self) -> Mapping[str, Words]:
+        """id -> what a backend with captions of its own says. Override it for such a backend."""
+        required("words", "a mapping id -> Words: the captions that `backend` has of its own")
 
     def test_every_file_is_listed_once_sorted_by_id(self, backend: DataBackend, files: Mapping[str, bytes]) -> None:
         """refs gives every file, in deep folders too, sorted by id, none twice."""
@@ -75,8 +101,9 @@ class DataBackendTests:
 
     def test_open_files_can_be_read_anywhere(self, backend: DataBackend, files: Mapping[str, bytes]) -> None:
         """An open file seeks, as video decoders do: from the start, from here and from the end."""
-        data = files["b.mp4"]
-        with backend.open(_ref(backend, "b.mp4")) as file:
+        name = _largest(files)
+        data = files[name]
+        with backend.open(_ref(backend, name)) as file:
             assert file.seekable()
             assert file.seek(-10, io.SEEK_END) == len(data) - 10
             assert file.read() == data[-10:]
@@ -86,23 +113,98 @@ class DataBackendTests:
 
     def test_two_files_are_open_at_once(self, backend: DataBackend, files: Mapping[str, bytes]) -> None:
         """Open files do not share a position."""
-        ref = _ref(backend, "b.mp4")
+        ref = _ref(backend, _largest(files))
         with backend.open(ref) as first, backend.open(ref) as second:
             first.read(50)
-            assert second.read(4) == files["b.mp4"][:4]
+            assert second.read(4) == files[ref.id][:4]
+
+    def test_threads_open_files_at_once(self, backend: DataBackend, files: Mapping[str, bytes]) -> None:
+        """Several threads open and read files of one backend, each its own."""
+
+        def content(ref: SourceRef) -> tuple[str, bytes]:
+            with backend.open(ref) as file:
+                return ref.id, file.read()
+
+        with ThreadPoolExecutor(4) as threads:
+            for name, data in threads.map(content, list(backend.refs()) * 4):
+                assert data == files[name], name
+
+    def test_refs_come_one_by_one(self, backend: DataBackend) -> None:
+        """refs is an iterator, so that a million files are never a list; one that is not used up can be thrown away."""
+        refs = backend.refs()
+        assert iter(refs) is refs, "refs returns a collection"
+        first = next(refs)
+        del refs
+        assert next(backend.refs()) == first
 
     def test_listing_is_repeatable(self, backend: DataBackend) -> None:
         """Asked twice, an unchanged place gives the same refs, versions too."""
         assert list(backend.refs()) == list(backend.refs())
 
     def test_a_changed_file_has_another_version(
-        self, backend: DataBackend, rewrite: Callable[[str, bytes], None]
+        self, backend: DataBackend, files: Mapping[str, bytes], rewrite: Callable[[str, bytes], None]
     ) -> None:
-        """Rewriting a file, even at the same size, changes its version; the others keep theirs."""
+        """Rewriting a file, even at the same size, changes its version; the others, but those in its shard, keep theirs."""
         before = {ref.id: ref.version for ref in backend.refs()}
-        rewrite("deep/er/clip.mp4", b"INSIDE")
+        rewrite(self.rewritten, files[self.rewritten].swapcase())
         after = {ref.id: ref.version for ref in backend.refs()}
-        assert {name for name in before if before[name] != after[name]} == {"deep/er/clip.mp4"}
+        changed = {name for name in before if before[name] != after[name]}
+        assert self.rewritten in changed
+        shards = [shard.id for shard in backend.shards()] if isinstance(backend, SupportsShards) else []
+        own = [f"{shard}/" for shard in shards if self.rewritten.startswith(f"{shard}/")]
+        assert [name for name in changed if name != self.rewritten and not name.startswith(tuple(own))] == []
+
+    def test_shards_hold_every_file(self, backend: DataBackend) -> None:
+        """shards are sorted by id, none twice; their members, in order, are what refs gives, each below its shard's id."""
+        part = sharded(backend)
+        shards = list(part.shards())
+        assert [shard.id for shard in shards] == sorted({shard.id for shard in shards})
+        members = {shard.id: list(part.members(shard)) for shard in shards}
+        assert list(chain.from_iterable(members.values())) == list(backend.refs())
+        for shard, refs in members.items():
+            assert not [ref.id for ref in refs if not ref.id.startswith(f"{shard}/")], shard
+
+    def test_a_changed_file_changes_its_shard(
+        self, backend: DataBackend, files: Mapping[str, bytes], rewrite: Callable[[str, bytes], None]
+    ) -> None:
+        """Rewriting a file, even at the same size, changes the version of the shard that holds it, and of no other."""
+        part = sharded(backend)
+        before = {shard.id: shard.version for shard in part.shards()}
+        rewrite(self.rewritten, files[self.rewritten].swapcase())
+        after = {shard.id: shard.version for shard in part.shards()}
+        changed = [shard for shard in before if before[shard] != after[shard]]
+        assert changed == [shard for shard in before if self.rewritten.startswith(f"{shard}/")]
+
+    def test_an_absent_shard_is_an_os_error(self, backend: DataBackend) -> None:
+        """members raises OSError for a shard that is not there."""
+        part = sharded(backend)
+        with pytest.raises(OSError, match=r".*"):
+            list(part.members(SourceRef("no such shard.tar", 100, "")))
+
+    def test_captions_are_told_with_their_clips(self, backend: DataBackend, request: pytest.FixtureRequest) -> None:
+        """captions gives each clip's words, sorted by id, none twice, one by one."""
+        part = captioned(backend)
+        words: Mapping[str, Words] = request.getfixturevalue("words")
+        told = part.captions()
+        assert iter(told) is told, "captions returns a collection"
+        assert list(told) == sorted(words.items())
+
+    def test_captions_are_of_files_that_are_listed(self, backend: DataBackend) -> None:
+        """Every id that captions gives is one that refs gives; texts are texts, extras numbers or texts."""
+        part = captioned(backend)
+        ids = {ref.id for ref in backend.refs()}
+        for name, words in part.captions():
+            assert name in ids, name
+            assert isinstance(words.texts, tuple)
+            assert all(isinstance(text, str) for text in words.texts), name
+            assert all(isinstance(value, float | int | str) for value in words.extras.values()), name
+
+    def test_captions_of_a_missing_place_are_a_data_error(self, missing: DataBackend) -> None:
+        """captions raises DataError for a place that does not exist, with a remedy in it."""
+        part = captioned(missing)
+        with pytest.raises(DataError) as caught:
+            list(part.captions())
+        assert all(problem.what for problem in caught.value.problems)
 
     def test_an_absent_file_is_an_os_error(self, backend: DataBackend) -> None:
         """open raises OSError for an id that is not there."""

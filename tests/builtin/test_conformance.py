@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -89,3 +90,60 @@ class TestFolder(DataBackendTests):
     @pytest.fixture
     def missing(self, tmp_path: Path) -> DataBackend:
         return FOLDER.build(FOLDER.options(path=str(tmp_path / "nowhere")))
+
+
+class TestFolderInMemory(DataBackendTests):
+    """fsspec's own storage in memory."""
+
+    @pytest.fixture
+    def root(self, tmp_path: Path) -> Iterator[str]:
+        import fsspec
+
+        root = f"/{tmp_path.name}"
+        yield root
+        memory = fsspec.filesystem("memory")
+        if memory.exists(root):
+            memory.rm(root, recursive=True)
+
+    @pytest.fixture
+    def backend(self, root: str, files: Mapping[str, bytes]) -> DataBackend:
+        import fsspec
+
+        fsspec.filesystem("memory").pipe({f"{root}/{name}": data for name, data in files.items()})
+        return FOLDER.build(FOLDER.options(path=f"memory:/{root}"))
+
+    @pytest.fixture
+    def rewrite(self, root: str) -> Callable[[str, bytes], None]:
+        import fsspec
+
+        return lambda name, data: fsspec.filesystem("memory").pipe(f"{root}/{name}", data)
+
+    @pytest.fixture
+    def missing(self, root: str) -> DataBackend:
+        return FOLDER.build(FOLDER.options(path=f"memory:/{root}/nowhere"))
+
+
+class TestFolderOnS3(DataBackendTests):
+    """A server that speaks S3, on loopback."""
+
+    secrets = ("a-test",)
+
+    @pytest.fixture
+    def backend(self, bucket: Any, files: Mapping[str, bytes]) -> DataBackend:
+        bucket.put(
+            {f"clips/{name}": data for name, data in files.items()} | {"clips.txt": b"no", "clipsx/a.txt": b"no"}
+        )
+        return self.on(bucket, "clips")
+
+    @pytest.fixture
+    def rewrite(self, bucket: Any) -> Callable[[str, bytes], None]:
+        return lambda name, data: bucket.put({f"clips/{name}": data})
+
+    @pytest.fixture
+    def missing(self, bucket: Any) -> DataBackend:
+        return self.on(bucket, "nowhere")
+
+    @staticmethod
+    def on(bucket: Any, prefix: str) -> DataBackend:
+        options = FOLDER.options(path=f"s3://{bucket.name}/{prefix}", storage_options={"endpoint_url": bucket.endpoint})
+        return FOLDER.build(options)

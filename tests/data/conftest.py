@@ -7,7 +7,7 @@ import hashlib
 import io
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO
@@ -41,6 +41,8 @@ from vtrain.contract import (
     SourceRef,
     Text,
 )
+from vtrain.data import fill_video
+from vtrain.data.worker import Workers
 from vtrain.plan.records import DatasetPlan, Plan
 from vtrain_builtin.folder import FOLDER, FolderOptions, LocalFolder
 
@@ -213,6 +215,19 @@ def setup(tmp_path: Path) -> Setup:
     made = Setup(tmp_path)
     made.folder.mkdir()
     return made
+
+
+@pytest.fixture(scope="session")
+def decoding_process() -> Iterator[Workers]:
+    """One that stays for all tests: each would import torch anew."""
+    with Workers(1, limit_s=60) as workers:
+        yield workers
+
+
+@pytest.fixture(autouse=True)
+def kept_process(monkeypatch: pytest.MonkeyPatch, decoding_process: Workers) -> None:
+    """Filling decodes in a process that other tests used before."""
+    monkeypatch.setattr(fill_video, "Workers", lambda count, limit_s: nullcontext(decoding_process))
 
 
 @pytest.fixture(scope="session")

@@ -121,10 +121,17 @@ def test_a_renamed_or_moved_dataset_encodes_nothing(three) -> None:
     assert encodes(three, three.dataset(name="other", folder=moved)) == (0, 0)
 
 
-def test_another_rate_bucket_crop_window_or_length_encodes_every_clip(three) -> None:
+def test_another_crop_encodes_the_clips_of_which_it_takes_another_part(three) -> None:
+    """The first of the three has its bucket's aspect: nothing of it is cut either way."""
+    fill(three)
+    assert encodes(three, three.dataset(crop="none")) == (0, 2)
+    assert encodes(three, three.dataset(crop="none")) == (0, 0)
+
+
+def test_another_rate_bucket_window_or_length_encodes_every_clip(three) -> None:
     fill(three)
     for change in (
-        {"fps": 15.0}, {"sizes": [(64, 32)]}, {"crop": "none"}, {"frames": 13}, {"video": {"window": "center"}, "frames": 9},
+        {"fps": 15.0}, {"sizes": [(64, 32)]}, {"frames": 13}, {"video": {"window": "center"}, "frames": 9},
     ):  # fmt: skip
         assert encodes(three, three.dataset(**change)) == (0, 3), change
         assert encodes(three, three.dataset(**change)) == (0, 0), change

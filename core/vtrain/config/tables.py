@@ -173,6 +173,11 @@ class CacheTable(Options):
     dir: LocalPath = Field("cache", validate_default=True, description="folder of the ledger and the encoded samples")
     text_batch: int = Field(8, ge=1, description="captions encoded at once")
     video_batch: int = Field(1, ge=1, description="clips encoded at once")
+    latents: Literal["mode", "sample"] = fixed(
+        "mode",
+        description="mode: the codec's likeliest latents of a clip, as SANA-Video is trained; sample: its mean and std, "
+        "from which each use draws anew (twice the space)",
+    )
     compress: bool = Field(
         False,
         description="lossless compression (zstd) of entries written from now on; those that are there stay as they are",

@@ -1,4 +1,4 @@
-"""The caches of a run: encoded text and video, read by any process and filled by one."""
+"""The caches of a run: encoded text and video, filled by all its processes together and read by any."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from vtrain.contract import Caption, DataError, Latents, Problem, Role, Text
 from vtrain.data.fill_text import Report, fill_text
 from vtrain.data.fill_video import fill_video
+from vtrain.data.peers import ALONE, Peers
 from vtrain.data.sample import Sample
 from vtrain.data.stores import Stores
 from vtrain.plan.records import Plan, Survey
@@ -72,20 +73,28 @@ class Filled:
 
 
 def fill_caches(
-    plan: Plan, samples: Sequence[Sample], extra_texts: Sequence[tuple[Caption, Role]], device: str, report: Report
+    plan: Plan,
+    samples: Sequence[Sample],
+    extra_texts: Sequence[tuple[Caption, Role]],
+    device: str,
+    report: Report,
+    peers: Peers = ALONE,
 ) -> Filled:
     """Encode what is missing: text, then video, their models one after the other, each loaded only if needed.
 
+    Every process of a run calls it with the same samples, fills its share, and waits for the others.
+
     extra_texts: prompts beside the samples' captions; the dropped caption is added if the run drops any. report: told
-    ("text" | "video", done, total). May be interrupted at any time: what is on the disk is whole, and is not made
-    again. Raises DataError for a full disk, a bad file where the configuration says stop, or no usable clip left.
+    ("text" | "video", done, total) of this process's share. May be interrupted at any time: what is on the disk is
+    whole, and is not made again. Raises DataError for a full disk, a bad file where the configuration says stop, or no
+    usable clip left.
     """
     stores = Stores(plan)
     texts: list[tuple[Caption, Role]] = [(caption, "prompt") for sample in samples for caption in sample.captions]
     if plan.config.train.caption_dropout > 0:
         texts.append((DROPPED, "dropped"))
-    truncated = fill_text(stores, [*texts, *extra_texts], device, report)
-    left_out = fill_video(stores, samples, device, report)
+    truncated = fill_text(stores, [*texts, *extra_texts], peers, device, report)
+    left_out = fill_video(stores, samples, peers, device, report)
     used = (sample for sample in samples if sample.id not in left_out)
     kept = tuple(replace(sample, content=stores.known_content(sample)) for sample in used)
     if samples and not kept:

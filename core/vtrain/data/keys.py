@@ -20,7 +20,7 @@ def text_key(caption: Caption, role: Role, fingerprint: str) -> str:
 def video_key(content: str, sample: Sample, start: float, transform: int, fingerprint: str) -> str:
     """content: SHA-256 of the source's bytes. start: of the window. fingerprint: the family's, of its video codec."""
     window = [start, sample.fps, *sample.shape]
-    return _key("video", fingerprint, content, transform, window, sample.crop, sample.box)
+    return _key("video", fingerprint, content, transform, window, sample.box)
 
 
 def _key(*parts: object) -> str:

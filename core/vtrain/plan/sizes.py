@@ -32,14 +32,18 @@ def buckets(number: int, unit: Unit, stride: int) -> tuple[Size, ...]:
     pixel_area: the multiples around the exact size that come nearest in area and aspect. pixel: the shorter edge is the
     multiple nearest to `number`.
     """
-    return tuple(dict.fromkeys(_bucket(number, unit, stride, width / height) for width, height in ASPECTS))
+    found = []
+    for width, height in ASPECTS:
+        long, short = _bucket(number, unit, stride, max(width, height) / min(width, height))
+        found.append(Size(long, short) if width >= height else Size(short, long))
+    return tuple(dict.fromkeys(found))
 
 
 def _bucket(number: int, unit: Unit, stride: int, aspect: float) -> Size:
+    """For an aspect of at least 1."""
     if unit == "pixel":
         short = _nearest(number, stride)
-        long = _nearest(short * max(aspect, 1 / aspect), stride)
-        return Size(long, short) if aspect >= 1 else Size(short, long)
+        return Size(_nearest(short * aspect, stride), short)
     width, height = number * math.sqrt(aspect), number / math.sqrt(aspect)
 
     def error(size: Size) -> tuple[float, int]:

@@ -82,7 +82,8 @@ class AverageCodec:
         self.family.encoded_batches.append(tuple(pixels.shape))
         assert pixels.dtype == torch.float32
         assert pixels.abs().max() <= 1
-        return Latents(torch.nn.functional.avg_pool3d(pixels[:, :, ::4], (1, 8, 8)) + self.family.spoil)
+        mean = torch.nn.functional.avg_pool3d(pixels[:, :, ::4], (1, 8, 8)) + self.family.spoil
+        return Latents(mean, (mean + 2) / 10 if std else None)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         raise AssertionError("the data layer decodes no latents")
@@ -156,6 +157,8 @@ class Setup:
 
     root: Path
     family: AverageFamily = dataclasses.field(default_factory=AverageFamily)
+    cache_keys: dict[str, object] = dataclasses.field(default_factory=dict)
+    """More keys of [cache]."""
 
     @property
     def folder(self) -> Path:
@@ -190,7 +193,9 @@ class Setup:
             model=Part(registered, NoKeys(), ModelTable.model_validate({"train": "full"})),
             precision=PrecisionTable(),
             data=tuple(Part(registered, FolderOptions(path=d.backend.location), d.table) for d in datasets),
-            cache=CacheTable.model_validate({"dir": self.cache, "text_batch": 3, "video_batch": video_batch}),
+            cache=CacheTable.model_validate(
+                {"dir": self.cache, "text_batch": 3, "video_batch": video_batch, **self.cache_keys}
+            ),
             train=TrainTable.model_validate({"steps": 1, **train}),
             sampler=Part(registered, NoKeys(), NoKeys()), optimizer=Part(registered, NoKeys(), NoKeys()),
             lr_schedule=LrScheduleTable(), validation=None, checkpoint=CheckpointTable(), regularizers=(), trackers=(),

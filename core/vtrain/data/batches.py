@@ -11,6 +11,7 @@ import torch
 
 from vtrain.contract import Caption, DataError, Latents, PluginError, Problem, Text
 from vtrain.data.caches import DROPPED, Caches
+from vtrain.data.draws import drawn
 from vtrain.data.order import Order
 from vtrain.data.sample import Sample
 from vtrain.data.seeds import chance, choice
@@ -24,8 +25,9 @@ ROUND = 8
 class Batch:
     """One micro-batch: B clips of one shape.
 
-    latents: mean (B, C, f, h, w) fp32. text: embeds (B, L, D) with L just enough for its longest text, zero where the mask
-    is false. draws: each sample's draw number, from which its noise derives. dropped: whose caption was dropped.
+    latents: mean (B, C, f, h, w) fp32, drawn anew from mean and std where those are cached. text: embeds (B, L, D) with L
+    just enough for its longest text, zero where the mask is false. draws: each sample's draw number, from which its noise
+    derives. dropped: whose caption was dropped.
     """
 
     micro_batch: int
@@ -77,12 +79,13 @@ class Batches:
             else self._caches.text(self._caption(sample, number), "prompt")
             for sample, number, drop in zip(samples, numbers, dropped, strict=True)
         ]
-        means = [
-            self._caches.latents(sample, self._start(sample, number)).mean
+        clips = [
+            self._caches.latents(sample, self._start(sample, number))
             for sample, number in zip(samples, numbers, strict=True)
         ]
         text = pad(texts, self._plan.family.text_tokens)
-        return Batch(micro_batch, Latents(torch.cat(means)), text, numbers, tuple(s.id for s in samples), dropped)
+        latents = Latents(drawn(self._plan.config.run.seed, clips, numbers))
+        return Batch(micro_batch, latents, text, numbers, tuple(s.id for s in samples), dropped)
 
     def _start(self, sample: Sample, draw: int) -> float:
         """The window that this draw uses."""

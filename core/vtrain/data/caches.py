@@ -37,12 +37,17 @@ class Caches:
         return Text(embeds, torch.ones(embeds.shape[:2], dtype=torch.bool))
 
     def latents(self, sample: Sample, start: float) -> Latents:
-        """Of the window at one of the sample's starts: mean (1, C, f, h, w) fp32. Raises DataError if not cached."""
+        """Of the window at one of the sample's starts: mean, and std if that is cached, (1, C, f, h, w) fp32.
+
+        Raises DataError if it is not cached.
+        """
         key = self._stores.known_video_key(sample, start)
         if key is None:
             what = "this clip was not encoded, or its file changed since."
             raise DataError(Problem(sample.id, what, "Start the run again: it will be encoded."))
-        return Latents(self._stores.video.read(key)["mean"][None])
+        entry = self._stores.video.read(key)
+        std = entry.get("std")
+        return Latents(entry["mean"][None], None if std is None else std[None])
 
 
 @dataclass(frozen=True)

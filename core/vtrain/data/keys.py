@@ -17,10 +17,13 @@ def text_key(caption: Caption, role: Role, fingerprint: str) -> str:
     return _key("text", fingerprint, role, caption.text, sorted(caption.extras.items()))
 
 
-def video_key(content: str, sample: Sample, start: float, transform: int, fingerprint: str) -> str:
-    """content: SHA-256 of the source's bytes. start: of the window. fingerprint: the family's, of its video codec."""
+def video_key(content: str, sample: Sample, start: float, transform: int, fingerprint: str, *, std: bool) -> str:
+    """content: SHA-256 of the source's bytes. start: of the window. fingerprint: the family's, of its video codec.
+
+    std: whether the entry holds the std beside the mean.
+    """
     window = [start, sample.fps, *sample.shape]
-    return _key("video", fingerprint, content, transform, window, sample.box)
+    return _key("video", fingerprint, content, transform, window, sample.box, *(["std"] if std else []))
 
 
 def _key(*parts: object) -> str:

@@ -42,7 +42,8 @@ class Stores:
 
     def video_key(self, sample: Sample, start: float, content: str) -> str:
         """start: one of the sample's. content: SHA-256 of the source's bytes."""
-        return video_key(content, sample, start, TRANSFORM_VERSION, self._video_fingerprint)
+        std = self.plan.config.cache.latents == "sample"
+        return video_key(content, sample, start, TRANSFORM_VERSION, self._video_fingerprint, std=std)
 
     def known_content(self, sample: Sample) -> str:
         """The content hash that the sample carries or that the ledger has; "" if the source's bytes were not read yet."""

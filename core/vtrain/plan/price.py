@@ -64,7 +64,8 @@ def price(plan: Plan, survey: Survey) -> Prices:
 
 
 def _latent_bytes(plan: Plan, shape: ClipShape) -> int:
-    return math.prod(plan.family.latent_shape(shape)) * FLOAT32
+    stored = 2 if plan.config.cache.latents == "sample" else 1  # mean, and std
+    return stored * math.prod(plan.family.latent_shape(shape)) * FLOAT32
 
 
 def _text_bytes(plan: Plan, survey: Survey) -> int:

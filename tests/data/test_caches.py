@@ -210,7 +210,7 @@ def test_decoding_goes_on_while_the_codec_encodes(three) -> None:
     """While the first clip is being encoded, the second one's file is opened by another thread."""
     dataset = three.dataset()
     plan = three.plan(dataset)
-    samples = scan(plan).samples
+    samples = list(scan(plan).samples)
     dataset.backend.opened.clear()
     second = threading.Event()
     opened = dataset.backend.open
@@ -330,7 +330,7 @@ def test_a_truncated_clip_stops_the_run_if_asked(three, make_video) -> None:
 
 def test_a_clip_that_vanishes_after_the_scan_is_left_out_but_not_for_ever(three) -> None:
     plan = three.plan()
-    samples = scan(plan).samples
+    samples = list(scan(plan).samples)
     kept = (three.folder / "1.mp4").read_bytes()
     (three.folder / "1.mp4").unlink()
     filled = fill_caches(plan, samples, [], "cpu", lambda *_: None)
@@ -379,7 +379,7 @@ def test_progress_is_told_for_each_stage_up_to_its_total(three) -> None:
 
 def test_an_entry_that_was_never_made_is_an_error_that_says_what_to_do(three) -> None:
     plan = three.plan()
-    samples = scan(plan).samples
+    samples = list(scan(plan).samples)
     caches = Caches.open(plan)
     with pytest.raises(DataError, match="was not encoded"):
         caches.latents(samples[0], samples[0].starts[0])

@@ -24,7 +24,7 @@ def test_a_recount_takes_what_was_left_out_from_the_survey_with_its_reason(setup
 def test_captions_that_lost_their_end_are_counted_when_the_encoder_counts_them(setup, make_video) -> None:
     setup.add("a.mp4", make_video(), caption="one two three four five six seven eight nine")
     plan = setup.plan()
-    samples = scan(plan).samples
+    samples = list(scan(plan).samples)
     assert fill_caches(plan, samples, (), "cpu", lambda *_: None).truncated == 0
 
     opened = setup.family.open_text_encoder

@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from vtrain.contract import ClipShape, DataError
+from vtrain.data.fates import settings_key
 from vtrain.data.ledger import Ledger
-from vtrain.data.scan import scan, settings_key
+from vtrain.data.scan import scan
 
 
 def left_out(setup, **table) -> dict[str, tuple[int, str]]:
@@ -39,7 +40,7 @@ def test_the_real_clips_are_all_used_at_ten_frames_per_second(setup, clips) -> N
     assert survey.samples == {ClipShape(9, 96, 128): 3, ClipShape(9, 96, 160): 4}
     assert survey.left_out == {"not a video: .md": (1, "README.md")}
     assert found.survey.texts == 7
-    assert found.samples[0].captions[0].text.startswith("A hand tilts a yellow decorated tea box")
+    assert next(iter(found.samples)).captions[0].text.startswith("A hand tilts a yellow decorated tea box")
     assert found.messages == ()
 
 

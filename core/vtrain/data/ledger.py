@@ -1,47 +1,82 @@
-"""The ledger: every source file of every dataset, what its header says, its content hash, and what became of it."""
+"""The ledger: every source file of every dataset, what it holds, its content hash, and what became of it. An SQLite file.
+
+A place (a backend's location) has a generation, a number that moves whenever a file of it came, went or changed. Each
+source row bears the generation at which it changed last, so that a decision over a place that was made at generation g
+has to look at rows later than g only. Readers go through a table in pages by ref, never holding it in memory.
+"""
 
 from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from vtrain.contract import Words
+from vtrain.contract import ClipShape, Size, Words
 from vtrain.data.database import Layout, database_faults, open_database, open_readonly
+from vtrain.data.listing import KINDS_VERSION
 from vtrain.data.probe import Probe
-from vtrain.data.sample import Sample
+from vtrain.data.sample import Box, Sample
 
 FILE = "ledger.sqlite"
 
+PAGE = 1000
+"""Rows that are read, or written in one transaction, at once."""
+
+_TABLES = """
+    CREATE TABLE place (number INTEGER PRIMARY KEY, location TEXT UNIQUE NOT NULL, generation INTEGER NOT NULL);
+    CREATE TABLE shard (place INTEGER, ref TEXT, size INTEGER, version TEXT, PRIMARY KEY (place, ref)) WITHOUT ROWID;
+    CREATE TABLE source (
+        place INTEGER, ref TEXT, kind TEXT NOT NULL, stem TEXT NOT NULL, size INTEGER NOT NULL, version TEXT NOT NULL,
+        generation INTEGER NOT NULL, unseen INTEGER NOT NULL, fault TEXT, probe TEXT, words TEXT, sha256 TEXT,
+        PRIMARY KEY (place, ref)
+    ) WITHOUT ROWID;
+    CREATE INDEX source_by_stem ON source (place, stem, kind);
+    CREATE INDEX source_unseen ON source (place, kind, ref) WHERE unseen;
+    CREATE TABLE told (place INTEGER, origin TEXT, name TEXT, words TEXT NOT NULL, PRIMARY KEY (place, origin, name))
+        WITHOUT ROWID;
+    CREATE TABLE decision (
+        number INTEGER PRIMARY KEY, settings TEXT UNIQUE NOT NULL, place INTEGER NOT NULL, generation INTEGER NOT NULL,
+        survey TEXT
+    );
+    CREATE TABLE fate (
+        decision INTEGER, ref TEXT, size INTEGER NOT NULL, version TEXT NOT NULL, status TEXT NOT NULL,
+        kind TEXT NOT NULL, reason TEXT NOT NULL, frames INTEGER, height INTEGER, width INTEGER,
+        samples INTEGER NOT NULL, windows INTEGER NOT NULL, stretch REAL NOT NULL, made TEXT, captions TEXT,
+        mask TEXT NOT NULL, first_frame INTEGER NOT NULL, PRIMARY KEY (decision, ref)
+    ) WITHOUT ROWID;
+    CREATE TABLE texts (decisions TEXT PRIMARY KEY, generations TEXT NOT NULL, count INTEGER NOT NULL) WITHOUT ROWID;
+"""
+"""source: unseen is 1 for a file that was not opened yet, or could not be for a reason that may pass. words: of a caption
+file. told: captions that do not stand in a file of their own. fate: made is how a file's samples are cut, as JSON;
+captions are those of each of its samples; samples and windows are how many there are. decision: survey is what a scan tells of it.
+A file that failed in filling keeps `made` until the next scan, so that those who go through the samples count alike.
+"""
+
 _LAYOUT = Layout(
     application_id=0x76744C31,
-    version=2,
-    tables="""
-    CREATE TABLE IF NOT EXISTS source (
-        location TEXT, ref TEXT, size INTEGER, version TEXT, fault TEXT, caption TEXT, codec TEXT, width INTEGER,
-        height INTEGER, pixel_aspect REAL, frames INTEGER, duration REAL, sha256 TEXT, PRIMARY KEY (location, ref)
-    ) WITHOUT ROWID;
-    CREATE TABLE IF NOT EXISTS fate (
-        settings TEXT, ref TEXT, size INTEGER, version TEXT, status TEXT, shape TEXT, kind TEXT, reason TEXT,
-        PRIMARY KEY (settings, ref)
-    ) WITHOUT ROWID;
-    """,
+    # Any other tables, fields of a probe or kinds of files are another layout, and are scanned anew.
+    version=zlib.crc32(repr((1, _TABLES, [field.name for field in fields(Probe)], KINDS_VERSION)).encode()) >> 1,
+    tables=_TABLES,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What is known of a file of this size and version: its probe or its words, or the fault of either."""
+    """A file as the ledger knows it. kind: as `listing.kind_of` says. fault: why it cannot be used, else None."""
 
     size: int
     version: str
+    kind: str
     fault: str | None = None
     probe: Probe | None = None
     words: Words | None = None
+    content: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +95,9 @@ class Fate:
 
 
 class Ledger(AbstractContextManager["Ledger"]):
-    """The ledger of a cache folder, open for writing; one process writes. Every method raises DataError.
+    """The ledger of a cache folder, open for reading and writing. Every method raises DataError.
 
-    message: what happened to a damaged or foreign file that lay in its place, or None.
+    message: what happened to a damaged, older or foreign file that lay in its place, or None.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -74,56 +109,75 @@ class Ledger(AbstractContextManager["Ledger"]):
     ) -> None:
         self._db.close()
 
-    def sources(self, location: str) -> dict[str, Source]:
-        """Ref id -> what is known, of one place."""
-        found = {}
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Writes that are done together or not at all."""
+        with database_faults(self.path), self._db:
+            yield self._db
+
+    def rows(self, query: str, values: Mapping[str, object]) -> list[tuple[Any, ...]]:
         with database_faults(self.path):
-            for ref, size, version, fault, caption, *header in self._db.execute(
-                "SELECT ref, size, version, fault, caption, codec, width, height, pixel_aspect, frames, duration "
-                "FROM source WHERE location = ?",
-                (location,),
-            ):
-                probe = Probe(*header) if header[0] is not None else None
-                found[ref] = Source(size, version, fault, probe, _words(caption))
-        return found
+            return self._db.execute(query, values).fetchall()
 
-    def record_sources(self, location: str, sources: Mapping[str, Source]) -> None:
-        """Insert or replace; the content hash of a replaced row is forgotten."""
-        with database_faults(self.path), self._db:
-            self._db.executemany(
-                "INSERT OR REPLACE INTO source VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)",
-                (
-                    (location, ref, s.size, s.version, s.fault, _text(s.words), *_columns(s.probe))
-                    for ref, s in sources.items()
-                ),
-            )
+    def pages(self, query: str, values: Mapping[str, object]) -> Iterator[tuple[Any, ...]]:
+        """Rows of a query that holds "> :after", orders by its first column and ends in "LIMIT :limit".
 
-    def forget_sources(self, location: str, refs: Iterable[str]) -> None:
-        with database_faults(self.path), self._db:
-            self._db.executemany("DELETE FROM source WHERE location = ? AND ref = ?", ((location, ref) for ref in refs))
+        The ledger may be written to between one row and the next.
+        """
+        return pages(self._db, self.path, query, values)
+
+    def place(self, location: str) -> int:
+        """The number of a place, new or known."""
+        with self.transaction() as db:
+            db.execute("INSERT OR IGNORE INTO place (location, generation) VALUES (?, 0)", (location,))
+            return int(db.execute("SELECT number FROM place WHERE location = ?", (location,)).fetchone()[0])
+
+    def generation(self, place: int) -> int:
+        return int(self.rows("SELECT generation FROM place WHERE number = :place", {"place": place})[0][0])
+
+    def sources(self, location: str) -> dict[str, Source]:
+        """Ref id -> what is known, of one place; all of it in memory."""
+        query = """SELECT ref, size, version, source.kind, fault, probe, words, sha256 FROM source JOIN place ON place = number
+            WHERE location = :location"""
+        return {
+            ref: Source(size, version, kind, fault, probe_of(probe), words_of(words), sha256 or "")
+            for ref, size, version, kind, fault, probe, words, sha256 in self.rows(query, {"location": location})
+        }
 
     def fates(self, settings: str) -> dict[str, Fate]:
-        """Ref id -> fate, under one dataset's settings."""
-        query = "SELECT ref, size, version, status, shape, kind, reason FROM fate WHERE settings = ?"
-        with database_faults(self.path):
-            return {ref: Fate(*columns) for ref, *columns in self._db.execute(query, (settings,))}
+        """Ref id -> fate, under one dataset's settings; all of them in memory."""
+        query = """SELECT ref, size, version, status, width || 'x' || height || '@' || frames, kind, reason
+            FROM fate JOIN decision ON decision = number WHERE settings = :settings"""
+        return {
+            ref: Fate(size, version, status, shape or "", kind, reason)
+            for ref, size, version, status, shape, kind, reason in self.rows(query, {"settings": settings})
+        }
+
+    def record_failure(self, settings: str, sample: Sample, reason: str) -> None:
+        """A file's bytes cannot be decoded as its sample under these settings asks: from the next scan on it is used no
+        more, until it changes."""
+        with self.transaction() as db:
+            db.execute(
+                "UPDATE fate SET status = 'failed', kind = 'decoding', reason = ? "
+                "WHERE decision = (SELECT number FROM decision WHERE settings = ?) AND ref = ? AND size = ? AND version = ?",
+                (reason, settings, sample.ref_id, sample.size, sample.version),
+            )
+            db.execute("UPDATE decision SET survey = NULL WHERE settings = ?", (settings,))
 
     def record_fates(self, settings: str, fates: Mapping[str, Fate]) -> None:
-        with database_faults(self.path), self._db:
-            self._db.executemany(
-                "INSERT OR REPLACE INTO fate VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                ((settings, ref, f.size, f.version, f.status, f.shape, f.kind, f.reason) for ref, f in fates.items()),
+        for ref, fate in fates.items():
+            size = Size(1, 1)
+            sample = Sample(
+                "", "", 0, ref, fate.size, fate.version, size, Box(0, 0, 1, 1), ClipShape(1, 1, 1), 1.0, (), "", ()
             )
-
-    def forget_fates(self, settings: str, refs: Iterable[str]) -> None:
-        with database_faults(self.path), self._db:
-            self._db.executemany("DELETE FROM fate WHERE settings = ? AND ref = ?", ((settings, ref) for ref in refs))
+            self.record_failure(settings, sample, fate.reason)
 
     def record_hash(self, location: str, sample: Sample, sha256: str) -> None:
         """The hash of the bytes that were read for a sample."""
-        with database_faults(self.path), self._db:
-            self._db.execute(
-                "UPDATE source SET sha256 = ? WHERE location = ? AND ref = ? AND size = ? AND version = ?",
+        with self.transaction() as db:
+            db.execute(
+                "UPDATE source SET sha256 = ? WHERE place = (SELECT number FROM place WHERE location = ?) AND ref = ? "
+                "AND size = ? AND version = ?",
                 (sha256, location, sample.ref_id, sample.size, sample.version),
             )
 
@@ -137,7 +191,8 @@ class ContentHashes:
 
     def of(self, location: str, sample: Sample) -> str | None:
         """The content hash of a sample's file, or None if its bytes were not read yet. Raises DataError."""
-        query = "SELECT sha256 FROM source WHERE location = ? AND ref = ? AND size = ? AND version = ?"
+        query = """SELECT sha256 FROM source WHERE place = (SELECT number FROM place WHERE location = ?) AND ref = ?
+            AND size = ? AND version = ?"""
         with database_faults(self.path):
             if self._db is None:
                 self._db = open_readonly(self.path)
@@ -145,19 +200,39 @@ class ContentHashes:
         return row[0] if row else None
 
 
-def _words(text: str | None) -> Words | None:
-    """What `_text` wrote."""
+def pages(db: sqlite3.Connection, path: Path, query: str, values: Mapping[str, object]) -> Iterator[tuple[Any, ...]]:
+    """`Ledger.pages` on any connection."""
+    after = ""
+    while True:
+        with database_faults(path):
+            rows = db.execute(query, {**values, "after": after, "limit": PAGE}).fetchall()
+        yield from rows
+        if len(rows) < PAGE:
+            return
+        after = rows[-1][0]
+
+
+def probe_of(text: str | None) -> Probe | None:
+    """What `probe_text` wrote."""
+    return None if text is None else Probe(*json.loads(text))
+
+
+def probe_text(probe: Probe) -> str:
+    return json.dumps(astuple(probe), separators=(",", ":"))
+
+
+def words_of(text: str | None) -> Words | None:
+    """What `words_text` wrote."""
     if text is None:
         return None
     texts, extras = json.loads(text)
     return Words(tuple(texts), extras)
 
 
-def _text(words: Words | None) -> str | None:
-    return None if words is None else json.dumps([words.texts, dict(words.extras)], ensure_ascii=False)
+def words_text(words: Words) -> str:
+    return json.dumps([words.texts, dict(words.extras)], ensure_ascii=False, separators=(",", ":"))
 
 
-def _columns(probe: Probe | None) -> tuple[object, ...]:
-    if probe is None:
-        return (None,) * 6
-    return (probe.codec, probe.width, probe.height, probe.pixel_aspect, probe.frames, probe.duration)
+def marks(values: Sequence[object]) -> str:
+    """ "?, ?, ?" for so many values."""
+    return ", ".join("?" * len(values))

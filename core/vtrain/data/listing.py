@@ -1,50 +1,60 @@
-"""What a backend lists, told apart by name: videos, captions, and files that are neither."""
+"""What a file is, told by its name: a video, an image, a caption file, or neither."""
 
 from __future__ import annotations
 
 import posixpath
-from dataclasses import dataclass
 
-from vtrain.contract import DataBackend, SourceRef
-from vtrain.data import captions
+from vtrain.data.captions import BESIDE
 from vtrain.data.sample import Left
-from vtrain.data.video import SUFFIXES
+from vtrain.data.video import IMAGE_SUFFIXES, SUFFIXES
+
+VIDEO, IMAGE, OTHER, MISNAMED = "video", "image", "other", "misnamed"
+CLIPS = (VIDEO, IMAGE)
+"""Kinds that give samples."""
+
+_KINDS = {
+    **dict.fromkeys(SUFFIXES, VIDEO),
+    **dict.fromkeys(IMAGE_SUFFIXES, IMAGE),
+    **BESIDE,
+}
+
+KINDS_VERSION = tuple(sorted(_KINDS.items()))
+"""What decides over kinds: a ledger holds them."""
 
 
-@dataclass(frozen=True)
-class Listing:
-    """The files of a dataset, hidden ones skipped. captions: stem -> its caption file. left: those of no use here."""
-
-    videos: tuple[SourceRef, ...]
-    captions: dict[str, SourceRef]
-    left: dict[str, Left]
+def hidden(ref_id: str) -> bool:
+    """Whether a file, or a folder that it is in, has a name that starts with a dot."""
+    return ref_id[0] == "." or "/." in ref_id
 
 
-def list_files(backend: DataBackend) -> Listing:
-    """Sort a backend's files by what their names say. Raises DataError."""
-    videos, texts, left = [], {}, {}
-    for ref in backend.refs():
-        if ref.id.startswith(".") or "/." in ref.id:
-            continue
-        suffix = posixpath.splitext(ref.id)[1].lower()
-        if not _utf8(ref.id):
-            left[ref.id.encode(errors="backslashreplace").decode()] = Left(
-                "dropped", "bad name", "its name is not UTF-8: rename it"
-            )
-        elif suffix in SUFFIXES:
-            videos.append(ref)
-        elif suffix == captions.SUFFIX:
-            texts[captions.stem(ref.id)] = ref
-        else:
-            kind = f"not a video: {suffix or 'no suffix'}"
-            left[ref.id] = Left("dropped", kind, kind)
-    return Listing(tuple(videos), texts, left)
+def kind_of(ref_id: str) -> str:
+    """VIDEO, IMAGE, a setting of data.captions for a caption file, or OTHER."""
+    return _KINDS.get(suffix_of(ref_id), OTHER)
 
 
-def _utf8(name: str) -> bool:
+def suffix_of(ref_id: str) -> str:
+    return posixpath.splitext(ref_id)[1].lower()
+
+
+def is_utf8(name: str) -> bool:
     """Whether a name can be written down; other bytes of a file name arrive as lone surrogates."""
+    if name.isascii():
+        return True
     try:
         name.encode()
     except UnicodeEncodeError:
         return False
     return True
+
+
+def escaped(name: str) -> str:
+    """A name that is not UTF-8, as it can be written down."""
+    return name.encode(errors="backslashreplace").decode()
+
+
+def useless(ref_id: str, kind: str) -> Left:
+    """Why a file that is no clip is left out."""
+    if kind == MISNAMED:
+        return Left("dropped", "bad name", "its name is not UTF-8: rename it")
+    words = f"not a video: {suffix_of(ref_id) or 'no suffix'}"
+    return Left("dropped", words, words)

@@ -1,0 +1,82 @@
+"""The samples of a scan: read from the ledger as they are asked for, never all in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vtrain.contract import Caption, ClipShape, Size
+from vtrain.data.database import database_faults, open_readonly
+from vtrain.data.ledger import pages, probe_of
+from vtrain.data.sample import Box, Sample
+
+_USED = """
+    SELECT fate.ref, fate.size, fate.version, frames, height, width, made, captions, mask, first_frame, probe, sha256
+    FROM fate JOIN source ON source.place = :place AND source.ref = fate.ref AND source.size = fate.size
+        AND source.version = fate.version
+    WHERE decision = :decision AND fate.ref > :after AND made IS NOT NULL
+    ORDER BY fate.ref LIMIT :limit
+"""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a scan found in one dataset. id: the dataset's; number: its place in plan.datasets; crop: of its table.
+
+    place, decision: numbers in the ledger. count: samples.
+    """
+
+    id: str
+    number: int
+    crop: str
+    place: int
+    decision: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Every sample of every dataset: those of a dataset together, in order of the files' ids and of the windows.
+
+    ledger: its file. May be iterated any number of times, in any process, while the ledger is written to: a sample bears
+    the content hash that the ledger knows by then, and one whose file failed meanwhile still comes.
+    """
+
+    ledger: Path
+    datasets: tuple[Found, ...]
+
+    def __len__(self) -> int:
+        """How many the scan found."""
+        return sum(found.count for found in self.datasets)
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Raises DataError."""
+        if not self.datasets:
+            return
+        with database_faults(self.ledger):
+            connection = open_readonly(self.ledger)
+        with closing(connection) as db:
+            for found in sorted(self.datasets, key=lambda found: f"{found.id}/"):
+                values = {"place": found.place, "decision": found.decision}
+                for row in pages(db, self.ledger, _USED, values):
+                    yield from _samples(found, row)
+
+
+def _samples(found: Found, row: tuple[Any, ...]) -> Iterator[Sample]:
+    """The samples of one file."""
+    ref, size, version, frames, height, width, made, captions, mask, first_frame, probe, sha256 = row
+    source = probe_of(probe)
+    assert source is not None  # a file is used by its probe
+    fps, cuts = json.loads(made)
+    texts = tuple(Caption(text, extras) for text, extras in json.loads(captions))
+    for number, (starts, box) in enumerate(cuts, start=1):
+        yield Sample(
+            id=f"{found.id}/{ref}{f'#{number}' if len(cuts) > 1 else ''}", dataset=found.id, place=found.number,
+            ref_id=ref, size=size, version=version, picture=Size(source.width, source.height), box=Box(*box),
+            shape=ClipShape(frames, height, width), fps=fps, starts=tuple(starts), crop=found.crop, captions=texts,
+            content=sha256 or "", mask_ref=mask, first_frame=bool(first_frame),
+        )  # fmt: skip

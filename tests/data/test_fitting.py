@@ -309,10 +309,6 @@ def test_every_setting_that_moves_a_fit_is_among_those_that_decide(tmp_path: Pat
     assert decides(dataset(crop_seed=9), RULE) == plain
     assert decides(dataset(crop="random", crop_seed=9), RULE) != decides(dataset(crop="random"), RULE)
     assert decides(dataset(), FrameRule(8, 1)) != plain
-    file = tmp_path / "captions.csv"
-    before = decides(dataset(captions="csv", captions_file=file), RULE)
-    file.write_text("file,caption\n")
-    assert decides(dataset(captions="csv", captions_file=file), RULE) != before
 
 
 def test_a_shape_is_written_with_its_frames() -> None:

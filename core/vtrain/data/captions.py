@@ -109,12 +109,18 @@ def _encodable(text: str) -> bool:
 
 
 def _sort(value: object) -> str:
-    """What a JSON value is, in words."""
-    if isinstance(value, list):
-        odd = next((item for item in value if not isinstance(item, str)), None)
-        return "a list" if odd is None else f"a list with {_sort(odd)} in it"
-    names = {dict: "an object", str: "a text", bool: "true or false", int: "a number", float: "a number"}
-    return names.get(type(value), "null")
+    """What a JSON value is, in words; of a list, also what in it is no text."""
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a text",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+    }
+    name = names.get(type(value), "null")
+    odd = [item for item in value if not isinstance(item, str)] if isinstance(value, list) else []
+    return f"{name} with {names.get(type(odd[0]), 'null')} in it" if odd else name
 
 
 def motion_score(value: object) -> int:
@@ -172,13 +178,9 @@ def _lack(dataset: DatasetPlan, *, there: bool) -> str:
 
 
 def decides(dataset: DatasetPlan) -> list[object]:
-    """What of the settings, and of captions_file, decides over captions, as JSON knows it."""
+    """What of the settings decides over captions, as JSON knows it."""
     table = dataset.table
-    stamp = None
-    if table.captions_file is not None and table.captions_file.exists():
-        status = table.captions_file.stat()
-        stamp = [status.st_size, status.st_mtime_ns]
     return [
         dataset.captions, table.caption, table.caption_prefix, table.missing_caption, str(table.captions_file),
-        table.file_column, table.caption_column, stamp,
+        table.file_column, table.caption_column,
     ]  # fmt: skip

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from vtrain.cli.collector import uncollected
+from vtrain.cli.moved import tell_moved
 from vtrain.cli.plan import show as show_plan
 from vtrain.cli.prepare import planned
 from vtrain.contract import (
@@ -133,6 +134,7 @@ def _prepare(plan: Plan, console: Console, device: str) -> Ready:
         filled = fill_caches(plan, found.samples, extra, device, filling.report)
     if filled.truncated:
         console.print(f"{filled.truncated} captions were too long for the text encoder and lost their end")
+    tell_moved(plan, console)
     survey = found.survey
     if filled.left_out:
         for sample, reason in sorted(filled.left_out.items()):

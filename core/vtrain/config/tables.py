@@ -175,7 +175,7 @@ class CacheTable(Options):
     video_batch: int = Field(1, ge=1, description="clips encoded at once")
     latents: Literal["mode", "sample"] = fixed(
         "mode",
-        description="mode: the codec's likeliest latents of a clip, as SANA-Video is trained; sample: its mean and std, "
+        description="mode: the codec's likeliest latents of a clip; sample: its mean and std, "
         "from which each use draws anew (twice the space)",
     )
     compress: bool = Field(

@@ -13,7 +13,18 @@ from itertools import count
 from pathlib import Path, PurePosixPath
 
 from vtrain.contract import SourceRef, SupportsFiles
-from vtrain.plan.records import DatasetPlan
+from vtrain.data.fates import settings_key
+from vtrain.data.ledger import Ledger
+from vtrain.plan.records import DatasetPlan, Plan
+
+# A file with a fault that may pass, such as a storage that did not answer, is looked at again, and not moved.
+_BAD = """
+    SELECT fate.ref, fate.size, fate.version, fate.reason
+    FROM fate JOIN decision ON decision = decision.number
+    JOIN source ON source.place = decision.place AND source.ref = fate.ref AND NOT source.unseen
+    WHERE settings = :settings AND status = 'failed' AND fate.ref > :after
+    ORDER BY fate.ref LIMIT :limit
+"""
 
 
 @dataclass(frozen=True)
@@ -25,6 +36,24 @@ class Moved:
     reason: str
     target: Path | None
     stays: str = ""
+
+
+def move_bad(plan: Plan) -> Iterator[Moved]:
+    """Move what the last scan and filling found bad, in the datasets whose settings say so. Raises DataError.
+
+    A file of two datasets is moved once.
+    """
+    moved: set[tuple[str, str]] = set()
+    with Ledger(plan.config.cache.dir) as ledger:
+        for dataset in plan.datasets:
+            if dataset.table.on_bad_file != "move":
+                continue
+            rows = ledger.pages(_BAD, {"settings": settings_key(dataset, plan.family.frame_rule)})
+            bad = ((SourceRef(ref, size, version), reason) for ref, size, version, reason in rows)
+            place = dataset.backend.location
+            for each in quarantine(dataset, ((ref, why) for ref, why in bad if (place, ref.id) not in moved)):
+                moved.add((place, each.ref_id))
+                yield each
 
 
 def quarantine(dataset: DatasetPlan, bad: Iterable[tuple[SourceRef, str]]) -> Iterator[Moved]:

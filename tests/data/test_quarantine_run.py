@@ -1,0 +1,76 @@
+"""What a scan or filling found bad is what is moved, and the next scan knows nothing of it."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from vtrain.cli.moved import tell_moved
+from vtrain.data.caches import fill_caches
+from vtrain.data.quarantine import move_bad
+from vtrain.data.scan import scan
+
+
+@pytest.fixture
+def bad(setup, make_video):
+    """A folder with two good clips, one that is no video, one whose frames are damaged, and one that is too short."""
+    setup.add("good.mp4", make_video())
+    setup.add("other.mp4", make_video())
+    setup.add("sub/text.mp4", b"these are words\n" * 100)
+    video = bytearray(make_video(frames=60, gop=1, b_frames=0))
+    start = video.index(b"mdat") + len(video) // 4
+    video[start : start + len(video) // 3] = bytes(len(video) // 3)
+    setup.add("damaged.mp4", bytes(video))
+    setup.add("short.mp4", make_video(frames=3))
+    return setup
+
+
+def told(plan) -> list[str]:
+    out = io.StringIO()
+    tell_moved(plan, Console(file=out, soft_wrap=True, width=500))
+    return out.getvalue().splitlines()
+
+
+def test_bad_files_of_scan_and_filling_are_moved_and_told_and_the_dropped_stay(bad, tmp_path: Path) -> None:
+    away = tmp_path / "away"
+    dataset = bad.dataset(on_bad_file="move", quarantine=away)
+    plan = bad.plan(dataset)
+    found = scan(plan)
+    before = sorted(path.name for path in bad.folder.rglob("*.mp4"))
+    assert len(before) == 5  # a scan moves nothing
+    filled = fill_caches(plan, list(found.samples), [], "cpu", lambda *_: None)
+    assert list(filled.left_out) == ["clips/damaged.mp4"]
+    lines = told(plan)
+    assert len(lines) == 3, lines
+    assert lines[0].startswith(f"moved: clips/damaged.mp4 -> {away}/damaged.mp4 (")
+    assert lines[1].startswith(f"moved: clips/sub/text.mp4 -> {away}/sub/text.mp4 (cannot be read as a video")
+    assert lines[2] == "2 bad files moved"
+    assert sorted(path.name for path in bad.folder.rglob("*.mp4")) == ["good.mp4", "other.mp4", "short.mp4"]
+    assert sorted(path.name for path in away.rglob("*.mp4")) == ["damaged.mp4", "text.mp4"]
+
+
+def test_a_second_time_there_is_nothing_to_move(bad, tmp_path: Path) -> None:
+    plan = bad.plan(bad.dataset(on_bad_file="move", quarantine=tmp_path / "away"))
+    scan(plan)
+    assert [moved.ref_id for moved in move_bad(plan)] == ["sub/text.mp4"]
+    survey = scan(plan).survey.datasets[0]
+    assert not any("cannot be read" in reason for reason in survey.left_out)
+    assert list(move_bad(plan)) == []
+
+
+def test_a_file_of_two_datasets_is_moved_once(bad, tmp_path: Path) -> None:
+    one = bad.dataset(on_bad_file="move", quarantine=tmp_path / "away")
+    two = bad.dataset(name="again", frames=9, on_bad_file="move", quarantine=tmp_path / "away")
+    plan = bad.plan(one, two)
+    scan(plan)
+    assert [(moved.dataset, moved.ref_id, moved.stays) for moved in move_bad(plan)] == [("clips", "sub/text.mp4", "")]
+
+
+def test_without_on_bad_file_move_nothing_moves(bad) -> None:
+    plan = bad.plan()
+    scan(plan)
+    assert told(plan) == []
+    assert len(list(bad.folder.rglob("*.mp4"))) == 5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, BinaryIO, cast
 
@@ -101,7 +101,7 @@ def _stamped(container: InputContainer, video: VideoStream) -> Iterator[Stamped]
     """Frames with the file's own times. Raises FileFault for a frame without a time, or one that goes back."""
     nominal = 1 / float(video.average_rate) if video.average_rate else 0.0
     before = None
-    for frame in container.decode(video):
+    for frame in _whole(container, video):
         stamp = frame.pts if frame.pts is not None else frame.dts
         if stamp is None or frame.time_base is None:
             raise FileFault("its frames have no timestamps")
@@ -110,6 +110,14 @@ def _stamped(container: InputContainer, video: VideoStream) -> Iterator[Stamped]
             raise FileFault(f"its timestamps go back, from {before:.3f} s to {time:.3f} s")
         before = time
         yield time, float(frame.duration * frame.time_base) or nominal, frame
+
+
+def _whole(container: InputContainer, video: VideoStream) -> Iterator[VideoFrame]:
+    """All frames. Raises FileFault where the file has a packet that is cut short or marked as damaged."""
+    for packet in container.demux(video):
+        if packet.is_corrupt:
+            raise FileFault("holds a damaged or cut packet")
+        yield from cast("Iterable[VideoFrame]", packet.decode())
 
 
 def _picture(conversion: Conversion, frame: VideoFrame, sample: Sample) -> Tensor:

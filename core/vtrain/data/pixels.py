@@ -9,15 +9,22 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from vtrain.data.video import FileFault, faults
 
 if TYPE_CHECKING:
+    from enum import Enum
+
+    from av.buffer import Buffer
     from av.filter import Graph
     from av.video.frame import VideoFrame
+
+_SIDE_DATA_TYPES = 48
+"""More than ffmpeg has types of frame side data (35 in its version 8.1)."""
 
 Picture = np.ndarray[Any, np.dtype[np.uint8]]
 """(h, w, 3)."""
@@ -37,10 +44,8 @@ class Orientation:
 
         The matrix (ISO/IEC 14496-12, 8.2.2) is ((a, b, u), (c, d, v), (x, y, w)): (x', y') = (a x + c y, b x + d y).
         """
-        from av.buffer import Buffer
-
-        matrix = frame.side_data.get("DISPLAYMATRIX")
-        if not isinstance(matrix, Buffer):
+        matrix = _display_matrix(frame)
+        if matrix is None:
             return cls()
         a, b, _, c, d = struct.unpack("=5i", bytes(memoryview(matrix))[:20])
         if a and d and not b and not c:
@@ -75,7 +80,31 @@ class Conversion:
                 self._graph, self._format = _graph(*found), found
             self._graph.vpush(frame)
             converted = self._graph.vpull()
-        return converted.to_ndarray()
+        return cast("Picture", converted.to_ndarray())
+
+
+def _display_matrix(frame: VideoFrame) -> Buffer | None:
+    from av.buffer import Buffer
+
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV gives no side data at all if one has a type that it cannot name, such as EXIF
+        matrix = _only_named(frame).side_data.get("DISPLAYMATRIX")
+    return matrix if isinstance(matrix, Buffer) else None
+
+
+def _only_named(frame: VideoFrame) -> VideoFrame:
+    """The frame without side data of types that PyAV cannot name."""
+    from av.filter import Graph
+    from av.sidedata.sidedata import Type
+
+    named = {int(cast("Enum", kind).value) for kind in Type}
+    graph = Graph()
+    chain = [graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 1000))]
+    chain += [graph.add("sidedata", f"mode=delete:type={n}") for n in range(_SIDE_DATA_TYPES) if n not in named]
+    graph.link_nodes(*chain, graph.add("buffersink")).configure()
+    graph.vpush(frame)
+    return graph.vpull()
 
 
 def _graph(form: str, width: int, height: int, matrix: int, span: int) -> Graph:

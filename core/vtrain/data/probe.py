@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 from vtrain.data.video import FileFault, faults, open_video, refuse_hdr
 
@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 
 _SQUARE = 0.01
 """Pixel aspects this near to 1 count as 1: encoders write such ratios (512/513) when they round a size."""
+
+_TIFF = (b"II*\0", b"MM\0*")
+_COMPRESSION = 259
+_JPEG = (6, 7)
+"""Values of TIFF's tag for compression: as the standard of 1992 has it, and as its later note has it."""
 
 _AGREED = 0.1
 """Length by the header and by the index may differ by this share: the last frame may be shown longer or shorter."""
@@ -47,6 +52,7 @@ def probe(stream: BinaryIO) -> Probe:
     """
     from vtrain.data.pixels import Orientation
 
+    _refuse_jpeg_in_tiff(stream)
     with open_video(stream) as (container, video):
         length = _still(container) or _header(video)
         frame = _first_frame(container, video)
@@ -70,6 +76,20 @@ def _first_frame(container: InputContainer, video: VideoStream) -> VideoFrame:
         raise FileFault("not one frame can be decoded")
     refuse_hdr(frame.color_trc)
     return frame
+
+
+def _refuse_jpeg_in_tiff(stream: BinaryIO) -> None:
+    """Raises FileFault for a TIFF file compressed with JPEG: ffmpeg makes a black picture of it, without an error."""
+    with faults("cannot be read"):
+        start = stream.read(8)
+        order: Literal["little", "big"] = "little" if start[:2] == b"II" else "big"
+        if start[:4] in _TIFF:
+            stream.seek(int.from_bytes(start[4:], order))
+            entries = stream.read(2 + 12 * int.from_bytes(stream.read(2), order))
+            tags = {entries[at : at + 2]: entries[at + 8 : at + 10] for at in range(0, len(entries) - 11, 12)}
+            if int.from_bytes(tags.get(_COMPRESSION.to_bytes(2, order), b""), order) in _JPEG:
+                raise FileFault("is a TIFF file with JPEG compression; save it with another")
+        stream.seek(0)
 
 
 def _still(container: InputContainer) -> tuple[int, float] | None:

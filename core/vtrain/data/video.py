@@ -35,6 +35,9 @@ MOST_PIXELS = 1 << 26
 _HDR = {16: "PQ", 18: "HLG"}
 """ITU-T H.273 transfer characteristics of high dynamic range."""
 
+_STRICT = ("mjpeg", "png", "apng", "webp", "bmp")
+"""Codecs that give half a picture of half a file unless told not to; the others mark a frame that they mended."""
+
 _DOLBY = ("dvh1", "dvhe", "dva1", "dvav", "dav1")
 """Codec tags of Dolby Vision without a base layer that others can show."""
 
@@ -91,7 +94,8 @@ def open_video(stream: BinaryIO, threads: int = 1) -> Iterator[tuple[InputContai
             size = f"{video.codec_context.width}x{video.codec_context.height}"
             raise FileFault(f"claims a picture of {size}; at most {MOST_PIXELS} pixels are decoded")
         refuse_hdr(video.color_trc, video.codec_context.codec_tag)
-        video.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
+        strict = {"err_detect": "explode"} if video.codec_context.name in _STRICT else {}
+        video.codec_context.options = {"max_pixels": str(MOST_PIXELS), **strict}
         video.codec_context.thread_count = threads
         yield container, video
 

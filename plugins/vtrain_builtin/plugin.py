@@ -6,12 +6,13 @@ from vtrain.contract import DataBackendSpec, OptimizerSpec, SamplerSpec, Tracker
 from vtrain_builtin.adamw import ADAMW
 from vtrain_builtin.flow import FLOW
 from vtrain_builtin.folder import FOLDER
+from vtrain_builtin.tar import TAR
 from vtrain_builtin.tensorboard import TENSORBOARD
 
 
 @hookimpl
 def vtrain_data_backends() -> tuple[DataBackendSpec, ...]:
-    return (FOLDER,)
+    return (FOLDER, TAR)
 
 
 @hookimpl

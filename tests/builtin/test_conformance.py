@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,16 @@ import pytest
 
 from vtrain.contract import DataBackend, Sampler, Spec
 from vtrain.testing import DataBackendTests, PluginTests, SamplerTests, SpecTests
-from vtrain_builtin.plugin import ADAMW, FLOW, FOLDER, TENSORBOARD
+from vtrain.testing.data_backend import FILES
+from vtrain_builtin.plugin import ADAMW, FLOW, FOLDER, TAR, TENSORBOARD
 
 
 class TestPlugin(PluginTests):
     entry_module = "vtrain_builtin.plugin"
-    tables: Mapping[tuple[str, str], Mapping[str, object]] = {("data_backend", "folder"): {"path": "clips"}}
+    tables: Mapping[tuple[str, str], Mapping[str, object]] = {
+        ("data_backend", "folder"): {"path": "clips"},
+        ("data_backend", "tar"): {"path": "shards/clips-{000..011}.tar"},
+    }
 
 
 class TestFlowSpec(SpecTests):
@@ -48,6 +54,15 @@ class TestFolderSpec(SpecTests):
     @classmethod
     def spec(cls) -> Spec:
         return FOLDER
+
+
+class TestTarSpec(SpecTests):
+    table: Mapping[str, object] = {"path": "shards"}
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def spec(cls) -> Spec:
+        return TAR
 
 
 class TestFlow(SamplerTests):
@@ -147,3 +162,79 @@ class TestFolderOnS3(DataBackendTests):
     def on(bucket: Any, prefix: str) -> DataBackend:
         options = FOLDER.options(path=f"s3://{bucket.name}/{prefix}", storage_options={"endpoint_url": bucket.endpoint})
         return FOLDER.build(options)
+
+
+def in_shards(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Tar files, by the first part of each id."""
+    made: dict[str, io.BytesIO] = {}
+    tars: dict[str, tarfile.TarFile] = {}
+    for name, data in sorted(files.items(), reverse=True):
+        shard, _, member = name.partition("/")
+        if shard not in tars:
+            made[shard] = io.BytesIO()
+            tars[shard] = tarfile.open(fileobj=made[shard], mode="w")  # noqa: SIM115 (closed below)
+        info = tarfile.TarInfo(member)
+        info.size = len(data)
+        tars[shard].addfile(info, io.BytesIO(data))
+    for tar in tars.values():
+        tar.close()
+    return {shard: target.getvalue() for shard, target in made.items()}
+
+
+class Sharded(DataBackendTests):
+    """Files in two tar files."""
+
+    rewritten = "two.tar/deep/er/clip.mp4"
+
+    @pytest.fixture
+    def files(self) -> Mapping[str, bytes]:
+        return {f"{'two' if 'deep' in name else 'one'}.tar/{name}": data for name, data in FILES.items()}
+
+
+class TestTar(Sharded):
+    @pytest.fixture
+    def place(self, tmp_path: Path) -> Path:
+        return tmp_path / "shards"
+
+    @pytest.fixture
+    def backend(self, place: Path, files: Mapping[str, bytes]) -> DataBackend:
+        place.mkdir()
+        for name, data in in_shards(files).items():
+            (place / name).write_bytes(data)
+        return TAR.build(TAR.options(path=str(place)))
+
+    @pytest.fixture
+    def rewrite(self, place: Path, files: Mapping[str, bytes]) -> Callable[[str, bytes], None]:
+        def replace(name: str, data: bytes) -> None:
+            shard = name.partition("/")[0]
+            (place / shard).write_bytes(in_shards({**files, name: data})[shard])
+
+        return replace
+
+    @pytest.fixture
+    def missing(self, tmp_path: Path) -> DataBackend:
+        return TAR.build(TAR.options(path=str(tmp_path / "nowhere" / "shard-{000..011}.tar")))
+
+
+class TestTarOnS3(Sharded):
+    @pytest.fixture
+    def backend(self, bucket: Any, files: Mapping[str, bytes]) -> DataBackend:
+        bucket.put({f"shards/{name}": data for name, data in in_shards(files).items()})
+        return self.on(bucket, "shards/*.tar")
+
+    @pytest.fixture
+    def rewrite(self, bucket: Any, files: Mapping[str, bytes]) -> Callable[[str, bytes], None]:
+        def replace(name: str, data: bytes) -> None:
+            shard = name.partition("/")[0]
+            bucket.put({f"shards/{shard}": in_shards({**files, name: data})[shard]})
+
+        return replace
+
+    @pytest.fixture
+    def missing(self, bucket: Any) -> DataBackend:
+        return self.on(bucket, "nowhere/*.tar")
+
+    @staticmethod
+    def on(bucket: Any, path: str) -> DataBackend:
+        options = TAR.options(path=f"s3://{bucket.name}/{path}", storage_options={"endpoint_url": bucket.endpoint})
+        return TAR.build(options)

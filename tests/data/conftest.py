@@ -42,6 +42,7 @@ from vtrain.contract import (
     Text,
 )
 from vtrain.data import fill_video
+from vtrain.data import scan as scanning
 from vtrain.data.worker import Workers
 from vtrain.plan.records import DatasetPlan, Plan
 from vtrain_builtin.folder import FOLDER, FolderOptions, LocalFolder
@@ -231,8 +232,9 @@ def decoding_process() -> Iterator[Workers]:
 
 @pytest.fixture(autouse=True)
 def kept_process(monkeypatch: pytest.MonkeyPatch, decoding_process: Workers) -> None:
-    """Filling decodes in a process that other tests used before."""
-    monkeypatch.setattr(fill_video, "Workers", lambda count, limit_s: nullcontext(decoding_process))
+    """Scans probe and filling decodes in a process that other tests used before."""
+    for module in (scanning, fill_video):
+        monkeypatch.setattr(module, "Workers", lambda count, limit_s: nullcontext(decoding_process))
 
 
 @pytest.fixture(scope="session")

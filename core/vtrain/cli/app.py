@@ -18,8 +18,10 @@ app = typer.Typer(
 )
 plugins = typer.Typer(help="What is installed.", no_args_is_help=True, rich_markup_mode=None)
 config = typer.Typer(help="The configuration file.", no_args_is_help=True, rich_markup_mode=None)
+cache = typer.Typer(help="Encoded text and video.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(plugins, name="plugins")
 app.add_typer(config, name="config")
+app.add_typer(cache, name="cache")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="the TOML file of the run", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
@@ -92,6 +94,44 @@ def _config_show(config: ConfigFile, json: Json = False) -> None:
     from vtrain.cli.config import show_config
 
     show_config(config, json)
+
+
+@cache.command("fill")
+def _cache_fill(config: ConfigFile) -> None:
+    """Encode what a run would encode, without training; start it with torchrun to share the work."""
+    from vtrain.cli.cache import fill
+
+    fill(config)
+
+
+@cache.command("status")
+def _cache_status(config: ConfigFile, json: Json = False) -> None:
+    """What of a run's entries is there, missing, damaged or no longer used; counts and bytes."""
+    from vtrain.cli.cache import status
+
+    status(config, json)
+
+
+@cache.command("prune")
+def _cache_prune(
+    configs: Annotated[
+        list[Path],
+        typer.Argument(metavar="CONFIG...", help="the TOML files of all runs that share the cache", show_default=False),
+    ],
+    yes: Annotated[bool, typer.Option("--yes", help="delete; without it, only say what would be")] = False,
+) -> None:
+    """Delete entries that none of the configurations uses."""
+    from vtrain.cli.cache import prune
+
+    prune(configs, yes)
+
+
+@cache.command("verify")
+def _cache_verify(config: ConfigFile, json: Json = False) -> None:
+    """Read every entry and check it; damaged ones are moved aside, and the exit code is 2."""
+    from vtrain.cli.cache import verify
+
+    verify(config, json)
 
 
 def main() -> None:

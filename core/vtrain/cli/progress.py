@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
+from typing import ClassVar
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,7 +17,6 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 
 from vtrain.plan.price import bytes_text
@@ -102,19 +103,25 @@ class Display:
 
 
 class Filling:
-    """Shows how caches fill: a bar a stage on a terminal; elsewhere a line at the start, at the end, and now and then."""
+    """Shows how caches fill: a bar a stage on a terminal; elsewhere a line at the start, at the end, and now and then.
+
+    processes: that fill together, each its share; the first shows its own.
+    """
 
     LINE_EVERY = 30.0
+    UNITS: ClassVar = {"text": "captions", "video": "clips"}
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, processes: int = 1) -> None:
         self.console = console
-        self.found: dict[str, int] = {}
+        self.whose = f" (the first process's share of {processes})" if processes > 1 else ""
+        self.paces: dict[str, Pace] = {}
         self.said = 0.0
         columns = (
             TextColumn("{task.description}"),
             MofNCompleteColumn(),
             BarColumn(bar_width=24),
-            TimeRemainingColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[pace]}"),
         )
         self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
         self.tasks: dict[str, TaskID] = {}
@@ -130,17 +137,41 @@ class Filling:
 
     def report(self, stage: str, done: int, total: int) -> None:
         """done of total are in the cache; the first call of a stage tells what was there."""
-        if stage not in self.found:
-            self.found[stage] = done
-            self.say(f"{stage}: {done} of {total} cached" + ("" if done == total else f", {total - done} to do"))
+        if stage not in self.paces:
+            self.paces[stage] = Pace(done, time.monotonic())
+            to_do = "" if done == total else f", {total - done} to do"
+            self.say(f"{stage}: {done} of {total} cached{to_do}{self.whose}")
             if done < total:
-                self.tasks[stage] = self.bar.add_task(escape(f"encoding {stage}"), total=total, completed=done)
+                words = escape(f"encoding {stage}")
+                self.tasks[stage] = self.bar.add_task(words, total=total, completed=done, pace="")
             return
-        self.bar.update(self.tasks[stage], completed=done)
+        pace = self.paces[stage].words(done, total, time.monotonic(), self.UNITS.get(stage, stage))
+        self.bar.update(self.tasks[stage], completed=done, pace=escape(pace))
         now = time.monotonic()
         if not self.console.is_terminal and (done == total or now - self.said > self.LINE_EVERY):
-            self.say(f"{stage}: {done} of {total} cached")
+            self.say(f"{stage}: {done} of {total} cached  {pace}")
 
     def say(self, text: str) -> None:
         self.said = time.monotonic()
         self.console.print(escape(text), soft_wrap=True, highlight=False)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast something goes. found: what was there at the start; began: when that was, in seconds."""
+
+    found: int
+    began: float
+
+    def words(self, done: int, total: int, now: float, unit: str) -> str:
+        """ "0.51 clips/s  left 0:12:03", or at the end "0.51 clips/s  in 0:12:03"."""
+        seconds = now - self.began
+        if done == self.found or seconds <= 0:
+            return ""
+        rate = (done - self.found) / seconds
+        when = (
+            f"in {timedelta(seconds=round(seconds))}"
+            if done == total
+            else f"left {timedelta(seconds=round((total - done) / rate))}"
+        )
+        return f"{rate:.3g} {unit}/s  {when}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,10 +14,8 @@ from vtrain.data.fill_video import fill_video
 from vtrain.data.peers import ALONE, Peers
 from vtrain.data.sample import Sample
 from vtrain.data.stores import Stores
+from vtrain.data.wanted import DROPPED, texts
 from vtrain.plan.records import Plan, Survey
-
-DROPPED = Caption("")
-"""What a dropped caption is replaced by, with the role "dropped"."""
 
 
 class Caches:
@@ -50,6 +48,9 @@ class Caches:
         return Latents(entry["mean"][None], None if std is None else std[None])
 
 
+__all__ = ["DROPPED", "Caches", "Filled", "fill_caches"]
+
+
 @dataclass(frozen=True)
 class Filled:
     """samples: those that can be trained on, in their order, with the content that was encoded: whatever becomes of their
@@ -79,7 +80,7 @@ class Filled:
 
 def fill_caches(
     plan: Plan,
-    samples: Sequence[Sample],
+    samples: Iterable[Sample],
     extra_texts: Sequence[tuple[Caption, Role]],
     device: str,
     report: Report,
@@ -95,13 +96,10 @@ def fill_caches(
     usable clip left.
     """
     stores = Stores(plan)
-    texts: list[tuple[Caption, Role]] = [(caption, "prompt") for sample in samples for caption in sample.captions]
-    if plan.config.train.caption_dropout > 0:
-        texts.append((DROPPED, "dropped"))
-    truncated = fill_text(stores, [*texts, *extra_texts], peers, device, report)
+    truncated = fill_text(stores, texts(plan, samples, extra_texts), peers, device, report)
     left_out = fill_video(stores, samples, peers, device, report)
     used = (sample for sample in samples if sample.id not in left_out)
     kept = tuple(replace(sample, content=stores.known_content(sample)) for sample in used)
-    if samples and not kept:
+    if left_out and not kept:
         raise DataError(Problem(name, f"{reason}.") for name, reason in left_out.items())
     return Filled(kept, left_out, truncated, Caches(stores))

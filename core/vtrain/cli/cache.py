@@ -1,0 +1,185 @@
+"""`vtrain cache`: fill, status, prune, verify."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from vtrain.cli.prepare import planned
+from vtrain.cli.report import print_json, print_table, visible
+from vtrain.contract import ConfigError, Problem
+from vtrain.data import inventory
+from vtrain.data.entries import KINDS, Entries
+from vtrain.data.inventory import File, Inventory, Wanted
+from vtrain.data.scan import scan
+from vtrain.plan.price import bytes_text
+from vtrain.plan.records import Plan
+from vtrain.registry.blame import blame
+
+
+def fill(path: Path) -> None:
+    """Encode what a run of this configuration would, and no more. Under a launcher, each process fills its share."""
+    from vtrain.cli.filling import fill as fill_all
+    from vtrain.cli.filling import together
+
+    with together(path) as (plan, processes, console), blame(plan.config.parts()):
+        found = processes.from_first(lambda: scan(plan))
+        for message in found.messages:
+            console.print(escape(message))
+        fill_all(plan, found.samples, processes, console)
+        if processes.first:
+            held = bytes_text(inventory.size(plan.config.cache.dir))
+            console.print(f"cache: {escape(str(plan.config.cache.dir))} holds {held}")
+
+
+def status(path: Path, as_json: bool) -> None:
+    """What of a run's entries is there. Raises what planning and scanning raise."""
+    plan = planned(path)
+    with blame(plan.config.parts()):
+        wanted = _wanted(plan)
+    folder = plan.config.cache.dir
+    found = [inventory.take(Entries(folder, kind), kind, wanted[kind]) for kind in KINDS]
+    if as_json:
+        print_json({"folder": str(folder), **{each.kind: asdict(each) for each in found}})
+        return
+    typer.echo(visible(f"cache: {folder}"))
+    heads = ("entries", "wanted", "present", "bytes", "missing", "damaged", "stale", "leftovers", "other files")
+    print_table(heads, [_row(each) for each in found])
+    _explain(found)
+
+
+def _row(found: Inventory) -> tuple[str, ...]:
+    tallies = (found.damaged, found.stale, found.leftovers, found.foreign)
+    return (
+        found.kind, str(found.wanted), str(found.present.count), bytes_text(found.present.bytes), str(found.missing),
+        *(f"{tally.count} ({bytes_text(tally.bytes)})" if tally.count else "0" for tally in tallies),
+    )  # fmt: skip
+
+
+def _explain(found: Sequence[Inventory]) -> None:
+    """What to do about it."""
+    if any(each.missing or each.damaged.count for each in found):
+        typer.echo("missing and damaged entries are made by `vtrain cache fill` or the next run")
+    if any(each.stale.count or each.leftovers.count for each in found):
+        typer.echo("stale: not used by this configuration, perhaps by another; `vtrain cache prune` deletes them")
+
+
+def prune(paths: Sequence[Path], yes: bool) -> None:
+    """Delete what none of the configurations uses; without `yes`, say what that would be.
+
+    Raises ConfigError if they do not share a folder, DataError if what they use cannot be told.
+    """
+    from vtrain.data.wanted import check_all_read, union
+
+    plans = [planned(path) for path in paths]
+    folders = dict.fromkeys(plan.config.cache.dir.resolve() for plan in plans)
+    if len(folders) > 1:
+        what = f"they have caches of their own: {', '.join(map(str, folders))}."
+        raise ConfigError(Problem(", ".join(map(str, paths)), what, "Give those that share one folder."))
+    each: list[dict[str, Wanted]] = []
+    for plan in plans:
+        with blame(plan.config.parts()):
+            each.append(_wanted(plan))
+        check_all_read(each[-1], str(plan.config.path))
+    folder, wanted = next(iter(folders)), union(each)
+    found = [file for kind in KINDS for file in inventory.prunable(Entries(folder, kind), wanted[kind])]
+    typer.echo(visible(f"cache: {folder}"))
+    typer.echo(_amounts(found))
+    if not found:
+        return
+    if not yes:
+        typer.echo("nothing was deleted; --yes deletes them. Configurations that share the folder must be given too.")
+        return
+    _delete(found)
+
+
+def _amounts(found: Sequence[File]) -> str:
+    """How many files of each sort, and their bytes."""
+    if not found:
+        return "no entry is unused"
+    parts = []
+    for status, words in (("stale", "unused entries"), ("leftovers", "leftovers of damage and interruptions")):
+        sizes = [file.bytes for file in found if file.status == status]
+        if sizes:
+            parts.append(f"{len(sizes)} {words} ({bytes_text(sum(sizes))})")
+    return ", ".join(parts)
+
+
+def _delete(found: Sequence[File]) -> None:
+    done = Counter[str]()
+
+    def count(file: File) -> None:
+        done["files"] += 1
+        done["bytes"] += file.bytes
+
+    try:
+        kept = inventory.delete(found, count)
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; {done['files']} of {len(found)} are deleted, the others are as they were", err=True)
+        raise
+    typer.echo(f"deleted {done['files']} files, {bytes_text(done['bytes'])}")
+    for path, reason in kept:
+        typer.echo(visible(f"could not be deleted: {path}: {reason}"), err=True)
+    if kept:
+        raise typer.Exit(2)
+
+
+def verify(path: Path, as_json: bool) -> None:
+    """Read every entry of the folder, whichever run made it, and move damaged ones aside. Exits with 2 if any is."""
+    folder = planned(path).config.cache.dir
+    console = Console(stderr=True, highlight=False)
+    columns = (
+        TextColumn("reading"),
+        DownloadColumn(),
+        BarColumn(bar_width=24),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    done = Counter[str]()
+    with Progress(*columns, console=console, disable=not console.is_terminal or as_json) as bar:
+        task = bar.add_task("reading", total=None if bar.disable else inventory.size(folder))
+
+        def count(size: int) -> None:
+            done["entries"] += 1
+            bar.advance(task, size)
+
+        try:
+            counts, damaged, unread = inventory.verify(folder, count)
+        except KeyboardInterrupt:
+            typer.echo(
+                f"interrupted; {done['entries']} entries were read, and damaged ones among them moved aside", err=True
+            )
+            raise
+    if as_json:
+        told = [{"path": str(each.path), "reason": each.reason, "moved_to": str(each.aside)} for each in damaged]
+        cannot = [{"path": str(path), "reason": reason} for path, reason in unread]
+        print_json({"folder": str(folder), "read": counts, "damaged": told, "unreadable": cannot})
+    else:
+        typer.echo(visible(f"cache: {folder}"))
+        for each in damaged:
+            typer.echo(visible(f"damaged: {each.path}: {each.reason}; moved to {each.aside.name}"))
+        for path, reason in unread:
+            typer.echo(visible(f"cannot be read: {path}: {reason}"))
+        read = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+        sound = sum(counts.values()) - len(damaged)
+        typer.echo(f"{read} entries read, {sound} sound, {len(damaged)} damaged")
+        if damaged:
+            typer.echo("`vtrain cache fill` or the next run makes the damaged ones anew")
+    if damaged or unread:
+        raise typer.Exit(2)
+
+
+def _wanted(plan: Plan) -> dict[str, Wanted]:
+    """The entries that a run of this plan uses. Raises DataError."""
+    from vtrain.cli.filling import extra_texts
+    from vtrain.data.stores import Stores
+    from vtrain.data.wanted import wanted
+
+    return wanted(Stores(plan), scan(plan).samples, extra_texts(plan))

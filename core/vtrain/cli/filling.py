@@ -1,0 +1,66 @@
+"""Filling the caches, for `vtrain run` and `vtrain cache fill`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from vtrain.cli.collector import uncollected
+from vtrain.cli.prepare import planned
+from vtrain.contract import Caption, ConfigError, Problem, Role
+from vtrain.data.sample import Sample
+from vtrain.plan.records import Plan
+
+if TYPE_CHECKING:
+    from vtrain.data.caches import Filled
+    from vtrain.train.processes import Processes
+
+KEPT = "interrupted; what is cached or saved is whole, and the same command goes on from it"
+
+
+@contextmanager
+def together(path: Path) -> Iterator[tuple[Plan, Processes, Console]]:
+    """The plan of a configuration file, the processes that work on it, and where the first of them prints.
+
+    Raises ConfigError if there are not as many as the launcher announced. Says what is kept at Ctrl-C.
+    """
+    with uncollected():
+        plan = planned(path)
+        from vtrain.train.processes import Processes
+
+        processes = Processes(plan.config.precision.mixed)
+    console = Console(quiet=not processes.first, soft_wrap=True, highlight=False)
+    if processes.count != plan.processes:
+        what = f"the launcher announced {plan.processes} processes in WORLD_SIZE, and {processes.count} work together."
+        raise ConfigError(Problem("", what, "Start it with torchrun, or unset WORLD_SIZE."))
+    try:
+        yield plan, processes, console
+    except KeyboardInterrupt:
+        console.print(KEPT)
+        raise
+    processes.close()
+
+
+def extra_texts(plan: Plan) -> list[tuple[Caption, Role]]:
+    """What a run encodes beside captions: validation's prompts."""
+    if plan.validation is None:
+        return []
+    from vtrain.validate.generate import texts
+
+    return texts(plan.validation)
+
+
+def fill(plan: Plan, samples: Iterable[Sample], processes: Processes, console: Console) -> Filled:
+    """Encode what is missing, each process its share, with progress. Raises DataError."""
+    from vtrain.cli.progress import Filling
+    from vtrain.data.caches import fill_caches
+
+    with Filling(console, processes.count) as filling:
+        filled = fill_caches(plan, samples, extra_texts(plan), str(processes.device), filling.report, processes)
+    if filled.truncated:
+        console.print(f"{filled.truncated} captions were too long for the text encoder and lost their end")
+    return filled

@@ -313,3 +313,10 @@ def test_every_setting_that_moves_a_fit_is_among_those_that_decide(tmp_path: Pat
 
 def test_a_shape_is_written_with_its_frames() -> None:
     assert str(placed(clip(), dataset()).shape) == str(ClipShape(17, 352, 640)) == "640x352@17"
+
+
+def test_a_last_frame_that_is_shown_longer_changes_no_rate() -> None:
+    source = Probe("h264", 640, 360, 1.0, 33, 35 / 16, 32 / 16)
+    assert source.rate < 15.1
+    assert placed(source, dataset(frames=33, fps=None)).fps == 16
+    assert placed(source, dataset(frames=33)).shape.frames == 33

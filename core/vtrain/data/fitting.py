@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from vtrain.contract import ClipShape, FrameRule, Size
@@ -67,7 +68,8 @@ def fit(source: Probe, dataset: DatasetPlan, rule: FrameRule, ref_id: str = "") 
     frames = _length(available, dataset, rule)
     if frames == 0:
         return reasons.too_short(source, dataset, rule, available)
-    if frames > 1 and source.rate < fps * _SAME_RATE and not video.repeat_frames:
+    slow = dataset.fps is not None and source.own_rate < fps * _SAME_RATE
+    if frames > 1 and slow and not video.repeat_frames:
         return reasons.too_slow(source, dataset, fps)
     small = _too_small(source, dataset)
     if isinstance(small, Left):
@@ -89,11 +91,13 @@ def _rate(source: Probe, dataset: DatasetPlan) -> float:
     """Frames a second of a window: data.video.fps or the clip's own, by frame_interval."""
     if dataset.fps is not None:
         return dataset.fps / dataset.table.video.frame_interval
-    return (source.rate if source.duration > 0 else 1.0) / dataset.table.video.frame_interval
+    return (source.own_rate if source.duration > 0 else 1.0) / dataset.table.video.frame_interval
 
 
 def _available(source: Probe, dataset: DatasetPlan, fps: float) -> int:
     """Frames after resampling. A still picture is one frame, however long it is shown."""
+    if dataset.fps is None:
+        return math.ceil(source.frames / dataset.table.video.frame_interval)
     if source.frames == 1 and not dataset.table.video.repeat_frames:
         return 1
     return available_frames(source.duration, fps)

@@ -29,7 +29,8 @@ class Probe:
     """A file's video stream.
 
     width, height: stored pixels of the upright picture. pixel_aspect: a pixel's width by its height, upright.
-    frames: in the file. duration: seconds from the first frame's start to the last one's end.
+    frames: in the file. duration: seconds from the first frame's start to the last one's end; span: to the last one's
+    start, 0 if that is not known.
     """
 
     codec: str
@@ -38,11 +39,17 @@ class Probe:
     pixel_aspect: float
     frames: int
     duration: float
+    span: float = 0.0
 
     @property
     def rate(self) -> float:
         """Frames per second, on average."""
         return self.frames / self.duration
+
+    @property
+    def own_rate(self) -> float:
+        """Frames per second from the first to the last, however long that one is shown."""
+        return (self.frames - 1) / self.span if self.frames > 1 and self.span > 0 else self.rate
 
 
 def probe(stream: BinaryIO) -> Probe:
@@ -92,13 +99,17 @@ def _refuse_jpeg_in_tiff(stream: BinaryIO) -> None:
         stream.seek(0)
 
 
-def _still(container: InputContainer) -> tuple[int, float] | None:
-    """(frames, seconds) of an image file: one, shown for 1/25 s, which is ffmpeg's default."""
-    return (1, 0.04) if container.format.name.endswith("_pipe") else None
+Length = tuple[int, float, float]
+"""(frames, duration, span)."""
 
 
-def _header(video: VideoStream) -> tuple[int, float] | None:
-    """(frames, seconds) if the header has both, and its index does not contradict them.
+def _still(container: InputContainer) -> Length | None:
+    """Of an image file: one frame, shown for 1/25 s, which is ffmpeg's default."""
+    return (1, 0.04, 0.0) if container.format.name.endswith("_pipe") else None
+
+
+def _header(video: VideoStream) -> Length | None:
+    """If the header has it, and its index does not contradict that.
 
     An edit list may leave out frames that the header counts, and either may lie.
     """
@@ -108,15 +119,15 @@ def _header(video: VideoStream) -> tuple[int, float] | None:
     duration = float(video.duration * video.time_base)
     if len(stamps) != video.frames:
         return None
-    if len(stamps) > 1:
-        span = float((max(stamps) - min(stamps)) * video.time_base) * len(stamps) / (len(stamps) - 1)
-        if not abs(duration - span) <= _AGREED * span:
-            return None
-    return video.frames, duration
+    if len(stamps) < 2:
+        return video.frames, duration, 0.0
+    span = float((max(stamps) - min(stamps)) * video.time_base)
+    whole = span * len(stamps) / (len(stamps) - 1)
+    return (video.frames, duration, span) if abs(duration - whole) <= _AGREED * whole else None
 
 
-def _walk(container: InputContainer, video: VideoStream) -> tuple[int, float]:
-    """(frames, seconds) counted from the packets. Raises FileFault."""
+def _walk(container: InputContainer, video: VideoStream) -> Length:
+    """Counted from the packets. Raises FileFault."""
     count, first, last, end = 0, None, None, None
     for packet in container.demux(video):
         stamp = packet.pts if packet.pts is not None else packet.dts
@@ -133,4 +144,4 @@ def _walk(container: InputContainer, video: VideoStream) -> tuple[int, float]:
         end = last + round((last - first) / (count - 1))
     if end <= first:
         raise FileFault("its length is unknown: one frame without a duration")
-    return count, float((end - first) * video.time_base)
+    return count, float((end - first) * video.time_base), float((last - first) * video.time_base)

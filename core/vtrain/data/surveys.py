@@ -25,7 +25,8 @@ _SHAPES = """SELECT frames, height, width, sum(samples), count(*), sum(windows),
     WHERE decision = :decision AND status = 'used' GROUP BY frames, height, width ORDER BY frames, height, width"""
 
 _UNMATCHED = """SELECT count(*), min(name) FROM told WHERE place = :place AND origin = :origin
-    AND NOT EXISTS (SELECT 1 FROM source WHERE source.place = told.place AND source.ref = told.name)"""
+    AND NOT EXISTS (SELECT 1 FROM source WHERE source.place = told.place AND source.ref = told.name
+    AND source.kind IN ('video', 'image'))"""
 
 
 def survey(ledger: Ledger, place: int, decision: int, dataset: DatasetPlan) -> DatasetSurvey:

@@ -13,6 +13,7 @@ import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -26,7 +27,6 @@ from vtrain.contract import Denoiser
 from vtrain.data.caches import Caches, fill_caches
 from vtrain.plan.records import Plan, ValidationPlan
 from vtrain.train.assemble import load_model
-from vtrain.train.processes import Processes
 from vtrain.train.resume import RunState, Start, read_state
 from vtrain.validate.generate import Validator, texts
 from vtrain.validate.video import to_frames
@@ -99,7 +99,7 @@ def validator(plan: Plan, model: Denoiser, prompts: Mapping[str, str], seed: int
     table = validation(plan, prompts, seed)
     fill_caches(plan, (), texts(table), "cpu", lambda stage, done, total: None)
     model.module.eval()
-    autocast = Processes(plan.config.precision.mixed).accelerator.autocast
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=plan.config.precision.mixed == "bf16")
     caches, device = Caches.open(plan), torch.device("cpu")
     return Validator(table, plan.family, plan.sampler, caches, model, device, autocast, lambda: False)
 

@@ -61,12 +61,7 @@ def prepare(trained: Path, checkpoint: Path, folder: Path) -> Path:
         partial.rename(model)
     if len(list((folder / "clips").glob("*.txt"))) < CLIPS:
         world.write_clips(folder / "clips", new_clips())
-    return demo.write_config(SOURCE, folder / "lora.toml", moved(folder))
-
-
-def moved(folder: Path) -> dict[str, str]:
-    """Changes of lora.toml for this folder."""
-    return {"../../demo-output/world/lora": folder.as_posix()}
+    return demo.write_config(SOURCE, folder / "lora.toml", demo.moved(trained))
 
 
 def new_clips() -> Iterator[tuple[world.Words, np.ndarray]]:
@@ -116,7 +111,7 @@ def main() -> int:
             result[f"{kind}, {label}"] = asdict(shares)
             print(f"{kind}, {label}: colour {shares.colour:.0%}, all three words {shares.all:.0%} of {shares.prompts}")
     exact = planned(
-        demo.write_config(SOURCE, folder / "exact.toml", {**moved(folder), 'mixed = "bf16"': 'mixed = "no"'})
+        demo.write_config(SOURCE, folder / "exact.toml", {**demo.moved(trained), 'mixed = "bf16"': 'mixed = "no"'})
     )
     result["largest difference from plain diffusers, of 255"] = worst = difference(exact, adapter, folder)
     print(f"the same prompt and noise in plain diffusers, fp32: largest difference of a pixel {worst} of 255")

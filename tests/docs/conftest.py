@@ -132,7 +132,7 @@ def as_file() -> Callable[[Block], str]:
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as `nox -s demo` leaves it: demo-output with the tiny checkpoint and its file; a bad file beside."""
+    """A folder as `nox -s clips` leaves it: demo-output with the tiny checkpoint and its file; a bad file beside."""
     from vtrain_sanavideo import tiny
 
     folder = tmp_path_factory.mktemp("prepared")

@@ -1,6 +1,6 @@
 """What training modes teach the tiny world in equal steps: the judge's accuracy, loss, time and memory of each.
 
-    PYTHONPATH=examples/world python benchmarks/world.py [--output FOLDER] [--json FILE] [--write]
+    PYTHONPATH=examples/world python benchmarks/tiny_world.py [--output FOLDER] [--json FILE] [--write]
 
 From random weights, then a new word by LoRA on the model that examples/world/demo.py leaves (run before, if it was not).
 --write puts the table into docs/tiny-world.md. Wall times, one run after the other: compare them within one table alone.
@@ -96,7 +96,7 @@ def from_nothing(mode: Mode, output: Path) -> Measured:
     folder.mkdir(parents=True, exist_ok=True)
     changes = {
         "../../demo-output/world/run": (folder / "run").as_posix(),
-        "../../demo-output/world": output.as_posix(),
+        **demo.moved(output),
         "at_start = true": "at_start = false",
         **demo.SHORT.changes,
         f'every = "{demo.SHORT.every} steps"': f'every = "{demo.SHORT.steps} steps"',
@@ -114,7 +114,7 @@ def new_word(mode: Mode, output: Path) -> Measured:
     folder.mkdir(parents=True, exist_ok=True)
     changes = {
         "../../demo-output/world/lora/run": (folder / "run").as_posix(),
-        **lora.moved(output / "lora"),
+        **demo.moved(output),
         "at_start = true": "at_start = false",
         **mode.changes,
     }

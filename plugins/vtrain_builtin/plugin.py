@@ -6,13 +6,14 @@ from vtrain.contract import DataBackendSpec, OptimizerSpec, SamplerSpec, Tracker
 from vtrain_builtin.adamw import ADAMW
 from vtrain_builtin.flow import FLOW
 from vtrain_builtin.folder import FOLDER
+from vtrain_builtin.frames import FRAMES
 from vtrain_builtin.tar import TAR
 from vtrain_builtin.tensorboard import TENSORBOARD
 
 
 @hookimpl
 def vtrain_data_backends() -> tuple[DataBackendSpec, ...]:
-    return (FOLDER, TAR)
+    return (FOLDER, FRAMES, TAR)
 
 
 @hookimpl

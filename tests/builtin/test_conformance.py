@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ import pytest
 from vtrain.contract import DataBackend, Sampler, Spec
 from vtrain.testing import DataBackendTests, PluginTests, SamplerTests, SpecTests
 from vtrain.testing.data_backend import FILES
-from vtrain_builtin.plugin import ADAMW, FLOW, FOLDER, TAR, TENSORBOARD
+from vtrain_builtin.plugin import ADAMW, FLOW, FOLDER, FRAMES, TAR, TENSORBOARD
+from vtrain_builtin.quicktime import header
 
 
 class TestPlugin(PluginTests):
     entry_module = "vtrain_builtin.plugin"
     tables: Mapping[tuple[str, str], Mapping[str, object]] = {
         ("data_backend", "folder"): {"path": "clips"},
+        ("data_backend", "frames"): {"path": "shots", "fps": 24.0},
         ("data_backend", "tar"): {"path": "shards/clips-{000..011}.tar"},
     }
 
@@ -54,6 +57,15 @@ class TestFolderSpec(SpecTests):
     @classmethod
     def spec(cls) -> Spec:
         return FOLDER
+
+
+class TestFramesSpec(SpecTests):
+    table: Mapping[str, object] = {"path": "shots", "fps": 24.0}
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def spec(cls) -> Spec:
+        return FRAMES
 
 
 class TestTarSpec(SpecTests):
@@ -105,6 +117,47 @@ class TestFolder(DataBackendTests):
     @pytest.fixture
     def missing(self, tmp_path: Path) -> DataBackend:
         return FOLDER.build(FOLDER.options(path=str(tmp_path / "nowhere")))
+
+
+class TestFrames(DataBackendTests):
+    """Two folders of images among other files; what their clips hold is told by tests of their own."""
+
+    rewritten = "deep/er/shot.mov"
+
+    @pytest.fixture
+    def place(self, tmp_path: Path) -> Path:
+        place = tmp_path / "place"
+        for name, data in FILES.items():
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).write_bytes(data)
+        for shot in ("shot", "deep/er/shot"):
+            (place / shot).mkdir()
+            for number in range(8, 12):
+                (place / shot / f"{number}.png").write_bytes(f"{shot} {number}".encode())
+        return place
+
+    @pytest.fixture
+    def files(self, place: Path) -> Mapping[str, bytes]:
+        shots = {}
+        for shot in ("shot", "deep/er/shot"):
+            images = [f"{shot} {number}".encode() for number in range(8, 12)]
+            shots[f"{shot}.mov"] = header(b"png ", [len(image) for image in images], Fraction(24)) + b"".join(images)
+        return {**FILES, **shots}
+
+    @pytest.fixture
+    def backend(self, place: Path) -> DataBackend:
+        return FRAMES.build(FRAMES.options(path=str(place), fps=24.0))
+
+    @pytest.fixture
+    def rewrite(self, place: Path) -> Callable[[str, bytes], None]:
+        def replace(name: str, data: bytes) -> None:
+            (place / name.removesuffix(".mov") / "9.png").write_bytes(b"another ")
+
+        return replace
+
+    @pytest.fixture
+    def missing(self, tmp_path: Path) -> DataBackend:
+        return FRAMES.build(FRAMES.options(path=str(tmp_path / "nowhere"), fps=24.0))
 
 
 class TestFolderInMemory(DataBackendTests):

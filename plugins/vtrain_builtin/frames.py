@@ -1,0 +1,253 @@
+"""Data backend "frames": below a local folder, every folder that holds numbered images is one clip.
+
+A clip's bytes are a QuickTime file whose samples are the images as they are: they are read when they are asked for, and
+nothing is copied or written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from pydantic import Field
+
+from vtrain.contract import DataBackend, DataBackendSpec, DataError, LocalPath, Options, Problem, SourceRef
+from vtrain_builtin.ordered import in_order
+from vtrain_builtin.quicktime import CODECS, header
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+SUFFIX = ".mov"
+"""Of a clip's id: the folder's name with it, so that "shot_01" is the clip "shot_01.mov", its caption "shot_01.txt"."""
+
+_NUMBERED = re.compile(
+    r"(?!\.)(?P<name>.*?)(?P<number>[0-9]+)(?P<suffix>\.(?:png|jpe?g|tiff?|bmp|webp))", re.IGNORECASE | re.DOTALL
+)
+
+
+class FramesOptions(Options):
+    """Options of the "frames" backend."""
+
+    path: LocalPath = Field(description="folder of this machine below which the folders of images are")
+    fps: float = Field(gt=0, le=1000, description="images a second, the same for all clips")
+
+
+@dataclass(frozen=True)
+class _Image:
+    number: int
+    name: str
+    form: tuple[str, str]
+    """What all images of a clip have in common: the name before the number, and the codec's name."""
+
+    size: int
+    changed: int
+
+
+class FramesFolder:
+    """Folders of images as clips; all other files are listed as they are. location: absolute path and rate."""
+
+    def __init__(self, options: FramesOptions) -> None:
+        self._root = str(options.path)
+        self._fps = Fraction(options.fps).limit_denominator(1001)
+        self.location = f"{self._root} (frames at {self._fps})"
+
+    def refs(self) -> Iterator[SourceRef]:
+        """One folder, and the images of one clip, are held at a time. Raises DataError."""
+        if not os.path.isdir(self._root):  # noqa: PTH112
+            what = "is not a folder." if os.path.lexists(self._root) else "the dataset folder does not exist."
+            raise DataError(Problem(self._root, what, "Set data.path to the folder that holds the folders of images."))
+        levels, before = [self._level("")], ""
+        while levels:
+            name = next(levels[-1], None)
+            if name is None:
+                levels.pop()
+            elif name.endswith("/"):
+                if not self._leads_back(name):
+                    levels.append(self._level(name))
+            else:
+                if name.rstrip("\0") == before:
+                    what = "is a file beside a folder of images: both would be the same clip."
+                    raise DataError(Problem(f"{self._root}/{before}", what, "Rename the file or the folder."))
+                before = name.rstrip("\0")
+                yield self._clip(before) if name.endswith("\0") else self._file(name)
+
+    def open(self, ref: SourceRef) -> BinaryIO:
+        """Raises OSError for images that are not one clip: of several kinds, or with numbers missing."""
+        if not ref.version.startswith("frames "):
+            return open(f"{self._root}/{ref.id}", "rb")  # noqa: PTH123
+        folder = self._folder(ref.id)
+        images = self._images(folder)
+        codec = _agreed(images)
+        paths = [f"{self._root}/{folder}{image.name}" for image in images]
+        sizes = [image.size for image in images]
+        return io.BufferedReader(Joined(header(codec, sizes, self._fps), paths, sizes), 1 << 16)
+
+    def _level(self, folder: str) -> Iterator[str]:
+        """Names in a folder, from the root, in order: folders end in "/", clips in NUL. Raises DataError."""
+        try:
+            yield from in_order(self._names(folder))
+        except OSError as error:
+            what = f"the folder cannot be listed: {error.strerror or error}."
+            raise DataError(Problem(str(error.filename or self._root), what, "Check its permissions.")) from error
+
+    def _names(self, folder: str) -> Iterator[str]:
+        if not folder and self._holds_images(""):
+            yield f"{self._clip_of_root}\0"
+        with os.scandir(f"{self._root}/{folder}") as entries:
+            for entry in entries:
+                name = folder + entry.name
+                if entry.is_dir():
+                    yield f"{name}/"
+                    if self._holds_images(f"{name}/"):
+                        yield f"{name}{SUFFIX}\0"
+                elif not _NUMBERED.fullmatch(entry.name):
+                    yield name
+
+    @property
+    def _clip_of_root(self) -> str:
+        return Path(self._root).name + SUFFIX
+
+    def _holds_images(self, folder: str) -> bool:
+        with os.scandir(f"{self._root}/{folder}") as entries:
+            return any(_NUMBERED.fullmatch(entry.name) and not entry.is_dir() for entry in entries)
+
+    def _leads_back(self, name: str) -> bool:
+        """Whether this is a link to a folder around it."""
+        folder = Path(self._root) / name
+        if not folder.is_symlink():
+            return False
+        return any(folder.samefile(around) for around in folder.parents if around.is_relative_to(self._root))
+
+    def _folder(self, clip: str) -> str:
+        folder = f"{clip.removesuffix(SUFFIX)}/"
+        inside = os.path.isdir(f"{self._root}/{folder}") and self._holds_images(folder)  # noqa: PTH112
+        return folder if inside or clip != self._clip_of_root else ""
+
+    def _file(self, name: str) -> SourceRef:
+        try:
+            status = os.stat(f"{self._root}/{name}")  # noqa: PTH116
+        except OSError:
+            return SourceRef(name, 0, "unreadable")
+        return SourceRef(name, status.st_size, str(status.st_mtime_ns))
+
+    def _clip(self, name: str) -> SourceRef:
+        """Its version names the rate and, as a hash, every image with its size and time of change."""
+        images = self._images(self._folder(name))
+        seen = hashlib.blake2b(digest_size=16)
+        for image in images:
+            seen.update(f"{image.name}/{image.size}/{image.changed}\0".encode(errors="surrogateescape"))
+        sizes = [image.size for image in images]
+        size = sum(sizes) + len(header(b"png ", sizes, self._fps))
+        return SourceRef(name, size, f"frames {self._fps} {seen.hexdigest()}")
+
+    def _images(self, folder: str) -> list[_Image]:
+        """Sorted by number."""
+        images = []
+        with os.scandir(f"{self._root}/{folder}") as entries:
+            for entry in entries:
+                if (match := _NUMBERED.fullmatch(entry.name)) is None or entry.is_dir():
+                    continue
+                codec = CODECS.get(match["suffix"].lower(), b"").decode()
+                form = match["name"], codec or match["suffix"].lower()
+                try:
+                    status = entry.stat()
+                    size, changed = status.st_size, status.st_mtime_ns
+                except OSError:  # a link to nothing: opening it says so
+                    size, changed = 0, 0
+                images.append(_Image(int(match["number"]), entry.name, form, size, changed))
+        return sorted(images, key=lambda image: (image.number, image.name))
+
+
+def _agreed(images: Sequence[_Image]) -> bytes:
+    """The codec of all. Raises OSError if they are not the frames of one clip."""
+    kinds = {image.form: image.name for image in images}
+    if len(kinds) > 1:
+        first, second, *_ = sorted(kinds.values())
+        raise OSError(f"the folder holds more than one series of images ({first}, {second})")
+    if not images:
+        raise OSError("the folder holds no numbered images any more")
+    for before, image in pairwise(images):
+        if image.number == before.number:
+            raise OSError(f"two images have the number {image.number}: {before.name}, {image.name}")
+        if image.number > before.number + 1:
+            raise OSError(f"images are missing between {before.name} and {image.name}")
+    _, codec = images[0].form
+    if codec.startswith("."):
+        raise OSError(f"series of {codec} images are not read: save them as png, jpg or tiff")
+    return codec.encode()
+
+
+class Joined(io.RawIOBase):
+    """Bytes, and files one after the other, as one file. A file that is not as long as it was raises OSError."""
+
+    def __init__(self, head: bytes, paths: Sequence[str], sizes: Sequence[int]) -> None:
+        self._head, self._paths = head, paths
+        self._ends = list(accumulate(sizes, initial=len(head)))
+        self._at = 0
+        self._open: tuple[int, BinaryIO] | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._ends[-1]}[whence]
+        if start + offset < 0:
+            raise OSError(22, "Invalid argument")
+        self._at = start + offset
+        return self._at
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        """Up to the end of one part."""
+        view = memoryview(buffer).cast("B")
+        part = bisect_right(self._ends, self._at)
+        if part == len(self._ends):
+            return 0
+        data = self._head[self._at : self._at + len(view)] if part == 0 else self._image(part - 1, len(view))
+        view[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        if self._open is not None:
+            self._open[1].close()
+        super().close()
+
+    def _image(self, number: int, most: int) -> bytes:
+        if self._open is None or self._open[0] != number:
+            if self._open is not None:
+                self._open[1].close()
+            self._open = number, open(self._paths[number], "rb")  # noqa: PTH123, SIM115 (closed in close)
+        stream = self._open[1]
+        stream.seek(self._at - self._ends[number])
+        data = stream.read(min(most, self._ends[number + 1] - self._at))
+        if not data or os.fstat(stream.fileno()).st_size != self._ends[number + 1] - self._ends[number]:
+            raise OSError(f"{self._paths[number]} changed while it was read")
+        return data
+
+
+def _build(options: Any) -> DataBackend:
+    return FramesFolder(options)
+
+
+FRAMES = DataBackendSpec(
+    name="frames",
+    summary="folders of numbered images (png, jpg, tiff), each one clip, and captions beside them",
+    options=FramesOptions,
+    build=_build,
+)

@@ -14,32 +14,29 @@ from rich.console import Console
 from rich.markup import escape
 
 from vtrain.cli.collector import uncollected
+from vtrain.cli.filling import fill, together
 from vtrain.cli.moved import tell_moved
 from vtrain.cli.plan import show as show_plan
-from vtrain.cli.prepare import planned
 from vtrain.contract import (
-    Caption,
     CheckpointError,
-    ConfigError,
     Denoiser,
     Options,
     Problem,
     Registered,
-    Role,
     RunInfo,
     Tracker,
     TrackerSpec,
 )
 from vtrain.data import hashes
 from vtrain.data.sample import Sample
-from vtrain.data.scan import scan
+from vtrain.data.scan import Scan, scan
 from vtrain.plan.price import Prices, check_room, price
 from vtrain.plan.records import Plan, Survey
 from vtrain.plan.render import as_json
 from vtrain.registry.blame import blame
 
 if TYPE_CHECKING:
-    from vtrain.data.caches import Caches
+    from vtrain.data.caches import Caches, Filled
     from vtrain.train.loop import Validate, Validated
     from vtrain.train.processes import Processes
     from vtrain.train.resume import Start
@@ -56,22 +53,8 @@ class Ready:
 
 def run(config: Path) -> None:
     """Train as `config` says. Exits with 0 at the last step, 130 or 143 after Ctrl-C or SIGTERM, everything saved."""
-    with uncollected():
-        plan = planned(config)
-        from vtrain.train.processes import Processes
-
-        processes = Processes(plan.config.precision.mixed)
-    console = Console(quiet=not processes.first, soft_wrap=True, highlight=False)
-    if processes.count != plan.processes:
-        what = f"the launcher announced {plan.processes} processes in WORLD_SIZE, and {processes.count} train together."
-        raise ConfigError(Problem("", what, "Start the run with torchrun, or unset WORLD_SIZE."))
-    try:
-        with blame(plan.config.parts()):
-            ended_by = _train(plan, processes, console)
-    except KeyboardInterrupt:
-        console.print("interrupted; what is cached or saved is whole, and the same command goes on from it")
-        raise
-    processes.close()
+    with together(config) as (plan, processes, console), blame(plan.config.parts()):
+        ended_by = _train(plan, processes, console)
     if ended_by is not None:
         sys.exit(128 + ended_by)
 
@@ -87,7 +70,7 @@ def _train(plan: Plan, processes: Processes, console: Console) -> int | None:
 
     output = plan.config.run.output_dir
     start = processes.from_first(lambda: find_start(plan))
-    ready = processes.from_first(lambda: _prepare(plan, console, str(processes.device)))
+    ready = _prepare(plan, processes, console)
     for notice in start.notices:
         console.print(escape(notice))
     caches = Caches.open(plan)
@@ -114,28 +97,28 @@ def _train(plan: Plan, processes: Processes, console: Console) -> int | None:
     return signalled
 
 
-def _prepare(plan: Plan, console: Console, device: str) -> Ready:
-    """Scan, price, show, fill. On the first process only."""
-    from vtrain.cli.progress import Filling
-    from vtrain.data.caches import fill_caches
+def _prepare(plan: Plan, processes: Processes, console: Console) -> Ready:
+    """The first process scans, prices and shows; all fill the caches; the first says what can be trained on."""
+    found = processes.from_first(lambda: _look(plan, console))
+    filled = fill(plan, found.samples, processes, console)
+    return processes.from_first(lambda: _ready(plan, found, filled, console))
 
+
+def _look(plan: Plan, console: Console) -> Scan:
+    """Scan, price, show."""
     found = scan(plan)
     for message in found.messages:
         console.print(escape(message))
     prices = price(plan, found.survey)
     check_room(plan, prices)
     show_plan(console, plan, found.survey, prices)
-    extra: list[tuple[Caption, Role]] = []
-    if plan.validation is not None:
-        from vtrain.validate.generate import texts
+    return found
 
-        extra = texts(plan.validation)
-    with Filling(console) as filling:
-        filled = fill_caches(plan, found.samples, extra, device, filling.report)
-    if filled.truncated:
-        console.print(f"{filled.truncated} captions were too long for the text encoder and lost their end")
+
+def _ready(plan: Plan, found: Scan, filled: Filled, console: Console) -> Ready:
+    """Tell what was left out in filling, and price anew without it."""
     tell_moved(plan, console)
-    survey = found.survey
+    survey, prices = found.survey, price(plan, found.survey)
     if filled.left_out:
         for sample, reason in sorted(filled.left_out.items()):
             console.print(f"left out: {escape(sample)}: {escape(reason)}")

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from vtrain.cli.moved import tell_moved
 from vtrain.cli.prepare import planned
 from vtrain.cli.report import print_json, print_table, visible
 from vtrain.contract import ConfigError, Problem
@@ -34,6 +35,7 @@ def fill(path: Path) -> None:
         for message in found.messages:
             console.print(escape(message))
         fill_all(plan, found.samples, processes, console)
+        processes.from_first(lambda: tell_moved(plan, console))
         if processes.first:
             held = bytes_text(inventory.size(plan.config.cache.dir))
             console.print(f"cache: {escape(str(plan.config.cache.dir))} holds {held}")

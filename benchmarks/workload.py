@@ -88,11 +88,12 @@ BASE = {"full": "fp32", "lora": "bf16"}
 
 
 def write_clips(folder: Path) -> Path:
-    """CLIPS short captioned H.264 files at 16 fps: moving gradients."""
+    """CLIPS short H.264 files at 16 fps, moving gradients, with captions that fill all text tokens."""
     folder.mkdir(parents=True, exist_ok=True)
     grid = np.indices((HEIGHT, WIDTH)).sum(0)
     for number in range(CLIPS):
-        (folder / f"clip_{number}.txt").write_text(f"a gradient that moves, number {number}", encoding="utf-8")
+        caption = f"number {number}, " + "a gradient that moves, as long as a caption can be, " * 20
+        (folder / f"clip_{number}.txt").write_text(caption, encoding="utf-8")
         with av.open(str(folder / f"clip_{number}.mp4"), "w") as container:
             stream = container.add_stream("libx264", rate=Fraction(16))
             stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
@@ -145,13 +146,13 @@ def read_samples(config: Path) -> list[tuple[torch.Tensor, torch.Tensor, torch.T
     if not path.exists():
         from vtrain.cli.prepare import planned
         from vtrain.data.batches import Batches
-        from vtrain.data.caches import Caches
+        from vtrain.data.caches import fill_caches
         from vtrain.data.scan import scan
 
         plan = planned(config)
-        samples = scan(plan).samples
-        batches = Batches(plan, Caches.open(plan), samples)
-        found = [batches[number] for number in range(len(samples))]
+        filled = fill_caches(plan, scan(plan).samples, [], "cpu", lambda _kind, _done, _total: None)
+        batches = Batches(plan, filled.caches, filled.index)
+        found = [batches[number] for number in range(len(filled.index))]
         torch.save([(batch.latents.mean, batch.text.embeds, batch.text.mask) for batch in found], path)
     loaded: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = torch.load(path, weights_only=True)
     return loaded

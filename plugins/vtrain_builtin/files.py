@@ -72,7 +72,8 @@ class RemoteFiles:
 class NamedFiles:
     """The files that `options.path` names. A folder stands for those in it, and below it, that end in `suffixes`.
 
-    location: the path as it was written, without secrets. folder: what ids are relative to.
+    location: the path as it was written, without secrets. folder: what ids are relative to; base: its
+    path or URL.
     """
 
     def __init__(self, options: PlaceOptions, suffixes: tuple[str, ...], noun: str) -> None:
@@ -81,6 +82,7 @@ class NamedFiles:
         is_file = "{" in self._pattern or self._pattern.lower().endswith(suffixes)
         if not is_file and not pattern.is_wild(self._pattern):
             base, self._pattern = options.path.rstrip("/"), ""
+        self.base = base or "/"
         self.folder: Folder = RemoteFiles(options, base) if is_url(options.path) else LocalFiles(base or "/")
         self.location = "/".join(filter(None, (self.folder.location, Redaction(self._pattern).location)))
 

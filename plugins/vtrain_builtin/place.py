@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 from urllib.request import url2pathname
 
@@ -40,7 +40,9 @@ PlacePath = Annotated[str, BeforeValidator(_place)]
 
 
 class PlaceOptions(Options):
-    """Options of every backend that reads a local path or a URL."""
+    """Options of every backend that reads a local path or a URL. names_urls: whether a local place may name URLs."""
+
+    names_urls: ClassVar[bool] = False
 
     path: PlacePath = Field(min_length=1, description="the place: a local path or a URL of fsspec")
     retries: int = Field(4, ge=0, le=100, description="of a URL: how often a failed request is made again")
@@ -59,7 +61,7 @@ class PlaceOptions(Options):
                 f"storage_options holds {', '.join(found)}: secrets come from the environment or the storage's own "
                 "credentials file, never from this file"
             )
-        if self.storage_options and not is_url(self.path):
+        if self.storage_options and not self.names_urls and not is_url(self.path):
             raise ValueError("storage_options is for a URL, and path is a local one")
         return self
 

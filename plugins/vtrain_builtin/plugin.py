@@ -7,13 +7,14 @@ from vtrain_builtin.adamw import ADAMW
 from vtrain_builtin.flow import FLOW
 from vtrain_builtin.folder import FOLDER
 from vtrain_builtin.frames import FRAMES
+from vtrain_builtin.manifest import MANIFEST
 from vtrain_builtin.tar import TAR
 from vtrain_builtin.tensorboard import TENSORBOARD
 
 
 @hookimpl
 def vtrain_data_backends() -> tuple[DataBackendSpec, ...]:
-    return (FOLDER, FRAMES, TAR)
+    return (FOLDER, FRAMES, MANIFEST, TAR)
 
 
 @hookimpl

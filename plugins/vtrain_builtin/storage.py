@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from threading import Lock
@@ -12,7 +13,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from vtrain.contract import SourceRef
 from vtrain_builtin.attempts import Attempts, StorageError
-from vtrain_builtin.place import PlaceOptions, Redaction
+from vtrain_builtin.place import PlaceOptions, Redaction, is_url
 from vtrain_builtin.remote_file import RemoteFile
 
 _VERSION_KEYS = (
@@ -39,6 +40,7 @@ class _FileSystem(Protocol):
     def info(self, path: str) -> dict[str, Any]: ...
     def open(self, path: str, mode: str) -> BinaryIO: ...
     def invalidate_cache(self) -> None: ...
+    def _strip_protocol(self, path: str) -> str: ...
 
 
 class Storage:
@@ -87,7 +89,9 @@ class Storage:
     def ref(self, name: str) -> SourceRef:
         """One file. Raises StorageError."""
         system, _ = self._system()
-        return _ref(name, self._ask(system, "info", self._path(name)))
+        path = self._path(name)
+        ask = partial(_call, system, "info", path, timeout=self._options.timeout)
+        return _ref(name, self._attempts(name)(ask))
 
     def look_up(self, names: Iterable[str]) -> Iterator[SourceRef | StorageError]:
         """Each file's ref or why there is none, in order; many are asked for at once where the file system can."""
@@ -110,7 +114,7 @@ class Storage:
     def section(self, name: str, start: int, size: int) -> BinaryIO:
         """`size` bytes of a file from `start`, as a seekable file. Raises StorageError."""
         system, _ = self._system()
-        fetch = _Ranges(system, self._path(name), self.attempts)
+        fetch = _Ranges(system, self._path(name), self._attempts(name))
         return cast("BinaryIO", io.BufferedReader(RemoteFile(fetch, size, start), _READ))
 
     def _system(self) -> tuple[_FileSystem, str]:
@@ -138,12 +142,18 @@ class Storage:
         return cast("_FileSystem", system), str(root).rstrip("/")
 
     def _path(self, name: str) -> str:
-        """A file's or folder's path in the file system."""
-        _, root = self._system()
+        """A file's or folder's path in the file system. A name may be a URL of the same storage."""
+        system, root = self._system()
+        if is_url(name):
+            return str(system._strip_protocol(name))
         if not self._web:
             return f"{root}/{name}" if name else root
         path = f"{root}/{quote(name)}"
         return f"{path}?{self._query}" if self._query else path
+
+    def _attempts(self, name: str) -> Attempts:
+        """A name that is a URL may hold secrets of its own."""
+        return replace(self.attempts, redaction=Redaction(name)) if is_url(name) else self.attempts
 
     def _ask(self, system: _FileSystem, method: str, *arguments: Any, **named: Any) -> Any:
         return self.attempts(lambda: _call(system, method, *arguments, timeout=self._options.timeout, **named))
@@ -208,7 +218,7 @@ class Storage:
     def _infos(self, system: _FileSystem, names: list[str]) -> list[dict[str, Any] | StorageError]:
         paths = [self._path(name) for name in names]
         if not system.async_impl:
-            return [self._info(partial(system.info, path)) for path in paths]
+            return [self._info(name, partial(system.info, path)) for name, path in zip(names, paths, strict=True)]
         import asyncio
 
         async def all_of(paths: list[str]) -> list[Any]:
@@ -219,16 +229,16 @@ class Storage:
 
         first = sync(system.loop, all_of, paths)
         return [
-            answer if isinstance(answer, dict) else self._info(partial(self._again, system, path))
-            for path, answer in zip(paths, first, strict=True)
+            answer if isinstance(answer, dict) else self._info(name, partial(self._again, system, path))
+            for name, path, answer in zip(names, paths, first, strict=True)
         ]
 
     def _again(self, system: _FileSystem, path: str) -> dict[str, Any]:
         return cast("dict[str, Any]", _call(system, "info", path, timeout=self._options.timeout))
 
-    def _info(self, ask: Callable[[], dict[str, Any]]) -> dict[str, Any] | StorageError:
+    def _info(self, name: str, ask: Callable[[], dict[str, Any]]) -> dict[str, Any] | StorageError:
         try:
-            return self.attempts(ask)
+            return self._attempts(name)(ask)
         except StorageError as error:
             return error
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import csv
 import io
+import json
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
-from vtrain.contract import DataBackend, Sampler, Spec
+from vtrain.contract import DataBackend, Sampler, Spec, Words
 from vtrain.testing import DataBackendTests, PluginTests, SamplerTests, SpecTests
 from vtrain.testing.data_backend import FILES
-from vtrain_builtin.plugin import ADAMW, FLOW, FOLDER, FRAMES, TAR, TENSORBOARD
+from vtrain_builtin.plugin import ADAMW, FLOW, FOLDER, FRAMES, MANIFEST, TAR, TENSORBOARD
 from vtrain_builtin.quicktime import header
 
 
@@ -23,6 +27,7 @@ class TestPlugin(PluginTests):
     tables: Mapping[tuple[str, str], Mapping[str, object]] = {
         ("data_backend", "folder"): {"path": "clips"},
         ("data_backend", "frames"): {"path": "shots", "fps": 24.0},
+        ("data_backend", "manifest"): {"path": "clips.csv"},
         ("data_backend", "tar"): {"path": "shards/clips-{000..011}.tar"},
     }
 
@@ -75,6 +80,15 @@ class TestTarSpec(SpecTests):
     @classmethod
     def spec(cls) -> Spec:
         return TAR
+
+
+class TestManifestSpec(SpecTests):
+    table: Mapping[str, object] = {"path": "clips.parquet", "columns": {"bytes": "video.bytes"}}
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def spec(cls) -> Spec:
+        return MANIFEST
 
 
 class TestFlow(SamplerTests):
@@ -291,3 +305,138 @@ class TestTarOnS3(Sharded):
     def on(bucket: Any, path: str) -> DataBackend:
         options = TAR.options(path=f"s3://{bucket.name}/{path}", storage_options={"endpoint_url": bucket.endpoint})
         return TAR.build(options)
+
+
+CAPTIONS: Mapping[str, Words] = {
+    "b.mp4": Words(("a red ball", "a ball, that is red"), {"motion_score": 7}),
+    "deep/er/clip.mp4": Words(('a "blue" ball',)),
+}
+
+
+def table(files: Mapping[str, bytes]) -> list[dict[str, Any]]:
+    """A row for each file, and for each of its captions; in another order than that of ids."""
+    made = []
+    for name, data in sorted(files.items(), reverse=True):
+        words = CAPTIONS.get(name.removeprefix("one.parquet/").removeprefix("two.parquet/"), Words(()))
+        for text in words.texts or (None,):
+            made.append({"path": name, "video": data, "caption": text, **words.extras})
+    return made
+
+
+def as_csv(files: Mapping[str, bytes]) -> str:
+    target = io.StringIO(newline="")
+    writer = csv.DictWriter(target, ["path", "caption", "motion_score"], extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(table(files))
+    return target.getvalue()
+
+
+def as_json_lines(files: Mapping[str, bytes]) -> str:
+    return "".join(json.dumps({**row, "video": None}) + "\n" for row in table(files))
+
+
+class Told(DataBackendTests):
+    """With captions in a manifest."""
+
+    @pytest.fixture
+    def words(self) -> Mapping[str, Words]:
+        return CAPTIONS
+
+
+class TestManifest(Told):
+    """Local paths in CSV."""
+
+    @pytest.fixture
+    def backend(self, tmp_path: Path, files: Mapping[str, bytes]) -> DataBackend:
+        for name, data in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(data)
+        (tmp_path / "clips.csv").write_text(as_csv(files), encoding="utf-8")
+        return MANIFEST.build(MANIFEST.options(path=str(tmp_path / "clips.csv")))
+
+    @pytest.fixture
+    def rewrite(self, tmp_path: Path) -> Callable[[str, bytes], None]:
+        return lambda name, data: (tmp_path / name).write_bytes(data) and None
+
+    @pytest.fixture
+    def missing(self, tmp_path: Path) -> DataBackend:
+        return MANIFEST.build(MANIFEST.options(path=str(tmp_path / "nowhere.csv")))
+
+
+class TestManifestOnS3(Told):
+    """JSON lines beside the clips, behind a URL."""
+
+    @pytest.fixture
+    def backend(self, bucket: Any, files: Mapping[str, bytes]) -> DataBackend:
+        bucket.put({f"clips/{name}": data for name, data in files.items()})
+        bucket.put({"clips/table.jsonl": as_json_lines(files).encode()})
+        return self.on(bucket, "clips/table.jsonl")
+
+    @pytest.fixture
+    def rewrite(self, bucket: Any) -> Callable[[str, bytes], None]:
+        return lambda name, data: bucket.put({f"clips/{name}": data})
+
+    @pytest.fixture
+    def missing(self, bucket: Any) -> DataBackend:
+        return self.on(bucket, "clips/nowhere.jsonl")
+
+    @staticmethod
+    def on(bucket: Any, path: str) -> DataBackend:
+        table = {"path": f"s3://{bucket.name}/{path}", "storage_options": {"endpoint_url": bucket.endpoint}}
+        return MANIFEST.build(MANIFEST.options.model_validate(table))
+
+
+def as_parquet(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Parquet files of two rows a group, by the first part of each id; a list of captions in each row."""
+    made = {}
+    for shard in sorted({name.partition("/")[0] for name in files}):
+        own = {name: data for name, data in sorted(files.items(), reverse=True) if name.startswith(shard)}
+        words = [CAPTIONS.get(name.partition("/")[2], Words(())) for name in own]
+        columns = {
+            "name": [name.partition("/")[2] for name in own],
+            "video": list(own.values()),
+            "caption": [list(said.texts) or None for said in words],
+            "motion_score": [said.extras.get("motion_score") for said in words],
+        }
+        target = io.BytesIO()
+        parquet.write_table(pyarrow.table(columns), target, row_group_size=2)
+        made[shard] = target.getvalue()
+    return made
+
+
+class TestManifestOfBytes(Told):
+    """Parquet files that hold the clips themselves."""
+
+    rewritten = "two.parquet/deep/er/clip.mp4"
+
+    @pytest.fixture
+    def files(self) -> Mapping[str, bytes]:
+        videos = {name: data for name, data in FILES.items() if name.endswith(".mp4")}
+        return {f"{'two' if 'deep' in name else 'one'}.parquet/{name}": data for name, data in videos.items()}
+
+    @pytest.fixture
+    def words(self) -> Mapping[str, Words]:
+        return {f"{'two' if 'deep' in name else 'one'}.parquet/{name}": said for name, said in CAPTIONS.items()}
+
+    @pytest.fixture
+    def backend(self, tmp_path: Path, files: Mapping[str, bytes]) -> DataBackend:
+        for name, data in as_parquet(files).items():
+            (tmp_path / name).write_bytes(data)
+        return self.at(tmp_path)
+
+    @pytest.fixture
+    def rewrite(self, tmp_path: Path, files: Mapping[str, bytes]) -> Callable[[str, bytes], None]:
+        def replace(name: str, data: bytes) -> None:
+            shard = name.partition("/")[0]
+            (tmp_path / shard).write_bytes(as_parquet({**files, name: data})[shard])
+
+        return replace
+
+    @pytest.fixture
+    def missing(self, tmp_path: Path) -> DataBackend:
+        return self.at(tmp_path / "nowhere")
+
+    @staticmethod
+    def at(place: Path) -> DataBackend:
+        columns = {"bytes": "video", "id": "name"}
+        return MANIFEST.build(MANIFEST.options.model_validate({"path": str(place), "columns": columns}))

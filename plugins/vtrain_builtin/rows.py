@@ -1,0 +1,136 @@
+"""Rows of a table in CSV, JSON lines or Parquet, one after the other, with only the columns that are wanted."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, BinaryIO
+
+from vtrain.contract import DataError, Problem
+
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+
+_LONGEST_LINE = 16 << 20
+_BATCH = 1024
+
+Choose = Callable[[Sequence[str], bool], Sequence[str]]
+"""(the table's columns, whether these are all: the first object of JSON lines may lack some) -> those that are wanted.
+
+Raises DataError.
+"""
+
+Row = tuple[int, tuple[Any, ...]]
+"""(its line in the file, or its number from 1 in Parquet; the cells of the wanted columns, None where there is nothing)."""
+
+
+def rows(file: BinaryIO, place: str, choose: Choose) -> Iterator[Row]:
+    """place: the file's name, which tells its format, for messages. Raises DataError, and OSError from the file."""
+    suffix = place.rpartition(".")[2].lower()
+    if suffix == "parquet":
+        yield from _parquet(file, place, choose)
+    elif suffix in ("jsonl", "ndjson"):
+        yield from _json(file, place, choose)
+    else:
+        yield from _csv(file, place, choose, "\t" if suffix == "tsv" else ",")
+
+
+def _csv(file: BinaryIO, place: str, choose: Choose, delimiter: str) -> Iterator[Row]:
+    """UTF-8, a first row of names; empty lines are passed over."""
+    reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
+    try:
+        names = [name.strip() for name in next(reader, [])]
+        wanted = [names.index(name) for name in choose(names, True)]
+        for cells in reader:
+            if len(cells) > len(names):
+                what = f"the row has {len(cells)} cells, and there are {len(names)} columns."
+                raise _wrong(place, reader.line_num, what, "Put cells that hold commas in quotes.")
+            if any(cell.strip() for cell in cells):
+                padded = [*cells, *[""] * (len(names) - len(cells))]
+                yield reader.line_num, tuple(padded[number] or None for number in wanted)
+    except UnicodeDecodeError as error:
+        raise _wrong(place, 0, f"it is not UTF-8 ({error.reason}).", "Save it as UTF-8.") from error
+    except csv.Error as error:
+        raise _wrong(place, reader.line_num, f"it is not CSV: {error}.", "Mend the line.") from error
+
+
+def _json(file: BinaryIO, place: str, choose: Choose) -> Iterator[Row]:
+    """An object a line. The first one has to have the columns that are needed; a later one may lack some."""
+    wanted: Sequence[str] | None = None
+    number = 0
+    while line := file.readline(_LONGEST_LINE):
+        number += 1
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line)
+        except ValueError as error:  # UnicodeDecodeError is one
+            what = "it is longer than 16 MiB" if len(line) == _LONGEST_LINE else f"it is not JSON ({error})"
+            raise _wrong(place, number, f"{what}.", "Write one JSON object a line.") from error
+        except RecursionError:
+            raise _wrong(place, number, "it is nested too deep.", "Write one flat JSON object a line.") from None
+        if not isinstance(found, dict):
+            raise _wrong(place, number, "it is no JSON object.", 'Write objects, such as {"path": "a.mp4"}.')
+        wanted = choose(list(found), False) if wanted is None else wanted
+        yield number, tuple(found.get(name) for name in wanted)
+
+
+def _parquet(file: BinaryIO, place: str, choose: Choose) -> Iterator[Row]:
+    """Row groups are streamed. A column in a struct is called "struct.field"."""
+    number = 0
+    with arrow_errors(place):
+        table = open_parquet(file)
+        wanted = choose(columns_of(table), True)
+        for batch in table.iter_batches(_BATCH, columns=list(dict.fromkeys(wanted))):
+            cells = [cell_of(batch, name) for name in wanted]
+            for row in zip(*(column.to_pylist() for column in cells), strict=True):
+                number += 1
+                yield number, row
+
+
+def open_parquet(file: BinaryIO) -> Any:
+    """pyarrow's ParquetFile, which reads a buffer at a time instead of whole columns. Within `arrow_errors`."""
+    from pyarrow import parquet
+
+    return parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
+
+
+def columns_of(table: Any) -> list[str]:
+    """Names of a ParquetFile's columns, those in structs too."""
+    names = []
+    for field in table.schema_arrow:
+        names.append(str(field.name))
+        if hasattr(field.type, "fields"):
+            names += [f"{field.name}.{inner.name}" for inner in field.type.fields]
+    return names
+
+
+def cell_of(batch: Any, name: str) -> Any:
+    """A column of a record batch, or a field of one."""
+    if name in batch.schema.names:
+        return batch.column(name)
+    outer, _, inner = name.partition(".")
+    return batch.column(outer).field(inner)
+
+
+@contextmanager
+def arrow_errors(place: str) -> Iterator[None]:
+    """Turns what pyarrow raises, and its absence, into DataError."""
+    try:
+        from pyarrow import ArrowException
+    except ImportError as error:
+        what = "reading Parquet needs the package pyarrow."
+        raise DataError(Problem(place, what, "Install it: pip install 'vtrain[parquet]'")) from error
+    try:
+        yield
+    except (ArrowException, OSError) as error:
+        if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+            raise  # the storage's own
+        text = " ".join(str(error).split())[:300]
+        raise DataError(Problem(place, f"it is no Parquet file that can be read: {text}.", "Write it anew.")) from error
+
+
+def _wrong(place: str, line: int, what: str, remedy: str) -> DataError:
+    return DataError(Problem(f"{place}:{line}" if line else place, what, remedy))

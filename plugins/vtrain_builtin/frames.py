@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from pydantic import Field
 
 from vtrain.contract import DataBackend, DataBackendSpec, DataError, LocalPath, Options, Problem, SourceRef
+from vtrain_builtin.local import is_folder
 from vtrain_builtin.ordered import in_order
 from vtrain_builtin.quicktime import CODECS, header
 
@@ -106,7 +107,7 @@ class FramesFolder:
         with os.scandir(f"{self._root}/{folder}") as entries:
             for entry in entries:
                 name = folder + entry.name
-                if entry.is_dir():
+                if is_folder(entry):
                     yield f"{name}/"
                     if self._holds_images(f"{name}/"):
                         yield f"{name}{SUFFIX}\0"
@@ -119,14 +120,14 @@ class FramesFolder:
 
     def _holds_images(self, folder: str) -> bool:
         with os.scandir(f"{self._root}/{folder}") as entries:
-            return any(_NUMBERED.fullmatch(entry.name) and not entry.is_dir() for entry in entries)
+            return any(_NUMBERED.fullmatch(entry.name) and not is_folder(entry) for entry in entries)
 
     def _leads_back(self, name: str) -> bool:
         """Whether this is a link to a folder around it."""
         folder = Path(self._root) / name
         if not folder.is_symlink():
             return False
-        return any(folder.samefile(around) for around in folder.parents if around.is_relative_to(self._root))
+        return any(folder.samefile(around) for around in folder.parents)
 
     def _folder(self, clip: str) -> str:
         folder = f"{clip.removesuffix(SUFFIX)}/"
@@ -155,7 +156,7 @@ class FramesFolder:
         images = []
         with os.scandir(f"{self._root}/{folder}") as entries:
             for entry in entries:
-                if (match := _NUMBERED.fullmatch(entry.name)) is None or entry.is_dir():
+                if (match := _NUMBERED.fullmatch(entry.name)) is None or is_folder(entry):
                     continue
                 codec = CODECS.get(match["suffix"].lower(), b"").decode()
                 form = match["name"], codec or match["suffix"].lower()

@@ -54,7 +54,7 @@ class LocalFolder:
         """The names in a folder, from the root, as ids are sorted; folders end in "/". Raises DataError."""
         try:
             with os.scandir(f"{self.location}/{folder}") as entries:
-                names = (f"{folder}{entry.name}/" if entry.is_dir() else folder + entry.name for entry in entries)
+                names = (f"{folder}{entry.name}/" if is_folder(entry) else folder + entry.name for entry in entries)
                 yield from in_order(names)
         except OSError as error:
             what = f"the folder cannot be listed: {error.strerror or error}."
@@ -65,4 +65,12 @@ class LocalFolder:
         folder = self._root / name
         if not folder.is_symlink():
             return False
-        return any(folder.samefile(around) for around in folder.parents if around.is_relative_to(self._root))
+        return any(folder.samefile(around) for around in folder.parents)
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Of a link: whether it leads to a folder; false for one that leads to itself."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False

@@ -1,0 +1,111 @@
+"""Scan and fill over hundreds of damaged files: no crash, no hang, memory within a bound, every file used or named."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+from vtrain.data.caches import fill_caches
+from vtrain.data.fates import settings_key
+from vtrain.data.ledger import Ledger
+from vtrain.data.process import DecodingProcess
+from vtrain.data.scan import scan
+
+MOST_BYTES = 768 << 20
+"""Resident memory that no decoding process may reach. Half of it is torch's."""
+
+
+@pytest.fixture
+def kept_process() -> None:
+    """Scan and filling start decoding processes of their own here."""
+
+
+@pytest.fixture
+def peaks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Peak resident bytes of each decoding process when it is ended."""
+    found: list[int] = []
+    kill = DecodingProcess.kill
+
+    def killing(process: DecodingProcess) -> None:
+        with suppress(OSError):
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            found.extend(int(number) << 10 for number in re.findall(r"VmHWM:\s+(\d+) kB", status))
+        kill(process)
+
+    monkeypatch.setattr(DecodingProcess, "kill", killing)
+    return found
+
+
+@pytest.mark.slow
+def test_every_damaged_file_is_used_or_named_and_none_does_harm(setup, peaks) -> None:
+    """About 440 files are scanned, decoded and encoded the file names looked at again: some 10 seconds of CPU.
+
+    The time limit per file is far above what any takes; one that reached it would be named with it.
+    """
+    made = runpy.run_path(str(Path(__file__).with_name("corpus.py")))["make"](setup.folder)
+    assert made >= 300
+    dataset = setup.dataset(
+        sizes=[(32, 24)], frames=9, min_frames=1, fps=10.0, captions="filename", missing_caption="empty", images=True,
+        decode_timeout=20.0,
+    )  # fmt: skip
+    plan = setup.plan(dataset)
+    outside = {file: file.read_bytes() for file in (setup.root / "outside").iterdir()}
+    before = {entry.name: entry.stat(follow_symlinks=False).st_mtime_ns for entry in os.scandir(setup.folder)}
+
+    began = time.monotonic()
+    found = scan(plan)
+    filled = fill_caches(plan, found.samples, (), "cpu", lambda stage, done, total: None)
+    assert time.monotonic() - began < 200
+
+    (survey,) = filled.recount(found.survey).datasets
+    left = sum(count for count, _ in survey.left_out.values())
+    in_linked_folder = 1  # a link to a folder outside is followed: it holds a clip, and a text that is no caption here
+    assert survey.files == made + in_linked_folder
+    assert sum(survey.samples.values()) + left == survey.files
+    assert len(filled.index) == sum(survey.samples.values())
+    assert all(reason.strip() for reason in survey.left_out)
+    with Ledger(setup.cache) as ledger:
+        fates = ledger.fates(settings_key(dataset, plan.family.frame_rule))
+    assert len(fates) == survey.files
+    assert all(fate.status == "used" or fate.reason for fate in fates.values())
+    hung = [ref for ref, fate in fates.items() if "took longer" in fate.reason]
+    assert hung == []
+
+    # Each decoding process stayed within its bound, also at pictures that claim to have billions of pixels.
+    assert peaks
+    assert max(peaks) < MOST_BYTES
+
+    # Sound files are used whatever they are called, and links are followed.
+    used = {ref for ref, fate in fates.items() if fate.status == "used"}
+    assert {ref for ref in fates if ref.startswith("sound ")} <= used
+    for name in ("line\nbreak.mp4", "emoji 🎬🧨.mp4", "-rf.mp4", "--help.mp4", "$(touch gone).mp4", "x" * 251 + ".mp4",
+                 "link to a clip.mp4", "link to a folder.mp4/clip.mp4", "concat:a|b.mp4"):  # fmt: skip
+        assert name in used, (name, fates[name])
+    kinds = Counter(fate.kind for fate in fates.values() if fate.status != "used")
+    assert kinds["bad name"] == 2
+    assert fates["link to a text.mp4"].reason.startswith("cannot be read as a video")
+    for name in ("link to nothing.mp4", "link to itself.mp4", "pipe.mp4", "socket.mp4", "link to zeros.mp4"):
+        assert fates[name].reason == "is empty (0 bytes)", name
+
+    # What can be seen of the latents is finite, and nothing outside the cache was touched.
+    for sample in list(found.samples)[::20]:
+        if sample.ref_id in used:
+            assert bool(torch.isfinite(filled.caches.latents(sample, sample.starts[0]).mean).all())
+    assert {file: file.read_bytes() for file in (setup.root / "outside").iterdir()} == outside
+    assert {entry.name: entry.stat(follow_symlinks=False).st_mtime_ns for entry in os.scandir(setup.folder)} == before
+    assert not (Path.cwd() / "gone").exists()
+
+    # A second run opens none of them again, and finds the same.
+    dataset.backend.opened.clear()
+    again = scan(plan)
+    assert dataset.backend.opened == []
+    assert again.survey.datasets[0].samples == survey.samples
+    assert sum(count for count, _ in again.survey.datasets[0].left_out.values()) == left

@@ -173,9 +173,13 @@ def test_a_backends_own_captions_are_taken_as_they_come() -> None:
         location = "/x"
 
         def captions(self) -> Iterator[tuple[str, Words]]:
-            yield "a.mp4", Words(("a",), {"motion_score": 3})
+            yield "a.mp4", Words(("a", " "), {"motion_score": 3.0, "source": "x"})
+            yield "b.mp4", Words(("b",), {"motion_score": 3.5})
 
-    assert found(dataset(Knowing())) == [("a.mp4", Words(("a",), {"motion_score": 3}))]
+    assert found(dataset(Knowing())) == [
+        ("a.mp4", Words(("a",), {"motion_score": 3, "source": "x"})),
+        ("b.mp4", "its motion score '3.5' is no whole number from 0 on: write one such as 30"),
+    ]
     assert found(dataset(Knowing(), captions="textfile")) == []
     assert found(dataset(captions="textfile")) == []
 

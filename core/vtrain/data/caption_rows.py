@@ -34,11 +34,23 @@ def caption_rows(dataset: DatasetPlan) -> Iterator[tuple[str, Words | FileFault]
     """
     match dataset.captions:
         case "backend" if isinstance(dataset.backend, SupportsCaptions):
-            yield from dataset.backend.captions()
+            for ref, words in dataset.backend.captions():
+                yield ref, _sound(words)
         case "csv" | "parquet":
             assert dataset.table.captions_file is not None  # the plan saw to it
             rows = _csv if dataset.captions == "csv" else _parquet
             yield from _sorted(dataset, dataset.table.captions_file, rows(dataset, dataset.table.captions_file))
+
+
+def _sound(words: Words) -> Words | FileFault:
+    """A backend's words by the rules for all: no blank texts, and a motion score that is one."""
+    texts = tuple(text for text in words.texts if text.strip())
+    try:
+        score = words.extras.get(MOTION_SCORE)
+        scored = {} if score is None else {MOTION_SCORE: motion_score(score)}
+    except FileFault as fault:
+        return fault
+    return Words(texts, {**words.extras, **scored})
 
 
 def _sorted(dataset: DatasetPlan, path: Path, rows: Iterator[Row]) -> Iterator[tuple[str, Words | FileFault]]:

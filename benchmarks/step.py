@@ -83,7 +83,7 @@ def vtrain_block(config: Path) -> Iterator[Block]:
     filled = fill_caches(plan, found.samples, [], str(processes.device), lambda _kind, _done, _total: None)
     plan.config.run.output_dir.mkdir(parents=True, exist_ok=True)
     prices, start = price(plan, found.survey), find_start(plan)
-    trainer = assemble(plan, prices, start, filled.samples, filled.caches, processes)
+    trainer = assemble(plan, prices, start, filled.index, filled.caches, processes)
     events = trainer.run(StopRequest())
 
     def block() -> float:

@@ -8,6 +8,7 @@ import torch
 from vtrain.contract import DataError, PluginError, Text
 from vtrain.data.batches import Batches, pad
 from vtrain.data.caches import Caches, fill_caches
+from vtrain.data.index import build
 from vtrain.data.scan import scan
 
 
@@ -20,9 +21,9 @@ def seven(setup, clips):
 
     def batches(seed=1, repeats=0, **train):
         plan = setup.plan(setup.dataset(**dataset, repeats=repeats), seed=seed, **train)
-        return Batches(plan, Caches.open(plan), filled.samples)
+        return Batches(plan, Caches.open(plan), filled.index)
 
-    batches.samples = filled.samples
+    batches.samples = list(scan(plan).samples)
     return batches
 
 
@@ -55,7 +56,7 @@ def test_a_batch_holds_the_latents_and_text_of_its_samples(seven) -> None:
 
 def test_every_sample_comes_once_per_epoch_and_once_more_per_repeat(seven) -> None:
     batches = seven(repeats=2, caption_dropout=0.0)
-    assert batches.epoch_length == 21
+    assert batches.micro_batches(1) == 21
     for epoch in range(2):
         names = Counter(batches[m].sample_ids[0] for m in range(epoch * 21, epoch * 21 + 21))
         assert names == {sample.id: 3 for sample in seven.samples}
@@ -115,7 +116,7 @@ def test_epochs_are_counted_over_all_shapes(seven) -> None:
 
 def test_no_sample_is_an_error() -> None:
     with pytest.raises(DataError, match="no sample"):
-        Batches(None, None, ())
+        Batches(None, None, build((), None, None))
 
 
 def test_text_longer_than_the_family_takes_is_an_error_and_is_not_cut() -> None:

@@ -16,6 +16,7 @@ from vtrain.contract import Caption, DataError
 from vtrain.data.caches import DROPPED, Caches, fill_caches
 from vtrain.data.decode import decode, unit_range
 from vtrain.data.ledger import ContentHashes
+from vtrain.data.sample import Sample
 from vtrain.data.scan import scan
 
 
@@ -23,6 +24,12 @@ def fill(setup, *datasets, extra=(), **train):
     """Scan and fill as a run does."""
     plan = setup.plan(*datasets, **train)
     return fill_caches(plan, scan(plan).samples, extra, "cpu", lambda stage, done, total: None)
+
+
+def trained_on(filled) -> list[Sample]:
+    """The samples in the index, as the ledger tells of them."""
+    ids = {filled.index.id(number) for number in range(len(filled.index))}
+    return [sample for sample in scan(filled.caches._stores.plan).samples if sample.id in ids]
 
 
 def encodes(setup, *datasets, **train) -> tuple[int, int]:
@@ -45,8 +52,8 @@ def three(setup, make_video):
 
 def test_latents_are_the_codecs_own_of_the_decoded_pixels(setup, clips) -> None:
     filled = fill(setup, setup.dataset(folder=clips, sizes=[(160, 96)], fps=10.0, frames=9))
-    assert len(filled.samples) == 7
-    sample = filled.samples[2]
+    assert len(trained_on(filled)) == 7
+    sample = trained_on(filled)[2]
     mean = filled.caches.latents(sample, sample.starts[0]).mean
     assert mean.shape == (1, 3, 3, 12, 20)
     assert mean.dtype == torch.float32
@@ -78,7 +85,7 @@ def test_a_warm_start_opens_no_model_and_no_file(three) -> None:
     filled = fill(three, dataset)
     assert three.family.opened == []
     assert dataset.backend.opened == []
-    assert len(filled.samples) == 3
+    assert len(trained_on(filled)) == 3
 
 
 def test_without_dropout_no_dropped_caption_is_encoded(three) -> None:
@@ -170,8 +177,8 @@ def test_a_lost_ledger_costs_reading_and_no_encoding(three) -> None:
     assert encodes(three) == (0, 0)
     again = Caches.open(three.plan())
     assert torch.equal(
-        again.latents(first.samples[0], first.samples[0].starts[0]).mean,
-        first.caches.latents(first.samples[0], first.samples[0].starts[0]).mean,
+        again.latents(trained_on(first)[0], trained_on(first)[0].starts[0]).mean,
+        first.caches.latents(trained_on(first)[0], trained_on(first)[0].starts[0]).mean,
     )
 
 
@@ -179,7 +186,7 @@ def test_another_process_opens_the_caches_without_filling(three) -> None:
     filled = fill(three)
     three.family.opened.clear()
     other = Caches.open(three.plan())
-    for sample in filled.samples:
+    for sample in trained_on(filled):
         assert torch.equal(
             other.latents(sample, sample.starts[0]).mean, filled.caches.latents(sample, sample.starts[0]).mean
         )
@@ -198,11 +205,12 @@ def test_clips_of_one_shape_are_encoded_together_up_to_the_batch(setup, make_vid
     filled = fill(setup, dataset, video_batch=2)
     counts = sorted((shape[0], shape[3:]) for shape in setup.family.encoded_batches)
     assert counts == [(1, (64, 128)), (2, (64, 128)), (2, (64, 128)), (2, (128, 64))]
-    alone = [filled.caches.latents(sample, sample.starts[0]).mean for sample in filled.samples]
+    alone = [filled.caches.latents(sample, sample.starts[0]).mean for sample in trained_on(filled)]
     shutil.rmtree(setup.cache)
     single = fill(setup, dataset, video_batch=1)
     assert all(
-        torch.equal(a, single.caches.latents(s, s.starts[0]).mean) for a, s in zip(alone, single.samples, strict=True)
+        torch.equal(a, single.caches.latents(s, s.starts[0]).mean)
+        for a, s in zip(alone, trained_on(single), strict=True)
     )
 
 
@@ -293,10 +301,10 @@ def test_a_flipped_byte_is_found_when_read_and_the_next_start_mends_it(three) ->
         data[-10] ^= 1
         path.write_bytes(data)
     with pytest.raises(DataError, match="damaged") as caught:
-        filled.caches.latents(filled.samples[0], filled.samples[0].starts[0])
+        filled.caches.latents(trained_on(filled)[0], trained_on(filled)[0].starts[0])
     assert "Start the run again" in str(caught.value)
     assert encodes(three) == (0, 1)
-    filled.caches.latents(filled.samples[0], filled.samples[0].starts[0])
+    filled.caches.latents(trained_on(filled)[0], trained_on(filled)[0].starts[0])
 
 
 def test_an_entry_names_its_key_and_format(three) -> None:
@@ -311,14 +319,14 @@ def test_a_truncated_clip_is_left_out_with_its_reason_now_and_at_the_next_start(
     data = make_video(frames=48, options={"movflags": "faststart"})
     three.add("cut.mp4", data[: int(len(data) * 0.6)], "cut")
     filled = fill(three)
-    assert [sample.ref_id for sample in filled.samples] == ["0.mp4", "1.mp4", "2.mp4"]
+    assert [sample.ref_id for sample in trained_on(filled)] == ["0.mp4", "1.mp4", "2.mp4"]
     (reason,) = filled.left_out.values()
     assert list(filled.left_out) == ["clips/cut.mp4"]
     assert "of 17 frames could be decoded" in reason
     again = scan(three.plan()).survey.datasets[0].left_out
     assert again == {reason: (1, "cut.mp4")}
     three.add("cut.mp4", data, "cut")  # mended
-    assert len(fill(three).samples) == 4
+    assert len(trained_on(fill(three))) == 4
 
 
 def test_a_truncated_clip_stops_the_run_if_asked(three, make_video) -> None:
@@ -336,7 +344,7 @@ def test_a_clip_that_vanishes_after_the_scan_is_left_out_but_not_for_ever(three)
     filled = fill_caches(plan, samples, [], "cpu", lambda *_: None)
     assert filled.left_out == {"clips/1.mp4": "cannot be opened: No such file or directory"}
     (three.folder / "1.mp4").write_bytes(kept)
-    assert len(fill(three).samples) == 3
+    assert len(trained_on(fill(three))) == 3
 
 
 def test_no_clip_that_decodes_is_an_error_with_the_reasons(setup, make_video) -> None:
@@ -390,7 +398,7 @@ def test_an_entry_that_was_never_made_is_an_error_that_says_what_to_do(three) ->
 def test_the_ledger_learns_content_hashes_as_files_are_read(three) -> None:
     filled = fill(three)
     hashes = ContentHashes(three.cache)
-    for sample in filled.samples:
+    for sample in trained_on(filled):
         expected = hashlib.sha256((three.folder / sample.ref_id).read_bytes()).hexdigest()
         assert hashes.of(str(three.folder), sample) == expected
 

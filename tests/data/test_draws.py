@@ -49,10 +49,10 @@ def test_without_std_clips_are_as_they_are_cached() -> None:
 
 def test_batches_draw_anew_at_each_use_where_mean_and_std_are_cached(two) -> None:
     plan, mode = filled(two, "mode", batch_size=2)
-    modes = Batches(plan, mode.caches, mode.samples)
+    modes = Batches(plan, mode.caches, mode.index)
     assert torch.equal(modes[0].latents.mean.sum(0), modes[1].latents.mean.sum(0))
     plan, sample = filled(two, "sample", batch_size=2)
-    draws = Batches(plan, sample.caches, sample.samples)
+    draws = Batches(plan, sample.caches, sample.index)
     assert not torch.equal(draws[0].latents.mean.sum(0), draws[1].latents.mean.sum(0))
     assert torch.equal(draws[1].latents.mean, draws[1].latents.mean)
     off = (draws[1].latents.mean - modes[1].latents.mean) / ((modes[1].latents.mean + 2) / 10)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from vtrain.contract import Caption
 from vtrain.data.caches import fill_caches
+from vtrain.data.index import build
 from vtrain.data.scan import scan
 
 
@@ -15,7 +16,8 @@ def test_a_recount_takes_what_was_left_out_from_the_survey_with_its_reason(setup
     found = scan(plan)
     filled = fill_caches(plan, found.samples, (), "cpu", lambda *_: None)
     assert filled.recount(found.survey) == found.survey
-    less = dataclasses.replace(filled, samples=filled.samples[:1], left_out={"clips/b.mp4": "torn"})
+    first = build([next(iter(scan(plan).samples))], lambda _: ["00"], lambda _: ["00"])
+    less = dataclasses.replace(filled, index=first, left_out={"clips/b.mp4": "torn"})
     (survey,) = less.recount(found.survey).datasets
     assert sum(survey.samples.values()) == 1
     assert survey.left_out == {"torn": (1, "b.mp4")}

@@ -28,7 +28,6 @@ from vtrain.contract import (
     TrackerSpec,
 )
 from vtrain.data import hashes
-from vtrain.data.sample import Sample
 from vtrain.data.scan import Scan, scan
 from vtrain.plan.price import Prices, check_room, price
 from vtrain.plan.records import Plan, Survey
@@ -37,6 +36,7 @@ from vtrain.registry.blame import blame
 
 if TYPE_CHECKING:
     from vtrain.data.caches import Caches, Filled
+    from vtrain.data.index import Index
     from vtrain.train.loop import Validate, Validated
     from vtrain.train.processes import Processes
     from vtrain.train.resume import Start
@@ -44,10 +44,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ready:
-    """What the first process prepared and all need: the samples that can be trained on."""
+    """What is prepared and all processes need: the index of the samples that can be trained on, counted and priced."""
 
     survey: Survey
-    samples: tuple[Sample, ...]
+    index: Index
     prices: Prices
 
 
@@ -75,7 +75,7 @@ def _train(plan: Plan, processes: Processes, console: Console) -> int | None:
         console.print(escape(notice))
     caches = Caches.open(plan)
     with uncollected():
-        trainer = assemble(plan, ready.prices, start, ready.samples, caches, processes)
+        trainer = assemble(plan, ready.prices, start, ready.index, caches, processes)
     processes.from_first(lambda: _begin(plan, ready, trainer.start, trainer.data, console))
     values = {key: setting.value for key, setting in settings(plan).items()}
     info = RunInfo(plan.config.run.name, str(output), values, start.state.step)
@@ -118,16 +118,21 @@ def _look(plan: Plan, console: Console) -> Scan:
 def _ready(plan: Plan, found: Scan, filled: Filled, console: Console) -> Ready:
     """Tell what was left out in filling, and price anew without it."""
     tell_moved(plan, console)
+    copies, example = filled.index.copies()
+    if example is not None:
+        console.print(
+            escape(f"{copies} samples are copies of another, byte for byte (such as {' and '.join(example)})")
+        )
     survey, prices = found.survey, price(plan, found.survey)
     if filled.left_out:
-        for sample, reason in sorted(filled.left_out.items()):
-            console.print(f"left out: {escape(sample)}: {escape(reason)}")
+        for file, reason in sorted(filled.left_out.items()):
+            console.print(f"left out: {escape(file)}: {escape(reason)}")
         survey = filled.recount(survey)
         prices = price(plan, survey)
         console.print(
-            f"{len(filled.left_out)} of {len(found.samples)} clips cannot be used; {len(filled.samples)} remain"
+            f"{len(filled.left_out)} of {len(found.samples)} clips cannot be used; {len(filled.index)} remain"
         )
-    return Ready(survey, tuple(filled.samples), prices)
+    return Ready(survey, filled.index, prices)
 
 
 def _begin(plan: Plan, ready: Ready, start: Start, data: str, console: Console) -> None:

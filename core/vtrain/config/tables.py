@@ -151,6 +151,13 @@ class DataTable(Options):
     )
     upscale: bool = Field(False, description="use clips smaller than their bucket, enlarged, instead of dropping them")
     repeats: int = Field(0, ge=0, description="extra passes over the dataset in each epoch")
+    weight: float = Field(
+        1.0,
+        gt=0,
+        le=1e6,
+        description="how often its clips are drawn, relative to other datasets: an epoch takes all of the datasets of the "
+        "largest weight, and of another this part",
+    )
     on_bad_file: Literal["skip", "stop", "move"] = Field(
         "skip", description="a file that cannot be read: leave it out, stop, or leave it out and move it to quarantine"
     )

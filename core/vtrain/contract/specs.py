@@ -117,6 +117,7 @@ RESERVED_KEYS: Mapping[str, frozenset[str]] = {
             "downsample_to",
             "upscale",
             "repeats",
+            "weight",
             "on_bad_file",
             "images",
             "decode_timeout",

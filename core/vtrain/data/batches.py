@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, repeat
 
+import numpy as np
 import torch
 
-from vtrain.contract import Caption, DataError, Latents, PluginError, Problem, Text
+from vtrain.contract import DataError, Latents, PluginError, Problem, Text
 from vtrain.data.caches import DROPPED, Caches
 from vtrain.data.draws import drawn
+from vtrain.data.index import Index
 from vtrain.data.order import Order
-from vtrain.data.sample import Sample
 from vtrain.data.seeds import chance, choice
 from vtrain.plan.records import Plan
 
@@ -39,25 +38,26 @@ class Batch:
 
 
 class Batches:
-    """batches[m] for every m >= 0, in any order and in any process: a pure function of plan, samples and m.
+    """batches[m] for every m >= 0, in any order and in any process: a pure function of plan, index and m.
 
-    samples: those of the scan that survived filling, the same in every process.
+    index: of the samples whose entries are in the caches, the same in every process.
     """
 
-    def __init__(self, plan: Plan, caches: Caches, samples: Sequence[Sample]) -> None:
-        if not samples:
+    def __init__(self, plan: Plan, caches: Caches, index: Index) -> None:
+        if not len(index):
             raise DataError(Problem("", "there is no sample to train on."))
-        self._plan, self._caches, self._samples = plan, caches, samples
-        shapes = {shape: number for number, shape in enumerate(sorted({sample.shape for sample in samples}))}
-        uses = [1 + plan.datasets[sample.place].table.repeats for sample in samples]
-        self._ends = list(accumulate(uses))
-        buckets = [shapes[s.shape] for s, n in zip(samples, uses, strict=True) for _ in repeat(None, n)]
-        self._order = Order(plan.config.run.seed, buckets, plan.config.train.batch_size)
-
-    @property
-    def epoch_length(self) -> int:
-        """Draws in an epoch: samples, each counted once more per repeat."""
-        return self._order.length
+        self._plan, self._caches, self._index = plan, caches, index
+        uses = np.array([1 + dataset.table.repeats for dataset in plan.datasets], dtype=np.int32)
+        # Item k is a use of sample number self._samples[k]; without repeats they are the same.
+        every = np.arange(len(index), dtype=np.int32)
+        self._samples = every if (uses == 1).all() else np.repeat(every, uses[index.datasets])
+        self._order = Order(
+            plan.config.run.seed,
+            index.buckets[self._samples],
+            plan.config.train.batch_size,
+            index.datasets[self._samples],
+            plan.shares,
+        )
 
     def micro_batches(self, epochs: float) -> int:
         """Micro-batches complete when that many epochs, not always whole, have passed."""
@@ -70,30 +70,26 @@ class Batches:
     def __getitem__(self, micro_batch: int) -> Batch:
         """Raises IndexError for a negative number, DataError if an entry is missing or damaged."""
         draws = self._order.draws(micro_batch)
-        samples = [self._samples[bisect_right(self._ends, draw.item)] for draw in draws]
+        samples = [int(self._samples[draw.item]) for draw in draws]
         numbers = tuple(draw.number for draw in draws)
         dropped = tuple(map(self._drops, numbers))
         texts = [
             self._caches.text(DROPPED, "dropped")
             if drop
-            else self._caches.text(self._caption(sample, number), "prompt")
+            else self._caches.text_entry(self._chosen("caption", self._index.text.keys(sample), number))
             for sample, number, drop in zip(samples, numbers, dropped, strict=True)
         ]
         clips = [
-            self._caches.latents(sample, self._start(sample, number))
+            self._caches.video_entry(self._chosen("window", self._index.video.keys(sample), number))
             for sample, number in zip(samples, numbers, strict=True)
         ]
         text = pad(texts, self._plan.family.text_tokens)
         latents = Latents(drawn(self._plan.config.run.seed, clips, numbers))
-        return Batch(micro_batch, latents, text, numbers, tuple(s.id for s in samples), dropped)
+        return Batch(micro_batch, latents, text, numbers, tuple(map(self._index.id, samples)), dropped)
 
-    def _start(self, sample: Sample, draw: int) -> float:
-        """The window that this draw uses."""
-        return sample.starts[choice(self._plan.config.run.seed, "window", draw, len(sample.starts))]
-
-    def _caption(self, sample: Sample, draw: int) -> Caption:
-        """The caption that this draw uses."""
-        return sample.captions[choice(self._plan.config.run.seed, "caption", draw, len(sample.captions))]
+    def _chosen(self, purpose: str, keys: Sequence[str], draw: int) -> str:
+        """Of the keys of a sample's windows, or captions, the one that this draw uses."""
+        return keys[choice(self._plan.config.run.seed, purpose, draw, len(keys))]
 
     def _drops(self, draw: int) -> bool:
         """Whether this draw's caption is dropped: from the seed and the draw number alone."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +10,8 @@ import torch
 from vtrain.contract import Caption, DataError, Latents, Problem, Role, Text
 from vtrain.data.fill_text import Report, fill_text
 from vtrain.data.fill_video import fill_video
-from vtrain.data.peers import ALONE, Peers
+from vtrain.data.index import Index, build
+from vtrain.data.peers import ALONE, Peers, together
 from vtrain.data.sample import Sample
 from vtrain.data.stores import Stores
 from vtrain.data.wanted import DROPPED, texts
@@ -31,7 +31,11 @@ class Caches:
 
     def text(self, caption: Caption, role: Role) -> Text:
         """Real tokens only: embeds (1, L, D) in the encoder's type, mask all true. Raises DataError if not cached."""
-        embeds = self._stores.text.read(self._stores.text_key(caption, role))["embeds"][None]
+        return self.text_entry(self._stores.text_key(caption, role))
+
+    def text_entry(self, key: str) -> Text:
+        """The same by its key."""
+        embeds = self._stores.text.read(key)["embeds"][None]
         return Text(embeds, torch.ones(embeds.shape[:2], dtype=torch.bool))
 
     def latents(self, sample: Sample, start: float) -> Latents:
@@ -43,6 +47,10 @@ class Caches:
         if key is None:
             what = "this clip was not encoded, or its file changed since."
             raise DataError(Problem(sample.id, what, "Start the run again: it will be encoded."))
+        return self.video_entry(key)
+
+    def video_entry(self, key: str) -> Latents:
+        """The same by its key."""
         entry = self._stores.video.read(key)
         std = entry.get("std")
         return Latents(entry["mean"][None], None if std is None else std[None])
@@ -53,13 +61,13 @@ __all__ = ["DROPPED", "Caches", "Filled", "fill_caches"]
 
 @dataclass(frozen=True)
 class Filled:
-    """samples: those that can be trained on, in their order, with the content that was encoded: whatever becomes of their
-    files or of the ledger later, their entries are found. left_out: sample id -> why its file cannot be used.
+    """index: of the samples that can be trained on, as they were encoded. left_out: "<dataset>/<ref id>" -> why that file
+    cannot be used.
 
     truncated: captions encoded now that were too long and lost their end.
     """
 
-    samples: tuple[Sample, ...]
+    index: Index
     left_out: Mapping[str, str]
     truncated: int
     caches: Caches
@@ -67,14 +75,21 @@ class Filled:
     def recount(self, survey: Survey) -> Survey:
         """The survey without what was left out."""
         datasets = []
-        for found in survey.datasets:
-            shapes = Counter(sample.shape for sample in self.samples if sample.dataset == found.id)
+        for number, found in enumerate(survey.datasets):
+            tallies = sorted((shape, tally) for (of, shape), tally in self.index.tallies.items() if of == number)
             reasons = dict(found.left_out)
             for name, reason in self.left_out.items():
                 if name.startswith(f"{found.id}/"):
                     count, example = reasons.get(reason, (0, name.removeprefix(f"{found.id}/")))
                     reasons[reason] = (count + 1, example)
-            datasets.append(replace(found, samples=dict(sorted(shapes.items())), left_out=reasons))
+            new = replace(
+                found,
+                samples={shape: tally.samples for shape, tally in tallies},
+                clips={shape: tally.files for shape, tally in tallies},
+                windows={shape: tally.windows for shape, tally in tallies},
+                left_out=reasons,
+            )
+            datasets.append(new)
         return replace(survey, datasets=tuple(datasets))
 
 
@@ -98,8 +113,38 @@ def fill_caches(
     stores = Stores(plan)
     truncated = fill_text(stores, texts(plan, samples, extra_texts), peers, device, report)
     left_out = fill_video(stores, samples, peers, device, report)
-    used = (sample for sample in samples if sample.id not in left_out)
-    kept = tuple(replace(sample, content=stores.known_content(sample)) for sample in used)
-    if left_out and not kept:
+    index, changed = next(filter(None, together(peers, lambda: _index(stores, samples, left_out, peers))))
+    left_out |= changed
+    if left_out and not len(index):
         raise DataError(Problem(name, f"{reason}.") for name, reason in left_out.items())
-    return Filled(kept, left_out, truncated, Caches(stores))
+    return Filled(index, left_out, truncated, Caches(stores))
+
+
+_CHANGED = "its file changed while the caches were filled"
+
+
+def _index(
+    stores: Stores, samples: Iterable[Sample], left_out: Mapping[str, str], peers: Peers
+) -> tuple[Index, dict[str, str]] | None:
+    """The first process makes the index for all, and says what else is left out."""
+    if peers.rank:
+        return None
+    changed: dict[str, str] = {}
+
+    def usable() -> Iterator[Sample]:
+        for sample in samples:
+            if sample.file in left_out:
+                continue
+            content = stores.known_content(sample)
+            if content:
+                yield replace(sample, content=content)
+            else:
+                changed[sample.file] = _CHANGED
+
+    def video_keys(sample: Sample) -> list[str]:
+        return [stores.video_key(sample, start, sample.content) for start in sample.starts]
+
+    def text_keys(sample: Sample) -> list[str]:
+        return [stores.text_key(caption, "prompt") for caption in sample.captions]
+
+    return build(usable(), video_keys, text_keys), changed

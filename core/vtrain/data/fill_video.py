@@ -12,11 +12,11 @@ from torch import Tensor
 from vtrain.contract import ClipShape, DataError, PluginError, Problem, VideoCodec
 from vtrain.data.claims import Claims
 from vtrain.data.decode import unit_range
+from vtrain.data.fates import settings_key
 from vtrain.data.fill_text import AGAIN_S, Report
-from vtrain.data.ledger import Fate, Ledger
+from vtrain.data.ledger import Ledger
 from vtrain.data.peers import Peers, digest64, is_share, together
 from vtrain.data.sample import Sample
-from vtrain.data.scan import settings_key
 from vtrain.data.stores import Stores
 from vtrain.data.video import FileFault
 from vtrain.data.worker import Decoded, DecodeJob, Workers, available_cpus
@@ -30,7 +30,7 @@ Window = tuple[Sample, float]
 def fill_video(stores: Stores, samples: Iterable[Sample], peers: Peers, device: str, report: Report) -> dict[str, str]:
     """Encode what is missing, each process its share; the codec is opened only if something is.
 
-    samples: may be gone through more than once. Returns sample id -> why it was left out, of all processes. Raises
+    samples: may be gone through more than once. Returns "<dataset>/<ref id>" -> why that file is left out, of all processes. Raises
     DataError for a full disk, and for a bad file where data.on_bad_file is "stop", on all processes.
     """
     filling = _Filling(stores, peers, device, report)
@@ -61,7 +61,7 @@ class _Filling:
         self.left_out: dict[str, str] = {}
 
     def run(self, samples: Iterable[Sample]) -> dict[str, str]:
-        """Encode what is missing. Returns sample id -> why it was left out."""
+        """Encode what is missing. Returns "<dataset>/<ref id>" -> why that file is left out."""
         count, missing = 0, set[int]()
         for window in self._windows(samples):
             count += 1
@@ -174,10 +174,10 @@ class _Filling:
     def _leave_out(self, ledger: Ledger, sample: Sample, fault: FileFault) -> None:
         """Remember why a file cannot be used. Raises DataError where the configuration says stop."""
         dataset = self.stores.plan.datasets[sample.place]
-        self.left_out[sample.id] = fault.reason
+        self.left_out[sample.file] = fault.reason
         if fault.lasting:
-            fate = Fate(sample.size, sample.version, "failed", "", "decoding", fault.reason)
-            ledger.record_fates(settings_key(dataset, self.stores.plan.family.frame_rule), {sample.ref_id: fate})
+            settings = settings_key(dataset, self.stores.plan.family.frame_rule)
+            ledger.record_failure(settings, sample, fault.reason)
         if dataset.table.on_bad_file == "stop":
             place = f"{dataset.backend.location}/{sample.ref_id}"
             remedy = 'Mend or remove the file, or set data.on_bad_file = "skip".'

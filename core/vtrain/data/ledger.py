@@ -17,11 +17,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from vtrain.contract import ClipShape, Size, Words
+from vtrain.contract import Words
 from vtrain.data.database import Layout, database_faults, open_database, open_readonly
 from vtrain.data.listing import KINDS_VERSION
 from vtrain.data.probe import Probe
-from vtrain.data.sample import Box, Sample
+from vtrain.data.sample import Sample
 
 FILE = "ledger.sqlite"
 
@@ -163,14 +163,6 @@ class Ledger(AbstractContextManager["Ledger"]):
                 (reason, settings, sample.ref_id, sample.size, sample.version),
             )
             db.execute("UPDATE decision SET survey = NULL WHERE settings = ?", (settings,))
-
-    def record_fates(self, settings: str, fates: Mapping[str, Fate]) -> None:
-        for ref, fate in fates.items():
-            size = Size(1, 1)
-            sample = Sample(
-                "", "", 0, ref, fate.size, fate.version, size, Box(0, 0, 1, 1), ClipShape(1, 1, 1), 1.0, (), "", ()
-            )
-            self.record_failure(settings, sample, fate.reason)
 
     def record_hash(self, location: str, sample: Sample, sha256: str) -> None:
         """The hash of the bytes that were read for a sample."""

@@ -48,6 +48,11 @@ class Sample:
     first_frame: bool = False
 
     @property
+    def file(self) -> str:
+        """Names its file among all datasets: "<dataset id>/<ref id>"."""
+        return f"{self.dataset}/{self.ref_id}"
+
+    @property
     def ref(self) -> SourceRef:
         """The source file, as its backend opens it."""
         return SourceRef(self.ref_id, self.size, self.version)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from vtrain.contract import DataError, Problem
-from vtrain.data.fates import decide, settings_key
+from vtrain.data.fates import decide
 from vtrain.data.ledger import Ledger
 from vtrain.data.samples import Found, Samples
 from vtrain.data.sources import refresh
@@ -21,9 +21,6 @@ from vtrain.plan.records import DatasetPlan, DatasetSurvey, Plan, Survey
 
 _LIMIT_S = 120.0
 """Seconds for a file where its dataset says nothing else."""
-
-
-__all__ = ["Scan", "scan", "settings_key"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ def scan(plan: Plan, on_file: Callable[[int], None] | None = None) -> Scan:
                 wrong += [_at(dataset, problem) for problem in error.problems]
                 continue
             decision = decide(ledger, place, dataset, plan.family.frame_rule)
-            seen = survey(ledger, place, decision, dataset)
+            seen = survey(ledger, place, decision, dataset, plan.shares[number])
             wrong += problems(ledger, decision, dataset, seen)
             samples = sum(seen.samples.values())
             found.append((Found(dataset.id, number, dataset.table.crop, place, decision, samples), seen))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from typing import Any
 
 from vtrain.contract import ClipShape, Problem
@@ -29,8 +30,8 @@ _UNMATCHED = """SELECT count(*), min(name) FROM told WHERE place = :place AND or
     AND source.kind IN ('video', 'image'))"""
 
 
-def survey(ledger: Ledger, place: int, decision: int, dataset: DatasetPlan) -> DatasetSurvey:
-    """Of a decision that is up to date."""
+def survey(ledger: Ledger, place: int, decision: int, dataset: DatasetPlan, share: Fraction) -> DatasetSurvey:
+    """Of a decision that is up to date. share: of the dataset in an epoch."""
     values = {"decision": decision}
     ((kept,),) = ledger.rows("SELECT survey FROM decision WHERE number = :decision", values)
     if kept is None:
@@ -50,6 +51,7 @@ def survey(ledger: Ledger, place: int, decision: int, dataset: DatasetPlan) -> D
         windows={shape: windows for shape, _, _, windows, _ in rows},
         stretch={shape: stretch for shape, _, _, _, stretch in rows if stretch > 1},
         notes=_notes(*unmatched),
+        share=share,
     )
 
 

@@ -16,6 +16,8 @@ def dataset_rows(dataset: DatasetPlan, found: DatasetSurvey, *, alone: bool) -> 
     yield "captions", _captions(dataset)
     samples, clips = sum(found.samples.values()), sum(map(found.clips_of, found.samples))
     passes = f", {1 + found.repeats} passes an epoch" if found.repeats else ""
+    if found.share != 1:
+        passes += f", of which an epoch takes {float(found.share):.3g} (data.weight)"
     several = f" as {_many(samples, 'sample')}" if samples != clips else ""
     yield "files", f"{found.files} looked at, {clips} used{several}{passes}"
     if not alone:
@@ -46,13 +48,17 @@ def _frames(dataset: DatasetPlan) -> str:
 
 def _picture(dataset: DatasetPlan) -> str:
     table = dataset.table
-    crop = {"center": "cut at the centre", "random": "cut at a random place, one for each sample", "none": "squeezed"}
+    crop = {
+        "center": "cut to the nearest aspect at the centre",
+        "random": "cut to the nearest aspect at a place drawn for each sample",
+        "none": "squeezed to the nearest aspect",
+    }
     limits = [f"at least {table.min_size}"] if table.min_size is not None else []
     if table.max_size is not None:
         limits.append(f"above {table.max_size} reduced to {table.downsample_to}")
     unit = f" ({table.resolution_type})" if limits else ""
     size = str(dataset.sizes[0]) if len(dataset.sizes) == 1 else f"{len(dataset.sizes)} sizes"
-    return ", ".join((size, f"{crop[table.crop]} to the nearest aspect", *limits)) + unit
+    return ", ".join((size, crop[table.crop], *limits)) + unit
 
 
 def _captions(dataset: DatasetPlan) -> str:

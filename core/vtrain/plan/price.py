@@ -107,7 +107,7 @@ def _check_amount(plan: Plan, survey: Survey, per_step: int) -> list[Problem]:
     return problems
 
 
-def _repeats(plan: Plan, have: int, need: int) -> int:
+def _repeats(plan: Plan, have: float, need: int) -> int:
     """The least data.repeats, equal for all datasets, with which `have` samples become `need`."""
     passes = 1 + min(dataset.table.repeats for dataset in plan.datasets)
     return math.ceil(need * passes / max(have, 1)) - 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Literal
 
 from vtrain.config.record import Config
@@ -71,6 +72,13 @@ class Plan:
     validation: ValidationPlan | None
     warnings: tuple[str, ...]
 
+    @property
+    def shares(self) -> tuple[Fraction, ...]:
+        """Which part of each dataset an epoch takes: its weight by the largest."""
+        # By what the file says: 0.1 is a tenth.
+        weights = [Fraction(repr(dataset.table.weight)) for dataset in self.datasets]
+        return tuple(weight / max(weights) for weight in weights)
+
 
 @dataclass(frozen=True)
 class Section:
@@ -89,7 +97,7 @@ class DatasetSurvey:
     left_out: reason -> (number of files, an example's id), dropped and failed alike. clips: clip shape -> number of files
     that the samples are of; windows: -> number of windows, each encoded once; where either is empty, each sample has one.
     stretch: clip shape -> the most that a picture becomes wider or higher by being squeezed into it, at least 1; empty: none
-    does. notes: what else is worth knowing, such as caption rows without a clip.
+    does. notes: what else is worth knowing, such as caption rows without a clip. share: the part of it that an epoch takes.
     """
 
     id: str
@@ -101,6 +109,7 @@ class DatasetSurvey:
     windows: Mapping[ClipShape, int] = field(default_factory=dict)
     stretch: Mapping[ClipShape, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    share: Fraction = Fraction(1)
 
     def clips_of(self, shape: ClipShape) -> int:
         """Files that give samples of a shape."""
@@ -140,21 +149,26 @@ class Survey:
                 shape,
                 clips=sum(found.clips_of(shape) for found in self.datasets),
                 windows=sum(found.windows_of(shape) for found in self.datasets),
-                samples=samples,
+                samples=round(samples),
                 stretch=max(found.stretch.get(shape, 1.0) for found in self.datasets),
             )
             for shape, samples in sorted(self.buckets().items())
         )
 
-    def buckets(self) -> dict[ClipShape, int]:
-        """Samples of one epoch by clip shape, repeats counted."""
-        total: dict[ClipShape, int] = {}
+    def buckets(self) -> dict[ClipShape, float]:
+        """Samples of one epoch by clip shape, repeats and weights counted: whole unless a weight thins a dataset out."""
+        total: dict[ClipShape, Fraction] = {}
         for dataset in self.datasets:
             for shape, count in dataset.samples.items():
-                total[shape] = total.get(shape, 0) + count * (1 + dataset.repeats)
-        return total
+                total[shape] = total.get(shape, Fraction(0)) + count * (1 + dataset.repeats) * dataset.share
+        return {shape: _plain(count) for shape, count in total.items()}
 
     @property
-    def epoch(self) -> int:
-        """Samples in one epoch, repeats counted."""
+    def epoch(self) -> float:
+        """Samples in one epoch, repeats and weights counted, on average."""
         return sum(self.buckets().values())
+
+
+def _plain(number: Fraction) -> float:
+    """As whole as it is."""
+    return number.numerator if number.denominator == 1 else float(number)

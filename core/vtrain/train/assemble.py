@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from vtrain.contract import (
 )
 from vtrain.data.batches import Batches
 from vtrain.data.caches import Caches
-from vtrain.data.sample import Sample
+from vtrain.data.index import Index
 from vtrain.data.seeds import derive
 from vtrain.plan.price import Prices
 from vtrain.plan.records import Plan
@@ -33,7 +33,7 @@ from vtrain.train.metrics import Row
 from vtrain.train.optimizer_state import load_optimizer, save_optimizer
 from vtrain.train.parameters import groups, trained
 from vtrain.train.processes import Processes
-from vtrain.train.resume import RunState, Start, data_mark, settings, write_state
+from vtrain.train.resume import RunState, Start, settings, write_state
 from vtrain.train.schedule import Interval, lr_factor
 from vtrain.train.signals import StopRequest
 from vtrain.train.step import Step
@@ -122,9 +122,7 @@ class Trainer:
         (folder / "config.toml").write_text(config.text, encoding="utf-8")
 
 
-def assemble(
-    plan: Plan, prices: Prices, start: Start, samples: Sequence[Sample], caches: Caches, processes: Processes
-) -> Trainer:
+def assemble(plan: Plan, prices: Prices, start: Start, index: Index, caches: Caches, processes: Processes) -> Trainer:
     """Load and build everything a run needs on this process's device.
 
     Raises ModelError, CheckpointError or ConfigError where the parts do not fit together.
@@ -141,9 +139,8 @@ def assemble(
     optimizer = part.registered.spec.build(part.options, groups(named))
     if start.folder is not None:
         load_optimizer(start.folder, optimizer, named, own_keys(part.options))
-    batches = Batches(plan, caches, samples)
-    data = data_mark(samples)
-    return Trainer(plan, prices, start, data, batches, processes, denoiser, base, step, optimizer, named)
+    batches = Batches(plan, caches, index)
+    return Trainer(plan, prices, start, index.mark(), batches, processes, denoiser, base, step, optimizer, named)
 
 
 def own_keys(options: Options) -> frozenset[str]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from vtrain.config.record import Config, Part, TableT
 from vtrain.contract import CheckpointError, Options, Problem, resume_rule
-from vtrain.data.sample import Sample
 from vtrain.plan.make import resume_path
 from vtrain.plan.records import Plan
 from vtrain.train import checkpoint
@@ -32,7 +30,7 @@ class RunState:
     """Where a run stands.
 
     step: optimizer steps done. micro_batch: the next global one. settings: key -> value. data: names the samples and
-    their shapes (`data_mark`). base: names the weights under an adapter (`base_mark`), "" when all weights are trained.
+    their shapes (`Index.mark`). base: names the weights under an adapter (`base_mark`), "" when all weights are trained.
     """
 
     step: int
@@ -102,14 +100,6 @@ def _resolved(plan: Plan) -> dict[str, Value]:
         values["validation.frames"] = made.shape.frames
         values["validation.fps"] = made.fps
     return values
-
-
-def data_mark(samples: Sequence[Sample]) -> str:
-    """How many samples, and a hash of their ids and shapes, on which the order of training depends."""
-    digest = hashlib.sha256()
-    for sample in samples:
-        digest.update(f"{sample.id}\0{sample.shape}\n".encode())
-    return f"{len(samples)} samples, {digest.hexdigest()[:16]}"
 
 
 def _part(found: dict[str, Setting], name: str, part: Part[TableT], refuse: bool) -> None:

@@ -86,6 +86,13 @@ def test_a_bad_motion_score_is_that_clips_fault_and_no_others(of_csv: Callable[.
     ]
 
 
+def test_a_clip_of_too_many_rows_is_its_own_fault(of_csv: Callable[..., Found]) -> None:
+    assert of_csv("file,caption\n" + "a.mp4,x\n" * 1001 + "b.mp4,x\n" * 1000) == [
+        ("a.mp4", "its rows have 1001 captions, more than 1000"),
+        ("b.mp4", Words(("x",) * 1000)),
+    ]
+
+
 def test_columns_that_are_not_there_are_told_with_those_that_are(of_csv: Callable[..., Found]) -> None:
     assert refused(of_csv, "files,text\na.mp4,x\n") == [
         'captions.csv: there is no column "file". Did you mean "files"? Set data.file_column to one of its columns: '

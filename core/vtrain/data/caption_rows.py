@@ -14,7 +14,7 @@ from typing import Any
 
 from vtrain.contract import DataError, Problem, SupportsCaptions, Words
 from vtrain.contract.lookup import did_you_mean, listed
-from vtrain.data.captions import MOTION_SCORE, motion_score
+from vtrain.data.captions import MOST_TEXTS, MOTION_SCORE, motion_score
 from vtrain.data.video import FileFault
 from vtrain.plan.records import DatasetPlan
 
@@ -71,6 +71,8 @@ def _joined(rows: list[tuple[str, int | None, str | None]]) -> Words | FileFault
     if len(scores) > 1:
         return FileFault(f"its rows have different motion scores ({', '.join(map(str, sorted(scores)))})")
     texts = tuple(text for row in rows for text in json.loads(row[0]))
+    if len(texts) > MOST_TEXTS:
+        return FileFault(f"its rows have {len(texts)} captions, more than {MOST_TEXTS}")
     return Words(texts, {MOTION_SCORE: scores.pop()} if scores else {})
 
 

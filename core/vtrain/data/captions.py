@@ -23,7 +23,7 @@ MOTION_SCORE = "motion_score"
 """The name of a clip's motion score: in a sidecar, as a column, and in Caption.extras."""
 
 _MOST_BYTES = 1 << 20
-_MOST_TEXTS = 1000
+MOST_TEXTS = 1000
 """Captions of one clip: each is encoded."""
 
 
@@ -79,9 +79,9 @@ def _text(stream: BinaryIO) -> str:
 def _few(texts: Any) -> tuple[str, ...]:
     """Those that are not blank. Raises FileFault for too many."""
     found = tuple(text for text in texts if text)
-    if len(found) > _MOST_TEXTS:
+    if len(found) > MOST_TEXTS:
         raise FileFault(
-            f"its caption file has {len(found)} captions, more than {_MOST_TEXTS}: put a caption on one line"
+            f"its caption file has {len(found)} captions, more than {MOST_TEXTS}: put a caption on one line"
         )
     return found
 

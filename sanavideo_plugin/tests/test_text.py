@@ -152,3 +152,20 @@ def test_a_text_encoder_whose_weights_do_not_fit_is_an_error(own_checkpoint: Pat
         pass
     assert "layers.0.mlp.up_proj.weight is missing" in str(caught.value)
     assert "norm.weight is [7] instead of [64]" in str(caught.value)
+
+
+def test_the_wording_is_what_is_cut_into_tokens(checkpoint: Path, family_of: Families) -> None:
+    from transformers import GemmaTokenizer
+
+    caption = Caption(" A Cat ", {"motion_score": 7})
+    family = family_of(checkpoint, instruction="Describe: ")
+    assert family.wording(caption, "prompt") == "Describe: a cat  motion score: 7."
+    assert family.wording(caption, "negative") == "a cat"
+    assert family.wording(caption, "dropped") == ""
+    with pytest.raises(DataError):
+        family.wording(Caption("", {"mood": "calm"}), "prompt")
+    tokens = GemmaTokenizer.from_pretrained(checkpoint / "tokenizer")
+    with family.open_text_encoder("cpu") as encoder:
+        for role in ("negative", "dropped"):
+            length = encoder.encode([caption], role).embeds.shape[1]
+            assert length == len(tokens.encode(family.wording(caption, role)))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vtrain.contract import (
+    Caption,
     ClipShape,
     DType,
     FrameRule,
@@ -19,6 +20,7 @@ from vtrain.contract import (
     LatentShape,
     ModelError,
     Problem,
+    Role,
     Size,
 )
 from vtrain_sanavideo import check, codec, denoiser, installed, text
@@ -139,6 +141,10 @@ class SanaVideoFamily:
 
     def scheduler_config(self) -> Mapping[str, object]:
         return check.read_json(self._source.folder / "scheduler" / "scheduler_config.json")
+
+    def wording(self, caption: Caption, role: Role) -> str:
+        """SupportsWording: instruction, motion score and small letters included."""
+        return text.wording(caption, role, self._options, self._instruction)
 
     def text_fingerprint(self, hash_file: HashFile) -> str:
         encoder, tokenizer = self._source.part("text_encoder"), self._source.part("tokenizer")

@@ -45,24 +45,12 @@ class SanaVideoText:
         """
         if not captions:
             raise ValueError("no captions to encode")
-        instruction = self._instruction if role == "prompt" else ""
-        words = [instruction + self.words(caption, role).lower().strip() for caption in captions]
+        words = [wording(caption, role, self._options, self._instruction) for caption in captions]
         embeds, mask = self._embed(words, self._room(role))
         keep = [0, *range(mask.shape[1] - TEXT_TOKENS + 1, mask.shape[1])]
         embeds, mask = embeds[:, keep], mask[:, keep]
         longest = int(mask.sum(dim=1).max())
         return Text(embeds=embeds[:, :longest].contiguous(), mask=mask[:, :longest].contiguous())
-
-    def words(self, caption: Caption, role: Role) -> str:
-        """The text of a caption in that role, instruction apart: "dropped" is the empty text, only "prompt" is scored."""
-        if unknown := sorted(set(caption.extras) - {MOTION_SCORE}):
-            raise DataError(
-                Problem("", f"SANA-Video takes no {', '.join(unknown)} with a caption.", "It takes motion_score.")
-            )
-        if role == "dropped":
-            return ""
-        score = _whole(caption.extras.get(MOTION_SCORE, self._options.motion_score))
-        return caption.text if role == "negative" or score is None else f"{caption.text} motion score: {score}."
 
     def close(self) -> None:
         """Let go of the weights."""
@@ -87,6 +75,24 @@ class SanaVideoText:
         with torch.inference_mode():
             embeds = self._model(tokens["input_ids"].to(device), attention_mask=mask.to(device))[0]
         return embeds.cpu().clone(), mask.bool()
+
+
+def wording(caption: Caption, role: Role, options: SanaVideoOptions, instruction: str) -> str:
+    """What is cut into tokens: "dropped" is the empty text; only "prompt" is instructed and scored.
+
+    Raises DataError for extras that are not known or no motion score.
+    """
+    if unknown := sorted(set(caption.extras) - {MOTION_SCORE}):
+        raise DataError(
+            Problem("", f"SANA-Video takes no {', '.join(unknown)} with a caption.", "It takes motion_score.")
+        )
+    if role == "dropped":
+        return ""
+    score = _whole(caption.extras.get(MOTION_SCORE, options.motion_score))
+    if role == "negative":
+        return caption.text.lower().strip()
+    scored = caption.text if score is None else f"{caption.text} motion score: {score}."
+    return instruction + scored.lower().strip()
 
 
 def _whole(score: float | int | str | None) -> int | None:

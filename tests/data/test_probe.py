@@ -3,8 +3,11 @@
 import io
 from fractions import Fraction
 
+import av
+import numpy as np
 import pytest
 
+from vtrain.data.pixels import Orientation
 from vtrain.data.probe import probe
 from vtrain.data.video import FileFault
 
@@ -93,3 +96,17 @@ def test_a_fault_of_the_storage_may_pass() -> None:
     with pytest.raises(FileFault, match="Input/output error") as caught:
         probe(Unreadable(b"x"))
     assert not caught.value.lasting
+
+
+@pytest.mark.parametrize(("degrees", "mirror"), [(d, m) for d in (0, 90, 180, 270) for m in (False, True)])
+def test_how_a_picture_was_turned_is_told_in_words(make_video, degrees, mirror) -> None:
+    data = make_video(rotate=degrees, mirror=mirror)
+    words = probe(io.BytesIO(data)).turned
+    stored = np.arange(6).reshape(2, 3)
+    turns = {"180 degrees": 2, "90 degrees counterclockwise": 1, "90 degrees clockwise": 3}
+    told = stored[:, ::-1] if words.startswith("mirrored") else stored
+    told = np.rot90(told, turns[words.split("turned by ")[1]] if "turned by" in words else 0)
+    with av.open(io.BytesIO(data)) as container:
+        shown = Orientation.of(next(container.decode(video=0))).upright(stored[..., None])
+    assert (told == shown[..., 0]).all()
+    assert (words == "") == (degrees == 0 and not mirror)

@@ -214,6 +214,15 @@ class Family(Protocol):
         ...
 
 
+@runtime_checkable
+class SupportsWording(Protocol):
+    """A family that can say what its text encoder reads of a caption."""
+
+    def wording(self, caption: Caption, role: Role) -> str:
+        """The text with all that the role adds to it, as it is cut into tokens. Raises DataError as encoding it would."""
+        ...
+
+
 class Sampler(Protocol):
     """A noise schedule: trained with and sampled with the same object."""
 

@@ -54,6 +54,18 @@ class Orientation:
             return cls(True, c < 0, b < 0)
         raise FileFault("is to be shown turned by an angle that is not a quarter turn")
 
+    def __str__(self) -> str:
+        """In words; "" for a picture that is stored upright."""
+        return {
+            (False, True, True): "turned by 180 degrees",
+            (True, True, False): "turned by 90 degrees clockwise",
+            (True, False, True): "turned by 90 degrees counterclockwise",
+            (False, True, False): "mirrored",
+            (False, False, True): "mirrored, and turned by 180 degrees",
+            (True, False, False): "mirrored, and turned by 90 degrees counterclockwise",
+            (True, True, True): "mirrored, and turned by 90 degrees clockwise",
+        }.get((self.transpose, self.mirror, self.flip), "")
+
     def upright(self, picture: Picture) -> Picture:
         """(h, w, 3) as stored -> (h, w, 3) as shown; a view."""
         if self.transpose:

@@ -30,7 +30,7 @@ class Probe:
 
     width, height: stored pixels of the upright picture. pixel_aspect: a pixel's width by its height, upright.
     frames: in the file. duration: seconds from the first frame's start to the last one's end; span: to the last one's
-    start, 0 if that is not known.
+    start, 0 if that is not known. turned: how the stored picture was turned to be upright, in words; "": not at all.
     """
 
     codec: str
@@ -40,6 +40,7 @@ class Probe:
     frames: int
     duration: float
     span: float = 0.0
+    turned: str = ""
 
     @property
     def rate(self) -> float:
@@ -72,7 +73,7 @@ def probe(stream: BinaryIO) -> Probe:
             length = _walk(container, video)
     if turned.transpose:
         width, height, aspect = height, width, 1 / aspect
-    return Probe(codec, width, height, 1.0 if abs(aspect - 1) <= _SQUARE else aspect, *length)
+    return Probe(codec, width, height, 1.0 if abs(aspect - 1) <= _SQUARE else aspect, *length, str(turned))
 
 
 def _first_frame(container: InputContainer, video: VideoStream) -> VideoFrame:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 _PROGRAM = ("-P", "-m", "vtrain.data.worker_process")
 _LONGEST_ANSWER = 1 << 20
 _LAST_WORDS = 4096
+_START_S = 600.0
+"""For a process to start and to import what it needs, which is not counted as a file's time."""
+
 _FAREWELL_S = 10.0
 """For a process that closed its channel to end, with its own exit status."""
 
@@ -106,6 +109,8 @@ class DecodingProcess:
         clock = _Clock(limit_s)
         try:
             self._channel.send(pickle.dumps(Job(size, local, sample, start)))
+            if "begun" not in self._receive(_Clock(_START_S)):
+                raise ChannelClosed
             if local:
                 self._channel.send_file(stream.fileno())
             return self._converse(stream, sample, clock, wanted)

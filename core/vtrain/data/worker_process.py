@@ -103,6 +103,9 @@ def main() -> None:
             job = pickle.loads(channel.receive(_LONGEST))  # noqa: S301 (from the parent, which started this process)
         except ChannelClosed:
             return
+        if job.sample is not None:
+            import vtrain.data.decode  # noqa: F401 (torch: seconds that are not the file's)
+        _say(channel, begun=True)
         with _file(channel, job) as stream:
             _answer(channel, job, stream, threads)
 

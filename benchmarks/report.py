@@ -19,31 +19,38 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 
 @dataclass(frozen=True)
 class Ratio:
-    """Median of ratios, its bootstrap 95% interval, and the limit it is held to, if any."""
+    """Median of ratios, its bootstrap 95% interval, and the limit it is held to, if any.
+
+    at_least: whether the limit is the least that will do, not the most.
+    """
 
     median: float
     low: float
     high: float
     pairs: int
     limit: float | None
+    at_least: bool = False
 
     @property
     def met(self) -> bool:
-        """Whether the interval reaches down to the limit."""
-        return self.limit is None or self.low <= self.limit
+        """Whether the interval reaches the limit."""
+        if self.limit is None:
+            return True
+        return self.high >= self.limit if self.at_least else self.low <= self.limit
 
     def __str__(self) -> str:
-        held = "no limit" if self.limit is None else f"limit {self.limit:.2f}: {'met' if self.met else 'MISSED'}"
+        word = "at least" if self.at_least else "limit"
+        held = "no limit" if self.limit is None else f"{word} {self.limit:.2f}: {'met' if self.met else 'MISSED'}"
         return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}] over {self.pairs}, {held}"
 
 
-def ratio(above: Sequence[float], below: Sequence[float], limit: float | None) -> Ratio:
+def ratio(above: Sequence[float], below: Sequence[float], limit: float | None, *, at_least: bool = False) -> Ratio:
     """Of pairs above / below: the median of their ratios, and percentiles of the medians of resampled pairs."""
     ratios = np.asarray(above) / np.asarray(below)
     random = np.random.default_rng(0)
     medians = np.median(random.choice(ratios, (RESAMPLES, len(ratios))), axis=1)
     low, high = np.percentile(medians, (2.5, 97.5))
-    return Ratio(float(np.median(ratios)), float(low), float(high), len(ratios), limit)
+    return Ratio(float(np.median(ratios)), float(low), float(high), len(ratios), limit, at_least)
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

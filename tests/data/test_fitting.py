@@ -239,6 +239,17 @@ def test_a_random_place_is_the_seeds_and_the_clips_and_differs_between_its_sampl
     assert sum(lefts) / 300 == pytest.approx(300, abs=40)
 
 
+def test_a_random_place_moves_both_ways_and_each_by_itself() -> None:
+    limits = {"resolution_type": "pixel", "max_size": 100, "downsample_to": 100}
+    plan = dataset(sizes=(Size(64, 64),), crop="random", **limits)
+    boxes = [placed(clip(width=1000, height=1000), plan, f"{n}.mp4").cuts[0].box for n in range(300)]
+    assert {(box.width, box.height) for box in boxes} == {(640, 640)}
+    for places in ([box.left for box in boxes], [box.top for box in boxes]):
+        assert 0 <= min(places) < 20
+        assert 340 < max(places) <= 360
+    assert sum((box.left - 180) * (box.top - 180) for box in boxes) / 300 == pytest.approx(0, abs=2500)  # of 10800
+
+
 def test_of_a_picture_above_max_size_the_bucket_takes_what_it_covers_after_the_reduction() -> None:
     big, sizes = clip(width=3840, height=2160), (Size(640, 352),)
     limits = {"resolution_type": "pixel", "max_size": 1080}

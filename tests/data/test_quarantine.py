@@ -169,3 +169,14 @@ def test_a_copy_that_fails_leaves_the_file_and_no_trace(tmp_path: Path, move, mo
     assert move("a.mp4") == [Moved("clips", "a.mp4", BAD, None, "No space left on device")]
     assert file.read_bytes() == b"bad"
     assert list((tmp_path / "bad").iterdir()) == []
+
+
+def test_a_file_that_may_not_be_moved_is_not_copied(tmp_path: Path, move, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, target: Path) -> Path:
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    file = add(tmp_path, "a.mp4")
+    assert move("a.mp4") == [Moved("clips", "a.mp4", BAD, None, "Permission denied")]
+    assert file.read_bytes() == b"bad"
+    assert list((tmp_path / "bad").iterdir()) == []

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from vtrain.cli.moved import tell_moved
 from vtrain.data.caches import fill_caches
+from vtrain.data.ledger import Ledger
 from vtrain.data.quarantine import move_bad
 from vtrain.data.scan import scan
 
@@ -74,3 +75,13 @@ def test_without_on_bad_file_move_nothing_moves(bad) -> None:
     scan(plan)
     assert told(plan) == []
     assert len(list(bad.folder.rglob("*.mp4"))) == 5
+
+
+def test_a_fault_that_may_pass_moves_nothing(bad, tmp_path: Path) -> None:
+    plan = bad.plan(bad.dataset(on_bad_file="move", quarantine=tmp_path / "away"))
+    scan(plan)
+    with Ledger(bad.cache) as ledger, ledger.transaction() as db:
+        # As a scan writes it down when a storage does not answer: the file is to be looked at again.
+        db.execute("UPDATE source SET unseen = 1 WHERE ref = 'sub/text.mp4'")
+    assert list(move_bad(plan)) == []
+    assert (bad.folder / "sub" / "text.mp4").exists()

@@ -12,7 +12,8 @@ import sqlite3
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -57,6 +58,8 @@ file. told: captions that do not stand in a file of their own. fate: made is how
 captions are those of each of its samples; samples and windows are how many there are. decision: survey is what a scan tells of it.
 A file that failed in filling keeps `made` until the next scan, so that those who go through the samples count alike.
 """
+
+_PROBE = attrgetter(*(field.name for field in fields(Probe)))
 
 _LAYOUT = Layout(
     application_id=0x76744C31,
@@ -210,7 +213,7 @@ def probe_of(text: str | None) -> Probe | None:
 
 
 def probe_text(probe: Probe) -> str:
-    return json.dumps(astuple(probe), separators=(",", ":"))
+    return json.dumps(_PROBE(probe), separators=(",", ":"))
 
 
 def words_of(text: str | None) -> Words | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
 from typing import Literal
 
 from vtrain.config.record import Config
@@ -35,7 +36,7 @@ class DatasetPlan:
     max_frames: int | None = None
     crop_seed: int = 0
 
-    @property
+    @cached_property
     def captions(self) -> CaptionsFrom:
         """Where captions come from: as the table says, else the backend's own, else text files."""
         return self.table.captions or ("backend" if isinstance(self.backend, SupportsCaptions) else "textfile")

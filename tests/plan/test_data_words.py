@@ -1,0 +1,152 @@
+"""What a plan says of its data, in words, in the table of buckets, and for programs."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from vtrain.cli.plan import show
+from vtrain.contract import ClipShape
+from vtrain.plan.data_words import buckets_json, buckets_section, dataset_rows
+from vtrain.plan.price import price
+from vtrain.plan.records import DatasetSurvey, Plan, Survey
+from vtrain.plan.render import as_json
+
+PlanOf = Callable[..., Plan]
+SQUARE, WIDE = ClipShape(9, 64, 64), ClipShape(5, 64, 96)
+
+
+def survey(**more: Any) -> Survey:
+    """Two buckets: 3 clips with 12 windows, and 2 clips cut into 5 samples of a window each."""
+    given: dict[str, Any] = {
+        "samples": {SQUARE: 3, WIDE: 5}, "clips": {SQUARE: 3, WIDE: 2}, "windows": {SQUARE: 12, WIDE: 5}, "left_out": {},
+        **more,
+    }  # fmt: skip
+    return Survey((DatasetSurvey(id="clips", files=9, repeats=1, **given),), texts=7)
+
+
+def rows(plan: Plan, found: Survey) -> dict[str, str]:
+    return dict(dataset_rows(plan.datasets[0], found.datasets[0], alone=True))
+
+
+def test_the_table_counts_clips_windows_batches_and_shares(plan_of: PlanOf) -> None:
+    plan = plan_of(train="steps = 10\nbatch_size = 4")
+    section = buckets_section(plan, survey())
+    assert section.rows == (
+        ("bucket", "clips", "windows", "batches an epoch", "latents", "share"),
+        ("96x64@5", "2", "5", "2.5", "x".join(map(str, plan.family.latent_shape(WIDE))), "62.5%"),
+        ("64x64@9", "3", "12", "1.5", "x".join(map(str, plan.family.latent_shape(SQUARE))), "37.5%"),
+    )
+
+
+def test_the_change_of_aspect_has_a_column_where_pictures_are_squeezed(plan_of: PlanOf) -> None:
+    heads, wide, square = buckets_section(plan_of(), survey(stretch={WIDE: 1.0625})).rows
+    assert (heads[-1], wide[-1], square[-1]) == ("aspect changed by at most", "6.2%", "0.0%")
+
+
+def test_buckets_of_several_datasets_are_counted_together(plan_of: PlanOf) -> None:
+    one, two = survey().datasets[0], survey(stretch={WIDE: 1.5}, samples={WIDE: 1}, clips={}, windows={}).datasets[0]
+    both = Survey((one, two), texts=3)
+    wide, square = both.table()
+    assert (wide.clips, wide.windows, wide.samples, wide.stretch) == (3, 6, 12, 1.5)
+    assert (square.clips, square.windows, square.samples, square.stretch) == (3, 12, 6, 1.0)
+
+
+def test_every_window_is_cached_and_no_repeat(plan_of: PlanOf) -> None:
+    plan = plan_of()
+    sizes = {shape: 4 * prod(plan.family.latent_shape(shape)) for shape in (SQUARE, WIDE)}
+    assert price(plan, survey()).video_bytes == 12 * sizes[SQUARE] + 5 * sizes[WIDE]
+
+
+def prod(numbers: tuple[int, ...]) -> int:
+    total = 1
+    for number in numbers:
+        total *= number
+    return total
+
+
+def test_programs_get_the_same_numbers(plan_of: PlanOf) -> None:
+    plan, found = plan_of(train="steps = 10\nbatch_size = 4"), survey(stretch={WIDE: 1.0625}, notes=("a note",))
+    wide, square = buckets_json(plan, found)
+    assert wide == {
+        "bucket": "96x64@5", "clips": 2, "windows": 5, "samples_per_epoch": 10, "batches_per_epoch": 2.5,
+        "latent_shape": list(plan.family.latent_shape(WIDE)), "share": 0.625, "stretch": 1.0625,
+    }  # fmt: skip
+    assert square["share"] == 0.375
+    whole = json.loads(json.dumps(as_json(plan, found, price(plan, found))))
+    assert whole["buckets"] == [wide, square]
+    assert (whole["datasets"][0]["clips"], whole["datasets"][0]["windows"]) == (5, 17)
+    assert whole["datasets"][0]["notes"] == ["a note"]
+
+
+def test_files_samples_and_passes_are_told_apart(plan_of: PlanOf) -> None:
+    assert rows(plan_of(), survey())["files"] == "9 looked at, 5 used as 8 samples, 2 passes an epoch"
+    assert rows(plan_of(), survey(notes=("odd",)))["note"] == "odd"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("", "9 at 8 fps, from the start"),
+        ('window = "center"\nmin_frames = 5', "5 to 9 at 8 fps, from the centre"),
+        ('fps = "source"\nframe_interval = 3', "9 at the clip's own rate, one of 3 taken, from the start"),
+        ('window = "random"\nwindows = 3', "9 at 8 fps, one of 3 windows, drawn at each use"),
+        ('window = "all"\nmax_frames = 40', "9 at 8 fps, every stretch of a clip, clips cut after 40"),
+    ],
+)
+def test_time_is_told(plan_of: PlanOf, settings: str, words: str) -> None:
+    plan = plan_of(data=f'use = "folder"\npath = "clips"\n[data.video]\n{settings}')
+    assert rows(plan, survey())["frames"] == words
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("", "3 sizes, cut to the nearest aspect at the centre"),
+        ('resolution = "64x64"\ncrop = "none"', "64x64, squeezed to the nearest aspect"),
+        (
+            'crop = "random"\nmin_size = 50\nmax_size = 99\ndownsample_to = 70\nresolution_type = "pixel"',
+            "3 sizes, cut to the nearest aspect at a place drawn for each sample, at least 50, above 99 reduced to 70 (pixel)",
+        ),
+    ],
+)
+def test_space_is_told(plan_of: PlanOf, settings: str, words: str) -> None:
+    assert rows(plan_of(data=f'use = "folder"\npath = "clips"\n{settings}'), survey())["picture"] == words
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("", "a .txt beside each clip, a caption a line"),
+        ('captions = "json"\nmissing_caption = "empty"', "a .json beside each clip, empty where there is none"),
+        ('captions = "instance_prompt"\ncaption = "a film"', '"a film" for all'),
+        ('captions = "filename"\ncaption_prefix = "film: "', 'the file\'s name, after "film: "'),
+        ('captions = "csv"\ncaptions_file = "all.csv"', "{folder}/all.csv"),
+    ],
+)
+def test_captions_are_told(plan_of: PlanOf, tmp_path: Path, settings: str, words: str) -> None:
+    (tmp_path / "all.csv").write_text("file,caption\n")
+    plan = plan_of(data=f'use = "folder"\npath = "clips"\n{settings}')
+    assert rows(plan, survey())["captions"] == words.format(folder=tmp_path)
+
+
+def test_where_bad_files_go_is_told_before_they_go(plan_of: PlanOf, tmp_path: Path) -> None:
+    plan = plan_of(data='use = "folder"\npath = "clips"\non_bad_file = "move"\nquarantine = "away"')
+    assert rows(plan, survey())["bad files"] == f"moved to {tmp_path}/away when caches are filled"
+    assert "bad files" not in rows(plan_of(), survey())
+
+
+def test_on_a_terminal_the_columns_of_the_table_stand_under_each_other(plan_of: PlanOf) -> None:
+    plan, found, out = plan_of(), survey(left_out={"odd\nname\x1b[2J": (1, "a\nb.mp4")}), io.StringIO()
+    show(Console(file=out, soft_wrap=True, width=200), plan, found, price(plan, found))
+    lines = out.getvalue().splitlines()
+    table = lines[lines.index("buckets") + 1 :][:3]
+    assert len({len(line) for line in table}) == 1
+    assert table[0].split("  ")[1] == "bucket"
+    assert "  left out: 1  odd\\nname\\x1b[2J  (such as a\\nb.mp4)" in lines

@@ -16,6 +16,7 @@ from vtrain_builtin.files import NamedFiles
 from vtrain_builtin.manifest_table import ManifestOptions, NamedBy, Record, Tables, clip_name, told
 from vtrain_builtin.ordered import sorted_rows
 from vtrain_builtin.parquet_cells import Cells
+from vtrain_builtin.rows import TableFault
 
 _VERSION = re.compile(r"([0-9a-f]{32}) (\d+) (\d+)")
 
@@ -37,7 +38,13 @@ class BytesManifest:
         return self._files.refs()
 
     def members(self, shard: SourceRef) -> Iterator[SourceRef]:
-        """Sorted by id; reads the bytes of all rows, one at a time. Raises OSError and DataError."""
+        """Sorted by id; reads the bytes of all rows. Raises OSError, and DataError for a column that is missing."""
+        try:
+            yield from self._members(shard)
+        except TableFault as fault:
+            raise OSError(" ".join(f"{problem.what} {problem.remedy}" for problem in fault.problems)) from fault
+
+    def _members(self, shard: SourceRef) -> Iterator[SourceRef]:
         needed = {"bytes": self._column, **self._named_by.columns}
         found = ((self._name(record), _row(record)) for record in self._tables.of(shard, needed, {}))
         named = ((name or f"{shard.id}/(without an id){self._options.suffix}", row) for name, row in found)
@@ -54,7 +61,7 @@ class BytesManifest:
     def refs(self) -> Iterator[SourceRef]:
         """The rows of all files. Raises DataError."""
         for shard in sorted(self.shards(), key=lambda ref: f"{ref.id}/"):
-            yield from self.members(shard)
+            yield from self._members(shard)
 
     def open(self, ref: SourceRef) -> BinaryIO:
         """The row's bytes, in memory. Raises OSError."""

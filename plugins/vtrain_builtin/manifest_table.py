@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vtrain.contract import DataError, Options, Problem, SourceRef, Words
 from vtrain.contract.lookup import did_you_mean, listed
@@ -56,6 +56,15 @@ class ManifestOptions(PlaceOptions):
         description="with a bytes column: the suffix of the rows' names, which tells what their bytes are",
     )
 
+    @model_validator(mode="after")
+    def _where_bytes_stand(self) -> Self:
+        columns = self.columns
+        if columns.bytes and columns.path:
+            raise ValueError("columns names a column of paths and one of bytes: give either")
+        if columns.bytes and self.path.lower().endswith((".csv", ".tsv", ".jsonl", ".ndjson")):
+            raise ValueError("columns.bytes: bytes stand in .parquet files alone")
+        return self
+
 
 @dataclass(frozen=True)
 class Record:
@@ -97,7 +106,8 @@ class Tables:
         if table.version == "missing":
             raise FileNotFoundError(2, "there is no such file")
         with self.files.folder.open(table) as file:
-            for number, cells in rows(file, place, choose):
+            at_once = 1 if "bytes" in needed else 1024
+            for number, cells in rows(file, place, choose, at_once):
                 yield Record(table, place, number, dict(zip(keys, cells, strict=True)))
 
     def place(self, table: SourceRef) -> str:

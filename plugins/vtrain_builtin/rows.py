@@ -15,6 +15,8 @@ SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 
 _LONGEST_LINE = 16 << 20
 _BATCH = 1024
+LARGEST_GROUP = 1 << 30
+"""Bytes of the columns that are read, in one row group of a Parquet file that holds clips."""
 
 Choose = Callable[[Sequence[str], bool], Sequence[str]]
 """(the table's columns, whether these are all: the first object of JSON lines may lack some) -> those that are wanted.
@@ -26,11 +28,18 @@ Row = tuple[int, tuple[Any, ...]]
 """(its line in the file, or its number from 1 in Parquet; the cells of the wanted columns, None where there is nothing)."""
 
 
-def rows(file: BinaryIO, place: str, choose: Choose) -> Iterator[Row]:
-    """place: the file's name, which tells its format, for messages. Raises DataError, and OSError from the file."""
+class TableFault(DataError):
+    """A Parquet file is damaged, or unfit to hold clips."""
+
+
+def rows(file: BinaryIO, place: str, choose: Choose, at_once: int = _BATCH) -> Iterator[Row]:
+    """place: the file's name, which tells its format, for messages. at_once: rows of Parquet in memory.
+
+    Raises DataError, and OSError from the file.
+    """
     suffix = place.rpartition(".")[2].lower()
     if suffix == "parquet":
-        yield from _parquet(file, place, choose)
+        yield from _parquet(file, place, choose, at_once)
     elif suffix in ("jsonl", "ndjson"):
         yield from _json(file, place, choose)
     else:
@@ -77,17 +86,30 @@ def _json(file: BinaryIO, place: str, choose: Choose) -> Iterator[Row]:
         yield number, tuple(found.get(name) for name in wanted)
 
 
-def _parquet(file: BinaryIO, place: str, choose: Choose) -> Iterator[Row]:
+def _parquet(file: BinaryIO, place: str, choose: Choose, at_once: int) -> Iterator[Row]:
     """Row groups are streamed. A column in a struct is called "struct.field"."""
     number = 0
     with arrow_errors(place):
         table = open_parquet(file)
         wanted = choose(columns_of(table), True)
-        for batch in table.iter_batches(_BATCH, columns=list(dict.fromkeys(wanted))):
+        if at_once == 1:
+            _check_groups(table, place, wanted)
+        for batch in table.iter_batches(at_once, columns=list(dict.fromkeys(wanted))):
             cells = [cell_of(batch, name) for name in wanted]
             for row in zip(*(column.to_pylist() for column in cells), strict=True):
                 number += 1
                 yield number, row
+
+
+def _check_groups(table: Any, place: str, wanted: Sequence[str]) -> None:
+    """A row of bytes is read with the others of its page, at worst with its whole row group. Raises DataError."""
+    for group in range(table.num_row_groups):
+        about = table.metadata.row_group(group)
+        chunks = (about.column(number) for number in range(about.num_columns))
+        size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema in wanted)
+        if size > LARGEST_GROUP:
+            what = f"row group {group} holds {size:,} bytes, and at most {LARGEST_GROUP:,} are read at once."
+            raise TableFault(Problem(place, what, "Write the file with smaller row groups (row_group_size)."))
 
 
 def open_parquet(file: BinaryIO) -> Any:
@@ -129,7 +151,9 @@ def arrow_errors(place: str) -> Iterator[None]:
         if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
             raise  # the storage's own
         text = " ".join(str(error).split())[:300]
-        raise DataError(Problem(place, f"it is no Parquet file that can be read: {text}.", "Write it anew.")) from error
+        raise TableFault(
+            Problem(place, f"it is no Parquet file that can be read: {text}.", "Write it anew.")
+        ) from error
 
 
 def _wrong(place: str, line: int, what: str, remedy: str) -> DataError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -19,9 +20,11 @@ app = typer.Typer(
 plugins = typer.Typer(help="What is installed.", no_args_is_help=True, rich_markup_mode=None)
 config = typer.Typer(help="The configuration file.", no_args_is_help=True, rich_markup_mode=None)
 cache = typer.Typer(help="Encoded text and video.", no_args_is_help=True, rich_markup_mode=None)
+data = typer.Typer(help="Source files, and what becomes of them.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(plugins, name="plugins")
 app.add_typer(config, name="config")
 app.add_typer(cache, name="cache")
+app.add_typer(data, name="data")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="the TOML file of the run", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
@@ -134,8 +137,52 @@ def _cache_verify(config: ConfigFile, json: Json = False) -> None:
     verify(config, json)
 
 
+@data.command("list")
+def _data_list(
+    config: ConfigFile,
+    used: Annotated[bool, typer.Option("--used", help="files that are used")] = False,
+    dropped: Annotated[bool, typer.Option("--dropped", help="files that a setting leaves out")] = False,
+    failed: Annotated[bool, typer.Option("--failed", help="files that are bad")] = False,
+    dataset: Annotated[Optional[str], typer.Option("--dataset", metavar="ID", help="only this dataset")] = None,  # noqa: UP045
+    json: Annotated[bool, typer.Option("--json", help="print a JSON object a line, one for each file")] = False,
+    limit: Annotated[Optional[int], typer.Option("--limit", min=0, help="at most so many files")] = None,  # noqa: UP045
+) -> None:
+    """Every source file: used or left out, its bucket and caption, or why not; files that changed are looked at first."""
+    from vtrain.cli.data import list_files
+
+    chosen = [name for name, wanted in (("used", used), ("dropped", dropped), ("failed", failed)) if wanted]
+    list_files(config, chosen, dataset, json, limit)
+
+
+@data.command("show")
+def _data_show(
+    config: ConfigFile,
+    file: Annotated[
+        str,
+        typer.Argument(metavar="FILE", help="its name in the dataset, DATASET/NAME, or a path", show_default=False),
+    ],
+    sheet: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--sheet", metavar="PNG", help="where to write the contact sheet; else to sheets/ in cache.dir"),
+    ] = None,
+    no_sheet: Annotated[bool, typer.Option("--no-sheet", help="decode nothing, write no contact sheet")] = False,
+    full_size: Annotated[bool, typer.Option("--full-size", help="a sheet of every frame, every pixel")] = False,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="also show what the video codec makes of the cached latents")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """One source file: what it holds, what becomes of it, and a contact sheet of exactly what the model will see."""
+    from vtrain.cli.data_show import Asked, show_file
+
+    show_file(config, file, Asked(sheet, no_sheet, full_size, decode), json)
+
+
 def main() -> None:
     """The console script. Errors a user can mend end with exit code 2 and a listing; anything else keeps its traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names and captions need not fit the terminal's encoding
     try:
         app()
     except KeyboardInterrupt:

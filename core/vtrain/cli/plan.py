@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
@@ -11,7 +12,7 @@ from rich.markup import escape
 from vtrain.cli.prepare import prepare
 from vtrain.cli.report import visible
 from vtrain.plan.price import Prices
-from vtrain.plan.records import Plan, Survey
+from vtrain.plan.records import Plan, Section, Survey
 from vtrain.plan.render import as_json, sections
 
 
@@ -28,9 +29,14 @@ def plan(config: Path, as_json_text: bool) -> None:
 
 
 def show(console: Console, plan: Plan, survey: Survey, prices: Prices) -> None:
+    """All of it."""
+    show_sections(console, sections(plan, survey, prices))
+
+
+def show_sections(console: Console, parts: Iterable[Section]) -> None:
     """A title a section, its rows in columns. Lines are as long as they are: no path is cut or wrapped."""
-    for section in sections(plan, survey, prices):
-        console.print(escape(section.title), style="bold", soft_wrap=True)
+    for section in parts:
+        console.print(escape(visible(section.title)), style="bold", soft_wrap=True)
         widths = [max(map(len, column)) for column in zip(*section.rows, strict=True)]
         for row in section.rows:
             # Columns of a table hold numbers, which stand under each other on the right.

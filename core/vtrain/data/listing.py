@@ -56,5 +56,7 @@ def useless(ref_id: str, kind: str) -> Left:
     """Why a file that is no clip is left out."""
     if kind == MISNAMED:
         return Left("dropped", "bad name", "its name is not UTF-8: rename it")
+    if kind == IMAGE:
+        return Left("dropped", "image", "a single image: set data.images = true to use it as a clip of one frame")
     words = f"not a video: {suffix_of(ref_id) or 'no suffix'}"
     return Left("dropped", words, words)

@@ -14,13 +14,15 @@ from vtrain.data.database import database_faults, open_readonly
 from vtrain.data.ledger import pages, probe_of
 from vtrain.data.sample import Box, Sample
 
-_USED = """
+_OF = """
     SELECT fate.ref, fate.size, fate.version, frames, height, width, made, captions, mask, first_frame, probe, sha256
     FROM fate JOIN source ON source.place = :place AND source.ref = fate.ref AND source.size = fate.size
         AND source.version = fate.version
-    WHERE decision = :decision AND fate.ref > :after AND made IS NOT NULL
+    WHERE decision = :decision AND {which} AND made IS NOT NULL
     ORDER BY fate.ref LIMIT :limit
 """
+
+_USED, _ONE = _OF.format(which="fate.ref > :after"), _OF.format(which="fate.ref = :ref")
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,16 @@ class Samples:
     def __len__(self) -> int:
         """How many the scan found."""
         return sum(found.count for found in self.datasets)
+
+    def of(self, ref: str) -> tuple[Sample, ...]:
+        """Those of one file, in all datasets. Raises DataError."""
+        with database_faults(self.ledger), closing(open_readonly(self.ledger)) as db:
+            return tuple(
+                sample
+                for found in self.datasets
+                for row in db.execute(_ONE, {"place": found.place, "decision": found.decision, "ref": ref, "limit": 1})
+                for sample in _samples(found, row)
+            )
 
     def __iter__(self) -> Iterator[Sample]:
         """Raises DataError."""

@@ -214,9 +214,18 @@ def _look(changes: Changes, dataset: DatasetPlan, workers: Workers, count: Calla
 def _jobs(changes: Changes, dataset: DatasetPlan, kind: str) -> Iterator[ProbeJob]:
     for ref in _pending(changes, kind):
         if ref.size == 0:
-            changes.seen(ref.id, FileFault("is empty (0 bytes)"))
+            changes.seen(ref.id, _of_nothing(dataset.backend, ref))
         else:
             yield ProbeJob(dataset.backend, ref, dataset.table.decode_timeout)
+
+
+def _of_nothing(backend: DataBackend, ref: SourceRef) -> FileFault:
+    """Why a file of no bytes has none: it may be a link to nothing, or one that may not be read."""
+    try:
+        with faults("cannot be opened"), backend.open(ref):
+            return FileFault("is empty (0 bytes)")
+    except FileFault as fault:
+        return FileFault(fault.reason)
 
 
 def _pending(changes: Changes, kind: str, beside: str = "") -> Iterator[SourceRef]:

@@ -23,8 +23,10 @@ def dataset_rows(dataset: DatasetPlan, found: DatasetSurvey, *, alone: bool) -> 
     if not alone:
         for shape, count in sorted(found.samples.items()):
             yield f"bucket {shape}", _many(count, "sample")
-    for reason, (count, example) in sorted(found.left_out.items()):
+    for reason, (count, example) in sorted(found.left_out.items(), key=lambda item: (-item[1][0], item[0])):
         yield f"left out: {count}", f"{reason}  (such as {example})"
+    if found.left_out:
+        yield "all of them", "`vtrain data list CONFIG --dropped --failed`"
     if dataset.table.on_bad_file == "move":
         yield "bad files", f"moved to {dataset.table.quarantine} when caches are filled"
     for note in found.notes:

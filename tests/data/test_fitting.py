@@ -214,6 +214,18 @@ def test_a_clip_longer_than_max_frames_is_cut_into_pieces_and_not_lost() -> None
     assert found.shape.frames == 17
 
 
+def test_a_clip_of_years_is_left_out_before_its_windows_are_counted_out() -> None:
+    years = Probe("gif", 640, 352, 1.0, 2, 1e9, 5e8)
+    for more in (
+        {"video": {"window": "all", "repeat_frames": True}},
+        {"max_frames": 40, "video": {"repeat_frames": True}},
+    ):
+        assert left(years, dataset(**more)).startswith("too long: 16000000000 frames after resampling would be ")
+    (only,) = placed(years, dataset(video={"repeat_frames": True})).cuts
+    assert only.starts == (0.0,)
+    assert len(placed(clip(frames=50_000), dataset(video={"window": "all"})).cuts) == 2941
+
+
 def test_by_resolution_and_frames_each_clip_is_as_long_as_it_can_be() -> None:
     plan = dataset(frames=81, min_frames=17, max_frames=81, video={"bucket_by": "resolution_frames", "round_to": 16})
     lengths = {frames: placed(clip(frames=frames), plan).shape.frames for frames in (17, 32, 33, 50, 80, 81, 100)}

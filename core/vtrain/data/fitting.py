@@ -21,6 +21,9 @@ FIT_VERSION = 2
 _SAME_RATE = 0.99
 """A source of at least this share of the wanted rate is as fast (29.97 and 30, 23.976 and 24)."""
 
+_MOST_CUTS = 100_000
+"""Samples of one clip: days of video, or two frames that are years apart."""
+
 
 @dataclass(frozen=True, slots=True)
 class Cut:
@@ -71,6 +74,10 @@ def fit(source: Probe, dataset: DatasetPlan, rule: FrameRule, ref_id: str = "") 
     slow = dataset.fps is not None and source.own_rate < fps * _SAME_RATE
     if frames > 1 and slow and not video.repeat_frames:
         return reasons.too_slow(source, dataset, fps)
+    if video.window == "all" or dataset.max_frames is not None:
+        shortest = frames if video.window == "all" else dataset.max_frames or frames
+        if available // shortest > _MOST_CUTS:
+            return reasons.too_long(available, shortest, _MOST_CUTS)
     small = _too_small(source, dataset)
     if isinstance(small, Left):
         return small

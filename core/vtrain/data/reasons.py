@@ -59,6 +59,16 @@ def too_slow(source: Probe, dataset: DatasetPlan, fps: float) -> Left:
     )
 
 
+def too_long(available: int, length: int, most: int) -> Left:
+    """length: of a stretch that gives a sample."""
+    return Left(
+        "dropped",
+        "too long",
+        f"{available} frames after resampling would be {available // length} samples of {length}, more than {most}: "
+        'cut the file, or set data.video.window = "start" without data.video.max_frames',
+    )
+
+
 def below_least(source: Probe, dataset: DatasetPlan, own: float) -> Left:
     """own: the picture's size in the unit of resolution_type."""
     unit = dataset.table.resolution_type

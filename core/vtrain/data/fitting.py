@@ -90,7 +90,7 @@ def fit(source: Probe, dataset: DatasetPlan, rule: FrameRule, ref_id: str = "") 
             Cut(tuple(k / fps for k in each), _placed(source, part, dataset, ref_id, number))
             for number, each in enumerate(starts, start=1)
         ),
-        stretch=stretch(source, part, size),
+        stretch=stretch(source, part, size) if dataset.table.crop == "none" else 1.0,
     )
 
 

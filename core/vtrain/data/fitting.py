@@ -15,7 +15,7 @@ from vtrain.data.windows import windows
 from vtrain.plan.records import DatasetPlan
 from vtrain.plan.sizes import measure
 
-FIT_VERSION = 2
+FIT_VERSION = 3
 """Raised when the arithmetic here changes, so that fates in the ledger are not mistaken for current ones."""
 
 _SAME_RATE = 0.99

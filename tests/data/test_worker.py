@@ -6,6 +6,7 @@ what they say instead of decoding.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import os
@@ -17,6 +18,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import av
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -25,6 +28,7 @@ from vtrain.contract import Caption, ClipShape, Size, SourceRef
 from vtrain.data.decode import decode
 from vtrain.data.probe import probe
 from vtrain.data.sample import Box, Sample
+from vtrain.data.spool import hashed
 from vtrain.data.video import FileFault
 from vtrain.data.worker import DecodeJob, ProbeJob, Workers
 from vtrain_builtin.folder import LocalFolder
@@ -121,8 +125,16 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path / "stub"))
 
 
-def children() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if "vtrain.data.worker_process" in child.cmdline()]
+@pytest.fixture
+def children() -> Callable[[], list[psutil.Process]]:
+    """children(): the decoding processes that this test started."""
+    before = psutil.Process().children()
+
+    def started() -> list[psutil.Process]:
+        found = [child for child in psutil.Process().children() if child not in before]
+        return [child for child in found if "vtrain.data.worker_process" in child.cmdline()]
+
+    return started
 
 
 def test_a_local_file_is_probed_and_decoded_as_here(folder, put, make_video) -> None:
@@ -149,12 +161,12 @@ def test_a_file_of_another_storage_is_read_through_the_parent_once(make_video) -
     assert torch.equal(pixels, decode(io.BytesIO(data), sample, 0.0))
 
 
-def test_no_process_is_started_before_the_first_file(folder) -> None:
+def test_no_process_is_started_before_the_first_file(children, folder) -> None:
     with Workers(2, 60):
         assert not children()
 
 
-def test_a_process_that_only_probes_imports_no_torch(folder, put, make_video) -> None:
+def test_a_process_that_only_probes_imports_no_torch(children, folder, put, make_video) -> None:
     ref = put("a.mp4", make_video(frames=5))
     with Workers(1, 60) as workers:
         workers.probe(folder, ref)
@@ -283,7 +295,7 @@ def test_work_begins_no_further_ahead_than_asked(folder, put, make_video) -> Non
 
 
 @pytest.mark.usefixtures("stub")
-def test_leaving_the_block_stops_a_process_that_hangs(folder, put) -> None:
+def test_leaving_the_block_stops_a_process_that_hangs(children, folder, put) -> None:
     bad = put("bad.mp4", b"SLEEPING")
     began = time.monotonic()
     with Workers(2, 600) as workers:
@@ -293,6 +305,48 @@ def test_leaving_the_block_stops_a_process_that_hangs(folder, put) -> None:
             time.sleep(0.05)
     assert time.monotonic() - began < 20
     assert not children()
+
+
+def test_memory_does_not_grow_with_the_frames_of_a_window(children, folder, put) -> None:
+    """200 frames of 1280x720 are 553 MB as RGB; a process decodes them in the memory that 10 take, within 64 MB."""
+    with av.open(target := io.BytesIO(), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 1280, 720, "yuv420p"
+        stream.options = {"preset": "ultrafast", "g": "50"}
+        for k in range(200):
+            plain = np.full((720, 1280, 3), k, dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(plain, format="rgb24")))
+        container.mux(stream.encode())
+    put("a.mp4", target.getvalue())
+    peaks = {}
+    for frames in (10, 200):
+        sample = dataclasses.replace(
+            sample_of(target.getvalue()),
+            picture=Size(1280, 720), box=Box(0, 0, 1280, 720), shape=ClipShape(frames, 36, 64),
+        )  # fmt: skip
+        with Workers(1, 60) as workers:
+            _, pixels = workers.decode(folder, sample, 0.0)
+            (process,) = children()
+            status = Path(f"/proc/{process.pid}/status").read_text()
+        assert pixels.shape == (3, frames, 36, 64)
+        peaks[frames] = int(status.split("VmHWM:")[1].split()[0]) << 10
+    assert peaks[200] < peaks[10] + (64 << 20)
+    assert peaks[200] < 512 << 20
+
+
+def test_a_remote_file_longer_than_the_bound_is_refused() -> None:
+    reason = r"^is longer than the \S+ GiB that are fetched of a remote file$"
+    with pytest.raises(FileFault, match=reason), hashed(io.BytesIO(bytes(3 << 20)), most=2 << 20):
+        raise AssertionError
+
+
+def test_a_local_file_that_changes_while_it_is_read_is_no_lasting_fault(folder, put) -> None:
+    put("a.mp4", bytes(1000))
+    file = Path(folder.location) / "a.mp4"
+    reason = r"^changed while it was read$"
+    with file.open("rb") as stream, pytest.raises(FileFault, match=reason) as caught, hashed(stream):
+        file.write_bytes(bytes(1001))
+    assert not caught.value.lasting
 
 
 RUN = """

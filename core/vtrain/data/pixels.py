@@ -79,10 +79,18 @@ class Conversion:
     def __init__(self) -> None:
         self._format: tuple[object, ...] | None = None
         self._graph: Graph | None = None
+        self._rotation: float | None = None
+        self._orientation = Orientation()
 
     def upright(self, frame: VideoFrame) -> Picture:
-        """The picture as it is shown. Raises FileFault."""
-        return Orientation.of(frame).upright(self.rgb(frame))
+        """The picture as it is shown. Raises FileFault.
+
+        The orientation is that of the first frame until the rotation changes: PyAV keeps a frame whose side data were
+        asked for until Python's cyclic garbage collection, and a clip's frames would pile up.
+        """
+        if frame.rotation != self._rotation:
+            self._rotation, self._orientation = frame.rotation, Orientation.of(frame)
+        return self._orientation.upright(self.rgb(frame))
 
     def rgb(self, frame: VideoFrame) -> Picture:
         """The picture as it is stored. Raises FileFault for colours that ffmpeg cannot convert."""

@@ -8,6 +8,7 @@ it decodes.
 from __future__ import annotations
 
 import ctypes
+import gc
 import io
 import json
 import mmap
@@ -98,16 +99,26 @@ def main() -> None:
     end, threads, memory = map(int, sys.argv[1:])
     _limit(memory)
     channel = Channel(socket.socket(fileno=end))
+    gc.freeze()
     while True:
+        gc.collect()  # the last file's frames, of which PyAV makes cycles
         try:
             job = pickle.loads(channel.receive(_LONGEST))  # noqa: S301 (from the parent, which started this process)
         except ChannelClosed:
             return
         if job.sample is not None:
-            import vtrain.data.decode  # noqa: F401 (torch: seconds that are not the file's)
+            _import_decode()
         _say(channel, begun=True)
         with _file(channel, job) as stream:
             _answer(channel, job, stream, threads)
+
+
+def _import_decode() -> None:
+    """With torch, and seconds that are not the file's."""
+    if "vtrain.data.decode" not in sys.modules:
+        import vtrain.data.decode  # noqa: F401
+
+        gc.freeze()
 
 
 def _limit(memory: int) -> None:

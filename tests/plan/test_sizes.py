@@ -93,3 +93,13 @@ def test_a_wrong_resolution_says_what_was_probably_meant(plan_of: PlanOf, resolu
     (problem,) = caught.value.problems
     assert problem.where.endswith("config.toml:9")
     assert problem.remedy == remedy
+
+
+def test_a_number_in_quotes_is_perhaps_a_bucket_set(plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    import vtrain_toy.family
+
+    monkeypatch.setattr(vtrain_toy.family.ToyFamily, "resolutions", lambda self: {"64p": (Size(64, 64),)})
+    with pytest.raises(ConfigError) as caught:
+        plan_of(data=data('resolution = "64"'))
+    (problem,) = caught.value.problems
+    assert problem.remedy == 'Did you mean "64p"? A number stands without quotes: resolution = 64'

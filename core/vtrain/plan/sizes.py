@@ -90,7 +90,8 @@ def _unknown(where: str, wanted: str, named: Mapping[str, tuple[Size, ...]]) -> 
     sets = ", ".join(f'"{name}"' for name in named)
     what = f'resolution = "{wanted}" is neither a bucket set of this family ({sets}) nor a size such as "832x480".'
     if wanted.strip().isdigit():
-        return Problem(where, what, f"A number stands without quotes: resolution = {int(wanted)}")
+        near = f'Did you mean "{int(wanted)}p"? ' if f"{int(wanted)}p" in named else ""
+        return Problem(where, what, f"{near}A number stands without quotes: resolution = {int(wanted)}")
     return Problem(where, what, did_you_mean(wanted, list(named)))
 
 

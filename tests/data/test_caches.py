@@ -280,7 +280,7 @@ def wrong_key(path, key):
 
 
 def old_format(path, key):
-    restamped(path, "vtrain-cache-2", "vtrain-cache-1")
+    restamped(path, "vtrain-cache-3", "vtrain-cache-2")
 
 
 @pytest.mark.parametrize("kind", ["text", "video"])
@@ -311,7 +311,7 @@ def test_an_entry_names_its_key_and_format(three) -> None:
     fill(three)
     for path in entries(three, "video"):
         with safe_open(path, "pt") as file:
-            assert file.metadata()["vtrain"].split()[:2] == ["vtrain-cache-2", path.stem]
+            assert file.metadata()["vtrain"].split()[:2] == ["vtrain-cache-3", path.stem]
         assert path.parent.name == path.stem[:2]
 
 

@@ -23,6 +23,11 @@ def two(setup, make_video):
     return setup
 
 
+def joined(*clips: Latents) -> Latents:
+    std = None if clips[0].std is None else torch.cat([clip.std for clip in clips])
+    return Latents(torch.cat([clip.mean for clip in clips]), std)
+
+
 def clips(count: int) -> list[Latents]:
     random = torch.Generator().manual_seed(3)
     return [
@@ -32,19 +37,19 @@ def clips(count: int) -> list[Latents]:
 
 def test_a_draw_has_the_mean_and_the_std_and_depends_on_seed_and_number_alone() -> None:
     a, b = clips(2)
-    many = drawn(1, [a] * 4000, range(4000))
+    many = drawn(1, joined(*[a] * 4000), range(4000))
     torch.testing.assert_close(many.mean(0), a.mean[0], rtol=0, atol=0.05)
     torch.testing.assert_close(many.std(0), a.std[0], rtol=0.1, atol=0)
-    assert torch.equal(drawn(1, [a, b], [7, 9]), torch.cat([drawn(1, [a], [7]), drawn(1, [b], [9])]))
-    assert not torch.equal(drawn(1, [a], [7]), drawn(1, [a], [8]))
-    assert not torch.equal(drawn(1, [a], [7]), drawn(2, [a], [7]))
-    noise = (drawn(1, [a], [7]) - a.mean) / 0.5
-    torch.testing.assert_close(noise, (drawn(1, [b], [7]) - b.mean) / 0.5, rtol=1e-4, atol=1e-5)
+    assert torch.equal(drawn(1, joined(a, b), [7, 9]), torch.cat([drawn(1, a, [7]), drawn(1, b, [9])]))
+    assert not torch.equal(drawn(1, a, [7]), drawn(1, a, [8]))
+    assert not torch.equal(drawn(1, a, [7]), drawn(2, a, [7]))
+    noise = (drawn(1, a, [7]) - a.mean) / 0.5
+    torch.testing.assert_close(noise, (drawn(1, b, [7]) - b.mean) / 0.5, rtol=1e-4, atol=1e-5)
 
 
 def test_without_std_clips_are_as_they_are_cached() -> None:
     a, b = (Latents(clip.mean) for clip in clips(2))
-    assert torch.equal(drawn(1, [a, b], [7, 9]), torch.cat([a.mean, b.mean]))
+    assert torch.equal(drawn(1, joined(a, b), [7, 9]), torch.cat([a.mean, b.mean]))
 
 
 def test_batches_draw_anew_at_each_use_where_mean_and_std_are_cached(two) -> None:

@@ -39,6 +39,24 @@ def test_what_is_written_is_read_bit_for_bit(entries, dtype, shape) -> None:
         assert torch.equal(read[name].view(torch.uint8), tensor.view(torch.uint8))
 
 
+def test_entries_of_one_layout_are_read_as_one_batch(entries) -> None:
+    keys = [f"{number:064x}" for number in range(3)]
+    for number, key in enumerate(keys):
+        entries.write(key, {"mean": latents(number), "std": latents(9 + number, (2, 3))})
+    read = entries.read_all([keys[2], keys[0], keys[2]])
+    assert torch.equal(read["mean"], torch.stack([latents(2), latents(0), latents(2)]))
+    assert torch.equal(read["std"], torch.stack([latents(11, (2, 3)), latents(9, (2, 3)), latents(11, (2, 3))]))
+
+
+def test_an_entry_of_another_shape_than_the_others_of_its_batch_is_damaged(entries) -> None:
+    other = "cd" * 32
+    entries.write(KEY, {"mean": latents()})
+    entries.write(other, {"mean": latents(shape=(16, 5, 8, 16))})
+    with pytest.raises(DataError, match="of another shape"):
+        entries.read_all([KEY, other])
+    assert entries.read_all([KEY])["mean"].shape == (1, 16, 5, 16, 8)
+
+
 def test_not_a_number_and_signed_zero_survive(entries) -> None:
     odd = torch.tensor([float("nan"), -0.0, 0.0, float("inf"), 1e-45]).view(torch.int32)
     entries.write(KEY, {"mean": odd.view(torch.float32)})
@@ -100,11 +118,12 @@ def test_a_torn_entry_is_found_before_its_numbers_are_read(entries, cut) -> None
 
 def test_zeroed_and_swapped_blocks_change_the_checksum() -> None:
     data = np.random.default_rng(0).integers(0, 256, 5 * 4096 + 77, dtype=np.uint8)
-    before = checksum(b"header", data)
+    before = checksum(1, data)
     zeroed, swapped = data.copy(), data.copy()
     zeroed[4096:8192] = 0
     swapped[:4096], swapped[4096:8192] = data[4096:8192], data[:4096]
-    assert len({before, checksum(b"header", zeroed), checksum(b"header", swapped), checksum(b"other", data)}) == 4
+    assert len({before, checksum(1, zeroed), checksum(1, swapped), checksum(2, data)}) == 4
+    assert checksum(checksum(1, data[:8192]), data[8192:]) == before
 
 
 def test_an_entry_under_anothers_name_is_not_its_own(entries) -> None:
@@ -123,6 +142,9 @@ def test_a_compressed_entry_that_claims_a_huge_size_is_damaged_and_nothing_is_al
 
     entries = Entries(tmp_path, "video", compress=True)
     monkeypatch.setattr(module, "words", lambda packed: "mean=F32:1000000,1000000:1")
+    entries.write(KEY, {"mean": latents()})
+    assert entries.damage(KEY) == "it claims to be larger than any entry is"
+    monkeypatch.setattr(module, "words", lambda packed: "mean=F32:16,5,16,9:1")
     entries.write(KEY, {"mean": latents()})
     assert entries.damage(KEY) == "it does not unpack to the size that it names"
 

@@ -79,10 +79,11 @@ class Batches:
             else self._caches.text_entry(self._chosen("caption", self._index.text.keys(sample), number))
             for sample, number, drop in zip(samples, numbers, dropped, strict=True)
         ]
-        clips = [
-            self._caches.video_entry(self._chosen("window", self._index.video.keys(sample), number))
+        windows = [
+            self._chosen("window", self._index.video.keys(sample), number)
             for sample, number in zip(samples, numbers, strict=True)
         ]
+        clips = self._caches.video_entries(windows)
         text = pad(texts, self._plan.family.text_tokens)
         latents = Latents(drawn(self._plan.config.run.seed, clips, numbers))
         return Batch(micro_batch, latents, text, numbers, tuple(map(self._index.id, samples)), dropped)

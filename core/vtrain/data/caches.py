@@ -47,13 +47,12 @@ class Caches:
         if key is None:
             what = "this clip was not encoded, or its file changed since."
             raise DataError(Problem(sample.id, what, "Start the run again: it will be encoded."))
-        return self.video_entry(key)
+        return self.video_entries([key])
 
-    def video_entry(self, key: str) -> Latents:
-        """The same by its key."""
-        entry = self._stores.video.read(key)
-        std = entry.get("std")
-        return Latents(entry["mean"][None], None if std is None else std[None])
+    def video_entries(self, keys: Sequence[str]) -> Latents:
+        """The same of several windows of one shape, by their keys: (B, C, f, h, w)."""
+        read = self._stores.video.read_all(keys)
+        return Latents(read["mean"], read.get("std"))
 
 
 __all__ = ["DROPPED", "Caches", "Filled", "fill_caches"]

@@ -11,18 +11,13 @@ from vtrain.contract import Latents
 from vtrain.data.seeds import generator
 
 
-def drawn(seed: int, clips: Sequence[Latents], draws: Sequence[int]) -> Tensor:
-    """(B, C, f, h, w) fp32 of clips (1, C, f, h, w) of one shape. draws: their draw numbers.
+def drawn(seed: int, clips: Latents, draws: Sequence[int]) -> Tensor:
+    """(B, C, f, h, w) fp32 of as many clips. draws: their draw numbers.
 
-    Of a clip with a std: mean + std * noise, the noise a pure function of (seed, draw number); of one without: its mean.
+    Of clips with a std: mean + std * noise, the noise a pure function of (seed, draw number); without: the mean.
     """
-    means = [
-        clip.mean if clip.std is None else _draw(seed, clip, draw) for clip, draw in zip(clips, draws, strict=True)
-    ]
-    return means[0] if len(means) == 1 else torch.cat(means)  # nothing is copied for a batch of one
-
-
-def _draw(seed: int, clip: Latents, draw: int) -> Tensor:
-    assert clip.std is not None
-    noise = torch.randn(clip.mean.shape, generator=generator(seed, "latents", draw))
-    return torch.addcmul(clip.mean, clip.std, noise)
+    if clips.std is None:
+        return clips.mean
+    shape = clips.mean.shape[1:]
+    noise = torch.stack([torch.randn(shape, generator=generator(seed, "latents", draw)) for draw in draws])
+    return torch.addcmul(clips.mean, clips.std, noise)

@@ -7,17 +7,17 @@ import json
 import os
 import secrets
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vtrain.contract import DataError, Problem
 from vtrain.data.keys import FORMAT
-from vtrain.data.packing import Bytes, Packed, from_bytes, from_words, pack, unpack, words
+from vtrain.data.packing import Bytes, Packed, bytes_of, dtype_names, from_words, pack, unpack, words
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,8 @@ SUFFIX, PART, DAMAGED = ".safetensors", ".part", ".damaged"
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _LONGEST_HEADER = 4096
-_BLOCK = 4096
+_BLOCK, _PART = 4096, 1 << 20
+"""Bytes that are summed as one; bytes that are read at once, so that they are still near when they are summed."""
 _STAMP = "vtrain"
 """The metadata's one key; its value is "<format> <key> <checksum>", and a word for each tensor that is compressed."""
 _UNSIGNED = "0" * 8
@@ -36,37 +37,42 @@ _UNSIGNED = "0" * 8
 
 @dataclass(frozen=True, slots=True)
 class _Header:
-    """text: as it lies in the file, after its length. tensors: name -> type, shape, first byte, end. stamp: its words."""
+    """text: as it lies in the file, after its length. tensors: in their order in the file; size: bytes of all of them.
+
+    stamp: its words.
+    """
 
     text: bytes
-    tensors: Mapping[str, tuple[str, tuple[int, ...], int, int]]
+    tensors: Mapping[str, Packed]
+    size: int
     stamp: tuple[str, ...]
 
     @classmethod
-    def read(cls, stream: IO[bytes]) -> _Header:
-        """From the start of a file. Raises OSError or ValueError."""
-        data = stream.read(8 + _LONGEST_HEADER)
+    def read(cls, file: int) -> _Header:
+        """From the start of a file, given by its descriptor. Raises OSError or ValueError."""
+        data = os.read(file, 8 + _LONGEST_HEADER)
         length = int.from_bytes(data[:8], "little")
         if len(data) < 8 or length > len(data) - 8:
             raise ValueError("it is cut short, or no safetensors file")
         text = data[8 : 8 + length]
         try:
-            return cls._parse(text)
-        except (KeyError, TypeError, RecursionError) as error:
+            return cls.parse(text)
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError("its header is none") from error
 
     @classmethod
-    def _parse(cls, text: bytes) -> _Header:
+    def parse(cls, text: bytes) -> _Header:
+        """Raises ValueError, KeyError, TypeError, AttributeError or RecursionError for what is none."""
         header = json.loads(text)
         stamp = header.pop("__metadata__")[_STAMP].split(" ")
-        tensors = {}
-        for name, tensor in header.items():
+        tensors, at = {}, 0
+        for name, tensor in sorted(header.items(), key=lambda item: int(item[1]["data_offsets"][0])):
             begin, end = map(int, tensor["data_offsets"])
             each = Packed(tensor["dtype"], tuple(map(int, tensor["shape"])), shuffled=False)
-            if not 0 <= begin <= end or end - begin != each.nbytes:
+            if begin != at or end - begin != each.nbytes:
                 raise ValueError("its header contradicts itself")
-            tensors[name] = (each.dtype, each.shape, begin, end)
-        return cls(text, tensors, tuple(stamp))
+            tensors[name], at = each, end
+        return cls(text, tensors, at, tuple(stamp))
 
     @property
     def start(self) -> int:
@@ -76,25 +82,31 @@ class _Header:
     @property
     def length(self) -> int:
         """Of the whole file."""
-        return self.start + max((end for *_, end in self.tensors.values()), default=0)
+        return self.start + self.size
 
     def is_of(self, key: str) -> bool:
         return len(self.stamp) >= 3 and self.stamp[:2] == (FORMAT, key)
 
-    def checksum(self, numbers: Bytes) -> str:
-        """Of the header, its own checksum unsigned, and the numbers."""
+    def packed(self) -> Mapping[str, Packed]:
+        """What the compressed ones were. Raises ValueError."""
+        return from_words(" ".join(self.stamp[3:])) if len(self.stamp) > 3 else {}
+
+    def unsigned(self) -> bytes:
+        """The text before the checksum was filled in."""
         signed = f"{self.stamp[1]} {self.stamp[2]}".encode()
-        return checksum(self.text.replace(signed, f"{self.stamp[1]} {_UNSIGNED}".encode(), 1), numbers)
+        return self.text.replace(signed, f"{self.stamp[1]} {_UNSIGNED}".encode(), 1)
 
 
-def checksum(header: bytes, numbers: Bytes) -> str:
-    """CRC-32 of the header, of the 64-bit sum of each block of 4 KiB, and of what is left: at the speed of the memory.
+def checksum(crc: int, numbers: Bytes) -> int:
+    """CRC-32, going on from `crc`, of the 64-bit sum of each block of 4 KiB and of what is left: at the speed of memory.
 
     A flipped bit, a torn, zeroed or misplaced block are found; words that changed places within a block are not.
     """
     whole = len(numbers) // _BLOCK * _BLOCK
-    sums = numbers[:whole].view("<u8").reshape(-1, _BLOCK // 8).sum(axis=1, dtype=np.uint64)
-    return f"{zlib.crc32(numbers[whole:].data, zlib.crc32(sums.data, zlib.crc32(header))):08x}"
+    if whole:
+        sums = np.add.reduce(numbers[:whole].view("<u8").reshape(-1, _BLOCK // 8), axis=1)
+        crc = zlib.crc32(sums.data, crc)
+    return zlib.crc32(numbers[whole:].data, crc)
 
 
 class Entries:
@@ -102,6 +114,7 @@ class Entries:
 
     def __init__(self, folder: Path, kind: str, *, compress: bool = False) -> None:
         self.folder, self.compress = folder / kind, compress
+        self._folder = str(self.folder)
 
     def path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}{SUFFIX}"
@@ -109,34 +122,49 @@ class Entries:
     def sound(self, key: str) -> bool:
         """Whether the entry is there, whole and its own: its header and length are looked at, not its numbers."""
         try:
-            with self.path(key).open("rb", buffering=0) as stream:  # so that no more than the header is read
-                header = _Header.read(stream)
-                return header.is_of(key) and header.length == os.fstat(stream.fileno()).st_size
+            with _opened(self._name(key)) as file:
+                header = _Header.read(file)
+                return header.is_of(key) and header.length == os.fstat(file).st_size
         except (OSError, ValueError):
             return False
 
     def read(self, key: str) -> dict[str, Tensor]:
         """The tensors. Raises DataError if the entry is missing or damaged; a damaged one is moved aside."""
-        path = self.path(key)
-        try:
-            return _tensors(*_load(path, key))
-        except OSError as error:
-            what = f"the cache entry cannot be read: {error.strerror or error}."
-            raise DataError(Problem(str(path), what, "Start the run again: it will be encoded.")) from error
-        except ValueError as error:
-            aside = set_aside(path)
-            what = f"the cache entry is damaged ({error}) and was moved to {aside.name}."
-            raise DataError(Problem(str(path), what, "Start the run again: it will be encoded anew.")) from error
+        return {name: tensor[0] for name, tensor in self.read_all([key]).items()}
+
+    def read_all(self, keys: Sequence[str]) -> dict[str, Tensor]:
+        """The tensors of several entries of one layout, each name's stacked. Raises DataError like `read`."""
+        stacked: dict[str, Tensor] = {}
+        for number, key in enumerate(keys):
+            try:
+                with _opened(self._name(key)) as file:
+                    header = _whole(file, key)
+                    stacked = stacked or _empty(header, len(keys))
+                    _read_into({name: tensor[number] for name, tensor in stacked.items()}, header, file)
+            except OSError as error:
+                what = f"the cache entry cannot be read: {error.strerror or error}."
+                raise DataError(Problem(self._name(key), what, "Start the run again: it will be encoded.")) from error
+            except ValueError as error:
+                aside = set_aside(self.path(key))
+                what = f"the cache entry is damaged ({error}) and was moved to {aside.name}."
+                raise DataError(
+                    Problem(self._name(key), what, "Start the run again: it will be encoded anew.")
+                ) from error
+        return stacked
 
     def damage(self, key: str) -> str | None:
         """What is wrong with an entry, all its bytes read, or None. Raises OSError if it cannot be read."""
         try:
-            header, data = _load(self.path(key), key)
-            if len(header.stamp) > 3:
-                _tensors(header, data)
+            with _opened(self._name(key)) as file:
+                header = _whole(file, key)
+                _read_into({name: part[0] for name, part in _empty(header, 1).items()}, header, file)
         except ValueError as error:
             return str(error)
         return None
+
+    def _name(self, key: str) -> str:
+        """The path as text: to make a Path takes as long as to read a small entry."""
+        return f"{self._folder}/{key[:2]}/{key}{SUFFIX}"
 
     def write(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Put the entry in place, whole or not at all. Raises DataError if the disk is full or cannot be written."""
@@ -189,32 +217,56 @@ def _writing(path: Path) -> Iterator[None]:
         raise DataError(problem) from error
 
 
-def _load(path: Path, key: str) -> tuple[_Header, Bytes]:
-    """Header and numbers of a whole entry whose checksum holds. Raises OSError or ValueError."""
-    with path.open("rb") as stream:
-        header = _Header.read(stream)
-        length = os.fstat(stream.fileno()).st_size
-        if not header.is_of(key):
-            raise ValueError("its content is not what its name says")
-        if header.length != length:
-            raise ValueError(f"it has {length} bytes where {header.length} belong")
-        data: Bytes = np.empty(length - header.start, dtype=np.uint8)
-        stream.seek(header.start)
-        if stream.readinto(data.data) != len(data):
-            raise ValueError("it became shorter while it was read")
-    if header.checksum(data) != header.stamp[2]:
+@contextmanager
+def _opened(name: str) -> Iterator[int]:
+    file = os.open(name, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def _whole(file: int, key: str) -> _Header:
+    """The header of an entry of that key that has all its bytes. Raises OSError or ValueError."""
+    header = _Header.read(file)
+    length = os.fstat(file).st_size
+    if not header.is_of(key):
+        raise ValueError("its content is not what its name says")
+    if header.length != length:
+        raise ValueError(f"it has {length} bytes where {header.length} belong")
+    return header
+
+
+def _empty(header: _Header, count: int) -> dict[str, Tensor]:
+    """Room for the tensors of so many entries of this layout."""
+    import torch
+
+    packed, types = header.packed(), dtype_names()
+    return {
+        name: torch.empty((count, *what.shape), dtype=types[what.dtype])
+        for name, what in ((name, packed.get(name, stored)) for name, stored in header.tensors.items())
+    }
+
+
+def _read_into(parts: Mapping[str, Tensor], header: _Header, file: int) -> None:
+    """Read the numbers into tensors. Raises OSError, or ValueError for what is damaged or has another layout."""
+    packed = header.packed()
+    crc, at = zlib.crc32(header.unsigned()), header.start
+    for name, stored in header.tensors.items():
+        part, what = parts.get(name), packed.get(name, stored)
+        if part is None or (tuple(part.shape), part.dtype) != (what.shape, dtype_names()[what.dtype]):
+            raise ValueError("its tensors are of another shape than those of its bucket")
+        data = np.empty(stored.nbytes, dtype=np.uint8) if name in packed else bytes_of(part)
+        for begin in range(0, len(data), _PART):
+            piece = data[begin : begin + _PART]
+            if os.preadv(file, [piece.data], at + begin) != len(piece):
+                raise ValueError("it became shorter while it was read")
+            crc = checksum(crc, piece)
+        if name in packed:
+            part.copy_(unpack(what, data))
+        at += len(data)
+    if f"{crc:08x}" != header.stamp[2]:
         raise ValueError("its checksum does not hold")
-    return header, data
-
-
-def _tensors(header: _Header, data: Bytes) -> dict[str, Tensor]:
-    """Raises ValueError for a compressed entry that does not unpack."""
-    packed = from_words(" ".join(header.stamp[3:]))
-    found = {}
-    for name, (dtype, shape, begin, end) in header.tensors.items():
-        part = data[begin:end]
-        found[name] = unpack(packed[name], part) if name in packed else from_bytes(part, dtype, shape)
-    return found
 
 
 def _serialise(key: str, tensors: Mapping[str, Tensor], *, compress: bool) -> bytes:
@@ -231,7 +283,10 @@ def _serialise(key: str, tensors: Mapping[str, Tensor], *, compress: bool) -> by
     stamp = f"{FORMAT} {key} {_UNSIGNED} {words(packed)}".rstrip()
     data = save(whole, {_STAMP: stamp})
     start = 8 + int.from_bytes(data[:8], "little")
-    signed = checksum(data[8:start], np.frombuffer(data, dtype=np.uint8)[start:])
+    header = _Header.parse(data[8:start])
+    crc, at = zlib.crc32(header.text), start
+    for tensor in header.tensors.values():
+        crc, at = checksum(crc, np.frombuffer(data, np.uint8, tensor.nbytes, at)), at + tensor.nbytes
     # The checksum is of fixed length, so that filling it in moves nothing.
     unsigned = f"{key} {_UNSIGNED}"
-    return data[:start].replace(unsigned.encode(), f"{key} {signed}".encode(), 1) + data[start:]
+    return data[:start].replace(unsigned.encode(), f"{key} {crc:08x}".encode(), 1) + data[start:]

@@ -8,7 +8,7 @@ import json
 from vtrain.contract import Caption, Role
 from vtrain.data.sample import Sample
 
-FORMAT = "vtrain-cache-2"
+FORMAT = "vtrain-cache-3"
 """Layout of an entry, in its name and in its metadata."""
 
 

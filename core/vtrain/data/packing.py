@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 _LEVEL = 3
+_MOST = 4 << 30
+"""Bytes of the largest tensor that is believed: latents of minutes of video are far below."""
+
 _WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1, "BOOL": 1}
 """safetensors' name of a type -> bytes a number."""
 _PACKED = re.compile(r"(\w+)=(\w+):((?:\d+,)*\d+):([01])")
@@ -46,6 +49,13 @@ def dtype_names() -> Mapping[str, Any]:
     }  # fmt: skip
 
 
+def bytes_of(tensor: Tensor) -> Bytes:
+    """The bytes of a contiguous tensor on the CPU; they share its memory."""
+    import torch
+
+    return tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else np.empty(0, np.uint8)
+
+
 def from_bytes(data: Bytes, dtype: str, shape: tuple[int, ...]) -> Tensor:
     """The tensor that lies in these bytes; it shares their memory."""
     import torch
@@ -60,7 +70,7 @@ def pack(tensor: Tensor) -> tuple[Packed, Tensor]:
     from zstandard import ZstdCompressor
 
     names = {dtype: name for name, dtype in dtype_names().items()}
-    data: Bytes = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else np.empty(0, np.uint8)
+    data = bytes_of(tensor)
     compress = ZstdCompressor(_LEVEL).compress
     plain = compress(data.tobytes())
     shuffled = compress(data.reshape(-1, tensor.element_size()).T.tobytes())
@@ -102,4 +112,6 @@ def from_words(text: str) -> dict[str, Packed]:
             raise ValueError("its stamp cannot be read")
         name, dtype, shape, shuffled = match.groups()
         found[name] = Packed(dtype, tuple(map(int, shape.split(","))), shuffled == "1")
+        if found[name].nbytes > _MOST:
+            raise ValueError("it claims to be larger than any entry is")
     return found

@@ -78,12 +78,15 @@ class NamedFiles:
 
     def __init__(self, options: PlaceOptions, suffixes: tuple[str, ...], noun: str) -> None:
         self._options, self._suffixes, self._noun = options, suffixes, noun
-        base, self._pattern = pattern.split(options.path.rstrip("/"))
+        path, mark, query = options.path, "", ""
+        if path.startswith(("http://", "https://")):
+            path, mark, query = path.partition("?")
+        base, self._pattern = pattern.split(path.rstrip("/"))
         is_file = "{" in self._pattern or self._pattern.lower().endswith(suffixes)
         if not is_file and not pattern.is_wild(self._pattern):
-            base, self._pattern = options.path.rstrip("/"), ""
-        self.base = base or "/"
-        self.folder: Folder = RemoteFiles(options, base) if is_url(options.path) else LocalFiles(base or "/")
+            base, self._pattern = path.rstrip("/"), ""
+        self.base = (base or "/") + mark + query
+        self.folder: Folder = RemoteFiles(options, self.base) if is_url(options.path) else LocalFiles(self.base)
         self.location = "/".join(filter(None, (self.folder.location, Redaction(self._pattern).location)))
 
     def refs(self) -> Iterator[SourceRef]:

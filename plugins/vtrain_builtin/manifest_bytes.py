@@ -11,7 +11,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any, BinaryIO
 
-from vtrain.contract import DataError, SourceRef, Words
+from vtrain.contract import DataError, Problem, SourceRef, Words
 from vtrain_builtin.files import NamedFiles
 from vtrain_builtin.manifest_table import ManifestOptions, NamedBy, Record, Tables, clip_name, told
 from vtrain_builtin.ordered import sorted_rows
@@ -61,7 +61,11 @@ class BytesManifest:
     def refs(self) -> Iterator[SourceRef]:
         """The rows of all files. Raises DataError."""
         for shard in sorted(self.shards(), key=lambda ref: f"{ref.id}/"):
-            yield from self._members(shard)
+            try:
+                yield from self._members(shard)
+            except OSError as error:
+                what = f"the file cannot be read: {error.strerror or error}."
+                raise DataError(Problem(self._tables.place(shard), what, "Mend it, or leave it out.")) from error
 
     def open(self, ref: SourceRef) -> BinaryIO:
         """The row's bytes, in memory. Raises OSError."""

@@ -185,12 +185,19 @@ class Storage:
 
     def _name(self, path: str, folder: str) -> str:
         """An entry's own name in its folder; "" for what is no entry of it: the folder itself, links to elsewhere."""
-        start = self._path(folder).partition("?")[0].rstrip("/").lstrip("/") + "/"
+        asked = self._path(folder)
+        starts = {
+            f"{asked.partition('?')[0].strip('/')}/",
+            f"{asked.strip('/')}/",
+        }  # fsspec adds links to a URL's query
         path = path.lstrip("/")
-        if not path.startswith(start) or (self._web and ("?" in path or "#" in path)):
+        start = max((start for start in starts if path.startswith(start)), key=len, default=None)
+        if start is None:
             return ""
         name = path[len(start) :].rstrip("/")
-        return "" if "/" in name or name in (".", "..") else unquote(name) if self._web else name
+        if "/" in name or name in (".", "..") or (self._web and ("?" in name or "#" in name)):
+            return ""
+        return unquote(name) if self._web else name
 
     def _s3_pages(self, system: _FileSystem, root: str) -> Iterator[SourceRef]:
         """S3 lists a whole prefix by pages of a thousand, in the order of keys. Raises StorageError."""

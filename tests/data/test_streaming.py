@@ -307,3 +307,37 @@ def test_a_name_that_is_not_utf8_is_forgotten_when_it_is_gone(three) -> None:
     assert list(left_out(three)) == ["its name is not UTF-8: rename it"]
     bad.unlink()
     assert left_out(three) == {}
+
+
+def test_masks_are_found_checked_counted_and_carried(three, make_video) -> None:
+    three.add("masks/a.mp4", make_video(), None)
+    three.add("masks/b.mp4", make_video(frames=9), None)
+    dataset = replace(three.dataset(), masks="masks", first_frame=True)
+    found = scan(three.plan(dataset))
+    assert [(s.ref_id, s.mask_ref, s.first_frame) for s in found.samples] == [
+        ("a.mp4", "masks/a.mp4", True),
+        ("c.mp4", "", True),
+    ]
+    (survey,) = found.survey.datasets
+    assert survey.files == 3
+    assert survey.left_out == {"its mask masks/b.mp4 is shorter: 0.375 s of 1.125 s": (1, "b.mp4")}
+    assert survey.notes == ("1 clip with a mask",)
+    # A mask that comes, changes or goes is noticed.
+    three.add("masks/c.mp4", make_video(size=(64, 64)), None)
+    three.add("masks/b.mp4", make_video(size=(64, 32)), None)
+    (three.folder / "masks/a.mp4").unlink()
+    again = scan(three.plan(dataset))
+    assert [(s.ref_id, s.mask_ref) for s in again.samples] == [("a.mp4", ""), ("b.mp4", "masks/b.mp4")]
+    reason = "its mask masks/c.mp4 has another aspect: 64x64 for 128x64"
+    assert again.survey.datasets[0].left_out == {reason: (1, "c.mp4")}
+
+
+def test_a_picture_is_a_mask_of_a_whole_clip(three) -> None:
+    import numpy as np
+    from PIL import Image
+
+    (three.folder / "masks").mkdir()
+    Image.fromarray(np.full((64, 128), 255, dtype=np.uint8)).save(three.folder / "masks" / "a.png")
+    found = scan(three.plan(replace(three.dataset(), masks="masks")))
+    assert [s.mask_ref for s in found.samples] == ["masks/a.png", "", ""]
+    assert found.survey.datasets[0].left_out == {}

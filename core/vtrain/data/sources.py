@@ -199,7 +199,7 @@ def told_text(words: Words | FileFault) -> str:
 
 def _look(changes: Changes, dataset: DatasetPlan, workers: Workers, count: Callable[[], None] | None) -> None:
     """Open what was not looked at yet: clips, and the caption files beside them of the sort that the dataset takes."""
-    for kind in CLIPS if dataset.table.images else (VIDEO,):
+    for kind in CLIPS if dataset.table.images or dataset.masks is not None else (VIDEO,):
         for job, outcome in workers.probed(_jobs(changes, dataset, kind)):
             changes.seen(job.ref.id, outcome)
             if count is not None:

@@ -39,7 +39,7 @@ def survey(ledger: Ledger, place: int, decision: int, dataset: DatasetPlan, shar
         with ledger.transaction() as db:
             db.execute("UPDATE fate SET made = NULL WHERE decision = ? AND kind = 'decoding'", (decision,))
             db.execute("UPDATE decision SET survey = ? WHERE number = ?", (kept, decision))
-    files, shapes, left_out, unmatched = json.loads(kept)
+    files, shapes, left_out, unmatched, masked = json.loads(kept)
     rows = [(ClipShape(*row[:3]), *row[3:]) for row in shapes]
     return DatasetSurvey(
         id=dataset.id,
@@ -50,15 +50,20 @@ def survey(ledger: Ledger, place: int, decision: int, dataset: DatasetPlan, shar
         clips={shape: clips for shape, _, clips, _, _ in rows},
         windows={shape: windows for shape, _, _, windows, _ in rows},
         stretch={shape: stretch for shape, _, _, _, stretch in rows if stretch > 1},
-        notes=_notes(*unmatched),
+        notes=_notes(dataset, unmatched, masked),
         share=share,
     )
 
 
-def _notes(count: int, example: str | None) -> tuple[str, ...]:
-    if not count:
-        return ()
-    return (f"{count} caption{'s' if count > 1 else ''} without a clip (such as {example})",)
+def _notes(dataset: DatasetPlan, unmatched: tuple[int, str | None], masked: int) -> tuple[str, ...]:
+    """unmatched: captions without a clip, and one of them. masked: clips with a mask."""
+    notes = []
+    count, example = unmatched
+    if count:
+        notes.append(f"{count} caption{'s' if count > 1 else ''} without a clip (such as {example})")
+    if dataset.masks is not None:
+        notes.append(f"{masked} clip{'s' if masked != 1 else ''} with a mask")
+    return tuple(notes)
 
 
 def _count(ledger: Ledger, decision: int, place: int, dataset: DatasetPlan) -> list[Any]:
@@ -74,7 +79,9 @@ def _count(ledger: Ledger, decision: int, place: int, dataset: DatasetPlan) -> l
     unmatched: tuple[Any, ...] = (0, None)
     if dataset.captions in TOLD:
         (unmatched,) = ledger.rows(_UNMATCHED, {"place": place, "origin": origin_of(dataset)})
-    return [files, ledger.rows(_SHAPES, values), left_out, unmatched]
+    query = "SELECT count(*) FROM fate WHERE decision = :decision AND status = 'used' AND mask != ''"
+    ((masked,),) = ledger.rows(query, values)
+    return [files, ledger.rows(_SHAPES, values), left_out, unmatched, masked]
 
 
 def count_texts(ledger: Ledger, decisions: Sequence[int]) -> int:

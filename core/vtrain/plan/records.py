@@ -22,7 +22,8 @@ class DatasetPlan:
     where: its place in the file. sizes: the buckets. frames, min_frames: of a training clip at most and at least, counted
     after resampling, accepted by the family's frame rule. fps: after resampling, None for each clip's own; every n-th frame
     of that is taken, n = table.video.frame_interval. max_frames: of a piece that a longer clip is cut into, None: it stays
-    whole. crop_seed: of the places of crop = "random".
+    whole. crop_seed: of the places of crop = "random". masks: folder of the dataset with its masks, under the clips' own
+    names, None for none. first_frame: whether its samples are also of image-to-video. Both are carried, not trained with.
     """
 
     id: str
@@ -35,6 +36,8 @@ class DatasetPlan:
     fps: float | None
     max_frames: int | None = None
     crop_seed: int = 0
+    masks: str | None = None
+    first_frame: bool = False
 
     @cached_property
     def captions(self) -> CaptionsFrom:

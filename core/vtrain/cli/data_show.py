@@ -15,6 +15,7 @@ from rich.console import Console
 
 from vtrain.cli.data import as_record, looked, one_line
 from vtrain.cli.plan import show_sections
+from vtrain.cli.prepare import planned
 from vtrain.contract import Caption, DataError, Problem, Role, SupportsWording
 from vtrain.data.boxes import stretch
 from vtrain.data.captions import stem
@@ -24,6 +25,7 @@ from vtrain.data.sample import Box, Sample
 from vtrain.data.stores import Stores
 from vtrain.data.video import FileFault
 from vtrain.data.wanted import DROPPED
+from vtrain.data.worker import Workers
 from vtrain.plan.price import bytes_text
 from vtrain.plan.records import Plan, Section
 from vtrain.registry.blame import blame
@@ -82,8 +84,6 @@ class TextEntry:
 def show_file(path: Path, name: str, asked: Asked, as_json: bool) -> None:
     """Print it. name: as `Files.named` takes it. Raises what planning raises; DataError where there is no such file, or
     where it cannot be decoded."""
-    from vtrain.cli.prepare import planned
-
     plan = planned(path)
     files = looked(plan)
     file = _only(files, name)
@@ -196,8 +196,6 @@ def _decoded(
     plan: Plan, pairs: Iterable[tuple[Sample, float]], layout: Layout
 ) -> Iterator[tuple[str, Strip | FileFault]]:
     """Each window as the caches would decode it, with the SHA-256 of the file's bytes."""
-    from vtrain.data.worker import Workers
-
     with Workers(1, max(dataset.table.decode_timeout for dataset in plan.datasets)) as workers:
         for number, (sample, start) in enumerate(pairs, start=1):
             try:

@@ -145,3 +145,39 @@ def test_datasets_of_different_backends_train_in_one_run(
         'use = "folder"\npath = "nowhere"\nenabled = false',
     )
     assert same(found, wanted)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_through_a_network_that_drops_stalls_and_is_busy(
+    fill: Fill, wanted: dict[str, Tensor], clips: Path, bucket: Any, proxy: Any, fault: Any
+) -> None:
+    """Slow: the tiny checkpoint is made, and four clips are encoded twice; about 10 s."""
+    bucket.put({f"clips/{file.name}": file.read_bytes() for file in clips.iterdir()})
+    proxy.match = b"/clips/"
+    proxy.faults.extend([fault("drop", 700), fault("503"), fault("stall"), fault("500"), fault("drop", 0)])
+    options = f'timeout = 3\nstorage_options = {{ endpoint_url = "{proxy.url}" }}'
+    assert same(fill("through-proxy", f'use = "folder"\npath = "s3://{bucket.name}/clips"\n{options}'), wanted)
+    assert not proxy.faults
+
+
+@pytest.mark.slow
+def test_a_clip_whose_connection_always_drops_is_named_and_the_others_are_used(
+    built: Path, clips: Path, bucket: Any, proxy: Any, fault: Any, tmp_path: Path
+) -> None:
+    """Slow: the tiny checkpoint is made; about 5 s. The next scan tries the clip again."""
+    bucket.put({f"clips/{file.name}": file.read_bytes() for file in clips.iterdir()})
+    proxy.match = b"/clips/00002.mp4"
+    proxy.faults.extend([fault("drop", 1000)] * 2)  # after the head: what of it drops, aiohttp asks for again
+    table = f'use = "folder"\npath = "s3://{bucket.name}/clips"\nresolution = ["64x64"]\nretries = 1\n'
+    table += f'storage_options = {{ endpoint_url = "{proxy.url}" }}\nvideo = {{ frames = 9, fps = 8 }}'
+    path = tmp_path / "run.toml"
+    path.write_text(
+        f'[run]\noutput_dir = "out"\n[model]\nuse = "sanavideo"\npath = "{built}"\ntrain = "full"\n'
+        f"[train]\nsteps = 1\n[optimizer]\nlr = 1e-3\n[[data]]\n{table}\n"
+    )
+    survey = prepare(path).scan.survey.datasets[0]
+    assert sum(survey.samples.values()) == COUNT - 1
+    ((reason, (count, example)),) = survey.left_out.items()
+    assert (count, example) == (1, "00002.mp4")
+    assert "2 times" in reason
+    assert sum(prepare(path).scan.survey.datasets[0].samples.values()) == COUNT

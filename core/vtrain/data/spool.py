@@ -54,7 +54,7 @@ def is_local(stream: BinaryIO) -> bool:
 
 def _sha256(stream: BinaryIO) -> str:
     with faults("cannot be read"):
-        digest = hashlib.file_digest(stream, "sha256")
+        digest = hashlib.file_digest(cast("io.BufferedReader", stream), "sha256")
         stream.seek(0)
     return digest.hexdigest()
 

@@ -48,6 +48,18 @@ def test_entries_of_one_layout_are_read_as_one_batch(entries) -> None:
     assert torch.equal(read["std"], torch.stack([latents(11, (2, 3)), latents(9, (2, 3)), latents(11, (2, 3))]))
 
 
+def test_a_file_that_changes_between_two_reads_is_checked_again(entries) -> None:
+    entries.write(KEY, {"mean": latents()})
+    entries.read(KEY)
+    path = entries.path(KEY)
+    data = bytearray(path.read_bytes())
+    data[-40] ^= 4
+    with path.open("r+b") as file:  # the same inode, the same length
+        file.write(data)
+    with pytest.raises(DataError, match="damaged"):
+        entries.read(KEY)
+
+
 def test_an_entry_of_another_shape_than_the_others_of_its_batch_is_damaged(entries) -> None:
     other = "cd" * 32
     entries.write(KEY, {"mean": latents()})

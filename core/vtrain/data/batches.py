@@ -108,9 +108,10 @@ def pad(texts: Sequence[Text], tokens: int) -> Text:
         raise PluginError(Problem("", what, "This is a fault of the model family's plugin."))
     tokens = min(tokens, -(-longest // ROUND) * ROUND)
     first = texts[0].embeds
-    embeds = first.new_zeros((len(texts), tokens, first.shape[2]))
+    embeds = first.new_empty((len(texts), tokens, first.shape[2]))
     mask = torch.zeros((len(texts), tokens), dtype=torch.bool)
     for row, text in enumerate(texts):
         embeds[row, : text.embeds.shape[1]] = text.embeds[0]
+        embeds[row, text.embeds.shape[1] :] = 0
         mask[row, : text.embeds.shape[1]] = True
     return Text(embeds, mask)

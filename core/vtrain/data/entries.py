@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import zlib
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -109,12 +110,30 @@ def checksum(crc: int, numbers: Bytes) -> int:
     return zlib.crc32(numbers[whole:].data, crc)
 
 
+class _Checked:
+    """Which files this process found sound by their checksum, as far as it remembers: a table of fixed size.
+
+    A file is known by its name, inode, size and time of change. What lies in another's slot is checked again.
+    """
+
+    _SLOTS = 1 << 17
+
+    def __init__(self) -> None:
+        self._table = array("q", bytes(8 * self._SLOTS))
+
+    def knows(self, mark: int) -> bool:
+        return self._table[mark % self._SLOTS] == mark
+
+    def remember(self, mark: int) -> None:
+        self._table[mark % self._SLOTS] = mark
+
+
 class Entries:
     """The entries of one kind ("text", "video") in a cache folder. compress: whether those written from now on are."""
 
     def __init__(self, folder: Path, kind: str, *, compress: bool = False) -> None:
         self.folder, self.compress = folder / kind, compress
-        self._folder = str(self.folder)
+        self._folder, self._checked = str(self.folder), _Checked()
 
     def path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}{SUFFIX}"
@@ -133,14 +152,19 @@ class Entries:
         return {name: tensor[0] for name, tensor in self.read_all([key]).items()}
 
     def read_all(self, keys: Sequence[str]) -> dict[str, Tensor]:
-        """The tensors of several entries of one layout, each name's stacked. Raises DataError like `read`."""
+        """The tensors of several entries of one layout, each name's stacked. Raises DataError like `read`.
+
+        A checksum is looked at when this process reads a file for the first time, and again whenever the file changed.
+        """
         stacked: dict[str, Tensor] = {}
         for number, key in enumerate(keys):
             try:
                 with _opened(self._name(key)) as file:
-                    header = _whole(file, key)
+                    header, mark = _whole(file, key)
                     stacked = stacked or _empty(header, len(keys))
-                    _read_into({name: tensor[number] for name, tensor in stacked.items()}, header, file)
+                    parts = {name: tensor[number] for name, tensor in stacked.items()}
+                    _read_into(parts, header, file, check=not self._checked.knows(mark))
+                    self._checked.remember(mark)
             except OSError as error:
                 what = f"the cache entry cannot be read: {error.strerror or error}."
                 raise DataError(Problem(self._name(key), what, "Start the run again: it will be encoded.")) from error
@@ -156,8 +180,8 @@ class Entries:
         """What is wrong with an entry, all its bytes read, or None. Raises OSError if it cannot be read."""
         try:
             with _opened(self._name(key)) as file:
-                header = _whole(file, key)
-                _read_into({name: part[0] for name, part in _empty(header, 1).items()}, header, file)
+                header, _ = _whole(file, key)
+                _read_into({name: part[0] for name, part in _empty(header, 1).items()}, header, file, check=True)
         except ValueError as error:
             return str(error)
         return None
@@ -226,15 +250,16 @@ def _opened(name: str) -> Iterator[int]:
         os.close(file)
 
 
-def _whole(file: int, key: str) -> _Header:
-    """The header of an entry of that key that has all its bytes. Raises OSError or ValueError."""
+def _whole(file: int, key: str) -> tuple[_Header, int]:
+    """The header of an entry of that key that has all its bytes, and what marks the file. Raises OSError or ValueError."""
     header = _Header.read(file)
-    length = os.fstat(file).st_size
+    state = os.fstat(file)
+    length = state.st_size
     if not header.is_of(key):
         raise ValueError("its content is not what its name says")
     if header.length != length:
         raise ValueError(f"it has {length} bytes where {header.length} belong")
-    return header
+    return header, hash((key, state.st_dev, state.st_ino, length, state.st_mtime_ns, state.st_ctime_ns))
 
 
 def _empty(header: _Header, count: int) -> dict[str, Tensor]:
@@ -248,8 +273,11 @@ def _empty(header: _Header, count: int) -> dict[str, Tensor]:
     }
 
 
-def _read_into(parts: Mapping[str, Tensor], header: _Header, file: int) -> None:
-    """Read the numbers into tensors. Raises OSError, or ValueError for what is damaged or has another layout."""
+def _read_into(parts: Mapping[str, Tensor], header: _Header, file: int, *, check: bool) -> None:
+    """Read the numbers into tensors. Raises OSError, or ValueError for what is damaged or has another layout.
+
+    check: whether the checksum is looked at.
+    """
     packed = header.packed()
     crc, at = zlib.crc32(header.unsigned()), header.start
     for name, stored in header.tensors.items():
@@ -261,11 +289,11 @@ def _read_into(parts: Mapping[str, Tensor], header: _Header, file: int) -> None:
             piece = data[begin : begin + _PART]
             if os.preadv(file, [piece.data], at + begin) != len(piece):
                 raise ValueError("it became shorter while it was read")
-            crc = checksum(crc, piece)
+            crc = checksum(crc, piece) if check else crc
         if name in packed:
             part.copy_(unpack(what, data))
         at += len(data)
-    if f"{crc:08x}" != header.stamp[2]:
+    if check and f"{crc:08x}" != header.stamp[2]:
         raise ValueError("its checksum does not hold")
 
 

@@ -194,6 +194,10 @@ class Order:
         """The epoch in which it is complete, and its place among those complete in that epoch."""
         if micro_batch < 0:
             raise IndexError(f"micro-batch {micro_batch}")
+        for epoch, walk in reversed(self._recent.items()):  # nearly always that of the batch before
+            before = self.batches_before(epoch)
+            if before <= micro_batch < before + len(walk.ends):
+                return epoch, micro_batch - before
         low, high = 0, 1
         while self.batches_before(high) <= micro_batch:
             low, high = high, 2 * high

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,9 +38,10 @@ class Packed:
         """Raises ValueError for a type that is never cached."""
         if self.dtype not in _WIDTHS:
             raise ValueError(f"{self.dtype} is no type of a cached tensor")
-        return int(np.prod(self.shape, dtype=np.int64)) * _WIDTHS[self.dtype]
+        return math.prod(self.shape) * _WIDTHS[self.dtype]
 
 
+@cache
 def dtype_names() -> Mapping[str, Any]:
     """safetensors' names of the types that are cached -> torch's types. Imports torch."""
     import torch

@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -141,11 +143,51 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = text.replace('"../demo-output', f'"{folder}/demo-output')
     text = text.replace('"clips"', f'"{(ROOT / "examples/clips").as_posix()}"')
     (folder / "demo-output" / "demo.toml").write_text(text, encoding="utf-8")
+    make_messy(folder / "messy")
+    text = text.replace(f'"{(ROOT / "examples/clips").as_posix()}"', '"messy"').replace(
+        "demo-output/cache", "messy-cache"
+    )
+    text = text.replace("frames = 9\nfps = 8\n\n[cache]", "frames = 17\nfps = 12\n\n[cache]")
+    text = text.replace('["160x96", "128x96"]', '"160x96"')
+    (folder / "messy.toml").write_text(text, encoding="utf-8")
     lines = ["[run]", 'output_dir = "out"', "", "[model]", 'use = "sanavideo"', 'path = "tiny"', 'train = "full"', ""]
     lines += ["[[data]]", 'use = "folder"', 'path = "clips"', "", "[train]", 'steps = "1000"', "batchsize = 2", ""]
     lines += ["[optimizer]", 'use = "adamv"', "lr = 1e-3"]
     (folder / "bad.toml").write_text("\n".join(lines), encoding="utf-8")
     return folder
+
+
+def make_messy(folder: Path) -> None:
+    """Clips, and what else is found in people's folders."""
+    folder.mkdir()
+    clips = ROOT / "examples/clips"
+    names = {
+        "bunny_00": "rabbit",
+        "city_00": "city at night",
+        "earth_00": "earth",
+        "tree_00": "tree",
+        "vtest_00": "people",
+    }
+    for clip, name in names.items():
+        for suffix in (".mp4", ".txt"):
+            (folder / (name + suffix)).write_bytes((clips / (clip + suffix)).read_bytes())
+    box = (clips / "box_00.mp4").read_bytes()
+    for name, data in {"half": box[: len(box) // 2], "empty": b"", "page": b"<html>not found</html>"}.items():
+        (folder / f"{name}.mp4").write_bytes(data)
+    (folder / "box.mp4").write_bytes(box)
+    (folder / "box 2.mp4").write_bytes(box + b"\0")
+    (folder / "box 2.txt").write_bytes("a bo\xeete".encode("latin-1"))
+    with av.open(str(folder / "song.mp4"), "w") as container:
+        sound = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
+        frame.rate = 16000
+        container.mux(sound.encode(frame))
+        container.mux(sound.encode(None))
+    (folder / "gone.mp4").symlink_to("nowhere.mp4")
+    (folder / "two\nlines \U0001f430.mp4").write_bytes(box + b"\0\0")
+    (folder / "two\nlines \U0001f430.txt").write_text("A cardboard box is turned over.", encoding="utf-8")
+    (folder / "notes.md").write_text("to do")
+    (folder / "cover.png").write_bytes(b"")
 
 
 @pytest.fixture

@@ -188,6 +188,7 @@ def _totals(files: Files, shown: int, statuses: Sequence[str]) -> None:
 
 def _count(count: Count) -> tuple[str, str, str]:
     kind = f"{count.kind} ({count.status})" if count.status == "failed" else count.kind
+    kind += f", {count.reasons} reasons" if count.reasons > 1 else ""
     example = count.example if count.reason == count.kind else f"{count.example}: {count.reason}"
     return str(count.files), kind, one_line(example)
 

@@ -22,6 +22,7 @@ from vtrain.data.probe import Probe
 from vtrain.data.sample import Sample
 from vtrain.data.samples import Found, Samples
 from vtrain.data.sources import refresh
+from vtrain.data.surveys import DISTINCT
 from vtrain.data.worker import Workers, available_cpus
 from vtrain.plan.records import DatasetPlan, Plan
 
@@ -37,6 +38,9 @@ _NAMED = f"{_COLUMNS} AND fate.ref IN (SELECT value FROM json_each(:refs)) ORDER
 
 _COUNTS = """SELECT status, kind, count(*), count(DISTINCT reason), reason, min(ref) FROM fate
     WHERE decision = :decision GROUP BY status, kind ORDER BY count(*) DESC, kind"""
+
+_REASONS = """SELECT status, kind, count(*), 1, reason, min(ref) FROM fate
+    WHERE decision = :decision AND kind = :kind AND status = :status GROUP BY reason ORDER BY count(*) DESC, reason"""
 
 _WIDTHS = """SELECT max(length(width || 'x' || height || '@' || frames)), max(length(ref)) FROM fate
     WHERE decision = :decision"""
@@ -116,8 +120,16 @@ class Files:
                 yield _file(found, row)
 
     def counts(self, dataset: str) -> list[Count]:
-        """By status and kind of reason, the most first."""
-        return [Count(*row) for row in self._all(_COUNTS, _of(self.datasets[dataset][1]))]
+        """By status and kind of reason, the most first; by reason where there are few of a kind."""
+        found, values = [], _of(self.datasets[dataset][1])
+        for row in self._all(_COUNTS, values):
+            of_kind = Count(*row)
+            if 1 < of_kind.reasons <= DISTINCT:
+                rows = self._all(_REASONS, {**values, "status": of_kind.status, "kind": of_kind.kind})
+                found += [Count(*row) for row in rows]
+            else:
+                found.append(of_kind)
+        return found
 
     def widths(self, dataset: str) -> tuple[int, int]:
         """Letters of the longest bucket and of the longest ref id."""

@@ -13,7 +13,7 @@ from vtrain.data.ledger import Ledger, marks
 from vtrain.data.sources import origin_of
 from vtrain.plan.records import DatasetPlan, DatasetSurvey
 
-_DISTINCT = 4
+DISTINCT = 4
 """Different reasons of one kind that a survey lists apart; more are counted together, with one as the example."""
 
 _KINDS = """SELECT kind, count(*), count(DISTINCT reason), reason, min(ref) FROM fate
@@ -71,7 +71,7 @@ def _count(ledger: Ledger, decision: int, place: int, dataset: DatasetPlan) -> l
     ((files,),) = ledger.rows("SELECT count(*) FROM fate WHERE decision = :decision", values)
     left_out = []
     for kind, count, distinct, reason, example in ledger.rows(_KINDS, values):
-        if distinct > _DISTINCT:
+        if distinct > DISTINCT:
             left_out.append((f"{kind}, such as: {reason}", count, example))
         else:
             left_out += ledger.rows(_REASONS, {**values, "kind": kind})

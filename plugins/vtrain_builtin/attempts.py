@@ -21,6 +21,9 @@ _LASTING = (
 )  # fmt: skip
 """Failures that another try does not mend."""
 
+_LASTING_NAMES = ("Credential", "Validation", "OfflineMode")
+"""In names of exceptions: of botocore, huggingface_hub and others, which need not be installed."""
+
 _PASSING_STATUS = frozenset((408, 425, 429))
 """HTTP: time-out of the request, too early, too many requests. All from 500 on pass too."""
 
@@ -88,7 +91,7 @@ class Attempts:
             text = f"no answer within {self.timeout:g} s"
         elif isinstance(error, FileNotFoundError):
             text = f"not found: {text}" if text and "not" not in text else text or "not found"
-        elif not isinstance(error, OSError) or not text:
+        elif not isinstance(error, OSError | ImportError) or not text:
             text = f"{type(error).__name__}: {text}" if text else type(error).__name__
         text = self.redaction(text)[:300]
         denied = (
@@ -118,4 +121,4 @@ def _lasts(error: Exception) -> bool:
     code = status(error)
     if 400 <= code < 600:
         return code < 500 and code not in _PASSING_STATUS
-    return isinstance(error, _LASTING) or "Credential" in type(error).__name__
+    return isinstance(error, _LASTING) or any(word in type(error).__name__ for word in _LASTING_NAMES)

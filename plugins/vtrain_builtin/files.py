@@ -10,7 +10,7 @@ from vtrain.contract import DataError, Problem, SourceRef
 from vtrain_builtin import pattern
 from vtrain_builtin.attempts import StorageError
 from vtrain_builtin.local import LocalFolder
-from vtrain_builtin.place import PlaceOptions, Redaction, is_url
+from vtrain_builtin.place import PlaceOptions, is_url
 from vtrain_builtin.storage import Storage
 
 _READ = 1 << 16
@@ -87,7 +87,7 @@ class NamedFiles:
             base, self._pattern = path.rstrip("/"), ""
         self.base = (base or "/") + mark + query
         self.folder: Folder = RemoteFiles(options, self.base) if is_url(options.path) else LocalFiles(self.base)
-        self.location = "/".join(filter(None, (self.folder.location, Redaction(self._pattern).location)))
+        self.location = "/".join(filter(None, (self.folder.location.rstrip("/"), self._pattern)))
 
     def refs(self) -> Iterator[SourceRef]:
         """Sorted by id. A file that braces name and that is not there is told with version "missing". Raises DataError."""

@@ -13,7 +13,16 @@ from vtrain.contract import DataBackend, DataBackendSpec, SourceRef, Words
 from vtrain_builtin.attempts import StorageError
 from vtrain_builtin.files import NamedFiles
 from vtrain_builtin.manifest_bytes import BytesManifest
-from vtrain_builtin.manifest_table import ManifestOptions, NamedBy, Record, Tables, WrongRows, clip_name, told
+from vtrain_builtin.manifest_table import (
+    ManifestOptions,
+    NamedBy,
+    Record,
+    Tables,
+    WrongRows,
+    clip_name,
+    manifest_location,
+    told,
+)
 from vtrain_builtin.ordered import sorted_rows
 from vtrain_builtin.rows import SUFFIXES
 from vtrain_builtin.targets import Target, Targets, target_of
@@ -27,7 +36,7 @@ class PathManifest:
         self._files = NamedFiles(options, SUFFIXES, "manifest")
         self._tables = Tables(self._files)
         self._targets = Targets(options, self._named)
-        self.location = self._files.location
+        self.location = manifest_location(options, self._files)
         columns = {"path": options.columns.path or "path"}
         if options.columns.id:
             columns["id"] = options.columns.id

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from vtrain.contract import DataError, Problem, SourceRef, Words
 from vtrain_builtin.files import NamedFiles
-from vtrain_builtin.manifest_table import ManifestOptions, NamedBy, Record, Tables, clip_name, told
+from vtrain_builtin.manifest_table import ManifestOptions, NamedBy, Record, Tables, clip_name, manifest_location, told
 from vtrain_builtin.ordered import sorted_rows
 from vtrain_builtin.parquet_cells import Cells
 from vtrain_builtin.rows import TableFault
@@ -30,7 +30,7 @@ class BytesManifest:
         self._tables = Tables(self._files)
         self._column = str(options.columns.bytes)
         self._cells = Cells(self._files.folder, self._column)
-        self.location = self._files.location
+        self.location = manifest_location(options, self._files)
         self._named_by = NamedBy({"id": options.columns.id} if options.columns.id else {}, self._name)
 
     def shards(self) -> Iterator[SourceRef]:

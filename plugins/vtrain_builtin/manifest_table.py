@@ -66,6 +66,15 @@ class ManifestOptions(PlaceOptions):
         return self
 
 
+def manifest_location(options: ManifestOptions, files: NamedFiles) -> str:
+    """The place, and what of the columns is not as by default: it decides over ids and captions too."""
+    chosen = options.columns.model_dump(exclude_defaults=True)
+    if options.columns.bytes and options.suffix != ".mp4":
+        chosen["suffix"] = options.suffix
+    words = "&".join(f"{option}={column}" for option, column in chosen.items())
+    return f"{files.location}#{words}" if words else files.location
+
+
 @dataclass(frozen=True)
 class Record:
     """A row of a manifest. place: the manifest, for messages; number: the row's line, or number; cells: by option."""

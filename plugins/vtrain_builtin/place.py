@@ -19,6 +19,8 @@ _SECRET = re.compile(
     r"secret|token|password|passwd|credential|access_?key|account_?key|authorization|cookie|(^|_)(key|pass|pat|auth)$",
     re.IGNORECASE,
 )
+_NO_SECRETS = ("anon", "cloud", "google_default", True, False, None)
+"""What stands under such keys and says where secrets come from: gcsfs's token = "anon"."""
 _URL = re.compile(r"[a-z][a-z0-9+.-]*(::|://)", re.IGNORECASE)
 
 
@@ -70,7 +72,7 @@ def secret_keys(options: JsonValue) -> Iterable[str]:
     """Keys, at any depth, under which secrets are given."""
     if isinstance(options, dict):
         for key, value in options.items():
-            if _SECRET.search(key):
+            if _SECRET.search(key) and value not in _NO_SECRETS:
                 yield key
             yield from secret_keys(value)
     elif isinstance(options, list):

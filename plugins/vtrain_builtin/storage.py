@@ -25,6 +25,9 @@ _VERSION_KEYS = (
 _AT_ONCE = 32
 """Requests for details of files that run at the same time."""
 
+_DEEPEST = 100
+"""Folders in one another."""
+
 _READ = 1 << 16
 _UNKNOWN = "size unknown"
 
@@ -82,6 +85,8 @@ class Storage:
             if entry is None:
                 levels.pop()
             elif entry.id.endswith("/"):
+                if len(levels) == _DEEPEST:
+                    raise StorageError(f"{entry.id} is folder in folder {_DEEPEST} deep: does a link lead back?")
                 levels.append(self._level(system, entry.id))
             else:
                 yield entry

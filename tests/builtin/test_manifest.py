@@ -313,3 +313,11 @@ def test_an_io_error_of_the_storage_is_not_taken_for_a_fault_of_the_table(tmp_pa
     (tmp_path / "t.parquet").unlink()
     with pytest.raises(OSError, match=r"No such file|not there"):
         backend.open(ref)
+
+
+def test_one_table_read_in_two_ways_is_two_places(clips: Path) -> None:
+    table = write(clips / "t.csv", "path,other,caption,text", "a.mp4,b.mp4,one,two")
+    ways = [manifest(table, columns=columns) for columns in ({}, {"path": "other"}, {"caption": "text"})]
+    assert len({way.location for way in ways}) == 3
+    assert ways[0].location == str(table)
+    assert manifest(table, columns={"caption": "caption"}).location == str(table)

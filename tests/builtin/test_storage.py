@@ -368,3 +368,22 @@ def test_storage_options_are_for_urls_and_hold_no_secrets(tmp_path: Any) -> None
     with pytest.raises(ValueError, match="path is a local one"):
         FOLDER.options(path=str(tmp_path), storage_options={"anon": True})
     assert FOLDER.options(path="s3://b/c", storage_options={"anon": True}).storage_options == {"anon": True}
+
+
+def test_what_says_where_secrets_come_from_is_no_secret() -> None:
+    assert FOLDER.options(path="gs://b/c", storage_options={"token": "anon"}).storage_options == {"token": "anon"}
+    with pytest.raises(ValueError, match="token: secrets come from the environment"):
+        FOLDER.options(path="gs://b/c", storage_options={"token": "ya29.a0"})
+
+
+def test_folders_that_lead_back_end(flaky: type[Flaky], monkeypatch: pytest.MonkeyPatch) -> None:
+    def endless(self: Flaky, path: str, detail: bool = True, **kwargs: Any) -> Any:
+        return [{"name": f"{self._strip_protocol(path).rstrip('/')}/again", "type": "directory", "size": 0}]
+
+    monkeypatch.setattr(Flaky, "ls", endless)
+    assert "does a link lead back?" in problem(folder("flaky://flaky-place"))
+
+
+def test_patterns_of_one_folder_are_different_places() -> None:
+    places = {TAR.build(TAR.options(path=f"s3://b/s-{rest}.tar")).location for rest in ("?", "?a", "{1..2}", "*")}
+    assert places == {"s3://b/s-?.tar", "s3://b/s-?a.tar", "s3://b/s-{1..2}.tar", "s3://b/s-*.tar"}

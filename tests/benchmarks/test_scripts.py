@@ -51,3 +51,15 @@ def test_the_gpu_benchmark_runs_on_a_cpu_with_a_tiny_model(script: Script) -> No
     assert all(len(setup[side]["seconds"]) == 2 for setup in numbers["setups"] for side in ("bare", "vtrain"))
     assert "SimpleTuner" in text
     assert text.count("| in turn") == 4
+
+
+def test_the_scan_benchmark_measures_each_part_and_compares_a_warm_scan_with_a_bare_walk(script: Script) -> None:
+    text, numbers = script("scan.py", "--entries", "20", "1100", "--pairs", "1")
+    few, many = numbers["places"]
+    assert (few["entries"], many["entries"]) == (20, 1100)
+    for place in (few, many):
+        assert set(place["costs"]) == {"bare", "first", "warm", "plan", "batch"}
+        assert place["warm"]["median"] == place["costs"]["warm"]["cpu"] / place["costs"]["bare"]["cpu"]
+    # A first batch needs torch, a plan does not.
+    assert few["costs"]["plan"]["peak"] < 150 << 20 < few["costs"]["batch"]["peak"]
+    assert "peak at 1,100 / at 20" in text

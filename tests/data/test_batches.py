@@ -1,6 +1,7 @@
 """Batches: a pure function of the micro-batch number."""
 
 from collections import Counter
+from fractions import Fraction
 
 import pytest
 import torch
@@ -122,3 +123,29 @@ def test_no_sample_is_an_error() -> None:
 def test_text_longer_than_the_family_takes_is_an_error_and_is_not_cut() -> None:
     with pytest.raises(PluginError, match="41 tokens"):
         pad([Text(torch.zeros(1, 41, 6), torch.ones(1, 41, dtype=torch.bool))], 40)
+
+
+def test_weights_say_how_often_datasets_are_drawn_relative_to_each_other(setup, make_video) -> None:
+    for name in ("rare", "common"):
+        for k in range(4):
+            setup.add(f"../{name}/{k}.mp4", make_video(frames=27 + k))
+
+    def batches(**weights):
+        datasets = [
+            setup.dataset(name, setup.root / name, weight=weights.get(name, 1.0)) for name in ("rare", "common")
+        ]
+        plan = setup.plan(*datasets, caption_dropout=0.0)
+        found = scan(plan)
+        filled = fill_caches(plan, found.samples, [], "cpu", lambda *_: None)
+        return Batches(plan, filled.caches, filled.index), found.survey
+
+    made, survey = batches(rare=2.0, common=0.5)
+    assert survey.epoch == 5
+    assert [dataset.share for dataset in survey.datasets] == [1, Fraction(1, 4)]
+    four = [made[m].sample_ids[0] for m in range(20)]
+    assert made.micro_batches(4) == 20
+    assert Counter(four) == {f"{name}/{k}.mp4": n for name, n in (("rare", 4), ("common", 1)) for k in range(4)}
+    alike, survey = batches(rare=3.0, common=3.0)
+    plain, _ = batches()
+    assert survey.epoch == 8
+    assert [alike[m].sample_ids for m in range(16)] == [plain[m].sample_ids for m in range(16)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 
@@ -116,3 +118,27 @@ def test_the_rendered_plan_says_what_was_counted(plan_of: PlanOf) -> None:
 )
 def test_sizes_read_as_a_person_would_write_them(count: int, text: str) -> None:
     assert bytes_text(count) == text
+
+
+def test_weights_thin_an_epoch_out_and_are_counted_as_the_file_says_them(plan_of: PlanOf) -> None:
+    more = '[[data]]\nuse = "folder"\npath = "others"\nweight = 0.1\n'
+    plan = plan_of(data='use = "folder"\npath = "clips"\nweight = 1.0', more=more)
+    assert plan.shares == (1, Fraction(1, 10))
+    first, second = (
+        DatasetSurvey(name, 10, {SQUARE: 10, WIDE: 5}, {}, repeats, share=share)
+        for name, repeats, share in (("clips", 0, plan.shares[0]), ("others", 1, plan.shares[1]))
+    )
+    both = Survey((first, second), texts=30)
+    assert both.buckets() == {SQUARE: 12, WIDE: 6}
+    assert both.epoch == 18
+    assert price(plan, both).steps_per_epoch == 18
+    uneven = Survey((first, replace(second, samples={SQUARE: 12})), texts=30)
+    assert uneven.epoch == pytest.approx(15 + 2.4)
+    (rows,) = [section.rows for section in sections(plan, both, price(plan, both)) if section.title == "data: others"]
+    assert ("files", "10 looked at, 15 used, 2 passes an epoch, of which an epoch takes 0.1 (data.weight)") in rows
+
+
+@pytest.mark.parametrize("weight", ["0", "-1.0", "inf", "nan"])
+def test_a_weight_that_is_no_positive_number_is_refused(plan_of: PlanOf, weight: str) -> None:
+    with pytest.raises(ConfigError, match=r"weight"):
+        plan_of(data=f'use = "folder"\npath = "clips"\nweight = {weight}')

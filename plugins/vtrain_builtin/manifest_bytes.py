@@ -27,7 +27,7 @@ class BytesManifest:
     def __init__(self, options: ManifestOptions) -> None:
         self._options = options
         self._files = NamedFiles(options, (".parquet",), "Parquet file")
-        self._tables = Tables(self._files)
+        self._tables = Tables(self._files, passes_over=True)  # by captions: they are shards that cannot be read
         self._column = str(options.columns.bytes)
         self._cells = Cells(self._files.folder, self._column)
         self.location = manifest_location(options, self._files)

@@ -18,7 +18,7 @@ from vtrain_builtin.attempts import StorageError
 from vtrain_builtin.files import NamedFiles
 from vtrain_builtin.ordered import sorted_rows
 from vtrain_builtin.place import PlaceOptions, PlacePath
-from vtrain_builtin.rows import rows
+from vtrain_builtin.rows import TableFault, rows
 
 MOTION_SCORE = "motion_score"
 _TOLD = 20
@@ -86,16 +86,24 @@ class Record:
 
 
 class Tables:
-    """A manifest's files as one stream of rows."""
+    """A manifest's files as one stream of rows.
 
-    def __init__(self, files: NamedFiles) -> None:
-        self.files = files
+    passes_over: files that are not there or damaged are passed over, because they are told elsewhere.
+    """
+
+    def __init__(self, files: NamedFiles, *, passes_over: bool = False) -> None:
+        self.files, self._passes_over = files, passes_over
 
     def records(self, needed: Mapping[str, str], optional: Mapping[str, str] | None = None) -> Iterator[Record]:
         """needed, optional: option -> column. Raises DataError."""
         for table in self.files.refs():
+            if self._passes_over and table.version == "missing":
+                continue
             try:
                 yield from self.of(table, needed, optional or {})
+            except TableFault:
+                if not self._passes_over:
+                    raise
             except StorageError as error:
                 raise error.at(self.place(table), "the manifest cannot be read") from error.__cause__
             except OSError as error:

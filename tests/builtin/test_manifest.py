@@ -321,3 +321,15 @@ def test_one_table_read_in_two_ways_is_two_places(clips: Path) -> None:
     assert len({way.location for way in ways}) == 3
     assert ways[0].location == str(table)
     assert manifest(table, columns={"caption": "caption"}).location == str(table)
+
+
+def test_a_damaged_parquet_file_leaves_the_captions_of_the_others(tmp_path: Path) -> None:
+    as_parquet(tmp_path / "t-1.parquet", {"v": [b"1"], "caption": ["one"]})
+    (tmp_path / "t-2.parquet").write_bytes(b"junk")
+    backend = manifest(tmp_path / "t-{1..3}.parquet", columns={"bytes": "v"})
+    assert list(backend.captions()) == [("t-1.parquet/000000001.mp4", Words(("one",)))]
+    sound, damaged, missing = backend.shards()
+    assert len(list(backend.members(sound))) == 1
+    for shard in (damaged, missing):
+        with pytest.raises(OSError, match=r"no Parquet file|no such file"):
+            list(backend.members(shard))

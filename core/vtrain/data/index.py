@@ -142,4 +142,7 @@ class _Growing:
         self._ends.append(len(self._data))
 
     def rows(self) -> Rows:
-        return Rows(bytes(self._data), np.array(self._ends, dtype=np.int64))
+        """What was appended; nothing is kept, so that it is in memory twice for one moment and not till all are made."""
+        made = Rows(bytes(self._data), np.array(self._ends, dtype=np.int64))
+        self._data, self._ends = bytearray(), array("q")
+        return made

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, ClassVar, Self
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
-from urllib.request import url2pathname
 
 from pydantic import BeforeValidator, Field, JsonValue, TypeAdapter, ValidationInfo, model_validator
 
@@ -33,7 +32,7 @@ def _place(value: object, info: ValidationInfo) -> str:
     if isinstance(value, str) and is_url(value):
         return value
     if isinstance(value, str) and value.startswith(("file://", "local://")):
-        value = url2pathname(urlsplit(value).path)
+        value = unquote(urlsplit(value).path)
     return os.path.abspath(_LOCAL.validate_python(value, context=info.context))  # noqa: PTH100 (follows no link)
 
 

@@ -11,8 +11,7 @@ from itertools import islice
 from pathlib import Path
 from threading import Lock
 from typing import BinaryIO
-from urllib.parse import quote, urlsplit
-from urllib.request import url2pathname
+from urllib.parse import quote, unquote, urlsplit
 
 from vtrain.contract import SourceRef
 from vtrain_builtin.attempts import StorageError
@@ -45,7 +44,7 @@ def target_of(value: str, base: str, folder: str) -> Target:
     if is_url(base):
         return _relative_url(value, base, folder)
     if value.startswith(("file://", "local://")):
-        value = url2pathname(urlsplit(value).path)
+        value = unquote(urlsplit(value).path)
     place = posixpath.normpath(posixpath.join(base, folder, value))
     root = base.rstrip("/") + "/"
     return Target(place[len(root) :] if place.startswith(root) else f"file:{place}", place)

@@ -341,3 +341,15 @@ def test_a_picture_is_a_mask_of_a_whole_clip(three) -> None:
     found = scan(three.plan(replace(three.dataset(), masks="masks")))
     assert [s.mask_ref for s in found.samples] == ["masks/a.png", "", ""]
     assert found.survey.datasets[0].left_out == {}
+
+
+def test_a_file_that_failed_is_tried_again_by_another_version_of_the_decoding(three, make_video, monkeypatch) -> None:
+    plan = three.plan()
+    first = next(iter(scan(plan).samples))
+    with Ledger(three.cache) as ledger:
+        ledger.record_failure(fates.settings_key(plan.datasets[0], plan.family.frame_rule), first, "frames are missing")
+    assert left_out(three) == {"frames are missing": (1, "a.mp4")}
+    (three.folder / "a.txt").write_text("other words")
+    assert left_out(three) == {"frames are missing": (1, "a.mp4")}
+    monkeypatch.setattr(fates, "TRANSFORM_VERSION", fates.TRANSFORM_VERSION + 1)
+    assert left_out(three) == {}

@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-TRANSFORM_VERSION = 2
-"""Raised when the pixels that this module makes of a file change: part of every video key."""
-
 _SEEK_SECONDS = 2.0
 """A window that starts later than this is sought; before, decoding from the first frame costs less."""
 

@@ -13,6 +13,7 @@ from typing import Any
 from vtrain.contract import Caption, FrameRule, Words
 from vtrain.data import captions
 from vtrain.data.fitting import Fit, decides, fit
+from vtrain.data.keys import TRANSFORM_VERSION
 from vtrain.data.ledger import PAGE, Ledger, marks, probe_of, words_of
 from vtrain.data.listing import CLIPS, IMAGE, useless
 from vtrain.data.probe import Probe
@@ -69,7 +70,9 @@ _COLUMNS = 17
 def settings_key(dataset: DatasetPlan, rule: FrameRule) -> str:
     """Names everything of a dataset's settings that decides over its files."""
     return hashlib.sha256(
-        json.dumps([decides(dataset, rule), dataset.table.images, dataset.masks, dataset.first_frame]).encode()
+        json.dumps(
+            [TRANSFORM_VERSION, decides(dataset, rule), dataset.table.images, dataset.masks, dataset.first_frame]
+        ).encode()
     ).hexdigest()
 
 

@@ -8,6 +8,9 @@ import json
 from vtrain.contract import Caption, Role
 from vtrain.data.sample import Sample
 
+TRANSFORM_VERSION = 2
+"""Raised when the pixels that `decode` makes of a file change: part of every video key, and of what decides over files."""
+
 FORMAT = "vtrain-cache-3"
 """Layout of an entry, in its name and in its metadata."""
 

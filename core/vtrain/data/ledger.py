@@ -21,7 +21,7 @@ from typing import Any
 from vtrain.contract import Words
 from vtrain.data.database import Layout, database_faults, open_database, open_readonly
 from vtrain.data.listing import KINDS_VERSION
-from vtrain.data.probe import Probe
+from vtrain.data.probe import PROBE_VERSION, Probe
 from vtrain.data.sample import Sample
 
 FILE = "ledger.sqlite"
@@ -64,7 +64,8 @@ _PROBE = attrgetter(*(field.name for field in fields(Probe)))
 _LAYOUT = Layout(
     application_id=0x76744C31,
     # Any other tables, fields of a probe or kinds of files are another layout, and are scanned anew.
-    version=zlib.crc32(repr((1, _TABLES, [field.name for field in fields(Probe)], KINDS_VERSION)).encode()) >> 1,
+    version=zlib.crc32(repr((PROBE_VERSION, _TABLES, [field.name for field in fields(Probe)], KINDS_VERSION)).encode())
+    >> 1,
     tables=_TABLES,
 )
 

@@ -6,9 +6,8 @@ from functools import cached_property
 
 from vtrain.contract import Caption, Role
 from vtrain.data import hashes
-from vtrain.data.decode import TRANSFORM_VERSION
 from vtrain.data.entries import KINDS, Entries
-from vtrain.data.keys import text_key, video_key
+from vtrain.data.keys import TRANSFORM_VERSION, text_key, video_key
 from vtrain.data.ledger import ContentHashes
 from vtrain.data.sample import Sample
 from vtrain.plan.records import Plan

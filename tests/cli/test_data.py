@@ -27,9 +27,10 @@ from vtrain.cli import data_show
 from vtrain.cli.app import app
 from vtrain.cli.prepare import planned
 from vtrain.contract import ConfigError, DataError
-from vtrain.data import files as listing
+from vtrain.data import scan as scanning
 from vtrain.data.decode import decode
 from vtrain.data.files import look, unescaped
+from vtrain.data.ledger import Ledger
 from vtrain.data.stores import Stores
 from vtrain.data.worker import Workers
 
@@ -149,7 +150,7 @@ def process() -> Iterator[Workers]:
 @pytest.fixture(autouse=True)
 def _kept_process(monkeypatch: pytest.MonkeyPatch, process: Workers) -> None:
     """Each would import torch anew."""
-    for module in (listing, data_show):
+    for module in (scanning, data_show):
         monkeypatch.setattr(module, "Workers", lambda count, limit_s: nullcontext(process))
 
 
@@ -290,7 +291,7 @@ def test_a_reader_that_goes_away_and_an_encoding_that_lacks_letters_are_no_error
 def test_rows_are_read_from_the_ledger_as_they_are_asked_for(own: Path) -> None:
     found = look(planned(own / "config.toml"))
     (place,) = (at for _, at in found.datasets.values())
-    with listing.Ledger(own / "cache") as ledger, ledger.transaction() as db:
+    with Ledger(own / "cache") as ledger, ledger.transaction() as db:
         (width,) = db.execute("SELECT count(*) FROM pragma_table_info('fate')").fetchone()
         names = [row[1] for row in db.execute("PRAGMA table_info(fate)")]
         row = dict(zip(names, db.execute("SELECT * FROM fate WHERE ref = 'short.mp4'").fetchone(), strict=True))
@@ -435,7 +436,7 @@ def test_a_clip_whose_frames_are_damaged_is_told_and_is_an_error(own: Path) -> N
 def test_captions_and_masks_are_shown_whole_on_one_line_each(own: Path) -> None:
     config = own / "config.toml"
     vtrain("data", "list", config)
-    with listing.Ledger(own / "cache") as ledger, ledger.transaction() as db:
+    with Ledger(own / "cache") as ledger, ledger.transaction() as db:
         db.execute("UPDATE fate SET mask = 'masks/dash.png', first_frame = 1 WHERE ref = '-dash.mp4'")
     text = vtrain("data", "show", config, "--no-sheet", "--", "-dash.mp4").stdout
     assert "  mask         masks/dash.png\n" in text

@@ -17,6 +17,8 @@ Cells = Sequence[str]
 
 def visible(text: str) -> str:
     """Text with its control characters written out, so that no file or plugin can move the cursor; line breaks and tabs stay."""
+    if text.isprintable():
+        return text
     return "".join(
         char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode() for char in text
     )

@@ -12,18 +12,16 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from vtrain.contract import Caption, ClipShape, DataError, Problem, SourceRef
+from vtrain.contract import Caption, ClipShape, Problem, SourceRef
 from vtrain.data.captions import BESIDE, stem
 from vtrain.data.database import database_faults, open_readonly
-from vtrain.data.fates import decide
 from vtrain.data.ledger import Ledger, pages, probe_of
 from vtrain.data.listing import escaped
 from vtrain.data.probe import Probe
 from vtrain.data.sample import Sample
 from vtrain.data.samples import Found, Samples
-from vtrain.data.sources import refresh
+from vtrain.data.scan import decided
 from vtrain.data.surveys import DISTINCT
-from vtrain.data.worker import Workers, available_cpus
 from vtrain.plan.records import DatasetPlan, Plan
 
 STATUSES = ("used", "dropped", "failed")
@@ -180,31 +178,10 @@ class Files:
 def look(plan: Plan, dataset: str | None = None, on_file: Callable[[int], None] | None = None) -> Files:
     """Scan, and give what was found, also where a run would stop. dataset: only that one. on_file: told the number of
     files done. Raises DataError if the ledger cannot be used."""
-    found: dict[str, tuple[DatasetPlan, Found]] = {}
     problems: list[Problem] = []
-    done = 0
-
-    def count() -> None:
-        nonlocal done
-        done += 1
-        if on_file is not None:
-            on_file(done)
-
-    limit = max(each.table.decode_timeout for each in plan.datasets)
-    with Ledger(plan.config.cache.dir) as ledger, Workers(available_cpus(), limit) as workers:
-        for number, each in enumerate(plan.datasets):
-            if dataset not in (None, each.id):
-                continue
-            try:
-                place = refresh(ledger, each, workers, count)
-            except DataError as error:
-                problems += [
-                    Problem(each.where, f"{at.where}: {at.what}" if at.where else at.what, at.remedy)
-                    for at in error.problems
-                ]
-                continue
-            decision = decide(ledger, place, each, plan.family.frame_rule)
-            found[each.id] = each, Found(each.id, number, each.table.crop, place, decision, 0)
+    with Ledger(plan.config.cache.dir) as ledger:
+        places = list(decided(ledger, plan, problems, on_file, dataset))
+    found = {place.id: (plan.datasets[place.number], place) for place in places}
     return Files(ledger.path, found, tuple(problems), (ledger.message,) if ledger.message else ())
 
 

@@ -7,8 +7,8 @@ decided, and the counts are SQLite's. Nothing of it grows with the number of fil
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 from vtrain.contract import DataError, Problem
 from vtrain.data.fates import decide
@@ -39,25 +39,43 @@ def scan(plan: Plan, on_file: Callable[[int], None] | None = None) -> Scan:
     """
     wrong: list[Problem] = []
     found: list[tuple[Found, DatasetSurvey]] = []
-    with Ledger(plan.config.cache.dir) as ledger, Workers(available_cpus(), _LIMIT_S) as workers:
-        count = _counting(on_file)
-        for number, dataset in enumerate(plan.datasets):
-            try:
-                place = refresh(ledger, dataset, workers, count)
-            except DataError as error:
-                wrong += [_at(dataset, problem) for problem in error.problems]
-                continue
-            decision = decide(ledger, place, dataset, plan.family.frame_rule)
-            seen = survey(ledger, place, decision, dataset, plan.shares[number])
-            wrong += problems(ledger, decision, dataset, seen)
-            samples = sum(seen.samples.values())
-            found.append((Found(dataset.id, number, dataset.table.crop, place, decision, samples), seen))
+    with Ledger(plan.config.cache.dir) as ledger:
+        for place in decided(ledger, plan, wrong, on_file):
+            dataset = plan.datasets[place.number]
+            seen = survey(ledger, place.place, place.decision, dataset, plan.shares[place.number])
+            wrong += problems(ledger, place.decision, dataset, seen)
+            found.append((replace(place, count=sum(seen.samples.values())), seen))
         if wrong:
             raise DataError(wrong)
         texts = count_texts(ledger, [each.decision for each, _ in found])
         messages = (ledger.message,) if ledger.message else ()
         samples_of_all = Samples(ledger.path, tuple(each for each, _ in found))
     return Scan(samples_of_all, Survey(tuple(seen for _, seen in found), texts), messages)
+
+
+def decided(
+    ledger: Ledger,
+    plan: Plan,
+    wrong: list[Problem],
+    on_file: Callable[[int], None] | None = None,
+    only: str | None = None,
+) -> Iterator[Found]:
+    """The plan's datasets, each brought up to date, its samples not counted. only: the id of the one that is wanted.
+
+    wrong: takes the problems of those that could not be. on_file: told the number of files done.
+    """
+    count = _counting(on_file)
+    with Workers(available_cpus(), _LIMIT_S) as workers:
+        for number, dataset in enumerate(plan.datasets):
+            if only not in (None, dataset.id):
+                continue
+            try:
+                place = refresh(ledger, dataset, workers, count)
+            except DataError as error:
+                wrong += [_at(dataset, problem) for problem in error.problems]
+                continue
+            decision = decide(ledger, place, dataset, plan.family.frame_rule)
+            yield Found(dataset.id, number, dataset.table.crop, place, decision, count=0)
 
 
 def _counting(on_file: Callable[[int], None] | None) -> Callable[[], None] | None:

@@ -133,9 +133,8 @@ def pairs(folder: Path, clips: Path, count: int) -> tuple[list[Cost], list[Cost]
     costs: tuple[list[Cost], list[Cost]] = ([], [])
     for pair in range(count + 1):
         for side in (0, 1) if pair % 2 else (1, 0):
-            shutil.rmtree(out, ignore_errors=True)
-            shutil.rmtree(cache / "video", ignore_errors=True)
-            for file in cache.glob("ledger.sqlite*"):
+            shutil.rmtree(cache / "video" if side else out, ignore_errors=True)
+            for file in cache.glob("ledger.sqlite*") if side else ():
                 file.unlink()
             cost = measured(ours if side else bare)
             if pair:  # the first only warms the disk's pages

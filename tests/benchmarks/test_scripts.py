@@ -6,6 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+
 Script = Callable[..., tuple[str, dict[str, Any]]]
 
 
@@ -63,3 +66,34 @@ def test_the_scan_benchmark_measures_each_part_and_compares_a_warm_scan_with_a_b
     # A first batch needs torch, a plan does not.
     assert few["costs"]["plan"]["peak"] < 150 << 20 < few["costs"]["batch"]["peak"]
     assert "peak at 1,100 / at 20" in text
+
+
+def test_the_cache_benchmark_compares_clips_a_second(script: Script, tmp_path: Path) -> None:
+    text, numbers = script("cache.py", "--clips", "6", "--pairs", "1", "--folder", str(tmp_path / "work"))
+    assert [(row["measure"], row["ratio"]["at_least"]) for row in numbers["compared"]] == [
+        ("CPU", True),
+        ("wall", True),
+    ]
+    assert all(row["bare"] > 0 and row["vtrain"] > 0 for row in numbers["compared"])
+    # Both sides made the same latents, but for the last bits that a resample in pieces may change.
+    ours = sorted((tmp_path / "work" / "cache" / "video").rglob("*.safetensors"))
+    bare = sorted((tmp_path / "work" / "bare").glob("*.safetensors"))
+    assert len(ours) == len(bare) == 6
+    theirs = torch.stack([load_file(path)["mean"] for path in bare])
+    mine = torch.stack([load_file(path)["mean"] for path in ours])
+    nearest = (mine[:, None] - theirs[None]).abs().amax((2, 3, 4, 5)).amin(1)
+    assert nearest.max() < 0.05
+    assert text.count("at least 0.95") == 2
+
+
+def test_the_batches_benchmark_compares_batches_a_second_and_tells_the_wait(script: Script, tmp_path: Path) -> None:
+    text, numbers = script(
+        "batches.py", "--blocks", "1", "--batches", "2", "--models", "tiny", "--modes", "lora", "--steps", "2",
+        "--folder", str(tmp_path / "work"),
+    )  # fmt: skip
+    assert [(row["batch_size"], row["compressed"]) for row in numbers["batches"]] == [
+        (1, False), (4, False), (1, False), (4, False), (1, True),
+    ]  # fmt: skip
+    (waited,) = numbers["waits"]
+    assert 0 <= waited["waited"] < waited["step"]
+    assert "share of the step" in text

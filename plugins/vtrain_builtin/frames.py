@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from pydantic import Field
 
 from vtrain.contract import DataBackend, DataBackendSpec, DataError, LocalPath, Options, Problem, SourceRef
-from vtrain_builtin.local import is_folder
+from vtrain_builtin.local import is_folder, open_plain
 from vtrain_builtin.ordered import in_order
 from vtrain_builtin.quicktime import CODECS, header
 
@@ -85,7 +85,7 @@ class FramesFolder:
     def open(self, ref: SourceRef) -> BinaryIO:
         """Raises OSError for images that are not one clip: of several kinds, or with numbers missing."""
         if not ref.version.startswith("frames "):
-            return open(f"{self._root}/{ref.id}", "rb")  # noqa: PTH123
+            return open_plain(Path(f"{self._root}/{ref.id}"))
         folder = self._folder(ref.id)
         images = self._images(folder)
         codec = _agreed(images)
@@ -233,7 +233,7 @@ class Joined(io.RawIOBase):
         if self._open is None or self._open[0] != number:
             if self._open is not None:
                 self._open[1].close()
-            self._open = number, open(self._paths[number], "rb")  # noqa: PTH123, SIM115 (closed in close)
+            self._open = number, open_plain(Path(self._paths[number]))
         stream = self._open[1]
         stream.seek(self._at - self._ends[number])
         data = stream.read(min(most, self._ends[number + 1] - self._at))

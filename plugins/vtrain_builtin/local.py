@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -43,7 +44,7 @@ class LocalFolder:
         return SourceRef(name, status.st_size, str(status.st_mtime_ns))
 
     def open(self, ref: SourceRef) -> BinaryIO:
-        return (self._root / ref.id).open("rb")
+        return open_plain(self._root / ref.id)
 
     def file(self, ref: SourceRef) -> Path:
         if self.ref(ref.id) != ref:
@@ -74,3 +75,10 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:
         return False
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """Raises OSError for what is no plain file, such as a pipe, at which a reader would wait for ever."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("is a pipe, a socket or a device, and no file")
+    return path.open("rb")

@@ -13,6 +13,7 @@ from PIL import Image
 
 from vtrain.contract import DataError, SourceRef
 from vtrain_builtin.frames import FRAMES, FramesFolder
+from vtrain_builtin.local import LocalFolder
 
 
 def picture(k: int) -> np.ndarray:
@@ -147,3 +148,13 @@ def test_a_link_to_a_folder_around_it_is_not_followed_forever(tmp_path) -> None:
     series(tmp_path / "shot", ["1.png"])
     (tmp_path / "shot" / "again").symlink_to(tmp_path)
     assert len(list(backend(tmp_path).refs())) < 5
+
+
+@pytest.mark.parametrize("build", [lambda root: backend(root), lambda root: LocalFolder(str(root))])
+def test_a_pipe_is_never_waited_for(tmp_path, build) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "zeros.mp4").symlink_to("/dev/zero")
+    found = build(tmp_path)
+    for ref in found.refs():
+        with pytest.raises(OSError, match="is a pipe, a socket or a device"):
+            found.open(ref)

@@ -17,6 +17,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 
 import av
 import numpy as np
@@ -68,6 +69,7 @@ class Strange:
 
     def __init__(self, files: dict[str, bytes], fail_after: int | None = None, wait_s: float = 0.0) -> None:
         self.files, self.fail_after, self.wait_s, self.given = files, fail_after, wait_s, 0
+        self.asked = False
 
     def refs(self):
         return iter([SourceRef(name, len(data), "1") for name, data in sorted(self.files.items())])
@@ -77,6 +79,7 @@ class Strange:
 
         class File(io.BytesIO):
             def read(self, size: int | None = -1) -> bytes:
+                storage.asked = True
                 time.sleep(storage.wait_s)
                 data = super().read(size)
                 storage.given += len(data)
@@ -299,8 +302,7 @@ def test_leaving_the_block_stops_a_process_that_hangs(children, folder, put) -> 
     bad = put("bad.mp4", b"SLEEPING")
     began = time.monotonic()
     with Workers(2, 600) as workers:
-        outcomes = workers.probed([ProbeJob(folder, bad)] * 5, ahead=0)
-        workers._pool.submit(next, outcomes)
+        Thread(target=workers.probe, args=(folder, bad), daemon=True).start()
         while len(children()) < 1:
             time.sleep(0.05)
     assert time.monotonic() - began < 20
@@ -347,6 +349,18 @@ def test_a_local_file_that_changes_while_it_is_read_is_no_lasting_fault(folder, 
     with file.open("rb") as stream, pytest.raises(FileFault, match=reason) as caught, hashed(stream):
         file.write_bytes(bytes(1001))
     assert not caught.value.lasting
+
+
+def test_leaving_the_block_does_not_wait_for_a_storage_that_does_not_answer(make_video) -> None:
+    data = make_video(frames=5)
+    storage = Strange({"a.mp4": data}, wait_s=60)
+    ref = SourceRef("a.mp4", len(data), "1")
+    began = time.monotonic()
+    with Workers(1, 600) as workers:
+        Thread(target=workers.probe, args=(storage, ref), daemon=True).start()
+        while not storage.asked:
+            time.sleep(0.05)
+    assert time.monotonic() - began < 20
 
 
 RUN = """

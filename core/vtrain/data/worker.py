@@ -12,9 +12,9 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from multiprocessing.pool import AsyncResult, ThreadPool
 from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
@@ -77,7 +77,7 @@ class Workers(AbstractContextManager["Workers"]):
     def __init__(self, count: int, limit_s: float, memory: int = MEMORY) -> None:
         self._count, self._limit_s, self._memory = count, limit_s, memory
         self._threads = max(1, available_cpus() // count)
-        self._pool = ThreadPoolExecutor(count, thread_name_prefix="worker")
+        self._pool: ThreadPool | None = None
         self._lock = Lock()
         self._idle: list[DecodingProcess] = []
         self._all: set[DecodingProcess] = set()
@@ -86,26 +86,29 @@ class Workers(AbstractContextManager["Workers"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Kill the processes, whatever they do, and wait for them."""
+        """Kill the processes, whatever they do; a thread that waits for a storage is left to it."""
         with self._lock:
             self._closed = True
             processes = list(self._all)
         for process in processes:
             process.kill()
-        self._pool.shutdown(cancel_futures=True)
-        for process in self._all:
+        if self._pool is not None:
+            self._pool.terminate()
+        with self._lock:
+            left, self._all = self._all, set()
+        for process in left:
             process.close()
 
     def probe(self, backend: DataBackend, ref: SourceRef) -> Probe:
         """Raises FileFault."""
-        found = self._pool.submit(self._probe, ProbeJob(backend, ref)).result()
+        found = self._submit(self._probe, ProbeJob(backend, ref)).get()
         if isinstance(found, FileFault):
             raise found
         return found
 
     def decode(self, backend: DataBackend, sample: Sample, start: float) -> tuple[str, Tensor]:
         """(SHA-256 of the file's bytes, uint8 (3, F, h, w)). Raises FileFault."""
-        done = self._pool.submit(self._decode, DecodeJob(backend, sample, start)).result()
+        done = self._submit(self._decode, DecodeJob(backend, sample, start)).get()
         if done.fault is not None or done.content is None or done.pixels is None:
             raise done.fault or FileFault("was not decoded", lasting=False)
         return done.content, done.pixels
@@ -126,19 +129,21 @@ class Workers(AbstractContextManager["Workers"]):
     def _in_order(
         self, work: Callable[[JobT], ResultT], jobs: Iterable[JobT], ahead: int | None
     ) -> Generator[tuple[JobT, ResultT]]:
-        coming: deque[tuple[JobT, Future[ResultT]]] = deque()
-        try:
-            for job in jobs:
-                coming.append((job, self._pool.submit(work, job)))
-                if len(coming) > (2 * self._count if ahead is None else ahead):
-                    done, result = coming.popleft()
-                    yield done, result.result()
-            while coming:
+        coming: deque[tuple[JobT, AsyncResult[ResultT]]] = deque()
+        for job in jobs:
+            coming.append((job, self._submit(work, job)))
+            if len(coming) > (2 * self._count if ahead is None else ahead):
                 done, result = coming.popleft()
-                yield done, result.result()
-        finally:
-            for _, result in coming:
-                result.cancel()
+                yield done, result.get()
+        while coming:
+            done, result = coming.popleft()
+            yield done, result.get()
+
+    def _submit(self, work: Callable[[JobT], ResultT], job: JobT) -> AsyncResult[ResultT]:
+        """Threads are started at the first job. Python does not wait for them when it exits: a storage may not answer."""
+        if self._pool is None:
+            self._pool = ThreadPool(self._count)
+        return self._pool.apply_async(work, (job,))
 
     def _probe(self, job: ProbeJob) -> Probe | FileFault:
         try:

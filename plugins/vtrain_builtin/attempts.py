@@ -76,10 +76,10 @@ class Attempts:
             except Exception as error:  # noqa: BLE001 (file systems raise what they like; all is raised again below)
                 if failed is not None:
                     failed()
-                if _lasts(error):
-                    raise self._told(error, 1) from (None if self.redaction.words else error)
-                if number == self.retries:
-                    raise self._told(error, number + 1) from (None if self.redaction.words else error)
+                real = _beneath(error)
+                if _lasts(real) or number == self.retries:
+                    tries = 1 if _lasts(real) else number + 1
+                    raise self._told(real, tries) from (None if self.redaction.words else error)
             time.sleep(min(_FIRST_WAIT * 2**number, _LONGEST_WAIT))
         raise AssertionError("a loop of one try or more returns or raises")
 
@@ -113,6 +113,16 @@ def status(error: BaseException) -> int:
     else:
         number = getattr(error, "status", None) or getattr(answer, "status_code", None) or getattr(error, "code", None)
     return number if isinstance(number, int) else 0
+
+
+def _beneath(error: Exception) -> Exception:
+    """fsspec's file system for the web says "not found" whatever happened: what did, where the exception tells."""
+    cause = error.__cause__
+    if not isinstance(error, FileNotFoundError) or not isinstance(cause, Exception):
+        return error
+    from_the_web = type(cause).__module__.startswith("aiohttp") and not status(cause)
+    failed = isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)
+    return cause if from_the_web or failed or status(cause) not in (0, 404, 410) else error
 
 
 def _lasts(error: Exception) -> bool:

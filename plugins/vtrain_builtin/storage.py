@@ -29,7 +29,8 @@ _DEEPEST = 100
 """Folders in one another."""
 
 _READ = 1 << 16
-_UNKNOWN = "size unknown"
+_UNKNOWN, _UNREADABLE = "size unknown", "unreadable"
+"""Versions of files that are not understood: opening them tells why."""
 
 
 class _FileSystem(Protocol):
@@ -109,7 +110,7 @@ class Storage:
     def open(self, ref: SourceRef) -> BinaryIO:
         """A seekable file. Raises StorageError."""
         size = ref.size
-        if size == 0 or ref.version == _UNKNOWN:
+        if size == 0 or ref.version in (_UNKNOWN, _UNREADABLE):
             now = self.ref(ref.id)
             if now.version == _UNKNOWN:
                 raise StorageError("the server does not tell the file's size")
@@ -184,7 +185,7 @@ class Storage:
         for name, info in sorted(found.items()):
             known = details.get(name)
             if isinstance(known, StorageError):
-                yield SourceRef(name, 0, "unreadable")
+                yield SourceRef(name, 1, _UNREADABLE)
             else:
                 yield known or _ref(name, info)
 

@@ -36,10 +36,14 @@ TOKEN = "tok3n-value"
 
 
 class Site(BaseHTTPRequestHandler):
-    """An index page for each folder, files with ETags and ranges. token: asked for in the query, if set."""
+    """An index page for each folder, files with ETags and ranges. token: asked for in the query, if set.
+
+    busy: path -> how many more requests are answered with 503.
+    """
 
     token: ClassVar[str] = ""
     ranges: ClassVar[bool] = True
+    busy: ClassVar[Counter[str]] = Counter()
     asked: ClassVar[list[str]] = []
 
     def do_HEAD(self) -> None:
@@ -48,6 +52,10 @@ class Site(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.asked.append(f"{self.command} {self.path}")
         parts = urlsplit(self.path)
+        if self.busy[parts.path] > 0:
+            self.busy[parts.path] -= 1
+            self._answer(503, b"", {})
+            return
         if self.token and f"token={self.token}" not in parts.query:
             self._answer(403, b"", {})
             return
@@ -91,6 +99,7 @@ class Site(BaseHTTPRequestHandler):
 def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(attempts, "_FIRST_WAIT", 0.01)
     Site.asked.clear()
+    Site.busy.clear()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Site)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}"
@@ -129,6 +138,25 @@ def test_the_index_pages_of_a_web_server_are_a_folder(site: str) -> None:
 
 def test_a_web_server_without_such_a_folder_is_an_error(site: str) -> None:
     assert "does not exist" in problem(folder(f"{site}/other"))
+
+
+def test_a_busy_web_server_is_asked_again_for_details_too(site: str) -> None:
+    Site.busy.update({"/clips/": 2, "/clips/sub.mp4": 6, "/clips/b.mp4": 3})
+    assert content(folder(f"{site}/clips")) == FILES
+    assert not Site.busy.total()
+
+
+def test_a_file_whose_details_cannot_be_had_is_told_with_the_reason(site: str) -> None:
+    place = folder(f"{site}/clips", retries=1)
+    Site.busy.update({"/clips/sub.mp4": 1000})
+    refs = {ref.id: ref for ref in place.refs()}
+    assert len(refs) == len(FILES)
+    assert refs["sub.mp4"].size > 0, "a file of no bytes would be told to be empty"
+    with pytest.raises(OSError, match=r"503.*2 times"):
+        place.open(refs["sub.mp4"])
+    Site.busy.clear()
+    with place.open(refs["sub.mp4"]) as file:
+        assert file.read() == b"beside"
 
 
 def test_a_query_goes_with_every_request_and_is_never_shown(site: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from vtrain.contract import Caption, ClipShape, FrameRule, Size
-from vtrain.data.decode import decode, hashed, unit_range
+from vtrain.data.decode import decode, unit_range
 from vtrain.data.fitting import fit
 from vtrain.data.probe import probe
 from vtrain.data.sample import Box, Sample
+from vtrain.data.spool import hashed
 from vtrain.data.video import FileFault
 
 ANY = FrameRule(1, 1)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from vtrain.data.pixels import Conversion
 from vtrain.data.sample import Sample
-from vtrain.data.spool import hashed as hashed
 from vtrain.data.timing import SLACK, on_screen
 from vtrain.data.video import FileFault, faults, open_video
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -21,10 +22,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner
 
 from vtrain.cli import data_show
 from vtrain.cli.app import app
+from vtrain.cli.filling import tell_left_out
 from vtrain.cli.prepare import planned
 from vtrain.contract import ConfigError, DataError
 from vtrain.data import scan as scanning
@@ -422,15 +425,34 @@ def test_a_file_that_is_left_out_has_its_reason_and_no_sheet(world: Path) -> Non
     assert "  length   4 frames, 8 frames per second, 0.500 s\n" in text
 
 
-def test_a_clip_whose_frames_are_damaged_is_told_and_is_an_error(own: Path) -> None:
-    path = own / "messy" / "long.mp4"
-    data = path.read_bytes()
+def test_a_clip_whose_frames_are_damaged_is_an_error_and_after_filling_a_failed_file(own: Path, python: Any) -> None:
+    config = own / "config.toml"
+    path = own / "messy" / "two\nlines.mp4"
+    data = clip(path, frames=40).read_bytes()
     with av.open(str(path)) as container:
         at = [packet.pos for packet in container.demux(video=0) if packet.size][7]
     path.write_bytes(data[:at] + bytes(len(data) - at))
-    done = vtrain("data", "show", own / "config.toml", "long.mp4", error=DataError)
-    assert "messy/long.mp4: " in str(done.exception)
-    assert "  used    as 96x64@9 at 8 fps, 1 window\n" in done.stdout
+    done = vtrain("data", "show", config, path, error=DataError)
+    assert "messy/two\nlines.mp4: " in str(done.exception)
+    assert "  used    as 64x64@9 at 8 fps, 1 window\n" in done.stdout
+    filled = python("-m", "vtrain.cli", "cache", "fill", str(config))
+    (line,) = [line for line in filled.stdout.splitlines() if line.startswith("left out: ")]
+    assert line.startswith("left out: messy/two\\nlines.mp4: ")
+    row = next(row for row in listed(config, "--failed") if row["file"] == "two\nlines.mp4")
+    assert row["kind"] == "decoding"
+    assert line.endswith(row["reason"])
+
+
+def test_many_files_that_fail_in_filling_are_counted_by_reason() -> None:
+    out = io.StringIO()
+    reasons = {f"clips/{number:03}.mp4": "[b]torn[/b]" if number % 3 else "is\x1b[2J gone" for number in range(90)}
+    tell_left_out(reasons, Console(file=out, width=400))
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "left out: clips/000.mp4: is\\x1b[2J gone"
+    assert lines[20:] == [
+        "left out: 70 more; `vtrain data list CONFIG --failed` names them. Of all:", "  60  [b]torn[/b]",
+        "  30  is\\x1b[2J gone",
+    ]  # fmt: skip
 
 
 def test_captions_and_masks_are_shown_whole_on_one_line_each(own: Path) -> None:

@@ -28,13 +28,14 @@ from vtrain.registry.blame import blame
 def fill(path: Path) -> None:
     """Encode what a run of this configuration would, and no more. Under a launcher, each process fills its share."""
     from vtrain.cli.filling import fill as fill_all
-    from vtrain.cli.filling import together
+    from vtrain.cli.filling import tell_left_out, together
 
     with together(path) as (plan, processes, console), blame(plan.config.parts()):
         found = processes.from_first(lambda: scan(plan))
         for message in found.messages:
             console.print(escape(message))
-        fill_all(plan, found.samples, processes, console)
+        filled = fill_all(plan, found.samples, processes, console)
+        tell_left_out(filled.left_out, console)
         processes.from_first(lambda: tell_moved(plan, console))
         if processes.first:
             held = bytes_text(inventory.size(plan.config.cache.dir))

@@ -15,7 +15,7 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 
 from vtrain.cli.prepare import planned
-from vtrain.cli.report import print_table, visible
+from vtrain.cli.report import one_line, print_table
 from vtrain.contract import ConfigError, DataError, Problem
 from vtrain.contract.lookup import did_you_mean, listed
 from vtrain.data.files import STATUSES, Count, File, Files, look
@@ -106,11 +106,6 @@ def as_record(file: File) -> dict[str, object]:
         "version": file.ref.version,
         "sha256": file.content or None,
     }
-
-
-def one_line(text: str) -> str:
-    """Text from a file as one line that moves no cursor."""
-    return visible(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def _table(files: Files, rows: Iterable[File]) -> int:

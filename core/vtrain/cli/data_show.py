@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import typer
 from rich.console import Console
 
-from vtrain.cli.data import as_record, looked, one_line
+from vtrain.cli.data import as_record, looked
 from vtrain.cli.plan import show_sections
 from vtrain.cli.prepare import planned
+from vtrain.cli.report import one_line
 from vtrain.contract import Caption, DataError, Problem, Role, SupportsWording
 from vtrain.data.boxes import stretch
 from vtrain.data.captions import stem
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 
 SHEETS = "sheets"
 """The folder in cache.dir for contact sheets that are given no other place."""
+
+_SQUEEZED = 1.005
+"""A picture that becomes this much wider or higher is said to be squeezed on the contact sheet."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,7 @@ def _seen(
     shape = pairs[0][0].shape
     layout = sheet.Layout.of(*shape, full=asked.full)
     strips: list[list[Strip]] = []
-    for number, (content, strip) in enumerate(_decoded(plan, pairs[: sheet.MOST_WINDOWS], layout)):
+    for number, (content, strip) in enumerate(_decoded(plan, pairs[: sheet.MOST_WINDOWS], windows, layout)):
         sample, start = pairs[number]
         if isinstance(strip, FileFault):
             windows[number] = replace(windows[number], fault=strip.reason)
@@ -193,18 +197,19 @@ def _window(stores: Stores, file: File, sample: Sample, start: float, content: s
 
 
 def _decoded(
-    plan: Plan, pairs: Iterable[tuple[Sample, float]], layout: Layout
+    plan: Plan, pairs: Iterable[tuple[Sample, float]], windows: Iterable[Window], layout: Layout
 ) -> Iterator[tuple[str, Strip | FileFault]]:
     """Each window as the caches would decode it, with the SHA-256 of the file's bytes."""
     with Workers(1, max(dataset.table.decode_timeout for dataset in plan.datasets)) as workers:
-        for number, (sample, start) in enumerate(pairs, start=1):
+        for number, ((sample, start), window) in enumerate(zip(pairs, windows, strict=False), start=1):
             try:
                 content, pixels = workers.decode(plan.datasets[sample.place].backend, sample, start)
             except FileFault as fault:
                 yield "", fault
                 continue
             times = sample.times(start)
-            label = f"window {number}: {_seconds(times)}, {_part(sample.box)} of {sample.picture}"
+            changed = f", aspect changed by {_percent(window.stretch)}" if window.stretch >= _SQUEEZED else ""
+            label = f"window {number}: {_seconds(times)}, {_part(sample.box)} of {sample.picture}{changed}"
             yield content, layout.strip(label, pixels.permute(1, 2, 3, 0).contiguous().numpy(), times)
 
 
@@ -277,11 +282,15 @@ def _window_rows(windows: list[Window]) -> Iterator[tuple[str, ...]]:
         across, down = (f"{factor:.3f}" for factor in window.scale)
         scale = across if across == down else f"{across} x {down}"
         ends = (f"{window.times[0]:.3f} s", f"{window.times[-1]:.3f} s")
-        yield str(number), *ends, every, _part(window.box), scale, f"{100 * (window.stretch - 1):.1f}%"
+        yield str(number), *ends, every, _part(window.box), scale, _percent(window.stretch)
 
 
 def _part(box: Box) -> str:
     return f"{box.width}x{box.height}+{box.left}+{box.top}"
+
+
+def _percent(stretch: float) -> str:
+    return f"{100 * (stretch - 1):.1f}%"
 
 
 def _seconds(times: list[float]) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 
 from vtrain.cli.collector import uncollected
 from vtrain.cli.prepare import planned
+from vtrain.cli.report import one_line
 from vtrain.contract import Caption, ConfigError, Problem, Role
 from vtrain.data.sample import Sample
 from vtrain.plan.records import Plan
@@ -18,6 +21,9 @@ from vtrain.plan.records import Plan
 if TYPE_CHECKING:
     from vtrain.data.caches import Filled
     from vtrain.train.processes import Processes
+
+_NAMED, _REASONS = 20, 10
+"""Files that are told by name, and reasons that are told with their number, where there are more."""
 
 KEPT = "interrupted; what is cached or saved is whole, and the same command goes on from it"
 
@@ -52,6 +58,20 @@ def extra_texts(plan: Plan) -> list[tuple[Caption, Role]]:
     from vtrain.validate.generate import texts
 
     return texts(plan.validation)
+
+
+def tell_left_out(left_out: Mapping[str, str], console: Console) -> None:
+    """Files that could not be decoded or encoded: by name, and where they are many, how many there are of each reason.
+
+    left_out: file -> why.
+    """
+    files = sorted(left_out.items())
+    for file, reason in files[:_NAMED]:
+        console.print(escape(one_line(f"left out: {file}: {reason}")))
+    if len(files) > _NAMED:
+        console.print(f"left out: {len(files) - _NAMED} more; `vtrain data list CONFIG --failed` names them. Of all:")
+        for reason, count in Counter(left_out.values()).most_common(_REASONS):
+            console.print(escape(one_line(f"  {count}  {reason}")))
 
 
 def fill(plan: Plan, samples: Iterable[Sample], processes: Processes, console: Console) -> Filled:

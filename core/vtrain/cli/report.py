@@ -24,6 +24,11 @@ def visible(text: str) -> str:
     )
 
 
+def one_line(text: str) -> str:
+    """Text from a file as one line that moves no cursor."""
+    return visible(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
 def report_error(error: VtrainError) -> None:
     """Every problem on stderr: where, what, remedy."""
     count = len(error.problems)

@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from vtrain.cli.collector import uncollected
-from vtrain.cli.filling import fill, together
+from vtrain.cli.filling import fill, tell_left_out, together
 from vtrain.cli.moved import tell_moved
 from vtrain.cli.plan import show as show_plan
+from vtrain.cli.report import one_line
 from vtrain.contract import (
     CheckpointError,
     Denoiser,
@@ -121,12 +122,11 @@ def _ready(plan: Plan, found: Scan, filled: Filled, console: Console) -> Ready:
     copies, example = filled.index.copies()
     if example is not None:
         console.print(
-            escape(f"{copies} samples are copies of another, byte for byte (such as {' and '.join(example)})")
+            escape(one_line(f"{copies} samples are copies of another, byte for byte (such as {' and '.join(example)})"))
         )
     survey, prices = found.survey, price(plan, found.survey)
     if filled.left_out:
-        for file, reason in sorted(filled.left_out.items()):
-            console.print(f"left out: {escape(file)}: {escape(reason)}")
+        tell_left_out(filled.left_out, console)
         survey = filled.recount(survey)
         prices = price(plan, survey)
         console.print(

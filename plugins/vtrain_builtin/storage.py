@@ -8,11 +8,12 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from threading import Lock
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, cast
 from urllib.parse import quote, unquote, urlsplit
 
 from vtrain.contract import SourceRef
 from vtrain_builtin.attempts import Attempts, StorageError
+from vtrain_builtin.filesystem import FileSystem, Ranges, call
 from vtrain_builtin.place import PlaceOptions, Redaction, is_url
 from vtrain_builtin.remote_file import RemoteFile
 
@@ -33,20 +34,6 @@ _UNKNOWN, _UNREADABLE = "size unknown", "unreadable"
 """Versions of files that are not understood: opening them tells why."""
 
 
-class _FileSystem(Protocol):
-    """What is used of an fsspec file system."""
-
-    protocol: str | tuple[str, ...]
-    async_impl: bool
-    loop: Any
-
-    def ls(self, path: str, detail: bool) -> list[dict[str, Any]]: ...
-    def info(self, path: str) -> dict[str, Any]: ...
-    def open(self, path: str, mode: str) -> BinaryIO: ...
-    def invalidate_cache(self) -> None: ...
-    def _strip_protocol(self, path: str) -> str: ...
-
-
 class Storage:
     """The files below a URL. Names are relative to it. Threads may share it; it pickles without its connections.
 
@@ -64,7 +51,7 @@ class Storage:
             self.location = f"{scheme}+{Redaction(endpoint).location}/{rest}"
         self.attempts = Attempts(options.retries, options.timeout, redaction)
         self._lock = Lock()
-        self._opened: tuple[_FileSystem, str] | None = None
+        self._opened: tuple[FileSystem, str] | None = None
         self._query = urlsplit(self._url).query if self._web else ""
 
     def __reduce__(self) -> tuple[type[Storage], tuple[PlaceOptions, str]]:
@@ -96,7 +83,7 @@ class Storage:
         """One file. Raises StorageError."""
         system, _ = self._system()
         path = self._path(name)
-        ask = partial(_call, system, "info", path, timeout=self._options.timeout)
+        ask = partial(call, system, "info", path, timeout=self._options.timeout)
         return _ref(name, self._attempts(name)(ask))
 
     def look_up(self, names: Iterable[str]) -> Iterator[SourceRef | StorageError]:
@@ -120,17 +107,17 @@ class Storage:
     def section(self, name: str, start: int, size: int) -> BinaryIO:
         """`size` bytes of a file from `start`, as a seekable file. Raises StorageError."""
         system, _ = self._system()
-        fetch = _Ranges(system, self._path(name), self._attempts(name))
+        fetch = Ranges(system, self._path(name), self._attempts(name))
         return cast("BinaryIO", io.BufferedReader(RemoteFile(fetch, size, start), _READ))
 
-    def _system(self) -> tuple[_FileSystem, str]:
+    def _system(self) -> tuple[FileSystem, str]:
         """The file system, of this place's own, and the path of the place in it. Raises StorageError."""
         with self._lock:
             if self._opened is None:
                 self._opened = self.attempts(self._connect)
             return self._opened
 
-    def _connect(self) -> tuple[_FileSystem, str]:
+    def _connect(self) -> tuple[FileSystem, str]:
         from fsspec.core import url_to_fs
 
         options: dict[str, Any] = {**self._options.storage_options, "skip_instance_cache": True}
@@ -145,7 +132,7 @@ class Storage:
         system, root = url_to_fs(url, **options)
         if hasattr(system, "call_s3"):
             system.retries = 1  # tries: this module counts them
-        return cast("_FileSystem", system), str(root).rstrip("/")
+        return cast("FileSystem", system), str(root).rstrip("/")
 
     def _path(self, name: str) -> str:
         """A file's or folder's path in the file system. A name may be a URL of the same storage."""
@@ -161,10 +148,10 @@ class Storage:
         """A name that is a URL may hold secrets of its own."""
         return replace(self.attempts, redaction=Redaction(name)) if is_url(name) else self.attempts
 
-    def _ask(self, system: _FileSystem, method: str, *arguments: Any, **named: Any) -> Any:
-        return self.attempts(lambda: _call(system, method, *arguments, timeout=self._options.timeout, **named))
+    def _ask(self, system: FileSystem, method: str, *arguments: Any, **named: Any) -> Any:
+        return self.attempts(lambda: call(system, method, *arguments, timeout=self._options.timeout, **named))
 
-    def _level(self, system: _FileSystem, folder: str) -> Iterator[SourceRef]:
+    def _level(self, system: FileSystem, folder: str) -> Iterator[SourceRef]:
         """What a folder holds, sorted as ids are; folders end in "/". Raises StorageError."""
         path = self._path(folder)
         listed = self._ask(system, "ls", path if self._web else path.rstrip("/") or path, detail=True)
@@ -205,7 +192,7 @@ class Storage:
             return ""
         return unquote(name) if self._web else name
 
-    def _s3_pages(self, system: _FileSystem, root: str) -> Iterator[SourceRef]:
+    def _s3_pages(self, system: FileSystem, root: str) -> Iterator[SourceRef]:
         """S3 lists a whole prefix by pages of a thousand, in the order of keys. Raises StorageError."""
         bucket, _, key = root.partition("/")
         prefix = f"{key}/" if key else ""
@@ -228,7 +215,7 @@ class Storage:
         if not last and prefix and not page.get("Contents"):
             raise StorageError("no key starts with it", missing=True)
 
-    def _infos(self, system: _FileSystem, names: list[str]) -> list[dict[str, Any] | StorageError]:
+    def _infos(self, system: FileSystem, names: list[str]) -> list[dict[str, Any] | StorageError]:
         paths = [self._path(name) for name in names]
         if not system.async_impl:
             return [self._info(name, partial(system.info, path)) for name, path in zip(names, paths, strict=True)]
@@ -246,8 +233,8 @@ class Storage:
             for name, path, answer in zip(names, paths, first, strict=True)
         ]
 
-    def _again(self, system: _FileSystem, path: str) -> dict[str, Any]:
-        return cast("dict[str, Any]", _call(system, "info", path, timeout=self._options.timeout))
+    def _again(self, system: FileSystem, path: str) -> dict[str, Any]:
+        return cast("dict[str, Any]", call(system, "info", path, timeout=self._options.timeout))
 
     def _info(self, name: str, ask: Callable[[], dict[str, Any]]) -> dict[str, Any] | StorageError:
         try:
@@ -256,51 +243,7 @@ class Storage:
             return error
 
 
-class _Ranges:
-    """Reads ranges of one file; a connection that drops is made again where it broke off. Raises StorageError."""
-
-    def __init__(self, system: _FileSystem, path: str, attempts: Attempts) -> None:
-        self._system, self._path, self._attempts = system, path, attempts
-        self._file: BinaryIO | None = None
-
-    def __call__(self, start: int, end: int) -> bytes:
-        parts: list[bytes] = []
-        at = start
-        while at < end:
-            part = self._attempts(partial(self._some, at, end), failed=self._drop)
-            if len(part) > end - at:
-                raise StorageError("the server sends whole files where a part is asked for (it knows no ranges)")
-            parts.append(part)
-            at += len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def _some(self, start: int, end: int) -> bytes:
-        """At least one byte."""
-        if self._system.async_impl:
-            part = _call(self._system, "cat_file", self._path, timeout=self._attempts.timeout, start=start, end=end)
-        else:
-            if self._file is None:
-                self._file = self._system.open(self._path, "rb")
-            self._file.seek(start)
-            part = self._file.read(end - start)
-        if not part:
-            raise OSError(f"it ends at byte {start}, before its listed size")
-        return bytes(part)
-
-    def _drop(self) -> None:
-        self._file = None
-
-
-def _call(system: _FileSystem, method: str, *arguments: Any, timeout: float, **named: Any) -> Any:
-    """A method of a file system, with a limit on its time where it is asynchronous inside."""
-    if not system.async_impl:
-        return getattr(system, method)(*arguments, **named)
-    from fsspec.asyn import sync
-
-    return sync(system.loop, getattr(system, f"_{method}"), *arguments, timeout=timeout, **named)
-
-
-def _protocols(system: _FileSystem) -> tuple[str, ...]:
+def _protocols(system: FileSystem) -> tuple[str, ...]:
     return (system.protocol,) if isinstance(system.protocol, str) else tuple(system.protocol)
 
 

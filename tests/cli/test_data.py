@@ -418,6 +418,13 @@ def test_a_name_that_no_file_has_is_an_error_with_what_was_meant(world: Path, na
     assert meant in str(done.exception)
 
 
+def test_a_name_without_its_folder_is_an_error_with_the_folder(own: Path) -> None:
+    (own / "messy" / "b" / "c").mkdir(parents=True)
+    (own / "messy" / "b" / "c" / "other.mp4").write_bytes((own / "messy" / "long.mp4").read_bytes())
+    done = vtrain("data", "show", own / "config.toml", "c/other.mp4", error=DataError)
+    assert 'Did you mean "messy/b/c/other.mp4"' in str(done.exception)
+
+
 def test_a_file_that_is_left_out_has_its_reason_and_no_sheet(world: Path) -> None:
     text = vtrain("data", "show", world / "config.toml", "short.mp4").stdout
     assert "  dropped  too short: 4 frames at 8 fps (4 at the file's 8); needs 9: set data.video.min_frames = 1" in text

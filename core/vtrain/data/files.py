@@ -47,6 +47,8 @@ _BESIDE = "SELECT kind FROM source WHERE place = :place AND ref IN (SELECT value
 
 _OF_STEM = "SELECT ref FROM fate WHERE decision = :decision AND ref >= :stem || '.' AND ref < :stem || '/' LIMIT 3"
 
+_BELOW = "SELECT ref FROM fate WHERE decision = :decision AND substr(ref, -length(:tail)) = :tail LIMIT 3"
+
 _AROUND = """SELECT ref FROM (SELECT ref FROM fate WHERE decision = :decision AND ref >= :name ORDER BY ref LIMIT :limit)
     UNION SELECT ref FROM (SELECT ref FROM fate WHERE decision = :decision AND ref < :name ORDER BY ref DESC LIMIT :limit)"""
 
@@ -147,8 +149,8 @@ class Files:
         return []
 
     def like(self, name: str) -> list[str]:
-        """Files that `name` may have meant, the likeliest first: those that it is the caption file of, or that are called
-        almost so."""
+        """Files that `name` may have meant, the likeliest first: those that it is the caption file of, those of that name in a
+        folder or shard, and those that are called almost so."""
         found: list[str] = []
         for dataset, place in self.datasets.values():
             refs = [ref for names in (_own_names, _ref_ids, _paths) for ref in names(name, dataset)]
@@ -157,6 +159,7 @@ class Files:
                 for ref in refs:
                     found += [f"{dataset.id}/{of}" for (of,) in self._all(_OF_STEM, {**_of(place), "stem": stem(ref)})]
             for ref in refs:
+                found += [f"{dataset.id}/{of}" for (of,) in self._all(_BELOW, {**_of(place), "tail": f"/{ref}"})]
                 around = self._all(_AROUND, {**_of(place), "name": ref, "limit": _NEIGHBOURS})
                 found += [
                     f"{dataset.id}/{like}"

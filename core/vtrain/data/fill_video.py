@@ -15,6 +15,7 @@ from vtrain.data.decode import unit_range
 from vtrain.data.fates import settings_key
 from vtrain.data.fill_text import AGAIN_S, Report
 from vtrain.data.ledger import Ledger
+from vtrain.data.once import Copies
 from vtrain.data.peers import Peers, digest64, is_share, together
 from vtrain.data.sample import Sample
 from vtrain.data.stores import Stores
@@ -62,15 +63,16 @@ class _Filling:
 
     def run(self, samples: Iterable[Sample]) -> dict[str, str]:
         """Encode what is missing. Returns "<dataset>/<ref id>" -> why that file is left out."""
-        count, missing = 0, set[int]()
+        count, lacking, missing = 0, 0, set[int]()
         for window in self._windows(samples):
             count += 1
             if not self._present(window):
+                lacking += 1
                 missing.add(digest64(self._claim(window)))
-        self.report("video", count - len(missing), count)
+        self.report("video", count - lacking, count)
         if missing:
             todo = (window for window in self._windows(samples) if digest64(self._claim(window)) in missing)
-            self._fill(_by_shape(todo, self.stores.plan.config.cache.video_batch), count - len(missing), count)
+            self._fill(_by_shape(todo, self.stores.plan.config.cache.video_batch), count - lacking, count)
         return self.left_out
 
     def _fill(self, windows: Iterable[Window], done: int, total: int) -> None:
@@ -80,6 +82,7 @@ class _Filling:
         with (
             Ledger(config.dir) as ledger,
             Claims(config.dir) as claims,
+            Copies(2 * self.decoders) as copies,
             Workers(self.decoders, limit) as workers,
             ExitStack() as stack,
         ):
@@ -88,7 +91,7 @@ class _Filling:
                 # What another run has claimed is looked at again later: by then it is there, or that run has ended.
                 busy: list[Window] = []
                 before = done
-                jobs = self._jobs(windows, claims, busy)
+                jobs = self._jobs(windows, claims, copies, busy)
                 with closing(workers.decoded(jobs, self.decoders + config.video_batch)) as decoded:
                     for batch in _in_batches(decoded, config.video_batch):
                         self._encode(codec, ledger, batch)
@@ -118,8 +121,13 @@ class _Filling:
         sample, start = window
         return self.stores.video_key(sample, start, f"{self.stores.location(sample)}\0{sample.ref}")
 
-    def _jobs(self, windows: Iterable[Window], claims: Claims, busy: list[Window]) -> Iterator[DecodeJob]:
-        """What is still to be made and not being made elsewhere. busy: takes what another run is making."""
+    def _jobs(
+        self, windows: Iterable[Window], claims: Claims, copies: Copies, busy: list[Window]
+    ) -> Iterator[DecodeJob]:
+        """What is still to be made and not being made elsewhere. busy: takes what another run is making.
+
+        A remote file of several windows, which follow each other, is fetched once.
+        """
         for window in windows:
             sample, start = window
             if not claims.take(self._claim(window)):
@@ -129,7 +137,9 @@ class _Filling:
             else:
                 dataset = self.stores.plan.datasets[sample.place]
                 limit = dataset.table.decode_timeout
-                yield DecodeJob(dataset.backend, sample, start, limit, self._wanted(window))
+                several = len(sample.starts) > 1 or sample.id != sample.file
+                backend = copies.of(dataset.backend) if several else dataset.backend
+                yield DecodeJob(backend, sample, start, limit, self._wanted(window))
 
     def _wanted(self, window: Window) -> Callable[[str], bool]:
         """Whether the window of a file with these bytes is not there yet: it may be under another name."""

@@ -153,12 +153,12 @@ def test_a_full_disk_in_the_middle_is_told_and_the_last_good_checkpoint_stays(
 
 STOP_WHILE_FILLING = """
 import os, signal
-from vtrain.data import fill_video
-real = fill_video._encode
+from vtrain.data.fill_video import _Filling
+real = _Filling._encode
 def encode(*given):
-    yield from real(*given)
+    real(*given)
     os.kill(os.getpid(), signal.SIGINT)
-fill_video._encode = encode
+_Filling._encode = encode
 from vtrain.cli.app import main
 main()
 """

@@ -118,16 +118,16 @@ def test_a_server_that_stays_busy_is_an_error_that_counts_the_tries(bucket: Any,
 def test_a_server_that_says_nothing_is_given_up_after_the_time_out(
     bucket: Any, clip: SourceRef, proxy: Any, fault: Any
 ) -> None:
-    folder = place(bucket, endpoint=proxy.url, timeout=2, retries=1)
     proxy.match = b"list-type=2"
     proxy.faults.append(fault("stall"))
-    assert listed(folder) == ["long.mp4"]
+    # More tries than stalls: on a busy machine the server's own answer may take longer than that too.
+    assert listed(place(bucket, endpoint=proxy.url, timeout=2, retries=8)) == ["long.mp4"]
     proxy.match = b"long.mp4"
     proxy.faults.extend([fault("stall")] * 2)
     began = time.monotonic()
     with pytest.raises(OSError, match=r"no answer within 2 s, 2 times"):
-        folder.open(clip)
-    assert time.monotonic() - began < 10
+        place(bucket, endpoint=proxy.url, timeout=2, retries=1).open(clip)
+    assert time.monotonic() - began < 60  # the proxy would hold it for good
 
 
 def test_a_server_that_is_not_there_is_an_error(bucket: Any) -> None:

@@ -33,7 +33,7 @@ from diffusers.models.transformers.transformer_sana_video import SanaVideoTransf
 from report import Ratio, machine, ratio, say, table, write_json
 
 from vtrain.config.tables import CheckpointTable, LoraTable, TrainTable
-from vtrain.contract import Duration, Latents, Text
+from vtrain.contract import Duration, Latents, RunLength, Text
 from vtrain.data.batches import Batch
 from vtrain.train.adapters import add_lora
 from vtrain.train.feed import Feed
@@ -189,7 +189,7 @@ def vtrain_side(setup: Setup, processes: Processes) -> Iterator[Block]:
         add_lora(denoiser, LoraTable(rank=RANK), 0, "")
     denoiser.gradient_checkpointing(setup.checkpointing)
     sampler = SanaVideoFlow(SanaVideoFlowOptions(), {})
-    step = Step(denoiser, sampler, {}, {})
+    step = Step(denoiser, sampler, {}, RunLength(100, 10.0))
     step.train()
     named = trained(step)
     optimizer = build_adamw(AdamWOptions(lr=LR), groups(named))

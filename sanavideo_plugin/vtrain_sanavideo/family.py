@@ -22,6 +22,7 @@ from vtrain.contract import (
     Problem,
     Role,
     Size,
+    TokenGrid,
 )
 from vtrain_sanavideo import check, codec, denoiser, installed, text
 from vtrain_sanavideo.geometry import OFFICIAL_480P, CodecConfig, TransformerConfig
@@ -119,6 +120,16 @@ class SanaVideoFamily:
     def pixel_frames(self, latent_frame: int) -> range:
         last = self.frame_rule.stride * latent_frame
         return range(max(0, last - self.frame_rule.stride + 1), last + 1)
+
+    def token_grid(self, latents: LatentShape) -> TokenGrid:
+        """Patches of (1, 2, 2)."""
+        time, height, width = self._transformer.patch_size
+        return TokenGrid(latents.frames // time, latents.height // height, latents.width // width)
+
+    def frame_level_bytes(self, latents: LatentShape) -> int:
+        """Scale, shift and gate of each token instead of each clip: six vectors for a block, kept in bf16 for the backward pass."""
+        tokens = math.prod(self.token_grid(latents))
+        return 6 * tokens * self._transformer.width * 2
 
     def check(self) -> Sequence[Problem]:
         return check.check(self._source, self._vae_source)

@@ -70,7 +70,7 @@ def test_all_problems_between_tables_come_at_once_each_with_its_line(plan_of: Pl
         "config.toml:22: frames = 8: the family takes 4k+1 frames. Use 5 or 9.",
         'config.toml:24: full training of bf16 weights with optimizer "adamw"',
         'config.toml:26: lr_schedule.warmup needs "steps" or "epochs"',
-        "config.toml:27: toy-smooth reads block 3; the model has blocks 0 to 2.",
+        "config.toml:27: toy-smooth: it reads block 3; the model has blocks 0 to 2.",
     ]
     for words in expected:
         assert any(words in line for line in lines), (words, text)

@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vtrain.config.tables import ClipTable, LoraTable, TrainTable
-from vtrain.contract import Caption, ClipShape, Condition, Denoiser, Family, NoiseLevel, Sampler, Text
+from vtrain.contract import Caption, ClipShape, Condition, Denoiser, Family, NoiseLevel, RunLength, Sampler, Text
 from vtrain.data.batches import pad
 from vtrain.train.adapters import add_lora
 from vtrain.train.feed import Fed
@@ -92,7 +92,7 @@ def test_an_optimizer_step_reads_nothing_from_the_device(tmp_path: Path, kind: s
     if kind == "sana lora":
         add_lora(denoiser, LoraTable(rank=2, dropout=0.1), 1, "")
     denoiser.gradient_checkpointing(True)
-    step = Step(denoiser, sampler, {}, {})
+    step = Step(denoiser, sampler, {}, RunLength(100, 10.0))
     step.train()
     named = trained(step)
     from vtrain_builtin.adamw import ADAMW

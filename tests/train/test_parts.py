@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from vtrain.config.tables import LoraTable
-from vtrain.contract import ConfigError, LatentShape, NoiseLevel
+from vtrain.contract import ConfigError, LatentShape, NoiseLevel, RunLength
 from vtrain.data.batches import Batch
 from vtrain.train.adapters import add_lora, load_lora_state, lora_settings, lora_state
 from vtrain.train.feed import Feed
 from vtrain.train.parameters import groups, trained
-from vtrain.train.step import Step, StepInput, clip_gradients, gradient_norm
+from vtrain.train.step import Step, StepInput, Term, clip_gradients, gradient_norm
 from vtrain.train.taps import tapped
 
 
@@ -165,7 +165,7 @@ def test_a_stream_gives_what_prepare_gives_in_order_and_its_errors(given, sample
 
 def test_the_flow_loss_is_the_mean_square_against_a_float64_reference(denoiser, given, sampler) -> None:
     step = given(3)
-    output = Step(denoiser, sampler, {}, {})(step)
+    output = Step(denoiser, sampler, {}, RunLength(100, 10.0))(step)
     sigma = step.level.sigma.double()[:, None, None, None, None]
     noisy = (1 - sigma) * step.clean.double() + sigma * step.noise.double()
     with torch.no_grad():
@@ -200,7 +200,7 @@ def test_a_regularizer_adds_its_term_and_its_own_parameters_learn(denoiser, give
 
     regularizer = SMOOTH.build(SMOOTH.options.model_validate({"block": 1, "weight": 0.5}))
     module = regularizer.load({1: 32})
-    step = Step(denoiser, sampler, {"toy-smooth": module}, {"toy-smooth": (1,)})
+    step = Step(denoiser, sampler, {"toy-smooth": Term(module, (1,))}, RunLength(100, 10.0))
     output = step(given(2))
     term = output.metrics["toy-smooth/loss"]
     assert output.loss.item() == pytest.approx((output.flow.mean() + term).item(), rel=1e-6)

@@ -73,6 +73,23 @@ class LatentShape(NamedTuple):
     width: int
 
 
+class TokenGrid(NamedTuple):
+    """Frames, height and width of one clip in the denoiser's tokens (f, h, w): the grid of folded taps."""
+
+    frames: int
+    height: int
+    width: int
+
+
+class FeatureShape(NamedTuple):
+    """Frames, height, width and width of vectors of one clip's features (f, h, w, D)."""
+
+    frames: int
+    height: int
+    width: int
+    channels: int
+
+
 @dataclass(frozen=True)
 class FrameRule:
     """Which numbers of frames a video codec takes: stride * k + offset, k >= 0 (4k+1 for the Wan VAE)."""

@@ -117,6 +117,12 @@ class Duration:
             raise ValueError("a number of steps is whole")
         return cls(value, unit)
 
+    def in_steps(self, per_epoch: float) -> int | None:
+        """In optimizer steps, at least 1; None for one in seconds. per_epoch: optimizer steps in an epoch."""
+        if self.unit == "seconds":
+            return None
+        return max(1, round(self.value if self.unit == "steps" else self.value * per_epoch))
+
     def __str__(self) -> str:
         if self.unit != "seconds":
             return f"{_digits(self.value)} {self.unit if self.value != 1 else self.unit[:-1]}"

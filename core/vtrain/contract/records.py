@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 Role = Literal["prompt", "negative", "dropped"]
 
+FeatureSource = Literal["cached", "decoded", "source"]
+
 
 @dataclass(frozen=True)
 class Caption:
@@ -63,11 +65,22 @@ class Condition:
 
 
 @dataclass(frozen=True)
+class RunLength:
+    """How long a run is. steps: optimizer steps in all. per_epoch: optimizer steps in an epoch, not whole in general."""
+
+    steps: int
+    per_epoch: float
+
+
+@dataclass(frozen=True)
 class StepView:
     """What a regularizer sees of one training step.
 
     clean, noise, noisy, target, prediction: (B, C, f, h, w). level: the step's noise.
-    taps: block number -> that block's output folded to (B, f, h, w, D), in the graph. step: optimizer steps done so far.
+    taps: block number -> that block's output folded to (B, f, h, w, D), in the graph. step: optimizer steps done so far;
+    run: how long the run is. mask: (B, f, h, w) fp32 in [0, 1], how much each latent counts in the flow loss; None: all
+    count alike. features: what the regularizer asked for (Needs.features): (B, f', h', w', D') of its own encoder, one
+    frame for each frame of tokens, in the encoder's own grid and outside the graph; None if it asked for none.
     """
 
     clean: Tensor
@@ -79,6 +92,9 @@ class StepView:
     condition: Condition
     taps: Mapping[int, Tensor]
     step: int
+    run: RunLength
+    mask: Tensor | None = None
+    features: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -94,9 +110,18 @@ class LossTerm:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a regularizer asks of a step. taps: zero-based numbers of the blocks whose output it reads."""
+    """What a regularizer asks of a step.
+
+    taps: zero-based numbers of the blocks whose output it reads. features: where the features of the clean frames come
+    from, which its own encoder makes (SupportsFeatures), one frame for each frame of tokens: "cached": once for each clip
+    and window, kept on the disk; "decoded": at each step, from the clean latents as the codec decodes them; "source": at
+    each step, from the source's own frames; None: there are none. decoder_only: of the codec that "decoded" keeps in
+    memory, only what decodes.
+    """
 
     taps: tuple[int, ...] = ()
+    features: FeatureSource | None = None
+    decoder_only: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,23 @@ from vtrain.config.record import Config
 from vtrain.contract import (
     ClipShape,
     ConfigError,
-    Duration,
     Family,
     FamilySpec,
     OptimizerSpec,
+    PluginError,
     Problem,
     Regularizer,
     RegularizerSpec,
     SamplerSpec,
+    SupportsCheck,
+    SupportsFeatures,
+    SupportsTokenGrid,
+    TokenGrid,
 )
 from vtrain.plan.datasets import check_frames, datasets, warnings
-from vtrain.plan.records import Plan, ValidationPlan
+from vtrain.plan.records import DatasetPlan, Plan, ValidationPlan
 from vtrain.plan.sizes import check_size
+from vtrain.plan.tokens import token_grid
 from vtrain.registry.blame import blame
 
 
@@ -50,7 +55,8 @@ def _make_plan(config: Config, processes: int) -> Plan:
     assert isinstance(sampler_spec, SamplerSpec)
     sampler = sampler_spec.build(config.sampler.options, family.scheduler_config())
     made = datasets(config, family, problems)
-    regularizers = _regularizers(config, family, problems)
+    clips = _longest(family, made)
+    regularizers = _regularizers(config, family, clips, problems)
     validation = _validation(config, family, problems)
     if problems:
         raise ConfigError(sorted(problems, key=_place))
@@ -63,7 +69,7 @@ def _make_plan(config: Config, processes: int) -> Plan:
         datasets=made,
         base=config.precision.base or ("bf16" if config.model.table.train == "lora" else "fp32"),
         validation=validation,
-        warnings=(*sampler.warnings(), *warnings(config, family)),
+        warnings=(*sampler.warnings(), *warnings(config, family), *_said(regularizers)),
     )
 
 
@@ -120,16 +126,53 @@ def resume_path(config: Config) -> Path:
     return config.path.parent / Path(config.run.resume).expanduser()
 
 
-def _regularizers(config: Config, family: Family, problems: list[Problem]) -> tuple[tuple[str, Regularizer], ...]:
+Clips = tuple[tuple[ClipShape, TokenGrid | None], ...]
+
+
+def _longest(family: Family, made: tuple[DatasetPlan, ...]) -> Clips:
+    """The longest clip of each bucket, once, with its tokens."""
+    shapes = {ClipShape(each.frames, s.height, s.width) for each in made for s in each.sizes}
+    return tuple((shape, token_grid(family, shape)) for shape in sorted(shapes))
+
+
+def _said(regularizers: tuple[tuple[str, Regularizer], ...]) -> list[str]:
+    """What regularizers warn of."""
+    return [
+        f"[[regularizer]] {name}: {text}"
+        for name, part in regularizers
+        if isinstance(part, SupportsCheck)
+        for text in part.warnings()
+    ]
+
+
+def _misfits(part: Regularizer, family: Family, clips: Clips) -> list[Problem]:
+    """Why a regularizer cannot work with this model and these clips."""
+    needs = part.needs()
+    found = [
+        Problem("", f"it reads block {tap}; the model has blocks 0 to {family.block_count - 1}.")
+        for tap in needs.taps
+        if not 0 <= tap < family.block_count
+    ]
+    if needs.features is not None and not isinstance(part, SupportsFeatures):
+        raise PluginError(Problem("", "it asks for features and has no encoder that makes them (SupportsFeatures)."))
+    if needs.features is not None and not isinstance(family, SupportsTokenGrid):
+        what = "it compares each token with the picture, and this model family does not say where its tokens lie."
+        found.append(Problem("", what, "Ask the author of its plugin for SupportsTokenGrid."))
+    return found + (list(part.check(clips)) if isinstance(part, SupportsCheck) else [])
+
+
+def _regularizers(
+    config: Config, family: Family, clips: Clips, problems: list[Problem]
+) -> tuple[tuple[str, Regularizer], ...]:
     built: list[tuple[str, Regularizer]] = []
     for number, part in enumerate(config.regularizers):
         spec = part.registered.spec
         assert isinstance(spec, RegularizerSpec)
         regularizer = spec.build(part.options)
-        beyond = [tap for tap in regularizer.needs().taps if not 0 <= tap < family.block_count]
-        if beyond:
-            what = f"{spec.name} reads block {beyond[0]}; the model has blocks 0 to {family.block_count - 1}."
-            problems.append(Problem(config.where("regularizer", number), what))
+        problems += [
+            Problem(config.where("regularizer", number), f"{spec.name}: {fault.what}", fault.remedy)
+            for fault in _misfits(regularizer, family, clips)
+        ]
         if spec.name in (name for name, _ in built):
             problems.append(Problem(config.where("regularizer", number), f"{spec.name} is given twice."))
         built.append((spec.name, regularizer))
@@ -153,11 +196,3 @@ def _validation(config: Config, family: Family, problems: list[Problem]) -> Vali
         steps=table.steps,
         seed=table.seed,
     )
-
-
-def whole_steps(duration: Duration, steps_per_epoch: float) -> int | None:
-    """A duration in optimizer steps, at least 1; None for one in seconds."""
-    if duration.unit == "seconds":
-        return None
-    steps = duration.value if duration.unit == "steps" else duration.value * steps_per_epoch
-    return max(1, round(steps))

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from vtrain.config.record import Config
 from vtrain.contract import ClipShape, ConfigError, OptimizerSpec, Problem
-from vtrain.plan.make import whole_steps
 from vtrain.plan.records import Plan, Survey
 
 FLOAT32 = 4
@@ -48,8 +47,8 @@ def price(plan: Plan, survey: Survey) -> Prices:
         raise ConfigError(problems)
     per_epoch = survey.epoch / per_step
     steps = config.train.steps or max(1, math.ceil(per_epoch * (config.train.epochs or 0) - 1e-9))
-    every = whole_steps(config.checkpoint.every, per_epoch)
-    validate_every = whole_steps(config.validation.every, per_epoch) if config.validation else None
+    every = config.checkpoint.every.in_steps(per_epoch)
+    validate_every = config.validation.every.in_steps(per_epoch) if config.validation else None
     return Prices(
         steps=steps,
         steps_per_epoch=per_epoch,
@@ -115,11 +114,11 @@ def _repeats(plan: Plan, have: float, need: int) -> int:
 
 def _pointed_out(config: Config, steps: int, per_epoch: float) -> tuple[str, ...]:
     found = []
-    warmup = whole_steps(config.lr_schedule.warmup, per_epoch) if config.lr_schedule.warmup else None
+    warmup = config.lr_schedule.warmup.in_steps(per_epoch) if config.lr_schedule.warmup else None
     if warmup is not None and warmup >= steps:
         found.append(f"lr_schedule.warmup is {warmup} steps and the run {steps}: the full rate is never held")
     if config.validation is not None:
-        every = whole_steps(config.validation.every, per_epoch)
+        every = config.validation.every.in_steps(per_epoch)
         if every is not None and every > steps:
             found.append(f"validation.every is {every} steps and the run {steps}: videos come only at the end")
     if config.train.clip is None:

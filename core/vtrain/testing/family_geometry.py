@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vtrain.contract import ClipShape, Denoiser, Family, VtrainError
+from vtrain.contract import ClipShape, Denoiser, Family, SupportsFrameLevels, SupportsTokenGrid, VtrainError
 from vtrain.testing.draws import digest
 from vtrain.testing.subject import FamilySubject
 
@@ -40,6 +40,27 @@ class GeometryTests(FamilySubject):
         for name, sizes in sets.items():
             assert sizes, f"{name} has no size"
             assert len(set(sizes)) == len(sizes), f"{name} lists a size twice"
+
+    def test_tokens_divide_the_latents(self, family: Family) -> None:
+        """token_grid, where the family has it, divides the latents of every official size in time, height and width."""
+        if not isinstance(family, SupportsTokenGrid):
+            pytest.skip("this family does not say its grid of tokens")
+        for size in {size for sizes in family.resolutions().values() for size in sizes}:
+            latents = family.latent_shape(ClipShape(family.default_frames, size.height, size.width))
+            grid = family.token_grid(latents)
+            assert min(grid) > 0
+            assert not any(have % tokens for have, tokens in zip(latents[1:], grid, strict=True)), f"{latents}: {grid}"
+
+    def test_levels_for_each_frame_have_a_price(self, family: Family) -> None:
+        """frame_level_bytes, where the family has it, grows with the clip."""
+        if not isinstance(family, SupportsFrameLevels):
+            pytest.skip("this family takes one level for a clip")
+        latents = family.latent_shape(ClipShape(family.default_frames, *reversed(family.default_size)))
+        assert (
+            0
+            < family.frame_level_bytes(latents._replace(frames=1))
+            < family.frame_level_bytes(latents._replace(frames=2))
+        )
 
     def test_every_bucket_has_a_latent_shape(self, family: Family) -> None:
         """latent_shape takes every official size at the default number of frames."""

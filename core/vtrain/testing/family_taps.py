@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vtrain.contract import Denoiser, Family
+from vtrain.contract import Denoiser, Family, SupportsTokenGrid
 from vtrain.testing.draws import gap
 from vtrain.testing.subject import Example, FamilySubject
 
@@ -97,6 +97,8 @@ class TapTests(FamilySubject):
             assert tap.numel() == outputs[0].numel(), f"block {number}: fold loses or adds values"
             assert latents.frames % frames == latents.height % height == latents.width % width == 0
             assert height * latents.width == width * latents.height, f"block {number}: height and width are swapped"
+            if isinstance(family, SupportsTokenGrid):
+                assert family.token_grid(latents) == (frames, height, width), "token_grid is another grid than fold's"
 
     def test_checkpointing_changes_no_gradient(self, denoiser: Denoiser, example: Example) -> None:
         """With a tapped block in the loss, gradients with and without checkpointing agree (checkpointing_tolerance)."""

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from vtrain.contract import Condition, LatentShape, LossTerm, NoiseLevel, Regularizer, StepView, Text
+from vtrain.contract import (
+    ClipShape,
+    Condition,
+    LatentShape,
+    LossTerm,
+    NoiseLevel,
+    Regularizer,
+    RunLength,
+    StepView,
+    SupportsFeatures,
+    Text,
+    TokenGrid,
+)
 from vtrain.testing.draws import level_of, noise, required
 
 
 class RegularizerTests:
     """A loss term, on views of random numbers that no family made.
 
-    latents: of a clip. patch: latents of a token, each way. tap_width: D of every tap.
+    latents: of a clip. patch: latents of a token, each way; pixels: of a latent, each way. tap_width: D of every tap.
+    step: optimizer steps done, at which the term is at work.
     """
 
     latents: LatentShape = LatentShape(4, 3, 4, 6)
     patch: int = 2
+    pixels: int = 8
     tap_width: int = 24
+    step: int = 0
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -41,7 +58,7 @@ class RegularizerTests:
         clean, drawn = noise(shape, seed), noise(shape, seed + 1)
         level: NoiseLevel = level_of((0.3, 0.8))
         sigma = level.sigma.view(2, 1, 1, 1, 1)
-        grid = (2, frames, self.latents.height // self.patch, self.latents.width // self.patch, self.tap_width)
+        grid = TokenGrid(frames, self.latents.height // self.patch, self.latents.width // self.patch)
         return StepView(
             clean=clean,
             noise=drawn,
@@ -50,9 +67,23 @@ class RegularizerTests:
             prediction=noise(shape, seed + 2).requires_grad_(),
             level=level,
             condition=Condition(Text(noise((2, 5, 8), seed + 3), torch.ones(2, 5, dtype=torch.bool))),
-            taps={tap: noise(grid, seed + 4 + tap).to(dtype).requires_grad_() for tap in regularizer.needs().taps},
-            step=0,
+            taps={
+                tap: noise((2, *grid, self.tap_width), seed + 4 + tap).to(dtype).requires_grad_()
+                for tap in regularizer.needs().taps
+            },
+            step=self.step,
+            run=RunLength(1000, 10.0),
+            features=self.features(regularizer, grid, seed + 90),
         )
+
+    def features(self, regularizer: Regularizer, grid: TokenGrid, seed: int) -> Tensor | None:
+        """Random features of the shape that the regularizer's encoder would give."""
+        if regularizer.needs().features is None:
+            return None
+        assert isinstance(regularizer, SupportsFeatures), "features are asked for and SupportsFeatures is missing"
+        pixels = self.pixels * self.patch
+        clip = ClipShape(max(1, grid.frames * 4 - 3), grid.height * pixels, grid.width * pixels)
+        return noise((2, *regularizer.feature_shape(clip, grid)), seed)
 
     @staticmethod
     def loss(module: nn.Module, view: StepView) -> LossTerm:
@@ -104,6 +135,15 @@ class RegularizerTests:
         torch.autograd.backward(self.loss(module, view).value)
         assert all(torch.equal(tensor.detach(), copy) for tensor, copy in zip(read, kept, strict=True))
         assert not any(tensor.requires_grad for tensor in (view.clean, view.noise, view.noisy, view.target))
+
+    def test_features_are_read_and_get_no_gradient(self, regularizer: Regularizer, module: nn.Module) -> None:
+        """Other features of the clean frames give another loss, unless the regularizer asks for none."""
+        if regularizer.needs().features is None:
+            pytest.skip("this regularizer asks for no features")
+        view = self.view(regularizer)
+        assert view.features is not None
+        other = replace(view, features=view.features.flip(-1))
+        assert self.loss(module, view).value != self.loss(module, other).value
 
     def test_metrics_are_detached_scalars(self, regularizer: Regularizer, module: nn.Module) -> None:
         """Each metric is a scalar tensor outside the graph, so that logging it costs nothing until it is read."""

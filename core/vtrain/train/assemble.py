@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from vtrain.contract import (
     OptimizerSpec,
     Options,
     Problem,
+    RunLength,
     SupportsLora,
 )
 from vtrain.data.batches import Batches
@@ -31,17 +33,21 @@ from vtrain.train.feed import Feed
 from vtrain.train.loop import Ends, Event, Logged, Loop, Saved, Validate, Warned
 from vtrain.train.metrics import Row
 from vtrain.train.optimizer_state import load_optimizer, save_optimizer
-from vtrain.train.parameters import groups, trained
+from vtrain.train.parameters import groups, own_rates, trained
 from vtrain.train.processes import Processes
 from vtrain.train.resume import RunState, Start, settings, write_state
 from vtrain.train.schedule import Interval, lr_factor
 from vtrain.train.signals import StopRequest
-from vtrain.train.step import Step
+from vtrain.train.step import Step, Term
+from vtrain.train.teachers import open_teachers
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """A run ready to go. denoiser, step: the model as trained and what wraps it. base, data: marks of what it stands on."""
+    """A run ready to go. denoiser, step: the model as trained and what wraps it. base, data: marks of what it stands on.
+
+    held: what stays in memory beside them until the run ends: teachers that run at each step.
+    """
 
     plan: Plan
     prices: Prices
@@ -54,6 +60,7 @@ class Trainer:
     step: Step
     optimizer: torch.optim.Optimizer
     named: list[tuple[str, Tensor]]
+    held: ExitStack
 
     def run(
         self, stop: StopRequest, validate: Validate | None = None, stepped: Callable[[int], None] = lambda done: None
@@ -62,6 +69,10 @@ class Trainer:
 
         stepped: told the optimizer steps done after each, whether its numbers were read or not.
         """
+        with self.held:
+            yield from self._run(stop, validate, stepped)
+
+    def _run(self, stop: StopRequest, validate: Validate | None, stepped: Callable[[int], None]) -> Iterator[Event]:
         config, state, per_epoch = self.plan.config, self.start.state, self.prices.steps_per_epoch
         loop = Loop(
             self.processes.wrap(self.step),
@@ -71,7 +82,7 @@ class Trainer:
             Feed(self.batches, self.plan.sampler, config.run.seed, self.processes.device),
             self.processes,
             config.train,
-            Ends(self.save, validate, stop, stepped),
+            Ends(self.save, validate, stop, stepped, self.step.observe),
             first=state.step,
             last=self.prices.steps,
             micro_batch=state.micro_batch,
@@ -129,18 +140,20 @@ def assemble(plan: Plan, prices: Prices, start: Start, index: Index, caches: Cac
     """
     denoiser, base = load_model(plan, start, str(processes.device))
     denoiser.gradient_checkpointing(plan.config.precision.gradient_checkpointing)
-    regularizers = load_regularizers(plan, start, processes.device)
-    taps = {name: regularizer.needs().taps for name, regularizer in plan.regularizers}
-    step = Step(denoiser, plan.sampler, regularizers, taps)
+    modules = load_regularizers(plan, start, processes.device)
+    held = ExitStack()
+    teachers = open_teachers(plan, str(processes.device), held)
+    terms = {name: Term(modules[name], part.needs().taps, teachers.get(name)) for name, part in plan.regularizers}
+    step = Step(denoiser, plan.sampler, terms, RunLength(prices.steps, prices.steps_per_epoch))
     step.train()
     named = trained(step)
     part = plan.config.optimizer
     assert isinstance(part.registered.spec, OptimizerSpec)
-    optimizer = part.registered.spec.build(part.options, groups(named))
+    optimizer = part.registered.spec.build(part.options, groups(named, own_rates(modules)))
     if start.folder is not None:
         load_optimizer(start.folder, optimizer, named, own_keys(part.options))
     batches = Batches(plan, caches, index)
-    return Trainer(plan, prices, start, index.mark(), batches, processes, denoiser, base, step, optimizer, named)
+    return Trainer(plan, prices, start, index.mark(), batches, processes, denoiser, base, step, optimizer, named, held)
 
 
 def own_keys(options: Options) -> frozenset[str]:

@@ -74,12 +74,16 @@ Validate = Callable[[int], Validated]
 
 @dataclass(frozen=True)
 class Ends:
-    """What the loop calls at its edges. save: steps done, next micro-batch -> Saved. stepped: steps done."""
+    """What the loop calls at its edges. save: steps done, next micro-batch -> Saved. stepped: steps done.
+
+    observe: a step's numbers when they are read, steps in order, and whether conclusions may be drawn from them.
+    """
 
     save: Callable[[int, int], Saved]
     validate: Validate | None
     stop: StopRequest
     stepped: Callable[[int], None] = lambda done: None
+    observe: Callable[[Row, bool], None] = lambda row, decide: None
 
 
 class Loop:
@@ -166,10 +170,9 @@ class Loop:
             shown = (item.micro_batch, item.sigmas, item.sample_ids)
             micro.append(Measured(*shown, loss, output.flow, metrics, item.waited))
         norm = self.clip(number)
-        lr = 0.0
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.factor(number)
-            lr = max(lr, group["lr"])
+        lr = self.optimizer.param_groups[0]["lr"]  # the denoiser's: groups of other rates come after
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.unread.append(Unread(number + 1, tuple(micro), lr, norm))
@@ -200,7 +203,11 @@ class Loop:
         unread, self.unread = self.unread, []
         if unread:
             seconds = (time.perf_counter() - self.clock) / len(unread)
-            yield Logged(rows(unread, self.processes, self.steps_per_epoch, seconds, self.memory()))
+            found = rows(unread, self.processes, self.steps_per_epoch, seconds, self.memory())
+            for row in found:
+                # At other steps reading is a matter of chance: a signal, a checkpoint.
+                self.ends.observe(row, row.step % self.table.log_every == 0)
+            yield Logged(found)
             self.clock = time.perf_counter()
 
     def agreed(self, done: int, save: Interval, validate: Interval | None) -> tuple[bool, bool, bool]:

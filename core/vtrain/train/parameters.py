@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from vtrain.contract import ParameterGroup
+from vtrain.contract import ParameterGroup, SupportsLearningRate
 
 
 def trained(module: nn.Module) -> list[tuple[str, Tensor]]:
@@ -14,13 +14,26 @@ def trained(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
 
 
-def groups(named: Iterable[tuple[str, Tensor]]) -> list[ParameterGroup]:
-    """Two groups: matrices and kernels decay; vectors (norms, biases, scale tables of one row) do not."""
-    named = list(named)
-    decayed = tuple((name, parameter) for name, parameter in named if _decays(name, parameter))
-    plain = tuple((name, parameter) for name, parameter in named if not _decays(name, parameter))
-    both = (ParameterGroup(decayed, decay=True), ParameterGroup(plain, decay=False))
-    return [group for group in both if group.parameters]
+def groups(named: Iterable[tuple[str, Tensor]], factors: Mapping[str, float] | None = None) -> list[ParameterGroup]:
+    """By two: matrices and kernels decay; vectors (norms, biases, scale tables of one row) do not.
+
+    factors: beginning of a name -> learning-rate factor, for parameters with a rate of their own.
+    """
+    found: dict[tuple[float, bool], list[tuple[str, Tensor]]] = {}
+    for name, parameter in named:
+        factor = next((value for start, value in (factors or {}).items() if name.startswith(start)), 1.0)
+        found.setdefault((factor, _decays(name, parameter)), []).append((name, parameter))
+    order = sorted(found, key=lambda key: (key[0] != 1.0, key[0], not key[1]))
+    return [ParameterGroup(tuple(found[key]), decay=key[1], lr_factor=key[0]) for key in order]
+
+
+def own_rates(regularizers: Mapping[str, nn.Module]) -> dict[str, float]:
+    """Beginning of the names of a regularizer's parameters in a Step -> its learning-rate factor."""
+    return {
+        f"regularizers.{name}.": module.lr_factor
+        for name, module in regularizers.items()
+        if isinstance(module, SupportsLearningRate)
+    }
 
 
 def _decays(name: str, parameter: Tensor) -> bool:

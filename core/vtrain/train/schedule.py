@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 from vtrain.config.tables import LrScheduleTable
 from vtrain.contract import Duration
-from vtrain.plan.make import whole_steps
 
 Factor = Callable[[int], float]
 """Zero-based optimizer step -> factor of the optimizer's lr, in [0, 1]."""
@@ -19,7 +18,7 @@ def lr_factor(table: LrScheduleTable, steps: int, steps_per_epoch: float) -> Fac
     Warm-up of w steps: step i has (i + 1) / w, so that step w - 1 has the full rate. Then the rest of the run, its last
     step at `end` exactly. Cosine: end + (1 - end) (1 + cos(pi p)) / 2 with p in [0, 1] over that rest.
     """
-    warmup = whole_steps(table.warmup, steps_per_epoch) or 0 if table.warmup else 0
+    warmup = table.warmup.in_steps(steps_per_epoch) or 0 if table.warmup else 0
 
     def factor(step: int) -> float:
         if step < warmup:
@@ -42,7 +41,7 @@ class Interval:
 
     def __init__(self, every: Duration, steps_per_epoch: float, now: float) -> None:
         """now: seconds on the clock that `due` and `done` are given."""
-        self.steps = whole_steps(every, steps_per_epoch)
+        self.steps = every.in_steps(steps_per_epoch)
         self.seconds = every.value
         self.last = now
 

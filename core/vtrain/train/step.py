@@ -5,24 +5,44 @@ DDP, compile and autocast wrap this module alone, so no plugin ever meets a wrap
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from vtrain.contract import Condition, Denoiser, LatentShape, LossTerm, NoiseLevel, Sampler, StepView
+from vtrain.contract import (
+    Condition,
+    Denoiser,
+    LatentShape,
+    LossTerm,
+    NoiseLevel,
+    RunLength,
+    Sampler,
+    StepView,
+    SupportsFeedback,
+    SupportsPauses,
+)
+from vtrain.train.metrics import Row
 from vtrain.train.taps import tapped
 
 
 @dataclass(frozen=True)
 class StepInput:
-    """A micro-batch with its draws, on the training device. clean, noise: (B, C, f, h, w) fp32. step: steps done so far."""
+    """A micro-batch with its draws, on the training device. clean, noise: (B, C, f, h, w) fp32. step: steps done so far.
+
+    mask: (B, f, h, w) fp32 in [0, 1], how much each latent counts in the flow loss, somewhere above 0 in every clip; None:
+    all count alike. features: regularizer -> (B, f', h', w', D') of the clean frames, from the cache. frames: (B, 3, f, H, W)
+    in [-1, 1], the source's frame for each frame of tokens, for teachers that run at each step.
+    """
 
     clean: Tensor
     noise: Tensor
     level: NoiseLevel
     condition: Condition
     step: int
+    mask: Tensor | None = None
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+    frames: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -34,33 +54,45 @@ class StepOutput:
     metrics: Mapping[str, Tensor]
 
 
+Teach = Callable[[StepInput], Tensor]
+"""Features (B, f', h', w', D') of a micro-batch's clean frames, made now, outside the graph."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """A regularizer in a step. taps: the blocks it reads. teach: of one whose teacher runs at each step, else None."""
+
+    module: nn.Module
+    taps: tuple[int, ...]
+    teach: Teach | None = None
+
+
 class Step(nn.Module):
     """The denoiser and the regularizers' own modules, and what is computed with them."""
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        sampler: Sampler,
-        regularizers: Mapping[str, nn.Module],
-        taps: Mapping[str, tuple[int, ...]],
-    ) -> None:
-        """regularizers: name -> LossModule. taps: name -> the blocks it reads."""
+    def __init__(self, denoiser: Denoiser, sampler: Sampler, terms: Mapping[str, Term], run: RunLength) -> None:
+        """terms: name -> regularizer."""
         super().__init__()
         self.denoiser_module = denoiser.module
-        self.regularizers = nn.ModuleDict(regularizers)
+        self.regularizers = nn.ModuleDict({name: term.module for name, term in terms.items()})
         self.denoiser = denoiser
         self.sampler = sampler
-        self.taps = tuple(sorted({tap for blocks in taps.values() for tap in blocks}))
+        self.terms = dict(terms)
+        self.run = run
 
     def forward(self, given: StepInput) -> StepOutput:
         noisy, target = self.sampler.corrupt(given.clean, given.noise, given.level)
-        _, channels, frames, height, width = noisy.shape
-        with tapped(self.denoiser, self.taps, LatentShape(channels, frames, height, width)) as taps:
+        active = {name: term for name, term in self.terms.items() if self.is_active(term.module, given.step)}
+        blocks = sorted({tap for term in active.values() for tap in term.taps})
+        with tapped(self.denoiser, blocks, LatentShape(*noisy.shape[1:])) as taps:
             prediction = self.denoiser.predict(noisy, given.level, given.condition)
-        flow = (prediction.float() - target.float()).square().flatten(1).mean(1)
+        flow = flow_loss(prediction, target, given.mask)
         loss = flow.mean()
         metrics: dict[str, Tensor] = {}
-        if self.regularizers:
+        for name, term in self.terms.items():
+            if name not in active:
+                loss = loss + untouched(term.module)
+                continue
             view = StepView(
                 clean=given.clean,
                 noise=given.noise,
@@ -69,15 +101,42 @@ class Step(nn.Module):
                 prediction=prediction,
                 level=given.level,
                 condition=given.condition,
-                taps=taps,
+                taps={tap: taps[tap] for tap in term.taps},
                 step=given.step,
+                run=self.run,
+                mask=given.mask,
+                features=given.features.get(name) if term.teach is None else term.teach(given),
             )
-            for name, module in self.regularizers.items():
-                term: LossTerm = module(view)
-                loss = loss + term.value
-                metrics[f"{name}/loss"] = term.value.detach()
-                metrics |= {f"{name}/{key}": value for key, value in term.metrics.items()}
+            found: LossTerm = term.module(view)
+            loss = loss + found.value
+            metrics[f"{name}/loss"] = found.value.detach()
+            metrics |= {f"{name}/{key}": value for key, value in found.metrics.items()}
         return StepOutput(loss, flow.detach(), metrics)
+
+    def observe(self, row: Row, decide: bool) -> None:
+        """Tell each regularizer that goes by its own numbers what they were."""
+        for name, term in self.terms.items():
+            if isinstance(term.module, SupportsFeedback):
+                start = f"{name}/"
+                own = {key.removeprefix(start): value for key, value in row.terms.items() if key.startswith(start)}
+                term.module.observe(row.step, own, decide=decide)
+
+    def is_active(self, module: nn.Module, step: int) -> bool:
+        """Whether a regularizer does anything at this step."""
+        return not isinstance(module, SupportsPauses) or module.active(step, self.run)
+
+
+def flow_loss(prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    """Squared error, (B,) fp32: the mean over a clip; with a mask (B, f, h, w), weighted by it and divided by its area."""
+    error = (prediction.float() - target.float()).square()
+    if mask is None:
+        return error.flatten(1).mean(1)
+    return (error.mean(1) * mask).flatten(1).sum(1) / mask.flatten(1).sum(1)
+
+
+def untouched(module: nn.Module) -> Tensor | float:
+    """0, with a gradient of 0 for each trained parameter: processes that train together wait for every gradient."""
+    return sum(0.0 * parameter.sum() for parameter in module.parameters() if parameter.requires_grad)
 
 
 def clip_gradients(parameters: list[Tensor], method: str, limit: float) -> Tensor | None:

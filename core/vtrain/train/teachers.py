@@ -1,0 +1,71 @@
+"""Teachers that run at each step: frozen encoders of regularizers, on the clean frames of a micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vtrain.contract import (
+    Family,
+    FeatureEncoder,
+    LatentShape,
+    Regularizer,
+    SupportsDecoderOnly,
+    SupportsFeatures,
+    SupportsTokenGrid,
+    VideoCodec,
+)
+from vtrain.plan.records import Plan
+from vtrain.plan.tokens import token_frames
+from vtrain.train.step import StepInput, Teach
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Features of a micro-batch, from the source's frames, or from those that `codec` decodes if there is one."""
+
+    family: Family
+    encoder: FeatureEncoder
+    codec: VideoCodec | None
+
+    def __call__(self, given: StepInput) -> Tensor:
+        assert isinstance(self.family, SupportsTokenGrid)  # the plan refuses others
+        latents = LatentShape(*given.clean.shape[1:])
+        grid = self.family.token_grid(latents)
+        with torch.no_grad(), torch.autocast(given.clean.device.type, enabled=False):
+            if self.codec is None:
+                assert given.frames is not None
+                return self.encoder.encode(given.frames, grid)
+            chosen = list(token_frames(self.family, latents.frames, grid))
+            # One clip after the other: a decoded clip is hundreds of times its latents.
+            parts = [
+                self.encoder.encode(self.codec.decode(clip[None])[:, :, chosen], grid) for clip in given.clean.unbind()
+            ]
+            return torch.cat(parts)
+
+
+def open_teachers(plan: Plan, device: str, stack: ExitStack) -> Mapping[str, Teach]:
+    """By regularizer, those that run at each step, in memory until `stack` closes. One codec serves them all.
+
+    Raises ModelError.
+    """
+    online = [(name, part) for name, part in plan.regularizers if part.needs().features in ("decoded", "source")]
+    decoding = [part for _, part in online if part.needs().features == "decoded"]
+    codec = _codec(plan.family, decoding, device, stack) if decoding else None
+    found: dict[str, Teach] = {}
+    for name, part in online:
+        assert isinstance(part, SupportsFeatures)
+        encoder = stack.enter_context(part.open_feature_encoder(device))
+        found[name] = Teacher(plan.family, encoder, codec if part in decoding else None)
+    return found
+
+
+def _codec(family: Family, decoding: list[Regularizer], device: str, stack: ExitStack) -> VideoCodec:
+    codec = stack.enter_context(family.open_video_codec(device))
+    if all(part.needs().decoder_only for part in decoding) and isinstance(codec, SupportsDecoderOnly):
+        codec.drop_encoder()
+    return codec

@@ -30,9 +30,9 @@ from workload import MODELS, MODES, write_config
 from vtrain.cli.prepare import planned
 from vtrain.contract import ClipShape
 from vtrain.data.batches import Batches
-from vtrain.data.caches import Caches
+from vtrain.data.caching.caches import Caches
+from vtrain.data.caching.stores import Stores
 from vtrain.data.index import Index, Rows
-from vtrain.data.stores import Stores
 from vtrain.plan.records import Plan
 
 LIMIT, WAIT_LIMIT = 0.9, 0.01

@@ -97,8 +97,8 @@ def cpu_seconds() -> float:
 def fill_once(config: Path) -> None:
     """As a script of its own: fill, and tell seconds a clip."""
     from vtrain.cli.prepare import planned
-    from vtrain.data.caches import fill_caches
-    from vtrain.data.scan import scan
+    from vtrain.data.caching.caches import fill_caches
+    from vtrain.data.scanning.scan import scan
 
     marks: list[tuple[int, float, float]] = []
 

@@ -71,7 +71,7 @@ class Stub(AbstractContextManager["Stub"]):
         pass
 
     def probed(self, jobs: Iterable[Any]) -> Generator[tuple[Any, Any]]:
-        from vtrain.data.probe import Probe
+        from vtrain.data.decoding.probe import Probe
 
         found = Probe("h264", WIDTH, HEIGHT, 1.0, FRAMES, FRAMES / 16)
         for job in jobs:
@@ -95,7 +95,7 @@ def measure(part: str, config: Path) -> Cost:
     if part == "bare":
         return _timed(lambda: bare(config.parent / "clips"))
     from vtrain.cli.prepare import planned
-    from vtrain.data import scan as scanning
+    from vtrain.data.scanning import scan as scanning
     from vtrain.plan.price import check_room, price
     from vtrain.plan.render import sections
 
@@ -114,7 +114,7 @@ def measure(part: str, config: Path) -> Cost:
 
         return _timed(show)
     from vtrain.data.batches import Batches
-    from vtrain.data.caches import fill_caches
+    from vtrain.data.caching.caches import fill_caches
 
     def batch() -> None:
         filled = fill_caches(plan, scanning.scan(plan).samples, [], "cpu", lambda _kind, _done, _total: None)
@@ -136,8 +136,8 @@ def write_hashes(folder: Path) -> None:
     """What reading every clip would tell the ledger: all hold the same bytes."""
     import sqlite3
 
-    from vtrain.data.hashes import file_sha256
-    from vtrain.data.ledger import FILE
+    from vtrain.data.caching.hashes import file_sha256
+    from vtrain.data.scanning.ledger import FILE
 
     sha256 = file_sha256(folder / "original" / "clip_0.mp4")
     with sqlite3.connect(folder / "cache" / FILE) as database:

@@ -68,8 +68,8 @@ class Memory:
 def vtrain_block(config: Path) -> Iterator[Block]:
     """A run as `vtrain run` starts it, without terminal and trackers; each block runs to the next log line."""
     from vtrain.cli.prepare import planned
-    from vtrain.data.caches import fill_caches
-    from vtrain.data.scan import scan
+    from vtrain.data.caching.caches import fill_caches
+    from vtrain.data.scanning.scan import scan
     from vtrain.plan.price import price
     from vtrain.train.assemble import assemble
     from vtrain.train.loop import Logged

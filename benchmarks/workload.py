@@ -131,8 +131,8 @@ def write_config(folder: Path, model: Model, mode: str, log_every: int, name: st
 def fill(config: Path) -> None:
     """Make the caches of the run."""
     from vtrain.cli.prepare import planned
-    from vtrain.data.caches import fill_caches
-    from vtrain.data.scan import scan
+    from vtrain.data.caching.caches import fill_caches
+    from vtrain.data.scanning.scan import scan
 
     plan = planned(config)
     fill_caches(plan, scan(plan).samples, [], "cpu", lambda _kind, _done, _total: None)
@@ -146,8 +146,8 @@ def read_samples(config: Path) -> list[tuple[torch.Tensor, torch.Tensor, torch.T
     if not path.exists():
         from vtrain.cli.prepare import planned
         from vtrain.data.batches import Batches
-        from vtrain.data.caches import fill_caches
-        from vtrain.data.scan import scan
+        from vtrain.data.caching.caches import fill_caches
+        from vtrain.data.scanning.scan import scan
 
         plan = planned(config)
         filled = fill_caches(plan, scan(plan).samples, [], "cpu", lambda _kind, _done, _total: None)

@@ -175,7 +175,7 @@ PLANTED = [
     ("config", "from vtrain.registry import discover"),
     ("registry", "import vtrain.config.load"),
     ("contract", "def f():\n    from vtrain.plan.records import Plan"),
-    ("plan", "from vtrain.data.ledger import Ledger"),
+    ("plan", "from vtrain.data.scanning.ledger import Ledger"),
     ("data", "from vtrain import train"),
     ("train", "import vtrain.validate"),
     ("validate", "from vtrain.train.step import step"),

@@ -24,7 +24,7 @@ import world
 
 from vtrain.cli.prepare import planned
 from vtrain.contract import Denoiser
-from vtrain.data.caches import Caches, fill_caches
+from vtrain.data.caching.caches import Caches, fill_caches
 from vtrain.plan.records import Plan, ValidationPlan
 from vtrain.train.assemble import load_model
 from vtrain.train.resume import RunState, Start, read_state

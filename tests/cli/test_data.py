@@ -30,12 +30,12 @@ from vtrain.cli.app import app
 from vtrain.cli.filling import tell_left_out
 from vtrain.cli.prepare import planned
 from vtrain.contract import ConfigError, DataError
-from vtrain.data import scan as scanning
-from vtrain.data.decode import decode
-from vtrain.data.files import look, unescaped
-from vtrain.data.ledger import Ledger
-from vtrain.data.stores import Stores
-from vtrain.data.worker import Workers
+from vtrain.data.caching.stores import Stores
+from vtrain.data.decoding.decode import decode
+from vtrain.data.decoding.worker import Workers
+from vtrain.data.scanning import scan as scanning
+from vtrain.data.scanning.files import look, unescaped
+from vtrain.data.scanning.ledger import Ledger
 
 CONFIG = """
 [run]

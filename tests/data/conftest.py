@@ -41,9 +41,9 @@ from vtrain.contract import (
     SourceRef,
     Text,
 )
-from vtrain.data import fill_video
-from vtrain.data import scan as scanning
-from vtrain.data.worker import Workers
+from vtrain.data.caching import fill_video
+from vtrain.data.decoding.worker import Workers
+from vtrain.data.scanning import scan as scanning
 from vtrain.plan.records import DatasetPlan, Plan
 from vtrain_builtin.folder import FOLDER, FolderOptions, LocalFolder
 

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import pytest
 
 from vtrain.contract import DataBackend, DataError, SourceRef
-from vtrain.data.scan import scan
+from vtrain.data.scanning.scan import scan
 from vtrain_builtin.manifest import MANIFEST
 from vtrain_builtin.tar import TAR, TarOptions, TarShards
 

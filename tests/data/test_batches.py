@@ -8,9 +8,9 @@ import torch
 
 from vtrain.contract import DataError, PluginError, Text
 from vtrain.data.batches import Batches, pad
-from vtrain.data.caches import Caches, fill_caches
+from vtrain.data.caching.caches import Caches, fill_caches
 from vtrain.data.index import build
-from vtrain.data.scan import scan
+from vtrain.data.scanning.scan import scan
 
 
 @pytest.fixture

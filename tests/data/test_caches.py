@@ -13,11 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from vtrain.contract import Caption, DataError
-from vtrain.data.caches import DROPPED, Caches, fill_caches
-from vtrain.data.decode import decode, unit_range
-from vtrain.data.ledger import ContentHashes
+from vtrain.data.caching.caches import DROPPED, Caches, fill_caches
+from vtrain.data.decoding.decode import decode, unit_range
 from vtrain.data.sample import Sample
-from vtrain.data.scan import scan
+from vtrain.data.scanning.ledger import ContentHashes
+from vtrain.data.scanning.scan import scan
 
 
 def fill(setup, *datasets, extra=(), **train):

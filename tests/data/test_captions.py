@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from vtrain.config.tables import DataTable
 from vtrain.contract import Caption, Size, Words
-from vtrain.data.captions import choose, from_file, from_name, from_sidecar, read
+from vtrain.data.decoding.video import FileFault
 from vtrain.data.sample import Left
-from vtrain.data.video import FileFault
+from vtrain.data.scanning.captions import choose, from_file, from_name, from_sidecar, read
 from vtrain.plan.records import DatasetPlan
 
 

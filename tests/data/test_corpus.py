@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from vtrain.data.caches import fill_caches
-from vtrain.data.fates import settings_key
-from vtrain.data.ledger import Ledger
-from vtrain.data.process import DecodingProcess
-from vtrain.data.scan import scan
+from vtrain.data.caching.caches import fill_caches
+from vtrain.data.decoding.process import DecodingProcess
+from vtrain.data.scanning.fates import settings_key
+from vtrain.data.scanning.ledger import Ledger
+from vtrain.data.scanning.scan import scan
 
 MOST_BYTES = 768 << 20
 """Resident memory that no decoding process may reach. Half of it is torch's."""

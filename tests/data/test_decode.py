@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from vtrain.contract import Caption, ClipShape, FrameRule, Size
-from vtrain.data.decode import decode, unit_range
-from vtrain.data.fitting import fit
-from vtrain.data.probe import probe
+from vtrain.data.decoding.decode import decode, unit_range
+from vtrain.data.decoding.probe import probe
+from vtrain.data.decoding.spool import hashed
+from vtrain.data.decoding.video import FileFault
 from vtrain.data.sample import Box, Sample
-from vtrain.data.spool import hashed
-from vtrain.data.video import FileFault
+from vtrain.data.scanning.fitting import fit
 
 ANY = FrameRule(1, 1)
 

@@ -12,15 +12,15 @@ import psutil
 import pytest
 
 from vtrain.contract import DataError
-from vtrain.data.caches import fill_caches
-from vtrain.data.fates import settings_key
-from vtrain.data.ledger import Fate, Ledger
-from vtrain.data.scan import scan
+from vtrain.data.caching.caches import fill_caches
+from vtrain.data.scanning.fates import settings_key
+from vtrain.data.scanning.ledger import Fate, Ledger
+from vtrain.data.scanning.scan import scan
 
 STUB = """
 import os, signal, sys, time
 from contextlib import contextmanager
-from vtrain.data import video
+from vtrain.data.decoding import video
 
 real = video.open_video
 
@@ -29,9 +29,9 @@ def open_video(stream, *rest):
     stream.seek(-8, os.SEEK_END)
     word = stream.read(8)
     stream.seek(0)
-    if word == b"killsoon" or (word == b"killlate" and "vtrain.data.decode" in sys.modules):
+    if word == b"killsoon" or (word == b"killlate" and "vtrain.data.decoding.decode" in sys.modules):
         os.kill(os.getpid(), signal.SIGSEGV)
-    if word == b"stopsoon" or (word == b"stoplate" and "vtrain.data.decode" in sys.modules):
+    if word == b"stopsoon" or (word == b"stoplate" and "vtrain.data.decoding.decode" in sys.modules):
         time.sleep(1000)
     with real(stream, *rest) as opened:
         yield opened
@@ -75,7 +75,11 @@ def test_a_run_goes_on_and_the_files_are_failed_with_what_their_decoder_did(setu
         "0.mp4": ("used", ""), "1.mp4": ("failed", CRASHED), "2.mp4": ("failed", CRASHED),
         "3.mp4": ("failed", HUNG), "4.mp4": ("failed", HUNG), "5.mp4": ("used", ""),
     }  # fmt: skip
-    left = [child for child in psutil.Process().children() if "vtrain.data.worker_process" in " ".join(child.cmdline())]
+    left = [
+        child
+        for child in psutil.Process().children()
+        if "vtrain.data.decoding.worker_process" in " ".join(child.cmdline())
+    ]
     assert len(left) <= 1  # the one that other tests share
 
     # The next run does not try them again.

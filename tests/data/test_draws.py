@@ -5,9 +5,9 @@ import torch
 
 from vtrain.contract import Latents
 from vtrain.data.batches import Batches
-from vtrain.data.caches import fill_caches
+from vtrain.data.caching.caches import fill_caches
 from vtrain.data.draws import drawn
-from vtrain.data.scan import scan
+from vtrain.data.scanning.scan import scan
 
 
 def filled(setup, latents: str, **train):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from vtrain.contract import DataError
-from vtrain.data.entries import Entries, checksum
+from vtrain.data.caching.entries import Entries, checksum
 
 KEY = "ab" * 32
 TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8, torch.bool]
@@ -150,7 +150,7 @@ def test_an_entry_under_anothers_name_is_not_its_own(entries) -> None:
 
 def test_a_compressed_entry_that_claims_a_huge_size_is_damaged_and_nothing_is_allocated(tmp_path, monkeypatch) -> None:
     """As made by somebody who can also sign it."""
-    from vtrain.data import entries as module
+    from vtrain.data.caching import entries as module
 
     entries = Entries(tmp_path, "video", compress=True)
     monkeypatch.setattr(module, "words", lambda packed: "mean=F32:1000000,1000000:1")

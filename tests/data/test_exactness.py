@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from vtrain.config import load
 from vtrain.contract import Caption, Latents, Role, Text
-from vtrain.data.caches import fill_caches
-from vtrain.data.scan import scan
+from vtrain.data.caching.caches import fill_caches
+from vtrain.data.scanning.scan import scan
 from vtrain.plan.make import make_plan
 from vtrain.registry import discover
 

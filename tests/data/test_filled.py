@@ -4,9 +4,9 @@ import dataclasses
 from contextlib import contextmanager
 
 from vtrain.contract import Caption
-from vtrain.data.caches import fill_caches
+from vtrain.data.caching.caches import fill_caches
 from vtrain.data.index import build
-from vtrain.data.scan import scan
+from vtrain.data.scanning.scan import scan
 
 
 def test_a_recount_takes_what_was_left_out_from_the_survey_with_its_reason(setup, make_video) -> None:

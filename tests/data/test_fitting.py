@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from vtrain.config.tables import DataTable
 from vtrain.contract import ClipShape, FrameRule, Size
-from vtrain.data.fitting import Fit, decides, fit
-from vtrain.data.probe import Probe
+from vtrain.data.decoding.probe import Probe
 from vtrain.data.sample import Box, Left
+from vtrain.data.scanning.fitting import Fit, decides, fit
 from vtrain.plan.records import DatasetPlan
 from vtrain.plan.sizes import buckets, measure
 

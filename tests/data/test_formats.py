@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 
 from vtrain.contract import Caption, ClipShape, Size
-from vtrain.data.decode import decode
-from vtrain.data.probe import Probe, probe
+from vtrain.data.decoding.decode import decode
+from vtrain.data.decoding.probe import Probe, probe
+from vtrain.data.decoding.video import FileFault
 from vtrain.data.sample import Box, Sample
-from vtrain.data.video import FileFault
 
 BT709, UNSTATED, BT470BG, SMPTE170M, BT2020 = 1, 2, 5, 6, 9
 LIMITED, FULL = 1, 2

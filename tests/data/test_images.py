@@ -9,10 +9,10 @@ import pytest
 from PIL import Image, ImageOps
 
 from vtrain.contract import Caption, ClipShape, Size
-from vtrain.data.decode import decode
-from vtrain.data.probe import probe
+from vtrain.data.decoding.decode import decode
+from vtrain.data.decoding.probe import probe
+from vtrain.data.decoding.video import FileFault
 from vtrain.data.sample import Box, Sample
-from vtrain.data.video import FileFault
 
 SIZE = (127, 65)
 

@@ -5,8 +5,8 @@ import sqlite3
 import pytest
 
 from vtrain.contract import DataError
-from vtrain.data.ledger import FILE, Ledger
-from vtrain.data.scan import scan
+from vtrain.data.scanning.ledger import FILE, Ledger
+from vtrain.data.scanning.scan import scan
 
 
 @pytest.fixture

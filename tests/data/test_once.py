@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from vtrain.contract import SourceRef
-from vtrain.data.caches import fill_caches
-from vtrain.data.once import Copies
-from vtrain.data.scan import scan
+from vtrain.data.caching.caches import fill_caches
+from vtrain.data.decoding.once import Copies
+from vtrain.data.scanning.scan import scan
 
 
 class Far:

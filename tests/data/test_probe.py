@@ -7,9 +7,9 @@ import av
 import numpy as np
 import pytest
 
-from vtrain.data.pixels import Orientation
-from vtrain.data.probe import probe
-from vtrain.data.video import FileFault
+from vtrain.data.decoding.pixels import Orientation
+from vtrain.data.decoding.probe import probe
+from vtrain.data.decoding.video import FileFault
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 
 from vtrain.config.tables import DataTable
 from vtrain.contract import Size, SourceRef
-from vtrain.data.quarantine import Moved, quarantine
+from vtrain.data.scanning.quarantine import Moved, quarantine
 from vtrain.plan.records import DatasetPlan
 from vtrain_builtin.folder import LocalFolder
 

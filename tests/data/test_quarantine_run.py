@@ -9,10 +9,10 @@ import pytest
 from rich.console import Console
 
 from vtrain.cli.moved import tell_moved
-from vtrain.data.caches import fill_caches
-from vtrain.data.ledger import Ledger
-from vtrain.data.quarantine import move_bad
-from vtrain.data.scan import scan
+from vtrain.data.caching.caches import fill_caches
+from vtrain.data.scanning.ledger import Ledger
+from vtrain.data.scanning.quarantine import move_bad
+from vtrain.data.scanning.scan import scan
 
 
 @pytest.fixture

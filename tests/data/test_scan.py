@@ -7,9 +7,9 @@ import sys
 import pytest
 
 from vtrain.contract import ClipShape, DataError
-from vtrain.data.fates import settings_key
-from vtrain.data.ledger import Ledger
-from vtrain.data.scan import scan
+from vtrain.data.scanning.fates import settings_key
+from vtrain.data.scanning.ledger import Ledger
+from vtrain.data.scanning.scan import scan
 
 
 def left_out(setup, **table) -> dict[str, tuple[int, str]]:
@@ -45,7 +45,9 @@ def test_the_real_clips_are_all_used_at_ten_frames_per_second(setup, clips) -> N
 
 
 def test_a_scan_imports_no_torch(setup, clips) -> None:
-    code = "import sys, vtrain.data.scan, vtrain_builtin.folder; print([m for m in sys.modules if m == 'torch'])"
+    code = (
+        "import sys, vtrain.data.scanning.scan, vtrain_builtin.folder; print([m for m in sys.modules if m == 'torch'])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from vtrain.contract import Caption, Words
-from vtrain.data.caches import fill_caches
-from vtrain.data.decode import decode
-from vtrain.data.scan import scan
+from vtrain.data.caching.caches import fill_caches
+from vtrain.data.decoding.decode import decode
+from vtrain.data.scanning.scan import scan
 from vtrain_builtin.folder import LocalFolder
 
 

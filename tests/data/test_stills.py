@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from vtrain.data.caches import fill_caches
-from vtrain.data.decode import unit_range
-from vtrain.data.scan import scan
+from vtrain.data.caching.caches import fill_caches
+from vtrain.data.decoding.decode import unit_range
+from vtrain.data.scanning.scan import scan
 from vtrain_builtin.frames import FRAMES
 
 

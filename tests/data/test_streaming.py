@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from vtrain.contract import PluginError, SourceRef
-from vtrain.data import fates
 from vtrain.data.batches import Batches
-from vtrain.data.caches import fill_caches
-from vtrain.data.ledger import FILE, Ledger
-from vtrain.data.scan import scan
+from vtrain.data.caching.caches import fill_caches
+from vtrain.data.scanning import fates
+from vtrain.data.scanning.ledger import FILE, Ledger
+from vtrain.data.scanning.scan import scan
 
 
 @pytest.fixture
@@ -88,10 +88,10 @@ def test_a_scan_that_is_cut_off_loses_nothing_and_hides_nothing(three, make_vide
     def cut(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vtrain.data.scan.decide", cut)
+    monkeypatch.setattr("vtrain.data.scanning.scan.decide", cut)
     with pytest.raises(KeyboardInterrupt):
         samples(three)
-    monkeypatch.setattr("vtrain.data.scan.decide", real)
+    monkeypatch.setattr("vtrain.data.scanning.scan.decide", real)
     dataset = three.dataset()
     found = list(scan(three.plan(dataset)).samples)
     assert [s.ref_id for s in found] == [f"{name}.mp4" for name in "abcdef"]

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from vtrain.data.claims import Claims
-from vtrain.data.scan import scan
+from vtrain.data.caching.claims import Claims
+from vtrain.data.scanning.scan import scan
 
 RUN = """
 import importlib.util, json, os, sys, time
@@ -24,8 +24,8 @@ fixtures = importlib.util.module_from_spec(spec)
 sys.modules["fixtures"] = fixtures
 spec.loader.exec_module(fixtures)
 
-from vtrain.data.caches import fill_caches
-from vtrain.data.scan import scan
+from vtrain.data.caching.caches import fill_caches
+from vtrain.data.scanning.scan import scan
 
 root, seconds = Path(sys.argv[2]), float(sys.argv[3])
 setup = fixtures.Setup(root)
@@ -133,7 +133,7 @@ def test_what_a_killed_run_had_claimed_is_made_by_the_other(many, start) -> None
 
 def test_a_claim_is_the_processs_own_and_ends_with_it(tmp_path) -> None:
     hold = (
-        "import sys, time; from pathlib import Path; from vtrain.data.claims import Claims\n"
+        "import sys, time; from pathlib import Path; from vtrain.data.caching.claims import Claims\n"
         "with Claims(Path(sys.argv[1])) as claims: print(claims.take('a'), claims.take('b'), flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:

@@ -26,18 +26,18 @@ import pytest
 import torch
 
 from vtrain.contract import Caption, ClipShape, Size, SourceRef
-from vtrain.data.decode import decode
-from vtrain.data.probe import probe
+from vtrain.data.decoding.decode import decode
+from vtrain.data.decoding.probe import probe
+from vtrain.data.decoding.spool import hashed
+from vtrain.data.decoding.video import FileFault
+from vtrain.data.decoding.worker import DecodeJob, ProbeJob, Workers
 from vtrain.data.sample import Box, Sample
-from vtrain.data.spool import hashed
-from vtrain.data.video import FileFault
-from vtrain.data.worker import DecodeJob, ProbeJob, Workers
 from vtrain_builtin.folder import LocalFolder
 
 STUB = """
 import ctypes, os, signal, time
 from contextlib import contextmanager
-from vtrain.data import video
+from vtrain.data.decoding import video
 
 real = video.open_video
 
@@ -135,7 +135,7 @@ def children() -> Callable[[], list[psutil.Process]]:
 
     def started() -> list[psutil.Process]:
         found = [child for child in psutil.Process().children() if child not in before]
-        return [child for child in found if "vtrain.data.worker_process" in child.cmdline()]
+        return [child for child in found if "vtrain.data.decoding.worker_process" in child.cmdline()]
 
     return started
 
@@ -367,7 +367,7 @@ RUN = """
 import sys
 from pathlib import Path
 from vtrain.contract import SourceRef
-from vtrain.data.worker import ProbeJob, Workers
+from vtrain.data.decoding.worker import ProbeJob, Workers
 from vtrain_builtin.folder import LocalFolder
 
 folder = LocalFolder(sys.argv[1])

@@ -14,7 +14,7 @@ import vtrain.contract
 import vtrain.testing
 from vtrain.cli.app import app
 from vtrain.contract import HOOK_SPECS, VtrainError
-from vtrain.data.video import SUFFIXES
+from vtrain.data.decoding.video import SUFFIXES
 from vtrain_sanavideo.geometry import OFFICIAL_480P
 
 
@@ -34,7 +34,7 @@ def kinds(source: str) -> Iterator[str]:
 
 
 def test_every_reason_to_leave_a_file_out_is_on_the_page(root: Path) -> None:
-    found = {kind for file in (root / "core/vtrain/data").glob("*.py") for kind in kinds(file.read_text())}
+    found = {kind for file in (root / "core/vtrain/data").rglob("*.py") for kind in kinds(file.read_text())}
     assert {"too short", "bad caption"} <= found
     rows = re.findall(r"^\| ([^|]+) \| ", (root / "docs" / "data.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert found | {"not a video", "decoding"} <= set(rows)

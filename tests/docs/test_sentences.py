@@ -48,9 +48,9 @@ def test_only_registry_calls_hooks_and_only_the_command_line_discovers(root: Pat
 
 def test_what_stages_hand_on_is_frozen() -> None:
     from vtrain.data.batches import Batch
-    from vtrain.data.caches import Filled
+    from vtrain.data.caching.caches import Filled
     from vtrain.data.sample import Sample
-    from vtrain.data.scan import Scan
+    from vtrain.data.scanning.scan import Scan
     from vtrain.train.loop import Logged, Saved, Stopped, Validated, Warned
 
     records = [Config, Part, Plan, DatasetPlan, ValidationPlan, Survey, DatasetSurvey, Prices]

@@ -31,13 +31,13 @@ def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
 
 
 def pixels_from_zero() -> None:
-    from vtrain.data import decode
+    from vtrain.data.decoding import decode
 
     def to_unit(original: Any, pixels: Any) -> Any:
         return (original(pixels) + 1) / 2
 
     wrap(decode, "unit_range", to_unit)
-    from vtrain.data import fill_video
+    from vtrain.data.caching import fill_video
 
     wrap(fill_video, "unit_range", to_unit)
 

@@ -15,7 +15,7 @@ import torch
 from vtrain.config.tables import LoraTable
 from vtrain.contract import Text
 from vtrain.data.batches import pad
-from vtrain.data.caches import Caches, fill_caches
+from vtrain.data.caching.caches import Caches, fill_caches
 from vtrain.plan.records import Plan
 from vtrain.train.adapters import add_lora
 from vtrain.validate.generate import Interrupted, Validator, texts

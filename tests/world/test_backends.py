@@ -17,7 +17,7 @@ from pyarrow import parquet
 from torch import Tensor
 
 from vtrain.cli.prepare import prepare
-from vtrain.data.caches import fill_caches
+from vtrain.data.caching.caches import fill_caches
 
 COUNT = 4
 Fill = Callable[..., dict[str, Tensor]]

@@ -16,10 +16,10 @@ from vtrain.cli.moved import tell_moved
 from vtrain.cli.prepare import planned
 from vtrain.cli.report import print_json, print_table, visible
 from vtrain.contract import ConfigError, Problem
-from vtrain.data import inventory
-from vtrain.data.entries import KINDS, Entries
-from vtrain.data.inventory import File, Inventory, Wanted
-from vtrain.data.scan import scan
+from vtrain.data.caching import inventory
+from vtrain.data.caching.entries import KINDS, Entries
+from vtrain.data.caching.inventory import File, Inventory, Wanted
+from vtrain.data.scanning.scan import scan
 from vtrain.plan.price import bytes_text
 from vtrain.plan.records import Plan
 from vtrain.registry.blame import blame
@@ -79,7 +79,7 @@ def prune(paths: Sequence[Path], yes: bool) -> None:
 
     Raises ConfigError if they do not share a folder, DataError if what they use cannot be told.
     """
-    from vtrain.data.wanted import check_all_read, union
+    from vtrain.data.caching.wanted import check_all_read, union
 
     plans = [planned(path) for path in paths]
     folders = dict.fromkeys(plan.config.cache.dir.resolve() for plan in plans)
@@ -182,7 +182,7 @@ def verify(path: Path, as_json: bool) -> None:
 def _wanted(plan: Plan) -> dict[str, Wanted]:
     """The entries that a run of this plan uses. Raises DataError."""
     from vtrain.cli.filling import extra_texts
-    from vtrain.data.stores import Stores
-    from vtrain.data.wanted import wanted
+    from vtrain.data.caching.stores import Stores
+    from vtrain.data.caching.wanted import wanted
 
     return wanted(Stores(plan), scan(plan).samples, extra_texts(plan))

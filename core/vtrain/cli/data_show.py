@@ -18,15 +18,15 @@ from vtrain.cli.plan import show_sections
 from vtrain.cli.prepare import planned
 from vtrain.cli.report import one_line
 from vtrain.contract import Caption, DataError, Problem, Role, SupportsWording
-from vtrain.data.boxes import stretch
-from vtrain.data.captions import stem
-from vtrain.data.entries import Entries
-from vtrain.data.files import File, Files
+from vtrain.data.caching.entries import Entries
+from vtrain.data.caching.stores import Stores
+from vtrain.data.caching.wanted import DROPPED
+from vtrain.data.decoding.video import FileFault
+from vtrain.data.decoding.worker import Workers
 from vtrain.data.sample import Box, Sample
-from vtrain.data.stores import Stores
-from vtrain.data.video import FileFault
-from vtrain.data.wanted import DROPPED
-from vtrain.data.worker import Workers
+from vtrain.data.scanning.boxes import stretch
+from vtrain.data.scanning.captions import stem
+from vtrain.data.scanning.files import File, Files
 from vtrain.plan.price import bytes_text
 from vtrain.plan.records import Plan, Section
 from vtrain.registry.blame import blame

@@ -19,7 +19,7 @@ from vtrain.data.sample import Sample
 from vtrain.plan.records import Plan
 
 if TYPE_CHECKING:
-    from vtrain.data.caches import Filled
+    from vtrain.data.caching.caches import Filled
     from vtrain.train.processes import Processes
 
 _NAMED, _REASONS = 20, 10
@@ -77,7 +77,7 @@ def tell_left_out(left_out: Mapping[str, str], console: Console) -> None:
 def fill(plan: Plan, samples: Iterable[Sample], processes: Processes, console: Console) -> Filled:
     """Encode what is missing, each process its share, with progress. Raises DataError."""
     from vtrain.cli.progress import Filling
-    from vtrain.data.caches import fill_caches
+    from vtrain.data.caching.caches import fill_caches
 
     with Filling(console, processes.count) as filling:
         filled = fill_caches(plan, samples, extra_texts(plan), str(processes.device), filling.report, processes)

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from vtrain.cli.report import visible
-from vtrain.data.quarantine import move_bad
+from vtrain.data.scanning.quarantine import move_bad
 from vtrain.plan.records import Plan
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vtrain.config import load
-from vtrain.data.scan import Scan, scan
+from vtrain.data.scanning.scan import Scan, scan
 from vtrain.plan.make import make_plan
 from vtrain.plan.price import Prices, check_room, price
 from vtrain.plan.records import Plan

@@ -28,15 +28,15 @@ from vtrain.contract import (
     Tracker,
     TrackerSpec,
 )
-from vtrain.data import hashes
-from vtrain.data.scan import Scan, scan
+from vtrain.data.caching import hashes
+from vtrain.data.scanning.scan import Scan, scan
 from vtrain.plan.price import Prices, check_room, price
 from vtrain.plan.records import Plan, Survey
 from vtrain.plan.render import as_json
 from vtrain.registry.blame import blame
 
 if TYPE_CHECKING:
-    from vtrain.data.caches import Caches, Filled
+    from vtrain.data.caching.caches import Caches, Filled
     from vtrain.data.index import Index
     from vtrain.train.loop import Validate, Validated
     from vtrain.train.processes import Processes
@@ -63,7 +63,7 @@ def run(config: Path) -> None:
 def _train(plan: Plan, processes: Processes, console: Console) -> int | None:
     from vtrain.cli.progress import Display
     from vtrain.cli.trackers import Trackers
-    from vtrain.data.caches import Caches
+    from vtrain.data.caching.caches import Caches
     from vtrain.train.assemble import assemble
     from vtrain.train.loop import Stopped
     from vtrain.train.resume import find_start, settings

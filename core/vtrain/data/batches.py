@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from vtrain.contract import DataError, Latents, PluginError, Problem, Text
-from vtrain.data.caches import DROPPED, Caches
+from vtrain.data.caching.caches import DROPPED, Caches
 from vtrain.data.draws import drawn
 from vtrain.data.index import Index
 from vtrain.data.order import Order

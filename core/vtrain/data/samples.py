@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from vtrain.contract import Caption, ClipShape, Size
-from vtrain.data.database import database_faults, open_readonly
-from vtrain.data.ledger import pages, probe_of
 from vtrain.data.sample import Box, Sample
+from vtrain.data.scanning.database import database_faults, open_readonly
+from vtrain.data.scanning.ledger import pages, probe_of
 
 _OF = """
     SELECT fate.ref, fate.size, fate.version, frames, height, width, made, captions, mask, first_frame, probe, sha256

@@ -22,7 +22,7 @@ from vtrain.contract import (
     SupportsLora,
 )
 from vtrain.data.batches import Batches
-from vtrain.data.caches import Caches
+from vtrain.data.caching.caches import Caches
 from vtrain.data.index import Index
 from vtrain.data.seeds import derive
 from vtrain.plan.price import Prices

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vtrain.contract import Caption, Condition, Denoiser, Family, NoiseLevel, Predict, Role, Sampler, Text
 from vtrain.data.batches import pad
-from vtrain.data.caches import Caches
+from vtrain.data.caching.caches import Caches
 from vtrain.plan.records import ValidationPlan
 from vtrain.validate.video import to_frames, write_mp4
 

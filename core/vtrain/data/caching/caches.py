@@ -1,0 +1,149 @@
+"""The caches of a run: encoded text and video, filled by all its processes together and read by any."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from vtrain.contract import Caption, DataError, Latents, Problem, Role, Text
+from vtrain.data.caching.fill_text import Report, fill_text
+from vtrain.data.caching.fill_video import fill_video
+from vtrain.data.caching.peers import ALONE, Peers, together
+from vtrain.data.caching.stores import Stores
+from vtrain.data.caching.wanted import DROPPED, texts
+from vtrain.data.index import Index, build
+from vtrain.data.sample import Sample
+from vtrain.plan.records import Plan, Survey
+
+
+class Caches:
+    """Encoded text by caption and role, encoded video by sample. Nothing is kept in memory."""
+
+    def __init__(self, stores: Stores) -> None:
+        self._stores = stores
+
+    @classmethod
+    def open(cls, plan: Plan) -> Caches:
+        """The caches as they lie on the disk, filled by whichever process. Reads only."""
+        return cls(Stores(plan))
+
+    def text(self, caption: Caption, role: Role) -> Text:
+        """Real tokens only: embeds (1, L, D) in the encoder's type, mask all true. Raises DataError if not cached."""
+        return self.text_entry(self._stores.text_key(caption, role))
+
+    def text_entry(self, key: str) -> Text:
+        """The same by its key."""
+        embeds = self._stores.text.read(key)["embeds"][None]
+        return Text(embeds, torch.ones(embeds.shape[:2], dtype=torch.bool))
+
+    def latents(self, sample: Sample, start: float) -> Latents:
+        """Of the window at one of the sample's starts: mean, and std if that is cached, (1, C, f, h, w) fp32.
+
+        Raises DataError if it is not cached.
+        """
+        key = self._stores.known_video_key(sample, start)
+        if key is None:
+            what = "this clip was not encoded, or its file changed since."
+            raise DataError(Problem(sample.id, what, "Start the run again: it will be encoded."))
+        return self.video_entries([key])
+
+    def video_entries(self, keys: Sequence[str]) -> Latents:
+        """The same of several windows of one shape, by their keys: (B, C, f, h, w)."""
+        read = self._stores.video.read_all(keys)
+        return Latents(read["mean"], read.get("std"))
+
+
+__all__ = ["DROPPED", "Caches", "Filled", "fill_caches"]
+
+
+@dataclass(frozen=True)
+class Filled:
+    """index: of the samples that can be trained on, as they were encoded. left_out: "<dataset>/<ref id>" -> why that file
+    cannot be used.
+
+    truncated: captions encoded now that were too long and lost their end.
+    """
+
+    index: Index
+    left_out: Mapping[str, str]
+    truncated: int
+    caches: Caches
+
+    def recount(self, survey: Survey) -> Survey:
+        """The survey without what was left out."""
+        datasets = []
+        for number, found in enumerate(survey.datasets):
+            tallies = sorted((shape, tally) for (of, shape), tally in self.index.tallies.items() if of == number)
+            reasons = dict(found.left_out)
+            for name, reason in self.left_out.items():
+                if name.startswith(f"{found.id}/"):
+                    count, example = reasons.get(reason, (0, name.removeprefix(f"{found.id}/")))
+                    reasons[reason] = (count + 1, example)
+            new = replace(
+                found,
+                samples={shape: tally.samples for shape, tally in tallies},
+                clips={shape: tally.files for shape, tally in tallies},
+                windows={shape: tally.windows for shape, tally in tallies},
+                left_out=reasons,
+            )
+            datasets.append(new)
+        return replace(survey, datasets=tuple(datasets))
+
+
+def fill_caches(
+    plan: Plan,
+    samples: Iterable[Sample],
+    extra_texts: Sequence[tuple[Caption, Role]],
+    device: str,
+    report: Report,
+    peers: Peers = ALONE,
+) -> Filled:
+    """Encode what is missing: text, then video, their models one after the other, each loaded only if needed.
+
+    Every process of a run calls it with the same samples, fills its share, and waits for the others.
+
+    extra_texts: prompts beside the samples' captions; the dropped caption is added if the run drops any. report: told
+    ("text" | "video", done, total) of this process's share. May be interrupted at any time: what is on the disk is
+    whole, and is not made again. Raises DataError for a full disk, a bad file where the configuration says stop, or no
+    usable clip left.
+    """
+    stores = Stores(plan)
+    truncated = fill_text(stores, texts(plan, samples, extra_texts), peers, device, report)
+    left_out = fill_video(stores, samples, peers, device, report)
+    index, changed = next(filter(None, together(peers, lambda: _index(stores, samples, left_out, peers))))
+    left_out |= changed
+    if left_out and not len(index):
+        raise DataError(Problem(name, f"{reason}.") for name, reason in left_out.items())
+    return Filled(index, left_out, truncated, Caches(stores))
+
+
+_CHANGED = "its file changed while the caches were filled"
+
+
+def _index(
+    stores: Stores, samples: Iterable[Sample], left_out: Mapping[str, str], peers: Peers
+) -> tuple[Index, dict[str, str]] | None:
+    """The first process makes the index for all, and says what else is left out."""
+    if peers.rank:
+        return None
+    changed: dict[str, str] = {}
+
+    def usable() -> Iterator[Sample]:
+        for sample in samples:
+            if sample.file in left_out:
+                continue
+            content = stores.known_content(sample)
+            if content:
+                yield replace(sample, content=content)
+            else:
+                changed[sample.file] = _CHANGED
+
+    def video_keys(sample: Sample) -> list[str]:
+        return [stores.video_key(sample, start, sample.content) for start in sample.starts]
+
+    def text_keys(sample: Sample) -> list[str]:
+        return [stores.text_key(caption, "prompt") for caption in sample.captions]
+
+    return build(usable(), video_keys, text_keys), changed

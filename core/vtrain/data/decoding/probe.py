@@ -1,0 +1,151 @@
+"""What a file's header says of its video: codec, size, length. One frame is decoded, to see that it can be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, BinaryIO, Literal
+
+from vtrain.data.decoding.video import FileFault, faults, open_video, refuse_hdr
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+PROBE_VERSION = 1
+"""Raised when the same file would be probed otherwise: a ledger of another version is made anew."""
+
+_SQUARE = 0.01
+"""Pixel aspects this near to 1 count as 1: encoders write such ratios (512/513) when they round a size."""
+
+_TIFF = (b"II*\0", b"MM\0*")
+_COMPRESSION = 259
+_JPEG = (6, 7)
+"""Values of TIFF's tag for compression: as the standard of 1992 has it, and as its later note has it."""
+
+_AGREED = 0.1
+"""Length by the header and by the index may differ by this share: the last frame may be shown longer or shorter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A file's video stream.
+
+    width, height: stored pixels of the upright picture. pixel_aspect: a pixel's width by its height, upright.
+    frames: in the file. duration: seconds from the first frame's start to the last one's end; span: to the last one's
+    start, 0 if that is not known. turned: how the stored picture was turned to be upright, in words; "": not at all.
+    """
+
+    codec: str
+    width: int
+    height: int
+    pixel_aspect: float
+    frames: int
+    duration: float
+    span: float = 0.0
+    turned: str = ""
+
+    @property
+    def rate(self) -> float:
+        """Frames per second, on average."""
+        return self.frames / self.duration
+
+    @property
+    def own_rate(self) -> float:
+        """Frames per second from the first to the last, however long that one is shown."""
+        return (self.frames - 1) / self.span if self.frames > 1 and self.span > 0 else self.rate
+
+
+def probe(stream: BinaryIO) -> Probe:
+    """Read the header; where it lacks length or count, or contradicts its own index, walk the packets. Raises FileFault.
+
+    MP4 headers sum decoding times: where a variable rate meets B-frames the length can come out a little short.
+    """
+    from vtrain.data.decoding.pixels import Orientation
+
+    _refuse_jpeg_in_tiff(stream)
+    with open_video(stream) as (container, video):
+        length = _still(container) or _header(video)
+        frame = _first_frame(container, video)
+        turned = Orientation.of(frame)
+        aspect = float(video.sample_aspect_ratio or 1) or 1.0
+        width, height, codec = frame.width, frame.height, video.codec_context.name
+    if length is None:
+        stream.seek(0)
+        with open_video(stream) as (container, video), faults("its packets cannot be read"):
+            length = _walk(container, video)
+    if turned.transpose:
+        width, height, aspect = height, width, 1 / aspect
+    return Probe(codec, width, height, 1.0 if abs(aspect - 1) <= _SQUARE else aspect, *length, str(turned))
+
+
+def _first_frame(container: InputContainer, video: VideoStream) -> VideoFrame:
+    """Raises FileFault if there is none, or if it is in high dynamic range."""
+    with faults("its first frame cannot be decoded"):
+        frame = next(container.decode(video), None)
+    if frame is None:
+        raise FileFault("not one frame can be decoded")
+    refuse_hdr(frame.color_trc)
+    return frame
+
+
+def _refuse_jpeg_in_tiff(stream: BinaryIO) -> None:
+    """Raises FileFault for a TIFF file compressed with JPEG: ffmpeg makes a black picture of it, without an error."""
+    with faults("cannot be read"):
+        start = stream.read(8)
+        order: Literal["little", "big"] = "little" if start[:2] == b"II" else "big"
+        if start[:4] in _TIFF:
+            stream.seek(int.from_bytes(start[4:], order))
+            entries = stream.read(2 + 12 * int.from_bytes(stream.read(2), order))
+            tags = {entries[at : at + 2]: entries[at + 8 : at + 10] for at in range(0, len(entries) - 11, 12)}
+            if int.from_bytes(tags.get(_COMPRESSION.to_bytes(2, order), b""), order) in _JPEG:
+                raise FileFault("is a TIFF file with JPEG compression; save it with another")
+        stream.seek(0)
+
+
+Length = tuple[int, float, float]
+"""(frames, duration, span)."""
+
+
+def _still(container: InputContainer) -> Length | None:
+    """Of an image file: one frame, shown for 1/25 s, which is ffmpeg's default."""
+    return (1, 0.04, 0.0) if container.format.name.endswith("_pipe") else None
+
+
+def _header(video: VideoStream) -> Length | None:
+    """If the header has it, and its index does not contradict that.
+
+    An edit list may leave out frames that the header counts, and either may lie.
+    """
+    if not video.frames or not video.duration or video.duration < 0 or video.time_base is None:
+        return None
+    stamps = [entry.timestamp for entry in video.index_entries if not entry.is_discard]
+    duration = float(video.duration * video.time_base)
+    if len(stamps) != video.frames:
+        return None
+    if len(stamps) < 2:
+        return video.frames, duration, 0.0
+    span = float((max(stamps) - min(stamps)) * video.time_base)
+    whole = span * len(stamps) / (len(stamps) - 1)
+    return (video.frames, duration, span) if abs(duration - whole) <= _AGREED * whole else None
+
+
+def _walk(container: InputContainer, video: VideoStream) -> Length:
+    """Counted from the packets. Raises FileFault."""
+    count, first, last, end = 0, None, None, None
+    for packet in container.demux(video):
+        stamp = packet.pts if packet.pts is not None else packet.dts
+        if not packet.size or packet.is_discard or stamp is None:
+            continue
+        count += 1
+        after = stamp + (packet.duration or 0)
+        first = stamp if first is None else min(first, stamp)
+        last = stamp if last is None else max(last, stamp)
+        end = after if end is None else max(end, after)
+    if first is None or last is None or end is None or video.time_base is None:
+        raise FileFault("its frames have no timestamps")
+    if end <= last and count > 1:  # the last packet has no duration: give it the mean one
+        end = last + round((last - first) / (count - 1))
+    if end <= first:
+        raise FileFault("its length is unknown: one frame without a duration")
+    return count, float((end - first) * video.time_base), float((last - first) * video.time_base)

@@ -1,0 +1,207 @@
+"""Probing and decoding of untrusted files, in processes of their own with a limit on time and memory.
+
+A decoder that crashes, hangs or eats memory takes its process with it, and the file is named with that reason; the next
+file gets a new process. Files and storages are opened here: a process gets a local file's descriptor, or asks for the
+bytes of another, and holds no credentials. Pixels come back in shared memory. A process ends when this one does, also
+when this one is killed; Ctrl-C does not reach it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from multiprocessing.pool import AsyncResult, ThreadPool
+from threading import Lock
+from types import TracebackType
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
+
+from vtrain.contract import DataBackend, SourceRef
+from vtrain.data.decoding.probe import Probe
+from vtrain.data.decoding.process import Answer, DecodingProcess, Wanted
+from vtrain.data.decoding.video import FileFault, faults
+from vtrain.data.sample import Sample
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MEMORY = 4 << 30
+"""Bytes of memory (RLIMIT_DATA: all but code and shared pixels) that one process may take."""
+
+JobT = TypeVar("JobT")
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True)
+class ProbeJob:
+    """A file to probe. limit_s: seconds for it, instead of the workers' own."""
+
+    backend: DataBackend
+    ref: SourceRef
+    limit_s: float | None = None
+
+
+@dataclass(frozen=True)
+class DecodeJob:
+    """A window to decode. wanted: asked, in a thread, with the SHA-256 of the file's bytes, whether to decode it."""
+
+    backend: DataBackend
+    sample: Sample
+    start: float
+    limit_s: float | None = None
+    wanted: Wanted | None = None
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """content: SHA-256 of the file's bytes, None if they could not be read.
+
+    pixels: uint8 (3, F, h, w); None if they were not wanted, or if there is a `fault`.
+    """
+
+    content: str | None = None
+    pixels: Tensor | None = None
+    fault: FileFault | None = None
+
+
+class Workers(AbstractContextManager["Workers"]):
+    """`count` processes, each started when it is first needed and replaced when it dies.
+
+    limit_s: seconds that a process may spend on one file, not counting its waiting for the storage; memory: bytes that
+    it may take. Backends are opened in `count` threads.
+    """
+
+    def __init__(self, count: int, limit_s: float, memory: int = MEMORY) -> None:
+        self._count, self._limit_s, self._memory = count, limit_s, memory
+        self._threads = max(1, available_cpus() // count)
+        self._pool: ThreadPool | None = None
+        self._lock = Lock()
+        self._idle: list[DecodingProcess] = []
+        self._all: set[DecodingProcess] = set()
+        self._closed = False
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Kill the processes, whatever they do; a thread that waits for a storage is left to it."""
+        with self._lock:
+            self._closed = True
+            processes = list(self._all)
+        for process in processes:
+            process.kill()
+        if self._pool is not None:
+            self._pool.terminate()
+        with self._lock:
+            left, self._all = self._all, set()
+        for process in left:
+            process.close()
+
+    def probe(self, backend: DataBackend, ref: SourceRef) -> Probe:
+        """Raises FileFault."""
+        found = self._submit(self._probe, ProbeJob(backend, ref)).get()
+        if isinstance(found, FileFault):
+            raise found
+        return found
+
+    def decode(self, backend: DataBackend, sample: Sample, start: float) -> tuple[str, Tensor]:
+        """(SHA-256 of the file's bytes, uint8 (3, F, h, w)). Raises FileFault."""
+        done = self._submit(self._decode, DecodeJob(backend, sample, start)).get()
+        if done.fault is not None or done.content is None or done.pixels is None:
+            raise done.fault or FileFault("was not decoded", lasting=False)
+        return done.content, done.pixels
+
+    def probed(
+        self, jobs: Iterable[ProbeJob], ahead: int | None = None
+    ) -> Generator[tuple[ProbeJob, Probe | FileFault]]:
+        """Each job with its outcome, in order; at most `ahead` of them are begun before they are asked for."""
+        return self._in_order(self._probe, jobs, ahead)
+
+    def decoded(self, jobs: Iterable[DecodeJob], ahead: int | None = None) -> Generator[tuple[DecodeJob, Decoded]]:
+        """Each job with its outcome, in order. ahead: windows that are decoded, or being so, before they are asked for.
+
+        That many windows are in memory, and one more.
+        """
+        return self._in_order(self._decode, jobs, ahead)
+
+    def _in_order(
+        self, work: Callable[[JobT], ResultT], jobs: Iterable[JobT], ahead: int | None
+    ) -> Generator[tuple[JobT, ResultT]]:
+        coming: deque[tuple[JobT, AsyncResult[ResultT]]] = deque()
+        for job in jobs:
+            coming.append((job, self._submit(work, job)))
+            if len(coming) > (2 * self._count if ahead is None else ahead):
+                done, result = coming.popleft()
+                yield done, result.get()
+        while coming:
+            done, result = coming.popleft()
+            yield done, result.get()
+
+    def _submit(self, work: Callable[[JobT], ResultT], job: JobT) -> AsyncResult[ResultT]:
+        """Threads are started at the first job. Python does not wait for them when it exits: a storage may not answer."""
+        if self._pool is None:
+            self._pool = ThreadPool(self._count)
+        return self._pool.apply_async(work, (job,))
+
+    def _probe(self, job: ProbeJob) -> Probe | FileFault:
+        try:
+            with faults("cannot be opened"), job.backend.open(job.ref) as stream:
+                answer = self._run(stream, None, 0.0, job.limit_s, lambda _: True)
+        except FileFault as fault:
+            return fault
+        return Probe(*answer.probe)
+
+    def _decode(self, job: DecodeJob) -> Decoded:
+        content: list[str] = []
+
+        def wanted(found: str) -> bool:
+            content.append(found)
+            return job.wanted is None or job.wanted(found)
+
+        try:
+            with faults("cannot be opened"), job.backend.open(job.sample.ref) as stream:
+                answer = self._run(stream, job.sample, job.start, job.limit_s, wanted)
+        except FileFault as fault:
+            return Decoded(content[0] if content else None, fault=fault)
+        return Decoded(content[0] if content else None, answer.pixels)
+
+    def _run(
+        self, stream: BinaryIO, sample: Sample | None, start: float, limit_s: float | None, wanted: Wanted
+    ) -> Answer:
+        """A job on an idle process, which is put back, or ended if it did not answer. Raises FileFault."""
+        process = self._take()
+        try:
+            answer = process.run(stream, sample, start, limit_s or self._limit_s, wanted)
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            self._put_back(process)
+        if answer.fault is not None:
+            raise answer.fault
+        return answer
+
+    def _take(self) -> DecodingProcess:
+        with self._lock:
+            if self._closed:
+                raise FileFault("was not looked at: the run ended", lasting=False)
+            if self._idle:
+                return self._idle.pop()
+            process = DecodingProcess(self._threads, self._memory)
+            self._all.add(process)
+            return process
+
+    def _put_back(self, process: DecodingProcess) -> None:
+        with self._lock:
+            if process.alive and not self._closed:
+                self._idle.append(process)
+            else:
+                self._all.discard(process)
+                process.close()
+
+
+def available_cpus() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

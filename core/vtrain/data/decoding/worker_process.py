@@ -1,0 +1,192 @@
+"""The process in which untrusted files are probed and decoded: it is given one open file at a time, and nothing else.
+
+It reads a local file by itself and asks its parent for the bytes of any other. Its answers are JSON and, for pixels, a
+shared memory file: what a broken decoder says is never unpickled. It ends when its parent does. Imports torch only if
+it decodes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import io
+import json
+import mmap
+import os
+import pickle
+import resource
+import signal
+import socket
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from typing import BinaryIO, cast
+
+from vtrain.data.decoding.channel import Channel, ChannelClosed
+from vtrain.data.decoding.probe import probe
+from vtrain.data.decoding.spool import hashed
+from vtrain.data.decoding.video import FileFault
+from vtrain.data.sample import Sample
+
+_PDEATHSIG = 1
+_LONGEST = 1 << 26
+"""Bytes of the longest message taken: parts of files are asked for in smaller ones."""
+
+_PART = 1 << 20
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done with a file: probe it or, if `sample` is given, decode the window at `start`.
+
+    size: of the file. local: an open file is handed over after this; otherwise its bytes are asked for.
+    """
+
+    size: int
+    local: bool
+    sample: Sample | None = None
+    start: float = 0.0
+
+
+class RemoteFile(io.RawIOBase):
+    """The parent's open stream, read through the channel. Raises OSError as the storage did."""
+
+    def __init__(self, channel: Channel, size: int) -> None:
+        self._channel, self._size, self._at = channel, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        if start + offset < 0:
+            raise OSError(22, "Invalid argument")
+        self._at = start + offset
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        """As many bytes as there are, in parts."""
+        left, parts = size if size >= 0 else max(0, self._size - self._at), []
+        while left:
+            part = self._part(min(left, _PART))
+            if not part:
+                break
+            parts.append(part)
+            self._at += len(part)
+            left -= len(part)
+        return b"".join(parts)
+
+    def _part(self, size: int) -> bytes:
+        answer = self._ask(size)
+        if answer[:1] == b"!":
+            number, text = json.loads(answer[1:])
+            raise OSError(number, text)
+        return answer[1:]
+
+    def _ask(self, size: int) -> bytes:
+        _say(self._channel, read=[self._at, size])
+        return self._channel.receive(_LONGEST)
+
+
+def main() -> None:
+    """Arguments: the socket's number, threads, bytes of memory."""
+    end, threads, memory = map(int, sys.argv[1:])
+    _limit(memory)
+    channel = Channel(socket.socket(fileno=end))
+    gc.freeze()
+    while True:
+        gc.collect()  # the last file's frames, of which PyAV makes cycles
+        try:
+            job = pickle.loads(channel.receive(_LONGEST))  # noqa: S301 (from the parent, which started this process)
+        except ChannelClosed:
+            return
+        if job.sample is not None:
+            _import_decode()
+        _say(channel, begun=True)
+        with _file(channel, job) as stream:
+            _answer(channel, job, stream, threads)
+
+
+def _import_decode() -> None:
+    """With torch, and seconds that are not the file's."""
+    if "vtrain.data.decoding.decode" not in sys.modules:
+        import vtrain.data.decoding.decode  # noqa: F401
+
+        gc.freeze()
+
+
+def _limit(memory: int) -> None:
+    """No core dumps, no more memory than this, and no life after the parent's. Ctrl-C is the parent's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (memory if most == resource.RLIM_INFINITY else min(memory, most), most))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def _file(channel: Channel, job: Job) -> BinaryIO:
+    if job.local:
+        file = open(channel.receive_file(), "rb")  # noqa: PTH123, SIM115 (a descriptor; the caller closes it)
+        file.seek(0)
+        return file
+    return cast("BinaryIO", RemoteFile(channel, job.size))
+
+
+def _answer(channel: Channel, job: Job, stream: BinaryIO, threads: int) -> None:
+    """Do the job and say how it went; anything but a fault of the file ends the process, and the parent sees that."""
+    try:
+        if job.sample is None:
+            _say(channel, probe=list(asdict(probe(stream)).values()))
+        else:
+            _decode(channel, job.sample, job.start, stream, threads)
+    except FileFault as fault:
+        _say(channel, fault=fault.reason, lasting=fault.lasting)
+    except MemoryError:
+        _say(channel, memory=True)
+
+
+def _decode(channel: Channel, sample: Sample, start: float, stream: BinaryIO, threads: int) -> None:
+    """Tell the content's hash; if the parent then wants the pixels, decode into a memory file and hand it over."""
+    import torch
+
+    from vtrain.data.decoding.decode import decode
+
+    torch.set_num_threads(min(torch.get_num_threads(), threads))
+    length = 3 * sample.shape.frames * sample.shape.height * sample.shape.width
+    file = _memory_file()
+    try:
+        with hashed(stream) as (content, copy):
+            _say(channel, content=content)
+            if channel.receive(_LONGEST) != b"decode":
+                _say(channel, left=True)
+                return
+            os.ftruncate(file, length)
+            pixels = torch.frombuffer(mmap.mmap(file, length), dtype=torch.uint8)
+            decode(copy, sample, start, pixels.view((3, *sample.shape)))
+        _say(channel, pixels=True)
+        channel.send_file(file)
+    finally:
+        os.close(file)
+
+
+def _say(channel: Channel, **message: object) -> None:
+    channel.send(json.dumps(message).encode())
+
+
+def _memory_file() -> int:
+    """Shared memory that vanishes with its last user, and is not bound by the size of /dev/shm."""
+    if sys.platform == "linux":
+        return os.memfd_create("vtrain-pixels")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+if __name__ == "__main__":
+    main()

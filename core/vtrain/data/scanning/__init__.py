@@ -1,0 +1,1 @@
+"""Files to samples: the ledger, and what becomes of every file."""

@@ -1,0 +1,186 @@
+"""Captions of clips: beside a clip as text or JSON, in its name, in one file or from the backend, or one text for all."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import posixpath
+import re
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+from vtrain.contract import Caption, Words
+from vtrain.data.decoding.video import FileFault, faults
+from vtrain.data.sample import Left
+from vtrain.plan.records import CaptionsFrom, DatasetPlan
+
+SUFFIX = ".txt"
+SIDECAR = ".json"
+BESIDE: Mapping[str, CaptionsFrom] = {SUFFIX: "textfile", SIDECAR: "json"}
+"""Suffix of a caption file -> the setting of data.captions that reads it."""
+
+MOTION_SCORE = "motion_score"
+"""The name of a clip's motion score: in a sidecar, as a column, and in Caption.extras."""
+
+_MOST_BYTES = 1 << 20
+MOST_TEXTS = 1000
+"""Captions of one clip: each is encoded."""
+
+
+def stem(ref_id: str) -> str:
+    """The id without its suffix: what a clip and its caption file have in common."""
+    return posixpath.splitext(ref_id)[0]  # not pathlib: called for every file of a dataset of any size
+
+
+def from_name(ref_id: str) -> str:
+    """The file's stem with "_" and "-" as spaces."""
+    return " ".join(re.split(r"[\s_-]+", posixpath.basename(stem(ref_id)))).strip()
+
+
+def from_file(stream: BinaryIO) -> Words:
+    """A text file: each line that is not blank is a caption. Raises FileFault."""
+    return Words(_few(line.strip() for line in _text(stream).splitlines()))
+
+
+def from_sidecar(stream: BinaryIO) -> Words:
+    """A JSON object with "caption" (a text) or "captions" (a list of texts), and "motion_score". Raises FileFault.
+
+    Other keys are of no interest; null is as good as absent.
+    """
+    try:
+        data = json.loads(_text(stream))
+    except json.JSONDecodeError as error:
+        raise FileFault(f"its caption file is not JSON: {error.msg} (line {error.lineno})") from error
+    except (RecursionError, ValueError) as error:  # ValueError: a whole number of thousands of digits
+        raise FileFault("its caption file is not JSON that can be read") from error
+    if not isinstance(data, dict):
+        raise FileFault(f"its caption file is {_sort(data)}: write a JSON object with the key caption or captions")
+    score = data.get(MOTION_SCORE)
+    return Words(_few(_texts(data)), {} if score is None else {MOTION_SCORE: motion_score(score)})
+
+
+def read(ref_id: str, stream: BinaryIO) -> Words:
+    """A caption file, by its suffix. Raises FileFault."""
+    return from_sidecar(stream) if ref_id.lower().endswith(SIDECAR) else from_file(stream)
+
+
+def _text(stream: BinaryIO) -> str:
+    """All of it, UTF-8 with or without a byte order mark. Raises FileFault."""
+    with faults("its caption file cannot be read"):
+        data = stream.read(_MOST_BYTES + 1)
+    if len(data) > _MOST_BYTES:
+        raise FileFault(f"its caption file is larger than {_MOST_BYTES >> 20} MiB")
+    try:
+        return data.decode().removeprefix(codecs.BOM_UTF8.decode())
+    except UnicodeDecodeError as error:
+        raise FileFault(f"its caption file is not UTF-8 (byte {error.start}): save it as UTF-8") from error
+
+
+def _few(texts: Any) -> tuple[str, ...]:
+    """Those that are not blank. Raises FileFault for too many."""
+    found = tuple(text for text in texts if text)
+    if len(found) > MOST_TEXTS:
+        raise FileFault(
+            f"its caption file has {len(found)} captions, more than {MOST_TEXTS}: put a caption on one line"
+        )
+    return found
+
+
+def _texts(data: Mapping[str, Any]) -> list[str]:
+    one, several = data.get("caption"), data.get("captions")
+    if one is not None and several is not None:
+        raise FileFault("its caption file has both caption and captions: keep one of them")
+    if one is not None and not isinstance(one, str):
+        raise FileFault(f"caption in its caption file is {_sort(one)}: write a text")
+    if several is not None and not (isinstance(several, list) and all(isinstance(text, str) for text in several)):
+        raise FileFault(f"captions in its caption file is {_sort(several)}: write a list of texts")
+    texts = [one] if isinstance(one, str) else several or []
+    if any(not _encodable(text) for text in texts):
+        raise FileFault("a caption in its caption file has half a character (a lone surrogate)")
+    return [" ".join(text.split()) for text in texts]
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _sort(value: object) -> str:
+    """What a JSON value is, in words; of a list, also what in it is no text."""
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a text",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+    }
+    name = names.get(type(value), "null")
+    odd = [item for item in value if not isinstance(item, str)] if isinstance(value, list) else []
+    return f"{name} with {names.get(type(odd[0]), 'null')} in it" if odd else name
+
+
+def motion_score(value: object) -> int:
+    """A whole number from 0 on, as a number or as digits. Raises FileFault."""
+    try:
+        if isinstance(value, int | float | str) and not isinstance(value, bool):
+            number = float(value)
+            if number >= 0 and number.is_integer():
+                return int(number)
+    except (ValueError, OverflowError):
+        pass
+    raise FileFault(f"its motion score {str(value)[:40]!r} is no whole number from 0 on: write one such as 30")
+
+
+def choose(ref_id: str, found: Words | Left | None, dataset: DatasetPlan) -> tuple[Caption, ...] | Left:
+    """A clip's captions under a dataset's settings, or why it has none. caption_prefix stands before each; none is empty.
+
+    found: what its caption file, its rows or the backend say of it, None if there is nothing of the kind.
+    """
+    table, source = dataset.table, dataset.captions
+    if source == "filename":
+        name = from_name(ref_id)
+        found = Words((name,) if name else ())
+    elif source == "instance_prompt":
+        found = Words((table.caption or "",))
+    elif isinstance(found, Left):
+        return found
+    words = found or Words(())
+    if words.texts:
+        return tuple(Caption(table.caption_prefix + text, words.extras) for text in words.texts)
+    if table.missing_caption == "empty":
+        return (Caption("", words.extras),)
+    lack = _lack(dataset, there=found is not None)
+    return Left("dropped", "no caption", f'{lack}; add one, or set data.missing_caption = "empty"')
+
+
+def _lack(dataset: DatasetPlan, *, there: bool) -> str:
+    """there: whether the place of captions knows the clip at all."""
+    match dataset.captions:
+        case "filename":
+            return "its name has no words"
+        case "csv" | "parquet":
+            name = dataset.table.captions_file.name if dataset.table.captions_file else "captions_file"
+            return f"no caption: {name} has {'only an empty one for it' if there else 'no row for it'}"
+        case "backend":
+            return f"no caption: the data backend has {'only an empty one' if there else 'none'}"
+        case "json":
+            return (
+                f"no caption: {'its caption file has none' if there else f'{SIDECAR} file of the same name is missing'}"
+            )
+        case _:
+            return (
+                f"no caption: {'its caption file is empty' if there else f'{SUFFIX} file of the same name is missing'}"
+            )
+
+
+def decides(dataset: DatasetPlan) -> list[object]:
+    """What of the settings decides over captions, as JSON knows it."""
+    table = dataset.table
+    return [
+        dataset.captions, table.caption, table.caption_prefix, table.missing_caption, str(table.captions_file),
+        table.file_column, table.caption_column,
+    ]  # fmt: skip

@@ -1,0 +1,177 @@
+"""Deciding: what becomes of every file of a place under one dataset's settings, written down as one row each.
+
+Rows that did not change since the last decision under the same settings are not looked at again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from vtrain.contract import Caption, FrameRule, Words
+from vtrain.data.caching.keys import TRANSFORM_VERSION
+from vtrain.data.decoding.probe import Probe
+from vtrain.data.sample import Left
+from vtrain.data.scanning import captions
+from vtrain.data.scanning.fitting import Fit, decides, fit
+from vtrain.data.scanning.ledger import PAGE, Ledger, marks, probe_of, words_of
+from vtrain.data.scanning.listing import CLIPS, IMAGE, useless
+from vtrain.data.scanning.sources import origin_of
+from vtrain.plan.records import DatasetPlan
+
+_UNDECIDED = """
+    SELECT source.ref, source.kind, source.size, source.version, source.fault, source.probe, {words}, old.reason, {mask}
+    FROM source
+    LEFT JOIN fate old ON old.decision = :decision AND old.ref = source.ref AND old.size = source.size
+        AND old.version = source.version AND old.kind = 'decoding'
+    {joined}
+    WHERE source.place = :place AND source.ref > :after AND {changed}
+        AND source.kind IN ('video', 'image', 'other', 'misnamed')
+    ORDER BY source.ref LIMIT :limit
+"""
+
+# Two caption files of one clip differ in the case of their suffix, or of nothing at all in a place that allows that.
+_BESIDE = (
+    "beside.words, beside.fault, beside.ref, "
+    "(SELECT max(ref) FROM source other WHERE other.place = source.place AND other.stem = source.stem "
+    "AND other.kind = :captions)",
+    "LEFT JOIN source beside ON beside.place = source.place AND beside.ref = (SELECT min(ref) FROM source other "
+    "WHERE other.place = source.place AND other.stem = source.stem AND other.kind = :captions)",
+)
+_TOLD = (
+    "told.words, NULL, NULL, NULL",
+    "LEFT JOIN told ON told.place = source.place AND told.origin = :origin AND told.name = source.ref",
+)
+_NOTHING = ("NULL, NULL, NULL, NULL", "")
+
+_UNMASKED = ("NULL, NULL, NULL", "", "source.generation > :generation")
+# Masks are no clips. A clip is decided again when its mask came, changed or went.
+_MASKED = (
+    "mask.ref, mask.fault, mask.probe",
+    "LEFT JOIN source mask ON mask.place = source.place AND mask.ref = (SELECT min(ref) FROM source m "
+    "WHERE m.place = source.place AND m.stem = :masks || '/' || source.stem AND m.kind IN ('video', 'image')) "
+    "LEFT JOIN fate masked ON masked.decision = :decision AND masked.ref = source.ref",
+    "(source.generation > :generation OR mask.generation > :generation "
+    "OR (masked.mask != '' AND masked.mask IS NOT mask.ref)) "
+    "AND NOT (source.ref > :masks || '/' AND source.ref < :masks || '0')",
+)
+
+TOLD = ("csv", "parquet", "backend")
+"""Settings of data.captions whose captions stand in the table of that name."""
+
+_ASPECT = 0.02
+"""A mask may be this much wider or higher than its clip: sizes are whole."""
+
+_COLUMNS = 17
+
+
+def settings_key(dataset: DatasetPlan, rule: FrameRule) -> str:
+    """Names everything of a dataset's settings that decides over its files."""
+    return hashlib.sha256(
+        json.dumps(
+            [TRANSFORM_VERSION, decides(dataset, rule), dataset.table.images, dataset.masks, dataset.first_frame]
+        ).encode()
+    ).hexdigest()
+
+
+def decide(ledger: Ledger, place: int, dataset: DatasetPlan, rule: FrameRule) -> int:
+    """The number of the decision, whose fates are then those of the place as the ledger knows it."""
+    settings = settings_key(dataset, rule)
+    now = ledger.generation(place)
+    with ledger.transaction() as db:
+        db.execute("INSERT OR IGNORE INTO decision (settings, place, generation) VALUES (?, ?, -1)", (settings, place))
+    number, before = ledger.rows(
+        "SELECT number, generation FROM decision WHERE settings = :settings", {"settings": settings}
+    )[0]
+    if before != now:
+        _decide_rows(ledger, number, place, before, dataset, rule)
+        with ledger.transaction() as db:
+            db.execute("UPDATE decision SET generation = ?, survey = NULL WHERE number = ?", (now, number))
+    return int(number)
+
+
+def _decide_rows(
+    ledger: Ledger, decision: int, place: int, generation: int, dataset: DatasetPlan, rule: FrameRule
+) -> None:
+    """generation: up to which all is decided."""
+    beside = captions.BESIDE.values()
+    words, joined = _BESIDE if dataset.captions in beside else _TOLD if dataset.captions in TOLD else _NOTHING
+    values = {
+        "decision": decision, "place": place, "generation": generation, "captions": dataset.captions,
+        "origin": origin_of(dataset), "masks": dataset.masks,
+    }  # fmt: skip
+    rows: list[tuple[object, ...]] = []
+    insert = f"INSERT OR REPLACE INTO fate VALUES ({marks(range(_COLUMNS))})"
+    mask, masked, changed = _UNMASKED if dataset.masks is None else _MASKED
+    query = _UNDECIDED.format(words=words, joined=f"{joined} {masked}", mask=mask, changed=changed)
+    for row in ledger.pages(query, values):
+        ref, kind, size, version = row[:4]
+        outcome = _outcome(ref, kind, row[4:], dataset, rule)
+        rows.append((decision, ref, size, version, *_row(outcome, row[-3] or "", dataset.first_frame)))
+        if len(rows) >= PAGE:
+            _insert(ledger, insert, rows)
+    _insert(ledger, insert, rows)
+
+
+def _insert(ledger: Ledger, query: str, rows: list[tuple[object, ...]]) -> None:
+    with ledger.transaction() as db:
+        db.executemany(query, rows)
+    rows.clear()
+
+
+def _outcome(
+    ref: str, kind: str, row: Sequence[Any], dataset: DatasetPlan, rule: FrameRule
+) -> tuple[Fit, tuple[Caption, ...]] | Left:
+    fault, probe, words, bad_words, first, last, undecodable, *mask = row
+    if kind not in CLIPS or (kind == IMAGE and not dataset.table.images):
+        return useless(ref, kind)
+    if undecodable is not None:
+        return Left("failed", "decoding", undecodable)
+    if probe is None:
+        return Left("failed", "bad file", fault or "was not looked at")
+    fitted = fit(probe_of(probe), dataset, rule, ref)  # type: ignore[arg-type]
+    if isinstance(fitted, Left):
+        return fitted
+    if mask[0] is not None and (wrong := _bad_mask(probe_of(probe), *mask)):
+        return Left("failed", "bad mask", wrong)
+    chosen = captions.choose(ref, _found(words, bad_words, first, last), dataset)
+    return chosen if isinstance(chosen, Left) else (fitted, chosen)
+
+
+def _bad_mask(clip: Probe | None, ref: str, fault: str | None, probe: str | None) -> str | None:
+    """Why the mask of a clip cannot be used, if so: it is a picture, or a video no shorter, of the same aspect."""
+    mask = probe_of(probe)
+    if mask is None or clip is None:
+        return f"its mask {ref} {fault or 'was not looked at'}"
+    if mask.frames > 1 and mask.duration < clip.duration - 1 / clip.rate:
+        return f"its mask {ref} is shorter: {mask.duration:.3f} s of {clip.duration:.3f} s"
+    aspect, own = (p.width * p.pixel_aspect / p.height for p in (mask, clip))
+    if abs(aspect / own - 1) > _ASPECT:
+        return f"its mask {ref} has another aspect: {mask.width}x{mask.height} for {clip.width}x{clip.height}"
+    return None
+
+
+def _found(words: str | None, fault: str | None, first: str | None, last: str | None) -> Words | Left | None:
+    """What the place of captions says of a clip. first, last: its caption files, by name."""
+    if first != last:
+        return Left("dropped", "two captions", f"it has two caption files, {first} and {last}: keep one")
+    if fault is not None:
+        return Left("dropped", "bad caption", fault)
+    if words is not None and words.startswith('"'):
+        return Left("dropped", "bad caption", json.loads(words))
+    return words_of(words)
+
+
+def _row(outcome: tuple[Fit, tuple[Caption, ...]] | Left, mask: str, first_frame: bool) -> tuple[object, ...]:
+    if isinstance(outcome, Left):
+        return (outcome.status, outcome.kind, outcome.reason, None, None, None, 0, 0, 1.0, None, None, mask, 0)
+    fitted, chosen = outcome
+    made = [fitted.fps, [[cut.starts, cut.box] for cut in fitted.cuts]]
+    texts = [[caption.text, dict(caption.extras)] for caption in chosen]
+    return (
+        "used", "", "", *fitted.shape, len(fitted.cuts), sum(len(cut.starts) for cut in fitted.cuts), fitted.stretch,
+        json.dumps(made, separators=(",", ":")),
+        json.dumps(texts, ensure_ascii=False, separators=(",", ":")), mask, int(first_frame),
+    )  # fmt: skip

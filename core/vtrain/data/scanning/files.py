@@ -1,0 +1,227 @@
+"""Source files one by one, as the ledger has them after a scan: for people who ask what became of a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from vtrain.contract import Caption, ClipShape, Problem, SourceRef
+from vtrain.data.decoding.probe import Probe
+from vtrain.data.sample import Sample
+from vtrain.data.samples import Found, Samples
+from vtrain.data.scanning.captions import BESIDE, stem
+from vtrain.data.scanning.database import database_faults, open_readonly
+from vtrain.data.scanning.ledger import Ledger, pages, probe_of
+from vtrain.data.scanning.listing import escaped
+from vtrain.data.scanning.scan import decided
+from vtrain.data.scanning.surveys import DISTINCT
+from vtrain.plan.records import DatasetPlan, Plan
+
+STATUSES = ("used", "dropped", "failed")
+
+_COLUMNS = """SELECT fate.ref, fate.size, fate.version, status, fate.kind, reason, frames, height, width, samples, windows,
+    stretch, captions, probe, sha256 FROM fate LEFT JOIN source ON source.place = :place AND source.ref = fate.ref
+    WHERE decision = :decision"""
+
+_ROWS = f"{_COLUMNS} AND fate.ref > :after AND status IN (SELECT value FROM json_each(:statuses)) ORDER BY fate.ref LIMIT :limit"
+
+_NAMED = f"{_COLUMNS} AND fate.ref IN (SELECT value FROM json_each(:refs)) ORDER BY fate.ref"
+
+_COUNTS = """SELECT status, kind, count(*), count(DISTINCT reason), reason, min(ref) FROM fate
+    WHERE decision = :decision GROUP BY status, kind ORDER BY count(*) DESC, kind"""
+
+_REASONS = """SELECT status, kind, count(*), 1, reason, min(ref) FROM fate
+    WHERE decision = :decision AND kind = :kind AND status = :status GROUP BY reason ORDER BY count(*) DESC, reason"""
+
+_WIDTHS = """SELECT max(length(width || 'x' || height || '@' || frames)), max(length(ref)) FROM fate
+    WHERE decision = :decision"""
+
+_BESIDE = "SELECT kind FROM source WHERE place = :place AND ref IN (SELECT value FROM json_each(:refs))"
+
+_OF_STEM = "SELECT ref FROM fate WHERE decision = :decision AND ref >= :stem || '.' AND ref < :stem || '/' LIMIT 3"
+
+_BELOW = "SELECT ref FROM fate WHERE decision = :decision AND substr(ref, -length(:tail)) = :tail LIMIT 3"
+
+_AROUND = """SELECT ref FROM (SELECT ref FROM fate WHERE decision = :decision AND ref >= :name ORDER BY ref LIMIT :limit)
+    UNION SELECT ref FROM (SELECT ref FROM fate WHERE decision = :decision AND ref < :name ORDER BY ref DESC LIMIT :limit)"""
+
+_NEIGHBOURS = 2000
+"""Names before and after a wrong one, in order, among which a like one is looked for: comparing takes time."""
+
+_ESCAPE = re.compile(r"\\(?:[nrt\\]|x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A source file, and what became of it under the settings of one dataset.
+
+    dataset: its id; number: its place in plan.datasets. status: one of STATUSES. kind, reason: why it is left out, or "".
+    shape: its bucket. samples, windows: that it gives. stretch: how much wider or higher its picture becomes, at least 1.
+    captions: of each sample; none for a file that is left out. probe: None if it could not be opened or is no clip.
+    content: SHA-256 of its bytes, "" until they were read.
+    """
+
+    dataset: str
+    number: int
+    ref: SourceRef
+    status: str
+    kind: str
+    reason: str
+    shape: ClipShape | None
+    samples: int
+    windows: int
+    stretch: float
+    captions: tuple[Caption, ...]
+    probe: Probe | None
+    content: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.dataset}/{self.ref.id}"
+
+
+@dataclass(frozen=True)
+class Count:
+    """Files of one dataset that are alike. reasons: how many different ones; reason, example: one, and a file of it."""
+
+    status: str
+    kind: str
+    files: int
+    reasons: int
+    reason: str
+    example: str
+
+
+@dataclass(frozen=True)
+class Files:
+    """Every file of some datasets. ledger: its file. problems: of datasets that could not be scanned. messages: about the
+    ledger itself. Read from the ledger as it is asked for, never all in memory; every method raises DataError."""
+
+    ledger: Path
+    datasets: Mapping[str, tuple[DatasetPlan, Found]]
+    problems: tuple[Problem, ...]
+    messages: tuple[str, ...]
+
+    def rows(self, dataset: str, statuses: Sequence[str] = STATUSES) -> Iterator[File]:
+        """Of one dataset, in order of ref id."""
+        found = self.datasets[dataset][1]
+        values = {**_of(found), "statuses": json.dumps(list(statuses))}
+        with database_faults(self.ledger):
+            connection = open_readonly(self.ledger)
+        with closing(connection) as db:
+            for row in pages(db, self.ledger, _ROWS, values):
+                yield _file(found, row)
+
+    def counts(self, dataset: str) -> list[Count]:
+        """By status and kind of reason, the most first; by reason where there are few of a kind."""
+        found, values = [], _of(self.datasets[dataset][1])
+        for row in self._all(_COUNTS, values):
+            of_kind = Count(*row)
+            if 1 < of_kind.reasons <= DISTINCT:
+                rows = self._all(_REASONS, {**values, "status": of_kind.status, "kind": of_kind.kind})
+                found += [Count(*row) for row in rows]
+            else:
+                found.append(of_kind)
+        return found
+
+    def widths(self, dataset: str) -> tuple[int, int]:
+        """Letters of the longest bucket and of the longest ref id."""
+        ((bucket, ref),) = self._all(_WIDTHS, _of(self.datasets[dataset][1]))
+        return bucket or 0, ref or 0
+
+    def named(self, name: str) -> list[File]:
+        """Those that `name` means: as "<dataset>/<ref id>", else as ref id, else as a path or a URL."""
+        for names in (_own_names, _ref_ids, _paths):
+            found = []
+            for dataset, place in self.datasets.values():
+                if refs := names(name, dataset):
+                    rows = self._all(_NAMED, {**_of(place), "refs": json.dumps(refs)})
+                    found += [_file(place, row) for row in rows]
+            if found:
+                return found
+        return []
+
+    def like(self, name: str) -> list[str]:
+        """Files that `name` may have meant, the likeliest first: those that it is the caption file of, those of that name in a
+        folder or shard, and those that are called almost so."""
+        found: list[str] = []
+        for dataset, place in self.datasets.values():
+            refs = [ref for names in (_own_names, _ref_ids, _paths) for ref in names(name, dataset)]
+            kinds = {kind for (kind,) in self._all(_BESIDE, {**_of(place), "refs": json.dumps(refs)})}
+            if kinds & set(BESIDE.values()):
+                for ref in refs:
+                    found += [f"{dataset.id}/{of}" for (of,) in self._all(_OF_STEM, {**_of(place), "stem": stem(ref)})]
+            for ref in refs:
+                found += [f"{dataset.id}/{of}" for (of,) in self._all(_BELOW, {**_of(place), "tail": f"/{ref}"})]
+                around = self._all(_AROUND, {**_of(place), "name": ref, "limit": _NEIGHBOURS})
+                found += [
+                    f"{dataset.id}/{like}"
+                    for like in get_close_matches(ref, [near for (near,) in around], n=3, cutoff=0.7)
+                ]
+        return list(dict.fromkeys(found))[:3]
+
+    def samples(self, file: File) -> tuple[Sample, ...]:
+        """What training takes from a file."""
+        if file.status != "used":
+            return ()
+        return Samples(self.ledger, (self.datasets[file.dataset][1],)).of(file.ref.id)
+
+    def _all(self, query: str, values: Mapping[str, object]) -> list[tuple[Any, ...]]:
+        with database_faults(self.ledger), closing(open_readonly(self.ledger)) as db:
+            return db.execute(query, values).fetchall()
+
+
+def look(plan: Plan, dataset: str | None = None, on_file: Callable[[int], None] | None = None) -> Files:
+    """Scan, and give what was found, also where a run would stop. dataset: only that one. on_file: told the number of
+    files done. Raises DataError if the ledger cannot be used."""
+    problems: list[Problem] = []
+    with Ledger(plan.config.cache.dir) as ledger:
+        places = list(decided(ledger, plan, problems, on_file, dataset))
+    found = {place.id: (plan.datasets[place.number], place) for place in places}
+    return Files(ledger.path, found, tuple(problems), (ledger.message,) if ledger.message else ())
+
+
+def _of(found: Found) -> dict[str, object]:
+    return {"place": found.place, "decision": found.decision}
+
+
+def _file(found: Found, row: Sequence[Any]) -> File:
+    ref, size, version, status, kind, reason, *shape = row[:9]
+    samples, windows, stretch, captions, probe, content = row[9:]
+    return File(
+        dataset=found.id, number=found.number, ref=SourceRef(ref, size, version), status=status, kind=kind, reason=reason,
+        shape=ClipShape(*shape) if status == "used" else None, samples=samples, windows=windows, stretch=stretch,
+        captions=tuple(Caption(text, extras) for text, extras in json.loads(captions or "[]")), probe=probe_of(probe),
+        content=content or "",
+    )  # fmt: skip
+
+
+def _own_names(name: str, dataset: DatasetPlan) -> list[str]:
+    """Ref ids that "<dataset>/<ref id>" may stand for."""
+    return _ref_ids(name.removeprefix(f"{dataset.id}/"), dataset) if name.startswith(f"{dataset.id}/") else []
+
+
+def _ref_ids(name: str, dataset: DatasetPlan) -> list[str]:
+    """A name as it is, and as one that was copied from where it was shown stands for."""
+    return list(dict.fromkeys((escaped(name), unescaped(name))))
+
+
+def _paths(name: str, dataset: DatasetPlan) -> list[str]:
+    """Ref ids that a path, from the working folder or with links followed, or a URL may stand for."""
+    location = dataset.backend.location
+    places = dict.fromkeys((location, os.path.realpath(location)))
+    paths = dict.fromkeys((name, os.path.abspath(name), os.path.realpath(name)))  # noqa: PTH100 (Path would drop "..")
+    refs = [path.removeprefix(f"{place}/") for place in places for path in paths if path.startswith(f"{place}/")]
+    return [ref for each in dict.fromkeys(refs) for ref in _ref_ids(each, dataset)]
+
+
+def unescaped(name: str) -> str:
+    r"""A name that was shown with "\n" for its line break and the like, as it is."""
+    return _ESCAPE.sub(lambda match: match[0].encode().decode("unicode_escape"), name)

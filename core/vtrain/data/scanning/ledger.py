@@ -1,0 +1,234 @@
+"""The ledger: every source file of every dataset, what it holds, its content hash, and what became of it. An SQLite file.
+
+A place (a backend's location) has a generation, a number that moves whenever a file of it came, went or changed. Each
+source row bears the generation at which it changed last, so that a decision over a place that was made at generation g
+has to look at rows later than g only. Readers go through a table in pages by ref, never holding it in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, fields
+from operator import attrgetter
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from vtrain.contract import Words
+from vtrain.data.decoding.probe import PROBE_VERSION, Probe
+from vtrain.data.sample import Sample
+from vtrain.data.scanning.database import Layout, database_faults, open_database, open_readonly
+from vtrain.data.scanning.listing import KINDS_VERSION
+
+FILE = "ledger.sqlite"
+
+PAGE = 1000
+"""Rows that are read, or written in one transaction, at once."""
+
+_TABLES = """
+    CREATE TABLE place (number INTEGER PRIMARY KEY, location TEXT UNIQUE NOT NULL, generation INTEGER NOT NULL);
+    CREATE TABLE shard (place INTEGER, ref TEXT, size INTEGER, version TEXT, PRIMARY KEY (place, ref)) WITHOUT ROWID;
+    CREATE TABLE source (
+        place INTEGER, ref TEXT, kind TEXT NOT NULL, stem TEXT NOT NULL, size INTEGER NOT NULL, version TEXT NOT NULL,
+        generation INTEGER NOT NULL, unseen INTEGER NOT NULL, fault TEXT, probe TEXT, words TEXT, sha256 TEXT,
+        PRIMARY KEY (place, ref)
+    ) WITHOUT ROWID;
+    CREATE INDEX source_by_stem ON source (place, stem, kind);
+    CREATE INDEX source_unseen ON source (place, kind, ref) WHERE unseen;
+    CREATE TABLE told (place INTEGER, origin TEXT, name TEXT, words TEXT NOT NULL, PRIMARY KEY (place, origin, name))
+        WITHOUT ROWID;
+    CREATE TABLE decision (
+        number INTEGER PRIMARY KEY, settings TEXT UNIQUE NOT NULL, place INTEGER NOT NULL, generation INTEGER NOT NULL,
+        survey TEXT
+    );
+    CREATE TABLE fate (
+        decision INTEGER, ref TEXT, size INTEGER NOT NULL, version TEXT NOT NULL, status TEXT NOT NULL,
+        kind TEXT NOT NULL, reason TEXT NOT NULL, frames INTEGER, height INTEGER, width INTEGER,
+        samples INTEGER NOT NULL, windows INTEGER NOT NULL, stretch REAL NOT NULL, made TEXT, captions TEXT,
+        mask TEXT NOT NULL, first_frame INTEGER NOT NULL, PRIMARY KEY (decision, ref)
+    ) WITHOUT ROWID;
+    CREATE TABLE texts (decisions TEXT PRIMARY KEY, generations TEXT NOT NULL, count INTEGER NOT NULL) WITHOUT ROWID;
+"""
+"""source: unseen is 1 for a file that was not opened yet, or could not be for a reason that may pass. words: of a caption
+file. told: captions that do not stand in a file of their own. fate: made is how a file's samples are cut, as JSON;
+captions are those of each of its samples; samples and windows are how many there are. decision: survey is what a scan tells of it.
+A file that failed in filling keeps `made` until the next scan, so that those who go through the samples count alike.
+"""
+
+_PROBE = attrgetter(*(field.name for field in fields(Probe)))
+
+_LAYOUT = Layout(
+    application_id=0x76744C31,
+    # Any other tables, fields of a probe or kinds of files are another layout, and are scanned anew.
+    version=zlib.crc32(repr((PROBE_VERSION, _TABLES, [field.name for field in fields(Probe)], KINDS_VERSION)).encode())
+    >> 1,
+    tables=_TABLES,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A file as the ledger knows it. kind: as `listing.kind_of` says. fault: why it cannot be used, else None."""
+
+    size: int
+    version: str
+    kind: str
+    fault: str | None = None
+    probe: Probe | None = None
+    words: Words | None = None
+    content: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Fate:
+    """What became of a file under one dataset's settings.
+
+    status: "used", "dropped" or "failed". shape: "WxH@F", or "". kind, reason: why it is left out, or "".
+    """
+
+    size: int
+    version: str
+    status: str
+    shape: str = ""
+    kind: str = ""
+    reason: str = ""
+
+
+class Ledger(AbstractContextManager["Ledger"]):
+    """The ledger of a cache folder, open for reading and writing. Every method raises DataError.
+
+    message: what happened to a damaged, older or foreign file that lay in its place, or None.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / FILE
+        self._db, self.message = open_database(self.path, _LAYOUT)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._db.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Writes that are done together or not at all."""
+        with database_faults(self.path), self._db:
+            yield self._db
+
+    def rows(self, query: str, values: Mapping[str, object]) -> list[tuple[Any, ...]]:
+        with database_faults(self.path):
+            return self._db.execute(query, values).fetchall()
+
+    def pages(self, query: str, values: Mapping[str, object]) -> Iterator[tuple[Any, ...]]:
+        """Rows of a query that holds "> :after", orders by its first column and ends in "LIMIT :limit".
+
+        The ledger may be written to between one row and the next.
+        """
+        return pages(self._db, self.path, query, values)
+
+    def place(self, location: str) -> int:
+        """The number of a place, new or known."""
+        with self.transaction() as db:
+            db.execute("INSERT OR IGNORE INTO place (location, generation) VALUES (?, 0)", (location,))
+            return int(db.execute("SELECT number FROM place WHERE location = ?", (location,)).fetchone()[0])
+
+    def generation(self, place: int) -> int:
+        return int(self.rows("SELECT generation FROM place WHERE number = :place", {"place": place})[0][0])
+
+    def sources(self, location: str) -> dict[str, Source]:
+        """Ref id -> what is known, of one place; all of it in memory."""
+        query = """SELECT ref, size, version, source.kind, fault, probe, words, sha256 FROM source JOIN place ON place = number
+            WHERE location = :location"""
+        return {
+            ref: Source(size, version, kind, fault, probe_of(probe), words_of(words), sha256 or "")
+            for ref, size, version, kind, fault, probe, words, sha256 in self.rows(query, {"location": location})
+        }
+
+    def fates(self, settings: str) -> dict[str, Fate]:
+        """Ref id -> fate, under one dataset's settings; all of them in memory."""
+        query = """SELECT ref, size, version, status, width || 'x' || height || '@' || frames, kind, reason
+            FROM fate JOIN decision ON decision = number WHERE settings = :settings"""
+        return {
+            ref: Fate(size, version, status, shape or "", kind, reason)
+            for ref, size, version, status, shape, kind, reason in self.rows(query, {"settings": settings})
+        }
+
+    def record_failure(self, settings: str, sample: Sample, reason: str) -> None:
+        """A file's bytes cannot be decoded as its sample under these settings asks: from the next scan on it is used no
+        more, until it changes."""
+        with self.transaction() as db:
+            db.execute(
+                "UPDATE fate SET status = 'failed', kind = 'decoding', reason = ? "
+                "WHERE decision = (SELECT number FROM decision WHERE settings = ?) AND ref = ? AND size = ? AND version = ?",
+                (reason, settings, sample.ref_id, sample.size, sample.version),
+            )
+            db.execute("UPDATE decision SET survey = NULL WHERE settings = ?", (settings,))
+
+    def record_hash(self, location: str, sample: Sample, sha256: str) -> None:
+        """The hash of the bytes that were read for a sample."""
+        with self.transaction() as db:
+            db.execute(
+                "UPDATE source SET sha256 = ? WHERE place = (SELECT number FROM place WHERE location = ?) AND ref = ? "
+                "AND size = ? AND version = ?",
+                (sha256, location, sample.ref_id, sample.size, sample.version),
+            )
+
+
+class ContentHashes:
+    """The ledger's content hashes, read-only. Each process opens its own, never one from before a fork."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / FILE
+        self._db: sqlite3.Connection | None = None
+
+    def of(self, location: str, sample: Sample) -> str | None:
+        """The content hash of a sample's file, or None if its bytes were not read yet. Raises DataError."""
+        query = """SELECT sha256 FROM source WHERE place = (SELECT number FROM place WHERE location = ?) AND ref = ?
+            AND size = ? AND version = ?"""
+        with database_faults(self.path):
+            if self._db is None:
+                self._db = open_readonly(self.path)
+            row = self._db.execute(query, (location, sample.ref_id, sample.size, sample.version)).fetchone()
+        return row[0] if row else None
+
+
+def pages(db: sqlite3.Connection, path: Path, query: str, values: Mapping[str, object]) -> Iterator[tuple[Any, ...]]:
+    """`Ledger.pages` on any connection."""
+    after = ""
+    while True:
+        with database_faults(path):
+            rows = db.execute(query, {**values, "after": after, "limit": PAGE}).fetchall()
+        yield from rows
+        if len(rows) < PAGE:
+            return
+        after = rows[-1][0]
+
+
+def probe_of(text: str | None) -> Probe | None:
+    """What `probe_text` wrote."""
+    return None if text is None else Probe(*json.loads(text))
+
+
+def probe_text(probe: Probe) -> str:
+    return json.dumps(_PROBE(probe), separators=(",", ":"))
+
+
+def words_of(text: str | None) -> Words | None:
+    """What `words_text` wrote."""
+    if text is None:
+        return None
+    texts, extras = json.loads(text)
+    return Words(tuple(texts), extras)
+
+
+def words_text(words: Words) -> str:
+    return json.dumps([words.texts, dict(words.extras)], ensure_ascii=False, separators=(",", ":"))
+
+
+def marks(values: Sequence[object]) -> str:
+    """ "?, ?, ?" for so many values."""
+    return ", ".join("?" * len(values))

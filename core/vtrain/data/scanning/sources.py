@@ -1,0 +1,242 @@
+"""Bringing the ledger's knowledge of a place up to date: only new and changed files are opened.
+
+First the place's listing and the ledger's rows of it, both sorted by id, are merged: what came, went or changed is
+written down. Then what was never looked at is: headers in worker processes, caption files here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+
+from vtrain.contract import DataBackend, PluginError, Problem, SourceRef, SupportsShards, Words
+from vtrain.data.decoding.video import FileFault, faults
+from vtrain.data.decoding.worker import ProbeJob, Workers
+from vtrain.data.scanning import captions
+from vtrain.data.scanning.caption_rows import caption_rows
+from vtrain.data.scanning.changes import Changes
+from vtrain.data.scanning.ledger import Ledger, words_text
+from vtrain.data.scanning.listing import CLIPS, MISNAMED, VIDEO, escaped, hidden, is_utf8
+from vtrain.plan.records import DatasetPlan
+
+Known = tuple[str, int, str]
+"""(ref id, size, version) of a row."""
+
+_PENDING = """SELECT ref, size, version FROM source WHERE place = :place AND kind = :kind AND unseen AND ref > :after
+    {beside} ORDER BY ref LIMIT :limit"""
+
+_BESIDE_A_CLIP = """AND EXISTS (SELECT 1 FROM source clip WHERE clip.place = source.place AND clip.stem = source.stem
+    AND clip.kind IN ('video', 'image'))"""
+
+
+def refresh(ledger: Ledger, dataset: DatasetPlan, workers: Workers, count: Callable[[], None] | None = None) -> int:
+    """The number of the dataset's place, whose rows are then true. count: called for each file that is done with.
+
+    Raises DataError.
+    """
+    backend = dataset.backend
+    place = ledger.place(backend.location)
+    changes = Changes(ledger, place)
+    if isinstance(backend, SupportsShards):
+        _merge_shards(changes, backend, count)
+    else:
+        _merge(changes, backend.refs(), "", count)
+    changes.write()
+    _merge_told(changes, dataset)
+    _look(changes, dataset, workers, count)
+    changes.write()
+    return place
+
+
+def origin_of(dataset: DatasetPlan) -> str:
+    """Names where captions that stand in no file of their own come from."""
+    table = dataset.table
+    parts = [dataset.captions, str(table.captions_file), table.file_column, table.caption_column]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _merge(changes: Changes, listed: Iterator[SourceRef], shard: str, count: Callable[[], None] | None) -> None:
+    """shard: the prefix of all ids that are listed, "" for a whole place."""
+    known = _known(changes, shard)
+    row, last = next(known, None), ""
+    misnamed: dict[str, SourceRef] = {}
+    for ref in listed:
+        name = ref.id
+        if name <= last:
+            raise _unsorted(last, name)
+        last = name
+        if hidden(name):
+            continue
+        if not is_utf8(name):
+            misnamed[escaped(name)] = ref
+            continue
+        while row is not None and row[0] < name:
+            changes.gone(row[0])
+            row = next(known, None)
+        if row is not None and row[0] == name:
+            if row[1] != ref.size or row[2] != ref.version:
+                changes.found(ref)
+            elif count is not None:
+                count()
+            row = next(known, None)
+        else:
+            changes.found(ref)
+    while row is not None:
+        changes.gone(row[0])
+        row = next(known, None)
+    _merge_misnamed(changes, shard, misnamed)
+
+
+def _known(changes: Changes, shard: str) -> Iterator[Known]:
+    """Rows of the place, or of one shard."""
+    within = "AND ref > :first AND ref < :end" if shard else ""
+    query = f"""SELECT ref, size, version FROM source WHERE place = :place AND ref > :after AND kind != 'misnamed' {within}
+        ORDER BY ref LIMIT :limit"""
+    return changes.ledger.pages(query, {"place": changes.place, "first": shard, "end": _end(shard)})
+
+
+def _end(shard: str) -> str:
+    """The first string after all that start with "<shard>/": "0" is the character after "/"."""
+    return f"{shard[:-1]}0" if shard else ""
+
+
+def _merge_misnamed(changes: Changes, shard: str, listed: dict[str, SourceRef]) -> None:
+    """Names that are not UTF-8 have no order in common with the rest; they are few, and held in memory."""
+    query = "SELECT ref, size, version FROM source WHERE place = :place AND kind = 'misnamed'"
+    known = {ref: rest for ref, *rest in changes.ledger.rows(query, {"place": changes.place}) if ref.startswith(shard)}
+    for ref_id in known.keys() - listed.keys():
+        changes.gone(ref_id)
+    for ref_id, ref in listed.items():
+        if known.get(ref_id) != [ref.size, ref.version]:
+            changes.found(SourceRef(ref_id, ref.size, ref.version), MISNAMED)
+
+
+def _unsorted(before: str, after: str) -> PluginError:
+    what = f'the files are not listed in order of their ids: "{escaped(after)}" comes after "{escaped(before)}".'
+    return PluginError(Problem("", what, "This is a fault of the data backend's plugin."))
+
+
+def _merge_shards(changes: Changes, backend: SupportsShards, count: Callable[[], None] | None) -> None:
+    """List the members of shards that are new or changed; the ledger remembers the others."""
+    values = {"place": changes.place}
+    query = "SELECT ref, size, version FROM shard WHERE place = :place AND ref > :after ORDER BY ref LIMIT :limit"
+    known = changes.ledger.pages(query, values)
+    row, last = next(known, None), ""
+    for shard in backend.shards():
+        if shard.id <= last:
+            raise _unsorted(last, shard.id)
+        last = shard.id
+        while row is not None and row[0] < shard.id:
+            _forget_shard(changes, row[0])
+            row = next(known, None)
+        if row is None or row[0] != shard.id or row[1:] != (shard.size, shard.version):
+            _list_shard(changes, backend, shard, count)
+        if row is not None and row[0] == shard.id:
+            row = next(known, None)
+    while row is not None:
+        _forget_shard(changes, row[0])
+        row = next(known, None)
+
+
+def _list_shard(changes: Changes, backend: SupportsShards, shard: SourceRef, count: Callable[[], None] | None) -> None:
+    """A shard is written down as listed after all its members are. One that cannot be read is itself a bad file."""
+    try:
+        with faults("cannot be read"):
+            _merge(changes, backend.members(shard), f"{shard.id}/", count)
+    except FileFault as fault:
+        changes.found(shard, VIDEO)
+        changes.seen(shard.id, FileFault(f"the shard {fault.reason}"))
+        changes.write()
+        return
+    query = "SELECT 1 FROM source WHERE place = :place AND ref = :ref"
+    if changes.ledger.rows(query, {"place": changes.place, "ref": shard.id}):
+        changes.gone(shard.id)  # it could not be read before
+    changes.write()
+    with changes.ledger.transaction() as db:
+        values = (changes.place, shard.id, shard.size, shard.version)
+        db.execute("INSERT OR REPLACE INTO shard VALUES (?, ?, ?, ?)", values)
+
+
+def _forget_shard(changes: Changes, shard: str) -> None:
+    _merge(changes, iter(()), f"{shard}/", None)
+    changes.gone(shard)
+    changes.write()
+    with changes.ledger.transaction() as db:
+        db.execute("DELETE FROM shard WHERE place = ? AND ref = ?", (changes.place, shard))
+
+
+def _merge_told(changes: Changes, dataset: DatasetPlan) -> None:
+    """Captions that the backend or a file of captions tells, as they are now."""
+    origin = origin_of(dataset)
+    query = """SELECT name, words FROM told WHERE place = :place AND origin = :origin AND name > :after
+        ORDER BY name LIMIT :limit"""
+    known = changes.ledger.pages(query, {"place": changes.place, "origin": origin})
+    row, last = next(known, None), ""
+    for name, words in caption_rows(dataset):
+        if name <= last:
+            raise _unsorted(last, name)
+        last = name
+        if not is_utf8(name):
+            continue  # such a file is left out for its name
+        while row is not None and row[0] < name:
+            changes.told(origin, row[0], None)
+            row = next(known, None)
+        text = told_text(words)
+        if row is None or row[0] != name or row[1] != text:
+            changes.told(origin, name, text)
+        if row is not None and row[0] == name:
+            row = next(known, None)
+    while row is not None:
+        changes.told(origin, row[0], None)
+        row = next(known, None)
+
+
+def told_text(words: Words | FileFault) -> str:
+    """Words, or the reason why there are none, as JSON."""
+    return words_text(words) if isinstance(words, Words) else json.dumps(words.reason, ensure_ascii=False)
+
+
+def _look(changes: Changes, dataset: DatasetPlan, workers: Workers, count: Callable[[], None] | None) -> None:
+    """Open what was not looked at yet: clips, and the caption files beside them of the sort that the dataset takes."""
+    for kind in CLIPS if dataset.table.images or dataset.masks is not None else (VIDEO,):
+        for job, outcome in workers.probed(_jobs(changes, dataset, kind)):
+            changes.seen(job.ref.id, outcome)
+            if count is not None:
+                count()
+    if dataset.captions in captions.BESIDE.values():
+        for ref in _pending(changes, dataset.captions, _BESIDE_A_CLIP):
+            changes.seen(ref.id, _read(dataset.backend, ref))
+            if count is not None:
+                count()
+
+
+def _jobs(changes: Changes, dataset: DatasetPlan, kind: str) -> Iterator[ProbeJob]:
+    for ref in _pending(changes, kind):
+        if ref.size == 0:
+            changes.seen(ref.id, _of_nothing(dataset.backend, ref))
+        else:
+            yield ProbeJob(dataset.backend, ref, dataset.table.decode_timeout)
+
+
+def _of_nothing(backend: DataBackend, ref: SourceRef) -> FileFault:
+    """Why a file of no bytes has none: it may be a link to nothing, or one that may not be read."""
+    try:
+        with faults("cannot be opened"), backend.open(ref):
+            return FileFault("is empty (0 bytes)")
+    except FileFault as fault:
+        return FileFault(fault.reason)
+
+
+def _pending(changes: Changes, kind: str, beside: str = "") -> Iterator[SourceRef]:
+    rows = changes.ledger.pages(_PENDING.format(beside=beside), {"place": changes.place, "kind": kind})
+    return (SourceRef(*row) for row in rows)
+
+
+def _read(backend: DataBackend, ref: SourceRef) -> Words | FileFault:
+    """A caption file."""
+    try:
+        with faults("its caption file cannot be read"), backend.open(ref) as stream:
+            return captions.read(ref.id, stream)
+    except FileFault as fault:
+        return fault

@@ -1,0 +1,117 @@
+"""Surveys: what a decision amounts to, counted by SQLite and kept until something changes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from typing import Any
+
+from vtrain.contract import ClipShape, Problem
+from vtrain.data.scanning.fates import TOLD
+from vtrain.data.scanning.ledger import Ledger, marks
+from vtrain.data.scanning.sources import origin_of
+from vtrain.plan.records import DatasetPlan, DatasetSurvey
+
+DISTINCT = 4
+"""Different reasons of one kind that a survey lists apart; more are counted together, with one as the example."""
+
+_KINDS = """SELECT kind, count(*), count(DISTINCT reason), reason, min(ref) FROM fate
+    WHERE decision = :decision AND status != 'used' GROUP BY kind"""
+
+_REASONS = """SELECT reason, count(*), min(ref) FROM fate
+    WHERE decision = :decision AND status != 'used' AND kind = :kind GROUP BY reason"""
+
+_SHAPES = """SELECT frames, height, width, sum(samples), count(*), sum(windows), max(stretch) FROM fate
+    WHERE decision = :decision AND status = 'used' GROUP BY frames, height, width ORDER BY frames, height, width"""
+
+_UNMATCHED = """SELECT count(*), min(name) FROM told WHERE place = :place AND origin = :origin
+    AND NOT EXISTS (SELECT 1 FROM source WHERE source.place = told.place AND source.ref = told.name
+    AND source.kind IN ('video', 'image'))"""
+
+
+def survey(ledger: Ledger, place: int, decision: int, dataset: DatasetPlan, share: Fraction) -> DatasetSurvey:
+    """Of a decision that is up to date. share: of the dataset in an epoch."""
+    values = {"decision": decision}
+    ((kept,),) = ledger.rows("SELECT survey FROM decision WHERE number = :decision", values)
+    if kept is None:
+        kept = json.dumps(_count(ledger, decision, place, dataset))
+        with ledger.transaction() as db:
+            db.execute("UPDATE fate SET made = NULL WHERE decision = ? AND kind = 'decoding'", (decision,))
+            db.execute("UPDATE decision SET survey = ? WHERE number = ?", (kept, decision))
+    files, shapes, left_out, unmatched, masked = json.loads(kept)
+    rows = [(ClipShape(*row[:3]), *row[3:]) for row in shapes]
+    return DatasetSurvey(
+        id=dataset.id,
+        files=files,
+        samples={shape: samples for shape, samples, _, _, _ in rows},
+        left_out={reason: (count, example) for reason, count, example in left_out},
+        repeats=dataset.table.repeats,
+        clips={shape: clips for shape, _, clips, _, _ in rows},
+        windows={shape: windows for shape, _, _, windows, _ in rows},
+        stretch={shape: stretch for shape, _, _, _, stretch in rows if stretch > 1},
+        notes=_notes(dataset, unmatched, masked),
+        share=share,
+    )
+
+
+def _notes(dataset: DatasetPlan, unmatched: tuple[int, str | None], masked: int) -> tuple[str, ...]:
+    """unmatched: captions without a clip, and one of them. masked: clips with a mask."""
+    notes = []
+    count, example = unmatched
+    if count:
+        notes.append(f"{count} caption{'s' if count > 1 else ''} without a clip (such as {example})")
+    if dataset.masks is not None:
+        notes.append(f"{masked} clip{'s' if masked != 1 else ''} with a mask")
+    return tuple(notes)
+
+
+def _count(ledger: Ledger, decision: int, place: int, dataset: DatasetPlan) -> list[Any]:
+    values = {"decision": decision}
+    ((files,),) = ledger.rows("SELECT count(*) FROM fate WHERE decision = :decision", values)
+    left_out = []
+    for kind, count, distinct, reason, example in ledger.rows(_KINDS, values):
+        if distinct > DISTINCT:
+            left_out.append((f"{kind}, such as: {reason}", count, example))
+        else:
+            left_out += ledger.rows(_REASONS, {**values, "kind": kind})
+    left_out.sort(key=lambda row: row[2])
+    unmatched: tuple[Any, ...] = (0, None)
+    if dataset.captions in TOLD:
+        (unmatched,) = ledger.rows(_UNMATCHED, {"place": place, "origin": origin_of(dataset)})
+    query = "SELECT count(*) FROM fate WHERE decision = :decision AND status = 'used' AND mask != ''"
+    ((masked,),) = ledger.rows(query, values)
+    return [files, ledger.rows(_SHAPES, values), left_out, unmatched, masked]
+
+
+def count_texts(ledger: Ledger, decisions: Sequence[int]) -> int:
+    """Different captions of all used files of these decisions."""
+    known = ledger.rows(
+        f"SELECT number, generation FROM decision WHERE number IN ({','.join(map(str, sorted(decisions)))})", {}
+    )
+    key, generations = json.dumps([row[0] for row in known]), json.dumps([row[1] for row in known])
+    query = "SELECT count FROM texts WHERE decisions = :key AND generations = :generations"
+    kept = ledger.rows(query, {"key": key, "generations": generations})
+    if kept:
+        return int(kept[0][0])
+    counted = f"""SELECT count(DISTINCT value) FROM fate, json_each(captions)
+        WHERE decision IN ({",".join(str(row[0]) for row in known)}) AND status = 'used'"""
+    ((count,),) = ledger.rows(counted, {})
+    with ledger.transaction() as db:
+        db.execute(f"INSERT OR REPLACE INTO texts VALUES ({marks(range(3))})", (key, generations, count))
+    return int(count)
+
+
+def problems(ledger: Ledger, decision: int, dataset: DatasetPlan, found: DatasetSurvey) -> Iterable[Problem]:
+    """What of a scanned dataset stops a run."""
+    place = dataset.backend.location
+    if dataset.table.on_bad_file == "stop":
+        query = "SELECT ref, reason FROM fate WHERE decision = :decision AND status = 'failed' ORDER BY ref"
+        for ref, reason in ledger.rows(query, {"decision": decision}):
+            remedy = 'Mend or remove the file, or set data.on_bad_file = "skip".'
+            yield Problem(f"{place}/{ref}", f"{reason}.", remedy)
+    if not found.files:
+        yield Problem(dataset.where, f"dataset {dataset.id}: no file in {place}.")
+    elif not found.samples:
+        reasons = "; ".join(f"{count} x {why} (such as {example})" for why, (count, example) in found.left_out.items())
+        yield Problem(dataset.where, f"dataset {dataset.id}: no usable clip in {place}: {reasons}.")

@@ -15,8 +15,13 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+from vtrain.contract import Caption, ClipShape, Condition, NoiseLevel
+from vtrain.data.batches import pad
+from vtrain.train.step import StepInput
 
 TOY_CONFIG = """
 [run]
@@ -188,3 +193,36 @@ def another(tmp_path_factory: pytest.TempPathFactory, toy_clips: Path) -> Callab
         return Folder(path, toy_clips / "cache")
 
     return make
+
+
+@pytest.fixture
+def toy() -> Any:
+    from vtrain_toy.family import TOY
+
+    return TOY.build(TOY.options.model_validate({"width": 32, "blocks": 3}))
+
+
+@pytest.fixture
+def denoiser(toy: Any) -> Any:
+    return toy.load_denoiser("cpu", "fp32")
+
+
+@pytest.fixture
+def given(toy: Any) -> Callable[[int], StepInput]:
+    def make(batch: int) -> StepInput:
+        shape = toy.latent_shape(ClipShape(9, 64, 96))
+        generator = torch.Generator().manual_seed(5)
+        clean, noise = (torch.randn((batch, *shape), generator=generator) for _ in range(2))
+        sigma = torch.rand(batch, generator=generator)
+        with toy.open_text_encoder("cpu") as encoder:
+            text = pad([encoder.encode([Caption(f"clip {n}")], "prompt") for n in range(batch)], toy.text_tokens)
+        return StepInput(clean, noise, NoiseLevel(sigma, sigma * 1000), Condition(text), 0)
+
+    return make
+
+
+@pytest.fixture
+def sampler() -> Any:
+    from vtrain_builtin.flow import FLOW
+
+    return FLOW.build(FLOW.options(), {})

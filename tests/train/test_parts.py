@@ -10,49 +10,13 @@ import torch
 from torch import nn
 
 from vtrain.config.tables import LoraTable
-from vtrain.contract import ConfigError, LatentShape, NoiseLevel, RunLength
+from vtrain.contract import ConfigError, LatentShape, RunLength
 from vtrain.data.batches import Batch
 from vtrain.train.adapters import add_lora, load_lora_state, lora_settings, lora_state
 from vtrain.train.feed import Feed
 from vtrain.train.parameters import groups, trained
 from vtrain.train.step import Step, StepInput, Term, clip_gradients, gradient_norm
 from vtrain.train.taps import tapped
-
-
-@pytest.fixture
-def toy():
-    from vtrain_toy.family import TOY
-
-    return TOY.build(TOY.options.model_validate({"width": 32, "blocks": 3}))
-
-
-@pytest.fixture
-def denoiser(toy):
-    return toy.load_denoiser("cpu", "fp32")
-
-
-@pytest.fixture
-def given(toy) -> Callable[[int], StepInput]:
-    from vtrain.contract import Caption, ClipShape, Condition
-    from vtrain.data.batches import pad
-
-    def make(batch: int) -> StepInput:
-        shape = toy.latent_shape(ClipShape(9, 64, 96))
-        generator = torch.Generator().manual_seed(5)
-        clean, noise = (torch.randn((batch, *shape), generator=generator) for _ in range(2))
-        sigma = torch.rand(batch, generator=generator)
-        with toy.open_text_encoder("cpu") as encoder:
-            text = pad([encoder.encode([Caption(f"clip {n}")], "prompt") for n in range(batch)], toy.text_tokens)
-        return StepInput(clean, noise, NoiseLevel(sigma, sigma * 1000), Condition(text), 0)
-
-    return make
-
-
-@pytest.fixture
-def sampler():
-    from vtrain_builtin.flow import FLOW
-
-    return FLOW.build(FLOW.options(), {})
 
 
 def test_norms_biases_and_modulation_tables_are_not_decayed() -> None:

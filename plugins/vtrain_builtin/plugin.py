@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from vtrain.contract import DataBackendSpec, OptimizerSpec, SamplerSpec, TrackerSpec, hookimpl
+from vtrain.contract import DataBackendSpec, OptimizerSpec, RegularizerSpec, SamplerSpec, TrackerSpec, hookimpl
 from vtrain_builtin.adamw import ADAMW
 from vtrain_builtin.flow import FLOW
 from vtrain_builtin.folder import FOLDER
 from vtrain_builtin.frames import FRAMES
+from vtrain_builtin.layersync import LAYERSYNC
 from vtrain_builtin.manifest import MANIFEST
 from vtrain_builtin.tar import TAR
 from vtrain_builtin.tensorboard import TENSORBOARD
@@ -20,6 +21,11 @@ def vtrain_data_backends() -> tuple[DataBackendSpec, ...]:
 @hookimpl
 def vtrain_samplers() -> tuple[SamplerSpec, ...]:
     return (FLOW,)
+
+
+@hookimpl
+def vtrain_regularizers() -> tuple[RegularizerSpec, ...]:
+    return (LAYERSYNC,)
 
 
 @hookimpl

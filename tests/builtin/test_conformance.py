@@ -15,10 +15,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from vtrain.contract import DataBackend, Sampler, Spec, Words
-from vtrain.testing import DataBackendTests, PluginTests, SamplerTests, SpecTests
+from vtrain.contract import DataBackend, Regularizer, Sampler, Spec, Words
+from vtrain.testing import DataBackendTests, PluginTests, RegularizerTests, SamplerTests, SpecTests
 from vtrain.testing.data_backend import FILES
-from vtrain_builtin.plugin import ADAMW, FLOW, FOLDER, FRAMES, MANIFEST, TAR, TENSORBOARD
+from vtrain_builtin.plugin import ADAMW, FLOW, FOLDER, FRAMES, LAYERSYNC, MANIFEST, TAR, TENSORBOARD
 from vtrain_builtin.quicktime import header
 
 
@@ -107,6 +107,22 @@ class TestUniformShiftedFlow(SamplerTests):
     @classmethod
     def sampler(cls) -> Sampler:
         return FLOW.build(FLOW.options(distribution="uniform", shift=3.0, sampling_shift=8.0), {})
+
+
+class TestLayerSyncSpec(SpecTests):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def spec(cls) -> Spec:
+        return LAYERSYNC
+
+
+class TestLayerSync(RegularizerTests):
+    stopped = (15,)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def regularizer(cls) -> Regularizer:
+        return LAYERSYNC.build(LAYERSYNC.options())
 
 
 class TestFolder(DataBackendTests):

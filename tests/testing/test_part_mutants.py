@@ -6,6 +6,7 @@ import io
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, BinaryIO
 
 import pytest
@@ -14,7 +15,21 @@ from torch import Tensor, nn
 from vtrain_toy.smooth import Smooth, SmoothOptions
 from vtrain_toy.smoothness import Smoothness
 
-from vtrain.contract import DataError, LossTerm, Needs, NoiseLevel, Problem, SourceRef, StepView, Words
+from vtrain.contract import (
+    ClipShape,
+    DataError,
+    FeatureEncoder,
+    FeatureShape,
+    HashFile,
+    LossTerm,
+    Needs,
+    NoiseLevel,
+    Problem,
+    SourceRef,
+    StepView,
+    TokenGrid,
+    Words,
+)
 from vtrain.testing import DataBackendTests, RegularizerTests, SamplerTests
 from vtrain.testing.data_backend import FILES
 from vtrain.testing.draws import noise
@@ -125,6 +140,17 @@ def regularizer(**members: object) -> Subject:
     return {"regularizer": type("BrokenSmooth", (Smooth,), members)(SmoothOptions(block=1))}
 
 
+class Still(nn.Module):
+    """A loss without parameters."""
+
+    def __init__(self, found: Callable[[StepView], LossTerm]) -> None:
+        super().__init__()
+        self.found = found
+
+    def forward(self, view: StepView) -> LossTerm:
+        return self.found(view)
+
+
 class Untapped(Smoothness):
     """It reads a detached tap."""
 
@@ -161,6 +187,24 @@ def smoothness(kind: Callable[..., nn.Module]) -> Subject:
     return {"regularizer": Smooth(SmoothOptions(block=1)), "module": kind(*sizes)}
 
 
+class Blind:
+    """It asks for features and does not look at them."""
+
+    feature_dtype = "fp32"
+
+    def needs(self) -> Needs:
+        return Needs(features="cached")
+
+    def feature_shape(self, clip: ClipShape, grid: TokenGrid) -> FeatureShape:
+        return FeatureShape(*grid, 5)
+
+    def feature_fingerprint(self, hash_file: HashFile) -> str:
+        return "none"
+
+    def open_feature_encoder(self, device: str) -> AbstractContextManager[FeatureEncoder]:
+        raise AssertionError("the kit makes its own")
+
+
 def write_clean(term: LossTerm, view: StepView) -> LossTerm:
     view.clean.mul_(2)
     return term
@@ -176,6 +220,10 @@ REGULARIZERS: Mapping[str, Callable[[], Subject]] = {
     "test_the_loss_reaches_every_tap": lambda: smoothness(Untapped),
     "test_its_own_parameters_are_trained": lambda: smoothness(lambda *_: Idle()),
     "test_clean_clips_noise_and_targets_get_no_gradient": lambda: loss(write_clean),
+    "test_features_are_read_and_get_no_gradient": lambda: {
+        "regularizer": Blind(),
+        "module": Still(lambda view: LossTerm(view.prediction.square().mean())),
+    },
     "test_metrics_are_detached_scalars": lambda: loss(lambda term, _: LossTerm(term.value, {"loss": term.value})),
     "test_one_latent_frame_is_enough": lambda: smoothness(Neighbours),
     "test_bf16_taps_are_taken": lambda: smoothness(Narrow),
@@ -385,6 +433,12 @@ def test_the_rule_fails_for_a_data_backend_that_breaks_it(rule: str, breaks: Cal
     if isinstance(subject.get("backend"), Shards):
         kit.rewritten = REWRITTEN
     breaks(kit, rule, subject)
+
+
+def test_a_tap_that_a_term_says_it_stops_at_gets_no_gradient(breaks: Callable[..., None]) -> None:
+    kit = RegularizerTests()
+    kit.stopped = (1,)
+    breaks(kit, "test_the_loss_reaches_every_tap", smoothness(Smoothness))
 
 
 def test_every_rule_has_a_mutant(rules_of: Callable[[type], set[str]]) -> None:

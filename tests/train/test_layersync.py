@@ -1,0 +1,56 @@
+"""`layersync` in whole runs, beside another regularizer, on a family that knows of neither."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+
+import pytest
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+BOTH = """
+[[regularizer]]
+use = "toy-smooth"
+block = 1
+
+[[regularizer]]
+use = "layersync"
+student = 0
+teacher = 2
+until = "4 steps"
+"""
+
+
+def test_two_regularizers_train_together_and_each_tells_its_own_numbers(folder, vtrain: Run) -> None:
+    vtrain("run", folder.write(more=BOTH, log_every=1))
+    rows = folder.rows()
+    own = {"layersync/loss", "layersync/cosine", "layersync/weight"}
+    assert [own <= row.keys() for row in rows] == [True] * 4 + [False] * 2
+    assert all("toy-smooth/loss" in row for row in rows)
+    for row in rows[:4]:
+        assert row["layersync/loss"] == pytest.approx(-0.2 * row["layersync/cosine"])
+        assert row["layersync/weight"] == pytest.approx(0.2)
+
+
+def test_checkpointing_changes_no_number(folder, another, vtrain: Run) -> None:
+    other = another()
+    vtrain("run", folder.write(more=BOTH, steps=3))
+    other.write(more=BOTH, steps=3)
+    text = other.config.read_text(encoding="utf-8").replace(
+        'mixed = "no"', 'mixed = "no"\ngradient_checkpointing = false'
+    )
+    other.config.write_text(text, encoding="utf-8")
+    vtrain("run", other.config)
+    assert other.rows() == folder.rows()
+
+
+def test_teacher_and_student_are_refused_in_the_plan_where_the_model_has_no_such_block(folder, vtrain: Run) -> None:
+    config = folder.write(more='\n[[regularizer]]\nuse = "layersync"\n')
+    done = vtrain("plan", config, check=2)
+    assert "layersync: it reads block 7; the model has blocks 0 to 2." in done.stderr
+    assert "layersync: it reads block 15; the model has blocks 0 to 2." in done.stderr
+
+
+def test_the_plan_tells_the_blocks(folder, vtrain: Run) -> None:
+    printed = vtrain("plan", folder.write(more=BOTH)).stdout
+    assert "block 0 learns from block 2, weight 0.2, until 4 steps" in printed

@@ -400,7 +400,7 @@ def test_the_ledger_learns_content_hashes_as_files_are_read(three) -> None:
     hashes = ContentHashes(three.cache)
     for sample in trained_on(filled):
         expected = hashlib.sha256((three.folder / sample.ref_id).read_bytes()).hexdigest()
-        assert hashes.of(str(three.folder), sample) == expected
+        assert hashes.of(str(three.folder), sample.ref) == expected
 
 
 def test_the_dataset_folder_is_not_written_to(three) -> None:

@@ -17,6 +17,26 @@ class Box(NamedTuple):
     height: int
 
 
+class MaskGrid(NamedTuple):
+    """What a mask is averaged to. spans: of each latent frame, the frames of the sample for which it stands; height, width:
+    of the latents."""
+
+    spans: tuple[range, ...]
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class MaskFile:
+    """The file of a clip's mask, in the clip's dataset: an image or a video, white where it trains.
+
+    content: SHA-256 of its bytes, "" until that is known.
+    """
+
+    ref: SourceRef
+    content: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One training sample. Slim and picklable: a dataset of a million is a tuple of these.
@@ -26,8 +46,7 @@ class Sample:
     in stored pixels; box: the part of it that is used. shape: the bucket. starts: of the windows of which a draw uses
     one, in seconds after the first frame; each is one cached entry. fps: after resampling. crop: how box was chosen.
     captions: of which a draw uses one; each is one cached entry. content: SHA-256 of the source's bytes as encoded, ""
-    until that is known. mask_ref: id of its mask file in the same dataset, "" for none. first_frame: whether it is
-    also a sample of image-to-video.
+    until that is known. mask: its mask's file, None for none. first_frame: whether it is also a sample of image-to-video.
     """
 
     id: str
@@ -44,13 +63,18 @@ class Sample:
     crop: str
     captions: tuple[Caption, ...]
     content: str = ""
-    mask_ref: str = ""
+    mask: MaskFile | None = None
     first_frame: bool = False
 
     @property
     def file(self) -> str:
         """Names its file among all datasets: "<dataset id>/<ref id>"."""
         return f"{self.dataset}/{self.ref_id}"
+
+    @property
+    def mask_ref(self) -> str:
+        """Id of its mask's file, "" for none."""
+        return self.mask.ref.id if self.mask is not None else ""
 
     @property
     def ref(self) -> SourceRef:

@@ -149,7 +149,7 @@ class _Filling:
         """Write down what reading the files showed; encode what is to be encoded, and write its entries."""
         for job, decoded in batch:
             if decoded.content is not None:
-                ledger.record_hash(self.stores.location(job.sample), job.sample, decoded.content)
+                ledger.record_hash(self.stores.location(job.sample), job.sample.ref, decoded.content)
             if decoded.fault is not None:
                 self._leave_out(ledger, job.sample, decoded.fault)
         clips = [(job, decoded) for job, decoded in batch if decoded.pixels is not None]

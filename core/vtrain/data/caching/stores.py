@@ -46,7 +46,7 @@ class Stores:
 
     def known_content(self, sample: Sample) -> str:
         """The content hash that the sample carries or that the ledger has; "" if the source's bytes were not read yet."""
-        return sample.content or self._contents.of(self.location(sample), sample) or ""
+        return sample.content or self._contents.of(self.location(sample), sample.ref) or ""
 
     def known_video_key(self, sample: Sample, start: float) -> str | None:
         """By the content hash, if that is known."""

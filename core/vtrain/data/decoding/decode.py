@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-_SEEK_SECONDS = 2.0
+SEEK_SECONDS = 2.0
 """A window that starts later than this is sought; before, decoding from the first frame costs less."""
 
 
@@ -32,7 +32,7 @@ def decode(stream: BinaryIO, sample: Sample, start: float, into: Tensor | None =
     frames are missing.
     """
     pixels = torch.empty((3, *sample.shape), dtype=torch.uint8) if into is None else into
-    if start > _SEEK_SECONDS:
+    if start > SEEK_SECONDS:
         if _decode(stream, sample, start, pixels, seek=True):
             return pixels
         stream.seek(0)  # the file cannot be sought that precisely: take it from its first frame
@@ -52,7 +52,7 @@ def _decode(stream: BinaryIO, sample: Sample, start: float, pixels: Tensor, *, s
     done, last, picture, conversion = 0, None, None, Conversion()
     try:
         with open_video(stream, torch.get_num_threads()) as (container, video), faults("cannot be decoded"):
-            for frame in on_screen(_frames(container, video, times[0] if seek else None), times):
+            for frame in on_screen(stamped_from(container, video, times[0] if seek else None), times):
                 if frame is not last:
                     last, picture = frame, _picture(conversion, frame, sample)
                 pixels[:, done] = cast("Tensor", picture)
@@ -77,7 +77,7 @@ Stamped = tuple[float, float, "VideoFrame"]
 """(time, duration, frame) in seconds."""
 
 
-def _frames(container: InputContainer, video: VideoStream, seek: float | None) -> Iterator[Stamped]:
+def stamped_from(container: InputContainer, video: VideoStream, seek: float | None) -> Iterator[Stamped]:
     """Frames with times since the first one; from the key frame before `seek` on, if given. Raises FileFault."""
     frames = _stamped(container, video)
     first = next(frames, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import mmap
 import os
 import pickle
@@ -21,7 +22,7 @@ from vtrain.data.decoding.channel import Channel, ChannelClosed
 from vtrain.data.decoding.spool import is_local
 from vtrain.data.decoding.video import FileFault
 from vtrain.data.decoding.worker_process import Job
-from vtrain.data.sample import Sample
+from vtrain.data.sample import MaskGrid, Sample
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +42,7 @@ Wanted = Callable[[str], bool]
 
 @dataclass(frozen=True)
 class Answer:
-    """How a job went: the columns of a probe, the pixels (None if they were not wanted), or the file's fault."""
+    """How a job went: the columns of a probe, the pixels or the mask (None if not wanted), or the file's fault."""
 
     probe: tuple[Any, ...] = ()
     pixels: Tensor | None = None
@@ -101,19 +102,30 @@ class DecodingProcess:
         self._channel.close()
         self._last_words.close()
 
-    def run(self, stream: BinaryIO, sample: Sample | None, start: float, limit_s: float, wanted: Wanted) -> Answer:
-        """Probe the file or decode a window of it. A process that does not answer is ended, and that is the fault."""
+    def run(
+        self,
+        stream: BinaryIO,
+        sample: Sample | None,
+        start: float,
+        limit_s: float,
+        wanted: Wanted,
+        mask: MaskGrid | None = None,
+    ) -> Answer:
+        """Probe the file, decode a window of it, or average it as the mask of one.
+
+        A process that does not answer is ended, and that is the fault.
+        """
         local = is_local(stream)
         size = stream.seek(0, io.SEEK_END)
         stream.seek(0)
         clock = _Clock(limit_s)
         try:
-            self._channel.send(pickle.dumps(Job(size, local, sample, start)))
+            self._channel.send(pickle.dumps(Job(size, local, sample, start, mask)))
             if "begun" not in self._receive(_Clock(_START_S)):
                 raise ChannelClosed
             if local:
                 self._channel.send_file(stream.fileno())
-            return self._converse(stream, sample, clock, wanted)
+            return self._converse(stream, sample, mask, clock, wanted)
         except TimeoutError:
             self.kill()
             what = f"decoding it took longer than {limit_s:g} seconds (data.decode_timeout) and was stopped"
@@ -121,7 +133,9 @@ class DecodingProcess:
         except ChannelClosed:
             return Answer(fault=self._death())
 
-    def _converse(self, stream: BinaryIO, sample: Sample | None, clock: _Clock, wanted: Wanted) -> Answer:
+    def _converse(
+        self, stream: BinaryIO, sample: Sample | None, mask: MaskGrid | None, clock: _Clock, wanted: Wanted
+    ) -> Answer:
         """Serve what the process asks for until it answers. Raises TimeoutError and ChannelClosed."""
         storage_failed = False
         while True:
@@ -137,7 +151,7 @@ class DecodingProcess:
             elif "probe" in message:
                 return Answer(probe=tuple(message["probe"]))
             elif "pixels" in message and sample is not None:
-                return Answer(pixels=_pixels(self._channel.receive_file(clock.left), sample))
+                return Answer(pixels=_pixels(self._channel.receive_file(clock.left), sample, mask))
             elif "memory" in message:
                 return Answer(
                     fault=FileFault(f"decoding it takes more than {self._memory / (1 << 30):g} GiB of memory")
@@ -181,15 +195,16 @@ def _read(stream: BinaryIO, offset: int, size: int) -> bytes:
         return b"!" + json.dumps([error.errno or 5, error.strerror or str(error)]).encode()
 
 
-def _pixels(file: int, sample: Sample) -> Tensor:
-    """The frames in a memory file that the process handed over. Raises ChannelClosed if it has another size."""
+def _pixels(file: int, sample: Sample, mask: MaskGrid | None) -> Tensor:
+    """The frames, or the mask, in a memory file that the process handed over. Raises ChannelClosed if it has another size."""
     import torch
 
-    shape = (3, *sample.shape)
+    shape = (3, *sample.shape) if mask is None else (len(mask.spans), *mask[1:])
+    kind = torch.uint8 if mask is None else torch.float32
     try:
         length = os.fstat(file).st_size
-        if length != 3 * sample.shape.frames * sample.shape.height * sample.shape.width:
+        if length != math.prod(shape) * kind.itemsize:
             raise ChannelClosed
-        return torch.frombuffer(mmap.mmap(file, length), dtype=torch.uint8).view(shape)
+        return torch.frombuffer(mmap.mmap(file, length), dtype=kind).view(shape)
     finally:
         os.close(file)

@@ -23,7 +23,7 @@ from vtrain.contract import DataBackend, SourceRef
 from vtrain.data.decoding.probe import Probe
 from vtrain.data.decoding.process import Answer, DecodingProcess, Wanted
 from vtrain.data.decoding.video import FileFault, faults
-from vtrain.data.sample import Sample
+from vtrain.data.sample import MaskGrid, Sample
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,10 +56,29 @@ class DecodeJob:
 
 
 @dataclass(frozen=True)
+class MaskJob:
+    """The mask of a window to average; the sample has one. wanted: asked with the SHA-256 of the mask's file."""
+
+    backend: DataBackend
+    sample: Sample
+    start: float
+    grid: MaskGrid
+    limit_s: float | None = None
+    wanted: Wanted | None = None
+
+    @property
+    def ref(self) -> SourceRef:
+        """The mask's file."""
+        assert self.sample.mask is not None
+        return self.sample.mask.ref
+
+
+@dataclass(frozen=True)
 class Decoded:
     """content: SHA-256 of the file's bytes, None if they could not be read.
 
-    pixels: uint8 (3, F, h, w); None if they were not wanted, or if there is a `fault`.
+    pixels: uint8 (3, F, h, w), or of a mask fp32 (f, h, w) in [0, 1], not inverted;
+    None if they were not wanted, or if there is a `fault`.
     """
 
     content: str | None = None
@@ -126,6 +145,17 @@ class Workers(AbstractContextManager["Workers"]):
         """
         return self._in_order(self._decode, jobs, ahead)
 
+    def masked(self, jobs: Iterable[MaskJob], ahead: int | None = None) -> Generator[tuple[MaskJob, Decoded]]:
+        """As `decoded`, of masks. Faults name the mask's file."""
+        return self._in_order(self._mask, jobs, ahead)
+
+    def mask(self, backend: DataBackend, sample: Sample, start: float, grid: MaskGrid) -> tuple[str, Tensor]:
+        """(SHA-256 of the mask's file, fp32 (f, h, w), not inverted). Raises FileFault, which names the file."""
+        done = self._submit(self._mask, MaskJob(backend, sample, start, grid)).get()
+        if done.fault is not None or done.content is None or done.pixels is None:
+            raise done.fault or FileFault("its mask was not decoded", lasting=False)
+        return done.content, done.pixels
+
     def _in_order(
         self, work: Callable[[JobT], ResultT], jobs: Iterable[JobT], ahead: int | None
     ) -> Generator[tuple[JobT, ResultT]]:
@@ -154,6 +184,16 @@ class Workers(AbstractContextManager["Workers"]):
         return Probe(*answer.probe)
 
     def _decode(self, job: DecodeJob) -> Decoded:
+        return self._pixels(job, job.sample.ref, None)
+
+    def _mask(self, job: MaskJob) -> Decoded:
+        done = self._pixels(job, job.ref, job.grid)
+        if done.fault is None:
+            return done
+        reason = f"its mask {job.ref.id}: {done.fault.reason}"
+        return Decoded(done.content, fault=FileFault(reason, lasting=done.fault.lasting))
+
+    def _pixels(self, job: DecodeJob | MaskJob, ref: SourceRef, mask: MaskGrid | None) -> Decoded:
         content: list[str] = []
 
         def wanted(found: str) -> bool:
@@ -161,19 +201,25 @@ class Workers(AbstractContextManager["Workers"]):
             return job.wanted is None or job.wanted(found)
 
         try:
-            with faults("cannot be opened"), job.backend.open(job.sample.ref) as stream:
-                answer = self._run(stream, job.sample, job.start, job.limit_s, wanted)
+            with faults("cannot be opened"), job.backend.open(ref) as stream:
+                answer = self._run(stream, job.sample, job.start, job.limit_s, wanted, mask)
         except FileFault as fault:
             return Decoded(content[0] if content else None, fault=fault)
         return Decoded(content[0] if content else None, answer.pixels)
 
     def _run(
-        self, stream: BinaryIO, sample: Sample | None, start: float, limit_s: float | None, wanted: Wanted
+        self,
+        stream: BinaryIO,
+        sample: Sample | None,
+        start: float,
+        limit_s: float | None,
+        wanted: Wanted,
+        mask: MaskGrid | None = None,
     ) -> Answer:
         """A job on an idle process, which is put back, or ended if it did not answer. Raises FileFault."""
         process = self._take()
         try:
-            answer = process.run(stream, sample, start, limit_s or self._limit_s, wanted)
+            answer = process.run(stream, sample, start, limit_s or self._limit_s, wanted, mask)
         except BaseException:
             process.kill()
             raise

@@ -11,6 +11,7 @@ import ctypes
 import gc
 import io
 import json
+import math
 import mmap
 import os
 import pickle
@@ -26,7 +27,7 @@ from vtrain.data.decoding.channel import Channel, ChannelClosed
 from vtrain.data.decoding.probe import probe
 from vtrain.data.decoding.spool import hashed
 from vtrain.data.decoding.video import FileFault
-from vtrain.data.sample import Sample
+from vtrain.data.sample import MaskGrid, Sample
 
 _PDEATHSIG = 1
 _LONGEST = 1 << 26
@@ -39,13 +40,15 @@ _PART = 1 << 20
 class Job:
     """What is to be done with a file: probe it or, if `sample` is given, decode the window at `start`.
 
-    size: of the file. local: an open file is handed over after this; otherwise its bytes are asked for.
+    mask: the file is the sample's mask, to be averaged to this. size: of the file.
+    local: an open file is handed over after this; otherwise its bytes are asked for.
     """
 
     size: int
     local: bool
     sample: Sample | None = None
     start: float = 0.0
+    mask: MaskGrid | None = None
 
 
 class RemoteFile(io.RawIOBase):
@@ -145,21 +148,18 @@ def _answer(channel: Channel, job: Job, stream: BinaryIO, threads: int) -> None:
         if job.sample is None:
             _say(channel, probe=list(asdict(probe(stream)).values()))
         else:
-            _decode(channel, job.sample, job.start, stream, threads)
+            _decode(channel, job, job.sample, stream, threads)
     except FileFault as fault:
         _say(channel, fault=fault.reason, lasting=fault.lasting)
     except MemoryError:
         _say(channel, memory=True)
 
 
-def _decode(channel: Channel, sample: Sample, start: float, stream: BinaryIO, threads: int) -> None:
+def _decode(channel: Channel, job: Job, sample: Sample, stream: BinaryIO, threads: int) -> None:
     """Tell the content's hash; if the parent then wants the pixels, decode into a memory file and hand it over."""
     import torch
 
-    from vtrain.data.decoding.decode import decode
-
     torch.set_num_threads(min(torch.get_num_threads(), threads))
-    length = 3 * sample.shape.frames * sample.shape.height * sample.shape.width
     file = _memory_file()
     try:
         with hashed(stream) as (content, copy):
@@ -167,13 +167,29 @@ def _decode(channel: Channel, sample: Sample, start: float, stream: BinaryIO, th
             if channel.receive(_LONGEST) != b"decode":
                 _say(channel, left=True)
                 return
-            os.ftruncate(file, length)
-            pixels = torch.frombuffer(mmap.mmap(file, length), dtype=torch.uint8)
-            decode(copy, sample, start, pixels.view((3, *sample.shape)))
+            _write(file, job, sample, copy)
         _say(channel, pixels=True)
         channel.send_file(file)
     finally:
         os.close(file)
+
+
+def _write(file: int, job: Job, sample: Sample, stream: BinaryIO) -> None:
+    """Put the window's pixels, uint8 (3, F, h, w), or its mask, fp32 (f, h, w), into a memory file. Raises FileFault."""
+    import torch
+
+    from vtrain.data.decoding.decode import decode
+    from vtrain.data.decoding.masks import latent_mask
+
+    shape = (3, *sample.shape) if job.mask is None else (len(job.mask.spans), *job.mask[1:])
+    kind = torch.uint8 if job.mask is None else torch.float32
+    length = math.prod(shape) * kind.itemsize
+    os.ftruncate(file, length)
+    pixels = torch.frombuffer(mmap.mmap(file, length), dtype=kind).view(shape)
+    if job.mask is None:
+        decode(stream, sample, job.start, pixels)
+    else:
+        pixels.copy_(latent_mask(stream, sample, job.start, job.mask.spans, job.mask[1:]))
 
 
 def _say(channel: Channel, **message: object) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from vtrain.contract import Words
+from vtrain.contract import SourceRef, Words
 from vtrain.data.decoding.probe import PROBE_VERSION, Probe
 from vtrain.data.sample import Sample
 from vtrain.data.scanning.database import Layout, database_faults, open_database, open_readonly
@@ -168,13 +168,13 @@ class Ledger(AbstractContextManager["Ledger"]):
             )
             db.execute("UPDATE decision SET survey = NULL WHERE settings = ?", (settings,))
 
-    def record_hash(self, location: str, sample: Sample, sha256: str) -> None:
-        """The hash of the bytes that were read for a sample."""
+    def record_hash(self, location: str, ref: SourceRef, sha256: str) -> None:
+        """The hash of the bytes that were read of a file."""
         with self.transaction() as db:
             db.execute(
                 "UPDATE source SET sha256 = ? WHERE place = (SELECT number FROM place WHERE location = ?) AND ref = ? "
                 "AND size = ? AND version = ?",
-                (sha256, location, sample.ref_id, sample.size, sample.version),
+                (sha256, location, ref.id, ref.size, ref.version),
             )
 
 
@@ -185,14 +185,14 @@ class ContentHashes:
         self.path = folder / FILE
         self._db: sqlite3.Connection | None = None
 
-    def of(self, location: str, sample: Sample) -> str | None:
-        """The content hash of a sample's file, or None if its bytes were not read yet. Raises DataError."""
+    def of(self, location: str, ref: SourceRef) -> str | None:
+        """The content hash of a file, or None if its bytes were not read yet. Raises DataError."""
         query = """SELECT sha256 FROM source WHERE place = (SELECT number FROM place WHERE location = ?) AND ref = ?
             AND size = ? AND version = ?"""
         with database_faults(self.path):
             if self._db is None:
                 self._db = open_readonly(self.path)
-            row = self._db.execute(query, (location, sample.ref_id, sample.size, sample.version)).fetchone()
+            row = self._db.execute(query, (location, ref.id, ref.size, ref.version)).fetchone()
         return row[0] if row else None
 
 

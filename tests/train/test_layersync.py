@@ -25,11 +25,14 @@ def test_two_regularizers_train_together_and_each_tells_its_own_numbers(folder, 
     vtrain("run", folder.write(more=BOTH, log_every=1))
     rows = folder.rows()
     own = {"layersync/loss", "layersync/cosine", "layersync/weight"}
-    assert [own <= row.keys() for row in rows] == [True] * 4 + [False] * 2
-    assert all("toy-smooth/loss" in row for row in rows)
-    for row in rows[:4]:
-        assert row["layersync/loss"] == pytest.approx(-0.2 * row["layersync/cosine"])
-        assert row["layersync/weight"] == pytest.approx(0.2)
+    assert [own & row["terms"].keys() for row in rows] == [own] * 4 + [set()] * 2
+    for row in rows:
+        terms = row["terms"]
+        added = terms["toy-smooth/loss"] + terms.get("layersync/loss", 0.0)
+        assert row["loss"] == pytest.approx(row["flow_loss"] + added, rel=1e-5)
+    for terms in (row["terms"] for row in rows[:4]):
+        assert terms["layersync/loss"] == pytest.approx(-0.2 * terms["layersync/cosine"])
+        assert terms["layersync/weight"] == pytest.approx(0.2)
 
 
 def test_checkpointing_changes_no_number(folder, another, vtrain: Run) -> None:

@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from vtrain_sanavideo.denoiser import SanaVideoDenoiser
     from vtrain_sanavideo.text import SanaVideoText
 
+_BYTES = {"fp32": 4, "bf16": 2}
+_WAVES = 256
+"""Sines and cosines of a timestep, from which its embedding is made."""
+
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 """What shapes tokens beside the vocabulary, where it exists."""
 
@@ -126,10 +130,20 @@ class SanaVideoFamily:
         time, height, width = self._transformer.patch_size
         return TokenGrid(latents.frames // time, latents.height // height, latents.width // width)
 
-    def frame_level_bytes(self, latents: LatentShape) -> int:
-        """Scale, shift and gate of each token instead of each clip: six vectors for a block, kept in bf16 for the backward pass."""
-        tokens = math.prod(self.token_grid(latents))
-        return 6 * tokens * self._transformer.width * 2
+    def frame_level_bytes(self, latents: LatentShape, *, weights: DType, compute: DType, checkpointing: bool) -> int:
+        """What is kept for the backward pass of full training; an adapter's keeps a little less.
+
+        For each token instead of once for the clip: in each block shift, scale and gate of two branches and twice
+        1 + scale, eight vectors; 1 + scale of the last norm; the waves of the timestep and four vectors of its embedder.
+        With checkpointing one block's eight at a time, and once the six that all blocks start from. Gradients are not
+        counted: they come while the activations of the blocks go.
+        """
+        width, kept, made = self._transformer.width, _BYTES[weights], _BYTES[compute]
+        block, last = 8 * width * max(kept, made), width * max(kept, made)
+        embedder = (_WAVES + 4 * width) * made
+        blocks = block + 6 * width * made if checkpointing else self.block_count * block
+        # The first token's would be there for the clip as a whole.
+        return (math.prod(self.token_grid(latents)) - 1) * (embedder + blocks + last)
 
     def check(self) -> Sequence[Problem]:
         return check.check(self._source, self._vae_source)

@@ -312,11 +312,11 @@ def test_a_name_that_is_not_utf8_is_forgotten_when_it_is_gone(three) -> None:
 def test_masks_are_found_checked_counted_and_carried(three, make_video) -> None:
     three.add("masks/a.mp4", make_video(), None)
     three.add("masks/b.mp4", make_video(frames=9), None)
-    dataset = replace(three.dataset(), masks="masks", first_frame=True)
+    dataset = replace(three.dataset(), masks="masks")
     found = scan(three.plan(dataset))
-    assert [(s.ref_id, s.mask_ref, s.first_frame) for s in found.samples] == [
-        ("a.mp4", "masks/a.mp4", True),
-        ("c.mp4", "", True),
+    assert [(s.ref_id, s.mask_ref) for s in found.samples] == [
+        ("a.mp4", "masks/a.mp4"),
+        ("c.mp4", ""),
     ]
     (survey,) = found.survey.datasets
     assert survey.files == 3

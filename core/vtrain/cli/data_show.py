@@ -99,7 +99,7 @@ def show_file(path: Path, name: str, asked: Asked, as_json: bool) -> None:
     if as_json:
         record = {
             "file": as_record(file), "place": plan.datasets[file.number].backend.location,
-            "mask": samples[0].mask_ref if samples else "", "first_frame": bool(samples) and samples[0].first_frame,
+            "mask": samples[0].mask_ref if samples else "", "image_to_video": plan.datasets[file.number].image_to_video,
             "video": [asdict(window) for window in windows],
             "text": [{**asdict(entry), "extras": dict(entry.extras)} for entry in texts],
             "sheet": None if target is None else str(target),
@@ -269,8 +269,8 @@ def _about(plan: Plan, file: File, samples: tuple[Sample, ...]) -> Iterator[tupl
     yield "used", f"as {file.shape} at {samples[0].fps:g} fps, {several}" if samples else f"as {file.shape}"
     if samples and samples[0].mask_ref:
         yield "mask", samples[0].mask_ref
-    if samples and samples[0].first_frame:
-        yield "first frame", "also given to the model (image to video)"
+    if share := plan.datasets[file.number].image_to_video:
+        yield "first frame", f"given to the model at {100 * share:.4g}% of its draws (image to video)"
 
 
 def _window_rows(windows: list[Window]) -> Iterator[tuple[str, ...]]:

@@ -97,6 +97,13 @@ class VideoTable(Options):
         description='bucket_by = "resolution_frames": lengths are rounded down to steps of this many frames, so that '
         "there are fewer buckets",
     )
+    image_to_video: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of draws that are trained as image-to-video: the first latent frame stays clean and out of the "
+        "loss. Images are never drawn so",
+    )
 
 
 class DataTable(Options):
@@ -224,6 +231,11 @@ class ValidationTable(Options):
     every: Duration = Field(description="how often")
     at_start: bool = Field(False, description="also before the first step")
     prompts: dict[str, str] = Field(min_length=1, description="nickname (a file name) -> prompt")
+    images: dict[str, LocalPath] = Field(
+        {},
+        description="nickname -> an image, or a video whose first frame is taken: that prompt is generated as "
+        "image-to-video, from this picture",
+    )
     negative_prompt: str = Field("", description="guidance's other side")
     size: Size | None = Field(None, description='"WxH"; absent: the family\'s default')
     frames: int | None = Field(None, ge=1, description="absent: the family's default")

@@ -266,8 +266,12 @@ class SupportsTokenGrid(Protocol):
 class SupportsFrameLevels(Protocol):
     """A family whose denoiser takes a level for each latent frame: it can be trained on image-to-video."""
 
-    def frame_level_bytes(self, latents: LatentShape) -> int:
-        """Bytes that one clip takes in memory for it beyond a level for the whole clip."""
+    def frame_level_bytes(self, latents: LatentShape, *, weights: DType, compute: DType, checkpointing: bool) -> int:
+        """Bytes that one clip takes in memory in training for it, beyond a level for the whole clip.
+
+        weights: storage type of the denoiser; compute: the type in which its layers compute; checkpointing: whether blocks
+        are recomputed, one at a time.
+        """
         ...
 
 

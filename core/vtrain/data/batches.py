@@ -26,7 +26,7 @@ class Batch:
 
     latents: mean (B, C, f, h, w) fp32, drawn anew from mean and std where those are cached. text: embeds (B, L, D) with L
     just enough for its longest text, zero where the mask is false. draws: each sample's draw number, from which its noise
-    derives. dropped: whose caption was dropped.
+    derives. dropped: whose caption was dropped. first_frame: which are drawn as image-to-video: the first latent frame is given.
     """
 
     micro_batch: int
@@ -35,6 +35,7 @@ class Batch:
     draws: tuple[int, ...]
     sample_ids: tuple[str, ...]
     dropped: tuple[bool, ...]
+    first_frame: tuple[bool, ...] = ()
 
 
 class Batches:
@@ -86,11 +87,18 @@ class Batches:
         clips = self._caches.video_entries(windows)
         text = pad(texts, self._plan.family.text_tokens)
         latents = Latents(drawn(self._plan.config.run.seed, clips, numbers))
-        return Batch(micro_batch, latents, text, numbers, tuple(map(self._index.id, samples)), dropped)
+        moving = latents.mean.shape[2] > 1
+        first_frame = tuple(moving and self._continues(*pair) for pair in zip(samples, numbers, strict=True))
+        return Batch(micro_batch, latents, text, numbers, tuple(map(self._index.id, samples)), dropped, first_frame)
 
     def _chosen(self, purpose: str, keys: Sequence[str], draw: int) -> str:
         """Of the keys of a sample's windows, or captions, the one that this draw uses."""
         return keys[choice(self._plan.config.run.seed, purpose, draw, len(keys))]
+
+    def _continues(self, sample: int, draw: int) -> bool:
+        """Whether this draw is image-to-video: from the seed, the draw number and its dataset's share alone."""
+        share = self._plan.datasets[int(self._index.datasets[sample])].image_to_video
+        return chance(self._plan.config.run.seed, "image_to_video", draw) < share
 
     def _drops(self, draw: int) -> bool:
         """Whether this draw's caption is dropped: from the seed and the draw number alone."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from vtrain.contract import Caption, ClipShape, Size, SourceRef
@@ -46,7 +46,8 @@ class Sample:
     in stored pixels; box: the part of it that is used. shape: the bucket. starts: of the windows of which a draw uses
     one, in seconds after the first frame; each is one cached entry. fps: after resampling. crop: how box was chosen.
     captions: of which a draw uses one; each is one cached entry. content: SHA-256 of the source's bytes as encoded, ""
-    until that is known. mask: its mask's file, None for none. first_frame: whether it is also a sample of image-to-video.
+    until that is known. mask: its mask's file, None for none. chosen: numbers of the frames of a window that are
+    decoded, ascending, as many as shape says; None: all.
     """
 
     id: str
@@ -64,7 +65,7 @@ class Sample:
     captions: tuple[Caption, ...]
     content: str = ""
     mask: MaskFile | None = None
-    first_frame: bool = False
+    chosen: tuple[int, ...] | None = None
 
     @property
     def file(self) -> str:
@@ -83,7 +84,11 @@ class Sample:
 
     def times(self, start: float) -> list[float]:
         """When each output frame of the window at `start` is taken, in seconds after the source's first frame."""
-        return [start + k / self.fps for k in range(self.shape.frames)]
+        return [start + k / self.fps for k in (range(self.shape.frames) if self.chosen is None else self.chosen)]
+
+    def only(self, frames: tuple[int, ...]) -> Sample:
+        """The same with some of its frames alone: they are the same pictures as among all."""
+        return replace(self, shape=self.shape._replace(frames=len(frames)), chosen=frames)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from vtrain.data.scanning.database import database_faults, open_readonly
 from vtrain.data.scanning.ledger import pages, probe_of
 
 _OF = """
-    SELECT fate.ref, fate.size, fate.version, frames, height, width, made, captions, first_frame, source.probe,
+    SELECT fate.ref, fate.size, fate.version, frames, height, width, made, captions, source.probe,
         source.sha256, mask.ref, mask.size, mask.version, mask.sha256
     FROM fate JOIN source ON source.place = :place AND source.ref = fate.ref AND source.size = fate.size
         AND source.version = fate.version
@@ -82,7 +82,7 @@ class Samples:
 
 def _samples(found: Found, row: tuple[Any, ...]) -> Iterator[Sample]:
     """The samples of one file."""
-    ref, size, version, frames, height, width, made, captions, first_frame, probe, sha256, *mask = row
+    ref, size, version, frames, height, width, made, captions, probe, sha256, *mask = row
     source = probe_of(probe)
     assert source is not None  # a file is used by its probe
     masked = MaskFile(SourceRef(*mask[:3]), mask[3] or "") if mask[0] is not None else None
@@ -93,5 +93,5 @@ def _samples(found: Found, row: tuple[Any, ...]) -> Iterator[Sample]:
             id=f"{found.id}/{ref}{f'#{number}' if len(cuts) > 1 else ''}", dataset=found.id, place=found.number,
             ref_id=ref, size=size, version=version, picture=Size(source.width, source.height), box=Box(*box),
             shape=ClipShape(frames, height, width), fps=fps, starts=tuple(starts), crop=found.crop, captions=texts,
-            content=sha256 or "", mask=masked, first_frame=bool(first_frame),
+            content=sha256 or "", mask=masked,
         )  # fmt: skip

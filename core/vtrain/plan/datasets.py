@@ -81,6 +81,7 @@ def _dataset(
         fps=None if fps == "source" else family.default_fps if fps is None else fps,
         max_frames=lengths.piece,
         crop_seed=config.run.seed if table.crop == "random" else 0,
+        image_to_video=table.video.image_to_video,
     )
 
 

@@ -23,6 +23,7 @@ from vtrain.contract import (
     TokenGrid,
 )
 from vtrain.plan.datasets import check_frames, datasets, warnings
+from vtrain.plan.image_to_video import picture_problems, training_problems
 from vtrain.plan.records import DatasetPlan, Plan, ValidationPlan
 from vtrain.plan.sizes import check_size
 from vtrain.plan.tokens import token_grid
@@ -55,6 +56,7 @@ def _make_plan(config: Config, processes: int) -> Plan:
     assert isinstance(sampler_spec, SamplerSpec)
     sampler = sampler_spec.build(config.sampler.options, family.scheduler_config())
     made = datasets(config, family, problems)
+    problems += training_problems(config, family, made)
     clips = _longest(family, made)
     regularizers = _regularizers(config, family, clips, problems)
     validation = _validation(config, family, problems)
@@ -187,6 +189,7 @@ def _validation(config: Config, family: Family, problems: list[Problem]) -> Vali
     frames = table.frames or family.default_frames
     problems += check_size(config.where("validation", "size"), size, family.pixel_stride)
     problems += check_frames(config, family.frame_rule, ("validation", "frames"), frames)
+    problems += picture_problems(config, family, frames)
     return ValidationPlan(
         prompts=table.prompts,
         negative_prompt=table.negative_prompt,
@@ -195,4 +198,5 @@ def _validation(config: Config, family: Family, problems: list[Problem]) -> Vali
         guidance=table.guidance,
         steps=table.steps,
         seed=table.seed,
+        images=table.images,
     )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 from vtrain.config.record import Config
@@ -23,7 +24,7 @@ class DatasetPlan:
     after resampling, accepted by the family's frame rule. fps: after resampling, None for each clip's own; every n-th frame
     of that is taken, n = table.video.frame_interval. max_frames: of a piece that a longer clip is cut into, None: it stays
     whole. crop_seed: of the places of crop = "random". masks: folder of the dataset with its masks, under the clips' own
-    names, None for none. first_frame: whether its samples are also of image-to-video. Both are carried, not trained with.
+    names, None for none. image_to_video: the share of its clips' draws that are trained as image-to-video, from 0 to 1.
     """
 
     id: str
@@ -37,7 +38,7 @@ class DatasetPlan:
     max_frames: int | None = None
     crop_seed: int = 0
     masks: str | None = None
-    first_frame: bool = False
+    image_to_video: float = 0.0
 
     @cached_property
     def captions(self) -> CaptionsFrom:
@@ -47,7 +48,7 @@ class DatasetPlan:
 
 @dataclass(frozen=True)
 class ValidationPlan:
-    """[validation] with every default resolved. shape: what is generated."""
+    """[validation] with every default resolved. shape: what is generated. images: nickname -> the file with its first picture."""
 
     prompts: Mapping[str, str]
     negative_prompt: str
@@ -56,6 +57,7 @@ class ValidationPlan:
     guidance: float
     steps: int
     seed: int
+    images: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
 
-from vtrain.contract import Condition, NoiseLevel, Sampler, Text
+from vtrain.contract import Condition, LatentShape, NoiseLevel, Sampler, Text
 from vtrain.data.batches import Batch, Batches
 from vtrain.data.seeds import generator
 from vtrain.train.step import StepInput
@@ -54,16 +54,17 @@ class Feed:
     def prepare(self, number: int, step: int) -> Fed:
         """The global micro-batch `number`, which optimizer step `step` (zero-based) uses."""
         batch = self.batches[number]
-        noise, level = self.draw(batch)
-        sigmas = level.sigma.tolist()
+        noise, drawn = self.draw(batch)
+        level, mask = continued(drawn, None, batch.first_frame, LatentShape(*noise.shape[1:]))
         given = StepInput(
             clean=self._move(batch.latents.mean),
             noise=self._move(noise),
             level=NoiseLevel(self._move(level.sigma), self._move(level.timestep)),
             condition=Condition(Text(self._move(batch.text.embeds), self._move(batch.text.mask))),
             step=step,
+            mask=None if mask is None else self._move(mask),
         )
-        return Fed(given, number, batch.sample_ids, sigmas)
+        return Fed(given, number, batch.sample_ids, _told(drawn, level))
 
     def _enter_thread(self) -> None:
         """The current device is a thread's own: without this every process would open a context on the first GPU."""
@@ -92,6 +93,43 @@ class Feed:
             finally:
                 for future in waiting:
                     future.cancel()
+
+
+def continued(
+    level: NoiseLevel, mask: torch.Tensor | None, first_frame: Sequence[bool], latents: LatentShape
+) -> tuple[NoiseLevel, torch.Tensor | None]:
+    """Level and mask of a batch some of whose clips are image-to-video: there the first frame is clean and does not count.
+
+    mask: (B, f, h, w) of the data, None for none. first_frame: which clips. One whose mask leaves nothing after the first
+    frame stays as it is. A batch without any keeps its levels, one for a clip, and its mask; else levels are (B, f).
+    """
+    given = torch.tensor(first_frame, dtype=torch.bool)
+    if mask is not None and len(given):
+        given &= mask[:, 1:].flatten(1).any(1)
+    if not given.any():
+        return level, mask
+    counted = torch.ones(len(given), *latents[1:]) if mask is None else mask.clone()
+    sigma, timestep = _by_frame(level.sigma, latents.frames), _by_frame(level.timestep, latents.frames)
+    for part in (counted, sigma, timestep):
+        part[given, 0] = 0
+    return NoiseLevel(sigma, timestep), counted
+
+
+def _by_frame(level: torch.Tensor, frames: int) -> torch.Tensor:
+    """(B,) or (B, f) -> (B, f), to be written to."""
+    return level[:, None].repeat(1, frames) if level.ndim == 1 else level.clone()
+
+
+def _told(drawn: NoiseLevel, level: NoiseLevel) -> list[float | list[float]]:
+    """The sigmas of a batch as they are logged: those drawn, and where a clip has another at some frame, one for each."""
+    if level is drawn:
+        told: list[float | list[float]] = drawn.sigma.tolist()
+        return told
+    own = _by_frame(drawn.sigma, level.sigma.shape[1])
+    return [
+        after.tolist() if bool((after != before).any()) else one.tolist()
+        for one, before, after in zip(drawn.sigma, own, level.sigma, strict=True)
+    ]
 
 
 def _wait(future: Future[Fed]) -> Fed:

@@ -64,15 +64,13 @@ TOLD = ("csv", "parquet", "backend")
 _ASPECT = 0.02
 """A mask may be this much wider or higher than its clip: sizes are whole."""
 
-_COLUMNS = 17
+_COLUMNS = 16
 
 
 def settings_key(dataset: DatasetPlan, rule: FrameRule) -> str:
     """Names everything of a dataset's settings that decides over its files."""
     return hashlib.sha256(
-        json.dumps(
-            [TRANSFORM_VERSION, decides(dataset, rule), dataset.table.images, dataset.masks, dataset.first_frame]
-        ).encode()
+        json.dumps([TRANSFORM_VERSION, decides(dataset, rule), dataset.table.images, dataset.masks]).encode()
     ).hexdigest()
 
 
@@ -109,7 +107,7 @@ def _decide_rows(
     for row in ledger.pages(query, values):
         ref, kind, size, version = row[:4]
         outcome = _outcome(ref, kind, row[4:], dataset, rule)
-        rows.append((decision, ref, size, version, *_row(outcome, row[-3] or "", dataset.first_frame)))
+        rows.append((decision, ref, size, version, *_row(outcome, row[-3] or "")))
         if len(rows) >= PAGE:
             _insert(ledger, insert, rows)
     _insert(ledger, insert, rows)
@@ -164,14 +162,14 @@ def _found(words: str | None, fault: str | None, first: str | None, last: str | 
     return words_of(words)
 
 
-def _row(outcome: tuple[Fit, tuple[Caption, ...]] | Left, mask: str, first_frame: bool) -> tuple[object, ...]:
+def _row(outcome: tuple[Fit, tuple[Caption, ...]] | Left, mask: str) -> tuple[object, ...]:
     if isinstance(outcome, Left):
-        return (outcome.status, outcome.kind, outcome.reason, None, None, None, 0, 0, 1.0, None, None, mask, 0)
+        return (outcome.status, outcome.kind, outcome.reason, None, None, None, 0, 0, 1.0, None, None, mask)
     fitted, chosen = outcome
     made = [fitted.fps, [[cut.starts, cut.box] for cut in fitted.cuts]]
     texts = [[caption.text, dict(caption.extras)] for caption in chosen]
     return (
         "used", "", "", *fitted.shape, len(fitted.cuts), sum(len(cut.starts) for cut in fitted.cuts), fitted.stretch,
         json.dumps(made, separators=(",", ":")),
-        json.dumps(texts, ensure_ascii=False, separators=(",", ":")), mask, int(first_frame),
+        json.dumps(texts, ensure_ascii=False, separators=(",", ":")), mask,
     )  # fmt: skip

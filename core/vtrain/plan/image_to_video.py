@@ -1,0 +1,78 @@
+"""Image-to-video in a plan: what is wrong with it, and what it costs. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from vtrain.config.record import Config
+from vtrain.contract import ClipShape, Family, Problem, SupportsFrameLevels
+from vtrain.contract.lookup import did_you_mean, listed
+from vtrain.plan.price import bytes_text
+from vtrain.plan.records import DatasetPlan, Plan
+
+
+def training_problems(config: Config, family: Family, made: Sequence[DatasetPlan]) -> Iterator[Problem]:
+    """Datasets that cannot be trained as image-to-video, and shall be."""
+    enabled = [number for number, part in enumerate(config.data) if part.table.enabled]
+    for number, dataset in zip(enabled, made, strict=True):
+        if not dataset.image_to_video:
+            continue
+        where = config.where("data", number, "video", "image_to_video")
+        share = f"image_to_video = {dataset.image_to_video:g}"
+        if not isinstance(family, SupportsFrameLevels):
+            what = f"{share}: this model family takes one noise level for a whole clip."
+            yield Problem(where, what, "Remove it, or train a family that takes a level for each frame.")
+        elif dataset.frames < _least(family):
+            what = f"{share}: clips of {_many(dataset.frames)} are one latent frame, with nothing to make after it."
+            yield Problem(where, what, f"Set frames to {_least(family)} or more, or remove it.")
+
+
+def picture_problems(config: Config, family: Family, frames: int) -> Iterator[Problem]:
+    """What of [validation.images] is wrong without a look into the files. frames: of the videos to generate."""
+    table = config.validation
+    if table is None or not table.images:
+        return
+    if not isinstance(family, SupportsFrameLevels):
+        what = "images: this model family takes one noise level for a whole clip, so it cannot go on from a picture."
+        yield Problem(config.where("validation", "images"), what, "Remove it.")
+    elif frames < _least(family):
+        what = f"images: a video of {_many(frames)} is one latent frame, with nothing to make after the picture."
+        yield Problem(config.where("validation", "images"), what, f"Set frames to {_least(family)} or more.")
+    for nickname, file in table.images.items():
+        where = config.where("validation", "images", nickname)
+        if nickname not in table.prompts:
+            remedy = did_you_mean(nickname, table.prompts) or f"There are {listed(table.prompts)}."
+            yield Problem(where, f'images: no prompt has the nickname "{nickname}".', remedy)
+        if not file.is_file():
+            what = f"{file} is {'no file' if file.exists() else 'not there'}."
+            yield Problem(where, what, "Relative paths start at the configuration file's folder.")
+
+
+def price_rows(plan: Plan, dataset: DatasetPlan) -> Iterable[tuple[str, str]]:
+    """A row for a dataset that is trained as image-to-video: its share, and the memory of the dearest batch."""
+    family = plan.family
+    if not dataset.image_to_video or not isinstance(family, SupportsFrameLevels):
+        return ()
+    precision, batch = plan.config.precision, plan.config.train.batch_size
+    compute = "bf16" if precision.mixed == "bf16" else plan.base
+    most = max(
+        family.frame_level_bytes(
+            family.latent_shape(ClipShape(dataset.frames, size.height, size.width)),
+            weights=plan.base,
+            compute=compute,
+            checkpointing=precision.gradient_checkpointing,
+        )
+        for size in dataset.sizes
+    )
+    share = f"{100 * dataset.image_to_video:.4g}% of draws start from a clean first frame"
+    costs = f"; a batch with one takes up to {bytes_text(batch * most)} more, for a level at each token" if most else ""
+    return (("image to video", share + costs),)
+
+
+def _least(family: Family) -> int:
+    """Frames of the shortest clip of two latent frames."""
+    return family.pixel_frames(1)[-1] + 1
+
+
+def _many(frames: int) -> str:
+    return f"{frames} frame{'s' if frames != 1 else ''}"

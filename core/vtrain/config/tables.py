@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from vtrain.contract import Duration, LocalPath, Options, Size, fixed
 
@@ -106,6 +106,29 @@ class VideoTable(Options):
     )
 
 
+def _inner_folder(folder: str) -> str:
+    """A folder in a dataset, "/"-separated, without a "/" at its ends. Raises ValueError."""
+    parts = folder.strip("/").split("/")
+    if folder.startswith("/") or not all(parts) or {".", ".."} & set(parts):
+        raise ValueError('a folder in the dataset, such as "masks" or "extra/masks"')
+    if any(part.startswith(".") for part in parts):
+        raise ValueError("files in folders whose names start with a dot are not looked at: give it another name")
+    return "/".join(parts)
+
+
+class MasksTable(Options):
+    """[data.masks]: which part of each clip's picture is trained on: the white one of its mask, an image or a video."""
+
+    folder: Annotated[str, AfterValidator(_inner_folder)] = Field(
+        description='folder in the dataset that has the masks: that of "a/b.mp4" is "<folder>/a/b", with any suffix of an '
+        "image or a video"
+    )
+    invert: bool = Field(False, description="true: the black part of a mask is trained on")
+    missing: Literal["whole", "drop"] = Field(
+        "whole", description="a clip without a mask is trained on whole, or dropped with that reason"
+    )
+
+
 class DataTable(Options):
     """[[data]]: core's keys beside the data backend's options."""
 
@@ -172,6 +195,11 @@ class DataTable(Options):
         None, description='on_bad_file = "move": the folder, outside the dataset, that bad files are moved to'
     )
     images: bool = Field(False, description="also use single images, as clips of one frame")
+    decoder: Literal["pyav", "torchcodec"] = Field(
+        "pyav",
+        description="what decodes clips; torchcodec needs vtrain[torchcodec] and ffmpeg's shared libraries, and leaves files "
+        "that it would show wrongly to pyav",
+    )
     decode_timeout: float = Field(
         120.0,
         gt=0,
@@ -179,6 +207,7 @@ class DataTable(Options):
         "is stopped then, and the file is left out",
     )
     video: VideoTable = Field(VideoTable(), description="which frames of a clip are used")
+    masks: MasksTable | None = Field(None, description="which part of each picture is trained on; absent: all of it")
 
 
 class CacheTable(Options):

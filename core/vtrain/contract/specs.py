@@ -121,9 +121,10 @@ RESERVED_KEYS: Mapping[str, frozenset[str]] = {
             "on_bad_file",
             "images",
             "decode_timeout",
+            "decoder",
             "quarantine",
         }
-        | {"video"}
+        | {"video", "masks"}
     ),
     "regularizer": frozenset({"use"}),
     "sampler": frozenset({"use"}),

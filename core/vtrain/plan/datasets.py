@@ -4,27 +4,40 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vtrain.config.record import Config, KeyPath, Part
-from vtrain.config.tables import DataTable
+from vtrain.config.tables import DataTable, MasksTable
 from vtrain.contract import DataBackend, DataBackendSpec, Family, FrameRule, Problem, SupportsCaptions, SupportsFiles
-from vtrain.plan.records import DatasetPlan
+from vtrain.plan.decoders import torchcodec
+from vtrain.plan.records import DatasetPlan, MasksPlan
 from vtrain.plan.sizes import dataset_sizes, pointed_out
 
 
 def datasets(config: Config, family: Family, problems: list[Problem]) -> tuple[DatasetPlan, ...]:
     """Every enabled [[data]] table; what is wrong with them is added to `problems`."""
     plans: list[DatasetPlan] = []
+    decoder = _torchcodec(config, problems)
     for number, part in enumerate(config.data):
         if part.table.enabled:
-            plans.append(_dataset(config, family, number, part, problems))
+            plan = _dataset(config, family, number, part, problems)
+            plans.append(replace(plan, decoder=decoder) if part.table.decoder == "torchcodec" else plan)
     names = [dataset.id for dataset in plans]
     for dataset in plans:
         if names.count(dataset.id) > 1:
             problems.append(Problem(dataset.where, f'two datasets are called "{dataset.id}".', "Give each its own id."))
     return tuple(plans)
+
+
+def _torchcodec(config: Config, problems: list[Problem]) -> str:
+    """Name and version of torchcodec; "" if no dataset asks for it, or if it cannot be used: then a problem of each."""
+    asking = [n for n, part in enumerate(config.data) if part.table.enabled and part.table.decoder == "torchcodec"]
+    found = torchcodec() if asking else ""
+    if isinstance(found, str):
+        return found
+    problems += [Problem(config.where("data", number, "decoder"), found.what, found.remedy) for number in asking]
+    return ""
 
 
 def warnings(config: Config, family: Family) -> Iterator[str]:
@@ -82,7 +95,12 @@ def _dataset(
         max_frames=lengths.piece,
         crop_seed=config.run.seed if table.crop == "random" else 0,
         image_to_video=table.video.image_to_video,
+        masks=None if table.masks is None else _masks(table.masks, config.where("data", number, "masks", "folder")),
     )
+
+
+def _masks(table: MasksTable, where: str) -> MasksPlan:
+    return MasksPlan(table.folder, table.invert, table.missing, where)
 
 
 def check_frames(config: Config, rule: FrameRule, key: KeyPath, frames: int) -> list[Problem]:

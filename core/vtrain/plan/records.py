@@ -17,14 +17,29 @@ CaptionsFrom = Literal["textfile", "filename", "instance_prompt", "csv", "parque
 
 
 @dataclass(frozen=True)
+class MasksPlan:
+    """[data.masks]. folder: of the dataset, in which masks have their clips' names, "/"-separated, no "/" at its ends.
+
+    invert: whether black trains, not white. missing: what becomes of a clip without a mask: "whole" (all of it trains) or
+    "drop". where: its place in the configuration file.
+    """
+
+    folder: str
+    invert: bool = False
+    missing: Literal["whole", "drop"] = "whole"
+    where: str = ""
+
+
+@dataclass(frozen=True)
 class DatasetPlan:
     """One enabled [[data]] table, every default resolved.
 
     where: its place in the file. sizes: the buckets. frames, min_frames: of a training clip at most and at least, counted
     after resampling, accepted by the family's frame rule. fps: after resampling, None for each clip's own; every n-th frame
     of that is taken, n = table.video.frame_interval. max_frames: of a piece that a longer clip is cut into, None: it stays
-    whole. crop_seed: of the places of crop = "random". masks: folder of the dataset with its masks, under the clips' own
-    names, None for none. image_to_video: the share of its clips' draws that are trained as image-to-video, from 0 to 1.
+    whole. crop_seed: of the places of crop = "random". masks: None for none. image_to_video: the share of its clips' draws
+    that are trained as image-to-video, from 0 to 1.
+    decoder: "" for PyAV, else the name and version of what decodes instead, as they stand in the keys of entries.
     """
 
     id: str
@@ -37,8 +52,9 @@ class DatasetPlan:
     fps: float | None
     max_frames: int | None = None
     crop_seed: int = 0
-    masks: str | None = None
+    masks: MasksPlan | None = None
     image_to_video: float = 0.0
+    decoder: str = ""
 
     @cached_property
     def captions(self) -> CaptionsFrom:

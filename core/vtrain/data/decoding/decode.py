@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtrain.data.decoding.pixels import Conversion
+from vtrain.data.decoding.pixels import Conversion, Picture
 from vtrain.data.decoding.timing import SLACK, on_screen
 from vtrain.data.decoding.video import FileFault, faults, open_video
 from vtrain.data.sample import Sample
@@ -59,17 +59,18 @@ def _decode(stream: BinaryIO, sample: Sample, start: float, pixels: Tensor, *, s
                 done += 1
     except FileFault as fault:
         if done:
-            raise FileFault(f"{fault.reason}, {_missing(done, sample)}", lasting=fault.lasting) from fault
+            raise FileFault(f"{fault.reason}, {missing(done, sample)}", lasting=fault.lasting) from fault
         if not seek:
             raise
     if done == 0 and seek:
         return False
     if done < shape.frames:
-        raise FileFault(f"{_missing(done, sample)}: is it truncated?")
+        raise FileFault(f"{missing(done, sample)}: is it truncated?")
     return True
 
 
-def _missing(done: int, sample: Sample) -> str:
+def missing(done: int, sample: Sample) -> str:
+    """Both counts, in words."""
     return f"only {done} of {sample.shape.frames} frames could be decoded"
 
 
@@ -120,7 +121,11 @@ def _picture(conversion: Conversion, frame: VideoFrame, sample: Sample) -> Tenso
     """One frame -> uint8 (3, h, w) in the bucket. Raises FileFault."""
     if frame.is_corrupt:
         raise FileFault("holds a damaged frame")
-    upright = conversion.upright(frame)
+    return fitted(conversion.upright(frame), sample)
+
+
+def fitted(upright: Picture, sample: Sample) -> Tensor:
+    """(h, w, 3) as shown -> uint8 (3, h, w): the sample's part of the picture in its bucket. Raises FileFault."""
     if upright.shape[:2] != (sample.picture.height, sample.picture.width):
         found = f"{upright.shape[1]}x{upright.shape[0]}"
         raise FileFault(f"its picture size changes from {sample.picture} to {found}")

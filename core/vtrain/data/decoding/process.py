@@ -42,10 +42,14 @@ Wanted = Callable[[str], bool]
 
 @dataclass(frozen=True)
 class Answer:
-    """How a job went: the columns of a probe, the pixels or the mask (None if not wanted), or the file's fault."""
+    """How a job went: the columns of a probe, the pixels or the mask (None if not wanted), or the file's fault.
+
+    unfit: why a file that was for torchcodec was decoded by PyAV, or "".
+    """
 
     probe: tuple[Any, ...] = ()
     pixels: Tensor | None = None
+    unfit: str = ""
     fault: FileFault | None = None
 
 
@@ -110,6 +114,7 @@ class DecodingProcess:
         limit_s: float,
         wanted: Wanted,
         mask: MaskGrid | None = None,
+        torchcodec: bool = False,
     ) -> Answer:
         """Probe the file, decode a window of it, or average it as the mask of one.
 
@@ -120,7 +125,7 @@ class DecodingProcess:
         stream.seek(0)
         clock = _Clock(limit_s)
         try:
-            self._channel.send(pickle.dumps(Job(size, local, sample, start, mask)))
+            self._channel.send(pickle.dumps(Job(size, local, sample, start, mask, torchcodec)))
             if "begun" not in self._receive(_Clock(_START_S)):
                 raise ChannelClosed
             if local:
@@ -151,7 +156,8 @@ class DecodingProcess:
             elif "probe" in message:
                 return Answer(probe=tuple(message["probe"]))
             elif "pixels" in message and sample is not None:
-                return Answer(pixels=_pixels(self._channel.receive_file(clock.left), sample, mask))
+                pixels = _pixels(self._channel.receive_file(clock.left), sample, mask)
+                return Answer(pixels=pixels, unfit=str(message["unfit"]))
             elif "memory" in message:
                 return Answer(
                     fault=FileFault(f"decoding it takes more than {self._memory / (1 << 30):g} GiB of memory")

@@ -46,13 +46,19 @@ class ProbeJob:
 
 @dataclass(frozen=True)
 class DecodeJob:
-    """A window to decode. wanted: asked, in a thread, with the SHA-256 of the file's bytes, whether to decode it."""
+    """A window to decode. wanted: asked, in a thread, with the SHA-256 of the file's bytes, whether to decode it.
+
+    frames: numbers of those that are wanted, ascending; None: all. torchcodec: whether that decodes it, if it is given the
+    file.
+    """
 
     backend: DataBackend
     sample: Sample
     start: float
     limit_s: float | None = None
     wanted: Wanted | None = None
+    frames: tuple[int, ...] | None = None
+    torchcodec: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,12 +84,13 @@ class Decoded:
     """content: SHA-256 of the file's bytes, None if they could not be read.
 
     pixels: uint8 (3, F, h, w), or of a mask fp32 (f, h, w) in [0, 1], not inverted;
-    None if they were not wanted, or if there is a `fault`.
+    None if they were not wanted, or if there is a `fault`. unfit: why a file that was for torchcodec was decoded by PyAV.
     """
 
     content: str | None = None
     pixels: Tensor | None = None
     fault: FileFault | None = None
+    unfit: str = ""
 
 
 class Workers(AbstractContextManager["Workers"]):
@@ -127,10 +134,13 @@ class Workers(AbstractContextManager["Workers"]):
 
     def decode(self, backend: DataBackend, sample: Sample, start: float) -> tuple[str, Tensor]:
         """(SHA-256 of the file's bytes, uint8 (3, F, h, w)). Raises FileFault."""
-        done = self._submit(self._decode, DecodeJob(backend, sample, start)).get()
+        done = self.done(DecodeJob(backend, sample, start))
         if done.fault is not None or done.content is None or done.pixels is None:
             raise done.fault or FileFault("was not decoded", lasting=False)
         return done.content, done.pixels
+
+    def done(self, job: DecodeJob) -> Decoded:
+        return self._submit(self._decode, job).get()
 
     def probed(
         self, jobs: Iterable[ProbeJob], ahead: int | None = None
@@ -202,10 +212,11 @@ class Workers(AbstractContextManager["Workers"]):
 
         try:
             with faults("cannot be opened"), job.backend.open(ref) as stream:
-                answer = self._run(stream, job.sample, job.start, job.limit_s, wanted, mask)
+                torchcodec = isinstance(job, DecodeJob) and job.torchcodec
+                answer = self._run(stream, job.sample, job.start, job.limit_s, wanted, mask, torchcodec)
         except FileFault as fault:
             return Decoded(content[0] if content else None, fault=fault)
-        return Decoded(content[0] if content else None, answer.pixels)
+        return Decoded(content[0] if content else None, answer.pixels, unfit=answer.unfit)
 
     def _run(
         self,
@@ -215,11 +226,12 @@ class Workers(AbstractContextManager["Workers"]):
         limit_s: float | None,
         wanted: Wanted,
         mask: MaskGrid | None = None,
+        torchcodec: bool = False,
     ) -> Answer:
         """A job on an idle process, which is put back, or ended if it did not answer. Raises FileFault."""
         process = self._take()
         try:
-            answer = process.run(stream, sample, start, limit_s or self._limit_s, wanted, mask)
+            answer = process.run(stream, sample, start, limit_s or self._limit_s, wanted, mask, torchcodec)
         except BaseException:
             process.kill()
             raise

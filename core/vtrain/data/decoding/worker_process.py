@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import io
 import json
 import math
@@ -21,13 +22,16 @@ import socket
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
-from typing import BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from vtrain.data.decoding.channel import Channel, ChannelClosed
 from vtrain.data.decoding.probe import probe
 from vtrain.data.decoding.spool import hashed
 from vtrain.data.decoding.video import FileFault
 from vtrain.data.sample import MaskGrid, Sample
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PDEATHSIG = 1
 _LONGEST = 1 << 26
@@ -42,6 +46,7 @@ class Job:
 
     mask: the file is the sample's mask, to be averaged to this. size: of the file.
     local: an open file is handed over after this; otherwise its bytes are asked for.
+    torchcodec: whether that decodes it, if it is given the file.
     """
 
     size: int
@@ -49,6 +54,7 @@ class Job:
     sample: Sample | None = None
     start: float = 0.0
     mask: MaskGrid | None = None
+    torchcodec: bool = False
 
 
 class RemoteFile(io.RawIOBase):
@@ -110,18 +116,18 @@ def main() -> None:
         except ChannelClosed:
             return
         if job.sample is not None:
-            _import_decode()
+            _import_decode(job.torchcodec)
         _say(channel, begun=True)
         with _file(channel, job) as stream:
             _answer(channel, job, stream, threads)
 
 
-def _import_decode() -> None:
+def _import_decode(torchcodec: bool) -> None:
     """With torch, and seconds that are not the file's."""
-    if "vtrain.data.decoding.decode" not in sys.modules:
-        import vtrain.data.decoding.decode  # noqa: F401
-
-        gc.freeze()
+    for module in ("vtrain.data.decoding.decode", *(("torchcodec.decoders",) if torchcodec else ())):
+        if module not in sys.modules:
+            importlib.import_module(module)
+            gc.freeze()
 
 
 def _limit(memory: int) -> None:
@@ -167,18 +173,20 @@ def _decode(channel: Channel, job: Job, sample: Sample, stream: BinaryIO, thread
             if channel.receive(_LONGEST) != b"decode":
                 _say(channel, left=True)
                 return
-            _write(file, job, sample, copy)
-        _say(channel, pixels=True)
+            unfit = _write(file, job, sample, copy)
+        _say(channel, pixels=True, unfit=unfit)
         channel.send_file(file)
     finally:
         os.close(file)
 
 
-def _write(file: int, job: Job, sample: Sample, stream: BinaryIO) -> None:
-    """Put the window's pixels, uint8 (3, F, h, w), or its mask, fp32 (f, h, w), into a memory file. Raises FileFault."""
+def _write(file: int, job: Job, sample: Sample, stream: BinaryIO) -> str:
+    """Put the window's pixels, uint8 (3, F, h, w), or its mask, fp32 (f, h, w), into a memory file.
+
+    Returns why a file that was for torchcodec is decoded by PyAV, or "". Raises FileFault.
+    """
     import torch
 
-    from vtrain.data.decoding.decode import decode
     from vtrain.data.decoding.masks import latent_mask
 
     shape = (3, *sample.shape) if job.mask is None else (len(job.mask.spans), *job.mask[1:])
@@ -187,9 +195,24 @@ def _write(file: int, job: Job, sample: Sample, stream: BinaryIO) -> None:
     os.ftruncate(file, length)
     pixels = torch.frombuffer(mmap.mmap(file, length), dtype=kind).view(shape)
     if job.mask is None:
-        decode(stream, sample, job.start, pixels)
-    else:
-        pixels.copy_(latent_mask(stream, sample, job.start, job.mask.spans, job.mask[1:]))
+        return _pixels(stream, job, sample, pixels)
+    pixels.copy_(latent_mask(stream, sample, job.start, job.mask.spans, job.mask[1:]))
+    return ""
+
+
+def _pixels(stream: BinaryIO, job: Job, sample: Sample, into: Tensor) -> str:
+    """Decode. Returns why a file that was for torchcodec is decoded by PyAV, or "". Raises FileFault."""
+    from vtrain.data.decoding.decode import decode
+
+    unfit = ""
+    if job.torchcodec:
+        from vtrain.data.decoding import torchcodec_frames
+
+        unfit = torchcodec_frames.decode(stream, sample, job.start, into)
+        stream.seek(0)
+    if unfit or not job.torchcodec:
+        decode(stream, sample, job.start, into)
+    return unfit
 
 
 def _say(channel: Channel, **message: object) -> None:

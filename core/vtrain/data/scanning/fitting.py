@@ -57,6 +57,7 @@ def decides(dataset: DatasetPlan, rule: FrameRule) -> list[object]:
         dataset.fps, str(rule), table.crop, dataset.crop_seed if table.crop == "random" else 0, table.upscale,
         table.resolution_type, table.min_size, table.max_size, table.downsample_to, video.window, video.windows,
         video.frame_interval, video.repeat_frames, video.round_to, captions.decides(dataset),
+        *([dataset.decoder] if dataset.decoder else []),
     ]  # fmt: skip
 
 

@@ -166,6 +166,12 @@ class Workers(AbstractContextManager["Workers"]):
             raise done.fault or FileFault("its mask was not decoded", lasting=False)
         return done.content, done.pixels
 
+    def made(
+        self, jobs: Iterable[DecodeJob | MaskJob], ahead: int | None = None
+    ) -> Generator[tuple[DecodeJob | MaskJob, Decoded]]:
+        """As `decoded`, of windows and masks as they come."""
+        return self._in_order(lambda job: self._mask(job) if isinstance(job, MaskJob) else self._decode(job), jobs, ahead)
+
     def _in_order(
         self, work: Callable[[JobT], ResultT], jobs: Iterable[JobT], ahead: int | None
     ) -> Generator[tuple[JobT, ResultT]]:
@@ -194,16 +200,18 @@ class Workers(AbstractContextManager["Workers"]):
         return Probe(*answer.probe)
 
     def _decode(self, job: DecodeJob) -> Decoded:
-        return self._pixels(job, job.sample.ref, None)
+        sample = job.sample if job.frames is None else job.sample.only(job.frames)
+        return self._pixels(job, sample, job.sample.ref, None)
 
     def _mask(self, job: MaskJob) -> Decoded:
-        done = self._pixels(job, job.ref, job.grid)
+        done = self._pixels(job, job.sample, job.ref, job.grid)
         if done.fault is None:
             return done
         reason = f"its mask {job.ref.id}: {done.fault.reason}"
         return Decoded(done.content, fault=FileFault(reason, lasting=done.fault.lasting))
 
-    def _pixels(self, job: DecodeJob | MaskJob, ref: SourceRef, mask: MaskGrid | None) -> Decoded:
+    def _pixels(self, job: DecodeJob | MaskJob, sample: Sample, ref: SourceRef, mask: MaskGrid | None) -> Decoded:
+        """sample: the job's, with the frames that are wanted."""
         content: list[str] = []
 
         def wanted(found: str) -> bool:
@@ -213,7 +221,7 @@ class Workers(AbstractContextManager["Workers"]):
         try:
             with faults("cannot be opened"), job.backend.open(ref) as stream:
                 torchcodec = isinstance(job, DecodeJob) and job.torchcodec
-                answer = self._run(stream, job.sample, job.start, job.limit_s, wanted, mask, torchcodec)
+                answer = self._run(stream, sample, job.start, job.limit_s, wanted, mask, torchcodec)
         except FileFault as fault:
             return Decoded(content[0] if content else None, fault=fault)
         return Decoded(content[0] if content else None, answer.pixels, unfit=answer.unfit)

@@ -24,7 +24,10 @@ TOLERANCE = 1e-3
 
 
 class SanaVideoCodec:
-    """The VAE at work. The feature cache of its causal convolutions lives on the module, so one thread at a time is let in."""
+    """The VAE at work, SupportsDecoderOnly.
+
+    The feature cache of its causal convolutions lives on the module, so one thread at a time is let in.
+    """
 
     def __init__(self, vae: AutoencoderKLWan, config: CodecConfig) -> None:
         import torch
@@ -45,6 +48,8 @@ class SanaVideoCodec:
         self._check(pixels)
         with self._lock, torch.inference_mode():
             vae = self._open()
+            if vae.encoder is None:
+                raise RuntimeError("this video codec has let go of what encodes")
             posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
             scale = self._std.to(vae.device)
             mean = (posterior.mode().float() - self._mean.to(vae.device)) / scale
@@ -62,6 +67,14 @@ class SanaVideoCodec:
             mean, inverse = self._mean.to(stored), 1.0 / self._std.to(stored)
             pixels: Tensor = vae.decode(stored / inverse + mean, return_dict=False)[0]
         return pixels.float().to(latents.device).clone()
+
+    def drop_encoder(self) -> None:
+        """Free the half of the VAE that encodes, for good. Decoding stays the same, bit for bit."""
+        with self._lock:
+            vae = self._open()
+            device = str(vae.device)
+            vae.encoder = vae.quant_conv = None  # type: ignore[assignment]  # a module may be None
+        release(device)
 
     def close(self) -> None:
         """Let go of the weights."""

@@ -1,8 +1,10 @@
-"""What vtrain_sanavideo registers: the family `sanavideo` and its fixed schedule `sanavideo-flow`."""
+"""What vtrain_sanavideo registers: the family `sanavideo`, its fixed schedule `sanavideo-flow`, the regularizer `crepa`."""
 
 from __future__ import annotations
 
-from vtrain.contract import FamilySpec, SamplerSpec, hookimpl
+from vtrain.contract import FamilySpec, RegularizerSpec, SamplerSpec, hookimpl
+from vtrain_sanavideo.crepa import Crepa
+from vtrain_sanavideo.crepa_options import CrepaOptions
 from vtrain_sanavideo.family import SanaVideoFamily
 from vtrain_sanavideo.flow import SanaVideoFlow
 from vtrain_sanavideo.options import SanaVideoFlowOptions, SanaVideoOptions
@@ -23,6 +25,13 @@ SANAVIDEO = FamilySpec(
     fixed_sampler=True,
 )
 
+CREPA = RegularizerSpec(
+    name="crepa",
+    summary="CREPA: a block's hidden states aligned with DINOv2's features of the same and the neighbouring frames",
+    options=CrepaOptions,
+    build=Crepa,
+)
+
 
 @hookimpl
 def vtrain_families() -> tuple[FamilySpec, ...]:
@@ -32,3 +41,8 @@ def vtrain_families() -> tuple[FamilySpec, ...]:
 @hookimpl
 def vtrain_samplers() -> tuple[SamplerSpec, ...]:
     return (FLOW,)
+
+
+@hookimpl
+def vtrain_regularizers() -> tuple[RegularizerSpec, ...]:
+    return (CREPA,)

@@ -1,0 +1,198 @@
+"""The frozen encoder that hidden states are aligned with: the seam for others, and DINOv2."""
+
+# mypy: allow-untyped-calls
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+
+from vtrain.contract import DType, HashFile, ModelError, Problem, TokenGrid
+from vtrain_sanavideo import crepa_hub_weights
+from vtrain_sanavideo.crepa_options import CrepaOptions
+from vtrain_sanavideo.crepa_source import CLASSES, DinoSource
+from vtrain_sanavideo.text import quiet, release
+from vtrain_sanavideo.weights import misfit_problem, torch_type
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import Dinov2Model
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+"""ImageNet's, of red, green and blue in [0, 1]."""
+
+Encode = Callable[["Tensor", TokenGrid], "Tensor"]
+"""(pictures (N, 3, H, W) fp32 in [-1, 1], grid of the clip's tokens) -> features (N, h', w', D') of `Encoder.grid`."""
+
+
+class Encoder(Protocol):
+    """A frozen encoder of pictures. Whatever has these members can take DINOv2's place: Crepa(options, encoder)."""
+
+    @property
+    def width(self) -> int:
+        """D' of its features. Without torch."""
+        ...
+
+    def grid(self, tokens: TokenGrid) -> tuple[int, int]:
+        """(h', w') of its features for a clip with these tokens. Without torch."""
+        ...
+
+    def fingerprint(self, hash_file: HashFile) -> str:
+        """Changes when, and only when, its features would."""
+        ...
+
+    def check(self) -> Sequence[Problem]:
+        """What is wrong with it. Nothing is loaded."""
+        ...
+
+    def describe(self) -> str:
+        """Its name and what it sees, for the plan."""
+        ...
+
+    def open(self, device: str) -> AbstractContextManager[Encode]:
+        """*torch* Load it for the length of a with block; its memory is free afterwards. Raises ModelError."""
+        ...
+
+
+def imagenet(pictures: Tensor, height: int, width: int) -> Tensor:
+    """(N, 3, H, W) in [-1, 1] -> (N, 3, height, width), resized and normalised as encoders trained on ImageNet expect.
+
+    Bicubic with antialiasing, as DINOv2's own preprocessing, then cut to the range of a picture, as its 8 bits would be.
+    """
+    from torch.nn import functional as F
+
+    seen = (pictures.float() + 1) / 2
+    if seen.shape[2:] != (height, width):
+        seen = F.interpolate(seen, size=(height, width), mode="bicubic", align_corners=False, antialias=True)
+    mean, std = (seen.new_tensor(numbers).view(1, 3, 1, 1) for numbers in (MEAN, STD))
+    return (seen.clamp(0, 1) - mean) / std
+
+
+class Dinov2:
+    """DINOv2 through transformers: an Encoder. Features are patch tokens; the CLS token and registers are left out."""
+
+    def __init__(self, options: CrepaOptions) -> None:
+        self._size = options.size
+        self._precision: DType = options.precision
+        self._source = DinoSource(options.encoder, options.encoder_revision)
+
+    @property
+    def width(self) -> int:
+        return self._source.config.hidden_size
+
+    @property
+    def patch(self) -> int:
+        """Edge of a patch in pixels."""
+        return self._source.config.patch_size
+
+    @cached_property
+    def _skipped(self) -> int:
+        """Tokens before those of patches: CLS, and registers if there are."""
+        return 1 + self._source.config.num_register_tokens
+
+    def grid(self, tokens: TokenGrid) -> tuple[int, int]:
+        if self._size == "match":
+            return tokens.height, tokens.width
+        return self._size // self.patch, self._size // self.patch
+
+    def fingerprint(self, hash_file: HashFile) -> str:
+        """Names the patch grid's rule, the storage type and the weights. Raises ModelError."""
+        return repr(["dinov2 1", self._size, self._precision, self._source.marks(hash_file)])
+
+    def check(self) -> Sequence[Problem]:
+        problems = [Problem("", f"encoder: {f'{found.where}: ' if found.where else ''}{found.what}", found.remedy)
+                    for found in self._source.check()]  # fmt: skip
+        if problems or self._size == "match" or self._size % self.patch == 0:
+            return problems
+        near = max(1, round(self._size / self.patch)) * self.patch
+        what = f"size {self._size} cannot be cut into patches of {self.patch}."
+        return [Problem("", what, f'Write {near}, or "match".')]
+
+    def describe(self) -> str:
+        return f"{self._source.describe()} in {self._precision}, width {self.width}, {self._seen()}"
+
+    def _seen(self) -> str:
+        if self._size == "match":
+            return f"a {self.patch}x{self.patch} patch for each token"
+        number = self._size // self.patch
+        return f"frames squeezed to {self._size}x{self._size}, {number}x{number} patches resampled to the tokens"
+
+    @contextmanager
+    def open(self, device: str) -> Iterator[Encode]:
+        """Raises ModelError."""
+        at_work = _AtWork(self._load(device), self._skipped, self.patch, self.grid)
+        try:
+            yield at_work
+        finally:
+            at_work.close()
+            release(device)
+
+    def _load(self, device: str) -> Dinov2Model:
+        import torch
+        import transformers
+
+        source = self._source
+        kind = getattr(transformers, CLASSES[source.config.model_type])
+        settings: dict[str, Any] = {"dtype": torch_type(self._precision), "use_safetensors": True}
+        settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "local_files_only": True}
+        place = source.weights() if source.file is None else source.file
+        if source.file is not None:
+            settings |= {"config": _config(source), "state_dict": crepa_hub_weights.load(source.file, source.hub_model)}
+        try:
+            with quiet():
+                model, report = kind.from_pretrained(None if source.file else place, **settings)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ModelError(Problem(str(place), f"the encoder cannot be loaded: {error}")) from error
+        lines = [f"{name} is missing" for name in sorted(report["missing_keys"])]
+        lines += [
+            f"{name} is {list(found)} instead of {list(wanted)}" for name, found, wanted in report["mismatched_keys"]
+        ]
+        lines += [f"{name} is unexpected" for name in sorted(report["unexpected_keys"])]
+        if lines:
+            raise ModelError(misfit_problem(place, lines))
+        loaded: Dinov2Model = model.to(torch.device(device)).eval().requires_grad_(False)
+        return loaded
+
+
+class _AtWork:
+    """DINOv2 in memory."""
+
+    def __init__(
+        self, model: Dinov2Model, skipped: int, patch: int, grid: Callable[[TokenGrid], tuple[int, int]]
+    ) -> None:
+        self._model: Dinov2Model | None = model
+        self._skipped, self._patch, self._grid = skipped, patch, grid
+
+    def __call__(self, pictures: Tensor, tokens: TokenGrid) -> Tensor:
+        if self._model is None:
+            raise RuntimeError("this encoder is closed")
+        high, wide = self._grid(tokens)
+        seen = imagenet(pictures, high * self._patch, wide * self._patch)
+        states: Tensor = self._model(seen.to(self._model.dtype)).last_hidden_state
+        patches: Tensor = states[:, self._skipped :].unflatten(1, (high, wide))
+        return patches
+
+    def close(self) -> None:
+        """Let go of the weights."""
+        self._model = None
+
+
+def _config(source: DinoSource) -> Any:
+    """transformers' config of a .pth file's model."""
+    import transformers
+
+    model = source.hub_model
+    settings: dict[str, Any] = {
+        "hidden_size": model.width,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.width // crepa_hub_weights.HEAD,
+        "mlp_ratio": 4,
+        "image_size": model.image,
+        "patch_size": model.patch,
+        "use_swiglu_ffn": model.swiglu,
+    }
+    if model.registers:
+        return transformers.Dinov2WithRegistersConfig(**settings, num_register_tokens=model.registers)
+    return transformers.Dinov2Config(**settings)

@@ -1,0 +1,158 @@
+"""CREPA's loss (Cross-frame Representation Alignment, arXiv 2506.09229): projector, alignment, weight."""
+
+# mypy: allow-untyped-calls
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vtrain.contract import LossTerm, RunLength, StepView
+from vtrain_sanavideo.crepa_options import CrepaOptions, ProjectorOptions
+from vtrain_sanavideo.crepa_schedule import Schedule, SimilarityGate
+
+SHORTEST = 1e-8
+"""A vector shorter than this has a cosine of 0 with all others."""
+
+
+def projector(options: ProjectorOptions, width: int, features: int) -> nn.Sequential:
+    """Linear layers with SiLU between them, `width` to `features`, fp32."""
+    hidden = [options.hidden or width] * (options.layers - 1)
+    layers: list[nn.Module] = []
+    for inner, outer in pairwise([width, *hidden, features]):
+        layers += [nn.Linear(inner, outer), nn.SiLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def on_tokens(features: Tensor, height: int, width: int) -> Tensor:
+    """(B, f, h', w', D) -> (B, f, height, width, D) fp32, resampled in both directions of space at once.
+
+    Bilinear, corners not aligned: positions are shares of the frame, whatever its shape. Averaged where it shrinks.
+    """
+    features = features.float()
+    if features.shape[2:4] == (height, width):
+        return features
+    batch = features.shape[0]
+    planes = features.flatten(0, 1).permute(0, 3, 1, 2)
+    planes = F.interpolate(planes, size=(height, width), mode="bilinear", align_corners=False, antialias=True)
+    resampled: Tensor = planes.permute(0, 2, 3, 1).unflatten(0, (batch, -1))
+    return resampled
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Scalars. loss: L_align. similarity: mean cosine of a frame with itself; neighbours: with those beside it.
+
+    neighbours is weighted as in the loss, divided by the sum of weights; 0 where no frame has one.
+    """
+
+    loss: Tensor
+    similarity: Tensor
+    neighbours: Tensor
+
+
+def align(features: Tensor, hidden: Tensor, distances: Sequence[int], decay: float) -> Alignment:
+    """L_align = -mean over clips, frames and tokens of sim(y_f, h_f) + sum over k of exp(-|k - f| / decay) sim(y_k, h_f).
+
+    k: f - d and f + d for each d of `distances`, where there is such a frame. features y, hidden h: (B, f, h, w, D).
+    """
+    own = F.normalize(features, dim=-1, eps=SHORTEST)
+    reach = [distance for distance in distances if distance < own.shape[1]]
+    nearest = math.exp(-min(reach) / decay) if reach else 0.0
+    beside, total = torch.zeros_like(own), 0.0
+    for distance in reach:
+        # Relative to the nearest ones, so that a small decay leaves no zeros.
+        weight = math.exp((min(reach) - distance) / decay)
+        beside[:, :-distance] += weight * own[:, distance:]
+        beside[:, distance:] += weight * own[:, :-distance]
+        total += weight * 2 * (own.shape[1] - distance)
+    length = torch.linalg.vector_norm(hidden, dim=-1).clamp_min(SHORTEST)
+    similarity = ((own * hidden).sum(-1) / length).mean()
+    if not reach:
+        return Alignment(-similarity, similarity, torch.zeros_like(similarity))
+    summed = ((beside * hidden).sum(-1) / length).mean()
+    return Alignment(-(similarity + nearest * summed), similarity, summed * (own.shape[1] / total))
+
+
+class CrepaLoss(nn.Module):
+    """The LossModule: aligns a block's output with features of the clean frames. SupportsPauses, SupportsFeedback,
+    SupportsLearningRate. Its running mean of the similarity lives on the host and is saved with its weights."""
+
+    def __init__(self, options: CrepaOptions, width: int, features: int) -> None:
+        """width: of the block's output; features: of the encoder's vectors."""
+        super().__init__()
+        self.projector = projector(options.projector, width, features)
+        self._options = options
+        self._schedule = Schedule(options.weight, options.schedule)
+        self._gate = SimilarityGate(options.schedule)
+        distance = options.adjacent_distance
+        self._distances = range(1 if options.cumulative_neighbors else max(distance, 1), distance + 1)
+
+    @property
+    def lr_factor(self) -> float:
+        return self._options.projector.lr_factor
+
+    def active(self, step: int, run: RunLength) -> bool:
+        if self._schedule.weight(step, run) == 0:
+            return False
+        return not self._gate.closed or self._gate.probes(step)
+
+    def over(self, step: int, run: RunLength) -> bool:
+        return self._gate.for_good or self._schedule.weight(step, run) == 0
+
+    def observe(self, step: int, metrics: Mapping[str, float], *, decide: bool) -> None:
+        if "similarity" in metrics:
+            self._gate.tell(step, metrics["similarity"])
+        if decide:
+            self._gate.decide()
+
+    def forward(self, view: StepView) -> LossTerm:
+        """Shut off by the gate, it only measures: its value is 0, and no gradient of the denoiser comes from it."""
+        weight = 0.0 if self._gate.closed else self._schedule.weight(view.step, view.run)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):
+            found = self._alignment(view)
+        value = weight * found.loss if weight > 0 else self._nothing()
+        return LossTerm(
+            value,
+            {
+                "alignment_loss": found.loss.detach(),
+                "similarity": found.similarity.detach(),
+                "neighbour_similarity": found.neighbours.detach(),
+                "weight": torch.full_like(found.loss.detach(), weight),
+            },
+        )
+
+    def _alignment(self, view: StepView) -> Alignment:
+        tap = view.taps[self._options.block]
+        self._check(tap, view.features)
+        assert view.features is not None
+        with torch.no_grad():
+            features = on_tokens(view.features, tap.shape[2], tap.shape[3])
+        with torch.autocast(tap.device.type, enabled=False):
+            hidden = self.projector(tap.float())
+            return align(features, hidden, self._distances, self._options.temporal_decay)
+
+    def _nothing(self) -> Tensor:
+        """0, with a gradient of 0 for each weight: processes that train together wait for every gradient."""
+        return torch.stack([weight.sum() * 0.0 for weight in self.parameters()]).sum()
+
+    def _check(self, tap: Tensor, features: Tensor | None) -> None:
+        last = self.projector[-1]
+        assert isinstance(last, nn.Linear)
+        if features is None or features.ndim != 5:
+            found = "none" if features is None else str(tuple(features.shape))
+            raise ValueError(f"CREPA needs features (B, f, h, w, D) of the clean frames, not {found}")
+        if features.shape[:2] != tap.shape[:2] or features.shape[4] != last.out_features:
+            wanted = f"{tuple(tap.shape[:2])} and of width {last.out_features}"
+            raise ValueError(f"features {tuple(features.shape)} are not of the clips and frames {wanted}")
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self._gate.state(), dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self._gate.restore(*state.tolist())

@@ -1,0 +1,128 @@
+"""Options of the regularizer `crepa`. Its defaults are those that users of SANA-Video are told to start with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, ValidatorFunctionWrapHandler, WrapValidator
+
+from vtrain.contract import DType, Duration, ModelSource, Options, fixed
+
+HUB_IDS: Mapping[str, str] = {
+    "dinov2_vits14": "facebook/dinov2-small",
+    "dinov2_vitb14": "facebook/dinov2-base",
+    "dinov2_vitl14": "facebook/dinov2-large",
+    "dinov2_vitg14": "facebook/dinov2-giant",
+    "dinov2_vits14_reg": "facebook/dinov2-with-registers-small",
+    "dinov2_vitb14_reg": "facebook/dinov2-with-registers-base",
+    "dinov2_vitl14_reg": "facebook/dinov2-with-registers-large",
+    "dinov2_vitg14_reg": "facebook/dinov2-with-registers-giant",
+}
+"""torch hub's names of DINOv2 -> the same weights on the Hugging Face hub."""
+
+
+def _counted(value: Duration) -> Duration:
+    if value.unit == "seconds":
+        raise ValueError('needs "steps" or "epochs": a schedule in seconds would not be the same run twice')
+    return value
+
+
+def _named(value: object, source: ValidatorFunctionWrapHandler) -> str:
+    return value if isinstance(value, str) and value in HUB_IDS else str(source(value))
+
+
+Length = Annotated[Duration, AfterValidator(_counted)]
+"""A duration in steps or epochs."""
+
+EncoderSource = Annotated[ModelSource, WrapValidator(_named)]
+"""One of torch hub's names, a hub id, a folder, or a .pth file of torch hub's weights."""
+
+
+class ProjectorOptions(Options):
+    """The MLP from hidden states to features: linear layers with SiLU between them, fp32."""
+
+    layers: int = fixed(3, ge=1, le=8, description="linear layers, with SiLU between them; 1 is a linear map")
+    hidden: int | None = fixed(None, ge=1, description="width between the layers; absent: that of the block's output")
+    lr_factor: float = Field(1.0, gt=0, le=1e4, description="multiplies the optimizer's learning rate for its weights")
+
+
+class ScheduleOptions(Options):
+    """How the weight changes over the run."""
+
+    decay: Literal["constant", "linear", "cosine", "polynomial"] = Field(
+        "constant", description="how the weight goes to end after the warm-up; constant: it stays"
+    )
+    power: float = Field(
+        2.0, gt=0, description='decay = "polynomial": of what is left; 1 is linear, 2 falls faster at first'
+    )
+    warmup: Length | None = Field(None, description="linear rise from 0; absent: none")
+    length: Length | None = Field(None, description="of the decay, after the warm-up; absent: the rest of the run")
+    end: float = Field(0.0, ge=0, description="the weight after the decay")
+    cutoff: Length | None = Field(None, description="the weight is 0 from here on; absent: never")
+    threshold: float | None = Field(
+        None,
+        ge=-1,
+        le=1,
+        description="the weight is 0 once the running mean of the similarity is this high; absent: never",
+    )
+    threshold_mode: Literal["permanent", "recoverable"] = Field(
+        "permanent", description="whether the weight comes back when the running mean falls below the threshold again"
+    )
+    smoothing: float = Field(
+        0.99, ge=0, lt=1, description="of the running mean: what a step leaves of it; 0.99 is about the last 100 steps"
+    )
+    probe_every: int = Field(
+        50,
+        ge=1,
+        description="recoverable: while the weight is 0, the similarity is still measured at every so many steps",
+    )
+
+
+class CrepaOptions(Options):
+    """[[regularizer]] with use = "crepa"."""
+
+    block: int = fixed(10, ge=0, description="the block whose output is aligned, counted from 0")
+    weight: float = Field(0.5, gt=0, description="of this loss beside the flow loss; the schedule changes it")
+    adjacent_distance: int = Field(
+        1, ge=0, description="d, in latent frames: frame f is aligned with frames f-d and f+d too; 0: with itself alone"
+    )
+    temporal_decay: float = Field(
+        1.0, gt=0, description="tau, in latent frames: a frame d away counts exp(-d / tau) as much as the frame itself"
+    )
+    cumulative_neighbors: bool = Field(
+        False, description="align with the frames at all distances from 1 to adjacent_distance, not at that one alone"
+    )
+    encoder: EncoderSource = fixed(
+        "dinov2_vitg14",
+        description="the frozen encoder: dinov2_vits14, dinov2_vitb14, dinov2_vitl14 or dinov2_vitg14 (with registers: "
+        '"_reg" after it), a hub id such as "facebook/dinov2-small", a folder with such a model, or a .pth file of '
+        "torch hub's weights",
+    )
+    encoder_revision: str | None = fixed(
+        None, min_length=1, description="branch, tag or commit of a hub id; absent: its main branch"
+    )
+    size: Literal["match"] | Annotated[int, Field(ge=1)] = Field(
+        "match",
+        description='of the frames that the encoder sees. "match": a patch for each token, aspect kept, nothing resampled '
+        "(480x832 becomes 420x728); a number such as 518 or 224: squeezed to that square, features resampled to the tokens",
+    )
+    pooling: bool = Field(
+        False,
+        description="keep the mean of every 2x2 features: a quarter of the disk, resampled to the tokens when used",
+    )
+    precision: DType = Field("bf16", description="storage type of the encoder and of its features")
+    encoder_batch: int = Field(8, ge=1, description="frames that the encoder takes at once")
+    teacher: Literal["cached", "online"] = Field(
+        "cached", description="features: made once for each clip and window and kept on disk, or made anew at each step"
+    )
+    online_from: Literal["latents", "source"] = Field(
+        "latents",
+        description='teacher = "online": from the latents, decoded at each step, or from the source\'s own frames',
+    )
+    drop_vae_encoder: bool = Field(
+        False,
+        description='teacher = "online" from latents: free the half of the video codec that encodes; clips are encoded before',
+    )
+    projector: ProjectorOptions = Field(ProjectorOptions(), description="the MLP from hidden states to features")
+    schedule: ScheduleOptions = Field(ScheduleOptions(), description="how the weight changes over the run")

@@ -20,7 +20,7 @@ _OF = """
     FROM fate JOIN source ON source.place = :place AND source.ref = fate.ref AND source.size = fate.size
         AND source.version = fate.version
     LEFT JOIN source mask ON mask.place = :place AND mask.ref = fate.mask
-    WHERE decision = :decision AND {which} AND made IS NOT NULL
+    WHERE decision = :decision AND {which} AND made IS NOT NULL AND (fate.mask = '' OR mask.ref IS NOT NULL)
     ORDER BY fate.ref LIMIT :limit
 """
 

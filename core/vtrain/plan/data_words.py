@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from vtrain.plan.records import Bucket, DatasetPlan, DatasetSurvey, Plan, Section, Survey
+from vtrain.plan.records import Bucket, DatasetPlan, DatasetSurvey, MasksPlan, Plan, Section, Survey
 
 HEADS = ("bucket", "clips", "windows", "batches an epoch", "latents", "share")
 
@@ -14,6 +14,8 @@ def dataset_rows(dataset: DatasetPlan, found: DatasetSurvey, *, alone: bool) -> 
     yield "frames", _frames(dataset)
     yield "picture", _picture(dataset)
     yield "captions", _captions(dataset)
+    if dataset.masks is not None:
+        yield "masks", _masks(dataset.masks)
     samples, clips = sum(found.samples.values()), sum(map(found.clips_of, found.samples))
     passes = f", {1 + found.repeats} passes an epoch" if found.repeats else ""
     if found.share != 1:
@@ -77,6 +79,12 @@ def _captions(dataset: DatasetPlan) -> str:
     prefix = f', after "{table.caption_prefix}"' if table.caption_prefix else ""
     missing = ", empty where there is none" if table.missing_caption == "empty" else ""
     return words + prefix + missing
+
+
+def _masks(masks: MasksPlan) -> str:
+    where = f"{'black' if masks.invert else 'white'} trains"
+    missing = {"whole": "a clip without one trains whole", "drop": "a clip without one is dropped"}[masks.missing]
+    return f"{masks.folder}/, under the clips' names: {where}, the loss of each clip divided by its area; {missing}"
 
 
 def buckets_section(plan: Plan, survey: Survey) -> Section:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 
-from vtrain.contract import Caption, Role
-from vtrain.data.sample import Sample
+from collections.abc import Sequence
+
+from vtrain.contract import Caption, Role, TokenGrid
+from vtrain.data.sample import MaskGrid, Sample
 
 TRANSFORM_VERSION = 2
 """Raised when the pixels that `decode` makes of a file change: part of every video key, and of what decides over files."""
+
+MASK_VERSION = 1
+"""Raised when the numbers that `latent_mask` makes of a file change: part of every mask's key."""
 
 FORMAT = "vtrain-cache-3"
 """Layout of an entry, in its name and in its metadata."""
@@ -25,8 +30,33 @@ def video_key(content: str, sample: Sample, start: float, transform: int, finger
 
     std: whether the entry holds the std beside the mean.
     """
-    window = [start, sample.fps, *sample.shape]
-    return _key("video", fingerprint, content, transform, window, sample.box, *(["std"] if std else []))
+    return _key("video", fingerprint, content, transform, _window(sample, start), sample.box, *(["std"] if std else []))
+
+
+def features_key(
+    content: str,
+    sample: Sample,
+    start: float,
+    transform: int,
+    name: str,
+    fingerprint: str,
+    grid: TokenGrid,
+    frames: Sequence[int],
+) -> str:
+    """name, fingerprint: of the regularizer and its encoder. grid: of the clip's tokens; frames: that stand for these."""
+    window = _window(sample, start)
+    return _key("features", name, fingerprint, content, transform, window, sample.box, grid, list(frames))
+
+
+def mask_key(content: str, sample: Sample, start: float, grid: MaskGrid) -> str:
+    """content: SHA-256 of the mask's bytes. The box is a part of the clip's picture, whatever the mask's own size."""
+    spans = [[span.start, span.stop] for span in grid.spans]
+    picture = [sample.picture, sample.box]
+    return _key("mask", content, MASK_VERSION, _window(sample, start), picture, spans, grid.height, grid.width)
+
+
+def _window(sample: Sample, start: float) -> list[float]:
+    return [start, sample.fps, *sample.shape]
 
 
 def _key(*parts: object) -> str:

@@ -19,9 +19,6 @@ from vtrain.data.sample import Sample
 if TYPE_CHECKING:
     from av.video.frame import VideoFrame
 
-MASK_VERSION = 1
-"""Raised when the numbers that `latent_mask` makes of a file change: part of every mask's key."""
-
 EMPTY = 4 / 255
 """A mask in which no latent counts for more than this trains nothing: lossy compression makes as much of black."""
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from vtrain.contract import Caption, FrameRule, Words
-from vtrain.data.caching.keys import TRANSFORM_VERSION
+from vtrain.data.caching.keys import MASK_VERSION, TRANSFORM_VERSION
 from vtrain.data.decoding.probe import Probe
 from vtrain.data.sample import Left
 from vtrain.data.scanning import captions
@@ -24,9 +25,9 @@ from vtrain.plan.records import DatasetPlan
 _UNDECIDED = """
     SELECT source.ref, source.kind, source.size, source.version, source.fault, source.probe, {words}, old.reason, {mask}
     FROM source
-    LEFT JOIN fate old ON old.decision = :decision AND old.ref = source.ref AND old.size = source.size
-        AND old.version = source.version AND old.kind = 'decoding'
     {joined}
+    LEFT JOIN fate old ON old.decision = :decision AND old.ref = source.ref AND old.size = source.size
+        AND old.version = source.version AND old.kind = 'decoding' {same}
     WHERE source.place = :place AND source.ref > :after AND {changed}
         AND source.kind IN ('video', 'image', 'other', 'misnamed')
     ORDER BY source.ref LIMIT :limit
@@ -46,16 +47,33 @@ _TOLD = (
 )
 _NOTHING = ("NULL, NULL, NULL, NULL", "")
 
-_UNMASKED = ("NULL, NULL, NULL", "", "source.generation > :generation")
-# Masks are no clips. A clip is decided again when its mask came, changed or went.
-_MASKED = (
-    "mask.ref, mask.fault, mask.probe",
-    "LEFT JOIN source mask ON mask.place = source.place AND mask.ref = (SELECT min(ref) FROM source m "
-    "WHERE m.place = source.place AND m.stem = :masks || '/' || source.stem AND m.kind IN ('video', 'image')) "
-    "LEFT JOIN fate masked ON masked.decision = :decision AND masked.ref = source.ref",
-    "(source.generation > :generation OR mask.generation > :generation "
-    "OR (masked.mask != '' AND masked.mask IS NOT mask.ref)) "
-    "AND NOT (source.ref > :masks || '/' AND source.ref < :masks || '0')",
+
+@dataclass(frozen=True)
+class _Masks:
+    """What a dataset with masks, or without, asks of the ledger.
+
+    columns: the first of a clip's masks, what is known of it, and the last; joined: where they are found; changed: which
+    clips are to be decided again; same: that what failed in decoding did so with the same mask.
+    """
+
+    columns: str = "NULL, NULL, NULL, NULL"
+    joined: str = ""
+    changed: str = "source.generation > :generation"
+    same: str = ""
+
+
+_OF_A_CLIP = """FROM source m WHERE m.place = source.place AND m.stem = :masks || '/' || source.stem
+    AND m.kind IN ('video', 'image')"""
+
+# Masks are no clips. A clip is decided again when a mask of it came, changed or went.
+_MASKED = _Masks(
+    columns=f"mask.ref, mask.fault, mask.probe, (SELECT max(ref) {_OF_A_CLIP})",
+    joined=f"""LEFT JOIN source mask ON mask.place = source.place AND mask.ref = (SELECT min(ref) {_OF_A_CLIP})
+    LEFT JOIN fate masked ON masked.decision = :decision AND masked.ref = source.ref""",
+    changed=f"""(source.generation > :generation OR (SELECT max(generation) {_OF_A_CLIP}) > :generation
+        OR (masked.mask != '' AND masked.mask IS NOT mask.ref) OR masked.kind = 'two masks')
+        AND NOT (source.ref > :masks || '/' AND source.ref < :masks || '0')""",
+    same="AND old.mask = coalesce(mask.ref, '') AND coalesce(mask.generation, -1) <= :generation",
 )
 
 TOLD = ("csv", "parquet", "backend")
@@ -70,8 +88,14 @@ _COLUMNS = 16
 def settings_key(dataset: DatasetPlan, rule: FrameRule) -> str:
     """Names everything of a dataset's settings that decides over its files."""
     return hashlib.sha256(
-        json.dumps([TRANSFORM_VERSION, decides(dataset, rule), dataset.table.images, dataset.masks]).encode()
+        json.dumps([TRANSFORM_VERSION, decides(dataset, rule), dataset.table.images, _masks(dataset)]).encode()
     ).hexdigest()
+
+
+def _masks(dataset: DatasetPlan) -> list[object] | None:
+    """What of [data.masks] decides over files. invert does: over masks that train nothing."""
+    masks = dataset.masks
+    return None if masks is None else [masks.folder, masks.invert, masks.missing, MASK_VERSION]
 
 
 def decide(ledger: Ledger, place: int, dataset: DatasetPlan, rule: FrameRule) -> int:
@@ -98,16 +122,18 @@ def _decide_rows(
     words, joined = _BESIDE if dataset.captions in beside else _TOLD if dataset.captions in TOLD else _NOTHING
     values = {
         "decision": decision, "place": place, "generation": generation, "captions": dataset.captions,
-        "origin": origin_of(dataset), "masks": dataset.masks,
+        "origin": origin_of(dataset), "masks": None if dataset.masks is None else dataset.masks.folder,
     }  # fmt: skip
     rows: list[tuple[object, ...]] = []
     insert = f"INSERT OR REPLACE INTO fate VALUES ({marks(range(_COLUMNS))})"
-    mask, masked, changed = _UNMASKED if dataset.masks is None else _MASKED
-    query = _UNDECIDED.format(words=words, joined=f"{joined} {masked}", mask=mask, changed=changed)
+    masks = _Masks() if dataset.masks is None else _MASKED
+    query = _UNDECIDED.format(
+        words=words, joined=f"{joined} {masks.joined}", mask=masks.columns, changed=masks.changed, same=masks.same
+    )
     for row in ledger.pages(query, values):
         ref, kind, size, version = row[:4]
         outcome = _outcome(ref, kind, row[4:], dataset, rule)
-        rows.append((decision, ref, size, version, *_row(outcome, row[-3] or "")))
+        rows.append((decision, ref, size, version, *_row(outcome, row[-4] or "")))
         if len(rows) >= PAGE:
             _insert(ledger, insert, rows)
     _insert(ledger, insert, rows)
@@ -132,22 +158,41 @@ def _outcome(
     fitted = fit(probe_of(probe), dataset, rule, ref)  # type: ignore[arg-type]
     if isinstance(fitted, Left):
         return fitted
-    if mask[0] is not None and (wrong := _bad_mask(probe_of(probe), *mask)):
-        return Left("failed", "bad mask", wrong)
+    if (left := _masked(ref, probe_of(probe), mask, dataset)) is not None:
+        return left
     chosen = captions.choose(ref, _found(words, bad_words, first, last), dataset)
     return chosen if isinstance(chosen, Left) else (fitted, chosen)
 
 
-def _bad_mask(clip: Probe | None, ref: str, fault: str | None, probe: str | None) -> str | None:
-    """Why the mask of a clip cannot be used, if so: it is a picture, or a video no shorter, of the same aspect."""
-    mask = probe_of(probe)
-    if mask is None or clip is None:
-        return f"its mask {ref} {fault or 'was not looked at'}"
-    if mask.frames > 1 and mask.duration < clip.duration - 1 / clip.rate:
-        return f"its mask {ref} is shorter: {mask.duration:.3f} s of {clip.duration:.3f} s"
+def _masked(ref: str, clip: Probe | None, row: Sequence[Any], dataset: DatasetPlan) -> Left | None:
+    """Why a clip is left out for its mask, if so. row: as _Masks.columns."""
+    first, fault, probe, last = row
+    if dataset.masks is None or clip is None:
+        return None
+    if first is None:
+        if dataset.masks.missing == "whole":
+            return None
+        name = f"{dataset.masks.folder}/{captions.stem(ref)}"
+        return Left("dropped", "no mask", f"it has no mask: {name} with any suffix of an image or a video")
+    if first != last:
+        return Left("dropped", "two masks", f"it has two masks, {first} and {last}: keep one")
+    wrong = _bad_mask(clip, first, fault, probe_of(probe))
+    return None if wrong is None else Left("failed", "bad mask", wrong)
+
+
+def _bad_mask(clip: Probe, ref: str, fault: str | None, mask: Probe | None) -> str | None:
+    """Why the mask of a clip cannot be used, if so: it is a picture, or a video as long as the clip, of the same aspect."""
+    if mask is None:
+        return f"its mask {ref}: {fault or 'was not looked at'}"
+    apart = mask.duration - clip.duration
+    if mask.frames > 1 and abs(apart) > max(1 / mask.rate, 1 / clip.rate if apart > 0 else 0):
+        than = "longer" if apart > 0 else "shorter"
+        lengths = f"{mask.duration:.3f} s of {clip.duration:.3f} s"
+        return f"its mask {ref} is {than}: {lengths}; make it as long as the clip, or a single image"
     aspect, own = (p.width * p.pixel_aspect / p.height for p in (mask, clip))
     if abs(aspect / own - 1) > _ASPECT:
-        return f"its mask {ref} has another aspect: {mask.width}x{mask.height} for {clip.width}x{clip.height}"
+        sizes = f"{mask.width}x{mask.height} for {clip.width}x{clip.height}"
+        return f"its mask {ref} has another aspect: {sizes}; a mask shows the whole picture of its clip, at any size"
     return None
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from vtrain.contract import SourceRef, Words
 from vtrain.data.decoding.probe import PROBE_VERSION, Probe
-from vtrain.data.sample import Sample
+from vtrain.data.sample import Left, Sample
 from vtrain.data.scanning.database import Layout, database_faults, open_database, open_readonly
 from vtrain.data.scanning.listing import KINDS_VERSION
 
@@ -157,14 +157,14 @@ class Ledger(AbstractContextManager["Ledger"]):
             for ref, size, version, status, shape, kind, reason in self.rows(query, {"settings": settings})
         }
 
-    def record_failure(self, settings: str, sample: Sample, reason: str) -> None:
-        """A file's bytes cannot be decoded as its sample under these settings asks: from the next scan on it is used no
-        more, until it changes."""
+    def record_left(self, settings: str, sample: Sample, left: Left) -> None:
+        """Why a file cannot be used as its sample under these settings asks, found when it was read: from the next scan on
+        it is used no more, until it changes."""
         with self.transaction() as db:
             db.execute(
-                "UPDATE fate SET status = 'failed', kind = 'decoding', reason = ? "
+                "UPDATE fate SET status = ?, kind = ?, reason = ? "
                 "WHERE decision = (SELECT number FROM decision WHERE settings = ?) AND ref = ? AND size = ? AND version = ?",
-                (reason, settings, sample.ref_id, sample.size, sample.version),
+                (left.status, left.kind, left.reason, settings, sample.ref_id, sample.size, sample.version),
             )
             db.execute("UPDATE decision SET survey = NULL WHERE settings = ?", (settings,))
 

@@ -8,10 +8,11 @@ from fractions import Fraction
 from typing import Any
 
 from vtrain.contract import ClipShape, Problem
+from vtrain.data.scanning.captions import stem
 from vtrain.data.scanning.fates import TOLD
 from vtrain.data.scanning.ledger import Ledger, marks
 from vtrain.data.scanning.sources import origin_of
-from vtrain.plan.records import DatasetPlan, DatasetSurvey
+from vtrain.plan.records import DatasetPlan, DatasetSurvey, MasksPlan
 
 DISTINCT = 4
 """Different reasons of one kind that a survey lists apart; more are counted together, with one as the example."""
@@ -29,6 +30,14 @@ _UNMATCHED = """SELECT count(*), min(name) FROM told WHERE place = :place AND or
     AND NOT EXISTS (SELECT 1 FROM source WHERE source.place = told.place AND source.ref = told.name
     AND source.kind IN ('video', 'image'))"""
 
+_MASKS = """FROM source WHERE place = :place AND ref > :masks || '/' AND ref < :masks || '0'"""
+
+_STRAY_MASKS = f"""SELECT count(*), min(ref) {_MASKS} AND kind IN ('video', 'image') AND NOT EXISTS (
+    SELECT 1 FROM source clip WHERE clip.place = source.place AND clip.stem = substr(source.stem, length(:masks) + 2)
+    AND clip.kind IN ('video', 'image'))"""
+
+_NO_MASKS = f"SELECT count(*), min(ref) {_MASKS} AND kind NOT IN ('video', 'image')"
+
 
 def survey(ledger: Ledger, place: int, decision: int, dataset: DatasetPlan, share: Fraction) -> DatasetSurvey:
     """Of a decision that is up to date. share: of the dataset in an epoch."""
@@ -37,9 +46,9 @@ def survey(ledger: Ledger, place: int, decision: int, dataset: DatasetPlan, shar
     if kept is None:
         kept = json.dumps(_count(ledger, decision, place, dataset))
         with ledger.transaction() as db:
-            db.execute("UPDATE fate SET made = NULL WHERE decision = ? AND kind = 'decoding'", (decision,))
+            db.execute("UPDATE fate SET made = NULL WHERE decision = ? AND status != 'used'", (decision,))
             db.execute("UPDATE decision SET survey = ? WHERE number = ?", (kept, decision))
-    files, shapes, left_out, unmatched, masked = json.loads(kept)
+    files, shapes, left_out, unmatched, masks = json.loads(kept)
     rows = [(ClipShape(*row[:3]), *row[3:]) for row in shapes]
     return DatasetSurvey(
         id=dataset.id,
@@ -50,20 +59,36 @@ def survey(ledger: Ledger, place: int, decision: int, dataset: DatasetPlan, shar
         clips={shape: clips for shape, _, clips, _, _ in rows},
         windows={shape: windows for shape, _, _, windows, _ in rows},
         stretch={shape: stretch for shape, _, _, _, stretch in rows if stretch > 1},
-        notes=_notes(dataset, unmatched, masked),
+        notes=_notes(dataset, unmatched, masks),
         share=share,
     )
 
 
-def _notes(dataset: DatasetPlan, unmatched: tuple[int, str | None], masked: int) -> tuple[str, ...]:
-    """unmatched: captions without a clip, and one of them. masked: clips with a mask."""
+Some = tuple[int, str | None]
+"""How many, and one of them."""
+
+
+def _notes(dataset: DatasetPlan, unmatched: Some, masks: Sequence[Any] | None) -> tuple[str, ...]:
+    """unmatched: captions without a clip. masks: as `_count_masks` gives it."""
     notes = []
-    count, example = unmatched
-    if count:
-        notes.append(f"{count} caption{'s' if count > 1 else ''} without a clip (such as {example})")
-    if dataset.masks is not None:
-        notes.append(f"{masked} clip{'s' if masked != 1 else ''} with a mask")
+    if unmatched[0]:
+        notes.append(f"{_many(unmatched, 'caption')} without a clip (such as {unmatched[1]})")
+    if dataset.masks is not None and masks is not None:
+        with_mask, without, stray, useless = masks
+        notes.append(f"{_many(with_mask, 'clip')} with a mask")
+        if without[0]:
+            are = "is" if without[0] == 1 else "are"
+            notes.append(f"{_many(without, 'clip')} without a mask {are} trained on whole (such as {without[1]})")
+        if stray[0]:
+            notes.append(f"{_many(stray, 'mask')} without a clip (such as {stray[1]})")
+        if useless[0]:
+            verb = "is" if useless[0] == 1 else "are"
+            notes.append(f"{_many(useless, 'file')} in {dataset.masks.folder}/ {verb} no mask (such as {useless[1]})")
     return tuple(notes)
+
+
+def _many(some: Sequence[Any], noun: str) -> str:
+    return f"{some[0]} {noun}{'s' if some[0] != 1 else ''}"
 
 
 def _count(ledger: Ledger, decision: int, place: int, dataset: DatasetPlan) -> list[Any]:
@@ -79,9 +104,16 @@ def _count(ledger: Ledger, decision: int, place: int, dataset: DatasetPlan) -> l
     unmatched: tuple[Any, ...] = (0, None)
     if dataset.captions in TOLD:
         (unmatched,) = ledger.rows(_UNMATCHED, {"place": place, "origin": origin_of(dataset)})
-    query = "SELECT count(*) FROM fate WHERE decision = :decision AND status = 'used' AND mask != ''"
-    ((masked,),) = ledger.rows(query, values)
-    return [files, ledger.rows(_SHAPES, values), left_out, unmatched, masked]
+    masks = None if dataset.masks is None else _count_masks(ledger, decision, place, dataset.masks)
+    return [files, ledger.rows(_SHAPES, values), left_out, unmatched, masks]
+
+
+def _count_masks(ledger: Ledger, decision: int, place: int, masks: MasksPlan) -> list[Some]:
+    """Used clips with a mask, and without; masks without a clip; files in the folder that can be none."""
+    used = "SELECT count(*), min(ref) FROM fate WHERE decision = :decision AND status = 'used' AND mask"
+    values = {"decision": decision, "place": place, "masks": masks.folder}
+    queries = (f"{used} != ''", f"{used} = ''", _STRAY_MASKS, _NO_MASKS)
+    return [ledger.rows(query, values)[0] for query in queries]
 
 
 def count_texts(ledger: Ledger, decisions: Sequence[int]) -> int:
@@ -112,6 +144,27 @@ def problems(ledger: Ledger, decision: int, dataset: DatasetPlan, found: Dataset
             yield Problem(f"{place}/{ref}", f"{reason}.", remedy)
     if not found.files:
         yield Problem(dataset.where, f"dataset {dataset.id}: no file in {place}.")
+    elif dataset.masks is not None and (wrong := _masks_wrong(ledger, decision, dataset, dataset.masks)):
+        yield wrong
     elif not found.samples:
         reasons = "; ".join(f"{count} x {why} (such as {example})" for why, (count, example) in found.left_out.items())
         yield Problem(dataset.where, f"dataset {dataset.id}: no usable clip in {place}: {reasons}.")
+
+
+def _masks_wrong(ledger: Ledger, decision: int, dataset: DatasetPlan, masks: MasksPlan) -> Problem | None:
+    """That there are no masks, or only others' than these clips'."""
+    values = {"decision": decision, "masks": masks.folder}
+    if ledger.rows("SELECT 1 FROM fate WHERE decision = :decision AND mask != '' LIMIT 1", values):
+        return None
+    query = f"SELECT ref {_MASKS} AND kind IN ('video', 'image') ORDER BY ref LIMIT 1".replace(
+        ":place", "(SELECT place FROM decision WHERE number = :decision)"
+    )
+    found, folder = ledger.rows(query, values), f"{dataset.backend.location}/{masks.folder}"
+    ((clip,),) = ledger.rows("SELECT min(ref) FROM fate WHERE decision = :decision AND samples > 0", values)
+    if not found:
+        what = f"dataset {dataset.id}: no image and no video in {folder}, where its masks should be."
+        return Problem(masks.where, what, "data.masks.folder is a folder in the dataset; remove [data.masks] for none.")
+    if clip is None:
+        return None
+    what = f"dataset {dataset.id}: no mask in {folder} belongs to a clip (such as {found[0][0]})."
+    return Problem(masks.where, what, f"The mask of {clip} is {masks.folder}/{stem(clip)} with any such suffix.")

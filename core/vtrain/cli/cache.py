@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import typer
@@ -184,5 +184,9 @@ def _wanted(plan: Plan) -> dict[str, Wanted]:
     from vtrain.cli.filling import extra_texts
     from vtrain.data.caching.stores import Stores
     from vtrain.data.caching.wanted import wanted
+    from vtrain.validate.picture_files import keys
 
-    return wanted(Stores(plan), scan(plan).samples, extra_texts(plan))
+    stores = Stores(plan)
+    found = wanted(stores, scan(plan).samples, extra_texts(plan))
+    pictures = frozenset(bytes.fromhex(key) for key in keys(stores).values())
+    return found | {"video": replace(found["video"], keys=found["video"].keys | pictures)}

@@ -78,9 +78,11 @@ def fill(plan: Plan, samples: Iterable[Sample], processes: Processes, console: C
     """Encode what is missing, each process its share, with progress. Raises DataError."""
     from vtrain.cli.progress import Filling
     from vtrain.data.caching.caches import fill_caches
+    from vtrain.validate.pictures import fill_pictures
 
     with Filling(console, processes.count) as filling:
         filled = fill_caches(plan, samples, extra_texts(plan), str(processes.device), filling.report, processes)
+        processes.from_first(lambda: fill_pictures(plan, str(processes.device)))
     if filled.truncated:
         console.print(f"{filled.truncated} captions were too long for the text encoder and lost their end")
     return filled

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vtrain.config import load
+from vtrain.contract import ConfigError
 from vtrain.data.scanning.scan import Scan, scan
 from vtrain.plan.make import make_plan
 from vtrain.plan.price import Prices, check_room, price
 from vtrain.plan.records import Plan
 from vtrain.registry import discover
 from vtrain.registry.blame import blame
+from vtrain.validate import picture_files
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,16 @@ class Prepared:
 
 def planned(path: Path) -> Plan:
     """Read and check the file. The number of processes is what the launcher (torchrun, accelerate) says."""
-    return make_plan(load(path, discover()), int(os.environ.get("WORLD_SIZE", "1")))
+    config = load(path, discover())
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    unseen = list(picture_files.problems(config))
+    if not unseen:
+        return make_plan(config, processes)
+    try:
+        make_plan(config, processes)
+    except ConfigError as error:
+        unseen = [*error.problems, *unseen]
+    raise ConfigError(unseen)
 
 
 def prepare(path: Path, on_file: Callable[[int], None] | None = None) -> Prepared:

@@ -203,10 +203,20 @@ def _validation(
         return None
     from vtrain.train.loop import Validated
     from vtrain.validate.generate import Interrupted, Validator
+    from vtrain.validate.pictures import first_frames
     from vtrain.validate.video import write_sheet
 
+    autocast = processes.accelerator.autocast
     validator = Validator(
-        made, plan.family, plan.sampler, caches, denoiser, processes.device, processes.accelerator.autocast, stopping
+        made,
+        plan.family,
+        plan.sampler,
+        caches,
+        denoiser,
+        processes.device,
+        autocast,
+        stopping,
+        first_frames(plan, caches),
     )
 
     def validate(step: int) -> Validated:

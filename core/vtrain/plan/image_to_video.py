@@ -37,7 +37,11 @@ def picture_problems(config: Config, family: Family, frames: int) -> Iterator[Pr
         yield Problem(config.where("validation", "images"), what, "Remove it.")
     elif frames < _least(family):
         what = f"images: a video of {_many(frames)} is one latent frame, with nothing to make after the picture."
-        yield Problem(config.where("validation", "images"), what, f"Set frames to {_least(family)} or more.")
+        yield Problem(config.where("validation", "frames"), what, f"Set frames to {_least(family)} or more.")
+    elif not family.frame_rule.accepts(1) or len(family.pixel_frames(0)) > 1:
+        stands = _many(len(family.pixel_frames(0)))
+        what = f"images: the first latent frame of this model family stands for {stands}, not for a single picture."
+        yield Problem(config.where("validation", "images"), what, "Remove it.")
     for nickname, file in table.images.items():
         where = config.where("validation", "images", nickname)
         if nickname not in table.prompts:
@@ -67,6 +71,12 @@ def price_rows(plan: Plan, dataset: DatasetPlan) -> Iterable[tuple[str, str]]:
     share = f"{100 * dataset.image_to_video:.4g}% of draws start from a clean first frame"
     costs = f"; a batch with one takes up to {bytes_text(batch * most)} more, for a level at each token" if most else ""
     return (("image to video", share + costs),)
+
+
+def picture_rows(plan: Plan) -> Iterable[tuple[str, str]]:
+    """A row for the prompts that start from a picture."""
+    made = plan.validation
+    return (("image to video", f"from a picture: {', '.join(made.images)}"),) if made and made.images else ()
 
 
 def _least(family: Family) -> int:

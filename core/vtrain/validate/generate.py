@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,31 @@ def guided(denoiser: Denoiser, text: Text, guidance: float) -> Predict:
     return predict
 
 
+def after(first: Tensor, predict: Predict) -> Predict:
+    """The prediction for the frames after the first, which is clean and stays so: image-to-video.
+
+    first: (B, C, 1, h, w). The model is given all frames, with level 0 at the first; what it predicts there is dropped.
+    """
+
+    def following(noisy: Tensor, level: NoiseLevel) -> Tensor:
+        each = NoiseLevel(_clean_first(level.sigma, noisy.shape[2]), _clean_first(level.timestep, noisy.shape[2]))
+        return predict(torch.cat([first, noisy], 2), each)[:, :, 1:]
+
+    return following
+
+
+def _clean_first(level: Tensor, frames: int) -> Tensor:
+    """Of so many frames, (B,) or (B, f), to (B, 1 + f): 0 comes first."""
+    each = level[:, None].expand(-1, frames) if level.ndim == 1 else level
+    return torch.cat([torch.zeros_like(each[:, :1]), each], 1)
+
+
 @dataclass(frozen=True)
 class Validator:
-    """Generates the plan's prompts with a denoiser. autocast: as in training. stopping: asked after each solver step."""
+    """Generates the plan's prompts with a denoiser. autocast: as in training. stopping: asked after each solver step.
+
+    pictures: nickname -> clean first latent frame (1, C, 1, h, w) of the prompts that go on from one.
+    """
 
     plan: ValidationPlan
     family: Family
@@ -57,6 +79,7 @@ class Validator:
     device: torch.device
     autocast: Callable[[], AbstractContextManager[Any]]
     stopping: Callable[[], bool]
+    pictures: Mapping[str, Tensor] = field(default_factory=dict)
 
     def start(self) -> Tensor:
         """The starting noise (1, C, f, h, w), fp32 from a CPU generator: the same on every device and at every step."""
@@ -71,11 +94,17 @@ class Validator:
         text = pad(texts, self.family.text_tokens)
         return Text(text.embeds.to(self.device), text.mask.to(self.device))
 
-    def latents(self, *prompts: str) -> Tensor:
-        """Clean latents (B, C, f, h, w) of B prompts, in one batch and from the same noise, on the CPU. Raises Interrupted."""
+    def latents(self, *prompts: str, first: Tensor | None = None) -> Tensor:
+        """Clean latents (B, C, f, h, w) of B prompts, in one batch and from the same noise, on the CPU. Raises Interrupted.
+
+        first: (B, C, 1, h, w), the clean first frame of each; what is solved then is the others.
+        """
         count = len(prompts)
         guess = guided(self.denoiser, self.text(prompts), self.plan.guidance)
         noise = self.start().to(self.device).repeat(count, 1, 1, 1, 1)
+        if first is not None:
+            first, noise = first.to(self.device), noise[:, :, 1:]
+            guess = after(first, guess)
 
         def predict(noisy: Tensor, level: NoiseLevel) -> Tensor:
             """In training's autocast; the solver's own arithmetic stays fp32."""
@@ -87,7 +116,8 @@ class Validator:
                 raise Interrupted
 
         with torch.no_grad():
-            return self.sampler.solve(predict, noise, self.plan.steps, on_step).cpu()
+            solved = self.sampler.solve(predict, noise, self.plan.steps, on_step)
+            return solved.cpu() if first is None else torch.cat([first, solved], 2).cpu()
 
     def videos(self, folder: Path, nicknames: list[str], together: int = 1) -> dict[str, Path]:
         """Generate and write `folder`/<nickname>.mp4 for some of the prompts. The module is as before afterwards.
@@ -102,16 +132,23 @@ class Validator:
         module.eval()
         try:
             latents: dict[str, Tensor] = {}
-            for first in range(0, len(nicknames), together):
-                names = nicknames[first : first + together]
-                made = self.latents(*(self.plan.prompts[name] for name in names))
+            for names in self._batches(nicknames, together):
+                given = [self.pictures[name] for name in names if name in self.pictures]
+                prompts = (self.plan.prompts[name] for name in names)
+                made = self.latents(*prompts, first=torch.cat(given) if given else None)
                 latents |= dict(zip(names, made.chunk(len(names)), strict=True))
         finally:
             module.train(training)
         files = {}
         with self.family.open_video_codec(str(self.device)) as codec, torch.no_grad():
-            for nickname, clean in latents.items():
+            for nickname in nicknames:
                 files[nickname] = folder / f"{nickname}.mp4"
-                pixels = codec.decode(clean.to(self.device))
+                pixels = codec.decode(latents[nickname].to(self.device))
                 write_mp4(files[nickname], to_frames(pixels[0]), self.plan.fps)
         return files
+
+    def _batches(self, nicknames: list[str], together: int) -> Iterator[list[str]]:
+        """In batches of at most `together`; those that go on from a picture are apart from those that do not."""
+        for with_picture in (False, True):
+            names = [name for name in nicknames if (name in self.pictures) is with_picture]
+            yield from (names[start : start + together] for start in range(0, len(names), together))

@@ -22,7 +22,7 @@ from vtrain.data.caching.entries import Entries
 from vtrain.data.caching.stores import Stores
 from vtrain.data.caching.wanted import DROPPED
 from vtrain.data.decoding.video import FileFault
-from vtrain.data.decoding.worker import Workers
+from vtrain.data.decoding.worker import DecodeJob, Workers
 from vtrain.data.sample import Box, Sample
 from vtrain.data.scanning.boxes import stretch
 from vtrain.data.scanning.captions import stem
@@ -59,7 +59,7 @@ class Window:
     """One entry of the video cache. scale: size in the bucket by size in the source, across and down.
 
     stretch: how much wider or higher the picture becomes, at least 1. key: "" if the file's bytes were never read.
-    state: of the entry. fault: why it cannot be decoded, or "".
+    state: of the entry. fault: why it cannot be decoded, or "". decoder: which one decoded it, "" if none did.
     """
 
     sample: str
@@ -71,6 +71,7 @@ class Window:
     key: str
     state: str
     fault: str = ""
+    decoder: str = ""
 
 
 @dataclass(frozen=True)
@@ -165,12 +166,13 @@ def _seen(
     shape = pairs[0][0].shape
     layout = sheet.Layout.of(*shape, full=asked.full)
     strips: list[list[Strip]] = []
-    for number, (content, strip) in enumerate(_decoded(plan, pairs[: sheet.MOST_WINDOWS], windows, layout)):
+    for number, (content, decoder, strip) in enumerate(_decoded(plan, pairs[: sheet.MOST_WINDOWS], windows, layout)):
         sample, start = pairs[number]
         if isinstance(strip, FileFault):
             windows[number] = replace(windows[number], fault=strip.reason)
         else:
-            file, windows[number] = replace(file, content=content), _window(stores, file, sample, start, content)
+            file = replace(file, content=content)
+            windows[number] = replace(_window(stores, file, sample, start, content), decoder=decoder)
             strips.append([strip])
     if not strips:
         return file, windows, None
@@ -198,19 +200,24 @@ def _window(stores: Stores, file: File, sample: Sample, start: float, content: s
 
 def _decoded(
     plan: Plan, pairs: Iterable[tuple[Sample, float]], windows: Iterable[Window], layout: Layout
-) -> Iterator[tuple[str, Strip | FileFault]]:
-    """Each window as the caches would decode it, with the SHA-256 of the file's bytes."""
+) -> Iterator[tuple[str, str, Strip | FileFault]]:
+    """Each window as the caches would decode it, behind the SHA-256 of the file's bytes and what decoded it."""
     with Workers(1, max(dataset.table.decode_timeout for dataset in plan.datasets)) as workers:
         for number, ((sample, start), window) in enumerate(zip(pairs, windows, strict=False), start=1):
-            try:
-                content, pixels = workers.decode(plan.datasets[sample.place].backend, sample, start)
-            except FileFault as fault:
-                yield "", fault
+            dataset = plan.datasets[sample.place]
+            done = workers.done(DecodeJob(dataset.backend, sample, start, torchcodec=bool(dataset.decoder)))
+            if done.content is None or done.pixels is None:
+                yield "", "", done.fault or FileFault("was not decoded", lasting=False)
                 continue
+            decoder = f"PyAV, since {done.unfit}" if done.unfit else dataset.decoder or "PyAV"
             times = sample.times(start)
             changed = f", aspect changed by {_percent(window.stretch)}" if window.stretch >= _SQUEEZED else ""
             label = f"window {number}: {_seconds(times)}, {_part(sample.box)} of {sample.picture}{changed}"
-            yield content, layout.strip(label, pixels.permute(1, 2, 3, 0).contiguous().numpy(), times)
+            yield (
+                done.content,
+                decoder,
+                layout.strip(label, done.pixels.permute(1, 2, 3, 0).contiguous().numpy(), times),
+            )
 
 
 def _reconstruct(
@@ -242,7 +249,7 @@ def _sheet_name(file: File) -> str:
 
 def _print(plan: Plan, file: File, samples: tuple[Sample, ...], windows: list[Window], texts: list[TextEntry]) -> None:
     parts = [
-        Section(one_line(file.name), tuple(_about(plan, file, samples))),
+        Section(one_line(file.name), (*_about(plan, file, samples), *_decoders(plan, file, windows))),
         Section("windows", tuple(_window_rows(windows)), table=True),
         Section("captions", tuple(_text_rows(texts))),
         Section("cached video", tuple((f"window {n}", f"{w.key or '-'}  {w.state}") for n, w in enumerate(windows, 1))),
@@ -271,6 +278,14 @@ def _about(plan: Plan, file: File, samples: tuple[Sample, ...]) -> Iterator[tupl
         yield "mask", samples[0].mask_ref
     if share := plan.datasets[file.number].image_to_video:
         yield "first frame", f"given to the model at {100 * share:.4g}% of its draws (image to video)"
+
+
+def _decoders(plan: Plan, file: File, windows: list[Window]) -> Iterator[tuple[str, str]]:
+    """What decoded the file, where that is not PyAV anyway."""
+    if not (decoder := plan.datasets[file.number].decoder) or not windows:
+        return
+    for found in dict.fromkeys(window.decoder for window in windows if window.decoder) or [""]:
+        yield "decoder", one_line(found) or f"{decoder}, or PyAV: a contact sheet shows which"
 
 
 def _window_rows(windows: list[Window]) -> Iterator[tuple[str, ...]]:

@@ -170,7 +170,9 @@ class Workers(AbstractContextManager["Workers"]):
         self, jobs: Iterable[DecodeJob | MaskJob], ahead: int | None = None
     ) -> Generator[tuple[DecodeJob | MaskJob, Decoded]]:
         """As `decoded`, of windows and masks as they come."""
-        return self._in_order(lambda job: self._mask(job) if isinstance(job, MaskJob) else self._decode(job), jobs, ahead)
+        return self._in_order(
+            lambda job: self._mask(job) if isinstance(job, MaskJob) else self._decode(job), jobs, ahead
+        )
 
     def _in_order(
         self, work: Callable[[JobT], ResultT], jobs: Iterable[JobT], ahead: int | None

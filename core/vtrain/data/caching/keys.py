@@ -25,7 +25,12 @@ def text_key(caption: Caption, role: Role, fingerprint: str) -> str:
     return _key("text", fingerprint, role, caption.text, sorted(caption.extras.items()))
 
 
-def video_key(content: str, sample: Sample, start: float, transform: int, fingerprint: str, *, std: bool) -> str:
+def transform(decoder: str) -> int | str:
+    """Version of how pixels are made. decoder: of the dataset's plan; what another one makes are other pixels."""
+    return f"{TRANSFORM_VERSION}, {decoder}" if decoder else TRANSFORM_VERSION
+
+
+def video_key(content: str, sample: Sample, start: float, transform: int | str, fingerprint: str, *, std: bool) -> str:
     """content: SHA-256 of the source's bytes. start: of the window. fingerprint: the family's, of its video codec.
 
     std: whether the entry holds the std beside the mean.
@@ -37,7 +42,7 @@ def features_key(
     content: str,
     sample: Sample,
     start: float,
-    transform: int,
+    transform: int | str,
     name: str,
     fingerprint: str,
     grid: TokenGrid,

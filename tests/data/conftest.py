@@ -41,7 +41,7 @@ from vtrain.contract import (
     SourceRef,
     Text,
 )
-from vtrain.data.caching import fill_video
+from vtrain.data.caching import fill_windows
 from vtrain.data.decoding.worker import Workers
 from vtrain.data.scanning import scan as scanning
 from vtrain.plan.records import DatasetPlan, Plan
@@ -233,7 +233,7 @@ def decoding_process() -> Iterator[Workers]:
 @pytest.fixture(autouse=True)
 def kept_process(monkeypatch: pytest.MonkeyPatch, decoding_process: Workers) -> None:
     """Scans probe and filling decodes in a process that other tests used before."""
-    for module in (scanning, fill_video):
+    for module in (scanning, fill_windows):
         monkeypatch.setattr(module, "Workers", lambda count, limit_s: nullcontext(decoding_process))
 
 

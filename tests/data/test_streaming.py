@@ -10,6 +10,7 @@ import pytest
 from vtrain.contract import PluginError, SourceRef
 from vtrain.data.batches import Batches
 from vtrain.data.caching.caches import fill_caches
+from vtrain.data.sample import Left
 from vtrain.data.scanning import fates
 from vtrain.data.scanning.ledger import FILE, Ledger
 from vtrain.data.scanning.scan import scan
@@ -309,45 +310,12 @@ def test_a_name_that_is_not_utf8_is_forgotten_when_it_is_gone(three) -> None:
     assert left_out(three) == {}
 
 
-def test_masks_are_found_checked_counted_and_carried(three, make_video) -> None:
-    three.add("masks/a.mp4", make_video(), None)
-    three.add("masks/b.mp4", make_video(frames=9), None)
-    dataset = replace(three.dataset(), masks="masks")
-    found = scan(three.plan(dataset))
-    assert [(s.ref_id, s.mask_ref) for s in found.samples] == [
-        ("a.mp4", "masks/a.mp4"),
-        ("c.mp4", ""),
-    ]
-    (survey,) = found.survey.datasets
-    assert survey.files == 3
-    assert survey.left_out == {"its mask masks/b.mp4 is shorter: 0.375 s of 1.125 s": (1, "b.mp4")}
-    assert survey.notes == ("1 clip with a mask",)
-    # A mask that comes, changes or goes is noticed.
-    three.add("masks/c.mp4", make_video(size=(64, 64)), None)
-    three.add("masks/b.mp4", make_video(size=(64, 32)), None)
-    (three.folder / "masks/a.mp4").unlink()
-    again = scan(three.plan(dataset))
-    assert [(s.ref_id, s.mask_ref) for s in again.samples] == [("a.mp4", ""), ("b.mp4", "masks/b.mp4")]
-    reason = "its mask masks/c.mp4 has another aspect: 64x64 for 128x64"
-    assert again.survey.datasets[0].left_out == {reason: (1, "c.mp4")}
-
-
-def test_a_picture_is_a_mask_of_a_whole_clip(three) -> None:
-    import numpy as np
-    from PIL import Image
-
-    (three.folder / "masks").mkdir()
-    Image.fromarray(np.full((64, 128), 255, dtype=np.uint8)).save(three.folder / "masks" / "a.png")
-    found = scan(three.plan(replace(three.dataset(), masks="masks")))
-    assert [s.mask_ref for s in found.samples] == ["masks/a.png", "", ""]
-    assert found.survey.datasets[0].left_out == {}
-
-
 def test_a_file_that_failed_is_tried_again_by_another_version_of_the_decoding(three, make_video, monkeypatch) -> None:
     plan = three.plan()
     first = next(iter(scan(plan).samples))
     with Ledger(three.cache) as ledger:
-        ledger.record_failure(fates.settings_key(plan.datasets[0], plan.family.frame_rule), first, "frames are missing")
+        settings = fates.settings_key(plan.datasets[0], plan.family.frame_rule)
+        ledger.record_left(settings, first, Left("failed", "decoding", "frames are missing"))
     assert left_out(three) == {"frames are missing": (1, "a.mp4")}
     (three.folder / "a.txt").write_text("other words")
     assert left_out(three) == {"frames are missing": (1, "a.mp4")}

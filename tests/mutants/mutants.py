@@ -37,9 +37,9 @@ def pixels_from_zero() -> None:
         return (original(pixels) + 1) / 2
 
     wrap(decode, "unit_range", to_unit)
-    from vtrain.data.caching import fill_video
+    from vtrain.data.caching import encoders
 
-    wrap(fill_video, "unit_range", to_unit)
+    wrap(encoders, "unit_range", to_unit)
 
 
 def uniform_levels() -> None:

@@ -1,16 +1,19 @@
-"""Micro-batches by number: which samples, under which draw numbers, with which text."""
+"""Micro-batches by number: which samples, under which draw numbers, with which text, mask and features."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vtrain.contract import DataError, Latents, PluginError, Problem, Text
 from vtrain.data.caching.caches import DROPPED, Caches
+from vtrain.data.decoding.masks import trained
 from vtrain.data.draws import drawn
+from vtrain.data.frames import SourceFrames
 from vtrain.data.index import Index
 from vtrain.data.order import Order
 from vtrain.data.seeds import chance, choice
@@ -27,6 +30,9 @@ class Batch:
     latents: mean (B, C, f, h, w) fp32, drawn anew from mean and std where those are cached. text: embeds (B, L, D) with L
     just enough for its longest text, zero where the mask is false. draws: each sample's draw number, from which its noise
     derives. dropped: whose caption was dropped. first_frame: which are drawn as image-to-video: the first latent frame is given.
+    mask: (B, f, h, w) fp32 in [0, 1], how much each latent counts, all ones for a clip without one; None if no clip has one.
+    features: regularizer -> (B, f', h', w', D') from the cache, in the type in which they are stored. frames: uint8
+    (B, 3, f, H, W), the source's frame for each frame of tokens; None if no regularizer reads them.
     """
 
     micro_batch: int
@@ -36,6 +42,9 @@ class Batch:
     sample_ids: tuple[str, ...]
     dropped: tuple[bool, ...]
     first_frame: tuple[bool, ...] = ()
+    mask: Tensor | None = None
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+    frames: Tensor | None = None
 
 
 class Batches:
@@ -48,6 +57,8 @@ class Batches:
         if not len(index):
             raise DataError(Problem("", "there is no sample to train on."))
         self._plan, self._caches, self._index = plan, caches, index
+        self._frames = SourceFrames(plan, index)
+        self._online = {name for name, part in plan.regularizers if part.needs().features == "source"}
         uses = np.array([1 + dataset.table.repeats for dataset in plan.datasets], dtype=np.int32)
         # Item k is a use of sample number self._samples[k]; without repeats they are the same.
         every = np.arange(len(index), dtype=np.int32)
@@ -68,32 +79,66 @@ class Batches:
         """Epochs passed when that micro-batch is complete."""
         return self._order.epoch_of(micro_batch)
 
+    def close(self) -> None:
+        """End the processes that decode source frames, if any were started."""
+        self._frames.close()
+
     def __getitem__(self, micro_batch: int) -> Batch:
-        """Raises IndexError for a negative number, DataError if an entry is missing or damaged."""
+        """With all that any regularizer reads."""
+        return self.get(micro_batch)
+
+    def get(self, micro_batch: int, features: Collection[str] | None = None) -> Batch:
+        """features: names of the regularizers for which features or frames are read; None: all that ask for some.
+
+        Raises IndexError for a negative number, DataError if an entry is missing or damaged, or if a clip whose frames are
+        read cannot be decoded.
+        """
         draws = self._order.draws(micro_batch)
         samples = [int(self._samples[draw.item]) for draw in draws]
         numbers = tuple(draw.number for draw in draws)
         dropped = tuple(map(self._drops, numbers))
         texts = [
-            self._caches.text(DROPPED, "dropped")
-            if drop
-            else self._caches.text_entry(self._chosen("caption", self._index.text.keys(sample), number))
+            self._caches.text(DROPPED, "dropped") if drop else self._caches.text_entry(self._caption(sample, number))
             for sample, number, drop in zip(samples, numbers, dropped, strict=True)
         ]
-        windows = [
-            self._chosen("window", self._index.video.keys(sample), number)
-            for sample, number in zip(samples, numbers, strict=True)
-        ]
-        clips = self._caches.video_entries(windows)
+        windows = [(sample, self._window(sample, number)) for sample, number in zip(samples, numbers, strict=True)]
+        clips = self._caches.video_entries([self._index.video.keys(sample)[window] for sample, window in windows])
         text = pad(texts, self._plan.family.text_tokens)
         latents = Latents(drawn(self._plan.config.run.seed, clips, numbers))
         moving = latents.mean.shape[2] > 1
         first_frame = tuple(moving and self._continues(*pair) for pair in zip(samples, numbers, strict=True))
-        return Batch(micro_batch, latents, text, numbers, tuple(map(self._index.id, samples)), dropped, first_frame)
+        return Batch(
+            micro_batch, latents, text, numbers, tuple(map(self._index.id, samples)), dropped, first_frame,
+            mask=self._mask(windows, latents.mean.shape[2:]),
+            features={name: self._features(name, windows) for name in self._index.features if _read(name, features)},
+            frames=self._frames.of(windows) if any(_read(name, features) for name in self._online) else None,
+        )  # fmt: skip
 
-    def _chosen(self, purpose: str, keys: Sequence[str], draw: int) -> str:
-        """Of the keys of a sample's windows, or captions, the one that this draw uses."""
-        return keys[choice(self._plan.config.run.seed, purpose, draw, len(keys))]
+    def _caption(self, sample: int, draw: int) -> str:
+        """The key of the caption that this draw uses."""
+        keys = self._index.text.keys(sample)
+        return keys[choice(self._plan.config.run.seed, "caption", draw, len(keys))]
+
+    def _window(self, sample: int, draw: int) -> int:
+        """Which of the sample's windows this draw uses."""
+        return choice(self._plan.config.run.seed, "window", draw, len(self._index.video.keys(sample)))
+
+    def _features(self, name: str, windows: Sequence[tuple[int, int]]) -> Tensor:
+        rows = self._index.features[name]
+        return self._caches.feature_entries([rows.keys(sample)[window] for sample, window in windows])
+
+    def _mask(self, windows: Sequence[tuple[int, int]], latents: Sequence[int]) -> Tensor | None:
+        """latents: frames, height and width."""
+        rows = self._index.masks
+        keys = [() if rows is None else rows.keys(sample) for sample, _ in windows]
+        if not any(keys):
+            return None
+        found = torch.ones(len(windows), *latents)
+        for row, (own, (sample, window)) in enumerate(zip(keys, windows, strict=True)):
+            if own:
+                masks = self._plan.datasets[int(self._index.datasets[sample])].masks
+                found[row] = trained(self._caches.mask_entry(own[window]), invert=masks is not None and masks.invert)
+        return found
 
     def _continues(self, sample: int, draw: int) -> bool:
         """Whether this draw is image-to-video: from the seed, the draw number and its dataset's share alone."""
@@ -103,6 +148,10 @@ class Batches:
     def _drops(self, draw: int) -> bool:
         """Whether this draw's caption is dropped: from the seed and the draw number alone."""
         return chance(self._plan.config.run.seed, "caption_dropout", draw) < self._plan.config.train.caption_dropout
+
+
+def _read(name: str, wanted: Collection[str] | None) -> bool:
+    return wanted is None or name in wanted
 
 
 def pad(texts: Sequence[Text], tokens: int) -> Text:

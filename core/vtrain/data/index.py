@@ -7,17 +7,21 @@ about 140 bytes for a sample of one window and one caption, and pickled as fast 
 from __future__ import annotations
 
 import hashlib
+import json
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from vtrain.contract import ClipShape
-from vtrain.data.sample import Sample
+from vtrain.contract import ClipShape, Size
+from vtrain.data.sample import Box, Sample
 
 Ints = np.ndarray[Any, np.dtype[np.int32]]
+
+Keys = Callable[[Sample], Sequence[str]]
+"""A sample's keys of cache entries."""
 
 _KEY = 32
 """Bytes of a key: a SHA-256."""
@@ -57,7 +61,9 @@ class Index:
 
     shapes: the buckets, sorted, none empty. datasets, buckets: of each sample, the number of its dataset in the plan and
     of its bucket in shapes. names: ids, UTF-8. video, text: keys of the entries of its windows and of its captions.
-    tallies: (number of a dataset, shape) -> what there is.
+    tallies: (number of a dataset, shape) -> what there is. masks: keys of the windows' masks, none for a sample without;
+    None if no dataset has any. features: regularizer -> keys of the windows' features. sources: what is needed to decode
+    the windows again, as JSON; None unless that is asked for. A draw's choice of a window goes for all of them.
     """
 
     shapes: tuple[ClipShape, ...]
@@ -67,12 +73,25 @@ class Index:
     video: Rows
     text: Rows
     tallies: Mapping[tuple[int, ClipShape], Tally]
+    masks: Rows | None = None
+    features: Mapping[str, Rows] = field(default_factory=dict)
+    sources: Rows | None = None
 
     def __len__(self) -> int:
         return len(self.names)
 
     def id(self, number: int) -> str:
         return self.names[number].decode()
+
+    def source(self, number: int) -> Sample:
+        """The sample again, as far as decoding it needs. Only of an index with sources."""
+        assert self.sources is not None
+        place, dataset, ref, size, version, picture, box, fps, starts, content = json.loads(self.sources[number])
+        return Sample(
+            id=self.id(number), dataset=dataset, place=place, ref_id=ref, size=size, version=version,
+            picture=Size(*picture), box=Box(*box), shape=self.shapes[self.buckets[number]], fps=fps,
+            starts=tuple(starts), crop="", captions=(), content=content,
+        )  # fmt: skip
 
     def mark(self) -> str:
         """How many samples, and a hash of their ids and shapes, on which the order of training depends."""
@@ -97,11 +116,18 @@ class Index:
 
 def build(
     samples: Iterable[Sample],
-    video_keys: Callable[[Sample], Sequence[str]],
-    text_keys: Callable[[Sample], Sequence[str]],
+    video_keys: Keys,
+    text_keys: Keys,
+    mask_keys: Keys | None = None,
+    feature_keys: Mapping[str, Keys] | None = None,
+    *,
+    sources: bool = False,
 ) -> Index:
-    """The index of samples all of whose entries are in the caches."""
-    names, video, text = _Growing(), _Growing(), _Growing()
+    """The index of samples all of whose entries are in the caches. sources: whether windows can be decoded again."""
+    names, told = _Growing(), _Growing()
+    video, text, masks = _Column(video_keys), _Column(text_keys), _Column(mask_keys or (lambda sample: ()))
+    features = {name: _Column(keys) for name, keys in (feature_keys or {}).items()}
+    columns = [video, text, *([masks] if mask_keys else []), *features.values()]
     datasets, buckets = array("i"), array("i")
     shapes: dict[ClipShape, int] = {}
     tallies: dict[tuple[int, ClipShape], Tally] = {}
@@ -113,8 +139,10 @@ def build(
         tally.files += before != (sample.place, sample.ref_id)
         before = (sample.place, sample.ref_id)
         names.append(sample.id.encode())
-        video.append(b"".join(map(bytes.fromhex, video_keys(sample))))
-        text.append(b"".join(map(bytes.fromhex, text_keys(sample))))
+        for column in columns:
+            column.append(sample)
+        if sources:
+            told.append(_source(sample))
         datasets.append(sample.place)
         buckets.append(shapes.setdefault(sample.shape, len(shapes)))
     place = {shape: number for number, shape in enumerate(sorted(shapes))}
@@ -128,7 +156,17 @@ def build(
         video.rows(),
         text.rows(),
         tallies,
+        masks.rows() if mask_keys else None,
+        {name: column.rows() for name, column in features.items()},
+        told.rows() if sources else None,
     )
+
+
+def _source(sample: Sample) -> bytes:
+    """What `Index.source` reads."""
+    window = [sample.picture, sample.box, sample.fps, sample.starts, sample.content]
+    source = [sample.place, sample.dataset, sample.ref_id, sample.size, sample.version, *window]
+    return json.dumps(source, separators=(",", ":")).encode()
 
 
 class _Growing:
@@ -146,3 +184,16 @@ class _Growing:
         made = Rows(bytes(self._data), np.array(self._ends, dtype=np.int64))
         self._data, self._ends = bytearray(), array("q")
         return made
+
+
+class _Column:
+    """Rows of keys while they are made."""
+
+    def __init__(self, keys: Keys) -> None:
+        self._keys, self._rows = keys, _Growing()
+
+    def append(self, sample: Sample) -> None:
+        self._rows.append(b"".join(map(bytes.fromhex, self._keys(sample))))
+
+    def rows(self) -> Rows:
+        return self._rows.rows()

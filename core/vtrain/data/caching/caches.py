@@ -1,4 +1,4 @@
-"""The caches of a run: encoded text and video, filled by all its processes together and read by any."""
+"""The caches of a run: encoded text, video, masks and features, filled by all its processes together, read by any."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from vtrain.contract import Caption, DataError, Latents, Problem, Role, Text
+from vtrain.data.caching.columns import Column
 from vtrain.data.caching.fill_text import Report, fill_text
-from vtrain.data.caching.fill_video import fill_video
+from vtrain.data.caching.fill_windows import Unusable, fill_windows
 from vtrain.data.caching.peers import ALONE, Peers, together
 from vtrain.data.caching.stores import Stores
 from vtrain.data.caching.wanted import DROPPED, texts
-from vtrain.data.index import Index, build
+from vtrain.data.index import Index, Keys, build
 from vtrain.data.sample import Sample
 from vtrain.plan.records import Plan, Survey
 
 
 class Caches:
-    """Encoded text by caption and role, encoded video by sample. Nothing is kept in memory."""
+    """Encoded text by caption and role; what is encoded of clips by sample or key. Nothing is kept in memory."""
 
     def __init__(self, stores: Stores) -> None:
         self._stores = stores
@@ -53,6 +55,15 @@ class Caches:
         """The same of several windows of one shape, by their keys: (B, C, f, h, w)."""
         read = self._stores.video.read_all(keys)
         return Latents(read["mean"], read.get("std"))
+
+    def feature_entries(self, keys: Sequence[str]) -> Tensor:
+        """Features of several windows of one shape, by their keys: (B, f', h', w', D') as they are stored."""
+        return self._stores.feature.read_all(keys)["features"]
+
+    def mask_entry(self, key: str) -> Tensor:
+        """(f, h, w) fp32 in [0, 1], 1 where the mask is white, by its key."""
+        (mask,) = self._stores.mask.read(key).values()
+        return mask
 
 
 __all__ = ["DROPPED", "Caches", "Filled", "fill_caches"]
@@ -100,20 +111,20 @@ def fill_caches(
     report: Report,
     peers: Peers = ALONE,
 ) -> Filled:
-    """Encode what is missing: text, then video, their models one after the other, each loaded only if needed.
+    """Encode what is missing: text, masks, video, features, their models one after the other, each loaded only if needed.
 
     Every process of a run calls it with the same samples, fills its share, and waits for the others.
 
     extra_texts: prompts beside the samples' captions; the dropped caption is added if the run drops any. report: told
-    ("text" | "video", done, total) of this process's share. May be interrupted at any time: what is on the disk is
+    (stage, done, total) of this process's share, stage by stage. May be interrupted at any time: what is on the disk is
     whole, and is not made again. Raises DataError for a full disk, a bad file where the configuration says stop, or no
     usable clip left.
     """
     stores = Stores(plan)
     truncated = fill_text(stores, texts(plan, samples, extra_texts), peers, device, report)
-    left_out = fill_video(stores, samples, peers, device, report)
-    index, changed = next(filter(None, together(peers, lambda: _index(stores, samples, left_out, peers))))
-    left_out |= changed
+    unusable = fill_windows(stores, samples, peers, device, report)
+    index, changed = next(filter(None, together(peers, lambda: _index(stores, samples, unusable, peers))))
+    left_out = unusable.told() | changed
     if left_out and not len(index):
         raise DataError(Problem(name, f"{reason}.") for name, reason in left_out.items())
     return Filled(index, left_out, truncated, Caches(stores))
@@ -123,7 +134,7 @@ _CHANGED = "its file changed while the caches were filled"
 
 
 def _index(
-    stores: Stores, samples: Iterable[Sample], left_out: Mapping[str, str], peers: Peers
+    stores: Stores, samples: Iterable[Sample], unusable: Unusable, peers: Peers
 ) -> tuple[Index, dict[str, str]] | None:
     """The first process makes the index for all, and says what else is left out."""
     if peers.rank:
@@ -132,18 +143,30 @@ def _index(
 
     def usable() -> Iterator[Sample]:
         for sample in samples:
-            if sample.file in left_out:
+            starts = unusable.usable(sample)
+            if not starts:
                 continue
-            content = stores.known_content(sample)
-            if content:
-                yield replace(sample, content=content)
+            if all(column.content(sample) for column in stores.columns if column.covers(sample)):
+                yield replace(sample, content=stores.known_content(sample), starts=starts)
             else:
                 changed[sample.file] = _CHANGED
-
-    def video_keys(sample: Sample) -> list[str]:
-        return [stores.video_key(sample, start, sample.content) for start in sample.starts]
 
     def text_keys(sample: Sample) -> list[str]:
         return [stores.text_key(caption, "prompt") for caption in sample.captions]
 
-    return build(usable(), video_keys, text_keys), changed
+    masks = None if stores.masks is None else _keys(stores.masks)
+    features = {name: _keys(column) for name, column in stores.features.items()}
+    online = any(part.needs().features == "source" for _, part in stores.plan.regularizers)
+    return build(usable(), _keys(stores.videos), text_keys, masks, features, sources=online), changed
+
+
+def _keys(column: Column) -> Keys:
+    """The keys of a sample's windows in a column, none where it has none."""
+
+    def keys(sample: Sample) -> list[str]:
+        if not column.covers(sample):
+            return []
+        content = column.content(sample)
+        return [column.key(sample, start, content) for start in sample.starts]
+
+    return keys

@@ -23,7 +23,7 @@ from vtrain.data.caching.packing import Bytes, Packed, bytes_of, dtype_names, fr
 if TYPE_CHECKING:
     from torch import Tensor
 
-KINDS = ("text", "video")
+KINDS = ("text", "video", "features", "mask")
 SUFFIX, PART, DAMAGED = ".safetensors", ".part", ".damaged"
 """Of an entry; of one being written, or left by a process that was killed; of one that was found damaged."""
 
@@ -129,7 +129,7 @@ class _Checked:
 
 
 class Entries:
-    """The entries of one kind ("text", "video") in a cache folder. compress: whether those written from now on are."""
+    """The entries of one of KINDS in a cache folder. compress: whether those written from now on are."""
 
     def __init__(self, folder: Path, kind: str, *, compress: bool = False) -> None:
         self.folder, self.compress = folder / kind, compress
@@ -140,12 +140,18 @@ class Entries:
 
     def sound(self, key: str) -> bool:
         """Whether the entry is there, whole and its own: its header and length are looked at, not its numbers."""
+        return self.layout(key) is not None
+
+    def layout(self, key: str) -> Mapping[str, Packed] | None:
+        """The tensors of an entry that is sound, as they are once unpacked; None of any other."""
         try:
             with _opened(self._name(key)) as file:
                 header = _Header.read(file)
-                return header.is_of(key) and header.length == os.fstat(file).st_size
+                if not header.is_of(key) or header.length != os.fstat(file).st_size:
+                    return None
+                return {**header.tensors, **header.packed()}
         except (OSError, ValueError):
-            return False
+            return None
 
     def read(self, key: str) -> dict[str, Tensor]:
         """The tensors. Raises DataError if the entry is missing or damaged; a damaged one is moved aside."""

@@ -1,4 +1,4 @@
-"""Where a run's encoded text and video lie: entries and the keys that name them."""
+"""Where what a run caches lies: entries, and the keys that name them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,31 +6,43 @@ from functools import cached_property
 
 from vtrain.contract import Caption, Role
 from vtrain.data.caching import hashes
+from vtrain.data.caching.columns import Column, Contents, FeatureColumn, MaskColumn, VideoColumn, known_key
 from vtrain.data.caching.entries import KINDS, Entries
-from vtrain.data.caching.keys import TRANSFORM_VERSION, text_key, video_key
+from vtrain.data.caching.keys import text_key
 from vtrain.data.sample import Sample
-from vtrain.data.scanning.ledger import ContentHashes
 from vtrain.plan.records import Plan
 
 
 class Stores:
-    """The cache folder as this run's family sees it. Fingerprints are taken at their first use: they hash weights."""
+    """The cache folder as this run sees it. Fingerprints are taken at their first use: they hash weights.
+
+    masks, videos, features: the columns, the last by regularizer. masks: None where no dataset has any.
+    """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         folder = plan.config.cache.dir
         compress = plan.config.cache.compress
-        self.text, self.video = (Entries(folder, kind, compress=compress) for kind in KINDS)
-        self._contents = ContentHashes(folder)
+        self.text, self.video, self.feature, self.mask = (Entries(folder, kind, compress=compress) for kind in KINDS)
         self._hash_file = hashes.FileHashes(folder / hashes.FILE)
+        contents = Contents(plan)
+        self.masks = MaskColumn(plan, contents, self.mask) if any(each.masks for each in plan.datasets) else None
+        self.videos = VideoColumn(plan, contents, self.video, self._hash_file)
+        self.features = {
+            name: FeatureColumn(plan, contents, self.feature, self._hash_file, name, part)
+            for name, part in plan.regularizers
+            if part.needs().features == "cached"
+        }
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """In the order in which they are filled: a clip whose mask is empty is not encoded."""
+        masks = () if self.masks is None else (self.masks,)
+        return (*masks, self.videos, *self.features.values())
 
     @cached_property
     def _text_fingerprint(self) -> str:
         return self.plan.family.text_fingerprint(self._hash_file)
-
-    @cached_property
-    def _video_fingerprint(self) -> str:
-        return self.plan.family.video_fingerprint(self._hash_file)
 
     def location(self, sample: Sample) -> str:
         """The place of the sample's dataset in the ledger."""
@@ -41,14 +53,12 @@ class Stores:
 
     def video_key(self, sample: Sample, start: float, content: str) -> str:
         """start: one of the sample's. content: SHA-256 of the source's bytes."""
-        std = self.plan.config.cache.latents == "sample"
-        return video_key(content, sample, start, TRANSFORM_VERSION, self._video_fingerprint, std=std)
+        return self.videos.key(sample, start, content)
 
     def known_content(self, sample: Sample) -> str:
         """The content hash that the sample carries or that the ledger has; "" if the source's bytes were not read yet."""
-        return sample.content or self._contents.of(self.location(sample), sample.ref) or ""
+        return self.videos.content(sample)
 
     def known_video_key(self, sample: Sample, start: float) -> str | None:
         """By the content hash, if that is known."""
-        content = self.known_content(sample)
-        return self.video_key(sample, start, content) if content else None
+        return known_key(self.videos, sample, start)

@@ -1,0 +1,85 @@
+"""What makes the entries of a column of decoded windows: the video codec, a regularizer's encoder, or nothing at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from vtrain.contract import DType, FeatureEncoder, PluginError, Problem, VideoCodec
+from vtrain.data.caching.columns import Column, FeatureColumn, VideoColumn
+from vtrain.data.decoding.decode import unit_range
+from vtrain.data.decoding.masks import is_empty
+from vtrain.data.sample import Sample
+
+Encode = Callable[[Sequence[Tensor], Sample], list[dict[str, Tensor]]]
+"""What was decoded of windows of one shape, and one of their samples -> the tensors of each one's entry, on the CPU.
+
+Raises PluginError for tensors of other shapes than were promised.
+"""
+
+TYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@contextmanager
+def opened(column: Column, device: str) -> Iterator[Encode]:
+    """The column's model is in memory for the length of the with block. Raises ModelError."""
+    if isinstance(column, VideoColumn):
+        with column.plan.family.open_video_codec(device) as codec:
+            yield _video(column, codec, device)
+    elif isinstance(column, FeatureColumn):
+        with column.part.open_feature_encoder(device) as encoder:
+            yield _features(column, encoder, device)
+    else:
+        yield _masks
+
+
+def _video(column: VideoColumn, codec: VideoCodec, device: str) -> Encode:
+    sampled = column.plan.config.cache.latents == "sample"
+    fault = "This is a fault of the model family's plugin."
+
+    def encode(pixels: Sequence[Tensor], sample: Sample) -> list[dict[str, Tensor]]:
+        with torch.no_grad():
+            latents = codec.encode(unit_range(torch.stack(list(pixels)).to(device)), std=sampled)
+        parts = {"mean": latents.mean} | ({} if latents.std is None or not sampled else {"std": latents.std})
+        expected = (len(pixels), *column.plan.family.latent_shape(sample.shape))
+        if sampled and "std" not in parts:
+            what = 'the video codec gave no std, which cache.latents = "sample" needs.'
+            raise PluginError(Problem("", what, fault))
+        for part in parts.values():
+            if part.shape != expected:
+                what = f"the video codec made latents of {tuple(part.shape)} where {expected} were promised."
+                raise PluginError(Problem("", what, fault))
+        whole = {name: part.float().cpu() for name, part in parts.items()}
+        return [{name: part[number] for name, part in whole.items()} for number in range(len(pixels))]
+
+    return encode
+
+
+def _features(column: FeatureColumn, encoder: FeatureEncoder, device: str) -> Encode:
+    dtype = TYPES[column.part.feature_dtype]
+
+    def encode(pixels: Sequence[Tensor], sample: Sample) -> list[dict[str, Tensor]]:
+        grid, _, shape = column.geometry(sample.shape)
+        with torch.no_grad():
+            found = encoder.encode(unit_range(torch.stack(list(pixels)).to(device)), grid)
+        expected = (len(pixels), *shape)
+        if found.shape != expected:
+            what = f"the encoder of {column.name} made features of {tuple(found.shape)} where {expected} were promised."
+            raise PluginError(Problem("", what, "This is a fault of the regularizer's plugin."))
+        return [{"features": each} for each in found.to(dtype).cpu()]
+
+    return encode
+
+
+def _masks(masks: Sequence[Tensor], sample: Sample) -> list[dict[str, Tensor]]:
+    return [{_colour(mask): mask} for mask in masks]
+
+
+def _colour(mask: Tensor) -> str:
+    """As `MaskColumn` names it."""
+    if is_empty(mask, invert=False):
+        return "black"
+    return "white" if is_empty(mask, invert=True) else "mask"

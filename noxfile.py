@@ -79,10 +79,11 @@ def plugins(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Ratios against bare loops, printed as tables. Takes about half an hour on two cores."""
+    """Ratios against bare loops, printed as tables. Takes most of an hour on two cores."""
     install(session, extras="[test]")
     for script in ("step.py", "startup.py"):
         session.run("python", f"benchmarks/{script}", *session.posargs)
+    session.run("python", "benchmarks/crepa.py")
 
 
 @nox.session
@@ -90,6 +91,15 @@ def world(session: nox.Session) -> None:
     """The tiny world in every training mode: accuracy, loss, time and memory, written to docs/tiny-world.md. Half an hour."""
     install(session, extras="[plot]")
     session.run("python", "benchmarks/tiny_world.py", "--write", *session.posargs, env={"PYTHONPATH": "examples/world"})
+
+
+@nox.session
+def crepa(session: nox.Session) -> None:
+    """The tiny world with CREPA and without it, three seeds, written to docs/crepa.md. A quarter of an hour on two cores."""
+    install(session, extras="[test]")
+    session.run(
+        "python", "benchmarks/crepa_world.py", "--write", *session.posargs, env={"PYTHONPATH": "examples/world"}
+    )
 
 
 @nox.session

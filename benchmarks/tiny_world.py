@@ -23,12 +23,12 @@ import demo
 import evaluate
 import lora
 import report
+from measured import put
 
 from vtrain.cli.prepare import planned
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "tiny-world.md"
-MARKED = re.compile(r"(<!-- measured: world -->\n).*?(<!-- end -->)", re.DOTALL)
 LAST = 50
 """Steps over which the loss is averaged: single ones swing with the noise level."""
 CHECKPOINTING = {"gradient_checkpointing = false": "gradient_checkpointing = true"}
@@ -165,8 +165,7 @@ def main() -> None:
     rows = [{**vars(each), "accuracy": {k: vars(v) for k, v in each.accuracy.items()}} for each in (*full, *adapters)]
     report.write_json(chosen.json, {"world": rows})
     if chosen.write:
-        page = PAGE.read_text(encoding="utf-8")
-        PAGE.write_text(MARKED.sub(lambda match: match[1] + text + match[2], page), encoding="utf-8")
+        put(PAGE, "world", text)
 
 
 if __name__ == "__main__":

@@ -105,8 +105,11 @@ def write_clips(folder: Path) -> Path:
     return folder
 
 
-def write_config(folder: Path, model: Model, mode: str, log_every: int, name: str = "run") -> Path:
-    """The config file `folder`/`name`.toml; checkpoint, clips and caches below `folder` are shared by all of them."""
+def write_config(folder: Path, model: Model, mode: str, log_every: int, name: str = "run", more: str = "") -> Path:
+    """The config file `folder`/`name`.toml; checkpoint, clips and caches below `folder` are shared by all of them.
+
+    more: tables at its end.
+    """
     clips = folder / "clips"
     if not clips.exists():
         write_clips(clips)
@@ -124,7 +127,7 @@ def write_config(folder: Path, model: Model, mode: str, log_every: int, name: st
         log_every=log_every,
     )
     config = folder / f"{name}.toml"
-    config.write_text(text, encoding="utf-8")
+    config.write_text(text + more, encoding="utf-8")
     return config
 
 

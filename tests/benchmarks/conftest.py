@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-MODULES = ("bare", "gpu_sana2b", "report", "startup", "step", "workload")
+MODULES = ("bare", "crepa", "efficientnet", "gpu_sana2b", "report", "startup", "steadiness", "step", "workload")
 
 
 @pytest.fixture

@@ -103,7 +103,7 @@ def _averages(
     conversion, last, average, cells = Conversion(), None, np.zeros(size), _Cells(sample, size)
     with open_video(stream, torch.get_num_threads()) as (container, video), faults("cannot be decoded"):
         frames = stamped_from(container, video, times[0] if seek else None)
-        # A mask may be shorter than its clip by less than one of its own frames: lengths of files are not exact.
+        # A mask may be shorter than its clip by one of its own frames: lengths of files are not exact.
         held = ((time, 2 * duration, frame) for time, duration, frame in frames)
         for frame in on_screen(held, times):
             if frame is not last:

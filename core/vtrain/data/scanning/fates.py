@@ -14,6 +14,7 @@ from typing import Any
 from vtrain.contract import Caption, FrameRule, Words
 from vtrain.data.caching.keys import MASK_VERSION, TRANSFORM_VERSION
 from vtrain.data.decoding.probe import Probe
+from vtrain.data.decoding.timing import SLACK
 from vtrain.data.sample import Left
 from vtrain.data.scanning import captions
 from vtrain.data.scanning.fitting import Fit, decides, fit
@@ -23,11 +24,12 @@ from vtrain.data.scanning.sources import origin_of
 from vtrain.plan.records import DatasetPlan
 
 _UNDECIDED = """
-    SELECT source.ref, source.kind, source.size, source.version, source.fault, source.probe, {words}, old.reason, {mask}
+    SELECT source.ref, source.kind, source.size, source.version, source.fault, source.probe, {words}, old.status,
+        old.kind, old.reason, {mask}
     FROM source
     {joined}
     LEFT JOIN fate old ON old.decision = :decision AND old.ref = source.ref AND old.size = source.size
-        AND old.version = source.version AND old.kind = 'decoding' {same}
+        AND old.version = source.version AND old.kind IN ('decoding', 'bad mask', 'empty mask') {same}
     WHERE source.place = :place AND source.ref > :after AND {changed}
         AND source.kind IN ('video', 'image', 'other', 'misnamed')
     ORDER BY source.ref LIMIT :limit
@@ -53,7 +55,7 @@ class _Masks:
     """What a dataset with masks, or without, asks of the ledger.
 
     columns: the first of a clip's masks, what is known of it, and the last; joined: where they are found; changed: which
-    clips are to be decided again; same: that what failed in decoding did so with the same mask.
+    clips are to be decided again; same: that what was found in filling was found with the same mask.
     """
 
     columns: str = "NULL, NULL, NULL, NULL"
@@ -148,11 +150,11 @@ def _insert(ledger: Ledger, query: str, rows: list[tuple[object, ...]]) -> None:
 def _outcome(
     ref: str, kind: str, row: Sequence[Any], dataset: DatasetPlan, rule: FrameRule
 ) -> tuple[Fit, tuple[Caption, ...]] | Left:
-    fault, probe, words, bad_words, first, last, undecodable, *mask = row
+    fault, probe, words, bad_words, first, last, status, found, why, *mask = row
     if kind not in CLIPS or (kind == IMAGE and not dataset.table.images):
         return useless(ref, kind)
-    if undecodable is not None:
-        return Left("failed", "decoding", undecodable)
+    if why is not None:
+        return Left(status, found, why)  # found in filling
     if probe is None:
         return Left("failed", "bad file", fault or "was not looked at")
     fitted = fit(probe_of(probe), dataset, rule, ref)  # type: ignore[arg-type]
@@ -185,7 +187,8 @@ def _bad_mask(clip: Probe, ref: str, fault: str | None, mask: Probe | None) -> s
     if mask is None:
         return f"its mask {ref}: {fault or 'was not looked at'}"
     apart = mask.duration - clip.duration
-    if mask.frames > 1 and abs(apart) > max(1 / mask.rate, 1 / clip.rate if apart > 0 else 0):
+    most = max(1 / mask.rate, 1 / clip.rate if apart > 0 else 0)
+    if mask.frames > 1 and abs(apart) > most + SLACK:
         than = "longer" if apart > 0 else "shorter"
         lengths = f"{mask.duration:.3f} s of {clip.duration:.3f} s"
         return f"its mask {ref} is {than}: {lengths}; make it as long as the clip, or a single image"

@@ -22,7 +22,8 @@ _BAD = """
     SELECT fate.ref, fate.size, fate.version, fate.reason
     FROM fate JOIN decision ON decision = decision.number
     JOIN source ON source.place = decision.place AND source.ref = fate.ref AND NOT source.unseen
-    WHERE settings = :settings AND status = 'failed' AND fate.ref > :after
+    LEFT JOIN source mask ON mask.place = decision.place AND mask.ref = fate.mask
+    WHERE settings = :settings AND status = 'failed' AND fate.ref > :after AND NOT coalesce(mask.unseen, 0)
     ORDER BY fate.ref LIMIT :limit
 """
 

@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ class Made:
     def __init__(self, make: Callable[[int], None] = lambda number: None) -> None:
         self.make, self.asked, self.threads = make, list[int](), set[str]()
 
-    def __getitem__(self, number: int) -> Batch:
+    def get(self, number: int, features: object) -> Batch:
         self.asked.append(number)
         self.threads.add(threading.current_thread().name)
         self.make(number)
@@ -88,6 +89,27 @@ def test_an_error_in_the_background_is_raised_at_its_turn_in_its_own_words() -> 
     with pytest.raises(DataError, match="cache/x: the cache entry is damaged"):
         next(stream)
     assert threads() == []
+
+
+def test_masks_features_and_frames_reach_the_step_and_only_what_it_needs_is_read() -> None:
+    asked = []
+
+    class Columns(Made):
+        def get(self, number: int, features: Collection[str]) -> Batch:
+            asked.append((number, list(features)))
+            plain = super().get(number, features)
+            frames = torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 1, 2).expand(1, 3, 1, 1, 2)
+            return replace(plain, mask=torch.ones(1, 1, 2, 2) / 2, features={"a": torch.ones(1, 2)}, frames=frames)
+
+    steps = Feed(Columns(), Halves(), 1, torch.device("cpu"), lambda step: ["a"] if step < 5 else [])  # type: ignore[arg-type]
+    fed = steps.prepare(0, 4).given
+    assert fed.mask is not None
+    assert fed.mask.unique().tolist() == [0.5]
+    assert fed.features["a"].shape == (1, 2)
+    assert fed.frames is not None
+    assert fed.frames[0, 0, 0, 0].tolist() == [-1, 1]
+    steps.prepare(1, 5)
+    assert asked == [(0, ["a"]), (1, [])]
 
 
 def test_closing_leaves_no_thread_and_begins_nothing_new() -> None:

@@ -79,7 +79,7 @@ class FakeBatches:
     def __init__(self, batch: Callable[[int], Batch]) -> None:
         self.batch = batch
 
-    def __getitem__(self, number: int) -> Batch:
+    def get(self, number: int, features: object) -> Batch:
         return self.batch(number)
 
 

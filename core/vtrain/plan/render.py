@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vtrain.plan.data_words import buckets_json, buckets_section, dataset_rows
+from vtrain.plan.image_to_video import picture_rows, price_rows
 from vtrain.plan.price import Prices, bytes_text
 from vtrain.plan.records import Plan, Section, Survey
 
@@ -13,13 +14,16 @@ def sections(plan: Plan, survey: Survey, prices: Prices) -> tuple[Section, ...]:
         Section("model", tuple(plan.family.describe()) + _training(plan)),
         Section("schedule", tuple(plan.sampler.describe())),
         *(
-            Section(f"data: {found.id}", tuple(dataset_rows(dataset, found, alone=len(survey.datasets) == 1)))
+            Section(
+                f"data: {found.id}",
+                (*dataset_rows(dataset, found, alone=len(survey.datasets) == 1), *price_rows(plan, dataset)),
+            )
             for dataset, found in zip(plan.datasets, survey.datasets, strict=True)
         ),
         buckets_section(plan, survey),
         Section("run", _run(plan, prices)),
         *(Section(f"regularizer: {name}", tuple(part.describe())) for name, part in plan.regularizers),
-        Section("validation", _validation(plan, prices)),
+        Section("validation", (*_validation(plan, prices), *picture_rows(plan))),
         Section("on disk", _disk(plan, survey, prices)),
         Section(
             "parts",

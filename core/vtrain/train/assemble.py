@@ -79,7 +79,7 @@ class Trainer:
             self.optimizer,
             [parameter for _, parameter in self.named],
             lr_factor(config.lr_schedule, self.prices.steps, per_epoch),
-            Feed(self.batches, self.plan.sampler, config.run.seed, self.processes.device),
+            Feed(self.batches, self.plan.sampler, config.run.seed, self.processes.device, self.step.needed),
             self.processes,
             config.train,
             Ends(self.save, validate, stop, stepped, self.step.observe),
@@ -153,6 +153,7 @@ def assemble(plan: Plan, prices: Prices, start: Start, index: Index, caches: Cac
     if start.folder is not None:
         load_optimizer(start.folder, optimizer, named, own_keys(part.options))
     batches = Batches(plan, caches, index)
+    held.callback(batches.close)
     return Trainer(plan, prices, start, index.mark(), batches, processes, denoiser, base, step, optimizer, named, held)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -12,6 +12,7 @@ import torch
 
 from vtrain.contract import Condition, LatentShape, NoiseLevel, Sampler, Text
 from vtrain.data.batches import Batch, Batches
+from vtrain.data.decoding.decode import unit_range
 from vtrain.data.seeds import generator
 from vtrain.train.step import StepInput
 
@@ -40,8 +41,16 @@ class Feed:
     the CPU: the same on every device, whatever the batch size.
     """
 
-    def __init__(self, batches: Batches, sampler: Sampler, seed: int, device: torch.device) -> None:
-        self.batches, self.sampler, self.seed, self.device = batches, sampler, seed, device
+    def __init__(
+        self,
+        batches: Batches,
+        sampler: Sampler,
+        seed: int,
+        device: torch.device,
+        needed: Callable[[int], Collection[str] | None] = lambda step: None,
+    ) -> None:
+        """needed: the regularizers for which features and frames are read at a step; None: all that ask for some."""
+        self.batches, self.sampler, self.seed, self.device, self.needed = batches, sampler, seed, device, needed
 
     def draw(self, batch: Batch) -> tuple[torch.Tensor, NoiseLevel]:
         """Noise (B, C, f, h, w) fp32 and level of a batch, on the CPU."""
@@ -53,9 +62,9 @@ class Feed:
 
     def prepare(self, number: int, step: int) -> Fed:
         """The global micro-batch `number`, which optimizer step `step` (zero-based) uses."""
-        batch = self.batches[number]
+        batch = self.batches.get(number, self.needed(step))
         noise, drawn = self.draw(batch)
-        level, mask = continued(drawn, None, batch.first_frame, LatentShape(*noise.shape[1:]))
+        level, mask = continued(drawn, batch.mask, batch.first_frame, LatentShape(*noise.shape[1:]))
         given = StepInput(
             clean=self._move(batch.latents.mean),
             noise=self._move(noise),
@@ -63,6 +72,8 @@ class Feed:
             condition=Condition(Text(self._move(batch.text.embeds), self._move(batch.text.mask))),
             step=step,
             mask=None if mask is None else self._move(mask),
+            features={name: self._move(each) for name, each in batch.features.items()},
+            frames=None if batch.frames is None else unit_range(self._move(batch.frames)),
         )
         return Fed(given, number, batch.sample_ids, _told(drawn, level))
 

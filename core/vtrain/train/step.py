@@ -121,6 +121,14 @@ class Step(nn.Module):
                 own = {key.removeprefix(start): value for key, value in row.terms.items() if key.startswith(start)}
                 term.module.observe(row.step, own, decide=decide)
 
+    def needed(self, step: int) -> list[str]:
+        """The regularizers for which something is to be prepared at this step: all that are not over by then."""
+        return [
+            name
+            for name, term in self.terms.items()
+            if not isinstance(term.module, SupportsPauses) or not term.module.over(step, self.run)
+        ]
+
     def is_active(self, module: nn.Module, step: int) -> bool:
         """Whether a regularizer does anything at this step."""
         return not isinstance(module, SupportsPauses) or module.active(step, self.run)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from vtrain.config.record import Config
 from vtrain.contract import ClipShape, Problem, Size
 from vtrain.data.caching.hashes import FILE, FileHashes
+from vtrain.data.caching.keys import TRANSFORM_VERSION, video_key
 from vtrain.data.caching.stores import Stores
 from vtrain.data.decoding.probe import Probe, probe
 from vtrain.data.decoding.video import FileFault, faults
@@ -16,6 +18,16 @@ from vtrain.data.scanning.boxes import box
 from vtrain.plan.records import Plan
 
 CROP = "center"
+REMEDY = "Give an image or a video that can be played."
+
+
+@contextmanager
+def of_file(file: Path) -> Iterator[None]:
+    """Faults name the file."""
+    try:
+        yield
+    except FileFault as fault:
+        raise FileFault(f"{file}: {fault.reason}", lasting=fault.lasting) from fault
 
 
 def problems(config: Config) -> Iterator[Problem]:
@@ -26,7 +38,7 @@ def problems(config: Config) -> Iterator[Problem]:
                 _probe(file)
         except FileFault as fault:
             where = config.where("validation", "images", nickname)
-            yield Problem(where, f"{file}: {fault.reason}.", "Give an image or a video that can be played.")
+            yield Problem(where, f"{fault.reason}.", REMEDY)
 
 
 def pictures(plan: Plan) -> dict[str, Sample]:
@@ -45,12 +57,18 @@ def pictures(plan: Plan) -> dict[str, Sample]:
 
 def keys(stores: Stores) -> dict[str, str]:
     """nickname -> key of its entry among the encoded videos. Raises FileFault."""
-    return {name: stores.video_key(sample, 0.0, sample.content) for name, sample in pictures(stores.plan).items()}
+    return {name: key_of(stores, sample) for name, sample in pictures(stores.plan).items()}
+
+
+def key_of(stores: Stores, sample: Sample) -> str:
+    """As that of a clip of one frame whose dataset is decoded by PyAV."""
+    std = stores.plan.config.cache.latents == "sample"
+    return video_key(sample.content, sample, 0.0, TRANSFORM_VERSION, stores.videos.fingerprint, std=std)
 
 
 def _sample(file: Path, shape: ClipShape, hash_file: FileHashes) -> Sample:
     found = _probe(file)
-    with faults("cannot be read"):
+    with of_file(file), faults("cannot be read"):
         state, content = file.stat(), hash_file(file)
     size = Size(shape.width, shape.height)
     return Sample(
@@ -61,5 +79,5 @@ def _sample(file: Path, shape: ClipShape, hash_file: FileHashes) -> Sample:
 
 
 def _probe(file: Path) -> Probe:
-    with faults("cannot be read"), file.open("rb") as stream:
+    with of_file(file), faults("cannot be read"), file.open("rb") as stream:
         return probe(stream)

@@ -5,30 +5,34 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from vtrain.contract import DataError, PluginError, Problem, VideoCodec
+from vtrain.contract import DataError, Problem
 from vtrain.data.caching.caches import Caches
+from vtrain.data.caching.encoders import opened
 from vtrain.data.caching.stores import Stores
-from vtrain.data.decoding.decode import decode, unit_range
-from vtrain.data.decoding.video import FileFault
+from vtrain.data.decoding.decode import decode
+from vtrain.data.decoding.video import FileFault, faults
 from vtrain.data.sample import Sample
 from vtrain.plan.records import Plan
-from vtrain.validate.picture_files import keys, pictures
+from vtrain.validate.picture_files import REMEDY, key_of, keys, of_file, pictures
 
 
 def fill_pictures(plan: Plan, device: str) -> None:
     """Encode what is missing; the codec is opened only if something is. Raises DataError."""
     stores = Stores(plan)
     try:
-        named = {stores.video_key(sample, 0.0, sample.content): sample for sample in pictures(plan).values()}
+        named = {key_of(stores, sample): sample for sample in pictures(plan).values()}
         missing = {key: sample for key, sample in named.items() if not stores.video.sound(key)}
         if not missing:
             return
-        with plan.family.open_video_codec(device) as codec, torch.no_grad():
+        with opened(stores.videos, device) as encode:
             for key, sample in missing.items():
-                stores.video.write(key, _encoded(plan, codec, sample, device))
+                (parts,) = encode([_pixels(sample)], sample)
+                if not all(bool(part.isfinite().all()) for part in parts.values()):
+                    what = "it encodes to numbers that are not finite."
+                    raise DataError(Problem(sample.ref_id, what, "Give another picture."))
+                stores.video.write(key, parts)
     except FileFault as fault:
         raise _error(plan, fault) from fault
 
@@ -41,25 +45,13 @@ def first_frames(plan: Plan, caches: Caches) -> Mapping[str, Tensor]:
         raise _error(plan, fault) from fault
 
 
-def _encoded(plan: Plan, codec: VideoCodec, sample: Sample, device: str) -> dict[str, Tensor]:
-    """The tensors of a picture's entry, on the CPU. Raises DataError, PluginError or FileFault."""
-    with Path(sample.ref_id).open("rb") as stream:
-        pixels = unit_range(decode(stream, sample, 0.0)[None].to(device))
-    sampled = plan.config.cache.latents == "sample"
-    latents = codec.encode(pixels, std=sampled)
-    parts = {"mean": latents.mean} | ({} if latents.std is None or not sampled else {"std": latents.std})
-    expected = (1, *plan.family.latent_shape(sample.shape))
-    for part in parts.values():
-        if part.shape != expected:
-            what = f"the video codec made latents of {tuple(part.shape)} where {expected} were promised."
-            raise PluginError(Problem("", what, "This is a fault of the model family's plugin."))
-        if not bool(part.isfinite().all()):
-            raise DataError(
-                Problem(sample.ref_id, "it encodes to numbers that are not finite.", "Give another picture.")
-            )
-    return {name: part[0].float().cpu() for name, part in parts.items()}
+def _pixels(sample: Sample) -> Tensor:
+    """uint8 (3, 1, H, W). Raises FileFault."""
+    file = Path(sample.ref_id)
+    with of_file(file), faults("cannot be read"), file.open("rb") as stream:
+        return decode(stream, sample, 0.0)
 
 
 def _error(plan: Plan, fault: FileFault) -> DataError:
     where = plan.config.where("validation", "images")
-    return DataError(Problem(where, f"a picture {fault.reason}.", "Give an image or a video that can be played."))
+    return DataError(Problem(where, f"{fault.reason}.", REMEDY))

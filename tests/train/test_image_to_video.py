@@ -1,0 +1,228 @@
+"""Image-to-video in training: which draws, the clean first frame, its loss; alone, mixed, resumed and in two processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vtrain.contract import Condition, LatentShape, NoiseLevel, RunLength, Text
+from vtrain.train.feed import Feed, continued
+from vtrain.train.step import Step, StepInput, flow_loss
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+Start = Callable[..., subprocess.Popen[str]]
+HALF = "\n[data.video]\nimage_to_video = 0.5\n"
+
+
+@pytest.fixture
+def level() -> NoiseLevel:
+    return NoiseLevel(torch.tensor([0.25, 0.5, 0.75]), torch.tensor([250.0, 500.0, 750.0]))
+
+
+LATENTS = LatentShape(2, 3, 2, 2)
+
+
+def test_a_batch_without_any_keeps_one_level_for_a_clip_and_no_mask(level: NoiseLevel) -> None:
+    assert continued(level, None, (False,) * 3, LATENTS) == (level, None)
+    mask = torch.rand(3, 3, 2, 2)
+    found, same = continued(level, mask, (False,) * 3, LATENTS)
+    assert found is level
+    assert same is mask
+
+
+def test_the_first_frame_is_at_level_0_and_out_of_the_loss_of_those_that_are_drawn_alone(level: NoiseLevel) -> None:
+    found, mask = continued(level, None, (True, False, True), LATENTS)
+    assert found.sigma.tolist() == [[0, 0.25, 0.25], [0.5, 0.5, 0.5], [0, 0.75, 0.75]]
+    assert found.timestep.tolist() == [[0, 250, 250], [500, 500, 500], [0, 750, 750]]
+    assert mask is not None
+    assert mask.shape == (3, 3, 2, 2)
+    assert mask[:, :, 0, 0].tolist() == [[0, 1, 1], [1, 1, 1], [0, 1, 1]]
+    assert level.sigma.tolist() == [0.25, 0.5, 0.75], "what was drawn is not written to"
+
+
+def test_a_mask_of_the_data_counts_after_the_first_frame(level: NoiseLevel) -> None:
+    own = torch.rand(3, 3, 2, 2, generator=torch.Generator().manual_seed(0)) + 0.1
+    kept = own.clone()
+    _, mask = continued(level, own, (True, False, True), LATENTS)
+    assert mask is not None
+    assert torch.equal(mask[1], own[1])
+    assert torch.equal(mask[[0, 2], 1:], own[[0, 2], 1:])
+    assert not mask[[0, 2], 0].any()
+    assert torch.equal(own, kept)
+
+
+def test_a_clip_whose_mask_has_nothing_after_the_first_frame_is_not_drawn_so(level: NoiseLevel) -> None:
+    own = torch.ones(3, 3, 2, 2)
+    own[0, 1:] = 0
+    found, mask = continued(level, own, (True, False, True), LATENTS)
+    assert found.sigma.tolist() == [[0.25] * 3, [0.5] * 3, [0, 0.75, 0.75]]
+    assert mask is not None
+    assert mask[0].flatten(1).sum(1).tolist() == [4, 0, 0]
+    assert continued(level, own, (True, False, False), LATENTS) == (level, own)
+
+
+def test_levels_that_differ_by_frame_already_stay_so(level: NoiseLevel) -> None:
+    each = NoiseLevel(torch.rand(3, 3), torch.rand(3, 3))
+    found, _ = continued(each, None, (False, True, False), LATENTS)
+    assert torch.equal(found.sigma[[0, 2]], each.sigma[[0, 2]])
+    assert torch.equal(found.sigma[1, 1:], each.sigma[1, 1:])
+    assert found.sigma[1, 0] == found.timestep[1, 0] == 0
+
+
+@pytest.fixture
+def stepped(denoiser: Any, sampler: Any) -> Callable[[StepInput], Any]:
+    step = Step(denoiser, sampler, {}, RunLength(10, 1.0))
+    return lambda given: step(given)
+
+
+def drawn(given: StepInput, *first_frame: bool) -> StepInput:
+    level, mask = continued(given.level, None, first_frame, LatentShape(*given.clean.shape[1:]))
+    return replace(given, level=level, mask=mask)
+
+
+def row(given: StepInput, number: int) -> StepInput:
+    """One clip of a micro-batch, alone."""
+    one = slice(number, number + 1)
+    text = given.condition.text
+    return StepInput(
+        given.clean[one],
+        given.noise[one],
+        NoiseLevel(given.level.sigma[one], given.level.timestep[one]),
+        Condition(Text(text.embeds[one], text.mask[one])),
+        given.step,
+    )
+
+
+def test_the_noisy_first_frame_is_the_clean_one_bit_for_bit(given: Callable[[int], StepInput], sampler: Any) -> None:
+    mixed = drawn(given(2), True, False)
+    noisy, _ = sampler.corrupt(mixed.clean, mixed.noise, mixed.level)
+    assert torch.equal(noisy[0, :, 0], mixed.clean[0, :, 0])
+    assert not torch.equal(noisy[0, :, 1], mixed.clean[0, :, 1])
+    plain, _ = sampler.corrupt(mixed.clean, mixed.noise, given(2).level)
+    assert torch.equal(noisy[:, :, 1:], plain[:, :, 1:])
+    assert torch.equal(noisy[1], plain[1])
+
+
+def test_the_first_frames_loss_has_no_gradient(given: Callable[[int], StepInput]) -> None:
+    mixed = drawn(given(2), True, False)
+    prediction = torch.zeros_like(mixed.clean).requires_grad_()
+    loss = flow_loss(prediction, mixed.noise - mixed.clean, mixed.mask)
+    (gradient,) = torch.autograd.grad(loss.sum(), prediction)
+    assert not gradient[0, :, 0].any()
+    assert (gradient[0, :, 1:] != 0).all()
+    assert (gradient[1] != 0).all()
+    assert loss[0].item() == pytest.approx((mixed.noise - mixed.clean)[0, :, 1:].square().mean().item(), rel=1e-6)
+
+
+def test_clips_of_a_mixed_batch_have_the_loss_that_they_have_alone(
+    given: Callable[[int], StepInput], stepped: Callable[[StepInput], Any]
+) -> None:
+    plain = given(3)
+    mixed = stepped(drawn(plain, True, False, True)).flow
+    alone = [stepped(drawn(row(plain, n), first)).flow for n, first in enumerate((True, False, True))]
+    torch.testing.assert_close(mixed, torch.cat(alone), rtol=1e-5, atol=0)
+    assert (mixed[[0, 2]] != stepped(plain).flow[[0, 2]]).all()
+
+
+def test_noise_and_levels_stay_what_they_were_and_sigmas_are_told_by_frame(toy: Any, sampler: Any) -> None:
+    from vtrain.contract import Latents
+    from vtrain.data.batches import Batch
+
+    text = Text(torch.zeros(2, 8, 4), torch.ones(2, 8, dtype=torch.bool))
+    clean = torch.randn(2, 2, 3, 2, 2)
+
+    class One:
+        first_frame = (False, False)
+
+        def get(self, number: int, features: object) -> Batch:
+            return Batch(number, Latents(clean), text, (4, 9), ("a", "b"), (False, False), self.first_frame)
+
+    batches: Any = One()
+    feed = Feed(batches, sampler, 3, torch.device("cpu"))
+    plain = feed.prepare(0, 0)
+    batches.first_frame = (False, True)
+    mixed = feed.prepare(0, 0)
+    assert torch.equal(plain.given.noise, mixed.given.noise)
+    assert plain.given.mask is None
+    assert plain.given.level.sigma.shape == (2,)
+    assert mixed.given.level.sigma.shape == (2, 3)
+    first, second = plain.sigmas
+    assert mixed.sigmas == [first, [0.0, second, second]]
+
+
+def image_to_video(rows: list[dict[str, Any]]) -> int:
+    return sum(isinstance(sigma, list) for line in rows for sigma in line["sigmas"])
+
+
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_a_killed_and_resumed_run_of_image_to_video_is_the_same_run(
+    folder: Any, another: Callable[[], Any], vtrain: Run, start: Start, train: str
+) -> None:
+    settings = {"train": train, "steps": 30, "save": 5, "accumulate": 2, "log_every": 4, "more": HALF}
+    straight = another()
+    vtrain("run", straight.write(**settings))
+    process = start("run", folder.write(**settings))
+    while not (folder.output / "checkpoints" / "step-000005").exists():
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    assert not (folder.output / "checkpoints" / "step-000030").exists()
+    vtrain("run", folder.config)
+    assert folder.rows() == straight.rows()
+    share = image_to_video(straight.rows()) / (30 * 2 * 2)
+    assert 0.35 < share < 0.65
+    got: dict[str, Tensor] = folder.tensors(30)
+    for name, value in straight.tensors(30).items():
+        assert torch.equal(value, got[name]), name
+
+
+def test_two_processes_draw_and_train_as_one_does(folder: Any, another: Callable[[], Any], vtrain: Run) -> None:
+    """As test_processes has it for plain training; fp32 sums in another order are all that differs."""
+    settings = {"steps": 8, "save": 8, "batch_size": 1, "lr": 1e-3, "more": HALF}
+    one = another()
+    vtrain("run", one.write(accumulate=4, **settings))
+    vtrain("run", folder.write(accumulate=2, **settings), processes=2)
+    assert 0 < image_to_video(one.rows()) < 32
+    for a, b in zip(folder.rows(), one.rows(), strict=True):
+        assert a["samples"] == b["samples"]
+        assert a["sigmas"] == b["sigmas"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+    right = one.tensors(8)
+    for name, value in folder.tensors(8).items():
+        torch.testing.assert_close(value, right[name], rtol=0, atol=1e-6)
+
+
+def test_the_batch_size_changes_no_draw(folder: Any, another: Callable[[], Any], vtrain: Run) -> None:
+    other = another()
+    vtrain("run", folder.write(steps=10, batch_size=1, more=HALF))
+    vtrain("run", other.write(steps=5, batch_size=2, more=HALF))
+
+    def by_sample(rows: list[dict[str, Any]]) -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
+        for line in rows:
+            for sample, sigma in zip(line["samples"], line["sigmas"], strict=True):
+                found.setdefault(sample, set()).add(json.dumps(sigma))
+        return found
+
+    alone, together = by_sample(folder.rows()), by_sample(other.rows())
+    shared = sum(len(alone.get(name, set()) & sigmas) for name, sigmas in together.items())
+    assert shared >= 8, "all but those whose batch was not complete"
+
+
+def test_resume_tells_a_changed_share(folder: Any, vtrain: Run) -> None:
+    vtrain("run", folder.write(steps=3))
+    printed = vtrain("run", folder.write(steps=6, more=HALF)).stdout
+    assert "changed since: data[0].video.image_to_video: 0.0 -> 0.5" in printed
+
+
+def test_the_plan_says_which_share(folder: Any, vtrain: Run, tmp_path: Path) -> None:
+    printed = vtrain("plan", folder.write(more=HALF)).stdout
+    assert "50% of draws start from a clean first frame" in printed

@@ -15,7 +15,18 @@ from typing import Any
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-MODULES = ("bare", "crepa", "efficientnet", "gpu_sana2b", "report", "startup", "steadiness", "step", "workload")
+MODULES = (
+    "bare",
+    "crepa",
+    "efficientnet",
+    "gpu_sana2b",
+    "gpu_sides",
+    "report",
+    "startup",
+    "steadiness",
+    "step",
+    "workload",
+)
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ def test_the_same_numbers_give_the_same_interval(module: Load) -> None:
 
 
 def test_the_2b_model_has_the_parameters_of_the_real_one(module: Load) -> None:
-    gpu = module("gpu_sana2b")
+    gpu = module("gpu_sides")
     config = gpu.TransformerConfig.model_validate(gpu.REAL)
     with torch.device("meta"):
         model = gpu.SanaVideoTransformer3DModel(**gpu.REAL)
@@ -48,14 +48,14 @@ def test_the_2b_model_has_the_parameters_of_the_real_one(module: Load) -> None:
 def test_the_work_of_a_step_is_counted_in_forwards_and_tokens(
     module: Load, mode: str, frames: int, tflop: float
 ) -> None:
-    gpu = module("gpu_sana2b")
+    gpu = module("gpu_sides")
     setup = gpu.Setup(mode, gpu.Clip(832, 480, frames), gpu.REAL, torch.device("cpu"), 4)
     assert setup.clip.latents == (16, (frames - 1) // 4 + 1, 60, 104)
     assert setup.tflop() == pytest.approx(tflop)
 
 
 def test_a_built_model_has_whole_rotary_tables_and_finite_weights(module: Load) -> None:
-    gpu = module("gpu_sana2b")
+    gpu = module("gpu_sides")
     model = gpu.build(gpu.Setup("lora", gpu.Clip(64, 64, 9), gpu.TINY, torch.device("cpu"), 1))
     fresh = gpu.SanaVideoTransformer3DModel(**gpu.TINY)
     buffers = dict(fresh.named_buffers())

@@ -51,9 +51,27 @@ def test_the_startup_benchmark_compares_commands_and_sees_the_users_threads_resp
 def test_the_gpu_benchmark_runs_on_a_cpu_with_a_tiny_model(script: Script) -> None:
     text, numbers = script("gpu_sana2b.py", "--device", "cpu", "--tiny", "--blocks", "2", "--steps", "1")
     assert [(setup["mode"], setup["clip"]) for setup in numbers["setups"]] == [("lora", "64x64x9"), ("full", "64x64x9")]
-    assert all(len(setup[side]["seconds"]) == 2 for setup in numbers["setups"] for side in ("bare", "vtrain"))
+    sides = ("bare", "vtrain", "CREPA cached", "CREPA decoded")
+    assert all(len(setup[side]["seconds"]) == 2 for setup in numbers["setups"] for side in sides)
+    assert all(setup["ratios"]["CREPA cached / vtrain, seconds"]["limit"] == 1.05 for setup in numbers["setups"])
     assert "SimpleTuner" in text
-    assert text.count("| in turn") == 4
+    assert text.count("| in turn") == 8
+
+
+def test_the_crepa_benchmark_compares_each_kind_of_teacher_with_the_step_without(
+    script: Script, tmp_path: Path
+) -> None:
+    text, numbers = script("crepa.py", "--quick", "--modes", "lora", "--folder", str(tmp_path / "work"))
+    sides = ["none", "cached", "decoded", "source"]
+    for found in (numbers["time"], numbers["memory"]):
+        assert [(row["model"], row["mode"], row["side"]) for row in found] == [("tiny", "lora", side) for side in sides]
+        assert found[0]["ratio"] is None
+        assert [row["ratio"]["limit"] for row in found[1:]] == [1.05, None, None]
+    assert all(row["cpu"] > 0 for row in numbers["time"])
+    # A teacher in memory is 22 M parameters in bf16 and what decodes latents; a cached one is neither.
+    none, cached, decoded, source = (row["peak"] for row in numbers["memory"])
+    assert min(decoded, source) - max(none, cached) > 20 << 20
+    assert text.count("| tiny  | lora    |") == 8
 
 
 def test_the_scan_benchmark_measures_each_part_and_compares_a_warm_scan_with_a_bare_walk(script: Script) -> None:

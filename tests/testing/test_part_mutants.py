@@ -6,12 +6,14 @@ import io
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, BinaryIO
 
 import pytest
 import torch
 from torch import Tensor, nn
+from vtrain_toy.colouring import ColourEncoder
+from vtrain_toy.colours import Colours, ColoursOptions
 from vtrain_toy.smooth import Smooth, SmoothOptions
 from vtrain_toy.smoothness import Smoothness
 
@@ -205,6 +207,34 @@ class Blind:
         raise AssertionError("the kit makes its own")
 
 
+def colours(**members: object) -> Subject:
+    """A regularizer with an encoder, with members replaced."""
+    return {"regularizer": type("BrokenColours", (Colours,), members)(ColoursOptions(block=1))}
+
+
+class Smearing(ColourEncoder):
+    """It mixes the frames of a clip."""
+
+    def encode(self, frames: Tensor, grid: TokenGrid) -> Tensor:
+        found = super().encode(frames, grid)
+        return found + found.mean(1, keepdim=True)
+
+
+@contextmanager
+def smearing(self: Colours, device: str) -> Iterator[ColourEncoder]:
+    yield Smearing(4, 1)
+
+
+@contextmanager
+def keeping(self: Any, device: str) -> Iterator[ColourEncoder]:
+    self.kept = ColourEncoder(4, 1)
+    yield self.kept
+
+
+def turned(self: Colours, clip: ClipShape, grid: TokenGrid) -> FeatureShape:
+    return FeatureShape(grid.frames, grid.width, grid.height, 4)
+
+
 def write_clean(term: LossTerm, view: StepView) -> LossTerm:
     view.clean.mul_(2)
     return term
@@ -224,6 +254,12 @@ REGULARIZERS: Mapping[str, Callable[[], Subject]] = {
         "regularizer": Blind(),
         "module": Still(lambda view: LossTerm(view.prediction.square().mean())),
     },
+    "test_feature_arithmetic_equals_what_the_encoder_gives": lambda: colours(feature_shape=turned),
+    "test_features_are_of_the_frames_one_for_one": lambda: colours(open_feature_encoder=smearing),
+    "test_the_fingerprint_of_features_stays": lambda: colours(
+        feature_fingerprint=lambda self, hash_file: str(next(counter))
+    ),
+    "test_the_encoder_is_no_part_of_the_module_and_is_released": lambda: colours(open_feature_encoder=keeping),
     "test_metrics_are_detached_scalars": lambda: loss(lambda term, _: LossTerm(term.value, {"loss": term.value})),
     "test_one_latent_frame_is_enough": lambda: smoothness(Neighbours),
     "test_bf16_taps_are_taken": lambda: smoothness(Narrow),

@@ -11,7 +11,7 @@ Subclass one for each part, give its fixtures, and every rule of the contract ru
 
 import pytest
 
-for _module in ("data_backend", "plugin", "regularizer", "sampler", "spec"):
+for _module in ("data_backend", "plugin", "regularizer", "regularizer_features", "sampler", "spec"):
     pytest.register_assert_rewrite(f"vtrain.testing.{_module}")
 for _module in ("codec", "denoiser", "geometry", "lora", "taps", "text"):
     pytest.register_assert_rewrite(f"vtrain.testing.family_{_module}")

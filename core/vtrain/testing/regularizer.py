@@ -22,9 +22,10 @@ from vtrain.contract import (
     TokenGrid,
 )
 from vtrain.testing.draws import level_of, noise, required
+from vtrain.testing.regularizer_features import FeatureTests
 
 
-class RegularizerTests:
+class RegularizerTests(FeatureTests):
     """A loss term, on views of random numbers that no family made.
 
     latents: of a clip. patch: latents of a token, each way; pixels: of a latent, each way. tap_width: D of every tap.

@@ -43,6 +43,8 @@ _REASONS = """SELECT status, kind, count(*), 1, reason, min(ref) FROM fate
 _WIDTHS = """SELECT max(length(width || 'x' || height || '@' || frames)), max(length(ref)) FROM fate
     WHERE decision = :decision"""
 
+_PROBE = "SELECT probe FROM source WHERE place = :place AND ref = :ref"
+
 _BESIDE = "SELECT kind FROM source WHERE place = :place AND ref IN (SELECT value FROM json_each(:refs))"
 
 _OF_STEM = "SELECT ref FROM fate WHERE decision = :decision AND ref >= :stem || '.' AND ref < :stem || '/' LIMIT 3"
@@ -172,6 +174,11 @@ class Files:
         if file.status != "used":
             return ()
         return Samples(self.ledger, (self.datasets[file.dataset][1],)).of(file.ref.id)
+
+    def probe(self, dataset: str, ref: str) -> Probe | None:
+        """What is known of any file of a dataset's place, a mask's too."""
+        rows = self._all(_PROBE, {**_of(self.datasets[dataset][1]), "ref": ref})
+        return probe_of(rows[0][0]) if rows else None
 
     def _all(self, query: str, values: Mapping[str, object]) -> list[tuple[Any, ...]]:
         with database_faults(self.ledger), closing(open_readonly(self.ledger)) as db:

@@ -1,0 +1,153 @@
+"""`vtrain data show` in words: what is known of a source file, its windows, its captions and their cache entries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from vtrain.cli.data_masks import ShownMask, WindowMask, mask_rows
+from vtrain.cli.data_masks import window_rows as mask_window_rows
+from vtrain.cli.plan import show_sections
+from vtrain.cli.report import one_line
+from vtrain.contract import Role
+from vtrain.data.sample import Box, Sample
+from vtrain.data.scanning.files import File
+from vtrain.plan.price import bytes_text
+from vtrain.plan.records import Plan, Section
+
+
+@dataclass(frozen=True)
+class Window:
+    """One entry of the video cache. scale: size in the bucket by size in the source, across and down.
+
+    stretch: how much wider or higher the picture becomes, at least 1. key: "" if the file's bytes were never read. state: of the
+    entry. fault: why it cannot be decoded, or "". decoder: which one decoded it, "" if none did. mask: None for none.
+    """
+
+    sample: str
+    start: float
+    times: tuple[float, ...]
+    box: Box
+    scale: tuple[float, float]
+    stretch: float
+    key: str
+    state: str
+    fault: str = ""
+    decoder: str = ""
+    mask: WindowMask | None = None
+
+    @property
+    def faults(self) -> list[str]:
+        """Of its file and of its mask's."""
+        return [fault for fault in (self.fault, self.mask.fault if self.mask is not None else "") if fault]
+
+
+@dataclass(frozen=True)
+class TextEntry:
+    """One entry of the text cache. wording: what the encoder reads; None if the family does not say."""
+
+    role: Role
+    text: str
+    extras: Mapping[str, float | int | str]
+    wording: str | None
+    key: str
+    state: str
+
+
+def show_facts(
+    plan: Plan,
+    file: File,
+    samples: tuple[Sample, ...],
+    mask: ShownMask | None,
+    windows: list[Window],
+    texts: list[TextEntry],
+) -> None:
+    parts = [
+        Section(one_line(file.name), (*_about(plan, file, samples, mask), *_decoders(plan, file, windows))),
+        Section("windows", tuple(_window_rows(windows)), table=True),
+        Section("captions", tuple(_text_rows(texts))),
+        Section("cached video", tuple((f"window {n}", f"{w.key or '-'}  {w.state}") for n, w in enumerate(windows, 1))),
+        Section("cached masks", tuple(mask_window_rows([window.mask for window in windows]))),
+        Section("cached text", tuple((label, f"{e.key}  {e.state}") for label, e in _labelled(texts))),
+    ]
+    show_sections(Console(soft_wrap=True, highlight=False), [part for part in parts if part.rows])
+
+
+def _about(plan: Plan, file: File, samples: tuple[Sample, ...], mask: ShownMask | None) -> Iterator[tuple[str, str]]:
+    yield "place", plan.datasets[file.number].backend.location
+    yield "size", f"{bytes_text(file.ref.size)} ({file.ref.size} bytes), version {file.ref.version}"
+    yield "sha256", file.content or "not known: its bytes are read when it is cached"
+    if (probe := file.probe) is not None:
+        yield "video", f"{probe.codec}, {probe.width}x{probe.height}{f', {probe.turned}' if probe.turned else ''}"
+        if probe.pixel_aspect != 1:
+            shown = round(probe.width * probe.pixel_aspect)
+            yield "pixels", f"{probe.pixel_aspect:.4g} times as wide as high: shown as {shown}x{probe.height}"
+        rate = f", {probe.own_rate:.6g} frames per second" if probe.frames > 1 and probe.duration > 0 else ""
+        yield "length", f"{probe.frames} frame{'s' if probe.frames != 1 else ''}{rate}, {probe.duration:.3f} s"
+    if file.status != "used":
+        yield file.status, f"{file.kind}: {file.reason}" if file.kind != file.reason else file.reason
+        return
+    several = f"{file.samples} samples, {file.windows} windows" if file.windows > 1 else "1 window"
+    yield "used", f"as {file.shape} at {samples[0].fps:g} fps, {several}" if samples else f"as {file.shape}"
+    yield from mask_rows(plan.datasets[file.number], mask)
+    if share := plan.datasets[file.number].image_to_video:
+        yield "first frame", f"given to the model at {100 * share:.4g}% of its draws (image to video)"
+
+
+def _decoders(plan: Plan, file: File, windows: list[Window]) -> Iterator[tuple[str, str]]:
+    """What decoded the file, where that is not PyAV anyway."""
+    if not (decoder := plan.datasets[file.number].decoder) or not windows:
+        return
+    for found in dict.fromkeys(window.decoder for window in windows if window.decoder) or [""]:
+        yield "decoder", one_line(found) or f"{decoder}, or PyAV: a contact sheet shows which"
+
+
+def _window_rows(windows: list[Window]) -> Iterator[tuple[str, ...]]:
+    if not windows:
+        return
+    yield "window", "first frame", "last frame", "one every", "part of the picture", "scaled by", "aspect changed by"
+    for number, window in enumerate(windows, start=1):
+        every = f"{window.times[1] - window.times[0]:.4g} s" if len(window.times) > 1 else "-"
+        across, down = (f"{factor:.3f}" for factor in window.scale)
+        scale = across if across == down else f"{across} x {down}"
+        ends = (f"{window.times[0]:.3f} s", f"{window.times[-1]:.3f} s")
+        yield str(number), *ends, every, part_text(window.box), scale, stretch_text(window.stretch)
+
+
+def part_text(box: Box) -> str:
+    return f"{box.width}x{box.height}+{box.left}+{box.top}"
+
+
+def stretch_text(stretch: float) -> str:
+    return f"{100 * (stretch - 1):.1f}%"
+
+
+def seconds_text(times: Sequence[float]) -> str:
+    return f"{times[0]:.3f} to {times[-1]:.3f} s"
+
+
+def _labelled(texts: list[TextEntry]) -> Iterator[tuple[str, TextEntry]]:
+    prompts = sum(entry.role == "prompt" for entry in texts)
+    for number, entry in enumerate(texts, start=1):
+        yield ("dropped" if entry.role == "dropped" else f"caption {number}" if prompts > 1 else "caption"), entry
+
+
+def _text_rows(texts: list[TextEntry]) -> Iterator[tuple[str, str]]:
+    for label, entry in _labelled(texts):
+        if entry.role == "prompt":
+            yield label, entry.text
+            yield from ((name, str(value)) for name, value in entry.extras.items())
+        if entry.wording is not None:
+            reading = _shortened(entry.wording, len(entry.text)) or "(nothing)"
+            yield "read as" if entry.role == "prompt" else f"{label}, read as", reading
+
+
+def _shortened(wording: str, caption: int) -> str:
+    """Without the middle of a long instruction. caption: letters of what it is given for."""
+    head, tail = 60, caption + 60
+    left_out = len(wording) - head - tail
+    if left_out < head:
+        return wording
+    return f"{wording[:head]} [... {left_out} letters more, see --json ...] {wording[-tail:]}"

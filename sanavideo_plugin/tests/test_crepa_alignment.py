@@ -91,7 +91,7 @@ def test_the_module_is_the_equation_on_projected_hidden_states(d: int, cumulativ
         h = copy.deepcopy(module.projector).double()(tap)
     loss, own, beside = equation(y, h, d, 1.5, cumulative)
     term = module(view_of(tap.float(), y.float()))
-    assert float(term.value) == pytest.approx(0.7 * loss, rel=1e-5)
+    assert float(term.value.detach()) == pytest.approx(0.7 * loss, rel=1e-5)
     assert {name: float(value) for name, value in term.metrics.items()} == pytest.approx(
         {"alignment_loss": loss, "similarity": own, "neighbour_similarity": beside, "weight": 0.7}, rel=1e-4, abs=1e-6
     )
@@ -106,7 +106,7 @@ def test_the_projector_is_in_fp32_under_autocast_too() -> None:
     assert plain.dtype == torch.float32
     with torch.no_grad():
         h = copy.deepcopy(module.projector).double()(tap.double())
-    assert float(plain) == pytest.approx(0.5 * equation(y.double(), h, 1, 1.0, False)[0], rel=1e-5)
+    assert float(plain.detach()) == pytest.approx(0.5 * equation(y.double(), h, 1, 1.0, False)[0], rel=1e-5)
 
 
 def test_a_frame_at_an_end_has_one_neighbour() -> None:

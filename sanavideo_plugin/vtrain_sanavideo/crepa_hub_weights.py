@@ -21,7 +21,6 @@ from vtrain_sanavideo.weights import misfit_problem
 if TYPE_CHECKING:
     from torch import Tensor
 
-SUFFIXES = (".pth", ".pt")
 HEAD = 64
 """Width of an attention head, in all DINOv2 models."""
 LARGEST = 64 * 2**20

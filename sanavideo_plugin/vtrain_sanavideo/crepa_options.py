@@ -21,6 +21,9 @@ HUB_IDS: Mapping[str, str] = {
 }
 """torch hub's names of DINOv2 -> the same weights on the Hugging Face hub."""
 
+WEIGHT_FILES = (".pth", ".pt")
+"""Ends of the names of torch hub's own files."""
+
 
 def _counted(value: Duration) -> Duration:
     if value.unit == "seconds":
@@ -29,7 +32,11 @@ def _counted(value: Duration) -> Duration:
 
 
 def _named(value: object, source: ValidatorFunctionWrapHandler) -> str:
-    return value if isinstance(value, str) and value in HUB_IDS else str(source(value))
+    if isinstance(value, str) and value in HUB_IDS:
+        return value
+    # A missing file is no hub id.
+    bare = isinstance(value, str) and value.endswith(WEIGHT_FILES) and not value.startswith((".", "~", "/"))
+    return str(source(f"./{value}" if bare else value))
 
 
 Length = Annotated[Duration, AfterValidator(_counted)]

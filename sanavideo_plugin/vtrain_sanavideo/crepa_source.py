@@ -12,7 +12,7 @@ from vtrain.contract import HashFile, ModelError, Problem
 from vtrain_sanavideo import crepa_hub_weights
 from vtrain_sanavideo.check import meaning, read_json
 from vtrain_sanavideo.crepa_hub_weights import HubModel
-from vtrain_sanavideo.crepa_options import HUB_IDS
+from vtrain_sanavideo.crepa_options import HUB_IDS, WEIGHT_FILES
 from vtrain_sanavideo.source import Source
 from vtrain_sanavideo.weights import file_problems, weight_files
 
@@ -46,7 +46,7 @@ class DinoSource(Source):
     def file(self) -> Path | None:
         """The .pth file, if it is one."""
         path = Path(self.name)
-        return path if not self.on_hub and path.suffix in crepa_hub_weights.SUFFIXES and not path.is_dir() else None
+        return path if not self.on_hub and path.suffix in WEIGHT_FILES and not path.is_dir() else None
 
     @cached_property
     def hub_model(self) -> HubModel:

@@ -66,9 +66,11 @@ def test_bad_files_are_left_out_each_with_its_reason(good, make_video, audio_onl
     assert [sample.ref_id for sample in found.samples] == ["good.mp4"]
     (survey,) = found.survey.datasets
     assert survey.files == 7
-    invalid = "cannot be read as a video: Invalid data found when processing input"
+    refused, ffmpeg = "cannot be read as a video", "(ffmpeg: Invalid data found when processing input)"
+    half = "the file ends before its index (moov): an unfinished download or recording?"
     assert survey.left_out == {
-        invalid: (2, "cut.mp4"),
+        f"{refused}: {half} {ffmpeg}": (1, "cut.mp4"),
+        f"{refused}: it is a text {ffmpeg}": (1, "text.mp4"),
         "is empty (0 bytes)": (1, "zero.mp4"),
         "holds no video, only sound": (1, "sound.mp4"),
         "not a video: .pdf": (1, "paper.pdf"),

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, BinaryIO
 
+from vtrain.data.decoding.contents import described
+
 if TYPE_CHECKING:
     from av import FFmpegError
     from av.container import InputContainer
@@ -57,14 +59,23 @@ class FileFault(Exception):
 
 
 @contextmanager
-def faults(doing: str) -> Iterator[None]:
-    """Turn what PyAV and the storage raise into FileFault."""
+def faults(doing: str, stream: BinaryIO | None = None) -> Iterator[None]:
+    """Turn what PyAV and the storage raise into FileFault. stream: of a file whose bytes may tell why ffmpeg refuses it."""
     try:
         yield
     except _ffmpeg_error() as error:
-        raise FileFault(f"{doing}: {error.strerror}") from error
+        found = _described(stream) if stream is not None else ""
+        raise FileFault(f"{doing}: {f'{found} (ffmpeg: {error.strerror})' if found else error.strerror}") from error
     except OSError as error:
         raise FileFault(f"{doing}: {error.strerror or error}", lasting=False) from error
+
+
+def _described(stream: BinaryIO) -> str:
+    """What the file holds, "" if that is not known or it cannot be read again."""
+    try:
+        return described(stream)
+    except OSError:
+        return ""
 
 
 def _ffmpeg_error() -> type[FFmpegError]:
@@ -79,14 +90,15 @@ def open_video(stream: BinaryIO, threads: int = 1) -> Iterator[tuple[InputContai
     import av
     from av.stream import Disposition
 
-    with faults("cannot be read as a video"):
+    with faults("cannot be read as a video", stream):
         options = {"format_whitelist": _FORMATS, "max_pixels": str(MOST_PIXELS)}
         container = av.open(stream, "r", options=options, metadata_errors="replace", buffer_size=_BUFFER)
     with container:
         moving = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
         if not moving:
-            sound = any(s.type == "audio" for s in container.streams)
-            raise FileFault("holds no video, only sound" if sound else "holds no video; is it truncated?")
+            if any(s.type == "audio" for s in container.streams):
+                raise FileFault("holds no video, only sound")
+            raise FileFault(f"holds no video: {_described(stream) or 'is it truncated?'}")
         video = moving[0]
         if video.codec_context is None:
             raise FileFault("its codec is unknown to this build of ffmpeg")

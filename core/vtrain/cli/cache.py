@@ -54,8 +54,14 @@ def status(path: Path, as_json: bool) -> None:
         return
     typer.echo(visible(f"cache: {folder}"))
     heads = ("entries", "wanted", "present", "bytes", "missing", "damaged", "stale", "leftovers", "other files")
-    print_table(heads, [_row(each) for each in found])
+    used = [each for each in found if each.kind in ("text", "video") or each.wanted or _has_files(each)]
+    print_table(heads, [_row(each) for each in used])
     _explain(found)
+
+
+def _has_files(found: Inventory) -> bool:
+    tallies = (found.present, found.damaged, found.stale, found.leftovers, found.foreign)
+    return any(tally.count for tally in tallies)
 
 
 def _row(found: Inventory) -> tuple[str, ...]:
@@ -170,7 +176,7 @@ def verify(path: Path, as_json: bool) -> None:
             typer.echo(visible(f"damaged: {each.path}: {each.reason}; moved to {each.aside.name}"))
         for path, reason in unread:
             typer.echo(visible(f"cannot be read: {path}: {reason}"))
-        read = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+        read = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count or kind in ("text", "video"))
         sound = sum(counts.values()) - len(damaged)
         typer.echo(f"{read} entries read, {sound} sound, {len(damaged)} damaged")
         if damaged:

@@ -109,7 +109,8 @@ class Filling:
     """
 
     LINE_EVERY = 30.0
-    UNITS: ClassVar = {"text": "captions", "video": "clips"}
+    UNITS: ClassVar = {"text": "captions", "mask": "masks"}
+    """Of each stage; of all others, clips."""
 
     def __init__(self, console: Console, processes: int = 1) -> None:
         self.console = console
@@ -145,7 +146,7 @@ class Filling:
                 words = escape(f"encoding {stage}")
                 self.tasks[stage] = self.bar.add_task(words, total=total, completed=done, pace="")
             return
-        pace = self.paces[stage].words(done, total, time.monotonic(), self.UNITS.get(stage, stage))
+        pace = self.paces[stage].words(done, total, time.monotonic(), self.UNITS.get(stage, "clips"))
         self.bar.update(self.tasks[stage], completed=done, pace=escape(pace))
         now = time.monotonic()
         if not self.console.is_terminal and (done == total or now - self.said > self.LINE_EVERY):

@@ -132,9 +132,11 @@ Clips = tuple[tuple[ClipShape, TokenGrid | None], ...]
 
 
 def _longest(family: Family, made: tuple[DatasetPlan, ...]) -> Clips:
-    """The longest clip of each bucket, once, with its tokens."""
+    """The longest clip of each bucket that the family takes, once, with its tokens."""
     shapes = {ClipShape(each.frames, s.height, s.width) for each in made for s in each.sizes}
-    return tuple((shape, token_grid(family, shape)) for shape in sorted(shapes))
+    stride, rule = family.pixel_stride, family.frame_rule
+    taken = [s for s in sorted(shapes) if rule.accepts(s.frames) and not (s.height % stride or s.width % stride)]
+    return tuple((shape, token_grid(family, shape)) for shape in taken)
 
 
 def _said(regularizers: tuple[tuple[str, Regularizer], ...]) -> list[str]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vtrain.config.record import Config
 from vtrain.contract import ClipShape, ConfigError, OptimizerSpec, Problem
 from vtrain.plan.records import Plan, Survey
+from vtrain.plan.residents import feature_bytes, mask_bytes
 
 FLOAT32 = 4
 STORED_BYTES = {"fp32": 4, "bf16": 2}
@@ -17,10 +19,11 @@ STORED_BYTES = {"fp32": 4, "bf16": 2}
 
 @dataclass(frozen=True)
 class Prices:
-    """What a run amounts to. Sizes in bytes; an upper bound for text, whose entries hold only real tokens.
+    """What a run amounts to. Sizes in bytes; upper bounds for text, whose entries hold only real tokens, and for masks.
 
     checkpoint_bytes: one checkpoint; None under LoRA, whose size depends on modules not loaded yet.
-    steps_per_epoch: not whole in general. validations: how many; None when timed in minutes.
+    steps_per_epoch: not whole in general. validations: how many; None when timed in minutes. feature_bytes: of cached
+    features, by regularizer.
     """
 
     steps: int
@@ -32,6 +35,8 @@ class Prices:
     checkpoints: int | None
     validations: int | None
     warnings: tuple[str, ...]
+    feature_bytes: Mapping[str, int] = field(default_factory=dict)
+    mask_bytes: int = 0
 
     @property
     def epochs(self) -> float:
@@ -59,6 +64,8 @@ def price(plan: Plan, survey: Survey) -> Prices:
         checkpoints=math.ceil(steps / every) if every else None,
         validations=steps // validate_every if validate_every else None,
         warnings=plan.warnings + _pointed_out(config, steps, per_epoch),
+        feature_bytes=feature_bytes(plan, survey),
+        mask_bytes=mask_bytes(plan, survey),
     )
 
 
@@ -127,7 +134,7 @@ def _pointed_out(config: Config, steps: int, per_epoch: float) -> tuple[str, ...
 
 
 def check_room(plan: Plan, prices: Prices) -> None:
-    """Raises ConfigError if a disk lacks room for what is not there yet: cached video, and checkpoints as they are kept.
+    """Raises ConfigError if a disk lacks room for what is not there yet: caches, and checkpoints as they are kept.
 
     While the newest checkpoint is written, one more than are kept exists. Text entries are small and not counted. What the
     folders hold already is looked up only where room seems to lack.
@@ -135,8 +142,12 @@ def check_room(plan: Plan, prices: Prices) -> None:
     config = plan.config
     kept = prices.checkpoints or 1 if config.checkpoint.keep == "all" else config.checkpoint.keep
     at_once = min(kept, prices.checkpoints or kept) + 1
+    cached = [("video", prices.video_bytes, "the cache"), ("mask", prices.mask_bytes, "masks")]
+    if prices.feature_bytes:
+        parts = [f"{bytes_text(size)} of {name}" for name, size in prices.feature_bytes.items()]
+        cached.append(("features", sum(prices.feature_bytes.values()), f"cached features ({', '.join(parts)})"))
     wanted = (
-        _Wanted(("cache", "dir"), config.cache.dir, "video", prices.video_bytes, "the cache"),
+        *(_Wanted(("cache", "dir"), config.cache.dir, below, size, what) for below, size, what in cached),
         _Wanted(
             ("run", "output_dir"),
             config.run.output_dir,
@@ -155,7 +166,8 @@ def check_room(plan: Plan, prices: Prices) -> None:
             continue
         needed = sum(max(0, want.size - _held(want.folder / want.below)) for want in sharing)
         if needed > free:
-            what = " and ".join(want.what for want in sharing if want.size)
+            *more, last = [want.what for want in sharing if want.size]
+            what = f"{', '.join(more)} and {last}" if more else last
             words = f"{what} need {bytes_text(needed)} more and the disk of {sharing[0].folder} has {bytes_text(free)} free."
             problems.append(Problem(config.where(*sharing[0].key), words))
     if problems:

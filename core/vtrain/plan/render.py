@@ -6,6 +6,8 @@ from vtrain.plan.data_words import buckets_json, buckets_section, dataset_rows
 from vtrain.plan.image_to_video import picture_rows, price_rows
 from vtrain.plan.price import Prices, bytes_text
 from vtrain.plan.records import Plan, Section, Survey
+from vtrain.plan.residents import feature_words
+from vtrain.plan.residents import section as memory_section
 
 
 def sections(plan: Plan, survey: Survey, prices: Prices) -> tuple[Section, ...]:
@@ -24,6 +26,7 @@ def sections(plan: Plan, survey: Survey, prices: Prices) -> tuple[Section, ...]:
         Section("run", _run(plan, prices)),
         *(Section(f"regularizer: {name}", tuple(part.describe())) for name, part in plan.regularizers),
         Section("validation", (*_validation(plan, prices), *picture_rows(plan))),
+        memory_section(plan),
         Section("on disk", _disk(plan, survey, prices)),
         Section(
             "parts",
@@ -87,6 +90,11 @@ def _disk(plan: Plan, survey: Survey, prices: Prices) -> tuple[tuple[str, str], 
         ("checkpoints", checkpoints + kept + each),
         ("cache", str(config.cache.dir)),
         ("cached video", f"{windows} clips, {bytes_text(prices.video_bytes)}"),
+        *(
+            (f"cached features ({name})", f"{windows} clips, {bytes_text(prices.feature_bytes[name])}: {words}")
+            for name, words in feature_words(plan, survey)
+        ),
+        *((("cached masks", f"at most {bytes_text(prices.mask_bytes)}"),) if prices.mask_bytes else ()),
         ("cached text", f"{survey.texts} captions, at most {bytes_text(prices.text_bytes)}"),
     )
 
@@ -97,7 +105,12 @@ def as_json(plan: Plan, survey: Survey, prices: Prices) -> dict[str, object]:
         "steps": prices.steps,
         "steps_per_epoch": prices.steps_per_epoch,
         "samples_per_step": prices.samples_per_step,
-        "cache_bytes": {"text": prices.text_bytes, "video": prices.video_bytes},
+        "cache_bytes": {
+            "text": prices.text_bytes,
+            "video": prices.video_bytes,
+            "features": dict(prices.feature_bytes),
+            "mask": prices.mask_bytes,
+        },
         "checkpoint_bytes": prices.checkpoint_bytes,
         "datasets": [
             {

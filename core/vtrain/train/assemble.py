@@ -154,6 +154,7 @@ def assemble(plan: Plan, prices: Prices, start: Start, index: Index, caches: Cac
         load_optimizer(start.folder, optimizer, named, own_keys(part.options))
     batches = Batches(plan, caches, index)
     held.callback(batches.close)
+    held.callback(batches.close)
     return Trainer(plan, prices, start, index.mark(), batches, processes, denoiser, base, step, optimizer, named, held)
 
 

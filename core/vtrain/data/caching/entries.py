@@ -132,7 +132,7 @@ class Entries:
     """The entries of one of KINDS in a cache folder. compress: whether those written from now on are."""
 
     def __init__(self, folder: Path, kind: str, *, compress: bool = False) -> None:
-        self.folder, self.compress = folder / kind, compress
+        self.kind, self.folder, self.compress = kind, folder / kind, compress
         self._folder, self._checked = str(self.folder), _Checked()
 
     def path(self, key: str) -> Path:

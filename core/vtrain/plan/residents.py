@@ -1,0 +1,83 @@
+"""Models beside the denoiser: which of them stay in memory while it trains, and what their features take on the disk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from vtrain.contract import ClipShape, FeatureShape, Regularizer, SupportsFeatures
+from vtrain.plan.records import Plan, Section, Survey
+from vtrain.plan.tokens import token_grid
+
+BYTES = {"fp32": 4, "bf16": 2}
+"""Of one number, by storage type."""
+
+
+def feature_bytes(plan: Plan, survey: Survey) -> dict[str, int]:
+    """Bytes of all features that are cached, by regularizer."""
+    return {
+        name: sum(_shape_bytes(plan, part, bucket.shape) * bucket.windows for bucket in survey.table())
+        for name, part in plan.regularizers
+        if part.needs().features == "cached"
+    }
+
+
+def feature_words(plan: Plan, survey: Survey) -> Iterator[tuple[str, str]]:
+    """Regularizer -> what its encoder makes of the largest clip: "21 x 30x52 vectors of 1536, bf16"."""
+    shapes = [bucket.shape for bucket in survey.table()]
+    for name, part in plan.regularizers:
+        if part.needs().features == "cached" and isinstance(part, SupportsFeatures) and shapes:
+            largest = max(shapes, key=lambda shape, part=part: _shape_bytes(plan, part, shape))  # type: ignore[misc]
+            found = _feature_shape(plan, part, largest)
+            if found is not None:
+                frames, height, width, channels = found
+                yield name, f"{frames} x {width}x{height} vectors of {channels}, {part.feature_dtype}"
+
+
+def _shape_bytes(plan: Plan, part: Regularizer, clip: ClipShape) -> int:
+    shape = _feature_shape(plan, part, clip)
+    if shape is None or not isinstance(part, SupportsFeatures):
+        return 0
+    return math.prod(shape) * BYTES[part.feature_dtype]
+
+
+def _feature_shape(plan: Plan, part: Regularizer, clip: ClipShape) -> FeatureShape | None:
+    """None where the plan refuses the regularizer anyway."""
+    grid = token_grid(plan.family, clip)
+    return part.feature_shape(clip, grid) if grid is not None and isinstance(part, SupportsFeatures) else None
+
+
+def mask_bytes(plan: Plan, survey: Survey) -> int:
+    """Bytes of all masks that may be cached: at most one for each window of a dataset with masks."""
+    total = 0
+    for dataset, found in zip(plan.datasets, survey.datasets, strict=True):
+        for shape in found.samples if dataset.masks is not None else ():
+            total += math.prod(plan.family.latent_shape(shape)[1:]) * BYTES["fp32"] * found.windows_of(shape)
+    return total
+
+
+def section(plan: Plan) -> Section:
+    """What is in memory, on each process's device, at every step of training."""
+    return Section("in memory while training", tuple(_rows(plan)))
+
+
+def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
+    size = plan.family.parameters
+    yield "denoiser", f"{size:,} parameters, {plan.base}"
+    yield "text encoder", "no: captions are cached"
+    yield "video codec", _codec(plan)
+    for name, part in plan.regularizers:
+        if part.needs().features == "cached":
+            yield f"encoder of {name}", "no: its features are cached"
+        elif part.needs().features is not None:
+            of = "the frames that the codec decodes" if part.needs().features == "decoded" else "the clips' own frames"
+            yield f"encoder of {name}", f"yes: it runs at each step at which {name} is at work, on {of}"
+
+
+def _codec(plan: Plan) -> str:
+    decoding = {name: part.needs() for name, part in plan.regularizers if part.needs().features == "decoded"}
+    if decoding:
+        half = all(needs.decoder_only for needs in decoding.values())
+        what = "what decodes alone, where the family can part with the rest" if half else "all of it"
+        return f"yes, {what}: {' and '.join(decoding)} decode clips at each step"
+    return "no: latents are cached" + ("; it is loaded for each validation" if plan.validation is not None else "")

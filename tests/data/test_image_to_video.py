@@ -67,8 +67,10 @@ def test_a_draw_depends_on_the_seed_and_its_number_alone(batches: Any) -> None:
     )
     again = draws(batches(0.5), 40)
     assert again == one
-    pairs = draws(batches(0.5, batch_size=1, caption_dropout=0.9), 40)
-    assert pairs == one
+    assert draws(batches(0.5, caption_dropout=0.9), 40) == one
+    pairs = draws(batches(0.5, batch_size=3), 10)
+    assert len(pairs.keys() & one.keys()) > 20
+    assert all(pairs[draw] == one[draw] for draw in pairs.keys() & one.keys())
     assert {k: v[1] for k, v in draws(batches(0.5, seed=2), 40).items()} != {k: v[1] for k, v in one.items()}
 
 

@@ -11,6 +11,7 @@ from vtrain_builtin import pattern
 from vtrain_builtin.attempts import StorageError
 from vtrain_builtin.local import LocalFolder
 from vtrain_builtin.place import PlaceOptions, is_url
+from vtrain_builtin.sized_file import SizedFile
 from vtrain_builtin.storage import Storage
 
 _READ = 1 << 16
@@ -135,38 +136,22 @@ def _told(error: OSError, location: str, noun: str) -> DataError:
     return DataError(Problem(location, what, "Set data.path to it."))
 
 
-class Section(io.RawIOBase):
+class Section(SizedFile):
     """`size` bytes of an open file from `start`. Closes it with itself."""
 
     def __init__(self, file: BinaryIO, start: int, size: int) -> None:
-        super().__init__()
-        self._file, self._start, self._size, self._position = file, start, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        if position < 0:
-            raise ValueError(f"a position before the start: {position}")
-        self._position = position
-        return position
+        super().__init__(size)
+        self._file, self._start = file, start
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
         view = memoryview(buffer).cast("B")
-        wanted = max(0, min(len(view), self._size - self._position))
-        self._file.seek(self._start + self._position)
+        wanted = max(0, min(len(view), self.size - self.position))
+        self._file.seek(self._start + self.position)
         part = self._file.read(wanted)
         if len(part) < wanted and not part:
             raise OSError("the file ends before the part that is to be read")
         view[: len(part)] = part
-        self._position += len(part)
+        self.position += len(part)
         return len(part)
 
     def close(self) -> None:

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from pydantic import Field
 
 from vtrain.contract import DataBackend, DataBackendSpec, DataError, LocalPath, Options, Problem, SourceRef
-from vtrain_builtin.local import is_folder, open_plain
-from vtrain_builtin.ordered import in_order
+from vtrain_builtin.local import LocalFolder, is_folder, open_plain
 from vtrain_builtin.quicktime import CODECS, header
+from vtrain_builtin.sized_file import SizedFile
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -59,28 +59,27 @@ class FramesFolder:
 
     def __init__(self, options: FramesOptions) -> None:
         self._root = str(options.path)
+        self._local = LocalFolder(self._root)
         self._fps = Fraction(options.fps).limit_denominator(1001)
         self.location = f"{self._root} (frames at {self._fps})"
 
     def refs(self) -> Iterator[SourceRef]:
         """One folder, and the images of one clip, are held at a time. Raises DataError."""
-        if not os.path.isdir(self._root):  # noqa: PTH112
-            what = "is not a folder." if os.path.lexists(self._root) else "the dataset folder does not exist."
-            raise DataError(Problem(self._root, what, "Set data.path to the folder that holds the folders of images."))
-        levels, before = [self._level("")], ""
+        self._local.check("the folders of images")
+        levels, before = [self._local.level(self._names(""))], ""
         while levels:
             name = next(levels[-1], None)
             if name is None:
                 levels.pop()
             elif name.endswith("/"):
-                if not self._leads_back(name):
-                    levels.append(self._level(name))
+                if not self._local.leads_back(name):
+                    levels.append(self._local.level(self._names(name)))
             else:
                 if name.rstrip("\0") == before:
                     what = "is a file beside a folder of images: both would be the same clip."
                     raise DataError(Problem(f"{self._root}/{before}", what, "Rename the file or the folder."))
                 before = name.rstrip("\0")
-                yield self._clip(before) if name.endswith("\0") else self._file(name)
+                yield self._clip(before) if name.endswith("\0") else self._local.ref(name)
 
     def open(self, ref: SourceRef) -> BinaryIO:
         """Raises OSError for images that are not one clip: of several kinds, or with numbers missing."""
@@ -93,15 +92,8 @@ class FramesFolder:
         sizes = [image.size for image in images]
         return io.BufferedReader(Joined(header(codec, sizes, self._fps), paths, sizes), 1 << 16)
 
-    def _level(self, folder: str) -> Iterator[str]:
-        """Names in a folder, from the root, in order: folders end in "/", clips in NUL. Raises DataError."""
-        try:
-            yield from in_order(self._names(folder))
-        except OSError as error:
-            what = f"the folder cannot be listed: {error.strerror or error}."
-            raise DataError(Problem(str(error.filename or self._root), what, "Check its permissions.")) from error
-
     def _names(self, folder: str) -> Iterator[str]:
+        """In a folder, from the root: folders end in "/", clips in NUL."""
         if not folder and self._holds_images(""):
             yield f"{self._clip_of_root}\0"
         with os.scandir(f"{self._root}/{folder}") as entries:
@@ -122,24 +114,10 @@ class FramesFolder:
         with os.scandir(f"{self._root}/{folder}") as entries:
             return any(_NUMBERED.fullmatch(entry.name) and not is_folder(entry) for entry in entries)
 
-    def _leads_back(self, name: str) -> bool:
-        """Whether this is a link to a folder around it."""
-        folder = Path(self._root) / name
-        if not folder.is_symlink():
-            return False
-        return any(folder.samefile(around) for around in folder.parents)
-
     def _folder(self, clip: str) -> str:
         folder = f"{clip.removesuffix(SUFFIX)}/"
         inside = os.path.isdir(f"{self._root}/{folder}") and self._holds_images(folder)  # noqa: PTH112
         return folder if inside or clip != self._clip_of_root else ""
-
-    def _file(self, name: str) -> SourceRef:
-        try:
-            status = os.stat(f"{self._root}/{name}")  # noqa: PTH116
-        except OSError:
-            return SourceRef(name, 0, "unreadable")
-        return SourceRef(name, status.st_size, str(status.st_mtime_ns))
 
     def _clip(self, name: str) -> SourceRef:
         """Its version names the rate and, as a hash, every image with its size and time of change."""
@@ -188,40 +166,24 @@ def _agreed(images: Sequence[_Image]) -> bytes:
     return codec.encode()
 
 
-class Joined(io.RawIOBase):
+class Joined(SizedFile):
     """Bytes, and files one after the other, as one file. A file that is not as long as it was raises OSError."""
 
     def __init__(self, head: bytes, paths: Sequence[str], sizes: Sequence[int]) -> None:
         self._head, self._paths = head, paths
         self._ends = list(accumulate(sizes, initial=len(head)))
-        self._at = 0
+        super().__init__(self._ends[-1])
         self._open: tuple[int, BinaryIO] | None = None
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._ends[-1]}[whence]
-        if start + offset < 0:
-            raise OSError(22, "Invalid argument")
-        self._at = start + offset
-        return self._at
 
     def readinto(self, buffer: WriteableBuffer) -> int:
         """Up to the end of one part."""
         view = memoryview(buffer).cast("B")
-        part = bisect_right(self._ends, self._at)
+        part = bisect_right(self._ends, self.position)
         if part == len(self._ends):
             return 0
-        data = self._head[self._at : self._at + len(view)] if part == 0 else self._image(part - 1, len(view))
+        data = self._head[self.position : self.position + len(view)] if part == 0 else self._image(part - 1, len(view))
         view[: len(data)] = data
-        self._at += len(data)
+        self.position += len(data)
         return len(data)
 
     def close(self) -> None:
@@ -235,8 +197,8 @@ class Joined(io.RawIOBase):
                 self._open[1].close()
             self._open = number, open_plain(Path(self._paths[number]))
         stream = self._open[1]
-        stream.seek(self._at - self._ends[number])
-        data = stream.read(min(most, self._ends[number + 1] - self._at))
+        stream.seek(self.position - self._ends[number])
+        data = stream.read(min(most, self._ends[number + 1] - self.position))
         if not data or os.fstat(stream.fileno()).st_size != self._ends[number + 1] - self._ends[number]:
             raise OSError(f"{self._paths[number]} changed while it was read")
         return data

@@ -21,17 +21,15 @@ class LocalFolder:
 
     def refs(self) -> Iterator[SourceRef]:
         """Version: the time of change in nanoseconds. One folder is held at a time. Raises DataError."""
-        if not self._root.is_dir():
-            what = "is not a folder." if self._root.exists() else "the dataset folder does not exist."
-            raise DataError(Problem(self.location, what, "Set data.path to the folder that holds the clips."))
-        levels = [self._level("")]
+        self.check("the clips")
+        levels = [self.level(self._names(""))]
         while levels:
             name = next(levels[-1], None)
             if name is None:
                 levels.pop()
             elif name.endswith("/"):
-                if not self._leads_back(name):
-                    levels.append(self._level(name))
+                if not self.leads_back(name):
+                    levels.append(self.level(self._names(name)))
             else:
                 yield self.ref(name)
 
@@ -51,17 +49,27 @@ class LocalFolder:
             raise OSError("it has changed since, or is gone")
         return self._root / ref.id
 
-    def _level(self, folder: str) -> Iterator[str]:
-        """The names in a folder, from the root, as ids are sorted; folders end in "/". Raises DataError."""
+    def check(self, holds: str) -> None:
+        """Raises DataError if this is no folder. holds: what it should."""
+        if not self._root.is_dir():
+            what = "is not a folder." if os.path.lexists(self.location) else "the dataset folder does not exist."
+            raise DataError(Problem(self.location, what, f"Set data.path to the folder that holds {holds}."))
+
+    def level(self, names: Iterator[str]) -> Iterator[str]:
+        """Names in a folder as ids are sorted. Raises DataError where listing them fails."""
         try:
-            with os.scandir(f"{self.location}/{folder}") as entries:
-                names = (f"{folder}{entry.name}/" if is_folder(entry) else folder + entry.name for entry in entries)
-                yield from in_order(names)
+            yield from in_order(names)
         except OSError as error:
             what = f"the folder cannot be listed: {error.strerror or error}."
             raise DataError(Problem(str(error.filename or self.location), what, "Check its permissions.")) from error
 
-    def _leads_back(self, name: str) -> bool:
+    def _names(self, folder: str) -> Iterator[str]:
+        """In a folder, from the root: folders end in "/"."""
+        with os.scandir(f"{self.location}/{folder}") as entries:
+            for entry in entries:
+                yield f"{folder}{entry.name}/" if is_folder(entry) else folder + entry.name
+
+    def leads_back(self, name: str) -> bool:
         """Whether this is a link to a folder around it."""
         folder = self._root / name
         if not folder.is_symlink():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+from vtrain_builtin.sized_file import SizedFile
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -21,48 +22,31 @@ Fetch = Callable[[int, int], bytes]
 """(from, to) -> the bytes of a file in between, all of them. Raises OSError."""
 
 
-class RemoteFile(io.RawIOBase):
+class RemoteFile(SizedFile):
     """`size` bytes from `start` of what `fetch` reads. Holds at most one block. The first is read at once.
 
     Raises OSError where the bytes cannot be had.
     """
 
     def __init__(self, fetch: Fetch, size: int, start: int = 0, first: int = FIRST_BLOCK) -> None:
-        super().__init__()
-        self._fetch, self._size, self._start, self._first = fetch, size, start, first
-        self._position = 0
+        super().__init__(size)
+        self._fetch, self._start, self._first = fetch, start, first
         self._held, self._held_from = b"", 0
         self._block = first
         self._fill()
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        if position < 0:
-            raise ValueError(f"a position before the start: {position}")
-        self._position = position
-        return position
 
     def readinto(self, buffer: WriteableBuffer) -> int:
         if self.closed:
             raise ValueError("I/O operation on closed file")
         view = memoryview(buffer).cast("B")
-        if not len(view) or self._position >= self._size:
+        if not len(view) or self.position >= self.size:
             return 0
-        if not self._held_from <= self._position < self._held_from + len(self._held):
+        if not self._held_from <= self.position < self._held_from + len(self._held):
             self._fill()
-        begin = self._position - self._held_from
+        begin = self.position - self._held_from
         part = self._held[begin : begin + len(view)]
         view[: len(part)] = part
-        self._position += len(part)
+        self.position += len(part)
         return len(part)
 
     def close(self) -> None:
@@ -71,14 +55,14 @@ class RemoteFile(io.RawIOBase):
 
     def _fill(self) -> None:
         """Hold the block at the position."""
-        if not self._size:
+        if not self.size:
             return
-        goes_on = self._position == self._held_from + len(self._held) and self._position > 0
+        goes_on = self.position == self._held_from + len(self._held) and self.position > 0
         if not goes_on:
             self._block = self._first
-        end = min(self._position + self._block, self._size)
+        end = min(self.position + self._block, self.size)
         self._held = b""
         began = time.monotonic()
-        held = self._fetch(self._start + self._position, self._start + end)
-        self._held, self._held_from = held, self._position
+        held = self._fetch(self._start + self.position, self._start + end)
+        self._held, self._held_from = held, self.position
         self._block = min(self._block * 2, LARGEST_BLOCK) if time.monotonic() - began < _SOON else self._first

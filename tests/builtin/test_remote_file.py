@@ -100,5 +100,5 @@ def test_a_closed_file_is_not_read() -> None:
     file.close()
     with pytest.raises(ValueError, match="closed"):
         file.read(1)
-    with pytest.raises(ValueError, match="before the start"):
+    with pytest.raises(OSError, match="Invalid argument"):
         RemoteFile(ranges, 100).seek(-1)

@@ -89,7 +89,7 @@ def bench(session: nox.Session) -> None:
 @nox.session
 def world(session: nox.Session) -> None:
     """The tiny world in every training mode: accuracy, loss, time and memory, written to docs/tiny-world.md. Half an hour."""
-    install(session, extras="[plot]")
+    install(session, extras="[plot,test]")
     session.run("python", "benchmarks/tiny_world.py", "--write", *session.posargs, env={"PYTHONPATH": "examples/world"})
 
 

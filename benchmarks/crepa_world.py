@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -51,6 +53,7 @@ from vtrain_sanavideo.crepa_options import CrepaOptions
 
 PAGE = Path(__file__).parents[1] / "docs" / "crepa.md"
 ARMS = ("without", "CREPA")
+STAGES = ("fill", "train")
 SEEDS = (42, 43, 44)
 BLOCK = 3
 """Of 6, as block 10 of SANA-Video's 20: a little behind the middle."""
@@ -100,11 +103,22 @@ def plan_of(config: Path, arm: str) -> Plan:
     return replace(plan, regularizers=(("crepa", part),))
 
 
-def train(plan: Plan) -> None:
-    """As `vtrain run` does, from the last checkpoint if there is one, without validation."""
+def train(config: Path, arm: str) -> Path:
+    """As `vtrain run` does, without validation, in processes of its own: first the caches, then the steps. Its last checkpoint."""
+    for stage in STAGES:
+        command = [sys.executable, __file__, "--stage", stage, "--config", str(config), "--arm", arm]
+        if (code := subprocess.run(command, check=False).returncode) != 0:
+            raise SystemExit(code)
+    return evaluate.newest(planned(config).config.run.output_dir)
+
+
+def run_stage(plan: Plan, stage: str) -> None:
+    """Fill the caches, or train from the last checkpoint if there is one."""
     processes = Processes(plan.config.precision.mixed)
     found = scan(plan)
     filled = fill_caches(plan, found.samples, [], str(processes.device), lambda _kind, _done, _total: None)
+    if stage == "fill":
+        return
     plan.config.run.output_dir.mkdir(parents=True, exist_ok=True)
     trainer = assemble(plan, price(plan, found.survey), find_start(plan), filled.index, filled.caches, processes)
     for event in trainer.run(StopRequest()):
@@ -145,12 +159,14 @@ def encoded(plan: Plan, videos: list[np.ndarray]) -> Tensor:
 
 def result(output: Path, arm: str, seed: int, steps: int, prompts: int) -> Result:
     """Train, unless that is done, and measure."""
-    plan = plan_of(config_of(output, arm, seed, steps), arm)
+    config = config_of(output, arm, seed, steps)
+    plan = plan_of(config, arm)
     run = plan.config.run.output_dir
     report.say(f"{arm}, seed {seed}: {run}")
-    if not (run / "checkpoints" / f"step-{steps:06d}").exists():
-        train(plan)
-    model = evaluate.denoiser(plan, evaluate.newest(run))
+    checkpoint = run / "checkpoints" / f"step-{steps:06d}"
+    if not checkpoint.exists():
+        train(config, arm)
+    model = evaluate.denoiser(plan, checkpoint)
     answers = evaluate.answers(plan, model, evaluate.fixed(prompts), run / "judged")
     videos = [judge.read(path) for path in sorted((run / "judged").rglob("*.mp4"))]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -223,7 +239,7 @@ def differences(found: list[Result]) -> str:
     by = {(each.arm, each.seed): each for each in found}
     seeds = list(dict.fromkeys(each.seed for each in found))
     rows = []
-    for head, form, read in COLUMNS:
+    for head, form, read in COLUMNS[:-1]:  # seconds are the machine's
         pairs = [(read(by[ARMS[0], seed]), read(by[ARMS[1], seed])) for seed in seeds]
         known = [after - before for before, after in pairs if before is not None and after is not None]
         if len(known) == len(seeds):
@@ -250,8 +266,14 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=demo.CLIPS, help="training clips (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=64, help="videos of each run (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--stage", choices=STAGES, help="of the run of --config and --arm alone; then it ends")
+    parser.add_argument("--config", type=Path, help="with --stage")
+    parser.add_argument("--arm", choices=ARMS, default=ARMS[1], help="with --stage (default: %(default)s)")
     parser.add_argument("--write", action="store_true", help=f"put the tables into {PAGE.parent.name}/{PAGE.name}")
     chosen = parser.parse_args()
+    if chosen.stage:
+        run_stage(plan_of(chosen.config, chosen.arm), chosen.stage)
+        return
     output = chosen.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     demo.make_inputs(output, chosen.clips)

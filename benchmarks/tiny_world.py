@@ -15,15 +15,19 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import crepa_world
 import demo
 import evaluate
 import lora
+import numpy as np
 import report
+import world
 from measured import put
+from PIL import Image
 
 from vtrain.cli.prepare import planned
 
@@ -37,10 +41,17 @@ FP32 = {'mixed = "bf16"': 'mixed = "no"'}
 
 @dataclass(frozen=True)
 class Mode:
-    """A row. changes: of world.toml, or of lora.toml."""
+    """A row. changes: of world.toml, or of lora.toml.
+
+    clips: the folder of clips below the output folder, "" for the world's own. crepa: whether CREPA is added, its teacher a
+    real frozen encoder (crepa_world.py). continued: whether videos that go on from a true clip's first frame are a row too.
+    """
 
     name: str
     changes: Mapping[str, str] = field(default_factory=dict)
+    clips: str = ""
+    crepa: bool = False
+    continued: bool = False
 
     @property
     def folder(self) -> str:
@@ -53,6 +64,16 @@ FROM_NOTHING = (
     Mode("full, bf16, checkpointing", CHECKPOINTING),
     Mode("full, bf16, 8 clips x 2 accumulated", {"batch_size = 16": "batch_size = 8\naccumulate = 2"}),
 )
+MASKS = {"\n[cache]": '\n[data.masks]\nfolder = "masks"\n\n[cache]'}
+ASKED = (
+    Mode("full, bf16, CREPA", crepa=True),
+    Mode("full, bf16, spoilt clips", clips="spoilt"),
+    Mode("full, bf16, spoilt clips, masked", MASKS, clips="spoilt"),
+    Mode("full, bf16, half image-to-video", {"\n[cache]": "image_to_video = 0.5\n\n[cache]"}, continued=True),
+)
+"""Each against the first of FROM_NOTHING."""
+PATCH, BLACK = 16, 24
+"""Pixels of noise in a corner of a spoilt clip, and of black in its mask: what the VAE mixes with the noise is left out too."""
 NEW_WORD = (
     Mode("LoRA, bf16, base fp32"),
     Mode("LoRA, bf16, base bf16", {'base = "fp32"': 'base = "bf16"'}),
@@ -85,28 +106,62 @@ def measured(mode: Mode, config: Path, accuracy: Mapping[str, evaluate.Accuracy]
     rows = [json.loads(line) for line in lines]
     seconds = statistics.median(row["seconds"] for row in rows)
     memory = max(row["memory"] for row in rows) / 2**20
-    loss = statistics.fmean(row["loss"] for row in rows[-LAST:])
+    loss = statistics.fmean(row["flow_loss"] for row in rows[-LAST:])
     found = Measured(mode.name, len(rows), accuracy, loss, seconds, memory)
     report.say(f"{mode.name}: {', '.join(f'{name} {shares.all:.0%}' for name, shares in accuracy.items())}")
     return found
 
 
-def from_nothing(mode: Mode, output: Path) -> Measured:
+def from_nothing(mode: Mode, output: Path) -> list[Measured]:
+    """A row, and one for videos that go on from a first frame."""
     folder = output / "table" / mode.folder
     folder.mkdir(parents=True, exist_ok=True)
+    clips = f'path = "{output.as_posix()}/clips"'
     changes = {
         "../../demo-output/world/run": (folder / "run").as_posix(),
         **demo.moved(output),
         "at_start = true": "at_start = false",
         **demo.SHORT.changes,
         f'every = "{demo.SHORT.every} steps"': f'every = "{demo.SHORT.steps} steps"',
+        **({clips: clips.replace("/clips", f"/{mode.clips}")} if mode.clips else {}),
         **mode.changes,
     }
     config = demo.write_config(demo.HERE / "world.toml", folder / "world.toml", changes)
-    checkpoint = run(config)
+    checkpoint = crepa_world.train(config, "CREPA") if mode.crepa else run(config)
     plan = planned(config)
-    found = evaluate.answers(plan, evaluate.denoiser(plan, checkpoint), evaluate.fixed(64), folder / "judged")
-    return measured(mode, config, {"all prompts": evaluate.accuracy(found)})
+    model = evaluate.denoiser(plan, checkpoint)
+    rows = []
+    for name, first_frames in ((mode.name, False), (f"{mode.name}, from a first frame", True)):
+        if first_frames and not mode.continued:
+            continue
+        judged = folder / ("judged-continued" if first_frames else "judged")
+        found = evaluate.answers(plan, model, evaluate.fixed(64), judged, first_frames=first_frames)
+        rows.append(measured(replace(mode, name=name), config, {"all prompts": evaluate.accuracy(found)}))
+    return rows
+
+
+def spoil(output: Path) -> None:
+    """The world's clips with noise in a random corner, and masks that are black there, unless they are there."""
+    folder, random = output / "spoilt", np.random.default_rng(0)
+    (folder / "masks").mkdir(parents=True, exist_ok=True)
+    count = len(list((output / "clips").glob("*.txt")))
+    if len(list(folder.glob("*.txt"))) >= count:
+        return
+    for number, (words, frames) in enumerate(world.clips(count, seed=0)):
+        right, bottom = random.choice((False, True), 2)
+        mask = np.full((world.SIZE, world.SIZE), 255, np.uint8)
+        corner(mask, BLACK, right, bottom)[...] = 0
+        place = corner(frames.transpose(1, 2, 0, 3), PATCH, right, bottom)
+        place[...] = random.integers(0, 256, place.shape)
+        Image.fromarray(mask).save(folder / "masks" / f"{number:05}.png")
+        world.write_mp4(folder / f"{number:05}.mp4", frames)
+        (folder / f"{number:05}.txt").write_text(words.caption + "\n", encoding="utf-8")
+
+
+def corner(picture: np.ndarray, side: int, right: bool, bottom: bool) -> np.ndarray:
+    """A view of a square in a corner of (H, W, ...)."""
+    last, first = slice(-side, None), slice(side)
+    return picture[last if bottom else first, last if right else first]
 
 
 def new_word(mode: Mode, output: Path) -> Measured:
@@ -153,7 +208,8 @@ def main() -> None:
     subprocess.run([sys.executable, str(demo.HERE / "demo.py"), "--output", str(output)], check=True)
     trained = evaluate.newest(planned(output / "world.toml").config.run.output_dir)
     lora.prepare(output, trained, output / "lora")
-    full = [from_nothing(mode, output) for mode in FROM_NOTHING]
+    spoil(output)
+    full = [row for mode in (*FROM_NOTHING, *ASKED) for row in from_nothing(mode, output)]
     adapters = [new_word(mode, output) for mode in NEW_WORD]
     told = "; ".join(f"{name} {value}" for name, value in report.machine().items())
     text = (

@@ -74,17 +74,34 @@ def denoiser(plan: Plan, checkpoint: Path | None) -> Denoiser:
     return load_model(plan, Start(checkpoint, state, ()), "cpu")[0]
 
 
-def answers(plan: Plan, model: Denoiser, asked: Sequence[Asked], folder: Path) -> list[Answer]:
-    """Generate what is asked for into `folder`, and judge it."""
+def answers(
+    plan: Plan, model: Denoiser, asked: Sequence[Asked], folder: Path, *, first_frames: bool = False
+) -> list[Answer]:
+    """Generate what is asked for into `folder`, and judge it. first_frames: each goes on from a true clip's first frame."""
     found = []
     for seed, group in groupby(asked, key=lambda each: each[0]):
         questions = {words.caption.replace(" ", "-"): words for _, words in group}
         made = validator(plan, model, {name: words.caption for name, words in questions.items()}, seed)
+        if first_frames:
+            made = replace(made, pictures=pictures(plan, questions, seed))
         files = made.videos(folder / f"seed-{seed}", list(questions), TOGETHER)
         for name, words in questions.items():
             read = judge.judge(judge.read(files[name]))
             found.append(Answer(words.caption, seed, world.held_out(words), read, read.hits(words)))
     return found
+
+
+def pictures(plan: Plan, questions: Mapping[str, world.Words], seed: int) -> Mapping[str, torch.Tensor]:
+    """name -> clean latents (1, C, 1, h, w) of the first frame of a clip that is drawn anew."""
+    random = np.random.default_rng(seed)
+    with plan.family.open_video_codec("cpu") as codec:
+        return {name: codec.encode(first_frame(words, random)).mean for name, words in questions.items()}
+
+
+def first_frame(words: world.Words, random: np.random.Generator) -> torch.Tensor:
+    """(1, 3, 1, SIZE, SIZE) in [-1, 1]."""
+    drawn = torch.from_numpy(world.draw(world.stage(words, random))[0])
+    return (drawn.float() / 127.5 - 1).permute(2, 0, 1)[None, :, None]
 
 
 def frames(plan: Plan, model: Denoiser, caption: str, seed: int) -> np.ndarray:

@@ -25,6 +25,7 @@ MODULES = (
     "startup",
     "steadiness",
     "step",
+    "tiny_world",
     "workload",
 )
 

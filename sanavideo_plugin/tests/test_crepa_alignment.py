@@ -234,7 +234,8 @@ def test_features_of_other_clips_frames_or_width_are_refused(features: Tensor | 
 @pytest.mark.parametrize(
     ("given", "shapes"),
     [
-        ({}, [(10, 10), (10, 10), (6, 10)]),
+        ({}, [(10, 10), (6, 10)]),
+        ({"layers": 3}, [(10, 10), (10, 10), (6, 10)]),
         ({"layers": 1}, [(6, 10)]),
         ({"layers": 2, "hidden": 4}, [(4, 10), (6, 4)]),
     ],

@@ -1,0 +1,177 @@
+"""Whole runs with CREPA through the command line: the cache, a resume, two processes, what is exported."""
+
+# diffusers is untyped.
+# mypy: disable-error-code="no-untyped-call, unused-ignore"
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import Dinov2Config, Dinov2Model
+
+CONFIG = """
+[run]
+output_dir = "{output}"
+resume = "{resume}"
+[model]
+use = "sanavideo"
+path = "{model}"
+train = "full"
+[[data]]
+use = "folder"
+path = "clips"
+resolution = ["96x64", "64x64"]
+[data.video]
+frames = 9
+fps = 8
+[train]
+steps = 8
+batch_size = 1
+accumulate = {accumulate}
+log_every = 2
+[checkpoint]
+every = "3 steps"
+[optimizer]
+use = "adamw"
+lr = 1e-3
+[[regularizer]]
+use = "crepa"
+block = 2
+encoder = "dino"
+precision = "fp32"
+{more}
+[regularizer.schedule]
+decay = "cosine"
+warmup = "2 steps"
+end = 0.1
+threshold = 0.0
+threshold_mode = "recoverable"
+smoothing = 0.5
+probe_every = 3
+"""
+
+Row = dict[str, object]
+Train = Callable[..., list[Row]]
+
+pytestmark = pytest.mark.slow
+"""Each run starts a process that imports torch and diffusers and trains."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six clips of two shapes with captions, and a tiny DINOv2."""
+    home = tmp_path_factory.mktemp("runs")
+    (home / "clips").mkdir()
+    for number in range(6):
+        width = 96 if number % 2 else 64
+        with av.open(str(home / "clips" / f"{number}.mp4"), "w") as container:
+            stream = container.add_stream("libx264", rate=8, options={"crf": "10"})
+            stream.width, stream.height, stream.pix_fmt = width, 64, "yuv420p"
+            for frame in range(12):
+                x, y = np.meshgrid(np.arange(width), np.arange(64))
+                wave = np.stack([np.sin((x + (number + 1) * frame + 20 * c) / 9) + np.cos(y / 7) for c in range(3)], -1)
+                picture = av.VideoFrame.from_ndarray((wave * 60 + 128).astype(np.uint8), format="rgb24")
+                container.mux(stream.encode(picture))
+            container.mux(stream.encode(None))
+        (home / "clips" / f"{number}.txt").write_text(f"waves, number {number}")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 70, "patch_size": 14}
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(home / "dino")  # type: ignore[arg-type]
+    return home
+
+
+@pytest.fixture(scope="module")
+def train(folder: Path, checkpoint: Path) -> Train:
+    """train("name", ...) -> the rows of its metrics. All runs share the cache."""
+
+    def run(
+        output: str, *, more: str = "", resume: str = "never", accumulate: int = 2, processes: int = 1
+    ) -> list[Row]:
+        file = folder / f"{output}.toml"
+        values = {"output": output, "resume": resume, "model": checkpoint, "accumulate": accumulate, "more": more}
+        file.write_text(CONFIG.format(**values))
+        launch = ["torch.distributed.run", f"--nproc_per_node={processes}", "-m"] if processes > 1 else []
+        done = subprocess.run(
+            [sys.executable, "-m", *launch, "vtrain.cli", "run", str(file)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return [json.loads(line) for line in (folder / output / "metrics.jsonl").read_text().splitlines()]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(train: Train) -> list[Row]:
+    return train("whole")
+
+
+def numbers(rows: list[Row]) -> list[Row]:
+    """What does not depend on the machine."""
+    return [{key: row[key] for key in ("step", "loss", "flow_loss", "lr", "terms", "samples")} for row in rows]
+
+
+def test_a_run_pauses_by_its_similarity_and_says_each_number(whole: list[Row]) -> None:
+    terms = [row["terms"] for row in whole]
+    assert [bool(term) for term in terms].count(False) >= 1, terms
+    names = {"loss", "alignment_loss", "similarity", "neighbour_similarity", "weight"}
+    found = [term for term in terms if isinstance(term, dict) and term]
+    assert all(set(term) == {f"crepa/{name}" for name in names} for term in found)
+    assert found[0]["crepa/weight"] == 0.25
+    for row, term in ((row, row["terms"]) for row in whole if row["terms"]):
+        assert isinstance(term, dict)
+        assert row["loss"] == pytest.approx(row["flow_loss"] + term["crepa/loss"], rel=1e-5)  # type: ignore[operator]
+
+
+def test_a_resumed_run_is_the_same_run(train: Train, whole: list[Row]) -> None:
+    for step in (3, 6):
+        resumed = train(f"from{step}", resume=f"whole/checkpoints/step-{step:06}")
+        assert numbers(resumed) == numbers(whole)[step:]
+
+
+def test_two_processes_are_one_with_twice_the_accumulation(train: Train, whole: list[Row]) -> None:
+    two = train("two", accumulate=1, processes=2)
+    for row, other in zip(numbers(whole), numbers(two), strict=True):
+        assert row["samples"] == other["samples"]
+        assert row["terms"] == pytest.approx(other["terms"], abs=1e-5)
+        assert row["loss"] == pytest.approx(other["loss"], abs=1e-5)
+
+
+def test_features_of_the_cache_train_as_those_made_at_each_step(train: Train, whole: list[Row]) -> None:
+    """From the source's own frames: the same pictures, encoded in other batches."""
+    online = train("online", more='teacher = "online"\nonline_from = "source"')
+    for row, other in zip(numbers(whole), numbers(online), strict=True):
+        assert row["terms"] == pytest.approx(other["terms"], abs=1e-4)
+
+
+def test_decoded_latents_with_the_codecs_decoding_half_alone_train(train: Train, whole: list[Row]) -> None:
+    decoded = train("decoded", more='teacher = "online"\ndrop_vae_encoder = true')
+    assert decoded[0]["flow_loss"] == whole[0]["flow_loss"]
+    assert decoded[0]["terms"] != whole[0]["terms"]
+
+
+def test_the_projector_is_saved_and_no_part_of_the_exported_model(folder: Path, whole: list[Row]) -> None:
+    from diffusers import SanaVideoTransformer3DModel
+
+    saved = folder / "whole" / "checkpoints" / "step-000008"
+    with safe_open(saved / "regularizers" / "crepa.safetensors", framework="pt") as file:
+        kept = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    assert kept["projector.0.weight"] == (96, 96)
+    assert kept["projector.2.weight"] == (64, 96)
+    assert kept["_extra_state"] == (4,)
+    _, report = SanaVideoTransformer3DModel.from_pretrained(saved / "transformer", output_loading_info=True)
+    assert not report["unexpected_keys"]
+    assert not report["missing_keys"]
+    assert [row["step"] for row in whole] == list(range(1, 9))

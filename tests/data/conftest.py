@@ -36,11 +36,14 @@ from vtrain.contract import (
     Latents,
     LatentShape,
     Registered,
+    Regularizer,
     Role,
     Size,
     SourceRef,
     Text,
+    TokenGrid,
 )
+from vtrain.data import frames as source_frames
 from vtrain.data.caching import fill_windows
 from vtrain.data.decoding.worker import Workers
 from vtrain.data.scanning import scan as scanning
@@ -116,6 +119,12 @@ class AverageFamily:
     def latent_shape(self, clip: ClipShape) -> LatentShape:
         return LatentShape(3, (clip.frames - 1) // 4 + 1, clip.height // 8, clip.width // 8)
 
+    def pixel_frames(self, latent_frame: int) -> range:
+        return range(max(0, 4 * latent_frame - 3), 4 * latent_frame + 1)
+
+    def token_grid(self, latents: LatentShape) -> TokenGrid:
+        return TokenGrid(latents.frames, latents.height // 2, latents.width // 2)
+
     def text_fingerprint(self, hash_file: HashFile) -> str:
         return f"words-{self.text_version}"
 
@@ -160,6 +169,7 @@ class Setup:
     family: AverageFamily = dataclasses.field(default_factory=AverageFamily)
     cache_keys: dict[str, object] = dataclasses.field(default_factory=dict)
     """More keys of [cache]."""
+    regularizers: tuple[tuple[str, Regularizer], ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -202,7 +212,7 @@ class Setup:
             lr_schedule=LrScheduleTable(), validation=None, checkpoint=CheckpointTable(), regularizers=(), trackers=(),
         )  # fmt: skip
         return Plan(
-            config=config, processes=1, family=self.family, sampler=None, regularizers=(), datasets=datasets,
+            config=config, processes=1, family=self.family, sampler=None, regularizers=self.regularizers, datasets=datasets,
             base="fp32", validation=None, warnings=(),
         )  # fmt: skip
 
@@ -233,7 +243,7 @@ def decoding_process() -> Iterator[Workers]:
 @pytest.fixture(autouse=True)
 def kept_process(monkeypatch: pytest.MonkeyPatch, decoding_process: Workers) -> None:
     """Scans probe and filling decodes in a process that other tests used before."""
-    for module in (scanning, fill_windows):
+    for module in (scanning, fill_windows, source_frames):
         monkeypatch.setattr(module, "Workers", lambda count, limit_s: nullcontext(decoding_process))
 
 

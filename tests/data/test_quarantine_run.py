@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 from rich.console import Console
 
+from vtrain.cli.filling import fill
 from vtrain.cli.moved import tell_moved
+from vtrain.contract import DataError
 from vtrain.data.caching.caches import fill_caches
 from vtrain.data.scanning.ledger import Ledger
 from vtrain.data.scanning.quarantine import move_bad
 from vtrain.data.scanning.scan import scan
+from vtrain.train.processes import Processes
 
 
 @pytest.fixture
@@ -51,6 +56,27 @@ def test_bad_files_of_scan_and_filling_are_moved_and_told_and_the_dropped_stay(b
     assert lines[2] == "2 bad files moved"
     assert sorted(path.name for path in bad.folder.rglob("*.mp4")) == ["good.mp4", "other.mp4", "short.mp4"]
     assert sorted(path.name for path in away.rglob("*.mp4")) == ["damaged.mp4", "text.mp4"]
+
+
+@pytest.fixture
+def processes() -> Iterator[Processes]:
+    """This one alone. accelerate keeps what it is told for a whole process; other tests are to find it as it was."""
+    yield Processes("no")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_where_every_clip_fails_in_filling_they_are_moved_before_the_error(bad, processes, tmp_path: Path) -> None:
+    """Through what `vtrain run` and `vtrain cache fill` call."""
+    for name in ("good.mp4", "other.mp4"):
+        (bad.folder / name).unlink()
+    plan = bad.plan(bad.dataset(on_bad_file="move", quarantine=tmp_path / "away"))
+    found = scan(plan)
+    out = io.StringIO()
+    with pytest.raises(DataError, match="frames could be decoded"):
+        fill(plan, found.samples, processes, Console(file=out, soft_wrap=True, width=500))
+    assert "moved: clips/damaged.mp4 -> " in out.getvalue()
+    assert "2 bad files moved" in out.getvalue()
+    assert sorted(path.name for path in (tmp_path / "away").rglob("*.mp4")) == ["damaged.mp4", "text.mp4"]
 
 
 def test_a_second_time_there_is_nothing_to_move(bad, tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from vtrain.cli.collector import uncollected
+from vtrain.cli.moved import tell_moved
 from vtrain.cli.prepare import planned
 from vtrain.cli.report import one_line
-from vtrain.contract import Caption, ConfigError, Problem, Role
+from vtrain.contract import Caption, ConfigError, DataError, Problem, Role
 from vtrain.data.sample import Sample
 from vtrain.plan.records import Plan
 
@@ -81,7 +82,12 @@ def fill(plan: Plan, samples: Iterable[Sample], processes: Processes, console: C
     from vtrain.validate.pictures import fill_pictures
 
     with Filling(console, processes.count) as filling:
-        filled = fill_caches(plan, samples, extra_texts(plan), str(processes.device), filling.report, processes)
+        try:
+            filled = fill_caches(plan, samples, extra_texts(plan), str(processes.device), filling.report, processes)
+        except DataError:
+            if processes.first:  # what was found bad goes also where nothing is left to train on
+                tell_moved(plan, console)
+            raise
         processes.from_first(lambda: fill_pictures(plan, str(processes.device)))
     if filled.truncated:
         console.print(f"{filled.truncated} captions were too long for the text encoder and lost their end")

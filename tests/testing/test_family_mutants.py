@@ -18,7 +18,18 @@ from vtrain_toy.family import ToyFamily, ToyOptions
 from vtrain_toy.text import ToyTextEncoder
 from vtrain_toy.transformer import ToyTransformer
 
-from vtrain.contract import Caption, ClipShape, Condition, Latents, LatentShape, NoiseLevel, Problem, Size, Text
+from vtrain.contract import (
+    Caption,
+    ClipShape,
+    Condition,
+    Latents,
+    LatentShape,
+    NoiseLevel,
+    Problem,
+    Size,
+    Text,
+    TokenGrid,
+)
 from vtrain.testing import FamilyTests
 
 CLIP = ClipShape(9, 32, 48)
@@ -144,6 +155,24 @@ class Levelless(Denoiser):
         return super().predict(noisy, NoiseLevel(level.sigma, torch.zeros_like(level.timestep)), condition)
 
 
+class OneLevel(Denoiser):
+    """Of levels by frame it takes the last."""
+
+    def predict(self, noisy: Tensor, level: NoiseLevel, condition: Condition) -> Tensor:
+        last = NoiseLevel(level.sigma[..., -1], level.timestep[..., -1]) if level.sigma.ndim == 2 else level
+        return super().predict(noisy, last, condition)
+
+
+class Shifting(Denoiser):
+    """A level for each frame is taken for that of the next one; the last is at 0."""
+
+    def predict(self, noisy: Tensor, level: NoiseLevel, condition: Condition) -> Tensor:
+        if level.sigma.ndim == 2:
+            timestep = torch.cat([level.timestep[:, 1:], torch.zeros_like(level.timestep[:, :1])], 1)
+            level = NoiseLevel(level.sigma, timestep)
+        return super().predict(noisy, level, condition)
+
+
 class WithIdleWeight(ToyTransformer):
     def __init__(self, width: int, blocks: int) -> None:
         super().__init__(width, blocks)
@@ -242,6 +271,12 @@ MUTANTS: Mapping[str, Callable[[Path], Subject]] = {
     "test_bucket_sets_have_sizes_and_no_size_twice": lambda _: geometry(
         resolutions=lambda self: {"tiny": (Size(64, 64), Size(64, 64))}
     ),
+    "test_tokens_divide_the_latents": lambda _: geometry(
+        token_grid=lambda self, latents: TokenGrid(latents.frames, latents.height - 1, latents.width)
+    ),
+    "test_levels_for_each_frame_have_a_price": lambda _: geometry(
+        frame_level_bytes=lambda self, latents, **settings: 100 - latents.frames
+    ),
     "test_every_bucket_has_a_latent_shape": lambda _: geometry(
         latent_shape=lambda self, clip: LatentShape(12, 0, 8, 8)
     ),
@@ -296,6 +331,8 @@ MUTANTS: Mapping[str, Callable[[Path], Subject]] = {
     "test_padding_of_text_does_not_matter": lambda _: example_with(Unmasked()),
     "test_text_matters": lambda _: example_with(Textless()),
     "test_the_level_matters": lambda _: example_with(Levelless()),
+    "test_levels_by_frame_that_agree_are_one_level": lambda _: example_with(Shifting(), family=family()),
+    "test_the_level_of_one_frame_matters": lambda _: example_with(OneLevel(), family=family()),
     "test_gradients_reach_every_parameter": lambda _: example_with(Denoiser(WithIdleWeight)),
     "test_loading_is_reproducible": lambda _: geometry(load_denoiser=another),
     "test_a_saved_denoiser_loads_to_equal_predictions": lambda folder: example_with(

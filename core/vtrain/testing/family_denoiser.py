@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vtrain.contract import Condition, Denoiser, Family, ModelError, NoiseLevel, Text
+from vtrain.contract import Condition, Denoiser, Family, ModelError, NoiseLevel, SupportsFrameLevels, Text
 from vtrain.testing.draws import gap, noise
 from vtrain.testing.subject import Example, FamilySubject
 
@@ -74,6 +74,33 @@ class DenoiserTests(FamilySubject):
         with torch.no_grad():
             other = replace(example, level=level).run(denoiser)
             assert gap(other, example.run(denoiser)) > 1e-6, "the level is ignored"
+
+    def test_levels_by_frame_that_agree_are_one_level(
+        self, family: Family, denoiser: Denoiser, example: Example
+    ) -> None:
+        """A level (B, f) that is the same for all frames of a clip gives the prediction of (B,) (within batch_tolerance)."""
+        with torch.no_grad():
+            found = self._by_frame(family, example).run(denoiser)
+            wanted = example.run(denoiser)
+        assert gap(found, wanted) <= self.batch_tolerance, f"differ by {gap(found, wanted):.1e}"
+
+    def test_the_level_of_one_frame_matters(self, family: Family, denoiser: Denoiser, example: Example) -> None:
+        """Level 0 at the first frame alone gives another prediction."""
+        each = self._by_frame(family, example)
+        first = NoiseLevel(each.level.sigma.clone(), each.level.timestep.clone())
+        first.sigma[:, 0] = first.timestep[:, 0] = 0
+        with torch.no_grad():
+            other = replace(each, level=first).run(denoiser)
+            assert gap(other, each.run(denoiser)) > 1e-6, "the level of the first frame is ignored"
+
+    def _by_frame(self, family: Family, example: Example) -> Example:
+        """The same with a level for each latent frame, if the family takes that."""
+        if not isinstance(family, SupportsFrameLevels):
+            pytest.skip("this family takes one level for a clip (it is no SupportsFrameLevels)")
+        sigma, timestep = (
+            part[:, None].repeat(1, example.latents.frames) for part in (example.level.sigma, example.level.timestep)
+        )
+        return replace(example, level=NoiseLevel(sigma, timestep))
 
     def test_gradients_reach_every_parameter(self, denoiser: Denoiser, example: Example) -> None:
         """A loss on the prediction gives every parameter a gradient that is not all zero."""

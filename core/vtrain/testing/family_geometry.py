@@ -63,7 +63,7 @@ class GeometryTests(FamilySubject):
                 )
                 for frames in (1, 2)
             )
-            assert 0 <= one <= two
+            assert 0 <= one <= two, f"{one} bytes for one frame, {two} for two"
 
     def test_every_bucket_has_a_latent_shape(self, family: Family) -> None:
         """latent_shape takes every official size at the default number of frames."""

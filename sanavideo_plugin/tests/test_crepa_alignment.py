@@ -244,6 +244,7 @@ def test_the_projector_has_the_documented_shape(given: dict[str, int], shapes: l
     module = loss_of(options(projector=given), 10, 6)
     assert [tuple(value.shape) for name, value in module.named_parameters() if name.endswith("weight")] == shapes
     assert all(value.dtype == torch.float32 for value in module.parameters())
+    assert tuple(next(loss_of(options(), 1100, 6).parameters()).shape) == (1024, 1100)
     kinds = [type(layer).__name__ for layer in module.projector]
     assert kinds == ["Linear", *["SiLU", "Linear"] * (len(shapes) - 1)]
 

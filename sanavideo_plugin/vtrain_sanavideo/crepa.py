@@ -105,7 +105,7 @@ class Crepa:
 
     def describe(self) -> Sequence[tuple[str, str]]:
         options = self._options
-        layers, hidden = options.projector.layers, options.projector.hidden or "the block's width"
+        layers, hidden = options.projector.layers, options.projector.hidden or "the block's width (at most 1024)"
         inner = f", {hidden} between them" if layers > 1 else ""
         pooling = ", pooled 2x2" if options.pooling else ""
         return (

@@ -19,10 +19,13 @@ from vtrain_sanavideo.crepa_schedule import Schedule, SimilarityGate
 SHORTEST = 1e-8
 """A vector shorter than this has a cosine of 0 with all others."""
 
+WIDEST = 1024
+"""Of the projector, unless the options say more: matrices in fp32 are slow, and a step has tens of thousands of tokens."""
+
 
 def projector(options: ProjectorOptions, width: int, features: int) -> nn.Sequential:
     """Linear layers with SiLU between them, `width` to `features`, fp32."""
-    hidden = [options.hidden or width] * (options.layers - 1)
+    hidden = [options.hidden or min(width, WIDEST)] * (options.layers - 1)
     layers: list[nn.Module] = []
     for inner, outer in pairwise([width, *hidden, features]):
         layers += [nn.Linear(inner, outer), nn.SiLU()]

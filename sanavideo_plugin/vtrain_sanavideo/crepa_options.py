@@ -50,7 +50,9 @@ class ProjectorOptions(Options):
     """The MLP from hidden states to features: linear layers with SiLU between them, fp32."""
 
     layers: int = fixed(2, ge=1, le=8, description="linear layers, with SiLU between them; 1 is a linear map")
-    hidden: int | None = fixed(None, ge=1, description="width between the layers; absent: that of the block's output")
+    hidden: int | None = fixed(
+        None, ge=1, description="width between the layers; absent: that of the block's output, at most 1024"
+    )
     lr_factor: float = Field(1.0, gt=0, le=1e4, description="multiplies the optimizer's learning rate for its weights")
 
 

@@ -150,3 +150,19 @@ def test_on_a_terminal_the_columns_of_the_table_stand_under_each_other(plan_of: 
     assert len({len(line) for line in table}) == 1
     assert table[0].split("  ")[1] == "bucket"
     assert "  left out: 1  odd\\nname\\x1b[2J  (such as a\\nb.mp4)" in lines
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("", "white trains, the loss of each clip divided by its area; a clip without one trains whole"),
+        (
+            'invert = true\nmissing = "drop"',
+            "black trains, the loss of each clip divided by its area; a clip without one is dropped",
+        ),
+    ],
+)
+def test_masks_are_told(plan_of: PlanOf, settings: str, words: str) -> None:
+    plan = plan_of(data=f'use = "folder"\npath = "clips"\n[data.masks]\nfolder = "masks"\n{settings}')
+    assert rows(plan, survey())["masks"] == f"masks/, under the clips' names: {words}"
+    assert "masks" not in rows(plan_of(), survey())

@@ -98,6 +98,7 @@ GOOD = [
     '[data.video]\nwindow = "random"\nwindows = 7',
     '[data.video]\nbucket_by = "resolution_frames"\nmax_frames = 25\nround_to = 8',
     '[data.video]\nfps = "source"\nframe_interval = 2',
+    '[data.masks]\nfolder = "masks"\ninvert = true\nmissing = "drop"',
 ]
 
 
@@ -217,3 +218,39 @@ def test_a_warning_names_its_dataset_where_there_are_several(plan_of: PlanOf) ->
     more = '[[data]]\nuse = "folder"\npath = "more"\nid = "small"\nresolution = 32'
     (warning,) = plan_of(more=more).warnings
     assert warning.startswith("[[data]] small: resolution = 32")
+
+
+def test_masks_are_resolved_with_their_place_in_the_file(plan_of: PlanOf) -> None:
+    assert planned(plan_of, "").masks is None
+    found = planned(plan_of, '[data.masks]\nfolder = "extra/masks/"').masks
+    assert found is not None
+    assert (found.folder, found.invert, found.missing) == ("extra/masks", False, "whole")
+    assert int(found.where.rpartition(":")[2]) == DATA_LINE + 4
+    found = planned(plan_of, '[data.masks]\nfolder = "masks"\ninvert = true\nmissing = "drop"').masks
+    assert found is not None
+    assert (found.invert, found.missing) == (True, "drop")
+
+
+@pytest.mark.parametrize(
+    ("folder", "why"),
+    [
+        ("", "a folder in the dataset, such as"),
+        ("/masks", "a folder in the dataset, such as"),
+        ("../masks", "a folder in the dataset, such as"),
+        (".", "a folder in the dataset, such as"),
+        ("a//b", "a folder in the dataset, such as"),
+        ("a/.masks", "files in folders whose names start with a dot are not looked at"),
+    ],
+)
+def test_a_folder_of_masks_lies_in_the_dataset(plan_of: PlanOf, folder: str, why: str) -> None:
+    (found,) = refused(plan_of, f'[data.masks]\nfolder = "{folder}"')
+    assert found.startswith("2: ")
+    assert why in found
+
+
+def test_masks_need_their_folder_and_know_no_other_key(plan_of: PlanOf) -> None:
+    (found,) = refused(plan_of, "[data.masks]\ninvert = true")
+    assert "folder" in found
+    (found,) = refused(plan_of, '[data.masks]\nfolder = "masks"\ninverted = true')
+    assert found.startswith("3: ")
+    assert '"invert"' in found

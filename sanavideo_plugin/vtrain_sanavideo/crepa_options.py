@@ -53,7 +53,7 @@ class ProjectorOptions(Options):
     hidden: int | None = fixed(
         None, ge=1, description="width between the layers; absent: that of the block's output, at most 1024"
     )
-    lr_factor: float = Field(1.0, gt=0, le=1e4, description="multiplies the optimizer's learning rate for its weights")
+    lr_factor: float = fixed(1.0, gt=0, le=1e4, description="multiplies the optimizer's learning rate for its weights")
 
 
 class ScheduleOptions(Options):

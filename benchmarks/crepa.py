@@ -25,11 +25,13 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
 import torch
-from report import Ratio, ratio, say, say_machine, table, write_json
+from measured import put
+from report import Ratio, machine, ratio, say, say_machine, table, write_json
 from step import Block, peak_bytes, vtrain_block
 from workload import MODELS, MODES, Model, fill, write_config
 
@@ -37,6 +39,7 @@ LIMITS: Mapping[str, float | None] = {"cached": 1.05, "decoded": None, "source":
 """Side -> what its ratio to the step without CREPA is held to."""
 NONE = "none"
 SIDES = (NONE, *LIMITS)
+PAGE = Path(__file__).with_name("README.md")
 ROUNDS, STEPS = 16, 4
 """By default: how often each side has its turn, and of how many steps."""
 RSS_ROUNDS, RSS_STEPS = 3, 4
@@ -206,6 +209,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rss-rounds", type=int, help=f"of processes for peak memory; 0: none (default: {RSS_ROUNDS})")
     parser.add_argument("--folder", type=Path, help="where checkpoints and caches go (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
+    parser.add_argument("--write", action="store_true", help=f"put the tables into {PAGE.parent.name}/{PAGE.name}")
     parser.add_argument("--rss", action="store_true", help="one block of one of --sides alone; prints its peak bytes")
     chosen = parser.parse_args()
     if not chosen.rss and NONE not in chosen.sides:
@@ -236,6 +240,10 @@ def main() -> None:
             memory += measure_memory(folder, model, mode, chosen.sides, rss_rounds, RSS_STEPS)
         if memory:
             say("\n" + memory_table(memory))
+        if chosen.write:
+            told = "; ".join(f"{name} {value}" for name, value in machine().items())
+            tables = "\n\n".join([time_table(times), *([memory_table(memory)] if memory else [])])
+            put(PAGE, "crepa", f"Measured on {datetime.now(UTC):%Y-%m-%d}: {told}.\n\n{tables}\n")
         write_json(chosen.json, {"time": [asdict(each) for each in times], "memory": [asdict(each) for each in memory]})
 
 

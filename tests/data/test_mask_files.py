@@ -9,9 +9,11 @@ import pytest
 from PIL import Image
 
 from vtrain.contract import DataError, FrameRule, SourceRef
+from vtrain.data.caching.caches import fill_caches
 from vtrain.data.sample import Left
 from vtrain.data.scanning.fates import settings_key
 from vtrain.data.scanning.ledger import ContentHashes, Ledger
+from vtrain.data.scanning.quarantine import move_bad
 from vtrain.data.scanning.scan import scan
 from vtrain.plan.records import MasksPlan
 
@@ -220,6 +222,50 @@ def test_a_bad_mask_stops_the_run_where_bad_files_do(three) -> None:
     found = problem(three, on_bad_file="stop")
     assert found.where == f"{three.folder}/a.mp4"
     assert "its mask masks/a.png has another aspect" in found.what
+
+
+def test_a_mask_that_does_not_decode_stops_filling_where_bad_files_do(three) -> None:
+    mask = three.folder / "masks/a.png"
+    mask.parent.mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 128), dtype=np.uint8)).save(mask)
+    plan = three.plan(masked(three, on_bad_file="stop"))
+    samples = list(scan(plan).samples)
+    data = mask.read_bytes()
+    mask.write_bytes(data[:-40] + bytes(40))
+    with pytest.raises(DataError) as caught:
+        fill_caches(plan, samples, [], "cpu", lambda *_: None)
+    (only,) = caught.value.problems
+    assert only.where == f"{three.folder}/a.mp4"
+    assert only.what.startswith("its mask masks/a.png: ")
+
+
+def test_where_bad_files_are_moved_a_clip_with_a_bad_mask_is_and_its_mask_stays(three, tmp_path) -> None:
+    """Without its mask the clip would be trained on whole."""
+    add_picture(three, "masks/a.png", size=(64, 64))
+    plan = three.plan(masked(three, on_bad_file="move", quarantine=tmp_path / "bad"))
+    scan(plan)
+    (moved,) = move_bad(plan)
+    assert (moved.ref_id, moved.target) == ("a.mp4", tmp_path / "bad/a.mp4")
+    assert moved.reason.startswith("its mask masks/a.png has another aspect")
+    assert (three.folder / "masks/a.png").exists()
+
+
+def test_a_clip_whose_mask_may_be_read_at_another_time_is_not_moved(three, tmp_path, monkeypatch) -> None:
+    add_picture(three, "masks/a.png")
+    dataset = masked(three, on_bad_file="move", quarantine=tmp_path / "bad")
+    real = dataset.backend.open
+
+    def failing(ref: SourceRef):
+        if ref.id.startswith("masks/"):
+            raise OSError(5, "Input/output error")
+        return real(ref)
+
+    monkeypatch.setattr(dataset.backend, "open", failing)
+    plan = three.plan(dataset)
+    assert left_out(scan(plan)) == {"a.mp4": "its mask masks/a.png: cannot be opened: Input/output error"}
+    assert list(move_bad(plan)) == []
+    monkeypatch.undo()
+    assert of(scan(plan))["a.mp4"] == "masks/a.png"
 
 
 def test_without_masks_the_folder_is_of_clips_like_any_other(three, make_video) -> None:

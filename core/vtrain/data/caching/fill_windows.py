@@ -84,7 +84,7 @@ def _by_shape(windows: Iterable[Window], size: int) -> Iterator[Window]:
 class _Filling:
     """One process's work on one column: the windows of the files that fall to it.
 
-    out: what earlier columns found that cannot be used.
+    out: what earlier columns found that cannot be used. dented: files of which this one found windows that cannot.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class _Filling:
         self.stores, self.column, self.out = stores, column, out
         self.peers, self.device, self.report = peers, device, report
         self.decoders = min(_MOST_DECODERS, max(1, available_cpus() // peers.count - 1))
-        self.found = Unusable()
+        self.found, self.dented = Unusable(), set[str]()
 
     def run(self, samples: Iterable[Sample]) -> Unusable:
         """Make what is missing."""
@@ -222,29 +222,22 @@ class _Filling:
         if isinstance(self.column, MaskColumn) and self.column.is_empty(sample, parts):
             why = emptiness(sample.mask_ref, invert=self.column.inverts(sample))
             self.found.windows.setdefault(sample.id, {})[start] = why
+            self.dented.add(sample.file)
 
     def _whole_files(self, samples: Iterable[Sample]) -> None:
         """Files of which no window is left are left out for good: until they, their masks or the settings change."""
-        left: dict[str, tuple[Sample, bool]] = {}
+        files: dict[str, list[Sample]] = {}
         for sample in samples:
-            if sample.id in self.found.windows or sample.file in left:
-                _, usable = left.get(sample.file, (sample, False))
-                left[sample.file] = sample, usable or bool(self.found.usable(sample))
+            if sample.file in self.dented:
+                files.setdefault(sample.file, []).append(sample)
         with Ledger(self.stores.plan.config.cache.dir) as ledger:
-            for sample, usable in left.values():
-                if not usable:
-                    self._drop(ledger, sample)
-
-    def _drop(self, ledger: Ledger, sample: Sample) -> None:
-        why = (
-            emptiness(sample.mask_ref, invert=self.column.inverts(sample))
-            if isinstance(self.column, MaskColumn)
-            else ""
-        )
-        ledger.record_left(self._settings(sample), sample, Left("dropped", "empty mask", why))
-        self.found.files[sample.file] = why
-        for name in [name for name in self.found.windows if name == sample.file or name.startswith(f"{sample.file}#")]:
-            del self.found.windows[name]
+            for file, own in files.items():
+                if file not in self.found.files and not any(map(self.found.usable, own)):
+                    (why, *_) = self.found.windows[own[0].id].values()
+                    ledger.record_left(self._settings(own[0]), own[0], Left("dropped", "empty mask", why))
+                    self.found.files[file] = why
+                    for sample in own:
+                        del self.found.windows[sample.id]
 
     def _settings(self, sample: Sample) -> str:
         return settings_key(self.stores.plan.datasets[sample.place], self.stores.plan.family.frame_rule)

@@ -54,8 +54,13 @@ _BELOW = "SELECT ref FROM fate WHERE decision = :decision AND substr(ref, -lengt
 _AROUND = """SELECT ref FROM (SELECT ref FROM fate WHERE decision = :decision AND ref >= :name ORDER BY ref LIMIT :limit)
     UNION SELECT ref FROM (SELECT ref FROM fate WHERE decision = :decision AND ref < :name ORDER BY ref DESC LIMIT :limit)"""
 
-_NEIGHBOURS = 2000
-"""Names before and after a wrong one, in order, among which a like one is looked for: comparing takes time."""
+_SHARING = """SELECT ref FROM fate WHERE decision = :decision AND (instr(lower(ref), :a) OR instr(lower(ref), :b) OR
+    instr(lower(ref), :c)) ORDER BY (instr(lower(ref), :a) > 0) + (instr(lower(ref), :b) > 0) + (instr(lower(ref), :c) > 0)
+    DESC, abs(length(ref) - :length) LIMIT :limit"""
+
+_CANDIDATES = 2000
+"""Names that a wrong one is compared with, which takes time: so many before and after it in order, and so many of the
+dataset that have most of its thirds in common with it, since two slips leave one third as it is."""
 
 _ESCAPE = re.compile(r"\\(?:[nrt\\]|x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")
 
@@ -162,12 +167,18 @@ class Files:
                     found += [f"{dataset.id}/{of}" for (of,) in self._all(_OF_STEM, {**_of(place), "stem": stem(ref)})]
             for ref in refs:
                 found += [f"{dataset.id}/{of}" for (of,) in self._all(_BELOW, {**_of(place), "tail": f"/{ref}"})]
-                around = self._all(_AROUND, {**_of(place), "name": ref, "limit": _NEIGHBOURS})
-                found += [
-                    f"{dataset.id}/{like}"
-                    for like in get_close_matches(ref, [near for (near,) in around], n=3, cutoff=0.7)
-                ]
+                near = get_close_matches(ref, self._candidates(ref, place), n=3, cutoff=0.7)
+                found += [f"{dataset.id}/{like}" for like in near]
         return list(dict.fromkeys(found))[:3]
+
+    def _candidates(self, ref: str, place: Found) -> set[str]:
+        """Names of a dataset that may be like a wrong one."""
+        third = -(-len(ref) // 3)
+        a, b, c = (ref.lower()[at : at + third] or ref.lower() for at in (0, third, 2 * third))
+        values = {**_of(place), "limit": _CANDIDATES}
+        around = self._all(_AROUND, {**values, "name": ref})
+        sharing = self._all(_SHARING, {**values, "a": a, "b": b, "c": c, "length": len(ref)})
+        return {name for (name,) in (*around, *sharing)}
 
     def samples(self, file: File) -> tuple[Sample, ...]:
         """What training takes from a file."""

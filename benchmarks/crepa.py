@@ -44,6 +44,12 @@ ROUNDS, STEPS = 16, 4
 """By default: how often each side has its turn, and of how many steps."""
 RSS_ROUNDS, RSS_STEPS = 3, 4
 
+ENCODERS = {
+    "small": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6},
+    "tiny": {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2},
+}
+"""Model -> its encoder: DINOv2-small, and one to see that the script works."""
+
 CREPA = """
 [[regularizer]]
 use = "crepa"
@@ -81,17 +87,14 @@ class Memory:
     ratio: Ratio | None
 
 
-def encoder(folder: Path) -> Path:
-    """A DINOv2-small of random weights, unless it is there."""
-    made = folder / "dinov2-small-random"
+def encoder(folder: Path, model: Model) -> Path:
+    """A DINOv2 of random weights, unless it is there: small, and beside the tiny model a tiny one."""
+    made = folder / f"dinov2-{model.name}-random"
     if not (made / "config.json").exists():
         from transformers import Dinov2Config, Dinov2Model
 
         torch.manual_seed(0)
-        config = Dinov2Config(
-            hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14
-        )
-        Dinov2Model(config).save_pretrained(made)
+        Dinov2Model(Dinov2Config(**ENCODERS[model.name], image_size=518, patch_size=14)).save_pretrained(made)
     return made
 
 
@@ -99,7 +102,7 @@ def config_of(folder: Path, model: Model, mode: str, side: str, steps: int, kind
     """The config file of a side, its caches filled."""
     more = ""
     if side != NONE:
-        more = CREPA.format(block=model.layers // 2, encoder=encoder(folder).as_posix(), teacher=TEACHERS[side])
+        more = CREPA.format(block=model.layers // 2, encoder=encoder(folder, model).as_posix(), teacher=TEACHERS[side])
     config = write_config(folder, model, mode, steps, f"{kind}-{model.name}-{mode}-{side}", more)
     fill(config)
     return config

@@ -58,20 +58,18 @@ def test_the_gpu_benchmark_runs_on_a_cpu_with_a_tiny_model(script: Script) -> No
     assert text.count("| in turn") == 8
 
 
-def test_the_crepa_benchmark_compares_each_kind_of_teacher_with_the_step_without(
-    script: Script, tmp_path: Path
-) -> None:
-    text, numbers = script("crepa.py", "--quick", "--modes", "lora", "--folder", str(tmp_path / "work"))
-    sides = ["none", "cached", "decoded", "source"]
+def test_the_crepa_benchmark_compares_kinds_of_teachers_with_the_step_without(script: Script, tmp_path: Path) -> None:
+    sides = ("none", "cached", "source")
+    text, numbers = script(
+        "crepa.py", "--quick", "--modes", "lora", "--sides", *sides, "--folder", str(tmp_path / "work")
+    )  # fmt: skip
     for found in (numbers["time"], numbers["memory"]):
         assert [(row["model"], row["mode"], row["side"]) for row in found] == [("tiny", "lora", side) for side in sides]
         assert found[0]["ratio"] is None
-        assert [row["ratio"]["limit"] for row in found[1:]] == [1.05, None, None]
+        assert [row["ratio"]["limit"] for row in found[1:]] == [1.05, None]
     assert all(row["cpu"] > 0 for row in numbers["time"])
-    # A teacher in memory is 22 M parameters in bf16 and what decodes latents; a cached one is neither.
-    none, cached, decoded, source = (row["peak"] for row in numbers["memory"])
-    assert min(decoded, source) - max(none, cached) > 20 << 20
-    assert text.count("| tiny  | lora    |") == 8
+    assert all(row["peak"] > 200 << 20 for row in numbers["memory"])
+    assert text.count("| tiny  | lora    |") == 2 * len(sides)
 
 
 def test_the_scan_benchmark_measures_each_part_and_compares_a_warm_scan_with_a_bare_walk(script: Script) -> None:

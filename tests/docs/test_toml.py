@@ -59,7 +59,7 @@ def test_the_pages_have_toml_blocks_of_both_sorts(every_block: tuple[Any, ...]) 
     [
         (("fragment",), "[ema]\ndecay = 0.9"),
         (("fragment",), "[train]\nbatchsize = 2"),
-        (("fragment",), '[[regularizer]]\nuse = "crepa"'),
+        (("fragment",), '[[regularizer]]\nuse = "crepe"'),
         (("fragment",), "[run]\nresume = 3"),
         ((), '[run]\nresume = "latest"'),
     ],

@@ -16,6 +16,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from vtrain_toy.colours import COLOURS
 
 from vtrain.config.record import Config, NoKeys, Part
 from vtrain.config.tables import (
@@ -31,6 +32,7 @@ from vtrain.config.tables import (
 from vtrain.contract import (
     Caption,
     ClipShape,
+    FeatureEncoder,
     FrameRule,
     HashFile,
     Latents,
@@ -215,6 +217,26 @@ class Setup:
             config=config, processes=1, family=self.family, sampler=None, regularizers=self.regularizers, datasets=datasets,
             base="fp32", validation=None, warnings=(),
         )  # fmt: skip
+
+    def use_colours(self, on_encode: Callable[[], None]) -> None:
+        """Let runs use the toy plugin's regularizer with an encoder. on_encode: called before each encoding of a clip."""
+        part = COLOURS.build(COLOURS.options.model_validate({"block": 0}))
+        opening = part.open_feature_encoder
+
+        @contextmanager
+        def watched(device: str) -> Iterator[FeatureEncoder]:
+            with opening(device) as encoder:
+                encode = encoder.encode
+
+                def told(frames: torch.Tensor, grid: TokenGrid) -> torch.Tensor:
+                    on_encode()
+                    return encode(frames, grid)
+
+                encoder.encode = told
+                yield encoder
+
+        part.open_feature_encoder = watched
+        self.regularizers = (("toy-colours", part),)
 
     def add(self, name: str, data: bytes, caption: str | None = "a clip") -> Path:
         """Put a file into the dataset folder, with its caption beside it."""

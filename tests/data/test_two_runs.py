@@ -36,6 +36,8 @@ def encode():
     time.sleep(seconds)
 
 setup.family.on_encode = encode
+if len(sys.argv) > 4:
+    setup.use_colours(encode)
 plan = setup.plan()
 samples = scan(plan).samples
 (root / f"ready-{os.getpid()}").touch()
@@ -55,11 +57,11 @@ def many(setup, make_video):
 
 
 @pytest.fixture
-def start(many) -> Iterator[Callable[[float], subprocess.Popen[str]]]:
-    """Start a run that is ready to fill, and takes so many seconds for a clip."""
+def start(many) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start a run that is ready to fill, and takes so many seconds for a clip. "features": also features of each."""
     running: list[subprocess.Popen[str]] = []
 
-    def begin(seconds: float) -> subprocess.Popen[str]:
+    def begin(seconds: float, *more: str) -> subprocess.Popen[str]:
         command = [
             sys.executable,
             "-c",
@@ -67,6 +69,7 @@ def start(many) -> Iterator[Callable[[float], subprocess.Popen[str]]]:
             str(Path(__file__).with_name("conftest.py")),
             str(many.root),
             str(seconds),
+            *more,
         ]
         process = subprocess.Popen(
             command,
@@ -116,6 +119,17 @@ def test_both_end_with_the_whole_cache_and_each_clip_and_caption_is_encoded_once
     entries = sorted(many.cache.rglob("*.safetensors"))
     assert len(entries) == 8 + 9
     assert list(many.cache.rglob("*.part")) == []
+
+
+def test_both_fill_features_too_and_each_clips_are_encoded_once(many, start) -> None:
+    runs = [start(0.1, "features"), start(0.1, "features")]
+    wait_for(lambda: len(list(many.root.glob("ready-*"))) == 2)
+    (many.root / "go").touch()
+    (_, first, left), (_, second, also_left) = map(result, runs)
+    assert left == also_left == {}
+    assert first + second == 8
+    assert len(encoded(many)) == 8 + 8, "a clip's latents, or its features, were made twice"
+    assert len(list((many.cache / "features").rglob("*.safetensors"))) == 8
 
 
 def test_what_a_killed_run_had_claimed_is_made_by_the_other(many, start) -> None:

@@ -1,28 +1,20 @@
-"""Folders behind URLs: web servers, and file systems that fail in their own ways."""
+"""Folders behind URLs: file systems that fail in their own ways, and secrets."""
 
 from __future__ import annotations
 
-import io
-import json
-import logging
 import pickle
-import re
-import tarfile
-import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from typing import Any, ClassVar
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote
 
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from vtrain.contract import DataError, SourceRef
+from vtrain.contract import SourceRef
 from vtrain_builtin import attempts
-from vtrain_builtin.folder import FOLDER, RemoteFolder
-from vtrain_builtin.manifest import MANIFEST
+from vtrain_builtin.folder import FOLDER
 from vtrain_builtin.place import Redaction
 from vtrain_builtin.tar import TAR
 
@@ -32,197 +24,6 @@ FILES: dict[str, bytes] = {
     "sub/deep/c.mp4": b"c",
     "sub.mp4": b"beside",
 }
-TOKEN = "tok3n-value"
-
-
-class Site(BaseHTTPRequestHandler):
-    """An index page for each folder, files with ETags and ranges. token: asked for in the query, if set.
-
-    busy: path -> how many more requests are answered with 503.
-    """
-
-    token: ClassVar[str] = ""
-    ranges: ClassVar[bool] = True
-    busy: ClassVar[Counter[str]] = Counter()
-    asked: ClassVar[list[str]] = []
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        self.asked.append(f"{self.command} {self.path}")
-        parts = urlsplit(self.path)
-        if self.busy[parts.path] > 0:
-            self.busy[parts.path] -= 1
-            self._answer(503, b"", {})
-            return
-        if self.token and f"token={self.token}" not in parts.query:
-            self._answer(403, b"", {})
-            return
-        name = unquote(parts.path).removeprefix("/clips").lstrip("/")
-        data = FILES.get(name)
-        if data is not None:
-            self._file(data)
-            return
-        own = [file for file in FILES if file.startswith(name)] if name.endswith("/") or not name else []
-        if not own or not parts.path.startswith("/clips"):
-            self._answer(404, b"", {})
-            return
-        links = {file[len(name) :].partition("/")[0] + ("/" if "/" in file[len(name) :] else "") for file in own}
-        page = '<a href="../">up</a><a href="?C=N;O=D">Name</a><a href="https://elsewhere.example/x.mp4">x</a>'
-        page += "".join(f'<a href="{quote(link)}">{link}</a>' for link in links)
-        self._answer(200, page.encode(), {"Content-Type": "text/html"})
-
-    def _file(self, data: bytes) -> None:
-        headers = {"ETag": f'"{hash(data):x}"', "Content-Type": "video/mp4", "Accept-Ranges": "bytes"}
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if wanted and self.ranges:
-            first, last = int(wanted[1]), min(int(wanted[2]), len(data) - 1)
-            headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
-            self._answer(206, data[first : last + 1], headers)
-        else:
-            self._answer(200, data, headers)
-
-    def _answer(self, code: int, body: bytes, headers: Mapping[str, str]) -> None:
-        self.send_response(code)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        logging.getLogger("site").debug(format, *args)
-
-
-@pytest.fixture
-def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setattr(attempts, "_FIRST_WAIT", 0.01)
-    Site.asked.clear()
-    Site.busy.clear()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Site)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
-
-
-def folder(url: str, **options: object) -> RemoteFolder:
-    built = FOLDER.build(FOLDER.options.model_validate({"path": url, **options}))
-    assert isinstance(built, RemoteFolder)
-    return built
-
-
-def content(place: RemoteFolder) -> dict[str, bytes]:
-    found = {}
-    for ref in place.refs():
-        with place.open(ref) as file:
-            found[ref.id] = file.read()
-    return found
-
-
-def problem(place: RemoteFolder) -> str:
-    with pytest.raises(DataError) as caught:
-        list(place.refs())
-    return str(caught.value)
-
-
-def test_the_index_pages_of_a_web_server_are_a_folder(site: str) -> None:
-    place = folder(f"{site}/clips")
-    assert content(place) == FILES
-    refs = list(place.refs())
-    assert [ref.id for ref in refs] == sorted(FILES)
-    assert {ref.id: ref.size for ref in refs} == {name: len(data) for name, data in FILES.items()}
-    assert all(ref.version.startswith("ETag") for ref in refs)
-
-
-def test_a_web_server_without_such_a_folder_is_an_error(site: str) -> None:
-    assert "does not exist" in problem(folder(f"{site}/other"))
-
-
-def test_a_busy_web_server_is_asked_again_for_details_too(site: str) -> None:
-    Site.busy.update({"/clips/": 2, "/clips/sub.mp4": 6, "/clips/b.mp4": 3})
-    assert content(folder(f"{site}/clips")) == FILES
-    assert not Site.busy.total()
-
-
-def test_a_file_whose_details_cannot_be_had_is_told_with_the_reason(site: str) -> None:
-    place = folder(f"{site}/clips", retries=1)
-    Site.busy.update({"/clips/sub.mp4": 1000})
-    refs = {ref.id: ref for ref in place.refs()}
-    assert len(refs) == len(FILES)
-    assert refs["sub.mp4"].size > 0, "a file of no bytes would be told to be empty"
-    with pytest.raises(OSError, match=r"503.*2 times"):
-        place.open(refs["sub.mp4"])
-    Site.busy.clear()
-    with place.open(refs["sub.mp4"]) as file:
-        assert file.read() == b"beside"
-
-
-def test_a_query_goes_with_every_request_and_is_never_shown(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Site, "token", TOKEN)
-    place = folder(f"{site}/clips/?token={TOKEN}")
-    assert place.location == f"{site}/clips"
-    assert content(place) == FILES
-    for wrong in (folder(f"{site}/clips?token=wr0ng-value"), folder(f"{site}/clips?token=wr0ng-value", retries=0)):
-        text = problem(wrong)
-        assert "wr0ng-value" not in text
-        assert "403" in text
-    with pytest.raises(OSError, match=r"403|not found|Forbidden") as caught:
-        folder(f"{site}/clips?token=wr0ng-value").open(SourceRef("b.mp4", 10, ""))
-    assert "wr0ng-value" not in str(caught.value)
-    assert caught.value.__cause__ is None
-
-
-def test_a_server_without_ranges_is_told_and_not_misread(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Site, "ranges", False)
-    place = folder(f"{site}/clips")
-    refs = {ref.id: ref for ref in place.refs()}
-    with place.open(refs["sub.mp4"]) as file:
-        assert file.read() == b"beside"
-    with pytest.raises(OSError, match="knows no ranges"):
-        place.open(refs["b.mp4"])
-
-
-def test_a_list_of_urls_is_a_manifest(site: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Site, "token", TOKEN)
-    urls = [f"{site}/clips/b.mp4?token={TOKEN}", f"{site}/clips/sub.mp4?token={TOKEN}"]
-    (tmp_path / "urls.jsonl").write_text("".join(json.dumps({"path": url}) + "\n" for url in urls))
-    place = MANIFEST.build(MANIFEST.options(path=str(tmp_path / "urls.jsonl")))
-    refs = list(place.refs())
-    assert TOKEN not in repr(refs)
-    for ref, data in zip(refs, (FILES["b.mp4"], FILES["sub.mp4"]), strict=True):
-        assert ref.id.startswith(f"{site}/clips/")
-        with place.open(ref) as file:
-            assert file.read() == data
-
-
-def test_shards_and_manifests_of_a_web_server_are_read_with_its_query(
-    site: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    target = io.BytesIO()
-    with tarfile.open(fileobj=target, mode="w") as tar:
-        info = tarfile.TarInfo("x.mp4")
-        info.size = 700_000
-        tar.addfile(info, io.BytesIO(FILES["b.mp4"]))
-    table = b"path,caption\nsub.mp4,beside\nsub/deep/c.mp4,deep\n"
-    monkeypatch.setitem(FILES, "shards/s-1.tar", target.getvalue())
-    monkeypatch.setitem(FILES, "t.csv", table)
-    monkeypatch.setattr(Site, "token", TOKEN)
-    shards = TAR.build(TAR.options(path=f"{site}/clips/shards/s-{{1..2}}.tar?token={TOKEN}"))
-    assert shards.location == f"{site}/clips/shards/s-{{1..2}}.tar"
-    present, missing = shards.shards()
-    assert missing.version == "missing"
-    (member,) = shards.members(present)
-    with shards.open(member) as file:
-        assert file.read() == FILES["b.mp4"][:700_000]
-    rows = MANIFEST.build(MANIFEST.options(path=f"{site}/clips/t.csv?token={TOKEN}"))
-    refs = list(rows.refs())
-    assert [ref.id for ref in refs] == ["sub.mp4", "sub/deep/c.mp4"]
-    assert TOKEN not in repr((refs, member, shards.location, rows.location))
-    with rows.open(refs[1]) as file:
-        assert file.read() == b"c"
-    assert dict(rows.captions())["sub.mp4"].texts == ("beside",)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +108,7 @@ class StatusError(Exception):
      EOFError("short"), RuntimeError("session is closed")],
     ids=str,
 )  # fmt: skip
-def test_what_passes_is_tried_again(flaky: type[Flaky], error: Exception) -> None:
+def test_what_passes_is_tried_again(flaky: type[Flaky], error: Exception, folder, content) -> None:
     flaky.faults[:] = [("ls", error), ("ls", error), ("open", error), ("read", error)]
     assert content(folder("flaky://flaky-place")) == FILES
     assert not flaky.faults
@@ -325,13 +126,13 @@ def test_what_passes_is_tried_again(flaky: type[Flaky], error: Exception) -> Non
     ],
     ids=str,
 )
-def test_what_lasts_is_told_at_once(flaky: type[Flaky], error: Exception, words: str) -> None:
+def test_what_lasts_is_told_at_once(flaky: type[Flaky], error: Exception, words: str, folder, problem) -> None:
     flaky.faults[:] = [("ls", error)]
     assert words in problem(folder("flaky://flaky-place"))
     assert flaky.calls["ls"] == 1
 
 
-def test_a_drop_in_the_middle_of_a_file_goes_on_where_it_broke_off(flaky: type[Flaky]) -> None:
+def test_a_drop_in_the_middle_of_a_file_goes_on_where_it_broke_off(flaky: type[Flaky], folder) -> None:
     place = folder("flaky://flaky-place")
     ref = next(ref for ref in place.refs() if ref.id == "b.mp4")
     with place.open(ref) as file:
@@ -341,13 +142,13 @@ def test_a_drop_in_the_middle_of_a_file_goes_on_where_it_broke_off(flaky: type[F
     assert not flaky.faults
 
 
-def test_a_file_that_ends_before_its_listed_size_is_an_os_error(flaky: type[Flaky]) -> None:
+def test_a_file_that_ends_before_its_listed_size_is_an_os_error(flaky: type[Flaky], folder) -> None:
     place = folder("flaky://flaky-place", retries=1)
     with pytest.raises(OSError, match="ends at byte 6, before its listed size"):
         place.open(SourceRef("sub.mp4", 600, "")).read()
 
 
-def test_an_interrupt_ends_the_waiting(flaky: type[Flaky], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_ends_the_waiting(flaky: type[Flaky], monkeypatch: pytest.MonkeyPatch, folder) -> None:
     def interrupted(seconds: float) -> None:
         raise KeyboardInterrupt
 
@@ -357,7 +158,9 @@ def test_an_interrupt_ends_the_waiting(flaky: type[Flaky], monkeypatch: pytest.M
         list(folder("flaky://flaky-place").refs())
 
 
-def test_waits_between_tries_double_up_to_a_limit(flaky: type[Flaky], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waits_between_tries_double_up_to_a_limit(
+    flaky: type[Flaky], monkeypatch: pytest.MonkeyPatch, folder, problem
+) -> None:
     waits: list[float] = []
     monkeypatch.setattr(attempts.time, "sleep", waits.append)
     monkeypatch.setattr(attempts, "_FIRST_WAIT", 0.25)
@@ -366,11 +169,11 @@ def test_waits_between_tries_double_up_to_a_limit(flaky: type[Flaky], monkeypatc
     assert waits == [0.25, 0.5, 1, 2, 4, 8, 8]
 
 
-def test_a_place_that_is_a_file_is_an_error(flaky: type[Flaky]) -> None:
+def test_a_place_that_is_a_file_is_an_error(flaky: type[Flaky], folder, problem) -> None:
     assert "it is a file, not a folder" in problem(folder("flaky://flaky-place/b.mp4"))
 
 
-def test_only_one_folder_is_listed_before_the_first_file_comes(flaky: type[Flaky]) -> None:
+def test_only_one_folder_is_listed_before_the_first_file_comes(flaky: type[Flaky], folder) -> None:
     refs = folder("flaky://flaky-place").refs()
     assert next(refs).id == "a clip, é #1.mp4"
     assert flaky.calls["ls"] == 1
@@ -378,7 +181,7 @@ def test_only_one_folder_is_listed_before_the_first_file_comes(flaky: type[Flaky
     assert flaky.calls["ls"] == 3
 
 
-def test_a_backend_goes_to_another_process(flaky: type[Flaky]) -> None:
+def test_a_backend_goes_to_another_process(flaky: type[Flaky], folder) -> None:
     place = folder("flaky://flaky-place")
     ref = next(place.refs())
     with pickle.loads(pickle.dumps(place)).open(ref) as file:  # noqa: S301 (our own)
@@ -404,7 +207,7 @@ def test_what_says_where_secrets_come_from_is_no_secret() -> None:
         FOLDER.options(path="gs://b/c", storage_options={"token": "ya29.a0"})
 
 
-def test_folders_that_lead_back_end(flaky: type[Flaky], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_that_lead_back_end(flaky: type[Flaky], monkeypatch: pytest.MonkeyPatch, folder, problem) -> None:
     def endless(self: Flaky, path: str, detail: bool = True, **kwargs: Any) -> Any:
         return [{"name": f"{self._strip_protocol(path).rstrip('/')}/again", "type": "directory", "size": 0}]
 

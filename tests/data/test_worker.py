@@ -28,7 +28,6 @@ import torch
 from vtrain.contract import Caption, ClipShape, Size, SourceRef
 from vtrain.data.decoding.decode import decode
 from vtrain.data.decoding.probe import probe
-from vtrain.data.decoding.spool import hashed
 from vtrain.data.decoding.video import FileFault
 from vtrain.data.decoding.worker import DecodeJob, ProbeJob, Workers
 from vtrain.data.sample import Box, Sample
@@ -334,21 +333,6 @@ def test_memory_does_not_grow_with_the_frames_of_a_window(children, folder, put)
         peaks[frames] = int(status.split("VmHWM:")[1].split()[0]) << 10
     assert peaks[200] < peaks[10] + (64 << 20)
     assert peaks[200] < 512 << 20
-
-
-def test_a_remote_file_longer_than_the_bound_is_refused() -> None:
-    reason = r"^is longer than the \S+ GiB that are fetched of a remote file$"
-    with pytest.raises(FileFault, match=reason), hashed(io.BytesIO(bytes(3 << 20)), most=2 << 20):
-        raise AssertionError
-
-
-def test_a_local_file_that_changes_while_it_is_read_is_no_lasting_fault(folder, put) -> None:
-    put("a.mp4", bytes(1000))
-    file = Path(folder.location) / "a.mp4"
-    reason = r"^changed while it was read$"
-    with file.open("rb") as stream, pytest.raises(FileFault, match=reason) as caught, hashed(stream):
-        file.write_bytes(bytes(1001))
-    assert not caught.value.lasting
 
 
 def test_leaving_the_block_does_not_wait_for_a_storage_that_does_not_answer(make_video) -> None:

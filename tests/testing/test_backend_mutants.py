@@ -1,0 +1,281 @@
+"""Every rule of the data backend kit fails for a backend that breaks it."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO
+
+import pytest
+
+from vtrain.contract import (
+    DataError,
+    Problem,
+    SourceRef,
+    Words,
+)
+from vtrain.testing import DataBackendTests
+from vtrain.testing.data_backend import FILES
+
+Subject = dict[str, Any]
+
+
+counter = itertools.count(1)
+
+
+class Memory:
+    """A sound backend in memory; its mutants replace members."""
+
+    def __init__(self, files: Mapping[str, bytes] | None = None, location: str = "memory://here") -> None:
+        self.files = None if files is None else dict(files)
+        self.versions = dict.fromkeys(files or (), 1)
+        self.location = location
+
+    def refs(self) -> Iterator[SourceRef]:
+        if self.files is None:
+            raise DataError(Problem(self.location, "There is no such place."))
+        yield from (SourceRef(name, len(data), str(self.versions[name])) for name, data in sorted(self.files.items()))
+
+    def open(self, ref: SourceRef) -> BinaryIO:
+        if self.files is None or ref.id not in self.files:
+            raise FileNotFoundError(ref.id)
+        return io.BytesIO(self.files[ref.id])
+
+    def rewrite(self, name: str, data: bytes) -> None:
+        assert self.files is not None
+        self.files[name] = data
+        self.versions[name] += 1
+
+
+def changed(change: Callable[[list[SourceRef]], Sequence[SourceRef]]) -> Memory:
+    """A backend whose list of refs passes through `change`."""
+    return type("BrokenMemory", (Memory,), {"refs": lambda self: iter(change(list(Memory.refs(self))))})(FILES)
+
+
+def opening(opened: Callable[[bytes], object]) -> Memory:
+    return type("BrokenMemory", (Memory,), {"open": lambda self, ref: opened(self.files[ref.id])})(FILES)
+
+
+class Stream(io.BytesIO):
+    """A file that cannot be read twice."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+class Sharing(Memory):
+    """All readers of a file have one position."""
+
+    shared: dict[str, io.BytesIO]
+
+    def open(self, ref: SourceRef) -> BinaryIO:
+        if not hasattr(self, "shared"):
+            self.shared = {}
+        return self.shared.setdefault(ref.id, io.BytesIO(FILES[ref.id]))
+
+
+class Racing(Memory):
+    """Threads tell each other which file to open."""
+
+    def open(self, ref: SourceRef) -> BinaryIO:
+        self.wanted = ref.id
+        time.sleep(0.002)
+        assert self.files is not None
+        return io.BytesIO(self.files[self.wanted])
+
+
+class Shards(Memory):
+    """A sound backend whose shards are the first letters of names; its mutants replace members."""
+
+    def __init__(self, files: Mapping[str, bytes] | None = None, location: str = "memory://shards") -> None:
+        super().__init__(None if files is None else {f"{name[0]}.tar/{name}": data for name, data in files.items()})
+        self.location = location
+
+    def shards(self) -> Iterator[SourceRef]:
+        names: dict[str, list[int]] = {}
+        for ref in Memory.refs(self):
+            names.setdefault(ref.id.partition("/")[0], []).append(int(ref.version))
+        yield from (SourceRef(name, 100, str(sum(versions))) for name, versions in sorted(names.items()))
+
+    def members(self, shard: SourceRef) -> Iterator[SourceRef]:
+        found = [ref for ref in Memory.refs(self) if ref.id.startswith(f"{shard.id}/")]
+        if not found:
+            raise FileNotFoundError(shard.id)
+        yield from found
+
+
+SHARDED = {f"{name[0]}.tar/{name}": data for name, data in FILES.items()}
+
+
+REWRITTEN = "d.tar/deep/er/clip.mp4"
+
+
+WORDS = {
+    "b.mp4": Words(("a red ball", "a ball"), {"motion_score": 7}),
+    "deep/er/clip.mp4": Words(("a blue ball",)),
+}
+
+
+class Captions(Memory):
+    """A sound backend with captions of its own; its mutants replace members."""
+
+    def captions(self) -> Iterator[tuple[str, Words]]:
+        if self.files is None:
+            raise DataError(Problem(self.location, "There is no such place."))
+        yield from sorted(WORDS.items())
+
+
+class Request:
+    """The fixture request of the kit's test, for its words."""
+
+    def getfixturevalue(self, name: str) -> Mapping[str, Words]:
+        assert name == "words"
+        return WORDS
+
+
+def shards(**members: object) -> Subject:
+    return {"backend": type("BrokenShards", (Shards,), members)(FILES)}
+
+
+def rewriting(part: Memory, files: Mapping[str, bytes]) -> Subject:
+    return {"backend": part, "files": files, "rewrite": part.rewrite}
+
+
+def captions(change: Callable[[list[tuple[str, Words]]], object]) -> Memory:
+    """A backend whose captions pass through `change`."""
+    return type("BrokenCaptions", (Captions,), {"captions": lambda self: change(sorted(WORDS.items()))})(FILES)
+
+
+class Timeless(Memory):
+    def rewrite(self, name: str, data: bytes) -> None:
+        assert self.files is not None
+        self.files[name] = data
+
+
+def backend(part: Memory) -> Subject:
+    return {"backend": part}
+
+
+def with_files(part: Memory) -> Subject:
+    return {"backend": part, "files": FILES}
+
+
+BACKENDS: Mapping[str, Callable[[], Subject]] = {
+    "test_every_file_is_listed_once_sorted_by_id": lambda: with_files(changed(lambda refs: refs[::-1])),
+    "test_ids_are_relative_with_forward_slashes": lambda: backend(
+        changed(lambda refs: [SourceRef("/" + ref.id, ref.size, ref.version) for ref in refs])
+    ),
+    "test_sizes_are_true": lambda: with_files(
+        changed(lambda refs: [SourceRef(ref.id, max(ref.size, 1), ref.version) for ref in refs])
+    ),
+    "test_files_open_to_their_bytes": lambda: with_files(opening(lambda data: io.BytesIO(data[:64]))),
+    "test_open_files_can_be_read_anywhere": lambda: with_files(opening(Stream)),
+    "test_two_files_are_open_at_once": lambda: with_files(Sharing(FILES)),
+    "test_threads_open_files_at_once": lambda: with_files(Racing(FILES)),
+    "test_refs_come_one_by_one": lambda: backend(
+        type("BrokenMemory", (Memory,), {"refs": lambda self: list(Memory.refs(self))})(FILES)
+    ),
+    "test_listing_is_repeatable": lambda: backend(
+        changed(lambda refs: [SourceRef(ref.id, ref.size, str(next(counter))) for ref in refs])
+    ),
+    "test_a_changed_file_has_another_version": lambda: rewriting(Timeless(FILES), FILES),
+    "test_shards_hold_every_file": lambda: shards(shards=lambda self: iter(list(Shards.shards(self))[1:])),
+    "test_a_changed_file_changes_its_shard": lambda: rewriting(
+        type(
+            "BrokenShards", (Shards,), {"shards": lambda self: (SourceRef(s.id, 100, "") for s in Shards.shards(self))}
+        )(FILES),
+        SHARDED,
+    ),
+    "test_an_absent_shard_is_an_os_error": lambda: shards(members=lambda self, shard: iter(())),
+    "test_captions_are_told_with_their_clips": lambda: {
+        "backend": captions(lambda found: iter(found[::-1])),
+        "request": Request(),
+    },
+    "test_captions_are_of_files_that_are_listed": lambda: backend(
+        captions(lambda found: iter([*found, ("deep/none.mp4", Words(("nothing",)))]))
+    ),
+    "test_captions_of_a_missing_place_are_a_data_error": lambda: {
+        "missing": type("BrokenCaptions", (Captions,), {"captions": lambda self: iter(())})(None)
+    },
+    "test_an_absent_file_is_an_os_error": lambda: backend(
+        type("BrokenMemory", (Memory,), {"open": lambda self, ref: io.BytesIO()})(FILES)
+    ),
+    "test_a_missing_place_is_a_data_error": lambda: {"missing": Memory({})},
+    "test_the_location_names_the_place_without_secrets": lambda: {
+        "backend": Memory(FILES, "https://me:secret@host/clips"),
+        "missing": Memory(None, "memory://nowhere"),
+    },
+}
+
+
+@pytest.mark.parametrize("rule", BACKENDS)
+def test_the_rule_fails_for_a_data_backend_that_breaks_it(rule: str, breaks: Callable[..., None]) -> None:
+    kit = DataBackendTests()
+    subject = BACKENDS[rule]()
+    if isinstance(subject.get("backend"), Shards):
+        kit.rewritten = REWRITTEN
+    breaks(kit, rule, subject)
+
+
+def test_every_rule_has_a_mutant(rules_of: Callable[[type], set[str]]) -> None:
+    assert rules_of(DataBackendTests) == BACKENDS.keys()
+
+
+class TestASoundBackend(DataBackendTests):
+    """What the mutants are made from passes every rule."""
+
+    @pytest.fixture
+    def backend(self, files: Mapping[str, bytes]) -> Memory:
+        return Memory(files)
+
+    @pytest.fixture
+    def rewrite(self, backend: Memory) -> Callable[[str, bytes], None]:
+        return backend.rewrite
+
+    @pytest.fixture
+    def missing(self) -> Memory:
+        return Memory(None, "memory://nowhere")
+
+
+class TestSoundShards(DataBackendTests):
+    """So does what the mutants with shards are made from."""
+
+    rewritten = REWRITTEN
+
+    @pytest.fixture
+    def files(self) -> Mapping[str, bytes]:
+        return SHARDED
+
+    @pytest.fixture
+    def backend(self) -> Memory:
+        return Shards(FILES)
+
+    @pytest.fixture
+    def rewrite(self, backend: Memory) -> Callable[[str, bytes], None]:
+        return backend.rewrite
+
+    @pytest.fixture
+    def missing(self) -> Memory:
+        return Shards(None, "memory://nowhere")
+
+
+class TestSoundCaptions(DataBackendTests):
+    """And what the mutants with captions are made from."""
+
+    @pytest.fixture
+    def backend(self, files: Mapping[str, bytes]) -> Memory:
+        return Captions(files)
+
+    @pytest.fixture
+    def rewrite(self, backend: Memory) -> Callable[[str, bytes], None]:
+        return backend.rewrite
+
+    @pytest.fixture
+    def missing(self) -> Memory:
+        return Captions(None, "memory://nowhere")
+
+    @pytest.fixture
+    def words(self) -> Mapping[str, Words]:
+        return WORDS

@@ -25,11 +25,12 @@ from vtrain.train.metrics import Row
 
 
 def numbers(row: Row, steps: int, seconds: float) -> str:
-    """One line: loss, learning rate, gradient norm, terms, s/step, time left, memory. seconds: smoothed, per step.
+    """One line: loss, what it is made of, learning rate, gradient norm, s/step, time left, memory. seconds: smoothed, per step.
 
     The share of the step in which it waited for its data is shown where it is 1% or more.
     """
-    terms = "".join(f"  {name} {value:.4g}" for name, value in row.terms.items())
+    parts = {"flow_loss": row.flow_loss, **row.terms} if row.terms else {}
+    terms = "".join(f"  {name} {value:.4g}" for name, value in parts.items())
     norm = f"  norm {row.grad_norm:.3g}" if row.grad_norm is not None else ""
     left = timedelta(seconds=round((steps - row.step) * seconds))
     waiting = f"  waiting for data {row.data_wait / row.seconds:.0%}" if row.data_wait >= 0.01 * row.seconds > 0 else ""

@@ -17,6 +17,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 FENCE = re.compile(r"^```(\S*) ?([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -150,6 +151,14 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = text.replace("frames = 9\nfps = 8\n\n[cache]", "frames = 17\nfps = 12\n\n[cache]")
     text = text.replace('["160x96", "128x96"]', '"160x96"')
     (folder / "messy.toml").write_text(text, encoding="utf-8")
+    make_masked(folder / "masked")
+    text = (
+        (ROOT / "examples/demo.toml").read_text(encoding="utf-8").replace('"../demo-output', f'"{folder}/demo-output')
+    )
+    text = text.replace('path = "clips"', 'id = "clips"\npath = "masked"').replace("demo-output/cache", "masked-cache")
+    text = text.replace('["160x96", "128x96"]', '"160x96"')
+    text = text.replace("[cache]", '[data.masks]\nfolder = "masks"\n\n[cache]').replace("steps = 300", "steps = 20")
+    (folder / "masked.toml").write_text(text, encoding="utf-8")
     lines = ["[run]", 'output_dir = "out"', "", "[model]", 'use = "sanavideo"', 'path = "tiny"', 'train = "full"', ""]
     lines += ["[[data]]", 'use = "folder"', 'path = "clips"', "", "[train]", 'steps = "1000"', "batchsize = 2", ""]
     lines += ["[optimizer]", 'use = "adamv"', "lr = 1e-3"]
@@ -188,6 +197,26 @@ def make_messy(folder: Path) -> None:
     (folder / "two\nlines \U0001f430.txt").write_text("A cardboard box is turned over.", encoding="utf-8")
     (folder / "notes.md").write_text("to do")
     (folder / "cover.png").write_bytes(b"")
+
+
+def make_masked(folder: Path) -> None:
+    """Three clips; the mask of one is a video of half its size and rate, of another an image, a third has none."""
+    (folder / "masks").mkdir(parents=True)
+    for clip, name in {"bunny_00": "rabbit", "box_00": "box", "tree_00": "tree"}.items():
+        for suffix in (".mp4", ".txt"):
+            (folder / (name + suffix)).write_bytes((ROOT / "examples/clips" / (clip + suffix)).read_bytes())
+    with av.open(str(folder / "masks/rabbit.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=12)
+        stream.width, stream.height, stream.pix_fmt = 228, 128, "yuv420p"
+        for number in range(25):
+            y, x = np.mgrid[:128, :228]
+            disc = np.hypot(x - 50 - 50 * number / 12, y - 64) < 40
+            picture = np.repeat((255 * disc).astype(np.uint8)[..., None], 3, axis=2)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    left = np.zeros((256, 342), dtype=np.uint8)
+    left[:, :171] = 255
+    Image.fromarray(left).save(folder / "masks/box.png")
 
 
 @pytest.fixture

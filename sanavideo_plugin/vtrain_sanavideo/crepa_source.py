@@ -14,7 +14,7 @@ from vtrain_sanavideo.check import meaning, read_json
 from vtrain_sanavideo.crepa_hub_weights import HubModel
 from vtrain_sanavideo.crepa_options import HUB_IDS, WEIGHT_FILES
 from vtrain_sanavideo.source import Source
-from vtrain_sanavideo.weights import file_problems, weight_files
+from vtrain_sanavideo.weights import file_problems, weight_hashes
 
 STEM = "model"
 """Of the weight files of a folder in transformers' layout."""
@@ -116,7 +116,7 @@ class DinoSource(Source):
         folder = self.weights()
         return {
             "config": meaning(read_json(folder / "config.json")),
-            "weights": {path.name: content_hash(path, hash_file) for path in weight_files(folder, STEM).present},
+            "weights": weight_hashes(folder, STEM, hash_file),
         }
 
     def describe(self) -> str:
@@ -128,13 +128,6 @@ class DinoSource(Source):
         what = f"this encoder is no folder here, and it cannot be had from the hub: {why.strip().splitlines()[0]}."
         remedy = f"Where there is a connection: hf download {self.name}{revision}. Or name a local copy in encoder."
         return Problem(fault.where, what, remedy)
-
-
-def content_hash(path: Path, hash_file: HashFile) -> str:
-    """Of a file. The hub's cache keeps large files under their sha256, so those need no reading."""
-    blob = path.resolve()
-    known = blob.parent.name == "blobs" and len(blob.name) == 64
-    return blob.name if known else hash_file(path)
 
 
 def _ways() -> str:

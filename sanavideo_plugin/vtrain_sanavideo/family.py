@@ -28,7 +28,7 @@ from vtrain_sanavideo import check, codec, denoiser, installed, text
 from vtrain_sanavideo.geometry import OFFICIAL_480P, CodecConfig, TransformerConfig
 from vtrain_sanavideo.options import SanaVideoOptions
 from vtrain_sanavideo.source import STEMS, Source
-from vtrain_sanavideo.weights import weight_files
+from vtrain_sanavideo.weights import weight_hashes
 
 if TYPE_CHECKING:
     from vtrain_sanavideo.codec import SanaVideoCodec
@@ -179,7 +179,7 @@ class SanaVideoFamily:
             "sanavideo text 1",
             {name: hash_file(tokenizer / name) for name in names},
             check.meaning(check.read_json(encoder / "config.json")),
-            _weight_hashes(encoder, STEMS["text_encoder"], hash_file),
+            weight_hashes(encoder, STEMS["text_encoder"], hash_file),
             [self._instruction, self._options.motion_score, text.TEXT_TOKENS, self._options.text_precision],
         )
 
@@ -188,7 +188,7 @@ class SanaVideoFamily:
         return _digest(
             "sanavideo video 1",
             check.codec_defaults() | check.meaning(check.read_json(folder / "config.json")),
-            _weight_hashes(folder, STEMS["vae"], hash_file),
+            weight_hashes(folder, STEMS["vae"], hash_file),
             [self._options.vae_precision, self._options.vae_tiling],
         )
 
@@ -211,17 +211,6 @@ class SanaVideoFamily:
         source = self._vae_source or self._source
         folder = check.codec_folder(source)
         return folder if folder == source.folder else source.part(folder.name)
-
-
-def _weight_hashes(folder: Path, stem: str, hash_file: HashFile) -> dict[str, str]:
-    return {path.name: _content(path, hash_file) for path in weight_files(folder, stem).present}
-
-
-def _content(path: Path, hash_file: HashFile) -> str:
-    """A file's content hash. The hub's cache keeps large files under their sha256, so those need no reading."""
-    blob = path.resolve()
-    known = blob.parent.name == "blobs" and len(blob.name) == 64
-    return blob.name if known else hash_file(path)
 
 
 def _digest(*parts: object) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vtrain.contract import DType, ModelError, Problem
+from vtrain.contract import DType, HashFile, ModelError, Problem
 from vtrain_sanavideo.geometry import SCALE_SHIFT_TABLE, Shape, misfits
 
 if TYPE_CHECKING:
@@ -43,6 +43,18 @@ def weight_files(folder: Path, stem: str) -> WeightFiles:
     shards = [folder / str(name) for name in sorted(set(names.values()))]
     present = tuple(shard for shard in shards if shard.is_file())
     return WeightFiles(present, tuple(shard for shard in shards if shard not in present))
+
+
+def content_hash(path: Path, hash_file: HashFile) -> str:
+    """Of a file. The hub's cache keeps large files under their sha256, so those need no reading."""
+    blob = path.resolve()
+    known = blob.parent.name == "blobs" and len(blob.name) == 64
+    return blob.name if known else hash_file(path)
+
+
+def weight_hashes(folder: Path, stem: str, hash_file: HashFile) -> dict[str, str]:
+    """Name -> content hash of each file that is there. Raises ValueError for a broken index."""
+    return {path.name: content_hash(path, hash_file) for path in weight_files(folder, stem).present}
 
 
 def read_header(path: Path) -> dict[str, Shape]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +18,8 @@ from vtrain.data.scanning.ledger import ContentHashes, Ledger
 from vtrain.data.scanning.quarantine import move_bad
 from vtrain.data.scanning.scan import scan
 from vtrain.plan.records import MasksPlan
+from vtrain_builtin.frames import FRAMES, FramesOptions
+from vtrain_builtin.tar import TAR, TarOptions
 
 WHERE = "config.toml:30"
 
@@ -273,3 +277,28 @@ def test_without_masks_the_folder_is_of_clips_like_any_other(three, make_video) 
     found = scan(three.plan())
     assert [sample.ref_id for sample in found.samples] == ["a.mp4", "c.mp4", "masks/a.mp4", "sub/b.mp4"]
     assert found.survey.datasets[0].notes == ()
+
+
+def test_masks_of_clips_in_a_shard_lie_in_the_shard_of_that_name(setup, make_video, tmp_path) -> None:
+    picture = io.BytesIO()
+    Image.fromarray(np.full((32, 64), 255, dtype=np.uint8)).save(picture, "png")
+    shards = {"one.tar": {"a.mp4": make_video(), "b.mp4": make_video()}, "masks/one.tar": {"a.png": picture.getvalue()}}
+    for shard, members in shards.items():
+        (tmp_path / "shards" / shard).parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(tmp_path / "shards" / shard, "w") as archive:
+            for name, data in members.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    backend = TAR.build(TarOptions(path=str(tmp_path / "shards")))
+    found = scan(setup.plan(replace(masked(setup, captions="filename"), backend=backend)))
+    assert of(found) == {"one.tar/a.mp4": "masks/one.tar/a.png", "one.tar/b.mp4": ""}
+
+
+def test_masks_of_folders_of_images_are_folders_of_images(setup, tmp_path) -> None:
+    for name, grey in (("clips/a", 200), ("clips/b", 100), ("clips/masks/a", 255)):
+        for number in range(17):
+            add_picture(setup, f"../{name}/{number:03}.png", grey=grey)
+    backend = FRAMES.build(FramesOptions(path=tmp_path / "clips", fps=16))
+    found = scan(setup.plan(replace(masked(setup, captions="filename"), backend=backend)))
+    assert of(found) == {"a.mov": "masks/a.mov", "b.mov": ""}

@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Callable
 
 import pytest
+import torch
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 BOTH = """
@@ -33,6 +34,21 @@ def test_two_regularizers_train_together_and_each_tells_its_own_numbers(folder, 
     for terms in (row["terms"] for row in rows[:4]):
         assert terms["layersync/loss"] == pytest.approx(-0.2 * terms["layersync/cosine"])
         assert terms["layersync/weight"] == pytest.approx(0.2)
+
+
+def test_with_crepa_and_another_the_loss_is_the_sum_of_all_terms(folder, vtrain: Run) -> None:
+    """CREPA's encoder is a DINOv2 of random weights; its features come from the cache."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder.path / "dino")
+    crepa = '\n[[regularizer]]\nuse = "crepa"\nblock = 1\nencoder = "./dino"\n'
+    vtrain("run", folder.write(more=BOTH + crepa, log_every=1, steps=3))
+    for row in folder.rows():
+        added = sum(row["terms"][f"{name}/loss"] for name in ("toy-smooth", "layersync", "crepa"))
+        assert row["loss"] == pytest.approx(row["flow_loss"] + added, rel=1e-5)
+        assert row["terms"]["crepa/loss"] != 0
 
 
 def test_checkpointing_changes_no_number(folder, another, vtrain: Run) -> None:

@@ -153,7 +153,7 @@ def test_a_full_disk_in_the_middle_is_told_and_the_last_good_checkpoint_stays(
 
 STOP_WHILE_FILLING = """
 import os, signal
-from vtrain.data.caching.fill_video import _Filling
+from vtrain.data.caching.fill_windows import _Filling
 real = _Filling._encode
 def encode(*given):
     real(*given)

@@ -25,6 +25,7 @@ from vtrain.contract import (
     Problem,
     Registered,
     RunInfo,
+    SupportsFeatures,
     Tracker,
     TrackerSpec,
 )
@@ -168,6 +169,11 @@ def _write_run_files(plan: Plan, ready: Ready) -> None:
         "text": plan.family.text_fingerprint(hash_file),
         "video": plan.family.video_fingerprint(hash_file),
         "config": hashlib.sha256(plan.config.text.encode()).hexdigest(),
+        **{
+            f"features ({name})": part.feature_fingerprint(hash_file)
+            for name, part in plan.regularizers
+            if part.needs().features == "cached" and isinstance(part, SupportsFeatures)
+        },
     }
     whole = {
         **as_json(plan, ready.survey, ready.prices),

@@ -127,9 +127,9 @@ def until(command: list[str], begins: str, cpu: Callable[[str, int], float]) -> 
 
 
 def rounds(measures: Mapping[str, Measure], runs: int) -> dict[str, list[Cost]]:
-    """`runs` rounds, in each of which every process runs once, after one round that is not counted."""
+    """`runs` rounds, in each of which every process runs once, after one round that is not counted; of one, none is."""
     costs: dict[str, list[Cost]] = {name: [] for name in measures}
-    for turn in range(runs + 1):
+    for turn in range(0 if runs > 1 else 1, runs + 1):
         for name, measure in measures.items():
             cost = measure()
             if turn:

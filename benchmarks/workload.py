@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -131,14 +132,15 @@ def write_config(folder: Path, model: Model, mode: str, log_every: int, name: st
     return config
 
 
-def fill(config: Path) -> None:
-    """Make the caches of the run."""
+def fill(config: Path, clips: int | None = None) -> None:
+    """Make the caches of the run, or of its first `clips`."""
     from vtrain.cli.prepare import planned
     from vtrain.data.caching.caches import fill_caches
     from vtrain.data.scanning.scan import scan
 
     plan = planned(config)
-    fill_caches(plan, scan(plan).samples, [], "cpu", lambda _kind, _done, _total: None)
+    samples = list(islice(scan(plan).samples, clips))
+    fill_caches(plan, samples, [], "cpu", lambda _kind, _done, _total: None)
 
 
 def read_samples(config: Path) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:

@@ -77,32 +77,68 @@ class Run:
 
 
 @pytest.fixture
-def run(tmp_path: Path, models: Path, make_video: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch) -> Run:
+def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Run], Run]:
+    """The run, told of all that is encoded."""
     from vtrain_sanavideo.codec import SanaVideoCodec
     from vtrain_sanavideo.text import SanaVideoText
 
-    made = Run(tmp_path)
-    made.config.write_text(CONFIG)
-    shutil.copytree(models / "one", tmp_path / "model")
-    (tmp_path / "clips").mkdir()
-    for number in range(CLIPS):
-        (tmp_path / "clips" / f"{number}.mp4").write_bytes(make_video(frames=20 + number, fps=16, size=(96, 48)))
-        (tmp_path / "clips" / f"{number}.txt").write_text(f"a clip, number {number}")
     encode_text, encode_video = SanaVideoText.encode, SanaVideoCodec.encode
 
-    def counted_text(self: SanaVideoText, captions: Sequence[Caption], role: Role) -> Text:
-        made.texts += len(captions)
-        return encode_text(self, captions, role)
+    def count(run: Run) -> Run:
+        def counted_text(self: SanaVideoText, captions: Sequence[Caption], role: Role) -> Text:
+            run.texts += len(captions)
+            return encode_text(self, captions, role)
 
-    def counted_video(self: SanaVideoCodec, pixels: Tensor, *, std: bool = False) -> Latents:
-        made.clips += len(pixels)
-        return encode_video(self, pixels, std=std)
+        def counted_video(self: SanaVideoCodec, pixels: Tensor, *, std: bool = False) -> Latents:
+            run.clips += len(pixels)
+            return encode_video(self, pixels, std=std)
 
-    monkeypatch.setattr(SanaVideoText, "encode", counted_text)
-    monkeypatch.setattr(SanaVideoCodec, "encode", counted_video)
-    assert made.encodes() == (CLIPS + 1, CLIPS)  # and the dropped caption
-    assert made.encodes() == (0, 0)
-    return made
+        monkeypatch.setattr(SanaVideoText, "encode", counted_text)
+        monkeypatch.setattr(SanaVideoCodec, "encode", counted_video)
+        return run
+
+    return count
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory, models: Path, make_video: Callable[..., bytes]) -> Path:
+    """The folder of a run whose caches are empty."""
+    folder = tmp_path_factory.mktemp("begun")
+    (folder / "config.toml").write_text(CONFIG)
+    shutil.copytree(models / "one", folder / "model")
+    (folder / "clips").mkdir()
+    for number in range(CLIPS):
+        (folder / "clips" / f"{number}.mp4").write_bytes(make_video(frames=20 + number, fps=16, size=(96, 48)))
+        (folder / "clips" / f"{number}.txt").write_text(f"a clip, number {number}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def filled(begun: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, its caches filled."""
+    folder = tmp_path_factory.mktemp("filled") / "run"
+    shutil.copytree(begun, folder)
+    Run(folder).encodes()
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path, filled: Path, counted: Callable[[Run], Run]) -> Run:
+    """A filled run in a folder of its own."""
+    shutil.copytree(filled, tmp_path / "run")
+    return counted(Run(tmp_path / "run"))
+
+
+def test_all_is_encoded_once_and_a_run_that_was_moved_encodes_nothing(
+    begun: Path, tmp_path: Path, counted: Callable[[Run], Run]
+) -> None:
+    shutil.copytree(begun, tmp_path / "run")
+    run = counted(Run(tmp_path / "run"))
+    assert run.encodes() == (CLIPS + 1, CLIPS)  # and the dropped caption
+    assert run.encodes() == (0, 0)
+    run.folder.rename(tmp_path / "elsewhere")
+    run.folder, run.config = tmp_path / "elsewhere", tmp_path / "elsewhere" / "config.toml"
+    assert run.encodes() == (0, 0)
 
 
 def test_one_caption_one_clip_and_a_new_name(run: Run, make_video: Callable[..., bytes]) -> None:
@@ -148,14 +184,11 @@ def test_other_weights_encode_what_they_encode(run: Run, models: Path, part: str
     assert run.encodes() == expected
 
 
-def alive(part: str) -> list[str]:
-    """Modules of diffusers or transformers in memory whose class is named so."""
+def alive(*parts: str) -> list[bool]:
+    """Whether a module of diffusers or transformers is in memory whose class is named so."""
     gc.collect()
-    return [
-        type(each).__name__
-        for each in gc.get_objects()
-        if issubclass(type(each), nn.Module) and part in type(each).__name__
-    ]
+    names = {type(each).__name__ for each in gc.get_objects() if issubclass(type(each), nn.Module)}
+    return [any(part in name for name in names) for part in parts]
 
 
 def test_text_encoder_and_codec_are_never_in_memory_together(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,12 +196,12 @@ def test_text_encoder_and_codec_are_never_in_memory_together(run: Run, monkeypat
     from vtrain_sanavideo.family import SanaVideoFamily
     from vtrain_sanavideo.text import SanaVideoText
 
-    seen: list[tuple[str, bool, bool]] = []
+    seen: list[tuple[str | bool, ...]] = []
     opened = SanaVideoFamily.open_video_codec
     encode_text, encode_video = SanaVideoText.encode, SanaVideoCodec.encode
 
     def look(when: str) -> None:
-        seen.append((when, bool(alive("Gemma2Model")), bool(alive("AutoencoderKLWan"))))
+        seen.append((when, *alive("Gemma2Model", "AutoencoderKLWan")))
 
     @contextmanager
     def opening(self: SanaVideoFamily, device: str) -> Iterator[SanaVideoCodec]:

@@ -68,7 +68,7 @@ class Strange:
 
     def __init__(self, files: dict[str, bytes], fail_after: int | None = None, wait_s: float = 0.0) -> None:
         self.files, self.fail_after, self.wait_s, self.given = files, fail_after, wait_s, 0
-        self.asked = False
+        self.asked, self.reads = False, 0
 
     def refs(self):
         return iter([SourceRef(name, len(data), "1") for name, data in sorted(self.files.items())])
@@ -78,7 +78,7 @@ class Strange:
 
         class File(io.BytesIO):
             def read(self, size: int | None = -1) -> bytes:
-                storage.asked = True
+                storage.asked, storage.reads = True, storage.reads + 1
                 time.sleep(storage.wait_s)
                 data = super().read(size)
                 storage.given += len(data)
@@ -265,11 +265,12 @@ def test_a_storage_that_fails_is_no_lasting_fault_of_the_file(make_video) -> Non
 
 def test_waiting_for_a_slow_storage_does_not_count(make_video) -> None:
     data = make_video(frames=5)
-    storage = Strange({"a.mp4": data}, wait_s=1.5)
+    storage = Strange({"a.mp4": data}, wait_s=0.5)
     with Workers(1, 60) as workers:
         workers.probe(Strange({"a.mp4": data}), SourceRef("a.mp4", len(data), "1"))  # the process is up
         ((_, found),) = workers.probed([ProbeJob(storage, SourceRef("a.mp4", len(data), "1"), limit_s=1.4)])
         assert not isinstance(found, FileFault)
+    assert storage.wait_s * storage.reads > 1.4
 
 
 def test_a_missing_file_is_told_as_here(folder) -> None:

@@ -130,9 +130,8 @@ def _ready(plan: Plan, found: Scan, filled: Filled, console: Console) -> Ready:
         tell_left_out(filled.left_out, console)
         survey = filled.recount(survey)
         prices = price(plan, survey)
-        console.print(
-            f"{len(filled.left_out)} of {len(found.samples)} clips cannot be used; {len(filled.index)} remain"
-        )
+        lost = len(found.samples) - len(filled.index)
+        console.print(f"{lost} of {len(found.samples)} clips cannot be used; {len(filled.index)} remain")
     return Ready(survey, filled.index, prices)
 
 

@@ -14,7 +14,7 @@ from vtrain.data.scanning.ledger import Ledger, marks
 from vtrain.data.scanning.sources import origin_of
 from vtrain.plan.records import DatasetPlan, DatasetSurvey, MasksPlan
 
-DISTINCT = 4
+DISTINCT = 5
 """Different reasons of one kind that a survey lists apart; more are counted together, with one as the example."""
 
 _KINDS = """SELECT kind, count(*), count(DISTINCT reason), reason, min(ref) FROM fate

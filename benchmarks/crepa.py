@@ -207,7 +207,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", choices=MODELS, help="(default: small)")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
-    parser.add_argument("--rounds", type=int, help=f"of blocks (default: {ROUNDS})")
+    parser.add_argument("--rounds", type=int, help=f"of blocks; 0: none (default: {ROUNDS})")
     parser.add_argument("--steps", type=int, help=f"of a block (default: {STEPS})")
     parser.add_argument("--rss-rounds", type=int, help=f"of processes for peak memory; 0: none (default: {RSS_ROUNDS})")
     parser.add_argument("--folder", type=Path, help="where checkpoints and caches go (default: a temporary folder)")
@@ -224,7 +224,7 @@ def main() -> None:
     chosen = arguments()
     torch.set_num_threads(1)
     model = MODELS[chosen.model or ("tiny" if chosen.quick else "small")]
-    rounds = chosen.rounds or (2 if chosen.quick else ROUNDS)
+    rounds = chosen.rounds if chosen.rounds is not None else (2 if chosen.quick else ROUNDS)
     steps = chosen.steps or (2 if chosen.quick else STEPS)
     rss_rounds = chosen.rss_rounds if chosen.rss_rounds is not None else (1 if chosen.quick else RSS_ROUNDS)
     with ExitStack() as stack:
@@ -235,9 +235,10 @@ def main() -> None:
             return
         say_machine()
         times: list[Timed] = []
-        for mode in chosen.modes:
+        for mode in chosen.modes if rounds else ():
             times += measure_time(folder, model, mode, chosen.sides, rounds, steps)
-        say(time_table(times))
+        if times:
+            say(time_table(times))
         memory: list[Memory] = []
         for mode in chosen.modes if rss_rounds else ():
             memory += measure_memory(folder, model, mode, chosen.sides, rss_rounds, RSS_STEPS)
@@ -245,7 +246,8 @@ def main() -> None:
             say("\n" + memory_table(memory))
         if chosen.write:
             told = "; ".join(f"{name} {value}" for name, value in machine().items())
-            tables = "\n\n".join([time_table(times), *([memory_table(memory)] if memory else [])])
+            found = ([time_table(times)] if times else []) + ([memory_table(memory)] if memory else [])
+            tables = "\n\n".join(found)
             put(PAGE, "crepa", f"Measured on {datetime.now(UTC):%Y-%m-%d}: {told}.\n\n{tables}\n")
         write_json(chosen.json, {"time": [asdict(each) for each in times], "memory": [asdict(each) for each in memory]})
 

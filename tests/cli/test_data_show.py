@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from vtrain.data.caching.stores import Stores
 from vtrain.data.decoding.decode import decode
 from vtrain.data.scanning.files import look, unescaped
 from vtrain.data.scanning.ledger import Ledger
+from vtrain.plan.decoders import Unusable, torchcodec
 
 
 def test_a_file_is_shown_with_its_windows_its_part_of_the_picture_and_its_entries(own: Path, vtrain, shown) -> None:
@@ -191,6 +193,29 @@ def test_a_clip_whose_frames_are_damaged_is_an_error_and_after_filling_a_failed_
     row = next(row for row in listed(config, "--failed") if row["file"] == "two\nlines.mp4")
     assert row["kind"] == "decoding"
     assert line.endswith(row["reason"])
+
+
+def test_what_decoded_a_file_is_told_where_torchcodec_is_asked_for(own: Path, vtrain, shown, make_clip) -> None:
+    if isinstance(found := torchcodec(), Unusable):
+        pytest.skip(found.what)
+    clip = make_clip(own / "messy" / "long.mp4", frames=40, size=(192, 128))
+    with av.open(str(clip)) as source, av.open(str(own / "messy" / "flash.flv"), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                target.mux(packet)
+    (own / "messy" / "flash.txt").write_text("the same in another container")
+    config = own / "config.toml"
+    config.write_text(config.read_text().replace('id = "messy"', 'id = "messy"\ndecoder = "torchcodec"'))
+    text = vtrain("data", "show", config, "long.mp4").stdout
+    assert f"  decoder  {found}\n" in text
+    text = vtrain("data", "show", config, "flash.flv").stdout
+    assert "  decoder  PyAV, since its container (flv) is neither MP4, MOV, Matroska nor WebM\n" in text
+    text = vtrain("data", "show", config, "flash.flv", "--no-sheet").stdout
+    assert f"  decoder  {found}, or PyAV: a contact sheet shows which\n" in text
+    assert shown(config, "long.mp4")["video"][0]["decoder"] == found
+    assert re.search(rf"decoder +{found}; PyAV for files", vtrain("plan", config).stdout)
 
 
 def test_captions_are_shown_whole_on_one_line_each(own: Path, vtrain) -> None:

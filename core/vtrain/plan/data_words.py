@@ -16,6 +16,8 @@ def dataset_rows(dataset: DatasetPlan, found: DatasetSurvey, *, alone: bool) -> 
     yield "captions", _captions(dataset)
     if dataset.masks is not None:
         yield "masks", _masks(dataset.masks)
+    if dataset.decoder:
+        yield "decoder", f"{dataset.decoder}; PyAV for files that it would show wrongly"
     samples, clips = sum(found.samples.values()), sum(map(found.clips_of, found.samples))
     passes = f", {1 + found.repeats} passes an epoch" if found.repeats else ""
     if found.share != 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import tempfile
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 
 from vtrain.contract import ClipShape, Size, SourceRef
+from vtrain.data.decoding import masks
 from vtrain.data.decoding.masks import EMPTY, emptiness, is_empty, latent_mask, trained
 from vtrain.data.decoding.video import FileFault
 from vtrain.data.decoding.worker import MaskJob, Workers
@@ -171,12 +173,34 @@ def test_a_video_in_limited_range_has_a_white_of_one() -> None:
     assert latent_mask(stream, sample_of(), 0.0, SPANS, (4, 8)).min() > 0.99
 
 
-def test_a_late_window_is_sought_and_gives_the_same(monkeypatch) -> None:
+def test_a_late_window_has_the_frames_of_its_own_times() -> None:
     pictures = noise(64, Size(32, 16), seed=3)
     data, sample = video(pictures, 16), sample_of()
     found = latent_mask(io.BytesIO(data), sample, 3.0, SPANS, (4, 8))
     means = [area_mean(pictures[48 + n], WHOLE, sample.box, (4, 8)) for n in range(9)]
     assert np.abs(found[2].numpy() - sum(means[5:]) / 4).max() < 1e-6
+
+
+def test_a_window_that_is_sought_is_the_same_as_one_that_is_decoded_from_the_start(monkeypatch) -> None:
+    """H.264 with B-frames and few key frames."""
+    data = video(noise(70, Size(64, 32), seed=4), 16, "libx264", "mp4")
+    found = latent_mask(io.BytesIO(data), sample_of(), 3.125, SPANS, (4, 8))
+    monkeypatch.setattr(masks, "SEEK_SECONDS", math.inf)
+    assert torch.equal(found, latent_mask(io.BytesIO(data), sample_of(), 3.125, SPANS, (4, 8)))
+
+
+def test_a_mask_that_cannot_be_sought_is_decoded_from_its_start(monkeypatch) -> None:
+    data = video(noise(70, Size(64, 32), seed=4), 16, "libx264", "mp4")
+    expected = latent_mask(io.BytesIO(data), sample_of(), 3.125, SPANS, (4, 8))
+    real = masks.stamped_from
+
+    def unseekable(container, stream, seek):
+        if seek is not None:
+            raise FileFault("cannot be decoded: Operation not permitted")
+        yield from real(container, stream, seek)
+
+    monkeypatch.setattr(masks, "stamped_from", unseekable)
+    assert torch.equal(latent_mask(io.BytesIO(data), sample_of(), 3.125, SPANS, (4, 8)), expected)
 
 
 def test_a_mask_that_is_to_be_shown_turned_is_turned() -> None:
@@ -297,8 +321,6 @@ def masked_by(folder: LocalFolder, name: str, data: bytes) -> Sample:
 
 
 def test_a_decoding_process_gives_the_same_mask_and_the_hash_of_its_file(folder, decoding_process: Workers) -> None:
-    import hashlib
-
     data = video(noise(9, Size(64, 32)), 16)
     sample = masked_by(folder, "masks/a.mkv", data)
     content, mask = decoding_process.mask(folder, sample, 0.0, GRID)

@@ -87,12 +87,15 @@ def _of_window(stream: BinaryIO, sample: Sample, times: Sequence[float], size: t
     """One average for each of `times`, as many as the file has. Raises FileFault."""
     if times[0] > SEEK_SECONDS:
         found = _averages(stream, sample, times, size, seek=True)
-        first = next(found, None)
+        try:
+            first = next(found, None)
+        except FileFault:
+            first = None
         if first is not None:
             yield first
             yield from found
             return
-        stream.seek(0)  # the file cannot be sought that precisely: take it from its first frame
+        stream.seek(0)  # the file cannot be sought that precisely, or at all: take it from its first frame
     yield from _averages(stream, sample, times, size, seek=False)
 
 

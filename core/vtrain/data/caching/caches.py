@@ -140,24 +140,26 @@ def _index(
     if peers.rank:
         return None
     changed: dict[str, str] = {}
+    masks = stores.masks
 
     def usable() -> Iterator[Sample]:
         for sample in samples:
             starts = unusable.usable(sample)
             if not starts:
                 continue
-            if all(column.content(sample) for column in stores.columns if column.covers(sample)):
-                yield replace(sample, content=stores.known_content(sample), starts=starts)
+            content = stores.known_content(sample)
+            if content and (masks is None or not masks.covers(sample) or masks.content(sample)):
+                yield replace(sample, content=content, starts=starts)
             else:
                 changed[sample.file] = _CHANGED
 
     def text_keys(sample: Sample) -> list[str]:
         return [stores.text_key(caption, "prompt") for caption in sample.captions]
 
-    masks = None if stores.masks is None else _keys(stores.masks)
+    mask_keys = None if masks is None else _keys(masks)
     features = {name: _keys(column) for name, column in stores.features.items()}
     online = any(part.needs().features == "source" for _, part in stores.plan.regularizers)
-    return build(usable(), _keys(stores.videos), text_keys, masks, features, sources=online), changed
+    return build(usable(), _keys(stores.videos), text_keys, mask_keys, features, sources=online), changed
 
 
 def _keys(column: Column) -> Keys:

@@ -86,8 +86,9 @@ class Contents:
 
     def of(self, sample: Sample, ref: SourceRef, borne: str) -> str:
         """borne: by the sample. "" if the file's bytes were not read yet."""
-        location = self.plan.datasets[sample.place].backend.location
-        return borne or self._ledger.of(location, ref) or ""
+        if borne:
+            return borne
+        return self._ledger.of(self.plan.datasets[sample.place].backend.location, ref) or ""
 
 
 class _OfClips:

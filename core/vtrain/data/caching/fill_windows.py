@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,8 +42,8 @@ class Unusable:
         """The starts of a sample's windows that can be used."""
         if sample.file in self.files:
             return ()
-        out: Mapping[float, str] = self.windows.get(sample.id, {})
-        return tuple(start for start in sample.starts if start not in out)
+        out = self.windows.get(sample.id)
+        return tuple(start for start in sample.starts if start not in out) if out else sample.starts
 
     def told(self) -> dict[str, str]:
         """Everything by name, with why."""

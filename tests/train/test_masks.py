@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -164,3 +165,20 @@ def test_only_the_white_half_of_clips_is_learned(own, vtrain: Run) -> None:
     plain = errors(plan, filled, own.output / "checkpoints/step-000150")
     assert plain[0] < before[0] / 2
     assert plain[1] < before[1] / 2
+
+
+def test_two_processes_fill_and_train_with_masks_as_one_does(own, vtrain: Run, tmp_path_factory) -> None:
+    """An empty mask among them: all processes leave that clip out."""
+    for number, white in enumerate((0.5, 0.25, 0.0, 0.75)):
+        add_image(own.path / f"clips/masks/clip_{number}.png", (96, 64) if number % 2 else (64, 64), white)
+    settings = {"steps": 4, "batch_size": 1, "log_every": 1, "more": MASKS}
+    own = replace(own, cache=tmp_path_factory.mktemp("two"))
+    done = vtrain("run", own.write(accumulate=2, **settings), processes=2)
+    assert "its mask masks/clip_2.png is black" in done.stdout + done.stderr
+    two = own.rows()
+    shutil.rmtree(own.output)
+    own = replace(own, cache=tmp_path_factory.mktemp("one"))
+    vtrain("run", own.write(accumulate=4, **settings))
+    for a, b in zip(two, own.rows(), strict=True):
+        assert a["samples"] == b["samples"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)

@@ -147,10 +147,20 @@ def test_some_frames_of_a_window_are_the_same_pictures_as_among_all(setup, make_
 
 def test_models_are_opened_one_after_the_other_and_gone_after_filling(three, watched) -> None:
     three.family.opened = watched.opened
+    codecs: list[weakref.ref[object]] = []
+    opening = three.family.open_video_codec
+
+    @contextmanager
+    def seen(device: str) -> Iterator[object]:
+        with opening(device) as codec:
+            codecs.append(weakref.ref(codec))
+            yield codec
+
+    three.family.open_video_codec = seen
     fill(three)
     assert watched.opened == ["text", "text closed", "video", "video closed", "features", "features closed"]
     gc.collect()
-    assert [reference() for reference in watched.alive] == [None]
+    assert [reference() for reference in (*codecs, *watched.alive)] == [None, None]
 
 
 def test_a_warm_start_opens_no_encoder_and_no_file(three, watched) -> None:

@@ -11,9 +11,10 @@ from torch import Tensor
 from vtrain.contract import Caption, DataError, Latents, Problem, Role, Text
 from vtrain.data.caching.columns import Column
 from vtrain.data.caching.fill_text import Report, fill_text
-from vtrain.data.caching.fill_windows import Unusable, fill_windows
+from vtrain.data.caching.fill_windows import fill_windows
 from vtrain.data.caching.peers import ALONE, Peers, together
 from vtrain.data.caching.stores import Stores
+from vtrain.data.caching.unusable import Unusable
 from vtrain.data.caching.wanted import DROPPED, texts
 from vtrain.data.index import Index, Keys, build
 from vtrain.data.sample import Sample

@@ -164,7 +164,7 @@ class Measured:
     warm: Ratio
 
 
-def measure_place(folder: Path, entries: int, pairs: int) -> Measured:
+def measure_place(folder: Path, entries: int, pairs: int, *, cold: bool) -> Measured:
     say(f"{entries} entries ...")
     make_place(folder, entries)
     config = write_config(folder, MODELS["tiny"], "full", 10)
@@ -177,7 +177,8 @@ def measure_place(folder: Path, entries: int, pairs: int) -> Measured:
     middle = sorted(range(pairs), key=lambda pair: warm[pair].cpu)[pairs // 2]
     costs |= {"bare": walks[middle], "warm": warm[middle], "plan": run("plan", config)}
     write_hashes(folder)
-    run("batch", config)  # encodes one clip, and each caption
+    if not cold:
+        run("batch", config)  # encodes one clip, and each caption
     costs["batch"] = run("batch", config)
     ledger = (folder / "cache" / "ledger.sqlite").stat().st_size
     held = ratio([cost.cpu for cost in warm], [cost.cpu for cost in walks], CPU_LIMIT)
@@ -207,6 +208,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--entries", type=int, nargs="+", default=[100_000, 1_000_000], help="files of each place")
     parser.add_argument("--pairs", type=int, default=7, help="warm scans and bare walks, in turn")
+    parser.add_argument(
+        "--cold", action="store_true", help="the first batch is measured with what has to be encoded for it"
+    )
     parser.add_argument("--folder", type=Path, help="where the places are made; absent: a temporary folder")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     parser.add_argument("--part", choices=("bare", *PARTS), help=argparse.SUPPRESS)
@@ -219,7 +223,7 @@ def main() -> None:
     measured = []
     for entries in options.entries:
         with tempfile.TemporaryDirectory(dir=options.folder, prefix="scan-") as folder:
-            measured.append(measure_place(Path(folder), entries, options.pairs))
+            measured.append(measure_place(Path(folder), entries, options.pairs, cold=options.cold))
     say()
     report(measured)
     write_json(options.json, {"places": [asdict(each) for each in measured]})

@@ -73,7 +73,7 @@ def test_the_crepa_benchmark_compares_kinds_of_teachers_with_the_step_without(sc
 
 
 def test_the_scan_benchmark_measures_each_part_and_compares_a_warm_scan_with_a_bare_walk(script: Script) -> None:
-    text, numbers = script("scan.py", "--entries", "20", "1100", "--pairs", "1")
+    text, numbers = script("scan.py", "--entries", "20", "1100", "--pairs", "1", "--cold")
     few, many = numbers["places"]
     assert (few["entries"], many["entries"]) == (20, 1100)
     for place in (few, many):

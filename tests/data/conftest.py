@@ -255,6 +255,14 @@ def setup(tmp_path: Path) -> Setup:
     return made
 
 
+@pytest.fixture
+def three(setup: Setup, make_video: Callable[..., bytes]) -> Setup:
+    """Three clips of three sizes, with captions."""
+    for k, size in enumerate([(128, 64), (136, 64), (128, 72)]):
+        setup.add(f"{k}.mp4", make_video(frames=27 + k, fps=24, size=size), f"caption number {k}")
+    return setup
+
+
 @pytest.fixture(scope="session")
 def decoding_process() -> Iterator[Workers]:
     """One that stays for all tests: each would import torch anew."""

@@ -1,16 +1,15 @@
 """Filling and reading the caches; what is encoded again, and what is not."""
 
+from __future__ import annotations
+
 import errno
 import hashlib
 import os
 import shutil
 import threading
 
-import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from vtrain.contract import Caption, DataError
 from vtrain.data.caching.caches import DROPPED, Caches, fill_caches
@@ -41,13 +40,6 @@ def encodes(setup, *datasets, **train) -> tuple[int, int]:
 
 def entries(setup, kind: str):
     return sorted((setup.cache / kind).rglob("*.safetensors"))
-
-
-@pytest.fixture
-def three(setup, make_video):
-    for k, size in enumerate([(128, 64), (136, 64), (128, 72)]):
-        setup.add(f"{k}.mp4", make_video(frames=27 + k, fps=24, size=size), f"caption number {k}")
-    return setup
 
 
 def test_latents_are_the_codecs_own_of_the_decoded_pixels(setup, clips) -> None:
@@ -247,72 +239,6 @@ def test_an_interrupt_leaves_whole_entries_and_they_are_kept(three) -> None:
     three.family.on_encode = None
     assert encodes(three) == (0, 1)
     assert [p for p in three.cache.rglob("*") if p.suffix == ".part"] == []
-
-
-def torn(path, key):
-    path.write_bytes(path.read_bytes()[:-7])
-
-
-def empty(path, key):
-    path.write_bytes(b"")
-
-
-def longer(path, key):
-    path.write_bytes(path.read_bytes() + b"x")
-
-
-def garbage(path, key):
-    path.write_bytes(np.random.default_rng(0).bytes(5000))
-
-
-def foreign(path, key):
-    save_file({"mean": torch.zeros(1)}, path)
-
-
-def restamped(path, old, new):
-    data = path.read_bytes()
-    assert data.count(old.encode()) == 1
-    path.write_bytes(data.replace(old.encode(), new.encode()))
-
-
-def wrong_key(path, key):
-    restamped(path, key, "0" * 64)
-
-
-def old_format(path, key):
-    restamped(path, "vtrain-cache-3", "vtrain-cache-2")
-
-
-@pytest.mark.parametrize("kind", ["text", "video"])
-@pytest.mark.parametrize("harm", [torn, empty, longer, garbage, foreign, wrong_key, old_format])
-def test_a_harmed_entry_is_found_and_made_again(three, kind, harm) -> None:
-    fill(three)
-    path = entries(three, kind)[0]
-    sound = path.read_bytes()
-    harm(path, path.stem)
-    assert encodes(three) == ((1, 0) if kind == "text" else (0, 1))
-    assert path.read_bytes() == sound
-
-
-def test_a_flipped_byte_is_found_when_read_and_the_next_start_mends_it(three) -> None:
-    filled = fill(three)
-    for path in entries(three, "video"):
-        data = bytearray(path.read_bytes())
-        data[-10] ^= 1
-        path.write_bytes(data)
-    with pytest.raises(DataError, match="damaged") as caught:
-        filled.caches.latents(trained_on(filled)[0], trained_on(filled)[0].starts[0])
-    assert "Start the run again" in str(caught.value)
-    assert encodes(three) == (0, 1)
-    filled.caches.latents(trained_on(filled)[0], trained_on(filled)[0].starts[0])
-
-
-def test_an_entry_names_its_key_and_format(three) -> None:
-    fill(three)
-    for path in entries(three, "video"):
-        with safe_open(path, "pt") as file:
-            assert file.metadata()["vtrain"].split()[:2] == ["vtrain-cache-3", path.stem]
-        assert path.parent.name == path.stem[:2]
 
 
 def test_a_truncated_clip_is_left_out_with_its_reason_now_and_at_the_next_start(three, make_video) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import runpy
@@ -18,6 +19,7 @@ from vtrain.data.decoding.process import DecodingProcess
 from vtrain.data.scanning.fates import settings_key
 from vtrain.data.scanning.ledger import Ledger
 from vtrain.data.scanning.scan import scan
+from vtrain.plan.decoders import Unusable, torchcodec
 
 MOST_BYTES = 768 << 20
 """Resident memory that no decoding process may reach. Half of it is torch's."""
@@ -45,17 +47,22 @@ def peaks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.slow
-def test_every_damaged_file_is_used_or_named_and_none_does_harm(setup, peaks) -> None:
+@pytest.mark.parametrize("decoder", ["pyav", "torchcodec"])
+def test_every_damaged_file_is_used_or_named_and_none_does_harm(setup, peaks, decoder) -> None:
     """About 440 files are scanned, decoded and encoded, and listed again: some 10 seconds of CPU.
 
     The time limit per file is far above what any takes; one that reached it would be named with it.
     """
+    name = "" if decoder == "pyav" else torchcodec()
+    if isinstance(name, Unusable):
+        pytest.skip(name.what)
     made = runpy.run_path(str(Path(__file__).with_name("corpus.py")))["make"](setup.folder)
     assert made >= 300
     dataset = setup.dataset(
         sizes=[(32, 24)], frames=9, min_frames=1, fps=10.0, captions="filename", missing_caption="empty", images=True,
         decode_timeout=20.0,
     )  # fmt: skip
+    dataset = dataclasses.replace(dataset, decoder=name)
     plan = setup.plan(dataset)
     outside = {file: file.read_bytes() for file in (setup.root / "outside").iterdir()}
     before = {entry.name: entry.stat(follow_symlinks=False).st_mtime_ns for entry in os.scandir(setup.folder)}

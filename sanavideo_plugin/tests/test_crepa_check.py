@@ -170,6 +170,33 @@ def test_a_config_of_another_kind_is_named(tmp_path: Path, dino: Path, change: d
     assert words in said(crepa(encoder=str(tmp_path)))
 
 
+def test_what_is_not_there_is_told_as_missing_with_what_an_encoder_is(tmp_path: Path) -> None:
+    """A .pth file that is not there was once called no dictionary of tensors; a folder, not in diffusers' layout."""
+    file = said(crepa(encoder=str(tmp_path / "dinov2_vits14_pretrain.pth")))
+    folder = said(crepa(encoder=str(tmp_path)))
+    assert f"{tmp_path / 'dinov2_vits14_pretrain.pth'}: there is no such file." in file
+    assert f"{tmp_path / 'config.json'}: this file is missing" in folder
+    assert all("a .pth file of torch hub's weights" in text and "diffusers" not in text for text in (file, folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"hidden_size": 128}, "embeddings.cls_token is [1, 1, 64] instead of [1, 1, 128]"),
+        ({"patch_size": 16}, "projection.weight is [64, 3, 14, 14] instead of [64, 3, 16, 16]"),
+        ({"model_type": "dinov2_with_registers"}, "embeddings.register_tokens is missing"),
+    ],
+    ids=str,
+)
+def test_a_config_of_other_weights_is_refused_before_clips_are_encoded(
+    tmp_path: Path, dino: Path, change: dict[str, object], words: str
+) -> None:
+    config = json.loads((dino / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").symlink_to(dino / "model.safetensors")
+    assert words in said(crepa(encoder=str(tmp_path)))
+
+
 def test_a_size_that_patches_do_not_fill_is_refused_with_the_nearest(dino: Path) -> None:
     assert "size 512 cannot be cut into patches of 14. Write 518" in said(crepa(encoder=str(dino), size=512))
     assert said(crepa(encoder=str(dino), size=518)) == ""
@@ -179,7 +206,11 @@ def test_more_neighbours_than_frames_are_refused_unless_one_bucket_has_them(dino
     assert said(crepa(encoder=str(dino), adjacent_distance=4)) == ""
     text = said(crepa(encoder=str(dino), adjacent_distance=5))
     assert "adjacent_distance is 5, and the longest clip has 5 frames of tokens" in text
+    assert "no two are more than 4 apart" in text
     assert "Write at most 4" in text
+    assert said(crepa(encoder=str(dino), adjacent_distance=9, cumulative_neighbors=True)).startswith(
+        "adjacent_distance is 9, and the longest clip has 5 frames of tokens: no two are more than 4 apart"
+    )
     pictures: list[tuple[ClipShape, TokenGrid | None]] = [(ClipShape(1, 32, 32), TokenGrid(1, 2, 2))]
     assert "has 1 frame of tokens" in said(crepa(encoder=str(dino)), pictures)
     assert said(crepa(encoder=str(dino), adjacent_distance=0), pictures) == ""
@@ -192,6 +223,8 @@ def test_more_neighbours_than_frames_are_refused_unless_one_bucket_has_them(dino
         ({"drop_vae_encoder": True, "teacher": "online", "online_from": "source"}, "drop_vae_encoder"),
         ({"online_from": "source"}, "online_from"),
         ({"cumulative_neighbors": True}, "cumulative_neighbors"),
+        ({"adjacent_distance": 0, "temporal_decay": 2.0}, "temporal_decay"),
+        ({"encoder": "/models/dino", "encoder_revision": "main"}, "encoder_revision"),
         ({"projector": {"layers": 1, "hidden": 9}}, "projector.hidden"),
         ({"schedule": {"end": 0.1}}, "schedule.end"),
         ({"schedule": {"decay": "cosine", "power": 2.0}}, "schedule.power"),

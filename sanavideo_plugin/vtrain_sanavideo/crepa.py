@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vtrain.contract import (
@@ -85,7 +86,8 @@ class Crepa:
         distance = self._options.adjacent_distance
         if longest and distance >= longest:
             frames = f"{longest} frame{'s' if longest > 1 else ''} of tokens"
-            what = f"adjacent_distance is {distance}, and the longest clip has {frames}: no frame has a neighbour."
+            reach = f"no two are more than {longest - 1} apart" if longest > 1 else "no frame has a neighbour"
+            what = f"adjacent_distance is {distance}, and the longest clip has {frames}: {reach}."
             remedy = f"Write at most {longest - 1}; 0 aligns each frame with itself alone."
             problems.append(Problem("", what, remedy))
         return problems
@@ -99,6 +101,10 @@ class Crepa:
             found.append('online_from has no effect with teacher = "cached".')
         if options.projector.layers == 1 and options.projector.hidden is not None:
             found.append("projector.hidden has no effect with one layer.")
+        if not options.adjacent_distance and "temporal_decay" in options.model_fields_set:
+            found.append("temporal_decay has no effect with an adjacent_distance of 0.")
+        if options.encoder_revision is not None and Path(options.encoder).is_absolute():
+            found.append("encoder_revision has no effect: it is of a hub id, and encoder is a file or folder here.")
         if options.cumulative_neighbors and options.adjacent_distance < 2:
             found.append("cumulative_neighbors has no effect with an adjacent_distance below 2.")
         return found

@@ -13,8 +13,9 @@ from vtrain_sanavideo import crepa_hub_weights
 from vtrain_sanavideo.check import meaning, read_json
 from vtrain_sanavideo.crepa_hub_weights import HubModel
 from vtrain_sanavideo.crepa_options import HUB_IDS, WEIGHT_FILES
+from vtrain_sanavideo.geometry import misfits
 from vtrain_sanavideo.source import Source
-from vtrain_sanavideo.weights import file_problems, weight_hashes
+from vtrain_sanavideo.weights import file_problems, misfit_problem, stored_shapes, weight_hashes
 
 STEM = "model"
 """Of the weight files of a folder in transformers' layout."""
@@ -52,6 +53,8 @@ class DinoSource(Source):
     def hub_model(self) -> HubModel:
         """What the .pth file holds. Raises ModelError."""
         assert self.file is not None
+        if not self.file.exists():
+            raise ModelError(Problem(self.name, "there is no such file.", f"{_ways()}."))
         return crepa_hub_weights.read_model(self.file)
 
     @cached_property
@@ -71,6 +74,10 @@ class DinoSource(Source):
                 model_type=kind, hidden_size=model.width, patch_size=model.patch, num_register_tokens=model.registers
             )
         path = self.folder / "config.json"
+        if not path.exists():
+            raise ModelError(
+                Problem(str(path), "this file is missing, so this is no folder of an encoder.", f"{_ways()}.")
+            )
         content = read_json(path)
         if content.get("model_type") not in CLASSES:
             what = f"this is no DINOv2 but a {content.get('model_type', 'model of no known type')}."
@@ -98,7 +105,22 @@ class DinoSource(Source):
         problems = file_problems(self.folder, STEM, may_be_fetched=self.may_fetch())
         if problems and self.on_hub:
             return [self._unreachable("its weights are missing in the cache")]
-        return problems
+        if problems or self.incomplete(self.folder, STEM):
+            return problems
+        return self._misfits()
+
+    def _misfits(self) -> list[Problem]:
+        """Whether the config is of other weights than those beside it: by those that bear the numbers of DinoConfig."""
+        width, patch, registers = self.config.hidden_size, self.config.patch_size, self.config.num_register_tokens
+        expected = {
+            "embeddings.cls_token": (1, 1, width),
+            "embeddings.patch_embeddings.projection.weight": (width, 3, patch, patch),
+            **({"embeddings.register_tokens": (1, registers, width)} if registers else {}),
+        }
+        # A model with a head has all names after "dinov2.".
+        stored = {name[name.find("embeddings.") :]: shape for name, shape in stored_shapes(self.folder, STEM).items()}
+        lines = misfits(expected, {name: stored[name] for name in expected if name in stored})
+        return [misfit_problem(self.folder, lines)] if lines else []
 
     def weights(self) -> Path:
         """The folder with its weights, fetched from the hub if the cache lacks some. Raises ModelError."""
@@ -125,7 +147,7 @@ class DinoSource(Source):
     def _unreachable(self, why: str) -> Problem:
         fault = super()._unreachable(why)
         revision = f" --revision {self.revision}" if self.revision else ""
-        what = f"this encoder is no folder here, and it cannot be had from the hub: {why.strip().splitlines()[0]}."
+        what = f"this encoder is no folder here, and it cannot be had from the hub: {why.strip().splitlines()[0].rstrip('.')}."
         remedy = f"Where there is a connection: hf download {self.name}{revision}. Or name a local copy in encoder."
         return Problem(fault.where, what, remedy)
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from vtrain.contract import ConfigError, FrameRule, LatentShape
+from vtrain.contract import ClipShape, ConfigError, FrameRule, LatentShape
 from vtrain.plan.image_to_video import picture_problems, picture_rows, price_rows, training_problems
-from vtrain.plan.records import Plan
+from vtrain.plan.records import DatasetSurvey, Plan
 
 PlanOf = Callable[..., Plan]
 DATA = 'use = "folder"\npath = "clips"\n[data.video]\nimage_to_video = 0.3\n'
@@ -102,12 +102,25 @@ def test_a_video_of_one_frame_cannot_go_on_from_a_picture(plan_of: PlanOf) -> No
     assert problem.endswith("Set frames to 5 or more.")
 
 
+def survey(*frames: int) -> DatasetSurvey:
+    """Of clips of so many frames."""
+    return DatasetSurvey("clips", len(frames), {ClipShape(count, 64, 64): 1 for count in frames}, {}, 0)
+
+
 def test_the_plan_names_prompts_with_a_picture_and_the_share(plan_of: PlanOf) -> None:
     plan = plan_of(data=DATA, validation=VALIDATION + 'images = { city = "config.toml" }')
     assert picture_rows(plan) == (("image to video", "from a picture: city"),)
-    assert list(price_rows(plan, plan.datasets[0])) == [
+    assert list(price_rows(plan, plan.datasets[0], survey(17))) == [
         ("image to video", "30% of draws start from a clean first frame")
     ]
     plain = plan_of(validation=VALIDATION)
     assert not list(picture_rows(plain))
-    assert not list(price_rows(plain, plain.datasets[0]))
+    assert not list(price_rows(plain, plain.datasets[0], survey(17)))
+
+
+def test_a_share_of_clips_that_are_too_short_is_told_by_what_the_scan_found(plan_of: PlanOf) -> None:
+    """The plan once said 30% of a folder of pictures, none of which is ever drawn so."""
+    plan = plan_of(data=DATA)
+    rows = [dict(price_rows(plan, plan.datasets[0], survey(*frames)))["image to video"] for frames in ((1,), (1, 17))]
+    assert rows[0] == "no draw: no clip here has 5 frames, two latent frames"
+    assert rows[1] == "30% of draws of clips of 5 frames or more start from a clean first frame"

@@ -24,13 +24,13 @@ from typer.testing import CliRunner
 from vtrain.cli.app import app
 from vtrain.cli.prepare import planned
 from vtrain.config import load
-from vtrain.contract import ConfigError, DataError, NoiseLevel
+from vtrain.contract import ClipShape, ConfigError, DataError, NoiseLevel
 from vtrain.data.caching.caches import Caches, fill_caches
 from vtrain.data.caching.stores import Stores
 from vtrain.data.decoding.decode import decode
 from vtrain.plan.image_to_video import price_rows
 from vtrain.plan.make import make_plan
-from vtrain.plan.records import Plan
+from vtrain.plan.records import DatasetSurvey, Plan
 from vtrain.registry import discover
 from vtrain.validate.generate import Validator, after, texts
 from vtrain.validate.picture_files import keys, pictures
@@ -306,7 +306,10 @@ def test_the_plan_prices_levels_at_each_token(write_config: Write) -> None:
     plan = make_plan(load(path, discover()))
     more = 15 * 4 * (256 + 4 * 96 + 8 * 96 + 6 * 96 + 96)
     words = f"25% of draws start from a clean first frame; a batch with one takes up to {2 * more / 1024:.1f} KiB more"
-    assert list(price_rows(plan, plan.datasets[0])) == [("image to video", f"{words}, for a level at each token")]
+    found = DatasetSurvey("clips", 1, {ClipShape(5, 32, 64): 1}, {}, 0)
+    assert list(price_rows(plan, plan.datasets[0], found)) == [
+        ("image to video", f"{words}, for a level at each token")
+    ]
 
 
 @pytest.mark.slow

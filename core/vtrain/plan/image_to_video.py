@@ -8,7 +8,7 @@ from vtrain.config.record import Config
 from vtrain.contract import ClipShape, Family, Problem, SupportsFrameLevels
 from vtrain.contract.lookup import did_you_mean, listed
 from vtrain.plan.price import bytes_text
-from vtrain.plan.records import DatasetPlan, Plan
+from vtrain.plan.records import DatasetPlan, DatasetSurvey, Plan
 
 
 def training_problems(config: Config, family: Family, made: Sequence[DatasetPlan]) -> Iterator[Problem]:
@@ -52,11 +52,14 @@ def picture_problems(config: Config, family: Family, frames: int) -> Iterator[Pr
             yield Problem(where, what, "Relative paths start at the configuration file's folder.")
 
 
-def price_rows(plan: Plan, dataset: DatasetPlan) -> Iterable[tuple[str, str]]:
+def price_rows(plan: Plan, dataset: DatasetPlan, found: DatasetSurvey) -> Iterable[tuple[str, str]]:
     """A row for a dataset that is trained as image-to-video: its share, and the memory of the dearest batch."""
     family = plan.family
     if not dataset.image_to_video or not isinstance(family, SupportsFrameLevels):
         return ()
+    long = [shape.frames >= _least(family) for shape in found.samples]
+    if not any(long):
+        return (("image to video", f"no draw: no clip here has {_least(family)} frames, two latent frames"),)
     precision, batch = plan.config.precision, plan.config.train.batch_size
     compute = "bf16" if precision.mixed == "bf16" else plan.base
     most = max(
@@ -68,7 +71,8 @@ def price_rows(plan: Plan, dataset: DatasetPlan) -> Iterable[tuple[str, str]]:
         )
         for size in dataset.sizes
     )
-    share = f"{100 * dataset.image_to_video:.4g}% of draws start from a clean first frame"
+    whose = "draws" if all(long) else f"draws of clips of {_many(_least(family))} or more"
+    share = f"{100 * dataset.image_to_video:.4g}% of {whose} start from a clean first frame"
     costs = f"; a batch with one takes up to {bytes_text(batch * most)} more, for a level at each token" if most else ""
     return (("image to video", share + costs),)
 

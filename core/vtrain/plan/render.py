@@ -18,7 +18,7 @@ def sections(plan: Plan, survey: Survey, prices: Prices) -> tuple[Section, ...]:
         *(
             Section(
                 f"data: {found.id}",
-                (*dataset_rows(dataset, found, alone=len(survey.datasets) == 1), *price_rows(plan, dataset)),
+                (*dataset_rows(dataset, found, alone=len(survey.datasets) == 1), *price_rows(plan, dataset, found)),
             )
             for dataset, found in zip(plan.datasets, survey.datasets, strict=True)
         ),

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import av
@@ -61,9 +62,16 @@ probe_every = 3
 
 Row = dict[str, object]
 Train = Callable[..., list[Row]]
+Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 pytestmark = pytest.mark.slow
 """Each run starts a process that imports torch and diffusers and trains."""
+
+
+def save_encoder(folder: Path, width: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": width, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 70, "patch_size": 14}
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -83,34 +91,56 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 container.mux(stream.encode(picture))
             container.mux(stream.encode(None))
         (home / "clips" / f"{number}.txt").write_text(f"waves, number {number}")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 70, "patch_size": 14}
-    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(home / "dino")  # type: ignore[arg-type]
+    save_encoder(home / "dino", 64, 0)
     return home
 
 
 @pytest.fixture(scope="module")
-def train(folder: Path, checkpoint: Path) -> Train:
-    """train("name", ...) -> the rows of its metrics. All runs share the cache."""
+def launch(folder: Path, checkpoint: Path) -> Launch:
+    """launch("name", ...) -> the process that has run. All runs share the cache."""
 
     def run(
         output: str, *, more: str = "", resume: str = "never", accumulate: int = 2, processes: int = 1
-    ) -> list[Row]:
+    ) -> subprocess.CompletedProcess[str]:
         file = folder / f"{output}.toml"
         values = {"output": output, "resume": resume, "model": checkpoint, "accumulate": accumulate, "more": more}
         file.write_text(CONFIG.format(**values))
-        launch = ["torch.distributed.run", f"--nproc_per_node={processes}", "-m"] if processes > 1 else []
-        done = subprocess.run(
-            [sys.executable, "-m", *launch, "vtrain.cli", "run", str(file)],
+        launcher = ["torch.distributed.run", f"--nproc_per_node={processes}", "-m"] if processes > 1 else []
+        return subprocess.run(
+            [sys.executable, "-m", *launcher, "vtrain.cli", "run", str(file)],
             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
             capture_output=True,
             text=True,
             timeout=280,
         )
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def train(folder: Path, launch: Launch) -> Train:
+    """train("name", ...) -> the rows of its metrics."""
+
+    def run(output: str, **settings: object) -> list[Row]:
+        done = launch(output, **settings)
         assert done.returncode == 0, done.stdout + done.stderr
         return [json.loads(line) for line in (folder / output / "metrics.jsonl").read_text().splitlines()]
 
     return run
+
+
+@pytest.fixture
+def replace_encoder(folder: Path) -> Iterator[Callable[..., None]]:
+    """Puts another DINOv2 in its place until the end of the test."""
+    own = (folder / "dino").rename(folder / "dino-own")
+
+    def replace(width: int, seed: int) -> None:
+        shutil.rmtree(folder / "dino", ignore_errors=True)
+        save_encoder(folder / "dino", width, seed)
+
+    yield replace
+    shutil.rmtree(folder / "dino")
+    own.rename(folder / "dino")
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +169,27 @@ def test_a_resumed_run_is_the_same_run(train: Train, whole: list[Row]) -> None:
     for step in (3, 6):
         resumed = train(f"from{step}", resume=f"whole/checkpoints/step-{step:06}")
         assert numbers(resumed) == numbers(whole)[step:]
+
+
+def test_a_resumed_run_with_another_encoder_in_the_same_place_is_told_so(
+    launch: Launch, whole: list[Row], replace_encoder: Callable[..., None]
+) -> None:
+    """Once a width that does not fit ended in torch's own traceback, and other weights were not noticed at all."""
+    assert len(whole) == 8
+    replace_encoder(48, seed=0)
+    wider = launch("wider", resume="whole/checkpoints/step-000006")
+    assert wider.returncode == 2
+    assert (
+        "regularizers/crepa.safetensors: what this regularizer has learned does not fit it as it is now" in wider.stderr
+    )
+    assert "size mismatch for projector.2.weight" in wider.stderr
+    assert "Restore what it was made with, such as its encoder's files" in wider.stderr
+    assert "Traceback" not in wider.stderr
+    replace_encoder(64, seed=1)
+    other = launch("other", resume="whole/checkpoints/step-000006")
+    assert other.returncode == 0, other.stderr
+    assert "features (crepa): 0 of 6 cached, 6 to do" in other.stdout
+    assert "the features of crepa are others since: its encoder's weights" in other.stdout
 
 
 def test_two_processes_are_one_with_twice_the_accumulation(train: Train, whole: list[Row]) -> None:

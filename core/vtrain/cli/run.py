@@ -39,9 +39,9 @@ from vtrain.registry.blame import blame
 if TYPE_CHECKING:
     from vtrain.data.caching.caches import Caches, Filled
     from vtrain.data.index import Index
+    from vtrain.train.assemble import Trainer
     from vtrain.train.loop import Validate, Validated
     from vtrain.train.processes import Processes
-    from vtrain.train.resume import Start
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _train(plan: Plan, processes: Processes, console: Console) -> int | None:
     caches = Caches.open(plan)
     with uncollected():
         trainer = assemble(plan, ready.prices, start, ready.index, caches, processes)
-    processes.from_first(lambda: _begin(plan, ready, trainer.start, trainer.data, console))
+    processes.from_first(lambda: _begin(plan, ready, trainer, console))
     values = {key: setting.value for key, setting in settings(plan).items()}
     info = RunInfo(plan.config.run.name, str(output), values, start.state.step)
     warn = _warner(console)
@@ -135,13 +135,13 @@ def _ready(plan: Plan, found: Scan, filled: Filled, console: Console) -> Ready:
     return Ready(survey, filled.index, prices)
 
 
-def _begin(plan: Plan, ready: Ready, start: Start, data: str, console: Console) -> None:
+def _begin(plan: Plan, ready: Ready, trainer: Trainer, console: Console) -> None:
     """Make the output folder what the start says, once everything has loaded. Raises CheckpointError if that fails."""
     from vtrain.train import checkpoint, metrics
 
-    output = plan.config.run.output_dir
-    if start.folder is not None and start.state.data != data:
-        console.print(f"the data changed since: {start.state.data} -> {data}; from here on the order is the new data's")
+    output, start = plan.config.run.output_dir, trainer.start
+    if start.folder is not None:
+        _tell_changes(trainer, console)
     if start.state.step >= ready.prices.steps:
         console.print(f"nothing to do: train.steps is {ready.prices.steps} and the checkpoint is at {start.state.step}")
         return
@@ -155,6 +155,21 @@ def _begin(plan: Plan, ready: Ready, start: Start, data: str, console: Console) 
         console.print(f"a later checkpoint was left behind as {escape(str(folder))}")
     if dropped:
         console.print(f"{dropped} later steps were cut from metrics.jsonl")
+
+
+def _tell_changes(trainer: Trainer, console: Console) -> None:
+    """What a run that goes on stands on, where it is not what it was."""
+    before = trainer.start.state
+    if before.data != trainer.data:
+        console.print(
+            f"the data changed since: {before.data} -> {trainer.data}; from here on the order is the new data's"
+        )
+    for name, mark in trainer.features.items():
+        if before.features.get(name, mark) != mark:
+            what = "its encoder's weights or an option that shapes them changed"
+            console.print(
+                f"the features of {escape(name)} are others since: {what}; it goes on from what it has learned"
+            )
 
 
 def _write_run_files(plan: Plan, ready: Ready) -> None:

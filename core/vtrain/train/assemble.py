@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +19,12 @@ from vtrain.contract import (
     Options,
     Problem,
     RunLength,
+    SupportsFeatures,
     SupportsLora,
 )
 from vtrain.data.batches import Batches
 from vtrain.data.caching.caches import Caches
+from vtrain.data.caching.hashes import FILE, FileHashes
 from vtrain.data.index import Index
 from vtrain.data.seeds import derive
 from vtrain.plan.price import Prices
@@ -44,8 +46,9 @@ from vtrain.train.teachers import open_teachers
 
 @dataclass(frozen=True)
 class Trainer:
-    """A run ready to go. denoiser, step: the model as trained and what wraps it. base, data: marks of what it stands on.
+    """A run ready to go. denoiser, step: the model as trained and what wraps it.
 
+    base, data, features: marks of what it stands on, as in RunState.
     held: what stays in memory beside them until the run ends: teachers that run at each step.
     """
 
@@ -57,6 +60,7 @@ class Trainer:
     processes: Processes
     denoiser: Denoiser
     base: str
+    features: Mapping[str, str]
     step: Step
     optimizer: torch.optim.Optimizer
     named: list[tuple[str, Tensor]]
@@ -129,7 +133,7 @@ class Trainer:
             save_file(module.state_dict(), folder / "regularizers" / f"{name}.safetensors")
         save_optimizer(folder, self.optimizer, self.named, own_keys(config.optimizer.options))
         values = {key: setting.value for key, setting in settings(self.plan).items()}
-        write_state(folder, RunState(step, micro_batch, values, self.data, self.base))
+        write_state(folder, RunState(step, micro_batch, values, self.data, self.base, self.features))
         (folder / "config.toml").write_text(config.text, encoding="utf-8")
 
 
@@ -141,21 +145,24 @@ def assemble(plan: Plan, prices: Prices, start: Start, index: Index, caches: Cac
     denoiser, base = load_model(plan, start, str(processes.device))
     denoiser.gradient_checkpointing(plan.config.precision.gradient_checkpointing)
     modules = load_regularizers(plan, start, processes.device)
-    held = ExitStack()
-    teachers = open_teachers(plan, str(processes.device), held)
-    terms = {name: Term(modules[name], part.needs().taps, teachers.get(name)) for name, part in plan.regularizers}
-    step = Step(denoiser, plan.sampler, terms, RunLength(prices.steps, prices.steps_per_epoch))
-    step.train()
-    named = trained(step)
-    part = plan.config.optimizer
-    assert isinstance(part.registered.spec, OptimizerSpec)
-    optimizer = part.registered.spec.build(part.options, groups(named, own_rates(modules)))
-    if start.folder is not None:
-        load_optimizer(start.folder, optimizer, named, own_keys(part.options))
-    batches = Batches(plan, caches, index)
-    held.callback(batches.close)
-    held.callback(batches.close)
-    return Trainer(plan, prices, start, index.mark(), batches, processes, denoiser, base, step, optimizer, named, held)
+    features = processes.from_first(lambda: feature_marks(plan))
+    with ExitStack() as held:  # what is in memory goes again if something below fails
+        teachers = open_teachers(plan, str(processes.device), held)
+        terms = {name: Term(modules[name], part.needs().taps, teachers.get(name)) for name, part in plan.regularizers}
+        step = Step(denoiser, plan.sampler, terms, RunLength(prices.steps, prices.steps_per_epoch))
+        step.train()
+        named = trained(step)
+        part = plan.config.optimizer
+        assert isinstance(part.registered.spec, OptimizerSpec)
+        optimizer = part.registered.spec.build(part.options, groups(named, own_rates(modules)))
+        if start.folder is not None:
+            load_optimizer(start.folder, optimizer, named, own_keys(part.options))
+        batches = Batches(plan, caches, index)
+        held.callback(batches.close)
+        return Trainer(
+            plan, prices, start, index.mark(), batches, processes, denoiser, base, features, step, optimizer, named,
+            held.pop_all(),
+        )  # fmt: skip
 
 
 def own_keys(options: Options) -> frozenset[str]:
@@ -194,6 +201,29 @@ def load_regularizers(plan: Plan, start: Start, device: torch.device) -> dict[st
         torch.manual_seed(derive(plan.config.run.seed, f"regularizer {name}"))
         module = regularizer.load(dict.fromkeys(regularizer.needs().taps, plan.family.block_width))
         if start.folder is not None:
-            module.load_state_dict(load_file(start.folder / "regularizers" / f"{name}.safetensors"))
+            _restore(module, start.folder / "regularizers" / f"{name}.safetensors")
         modules[name] = module.to(device)
     return modules
+
+
+def _restore(module: nn.Module, file: Path) -> None:
+    try:
+        module.load_state_dict(load_file(file))
+    except RuntimeError as error:
+        # torch tells each weight on a line of its own, after one that names the class.
+        lines = [line.strip().rstrip(".") for line in str(error).splitlines()[1:]]
+        what = f"what this regularizer has learned does not fit it as it is now: {'; '.join(lines)}."
+        remedy = (
+            "Restore what it was made with, such as its encoder's files, or start anew with another run.output_dir."
+        )
+        raise CheckpointError(Problem(str(file), what, remedy)) from error
+
+
+def feature_marks(plan: Plan) -> dict[str, str]:
+    """Regularizer -> fingerprint of its features, of those that read some. Raises ModelError."""
+    hash_file = FileHashes(plan.config.cache.dir / FILE)
+    return {
+        name: part.feature_fingerprint(hash_file)
+        for name, part in plan.regularizers
+        if part.needs().features is not None and isinstance(part, SupportsFeatures)
+    }

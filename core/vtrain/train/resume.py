@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vtrain.config.record import Config, Part, TableT
@@ -31,6 +31,7 @@ class RunState:
 
     step: optimizer steps done. micro_batch: the next global one. settings: key -> value. data: names the samples and
     their shapes (`Index.mark`). base: names the weights under an adapter (`base_mark`), "" when all weights are trained.
+    features: regularizer -> fingerprint of the features that it learns from, of those that read some.
     """
 
     step: int
@@ -38,6 +39,7 @@ class RunState:
     settings: Mapping[str, Value]
     data: str
     base: str
+    features: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -110,17 +112,17 @@ def _part(found: dict[str, Setting], name: str, part: Part[TableT], refuse: bool
 
 def _flatten(found: dict[str, Setting], prefix: str, table: Options, refuse: bool) -> None:
     plain = table.model_dump(mode="json")
-    for field in type(table).model_fields:
-        rule = refuse or resume_rule(type(table), field) == "refuse"
-        inner = _field_value(table, field)
+    for key in type(table).model_fields:
+        rule = refuse or resume_rule(type(table), key) == "refuse"
+        inner = _value(table, key)
         if isinstance(inner, Options):
-            _flatten(found, f"{prefix}.{field}", inner, rule)
+            _flatten(found, f"{prefix}.{key}", inner, rule)
         else:
-            found[f"{prefix}.{field}"] = Setting(plain[field], rule)
+            found[f"{prefix}.{key}"] = Setting(plain[key], rule)
 
 
-def _field_value(table: Options, field: str) -> object:
-    return dict(table)[field]
+def _value(table: Options, key: str) -> object:
+    return dict(table)[key]
 
 
 def read_state(folder: Path) -> RunState:

@@ -31,7 +31,7 @@ class Alignment(nn.Module):
         student, teacher = view.taps[self._student], view.taps[self._teacher].detach()
         cosines = F.cosine_similarity(student.float(), teacher.float(), dim=-1)
         mean = cosines.mean() if view.mask is None else masked_mean(cosines, view.mask)
-        return LossTerm(-self._weight * mean, {"cosine": mean.detach(), "weight": mean.new_tensor(self._weight)})
+        return LossTerm(-self._weight * mean, {"cosine": mean.detach(), "weight": mean.new_full((), self._weight)})
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

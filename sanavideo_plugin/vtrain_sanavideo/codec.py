@@ -34,8 +34,11 @@ class SanaVideoCodec:
 
         self._vae: AutoencoderKLWan | None = vae
         self._config = config
-        self._mean = torch.tensor(config.latents_mean).view(1, config.z_dim, 1, 1, 1)
-        self._std = torch.tensor(config.latents_std).view(1, config.z_dim, 1, 1, 1)
+        # There already: a copy from the host at each use would wait for the device.
+        self._mean, self._std = (
+            torch.tensor(numbers, device=vae.device).view(1, config.z_dim, 1, 1, 1)
+            for numbers in (config.latents_mean, config.latents_std)
+        )
         self._lock = threading.Lock()
 
     def encode(self, pixels: Tensor, *, std: bool = False) -> Latents:
@@ -51,9 +54,8 @@ class SanaVideoCodec:
             if vae.encoder is None:
                 raise RuntimeError("this video codec has let go of what encodes")
             posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-            scale = self._std.to(vae.device)
-            mean = (posterior.mode().float() - self._mean.to(vae.device)) / scale
-            spread = posterior.std.float() / scale if std else None
+            mean = (posterior.mode().float() - self._mean) / self._std
+            spread = posterior.std.float() / self._std if std else None
         here = pixels.device
         return Latents(mean=mean.to(here).clone(), std=None if spread is None else spread.to(here).clone())
 

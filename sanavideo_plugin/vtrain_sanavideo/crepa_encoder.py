@@ -61,12 +61,14 @@ def imagenet(pictures: Tensor, height: int, width: int) -> Tensor:
 
     Bicubic with antialiasing, as DINOv2's own preprocessing, then cut to the range of a picture, as its 8 bits would be.
     """
+    import torch
     from torch.nn import functional as F
 
     seen = (pictures.float() + 1) / 2
     if seen.shape[2:] != (height, width):
         seen = F.interpolate(seen, size=(height, width), mode="bicubic", align_corners=False, antialias=True)
-    mean, std = (seen.new_tensor(numbers).view(1, 3, 1, 1) for numbers in (MEAN, STD))
+    # Filled there, not copied there: a copy from the host would wait for the device.
+    mean, std = (torch.stack([seen.new_full((1, 1), number) for number in numbers]) for numbers in (MEAN, STD))
     return (seen.clamp(0, 1) - mean) / std
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -17,6 +17,7 @@ from vtrain.contract import (
     SupportsDecoderOnly,
     SupportsFeatures,
     SupportsTokenGrid,
+    TokenGrid,
     VideoCodec,
 )
 from vtrain.plan.records import Plan
@@ -40,12 +41,14 @@ class Teacher:
             if self.codec is None:
                 assert given.frames is not None
                 return self.encoder.encode(given.frames, grid)
-            chosen = list(token_frames(self.family, latents.frames, grid))
+            chosen = token_frames(self.family, latents.frames, grid)
             # One clip after the other: a decoded clip is hundreds of times its latents.
-            parts = [
-                self.encoder.encode(self.codec.decode(clip[None])[:, :, chosen], grid) for clip in given.clean.unbind()
-            ]
-            return torch.cat(parts)
+            return torch.cat([self._decoded(self.codec, clip[None], chosen, grid) for clip in given.clean.unbind()])
+
+    def _decoded(self, codec: VideoCodec, clip: Tensor, chosen: Sequence[int], grid: TokenGrid) -> Tensor:
+        pixels = codec.decode(clip)
+        # Not by a list of numbers as the index: it would be copied to the device, which waits for it.
+        return self.encoder.encode(torch.stack([pixels[:, :, number] for number in chosen], 2), grid)
 
 
 def open_teachers(plan: Plan, device: str, stack: ExitStack) -> Mapping[str, Teach]:

@@ -111,3 +111,6 @@ def test_validation_loads_the_codec_and_lets_it_go(plan_of: PlanOf) -> None:
     plan = plan_of(validation='every = "4 steps"\nprompts = { a = "b" }')
     found = rows(plan, price(plan, FOUND), "in memory while training")
     assert found["video codec"] == "no: latents are cached; it is loaded for each validation"
+    decoding = plan_of(validation='every = "4 steps"\nprompts = { a = "b" }', more=f'{COLOURS}teacher = "decoded"')
+    found = rows(decoding, price(decoding, FOUND), "in memory while training")
+    assert found["video codec"].endswith("for toy-colours; another is loaded for each validation")

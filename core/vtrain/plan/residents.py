@@ -79,5 +79,6 @@ def _codec(plan: Plan) -> str:
     if decoding:
         half = all(needs.decoder_only for needs in decoding.values())
         what = "what decodes alone, where the family can part with the rest" if half else "all of it"
-        return f"yes, {what}: it decodes clips at each step for {' and '.join(decoding)}"
+        again = "; another is loaded for each validation" if plan.validation is not None else ""
+        return f"yes, {what}: it decodes clips at each step for {' and '.join(decoding)}{again}"
     return "no: latents are cached" + ("; it is loaded for each validation" if plan.validation is not None else "")

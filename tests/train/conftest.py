@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -18,9 +19,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from typer.testing import CliRunner
 
+from vtrain.cli.app import app
 from vtrain.contract import Caption, ClipShape, Condition, NoiseLevel
+from vtrain.data import frames
 from vtrain.data.batches import pad
+from vtrain.data.caching import fill_windows
+from vtrain.data.decoding.worker import Workers
+from vtrain.data.scanning import scan
 from vtrain.train.step import StepInput
 
 TOY_CONFIG = """
@@ -122,6 +129,26 @@ def vtrain() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
         assert check is None or done.returncode == check, done.stdout + done.stderr
         return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def decoding() -> Iterator[Workers]:
+    with Workers(1, limit_s=60) as workers:
+        yield workers
+
+
+@pytest.fixture
+def within(monkeypatch: pytest.MonkeyPatch, decoding: Workers) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """As `vtrain`, called in this process, with one that decodes for all tests: each new one would import torch anew."""
+    for module in (scan, fill_windows, frames):
+        monkeypatch.setattr(module, "Workers", lambda count, limit_s: nullcontext(decoding))
+
+    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        done = CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
 
     return run
 

@@ -165,19 +165,19 @@ def image_to_video(rows: list[dict[str, Any]]) -> int:
 
 
 def test_a_killed_and_resumed_run_of_image_to_video_is_the_same_run(
-    folder: Any, another: Callable[[], Any], vtrain: Run, start: Start
+    folder: Any, another: Callable[[], Any], within: Run, start: Start
 ) -> None:
     """Under LoRA, with dropout and gradient checkpointing."""
     values = {"train": "lora", "steps": 30, "save": 5, "accumulate": 2, "log_every": 4, "more": HALF}
     straight = another()
-    vtrain("run", straight.write(**values))
+    within("run", straight.write(**values))
     process = start("run", folder.write(**values))
     while not (folder.output / "checkpoints" / "step-000005").exists():
         assert process.poll() is None
     process.kill()
     process.wait()
     assert not (folder.output / "checkpoints" / "step-000030").exists()
-    vtrain("run", folder.config)
+    within("run", folder.config)
     assert folder.rows() == straight.rows()
     share = image_to_video(straight.rows()) / (30 * 2 * 2)
     assert 0.35 < share < 0.65
@@ -186,11 +186,13 @@ def test_a_killed_and_resumed_run_of_image_to_video_is_the_same_run(
         assert torch.equal(value, got[name]), name
 
 
-def test_two_processes_draw_and_train_as_one_does(folder: Any, another: Callable[[], Any], vtrain: Run) -> None:
+def test_two_processes_draw_and_train_as_one_does(
+    folder: Any, another: Callable[[], Any], vtrain: Run, within: Run
+) -> None:
     """As test_processes has it for plain training; fp32 sums in another order are all that differs."""
     values = {"steps": 8, "save": 8, "batch_size": 1, "lr": 1e-3, "more": HALF}
     one = another()
-    vtrain("run", one.write(accumulate=4, **values))
+    within("run", one.write(accumulate=4, **values))
     vtrain("run", folder.write(accumulate=2, **values), processes=2)
     assert 0 < image_to_video(one.rows()) < 32
     for a, b in zip(folder.rows(), one.rows(), strict=True):
@@ -207,6 +209,6 @@ def test_a_changed_share_is_applied_at_a_resume(folder: Any) -> None:
     assert settings(plan)["data[0].video.image_to_video"] == Setting(0.5, refuse=False)
 
 
-def test_the_plan_says_which_share(folder: Any, vtrain: Run) -> None:
-    printed = vtrain("plan", folder.write(more=HALF)).stdout
+def test_the_plan_says_which_share(folder: Any, within: Run) -> None:
+    printed = within("plan", folder.write(more=HALF)).stdout
     assert "50% of draws start from a clean first frame" in printed

@@ -86,7 +86,7 @@ def columns(width: int, white: float, height: int = 8, frames: int = 3) -> np.nd
 
 
 @pytest.mark.parametrize("invert", [False, True])
-def test_the_loss_of_a_run_is_the_mean_over_each_clips_white_part(own, vtrain: Run, invert: bool) -> None:
+def test_the_loss_of_a_run_is_the_mean_over_each_clips_white_part(own, within: Run, invert: bool) -> None:
     """Images, a video that turns white, another size, a clip without a mask: all of it in float64 from what was drawn."""
     masks = own.path / "clips/masks"
     add_image(masks / "clip_0.png", (64, 64), 0.5)
@@ -99,7 +99,7 @@ def test_the_loss_of_a_run_is_the_mean_over_each_clips_white_part(own, vtrain: R
     }  # fmt: skip
     config = own.write(MASKS + f"invert = {str(invert).lower()}\n", steps=1, accumulate=4, log_every=1)
     config.write_text(config.read_text().replace('path = "clips"', 'path = "clips"\nrepeats = 1'))
-    vtrain("run", config)
+    within("run", config)
     (row,) = own.rows()
     plan, filled = filled_by(config)
     feed = Feed(Batches(plan, filled.caches, filled.index), plan.sampler, plan.config.run.seed, torch.device("cpu"))
@@ -147,27 +147,27 @@ def errors(plan: Plan, filled: Filled, weights: Path | None) -> tuple[float, flo
     return left, right
 
 
-def test_only_the_white_half_of_clips_is_learned(own, vtrain: Run) -> None:
+def test_only_the_white_half_of_clips_is_learned(own, within: Run) -> None:
     """Left and right are of two colours: what is learned of one half is wrong of the other."""
     for path in (own.path / "clips").glob("clip_*"):
         path.unlink()
     add_video(own.path / "clips/both.mp4", two_colours(), 8, "libx264")
     (own.path / "clips/both.txt").write_text("two colours")
     add_image(own.path / "clips/masks/both.png", (64, 64), 0.5)
-    vtrain("run", own.write(MASKS, steps=150, batch_size=1, lr=5e-3, save=150, log_every=50))
+    within("run", own.write(MASKS, steps=150, batch_size=1, lr=5e-3, save=150, log_every=50))
     plan, filled = filled_by(own.config)
     before, after = (errors(plan, filled, weights) for weights in (None, own.output / "checkpoints/step-000150"))
     assert after[0] < before[0] / 2
     assert after[1] > before[1]
     shutil.rmtree(own.output)
     shutil.rmtree(own.path / "clips/masks")
-    vtrain("run", own.write(steps=150, batch_size=1, lr=5e-3, save=150, log_every=50))
+    within("run", own.write(steps=150, batch_size=1, lr=5e-3, save=150, log_every=50))
     plain = errors(plan, filled, own.output / "checkpoints/step-000150")
     assert plain[0] < before[0] / 2
     assert plain[1] < before[1] / 2
 
 
-def test_two_processes_fill_and_train_with_masks_as_one_does(own, vtrain: Run, tmp_path_factory) -> None:
+def test_two_processes_fill_and_train_with_masks_as_one_does(own, vtrain: Run, within: Run, tmp_path_factory) -> None:
     """An empty mask among them: all processes leave that clip out."""
     for number, white in enumerate((0.5, 0.25, 0.0, 0.75)):
         add_image(own.path / f"clips/masks/clip_{number}.png", (96, 64) if number % 2 else (64, 64), white)
@@ -178,7 +178,7 @@ def test_two_processes_fill_and_train_with_masks_as_one_does(own, vtrain: Run, t
     two = own.rows()
     shutil.rmtree(own.output)
     own = replace(own, cache=tmp_path_factory.mktemp("one"))
-    vtrain("run", own.write(accumulate=4, **settings))
+    within("run", own.write(accumulate=4, **settings))
     for a, b in zip(two, own.rows(), strict=True):
         assert a["samples"] == b["samples"]
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)

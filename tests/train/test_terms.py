@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vtrain.contract import LossTerm, RunLength, StepView
+from vtrain.contract import LatentShape, LossTerm, RunLength, StepView, TokenGrid
 from vtrain.train.metrics import Row
 from vtrain.train.parameters import groups, own_rates, trained
 from vtrain.train.step import Step, StepInput, Term, flow_loss
+from vtrain.train.teachers import Teacher
 
 RUN = RunLength(100, 10.0)
 
@@ -81,6 +82,24 @@ def test_cached_features_reach_only_the_regularizer_that_they_are_of(
     step(replace(given(2), features={"second": features}))
     assert first.views[0].features is None
     assert second.views[0].features is features
+
+
+def test_a_teacher_of_source_frames_is_given_them_from_minus_1_to_1(given: Callable[[int], StepInput]) -> None:
+    from vtrain_toy.family import TOY
+
+    seen: list[tuple[Tensor, TokenGrid]] = []
+
+    class Encoder:
+        def encode(self, frames: Tensor, grid: TokenGrid) -> Tensor:
+            seen.append((frames, grid))
+            return frames
+
+    family, step = TOY.build(TOY.options()), given(2)
+    frames = torch.tensor([0, 51, 255], dtype=torch.uint8).expand(2, 3, 3, 4, 3)
+    Teacher(family, Encoder(), None)(replace(step, frames=frames))
+    ((floats, grid),) = seen
+    assert floats[1, 2, 0, 3].tolist() == pytest.approx([-1, -0.6, 1])
+    assert grid == family.token_grid(LatentShape(*step.clean.shape[1:]))
 
 
 def test_a_regularizer_is_told_its_own_numbers_and_when_to_conclude(denoiser: Any, sampler: Any) -> None:

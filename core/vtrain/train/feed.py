@@ -12,7 +12,6 @@ import torch
 
 from vtrain.contract import Condition, LatentShape, NoiseLevel, Sampler, Text
 from vtrain.data.batches import Batch, Batches
-from vtrain.data.decoding.decode import unit_range
 from vtrain.data.seeds import generator
 from vtrain.train.step import StepInput
 
@@ -73,7 +72,7 @@ class Feed:
             step=step,
             mask=None if mask is None else self._move(mask),
             features={name: self._move(each) for name, each in batch.features.items()},
-            frames=None if batch.frames is None else unit_range(self._move(batch.frames)),
+            frames=None if batch.frames is None else self._move(batch.frames),
         )
         return Fed(given, number, batch.sample_ids, _told(drawn, level))
 

@@ -20,6 +20,7 @@ from vtrain.contract import (
     TokenGrid,
     VideoCodec,
 )
+from vtrain.data.decoding.decode import unit_range
 from vtrain.plan.records import Plan
 from vtrain.plan.tokens import token_frames
 from vtrain.train.step import StepInput, Teach
@@ -40,7 +41,7 @@ class Teacher:
         with torch.no_grad(), torch.autocast(given.clean.device.type, enabled=False):
             if self.codec is None:
                 assert given.frames is not None
-                return self.encoder.encode(given.frames, grid)
+                return self.encoder.encode(unit_range(given.frames), grid)
             chosen = token_frames(self.family, latents.frames, grid)
             # One clip after the other: a decoded clip is hundreds of times its latents.
             return torch.cat([self._decoded(self.codec, clip[None], chosen, grid) for clip in given.clean.unbind()])

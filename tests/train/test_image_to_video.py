@@ -38,6 +38,8 @@ def test_a_batch_without_any_keeps_one_level_for_a_clip_and_no_mask(level: Noise
     found, same = continued(level, mask, (False,) * 3, LATENTS)
     assert found is level
     assert same is mask
+    picture = mask[:, :1]
+    assert continued(level, picture, (False,) * 3, LATENTS._replace(frames=1))[1] is picture
 
 
 def test_the_first_frame_is_at_level_0_and_out_of_the_loss_of_those_that_are_drawn_alone(level: NoiseLevel) -> None:
@@ -69,6 +71,15 @@ def test_a_clip_whose_mask_has_nothing_after_the_first_frame_is_not_drawn_so(lev
     assert mask is not None
     assert mask[0].flatten(1).sum(1).tolist() == [4, 0, 0]
     assert continued(level, own, (True, False, False), LATENTS) == (level, own)
+
+
+def test_what_lossy_compression_makes_of_black_is_nothing_to_train_on_alone(level: NoiseLevel) -> None:
+    """Divided by its own area, such black would have counted as much as white."""
+    own = torch.ones(3, 3, 2, 2)
+    own[0, 1:] = 3 / 255
+    own[2, 1:] = 5 / 255
+    found, _ = continued(level, own, (True, False, True), LATENTS)
+    assert found.sigma.tolist() == [[0.25] * 3, [0.5] * 3, [0, 0.75, 0.75]]
 
 
 def test_levels_that_differ_by_frame_already_stay_so(level: NoiseLevel) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from vtrain.contract import Condition, LatentShape, NoiseLevel, Sampler, Text
 from vtrain.data.batches import Batch, Batches
+from vtrain.data.decoding.masks import is_empty
 from vtrain.data.seeds import generator
 from vtrain.train.step import StepInput
 
@@ -111,11 +112,11 @@ def continued(
     """Level and mask of a batch some of whose clips are image-to-video: there the first frame is clean and does not count.
 
     mask: (B, f, h, w) of the data, None for none. first_frame: which clips. One whose mask leaves nothing after the first
-    frame stays as it is. A batch without any keeps its levels, one for a clip, and its mask; else levels are (B, f).
+    frame (`is_empty`) stays as it is. A batch without any keeps its levels, one for a clip, and its mask; else levels are (B, f).
     """
     given = torch.tensor(first_frame, dtype=torch.bool)
-    if mask is not None and len(given):
-        given &= mask[:, 1:].flatten(1).any(1)
+    if mask is not None and given.any():
+        given &= torch.tensor([not is_empty(each[1:], invert=False) for each in mask])
     if not given.any():
         return level, mask
     counted = torch.ones(len(given), *latents[1:]) if mask is None else mask.clone()

@@ -7,9 +7,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from fractions import Fraction
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ import av
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
-from typer.testing import CliRunner
 
-from vtrain.cli.app import app
+from vtrain.cli.app import main
 from vtrain.contract import Caption, ClipShape, Condition, NoiseLevel
 from vtrain.data import frames
 from vtrain.data.batches import pad
@@ -145,10 +146,15 @@ def within(monkeypatch: pytest.MonkeyPatch, decoding: Workers) -> Callable[..., 
     for module in (scan, fill_windows, frames):
         monkeypatch.setattr(module, "Workers", lambda count, limit_s: nullcontext(decoding))
 
-    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        done = CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=False)
-        assert done.exit_code == 0, done.output
-        return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
+    def run(*arguments: str | Path, check: int | None = 0) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr("sys.argv", ["vtrain", *map(str, arguments)])
+        AcceleratorState._reset_state(reset_partial_state=True)  # else it stays at the first run's precision
+        out, err = StringIO(), StringIO()
+        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
+            main()
+        done = subprocess.CompletedProcess(arguments, int(ended.value.code or 0), out.getvalue(), err.getvalue())
+        assert check is None or done.returncode == check, done.stdout + done.stderr
+        return done
 
     return run
 

@@ -17,11 +17,11 @@ relative, weights 4.5e-8 absolute at most."""
 
 @pytest.mark.parametrize("train", ["full", "lora"])
 def test_two_processes_give_the_curve_of_one_with_twice_the_accumulation(
-    folder, another, vtrain: Run, train: str
+    folder, another, vtrain: Run, within: Run, train: str
 ) -> None:
     settings = {"train": train, "steps": 8, "save": 4, "batch_size": 1, "lr": 1e-3}
     one = another()
-    vtrain("run", one.write(accumulate=4, **settings))
+    within("run", one.write(accumulate=4, **settings))
     done = vtrain("run", folder.write(accumulate=2, **settings), processes=2)
     assert done.stdout.count("saved") == 2, done.stdout
     got, expected = folder.rows(), one.rows()

@@ -26,12 +26,12 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.parametrize("train", ["full", "lora"])
 def test_a_killed_and_resumed_run_is_the_same_run_bit_for_bit(
-    folder, another, vtrain: Run, start: Start, train: str
+    folder, another, vtrain: Run, within: Run, start: Start, train: str
 ) -> None:
     """Kill -9 somewhere after the first checkpoint, within an accumulation or not: weights, optimizer and numbers agree."""
     settings = {"train": train, "steps": 40, "save": 5, "accumulate": 2, "log_every": 4, "more": SMOOTH}
     straight = another()
-    vtrain("run", straight.write(**settings))
+    within("run", straight.write(**settings))
     process = start("run", folder.write(**settings))
     wait_for(folder.output / "checkpoints" / "step-000005", process)
     process.kill()
@@ -53,7 +53,7 @@ def test_a_killed_and_resumed_run_is_the_same_run_bit_for_bit(
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_ends_cleanly_and_the_run_goes_on_from_there(
-    folder, another, vtrain: Run, start: Start, number: signal.Signals, code: int
+    folder, another, within: Run, start: Start, number: signal.Signals, code: int
 ) -> None:
     settings = {"steps": 300, "save": 1000, "log_every": 5}
     process = start("run", folder.write(**settings))
@@ -70,16 +70,16 @@ def test_a_signal_saves_and_ends_cleanly_and_the_run_goes_on_from_there(
     assert len(folder.rows()) == done
     shorter = {**settings, "steps": done + 3}
     folder.write(**shorter)
-    printed = vtrain("run", folder.config).stdout
+    printed = within("run", folder.config).stdout
     assert f"changed since: train.steps: 300 -> {done + 3}" in printed
     assert [row["step"] for row in folder.rows()] == list(range(1, done + 4))
 
 
-def test_changes_that_may_be_made_are_applied_and_shown(folder, vtrain: Run) -> None:
+def test_changes_that_may_be_made_are_applied_and_shown(folder, within: Run) -> None:
     folder.write(steps=3)
-    vtrain("run", folder.config)
+    within("run", folder.config)
     folder.write(steps=6, lr=5e-4, log_every=1)
-    printed = vtrain("run", folder.config).stdout
+    printed = within("run", folder.config).stdout
     assert "changed since: optimizer.lr: 0.001 -> 0.0005" in printed
     assert "changed since: train.steps: 3 -> 6" in printed
     assert max(row["lr"] for row in folder.rows()[3:]) <= 5e-4
@@ -95,34 +95,34 @@ def test_changes_that_may_be_made_are_applied_and_shown(folder, vtrain: Run) -> 
     ],
 )
 def test_changes_that_would_make_it_another_run_are_refused(
-    folder, vtrain: Run, before: dict, after: dict, key: str
+    folder, within: Run, before: dict, after: dict, key: str
 ) -> None:
-    vtrain("run", folder.write(steps=3, **before))
+    within("run", folder.write(steps=3, **before))
     kept = folder.tensors(3)
-    done = vtrain("run", folder.write(steps=6, **after), check=2)
+    done = within("run", folder.write(steps=6, **after), check=2)
     assert key in done.stderr
     assert "Traceback" not in done.stderr
     assert kept.keys() == folder.tensors(3).keys()
 
 
-def test_another_model_is_refused(folder, vtrain: Run) -> None:
-    vtrain("run", folder.write(steps=3))
+def test_another_model_is_refused(folder, within: Run) -> None:
+    within("run", folder.write(steps=3))
     text = folder.config.read_text().replace('use = "toy"', 'use = "toy"\nwidth = 48')
     folder.config.write_text(text)
-    assert "model.width was 32 and is now 48" in vtrain("run", folder.config, check=2).stderr
+    assert "model.width was 32 and is now 48" in within("run", folder.config, check=2).stderr
 
 
 def test_a_flipped_byte_in_the_newest_checkpoint_is_named_and_the_one_before_is_used(
-    folder, another, vtrain: Run
+    folder, another, within: Run
 ) -> None:
     straight = another()
-    vtrain("run", straight.write(steps=9))
-    vtrain("run", folder.write(steps=6))
+    within("run", straight.write(steps=9))
+    within("run", folder.write(steps=6))
     victim = folder.output / "checkpoints" / "step-000006" / "optimizer.safetensors"
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)
-    printed = vtrain("run", folder.write(steps=9)).stdout
+    printed = within("run", folder.write(steps=9)).stdout
     assert "optimizer.safetensors is damaged" in printed
     assert "going on from" in printed
     assert "3 later steps were cut from metrics.jsonl" in printed
@@ -130,27 +130,27 @@ def test_a_flipped_byte_in_the_newest_checkpoint_is_named_and_the_one_before_is_
     assert [row["samples"] for row in folder.rows()] == [row["samples"] for row in straight.rows()]
 
 
-def test_when_no_checkpoint_is_sound_nothing_is_started_over_them(folder, vtrain: Run) -> None:
-    vtrain("run", folder.write(steps=3))
+def test_when_no_checkpoint_is_sound_nothing_is_started_over_them(folder, within: Run) -> None:
+    within("run", folder.write(steps=3))
     (folder.output / "checkpoints" / "step-000003" / "MANIFEST.json").unlink()
-    done = vtrain("run", folder.config, check=2)
+    done = within("run", folder.config, check=2)
     assert "no checkpoint here is sound" in done.stderr
     assert "never finished" in done.stderr
 
 
-def test_never_refuses_a_folder_that_holds_checkpoints(folder, vtrain: Run) -> None:
-    vtrain("run", folder.write(steps=3))
+def test_never_refuses_a_folder_that_holds_checkpoints(folder, within: Run) -> None:
+    within("run", folder.write(steps=3))
     folder.write(steps=3)
     folder.config.write_text(folder.config.read_text().replace("seed = 7", 'seed = 7\nresume = "never"'))
-    assert "holds checkpoints of an earlier run" in vtrain("run", folder.config, check=2).stderr
+    assert "holds checkpoints of an earlier run" in within("run", folder.config, check=2).stderr
 
 
-def test_an_earlier_checkpoint_can_be_named_and_later_ones_are_left_behind(folder, vtrain: Run) -> None:
-    vtrain("run", folder.write(steps=6))
+def test_an_earlier_checkpoint_can_be_named_and_later_ones_are_left_behind(folder, within: Run) -> None:
+    within("run", folder.write(steps=6))
     first = folder.rows()
     named = folder.output / "checkpoints" / "step-000003"
     folder.config.write_text(folder.config.read_text().replace("seed = 7", f'seed = 7\nresume = "{named}"'))
-    printed = vtrain("run", folder.config).stdout
+    printed = within("run", folder.config).stdout
     assert "step-000006.left-behind-1" in printed
     assert folder.rows() == first
     assert sorted(p.name for p in (folder.output / "checkpoints").iterdir()) == [
@@ -160,31 +160,31 @@ def test_an_earlier_checkpoint_can_be_named_and_later_ones_are_left_behind(folde
     ]
 
 
-def test_a_checkpoint_that_does_not_exist_is_an_error_before_training(folder, vtrain: Run) -> None:
+def test_a_checkpoint_that_does_not_exist_is_an_error_before_training(folder, within: Run) -> None:
     folder.write(steps=3)
     folder.config.write_text(folder.config.read_text().replace("seed = 7", 'seed = 7\nresume = "nowhere"'))
-    done = vtrain("run", folder.config, check=2)
+    done = within("run", folder.config, check=2)
     assert "no checkpoint folder" in done.stderr
     assert not folder.output.exists()
 
 
-def test_a_changed_dataset_is_told_and_the_run_goes_on(folder, vtrain: Run, tmp_path: Path) -> None:
+def test_a_changed_dataset_is_told_and_the_run_goes_on(folder, within: Run, tmp_path: Path) -> None:
     clips = tmp_path / "own"
     clips.mkdir()
     for source in sorted((tmp_path / "clips").iterdir()):
         (clips / source.name).write_bytes(source.read_bytes())
     folder.write(steps=3)
     folder.config.write_text(folder.config.read_text().replace('"clips"', '"own"'))
-    vtrain("run", folder.config)
+    within("run", folder.config)
     (clips / "clip_4.mp4").unlink()
     folder.config.write_text(folder.config.read_text().replace("steps = 3\n", "steps = 5\n", 1))
-    printed = vtrain("run", folder.config).stdout
+    printed = within("run", folder.config).stdout
     assert "the data changed since: 5 samples," in printed
     assert "-> 4 samples," in printed
     assert len(folder.rows()) == 5
 
 
-def test_an_adapter_does_not_go_on_upon_other_weights_at_the_same_place(folder, vtrain: Run, tmp_path: Path) -> None:
+def test_an_adapter_does_not_go_on_upon_other_weights_at_the_same_place(folder, within: Run, tmp_path: Path) -> None:
     from vtrain_toy.family import TOY
 
     def put_weights(seed: int) -> None:
@@ -195,37 +195,37 @@ def test_an_adapter_does_not_go_on_upon_other_weights_at_the_same_place(folder, 
     put_weights(1)
     folder.write(train="lora", steps=3)
     folder.config.write_text(folder.config.read_text().replace('use = "toy"', 'use = "toy"\npath = "weights"'))
-    vtrain("run", folder.config)
+    within("run", folder.config)
     put_weights(2)
     folder.config.write_text(folder.config.read_text().replace("steps = 3\n", "steps = 6\n", 1))
-    assert "its adapter was trained on other weights than" in vtrain("run", folder.config, check=2).stderr
+    assert "its adapter was trained on other weights than" in within("run", folder.config, check=2).stderr
     put_weights(1)
-    vtrain("run", folder.config)
+    within("run", folder.config)
 
 
-def test_a_default_written_out_is_no_change(folder, vtrain: Run) -> None:
-    vtrain("run", folder.write(steps=3))
+def test_a_default_written_out_is_no_change(folder, within: Run) -> None:
+    within("run", folder.write(steps=3))
     text = (
         folder.config.read_text()
         .replace('mixed = "no"', 'mixed = "no"\nbase = "fp32"')
         .replace("steps = 3", "steps = 4", 1)
     )
     folder.config.write_text(text)
-    printed = vtrain("run", folder.config).stdout
+    printed = within("run", folder.config).stdout
     assert "precision.base" not in printed
     assert "going on from" in printed
 
 
-def test_fewer_steps_than_the_checkpoint_has_is_said_and_changes_nothing(folder, vtrain: Run) -> None:
-    vtrain("run", folder.write(steps=6))
+def test_fewer_steps_than_the_checkpoint_has_is_said_and_changes_nothing(folder, within: Run) -> None:
+    within("run", folder.write(steps=6))
     before = folder.rows()
-    printed = vtrain("run", folder.write(steps=4)).stdout
+    printed = within("run", folder.write(steps=4)).stdout
     assert "nothing to do: train.steps is 4 and the checkpoint is at 6" in printed
     assert folder.rows() == before
 
 
-def test_a_finished_run_has_nothing_to_do(folder, vtrain: Run) -> None:
-    vtrain("run", folder.write(steps=3))
+def test_a_finished_run_has_nothing_to_do(folder, within: Run) -> None:
+    within("run", folder.write(steps=3))
     before = {path: path.stat().st_mtime_ns for path in (folder.output / "checkpoints").rglob("*")}
-    assert "step 3 of 3: all steps are done" in vtrain("run", folder.config).stdout
+    assert "step 3 of 3: all steps are done" in within("run", folder.config).stdout
     assert before == {path: path.stat().st_mtime_ns for path in (folder.output / "checkpoints").rglob("*")}

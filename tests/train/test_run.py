@@ -26,8 +26,8 @@ prompts = { one = "gradient number 1" }
 """
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_the_samples_and_saves_nothing_of_it(folder, vtrain: Run) -> None:
-    done = vtrain("run", folder.write(steps=40, save=5, lr=1e30, log_every=10), check=2)
+def test_a_loss_that_is_not_finite_stops_and_names_the_samples_and_saves_nothing_of_it(folder, within: Run) -> None:
+    done = within("run", folder.write(steps=40, save=5, lr=1e30, log_every=10), check=2)
     assert "not finite; samples: clips/clip_" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list((folder.output / "checkpoints").glob("step-*"))
@@ -83,10 +83,10 @@ def test_a_gradient_that_is_not_finite_is_told_apart() -> None:
     check_finite(5, [reading([1.0], 1.0)], 3.0)
 
 
-def test_validation_writes_a_playable_video_and_a_sheet(folder, vtrain: Run) -> None:
+def test_validation_writes_a_playable_video_and_a_sheet(folder, within: Run) -> None:
     import av
 
-    printed = vtrain("run", folder.write(more=VALIDATION + "at_start = true\n", steps=4)).stdout
+    printed = within("run", folder.write(more=VALIDATION + "at_start = true\n", steps=4)).stdout
     for step in (0, 3, 4):
         made = folder.output / "samples" / f"step-{step:06d}"
         assert sorted(path.name for path in made.iterdir()) == ["one.mp4", "sheet.png"]
@@ -98,27 +98,27 @@ def test_validation_writes_a_playable_video_and_a_sheet(folder, vtrain: Run) -> 
             assert stream.average_rate == 8
 
 
-def test_a_failing_validation_is_told_and_training_goes_on(folder, vtrain: Run) -> None:
+def test_a_failing_validation_is_told_and_training_goes_on(folder, within: Run) -> None:
     folder.write(more=VALIDATION, steps=6)
     folder.output.mkdir()
     (folder.output / "samples").write_text("in the way", encoding="utf-8")
-    printed = vtrain("run", folder.config).stdout
+    printed = within("run", folder.config).stdout
     assert "WARNING: validation at step 3 failed, training goes on" in printed
     assert "step 6 of 6: all steps are done" in printed
 
 
-def test_a_failing_tracker_is_told_once_and_training_goes_on(folder, vtrain: Run) -> None:
+def test_a_failing_tracker_is_told_once_and_training_goes_on(folder, within: Run) -> None:
     folder.write(steps=6)
     folder.output.mkdir()
     (folder.output / "tensorboard").write_text("in the way", encoding="utf-8")
-    printed = vtrain("run", folder.config).stdout
+    printed = within("run", folder.config).stdout
     assert printed.count("WARNING: tracker tensorboard") == 1
     assert "step 6 of 6: all steps are done" in printed
     assert len(folder.rows()) == 6
 
 
 def test_a_full_disk_in_the_middle_is_told_and_the_last_good_checkpoint_stays(
-    folder, vtrain: Run, tmp_path: Path
+    folder, within: Run, tmp_path: Path
 ) -> None:
     """A kernel limit on file size stands for the full disk: the small adapter fits, the larger one of rank 64 does not."""
     folder.write(train="lora", steps=6, save=3, rank=64)
@@ -148,7 +148,7 @@ def test_a_full_disk_in_the_middle_is_told_and_the_last_good_checkpoint_stays(
     assert "The newest sound checkpoint is" in done.stderr
     assert "Traceback" not in done.stderr
     assert [path.name for path in (folder.output / "checkpoints").iterdir()] == ["step-000003"]
-    assert vtrain("run", folder.config).stdout.count("saved") == 1
+    assert within("run", folder.config).stdout.count("saved") == 1
 
 
 STOP_WHILE_FILLING = """
@@ -164,7 +164,7 @@ main()
 """
 
 
-def test_ctrl_c_while_caches_fill_keeps_what_is_whole_and_says_so(folder, vtrain: Run, tmp_path: Path) -> None:
+def test_ctrl_c_while_caches_fill_keeps_what_is_whole_and_says_so(folder, within: Run, tmp_path: Path) -> None:
     folder.write(steps=2)
     folder.config.write_text(folder.config.read_text().replace(folder.cache.as_posix(), "own-cache"))
     done = subprocess.run(
@@ -177,11 +177,11 @@ def test_ctrl_c_while_caches_fill_keeps_what_is_whole_and_says_so(folder, vtrain
     assert done.returncode == 130
     assert "interrupted; what is cached or saved is whole" in done.stdout
     assert len(list((tmp_path / "own-cache" / "video").rglob("*.safetensors"))) == 1
-    assert "video: 1 of 5 cached, 4 to do" in vtrain("run", folder.config).stdout
+    assert "video: 1 of 5 cached, 4 to do" in within("run", folder.config).stdout
 
 
-def test_plan_json_holds_the_resolved_run_and_every_part_with_its_version(folder, vtrain: Run) -> None:
-    vtrain("run", folder.write(steps=2))
+def test_plan_json_holds_the_resolved_run_and_every_part_with_its_version(folder, within: Run) -> None:
+    within("run", folder.write(steps=2))
     plan = json.loads((folder.output / "plan.json").read_text(encoding="utf-8"))
     assert plan["steps"] == 2
     assert plan["samples_per_step"] == 2
@@ -221,31 +221,31 @@ def test_a_bug_inside_a_plugin_keeps_its_traceback_and_names_plugin_version_and_
     assert "in vtrain-toy 0.1.0 (family toy, regularizer toy-smooth), module vtrain_toy.denoiser" in done.stderr
 
 
-def test_a_second_run_with_warm_caches_encodes_nothing(folder, vtrain: Run) -> None:
-    vtrain("run", folder.write(steps=2))
+def test_a_second_run_with_warm_caches_encodes_nothing(folder, within: Run) -> None:
+    within("run", folder.write(steps=2))
     folder.config.write_text(folder.config.read_text().replace('output_dir = "out"', 'output_dir = "again"'))
-    printed = vtrain("run", folder.config).stdout
+    printed = within("run", folder.config).stdout
     assert "text: 6 of 6 cached\n" in printed
     assert "video: 5 of 5 cached\n" in printed
 
 
-def test_gradient_checkpointing_changes_no_number(folder, another, vtrain: Run) -> None:
+def test_gradient_checkpointing_changes_no_number(folder, another, within: Run) -> None:
     other = another()
-    vtrain("run", folder.write(steps=4))
+    within("run", folder.write(steps=4))
     other.write(steps=4)
     other.config.write_text(
         other.config.read_text().replace('mixed = "no"', 'mixed = "no"\ngradient_checkpointing = false')
     )
-    vtrain("run", other.config)
+    within("run", other.config)
     assert [row["loss"] for row in folder.rows()] == [row["loss"] for row in other.rows()]
 
 
-def test_bf16_autocast_trains_close_to_fp32_and_not_equal_to_it(folder, another, vtrain: Run) -> None:
+def test_bf16_autocast_trains_close_to_fp32_and_not_equal_to_it(folder, another, within: Run) -> None:
     other = another()
-    vtrain("run", folder.write(steps=4))
+    within("run", folder.write(steps=4))
     other.write(steps=4)
     other.config.write_text(other.config.read_text().replace('mixed = "no"', 'mixed = "bf16"'))
-    vtrain("run", other.config)
+    within("run", other.config)
     fp32, bf16 = ([row["loss"] for row in run.rows()] for run in (folder, other))
     assert bf16 == pytest.approx(fp32, rel=0.02)
     assert bf16 != fp32
@@ -253,7 +253,7 @@ def test_bf16_autocast_trains_close_to_fp32_and_not_equal_to_it(folder, another,
 
 
 def test_a_clip_that_cannot_be_decoded_is_left_out_by_name_and_the_rest_is_trained_on(
-    folder, vtrain: Run, tmp_path: Path
+    folder, within: Run, tmp_path: Path
 ) -> None:
     clips = tmp_path / "some"
     clips.mkdir()
@@ -266,7 +266,7 @@ def test_a_clip_that_cannot_be_decoded_is_left_out_by_name_and_the_rest_is_train
     (clips / "clip_4.txt").unlink()
     folder.write(steps=2, batch_size=1)
     folder.config.write_text(folder.config.read_text().replace('"clips"', '"some"'))
-    printed = vtrain("run", folder.config).stdout
+    printed = within("run", folder.config).stdout
     for name in ("clip_0.mp4", "clip_2.mp4", "notes.pdf", "clip_4.mp4"):
         assert name in printed, printed
     assert {sample for row in folder.rows() for sample in row["samples"]} <= {"some/clip_1.mp4", "some/clip_3.mp4"}

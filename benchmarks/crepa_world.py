@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -79,9 +80,10 @@ class Result:
     seconds: float
 
 
-def config_of(output: Path, arm: str, seed: int, steps: int) -> Path:
+def config_of(output: Path, arm: str, seed: int, steps: int, options: str) -> Path:
     """world.toml for one run; clips, checkpoint and caches are those of all."""
-    folder = output / "crepa" / f"{arm.lower()}-{seed}-{steps}"
+    other = re.sub(r"\W+", "-", options).rstrip("-") if arm != ARMS[0] else ""
+    folder = output / "crepa" / f"{arm.lower()}-{seed}-{steps}{other}"
     folder.mkdir(parents=True, exist_ok=True)
     changes = {
         "../../demo-output/world/run": (folder / "run").as_posix(),
@@ -93,20 +95,32 @@ def config_of(output: Path, arm: str, seed: int, steps: int) -> Path:
     return demo.write_config(demo.HERE / "world.toml", folder / "world.toml", changes)
 
 
-def plan_of(config: Path, arm: str) -> Plan:
+def plan_of(config: Path, arm: str, options: str = "{}") -> Plan:
+    """options: JSON of CrepaOptions that are not as by default."""
     plan = planned(config)
     if arm == ARMS[0]:
         return plan
-    part = Crepa(CrepaOptions(block=BLOCK), efficientnet.Lite0())
+    part = Crepa(CrepaOptions.model_validate({"block": BLOCK, **json.loads(options)}), efficientnet.Lite0())
     if problems := part.check(()):
         raise SystemExit("\n".join(str(problem) for problem in problems))
     return replace(plan, regularizers=(("crepa", part),))
 
 
-def train(config: Path, arm: str) -> Path:
+def train(config: Path, arm: str, options: str = "{}") -> Path:
     """As `vtrain run` does, without validation, in processes of its own: first the caches, then the steps. Its last checkpoint."""
     for stage in STAGES:
-        command = [sys.executable, __file__, "--stage", stage, "--config", str(config), "--arm", arm]
+        command = [
+            sys.executable,
+            __file__,
+            "--stage",
+            stage,
+            "--config",
+            str(config),
+            "--arm",
+            arm,
+            "--options",
+            options,
+        ]
         if (code := subprocess.run(command, check=False).returncode) != 0:
             raise SystemExit(code)
     return evaluate.newest(planned(config).config.run.output_dir)
@@ -157,15 +171,15 @@ def encoded(plan: Plan, videos: list[np.ndarray]) -> Tensor:
         return torch.cat([codec.encode(some).mean for some in pixels.split(TOGETHER)])
 
 
-def result(output: Path, arm: str, seed: int, steps: int, prompts: int) -> Result:
+def result(output: Path, arm: str, seed: int, steps: int, prompts: int, options: str = "{}") -> Result:
     """Train, unless that is done, and measure."""
-    config = config_of(output, arm, seed, steps)
-    plan = plan_of(config, arm)
+    config = config_of(output, arm, seed, steps, options)
+    plan = plan_of(config, arm, options)
     run = plan.config.run.output_dir
     report.say(f"{arm}, seed {seed}: {run}")
     checkpoint = run / "checkpoints" / f"step-{steps:06d}"
     if not checkpoint.exists():
-        train(config, arm)
+        train(config, arm, options)
     model = evaluate.denoiser(plan, checkpoint)
     answers = evaluate.answers(plan, model, evaluate.fixed(prompts), run / "judged")
     videos = [judge.read(path) for path in sorted((run / "judged").rglob("*.mp4"))]
@@ -248,12 +262,12 @@ def differences(found: list[Result]) -> str:
     return report.table(("CREPA less without", *(f"seed {seed}" for seed in seeds), "mean"), rows)
 
 
-def text(found: list[Result], true: Steadiness) -> str:
+def text(found: list[Result], true: Steadiness, options: str) -> str:
     told = "; ".join(f"{name} {value}" for name, value in report.machine().items())
-    first = found[0]
+    first, other = found[0], "" if options == "{}" else f", CREPA with {options}"
     return (
         f"Measured on {datetime.now(UTC):%Y-%m-%d}: {told}.\n\n"
-        f"{first.steps} steps, {first.accuracy.prompts} videos a run, {UNSEEN} unseen clips x {DRAWS} draws:\n\n"
+        f"{first.steps} steps, {first.accuracy.prompts} videos a run, {UNSEEN} unseen clips x {DRAWS} draws{other}:\n\n"
         f"{whole_table(found, true)}\n\n{differences(found)}\n"
     )
 
@@ -265,6 +279,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="(default: %(default)s)")
     parser.add_argument("--clips", type=int, default=demo.CLIPS, help="training clips (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=64, help="videos of each run (default: %(default)s)")
+    parser.add_argument(
+        "--options", default="{}", help="of CREPA, as JSON, such as '{\"weight\": 0.1}' (default: none)"
+    )
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--stage", choices=STAGES, help="of the run of --config and --arm alone; then it ends")
     parser.add_argument("--config", type=Path, help="with --stage")
@@ -272,14 +289,16 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help=f"put the tables into {PAGE.parent.name}/{PAGE.name}")
     chosen = parser.parse_args()
     if chosen.stage:
-        run_stage(plan_of(chosen.config, chosen.arm), chosen.stage)
+        run_stage(plan_of(chosen.config, chosen.arm, chosen.options), chosen.stage)
         return
     output = chosen.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     demo.make_inputs(output, chosen.clips)
-    found = [result(output, arm, seed, chosen.steps, chosen.prompts) for seed in chosen.seeds for arm in ARMS]
+    found = [
+        result(output, arm, seed, chosen.steps, chosen.prompts, chosen.options) for seed in chosen.seeds for arm in ARMS
+    ]
     true = truth(output / "crepa" / "true", chosen.prompts)
-    told = text(found, true)
+    told = text(found, true, chosen.options)
     report.say(f"\n{told}")
     report.write_json(chosen.json, {"runs": [asdict(each) for each in found], "true clips": asdict(true)})
     if chosen.write:

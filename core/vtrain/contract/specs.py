@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vtrain.contract.options import Options
-from vtrain.contract.protocols import DataBackend, Family, Regularizer, Sampler, Tracker
+from vtrain.contract.protocols import DataBackend, Family, Sampler, Tracker
 from vtrain.contract.records import ParameterGroup
+from vtrain.contract.regularizers import Regularizer
 
 if TYPE_CHECKING:
     import torch

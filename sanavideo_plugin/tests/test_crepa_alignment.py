@@ -82,6 +82,36 @@ def test_the_alignment_equals_the_papers_equation_in_float64(
     )
 
 
+def test_a_masked_clip_is_aligned_where_its_mask_is_white_and_counts_as_any_other() -> None:
+    """The mask is of latents, two a token each way. The first clip trains left, the second whole, the third one frame."""
+    y, h = drawn(3, 4, 2, 6, 5, seed=5), drawn(3, 4, 2, 6, 5, seed=6).requires_grad_()
+    mask = torch.ones(3, 4, 4, 12, dtype=torch.float64)
+    mask[0, :, :, 4:] = 0
+    mask[2, [0, 1, 3]] = 0
+    found = align(y, h, [1], 1.0, mask)
+    left = equation(y[:1, :, :, :2], h[:1, :, :, :2].detach(), 1, 1.0, False)
+    whole = equation(y[1:2], h[1:2].detach(), 1, 1.0, False)
+    cosines = torch.cosine_similarity(
+        y[2, 1:], h[2, 2].detach().expand(3, -1, -1, -1), dim=-1
+    )  # of frame 2 with frames 1, 2 and 3
+    alone = cosines[1].mean(), math.exp(-1) * (cosines[0] + cosines[2]).mean()
+    assert float(found.loss.detach()) == pytest.approx((left[0] + whole[0] - float(sum(alone))) / 3, rel=1e-12)
+    assert float(found.similarity.detach()) == pytest.approx((left[1] + whole[1] + float(alone[0])) / 3, rel=1e-12)
+    found.loss.backward()
+    assert h.grad is not None
+    assert h.grad[0, :, :, :2].any(-1).all()
+    assert not h.grad[0, :, :, 2:].any()
+    assert not h.grad[2, [0, 1, 3]].any()
+
+
+def test_a_mask_that_leaves_no_frame_with_a_neighbour_breaks_no_number() -> None:
+    mask = torch.zeros(1, 3, 2, 2, dtype=torch.float64)
+    mask[:, 1] = 1
+    found = align(drawn(1, 3, 1, 1, 5, seed=7), drawn(1, 3, 1, 1, 5, seed=8), [2], 1.0, mask)
+    assert float(found.neighbours) == 0
+    assert float(found.loss) == pytest.approx(-float(found.similarity))
+
+
 @pytest.mark.parametrize(("d", "cumulative"), [(1, False), (2, True), (3, False)])
 def test_the_module_is_the_equation_on_projected_hidden_states(d: int, cumulative: bool) -> None:
     given = options(weight=0.7, adjacent_distance=d, cumulative_neighbors=cumulative, temporal_decay=1.5)

@@ -59,27 +59,40 @@ class Alignment:
     neighbours: Tensor
 
 
-def align(features: Tensor, hidden: Tensor, distances: Sequence[int], decay: float) -> Alignment:
+def mean_of(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of tokens (B, f, h, w); with a mask (B, f', h', w') of latents weighted by it, each clip's by its own area."""
+    if mask is None:
+        return values.mean()
+    weights = F.adaptive_avg_pool3d(mask[:, None], values.shape[1:])[:, 0]
+    return ((values * weights).flatten(1).sum(1) / weights.flatten(1).sum(1)).mean()
+
+
+def align(
+    features: Tensor, hidden: Tensor, distances: Sequence[int], decay: float, mask: Tensor | None = None
+) -> Alignment:
     """L_align = -mean over clips, frames and tokens of sim(y_f, h_f) + sum over k of exp(-|k - f| / decay) sim(y_k, h_f).
 
-    k: f - d and f + d for each d of `distances`, where there is such a frame. features y, hidden h: (B, f, h, w, D).
+    k: f - d and f + d for each d of `distances`, where there is such a frame. features y, hidden h: (B, f, h, w, D). mask:
+    how much each latent counts, ours: the tokens h_f of a clip are weighted by it.
     """
     own = F.normalize(features, dim=-1, eps=SHORTEST)
     reach = [distance for distance in distances if distance < own.shape[1]]
     nearest = math.exp(-min(reach) / decay) if reach else 0.0
-    beside, total = torch.zeros_like(own), 0.0
+    beside, counted = torch.zeros_like(own), own.new_zeros((own.shape[1], 1, 1))
     for distance in reach:
         # Relative to the nearest ones, so that a small decay leaves no zeros.
         weight = math.exp((min(reach) - distance) / decay)
         beside[:, :-distance] += weight * own[:, distance:]
         beside[:, distance:] += weight * own[:, :-distance]
-        total += weight * 2 * (own.shape[1] - distance)
+        counted[:-distance] += weight
+        counted[distance:] += weight
     length = torch.linalg.vector_norm(hidden, dim=-1).clamp_min(SHORTEST)
-    similarity = ((own * hidden).sum(-1) / length).mean()
+    similarity = mean_of((own * hidden).sum(-1) / length, mask)
     if not reach:
         return Alignment(-similarity, similarity, torch.zeros_like(similarity))
-    summed = ((beside * hidden).sum(-1) / length).mean()
-    return Alignment(-(similarity + nearest * summed), similarity, summed * (own.shape[1] / total))
+    summed = mean_of((beside * hidden).sum(-1) / length, mask)
+    of = mean_of(counted.expand(own.shape[:-1]), mask)
+    return Alignment(-(similarity + nearest * summed), similarity, summed / of.clamp_min(SHORTEST))
 
 
 class CrepaLoss(nn.Module):
@@ -138,7 +151,7 @@ class CrepaLoss(nn.Module):
             features = on_tokens(view.features, tap.shape[2], tap.shape[3])
         with torch.autocast(tap.device.type, enabled=False):
             hidden = self.projector(tap.float())
-            return align(features, hidden, self._distances, self._options.temporal_decay)
+            return align(features, hidden, self._distances, self._options.temporal_decay, view.mask)
 
     def _nothing(self) -> Tensor:
         """0, with a gradient of 0 for each weight: processes that train together wait for every gradient."""

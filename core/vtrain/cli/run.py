@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,10 +56,26 @@ class Ready:
 
 def run(config: Path) -> None:
     """Train as `config` says. Exits with 0 at the last step, 130 or 143 after Ctrl-C or SIGTERM, everything saved."""
-    with together(config) as (plan, processes, console), blame(plan.config.parts()):
+    with (
+        together(config) as (plan, processes, console),
+        blame(plan.config.parts()),
+        _alone(plan.config.run.output_dir, processes, console),
+    ):
         ended_by = _train(plan, processes, console)
     if ended_by is not None:
         sys.exit(128 + ended_by)
+
+
+@contextmanager
+def _alone(output: Path, processes: Processes, console: Console) -> Iterator[None]:
+    """The first process holds the output folder. Raises CheckpointError on all if another run does."""
+    from vtrain.train.output_lock import hold
+
+    with ExitStack() as held:
+        warning = processes.from_first(lambda: held.enter_context(hold(output)))
+        if warning:
+            _warner(console)(warning)
+        yield
 
 
 def _train(plan: Plan, processes: Processes, console: Console) -> int | None:

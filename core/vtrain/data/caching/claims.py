@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import errno
-import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
 from vtrain.data.caching.peers import digest64
+from vtrain.data.locks import lock, unlock
 from vtrain.data.scanning.database import make_folder
 
-if sys.platform != "win32":
-    import fcntl
-
 FILE = "claims"
-
-_TAKEN = (errno.EACCES, errno.EAGAIN)
 
 
 class Claims(AbstractContextManager["Claims"]):
@@ -40,20 +34,11 @@ class Claims(AbstractContextManager["Claims"]):
 
     def take(self, name: str) -> bool:
         """Claim what goes by that name; False if another process has it. Never waits."""
-        if sys.platform == "win32":
-            return True
-        try:
-            fcntl.lockf(self._open(), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, digest64(name) >> 2)
-        except OSError as error:
-            return error.errno not in _TAKEN
-        return True
+        return lock(self._open(), digest64(name) >> 2) != "taken"
 
     def drop(self, name: str) -> None:
-        if sys.platform != "win32" and self._file is not None:
-            try:
-                fcntl.lockf(self._file, fcntl.LOCK_UN, 1, digest64(name) >> 2)
-            except OSError:
-                return
+        if self._file is not None:
+            unlock(self._file, digest64(name) >> 2)
 
     def _open(self) -> BinaryIO:
         # One file for all: a process that closes any handle of a file lets go of all its locks on it.

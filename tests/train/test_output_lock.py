@@ -1,0 +1,76 @@
+"""Two runs in one output folder: the second is refused while the first lives, and only then."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from vtrain.train import output_lock
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from vtrain.train.output_lock import hold
+
+with hold(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(folder) -> Iterator[subprocess.Popen[str]]:
+    """Another process that has the output folder."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder.output)], stdout=subprocess.PIPE, text=True, encoding="utf-8"
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_second_run_in_one_output_folder_is_refused_and_told_whose_it_is(folder, within: Run, holder) -> None:
+    done = within("run", folder.write(steps=3), check=2)
+    assert f"another run has this output folder: process {holder.pid} on {socket.gethostname()}, since 2" in done.stderr
+    assert "choose another run.output_dir" in done.stderr
+    assert [path.name for path in folder.output.iterdir()] == [output_lock.FILE]
+
+
+def test_after_kill_9_the_folder_is_free_at_once(folder, within: Run, holder) -> None:
+    folder.write(steps=3)
+    holder.kill()
+    holder.wait()
+    within("run", folder.config)
+    assert len(folder.rows()) == 3
+
+
+def test_two_processes_of_one_run_share_the_lock_and_a_second_run_ends_on_both(folder, vtrain: Run, holder) -> None:
+    done = vtrain("run", folder.write(steps=3), processes=2, check=None)
+    assert done.returncode != 0
+    assert done.stderr.count("another run has this output folder") == 1
+
+
+def test_on_a_file_system_without_locks_a_run_warns_and_goes_on(
+    folder, within: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output_lock, "lock", lambda file, place: "no locks")
+    printed = within("run", folder.write(steps=3)).stdout
+    assert "WARNING" in printed
+    assert "without locks" in printed
+    assert len(folder.rows()) == 3
+
+
+def test_who_holds_it_is_written_anew_by_each(tmp_path: Path) -> None:
+    (tmp_path / output_lock.FILE).write_text("something longer than what a process writes of itself" * 3)
+    with output_lock.hold(tmp_path) as warning:
+        assert warning == ""
+        assert (tmp_path / output_lock.FILE).read_bytes().count(b"\n") == 1

@@ -32,7 +32,7 @@ FATES = {
     "latin.mp4": ("dropped", "bad caption"),
     "long.mp4": ("used", ""),
     "no words.mp4": ("dropped", "no caption"),
-    "notes.md": ("dropped", "not a video: .md"),
+    "notes.md": ("dropped", "not a video"),
     "picture.png": ("dropped", "image"),
     "short.mp4": ("dropped", "too short"),
     "slow.mp4": ("dropped", "too slow"),
@@ -95,6 +95,22 @@ def test_it_is_said_where_a_limit_cut_the_list(world: Path, vtrain) -> None:
     assert "\n3 of 12 are listed: --limit\n" in vtrain(
         "data", "list", world / "config.toml", "--dropped", "--failed", "--limit", "3"
     ).stdout  # fmt: skip
+
+
+def test_only_the_reasons_of_what_is_listed_are_told_below_it(world: Path, vtrain) -> None:
+    def told(*options: str) -> str:
+        return vtrain("data", "list", world / "config.toml", *options).stdout.split("\n\n")[1]
+
+    assert "bad file (failed)" in told("--failed")
+    assert "too short" not in told("--failed")
+    assert "too short" in told("--dropped")
+    assert "bad file" not in told("--dropped")
+    assert told("--used") == "messy: 17 files: 5 used, 8 dropped, 4 failed\n"
+
+
+def test_the_kind_of_what_is_no_video_is_the_documented_one_and_its_reason_has_the_suffix(world: Path, listed) -> None:
+    (row,) = (row for row in listed(world / "config.toml", "--dropped") if row["file"] == "notes.md")
+    assert (row["kind"], row["reason"]) == ("not a video", "not a video: .md")
 
 
 def test_what_changed_since_the_last_scan_is_listed_as_it_is_now(own: Path, listed) -> None:

@@ -166,14 +166,14 @@ def first_words(text: str, width: int) -> str:
 
 
 def _totals(files: Files, shown: int, statuses: Sequence[str]) -> None:
-    """Counts by dataset and reason."""
+    """Counts by dataset, and by reason of the statuses that are listed."""
     for dataset in files.datasets:
         counts = files.counts(dataset)
         number = {status: sum(each.files for each in counts if each.status == status) for status in STATUSES}
         total = sum(number.values())
         of_each = ", ".join(f"{number[status]} {status}" for status in STATUSES)
         typer.echo(f"\n{one_line(dataset)}: {total} file{'s' if total != 1 else ''}: {of_each}")
-        left_out = [each for each in counts if each.status != "used"]
+        left_out = [each for each in counts if each.status != "used" and each.status in statuses]
         if left_out:
             print_table(("files", "left out", "such as"), [_count(each) for each in left_out])
     listed = sum(each.files for dataset in files.datasets for each in files.counts(dataset) if each.status in statuses)

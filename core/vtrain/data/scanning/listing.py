@@ -58,5 +58,4 @@ def useless(ref_id: str, kind: str) -> Left:
         return Left("dropped", "bad name", "its name is not UTF-8: rename it")
     if kind == IMAGE:
         return Left("dropped", "image", "a single image: set data.images = true to use it as a clip of one frame")
-    words = f"not a video: {suffix_of(ref_id) or 'no suffix'}"
-    return Left("dropped", words, words)
+    return Left("dropped", "not a video", f"not a video: {suffix_of(ref_id) or 'no suffix'}")

@@ -98,13 +98,14 @@ def fill_once(config: Path) -> None:
     """As a script of its own: fill, and tell seconds a clip."""
     from vtrain.cli.prepare import planned
     from vtrain.data.caching.caches import fill_caches
+    from vtrain.data.caching.fill_text import Standing
     from vtrain.data.scanning.scan import scan
 
     marks: list[tuple[int, float, float]] = []
 
-    def mark(stage: str, done: int, total: int) -> None:
-        if stage == "video":
-            marks.append((done, cpu_seconds(), time.perf_counter()))
+    def mark(now: Standing) -> None:
+        if now.stage == "video":
+            marks.append((now.done, cpu_seconds(), time.perf_counter()))
 
     plan = planned(config)
     fill_caches(plan, scan(plan).samples, [], "cpu", mark)

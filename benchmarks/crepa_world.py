@@ -130,7 +130,7 @@ def run_stage(plan: Plan, stage: str) -> None:
     """Fill the caches, or train from the last checkpoint if there is one."""
     processes = Processes(plan.config.precision.mixed)
     found = scan(plan)
-    filled = fill_caches(plan, found.samples, [], str(processes.device), lambda _kind, _done, _total: None)
+    filled = fill_caches(plan, found.samples, [], str(processes.device), lambda _: None)
     if stage == "fill":
         return
     plan.config.run.output_dir.mkdir(parents=True, exist_ok=True)
@@ -147,7 +147,7 @@ def held_out(plan: Plan, model: Denoiser) -> float:
     words = list(islice(cycle(world.combinations()), UNSEEN))
     clean = encoded(plan, [world.draw(world.stage(each, random)) for each in words])
     captions = [Caption(each.caption) for each in words]
-    fill_caches(plan, (), [(caption, "prompt") for caption in captions], "cpu", lambda _kind, _done, _total: None)
+    fill_caches(plan, (), [(caption, "prompt") for caption in captions], "cpu", lambda _: None)
     caches, losses = Caches.open(plan), []
     generator = torch.Generator().manual_seed(UNSEEN_SEED)
     model.module.eval()

@@ -117,7 +117,7 @@ def measure(part: str, config: Path) -> Cost:
     from vtrain.data.caching.caches import fill_caches
 
     def batch() -> None:
-        filled = fill_caches(plan, scanning.scan(plan).samples, [], "cpu", lambda _kind, _done, _total: None)
+        filled = fill_caches(plan, scanning.scan(plan).samples, [], "cpu", lambda _: None)
         Batches(plan, filled.caches, filled.index)[0]
 
     return _timed(batch)

@@ -80,7 +80,7 @@ def vtrain_block(config: Path) -> Iterator[Block]:
     plan = planned(config)
     processes = Processes(plan.config.precision.mixed)
     found = scan(plan)
-    filled = fill_caches(plan, found.samples, [], str(processes.device), lambda _kind, _done, _total: None)
+    filled = fill_caches(plan, found.samples, [], str(processes.device), lambda _: None)
     plan.config.run.output_dir.mkdir(parents=True, exist_ok=True)
     prices, start = price(plan, found.survey), find_start(plan)
     trainer = assemble(plan, prices, start, filled.index, filled.caches, processes)

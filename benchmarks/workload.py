@@ -140,7 +140,7 @@ def fill(config: Path, clips: int | None = None) -> None:
 
     plan = planned(config)
     samples = list(islice(scan(plan).samples, clips))
-    fill_caches(plan, samples, [], "cpu", lambda _kind, _done, _total: None)
+    fill_caches(plan, samples, [], "cpu", lambda _: None)
 
 
 def read_samples(config: Path) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -155,7 +155,7 @@ def read_samples(config: Path) -> list[tuple[torch.Tensor, torch.Tensor, torch.T
         from vtrain.data.scanning.scan import scan
 
         plan = planned(config)
-        filled = fill_caches(plan, scan(plan).samples, [], "cpu", lambda _kind, _done, _total: None)
+        filled = fill_caches(plan, scan(plan).samples, [], "cpu", lambda _: None)
         batches = Batches(plan, filled.caches, filled.index)
         found = [batches[number] for number in range(len(filled.index))]
         torch.save([(batch.latents.mean, batch.text.embeds, batch.text.mask) for batch in found], path)

@@ -13,6 +13,7 @@ import torch
 
 from vtrain.contract import Caption, DataError
 from vtrain.data.caching.caches import DROPPED, Caches, fill_caches
+from vtrain.data.caching.fill_text import Standing
 from vtrain.data.decoding.decode import decode, unit_range
 from vtrain.data.sample import Sample
 from vtrain.data.scanning.ledger import ContentHashes
@@ -22,7 +23,30 @@ from vtrain.data.scanning.scan import scan
 def fill(setup, *datasets, extra=(), **train):
     """Scan and fill as a run does."""
     plan = setup.plan(*datasets, **train)
-    return fill_caches(plan, scan(plan).samples, extra, "cpu", lambda stage, done, total: None)
+    return fill_caches(plan, scan(plan).samples, extra, "cpu", lambda _: None)
+
+
+def standings(setup) -> list[tuple[int, int, int, int, int]]:
+    """Of the stage of video: done, total, unusable, unread, made."""
+    told, plan = list[Standing](), setup.plan()
+    fill_caches(plan, scan(plan).samples, (), "cpu", told.append)
+    return [(now.done, now.total, now.unusable, now.unread, now.made) for now in told if now.stage == "video"]
+
+
+def test_what_cannot_be_used_is_counted_apart_from_what_is_cached(three, make_video) -> None:
+    data = make_video(frames=48, options={"movflags": "faststart"})
+    three.add("cut.mp4", data[: int(len(data) * 0.6)], "cut")
+    told = standings(three)
+    assert told[0] == (0, 4, 0, 4, 0)
+    assert told[-1] == (3, 4, 1, 0, 3)
+
+
+def test_a_touched_file_is_to_be_read_and_is_not_made_anew(three) -> None:
+    fill(three)
+    os.utime(three.folder / "1.mp4", ns=(1, 1))
+    clips = three.family.clips
+    assert standings(three) == [(2, 3, 0, 1, 0), (3, 3, 0, 0, 0)]
+    assert three.family.clips == clips
 
 
 def trained_on(filled) -> list[Sample]:
@@ -306,7 +330,7 @@ def test_latents_that_are_not_finite_never_reach_the_cache(three) -> None:
 def test_progress_is_told_for_each_stage_up_to_its_total(three) -> None:
     seen: list[tuple[str, int, int]] = []
     plan = three.plan()
-    fill_caches(plan, scan(plan).samples, [], "cpu", lambda *told: seen.append(told))
+    fill_caches(plan, scan(plan).samples, [], "cpu", lambda now: seen.append((now.stage, now.done, now.total)))
     assert [s for s in seen if s[0] == "text"] == [("text", 0, 4), ("text", 1, 4), ("text", 4, 4)]
     assert [s for s in seen if s[0] == "video"] == [("video", n, 3) for n in range(4)]
 

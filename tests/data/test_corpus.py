@@ -69,7 +69,7 @@ def test_every_damaged_file_is_used_or_named_and_none_does_harm(setup, peaks, de
 
     began = time.monotonic()
     found = scan(plan)
-    filled = fill_caches(plan, found.samples, (), "cpu", lambda stage, done, total: None)
+    filled = fill_caches(plan, found.samples, (), "cpu", lambda _: None)
     assert time.monotonic() - began < 200
 
     (survey,) = filled.recount(found.survey).datasets

@@ -69,7 +69,7 @@ def test_a_run_goes_on_and_the_files_are_failed_with_what_their_decoder_did(setu
     plan = setup.plan(setup.dataset(decode_timeout=3.0))
     found = scan(plan)
     assert [sample.ref_id for sample in found.samples] == ["0.mp4", "2.mp4", "4.mp4", "5.mp4"]
-    filled = fill_caches(plan, found.samples, (), "cpu", lambda stage, done, total: None)
+    filled = fill_caches(plan, found.samples, (), "cpu", lambda _: None)
     assert [filled.index.id(number) for number in range(len(filled.index))] == ["clips/0.mp4", "clips/5.mp4"]
     assert {ref: (fate.status, fate.reason) for ref, fate in crashes().items()} == {
         "0.mp4": ("used", ""), "1.mp4": ("failed", CRASHED), "2.mp4": ("failed", CRASHED),
@@ -85,7 +85,7 @@ def test_a_run_goes_on_and_the_files_are_failed_with_what_their_decoder_did(setu
     # The next run does not try them again.
     plan.datasets[0].backend.opened.clear()
     again = scan(plan)
-    fill_caches(plan, again.samples, (), "cpu", lambda stage, done, total: None)
+    fill_caches(plan, again.samples, (), "cpu", lambda _: None)
     assert plan.datasets[0].backend.opened == []
 
 

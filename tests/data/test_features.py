@@ -91,7 +91,7 @@ def three(setup, make_video, use):
     return setup
 
 
-def fill(setup, *datasets, report=lambda stage, done, total: None, **train):
+def fill(setup, *datasets, report=lambda _: None, **train):
     plan = setup.plan(*datasets, **train)
     return fill_caches(plan, scan(plan).samples, (), "cpu", report)
 
@@ -202,7 +202,7 @@ def test_features_of_another_width_under_one_name_are_made_again_and_that_is_sai
     fingerprint = three.regularizers[0][1].feature_fingerprint(hash)
     use(channels=6).feature_fingerprint = lambda hash_file: fingerprint
     told: list[tuple[str, int, int]] = []
-    fill(three, report=lambda *each: told.append(each))
+    fill(three, report=lambda now: told.append((now.stage, now.done, now.total)))
     features = [each for each in told if each[0] == "features (toy-colours)"]
     assert features == [("features (toy-colours)", done, 3) for done in range(4)]
     assert [each for each in told if each[0] == "video"] == [("video", 3, 3)]

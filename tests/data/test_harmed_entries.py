@@ -17,7 +17,7 @@ from vtrain.data.scanning.scan import scan
 def fill(setup, *datasets, extra=(), **train):
     """Scan and fill as a run does."""
     plan = setup.plan(*datasets, **train)
-    return fill_caches(plan, scan(plan).samples, extra, "cpu", lambda stage, done, total: None)
+    return fill_caches(plan, scan(plan).samples, extra, "cpu", lambda _: None)
 
 
 def entries(setup, kind: str):

@@ -44,7 +44,7 @@ def masked(setup, *, invert: bool = False, **table):
     return replace(setup.dataset(**table), masks=MasksPlan("masks", invert))
 
 
-def fill(setup, *datasets, report=lambda stage, done, total: None, **train):
+def fill(setup, *datasets, report=lambda _: None, **train):
     plan = setup.plan(*datasets, **train)
     return plan, fill_caches(plan, scan(plan).samples, (), "cpu", report)
 
@@ -93,7 +93,7 @@ def test_inverting_makes_nothing_again_and_a_changed_mask_is_made_alone(three) -
     assert {path: path.stat().st_mtime_ns for path in three.cache.rglob("*.safetensors")} == entries
     draw(three, "1", half(0, 255))
     clips, told = three.family.clips, []
-    fill(three, masked(three), report=lambda *each: told.append(each))
+    fill(three, masked(three), report=lambda now: told.append((now.stage, now.done, now.total)))
     assert three.family.clips == clips
     assert [each for each in told if each[0] == "mask"] == [("mask", 1, 2), ("mask", 2, 2)]
 
@@ -123,7 +123,9 @@ def test_what_is_empty_depends_on_inverting_and_needs_no_mask_to_be_made_again(t
     fill(three, masked(three))
     assert list(left_out(three, masked(three))) == ["0.mp4"]
     told = []
-    _, filled = fill(three, masked(three, invert=True), report=lambda *each: told.append(each))
+    _, filled = fill(
+        three, masked(three, invert=True), report=lambda now: told.append((now.stage, now.done, now.total))
+    )
     assert list(filled.left_out) == ["clips/1.mp4"]
     assert "white" in filled.left_out["clips/1.mp4"]
     assert [each for each in told if each[0] == "mask"] == [("mask", 2, 2)]

@@ -30,7 +30,7 @@ def averaged(pictures: list[np.ndarray]) -> torch.Tensor:
 def filled(setup, dataset):
     plan = setup.plan(dataset)
     found = scan(plan)
-    done = fill_caches(plan, found.samples, (), "cpu", lambda stage, count, total: None)
+    done = fill_caches(plan, found.samples, (), "cpu", lambda _: None)
     return done, list(found.samples), found.survey.datasets[0]
 
 

@@ -177,7 +177,7 @@ def test_ctrl_c_while_caches_fill_keeps_what_is_whole_and_says_so(folder, within
     assert done.returncode == 130
     assert "interrupted; what is cached or saved is whole" in done.stdout
     assert len(list((tmp_path / "own-cache" / "video").rglob("*.safetensors"))) == 1
-    assert "video: 1 of 5 cached, 4 to do" in within("run", folder.config).stdout
+    assert "video: 1 of 5 cached, 4 to read or encode" in within("run", folder.config).stdout
 
 
 def test_plan_json_holds_the_resolved_run_and_every_part_with_its_version(folder, within: Run) -> None:

@@ -91,7 +91,7 @@ def planned_from(tmp_path: Path, with_images: Callable[..., Path]) -> Callable[.
 
 def validator(plan: Plan) -> Validator:
     assert plan.validation is not None
-    fill_caches(plan, (), texts(plan.validation), "cpu", lambda stage, done, total: None)
+    fill_caches(plan, (), texts(plan.validation), "cpu", lambda _: None)
     fill_pictures(plan, "cpu")
     caches, denoiser = Caches.open(plan), plan.family.load_denoiser("cpu", "fp32")
     here, autocast = torch.device("cpu"), nullcontext

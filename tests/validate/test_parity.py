@@ -27,7 +27,7 @@ LATENT_TOLERANCE = 1e-4
 
 def validator(plan: Plan, stop: bool = False) -> Validator:
     assert plan.validation is not None
-    fill_caches(plan, (), texts(plan.validation), "cpu", lambda stage, done, total: None)
+    fill_caches(plan, (), texts(plan.validation), "cpu", lambda _: None)
     denoiser = plan.family.load_denoiser("cpu", "fp32")
     return Validator(
         plan.validation,

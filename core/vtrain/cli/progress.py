@@ -19,6 +19,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from vtrain.data.caching.fill_text import Standing
 from vtrain.plan.price import bytes_text
 from vtrain.train.loop import Event, Logged, Saved, Stopped, Validated, Warned
 from vtrain.train.metrics import Row
@@ -137,25 +138,35 @@ class Filling:
     ) -> None:
         self.bar.stop()
 
-    def report(self, stage: str, done: int, total: int) -> None:
-        """done of total are in the cache; the first call of a stage tells what was there."""
+    def report(self, now: Standing) -> None:
+        """The first call of a stage tells what was there."""
+        stage, total, over = now.stage, now.total, now.done + now.unusable
         if stage not in self.paces:
-            self.paces[stage] = Pace(done, time.monotonic())
-            to_do = "" if done == total else f", {total - done} to do"
-            self.say(f"{stage}: {done} of {total} cached{to_do}{self.whose}")
-            if done < total:
+            self.paces[stage] = Pace(over, time.monotonic())
+            self.say(f"{stage}: {now.done} of {total} cached{_to_do(now)}{self.whose}")
+            if over < total:
                 words = escape(f"encoding {stage}")
-                self.tasks[stage] = self.bar.add_task(words, total=total, completed=done, pace="")
+                self.tasks[stage] = self.bar.add_task(words, total=total, completed=over, pace="")
             return
-        pace = self.paces[stage].words(done, total, time.monotonic(), self.UNITS.get(stage, "clips"))
-        self.bar.update(self.tasks[stage], completed=done, pace=escape(pace))
-        now = time.monotonic()
-        if not self.console.is_terminal and (done == total or now - self.said > self.LINE_EVERY):
-            self.say(f"{stage}: {done} of {total} cached  {pace}")
+        pace = self.paces[stage].words(over, total, time.monotonic(), self.UNITS.get(stage, "clips"))
+        self.bar.update(self.tasks[stage], completed=over, pace=escape(pace))
+        late = time.monotonic() - self.said > self.LINE_EVERY
+        if over == total or (late and not self.console.is_terminal):
+            there = now.done - now.made > self.paces[stage].found
+            anew = f", {now.made} of them encoded now" if over == total and there else ""
+            unusable = f", {now.unusable} cannot be used" if now.unusable else ""
+            if anew or unusable or not self.console.is_terminal:
+                self.say(f"{stage}: {now.done} of {total} cached{anew}{unusable}  {pace}")
 
     def say(self, text: str) -> None:
         self.said = time.monotonic()
         self.console.print(escape(text), soft_wrap=True, highlight=False)
+
+
+def _to_do(now: Standing) -> str:
+    """A file whose bytes are not known yet (it is new, or was touched, or the ledger was lost) may be cached all the same."""
+    known = now.total - now.done - now.unread
+    return (f", {known} to do" if known else "") + (f", {now.unread} to read or encode" if now.unread else "")
 
 
 @dataclass(frozen=True)

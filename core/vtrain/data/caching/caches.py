@@ -117,7 +117,7 @@ def fill_caches(
     Every process of a run calls it with the same samples, fills its share, and waits for the others.
 
     extra_texts: prompts beside the samples' captions; the dropped caption is added if the run drops any. report: told
-    (stage, done, total) of this process's share, stage by stage. May be interrupted at any time: what is on the disk is
+    how far this process's share is, stage by stage. May be interrupted at any time: what is on the disk is
     whole, and is not made again. Raises DataError for a full disk, a bad file where the configuration says stop, or no
     usable clip left.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
@@ -14,8 +15,25 @@ from vtrain.data.caching.claims import Claims
 from vtrain.data.caching.peers import Peers, digest64, is_share, together
 from vtrain.data.caching.stores import Stores
 
-Report = Callable[[str, int, int], None]
-"""Told (stage, done, total) of this process's share: "text" counts captions, "video" counts clips (windows of them)."""
+
+@dataclass(frozen=True)
+class Standing:
+    """How far this process's share of a stage is. stage: "text" counts captions, "video" counts clips (windows of them).
+
+    done: of total that are in the cache; unusable: of total that cannot be. unread: of the others at the start, those whose
+    file's bytes are not known yet, so that they may be there. made: of done, those that were made by this process.
+    """
+
+    stage: str
+    done: int
+    total: int
+    unusable: int = 0
+    unread: int = 0
+    made: int = 0
+
+
+Report = Callable[[Standing], None]
+"""Told at the start of each stage, and as it goes on."""
 
 AGAIN_S = 0.5
 """Seconds until one looks again for what another run is making."""
@@ -42,7 +60,7 @@ def _fill_share(stores: Stores, texts: Texts, peers: Peers, device: str, report:
                 present.add(digest64(key))
             else:
                 missing[key] = (caption, role)
-    report("text", len(present), len(present) + len(missing))
+    report(Standing("text", len(present), len(present) + len(missing)))
     if not missing:
         return 0
     batches = list(_batches(missing, stores.plan.config.cache.text_batch))
@@ -67,7 +85,7 @@ def _fill(
     report: Report,
 ) -> int:
     """Encode the missing captions, batch by batch. done: captions that are there."""
-    total = done + len(missing)
+    total, made = done + len(missing), 0
     with Claims(stores.plan.config.cache.dir) as claims, ExitStack() as stack:
         encoder: TextEncoder | None = None
         while batches:
@@ -79,11 +97,12 @@ def _fill(
                 if keys:
                     encoder = encoder or stack.enter_context(stores.plan.family.open_text_encoder(device))
                     _encode(stores, encoder, missing, keys)
+                    made += len(keys)
                 for key in free:
                     claims.drop(key)
                 if free:
                     done += len(free)
-                    report("text", done, total)
+                    report(Standing("text", done, total, made=made))
                 if len(free) < len(batch):
                     left.append([key for key in batch if key not in free])
             if left == batches:

@@ -12,7 +12,7 @@ from vtrain.data.caching.batching import Job, by_shape, in_batches
 from vtrain.data.caching.claims import Claims
 from vtrain.data.caching.columns import Column, FeatureColumn, Layout, MaskColumn, Window, known_key, layout_of
 from vtrain.data.caching.encoders import Encode, opened
-from vtrain.data.caching.fill_text import AGAIN_S, Report
+from vtrain.data.caching.fill_text import AGAIN_S, Report, Standing
 from vtrain.data.caching.peers import Peers, digest64, is_share, together
 from vtrain.data.caching.stores import Stores
 from vtrain.data.caching.unusable import Unusable
@@ -45,6 +45,7 @@ class _Filling:
     """One process's work on one column: the windows of the files that fall to it.
 
     out: what earlier columns found that cannot be used. dented: files of which this one found windows that cannot.
+    unusable, made: windows that cannot be made, and that were.
     """
 
     def __init__(
@@ -54,19 +55,21 @@ class _Filling:
         self.peers, self.device, self.report = peers, device, report
         self.decoders = min(_MOST_DECODERS, max(1, available_cpus() // peers.count - 1))
         self.found, self.dented = Unusable(), set[str]()
+        self.unusable, self.made = 0, 0
 
     def run(self, samples: Iterable[Sample]) -> Unusable:
         """Make what is missing."""
-        count, lacking, missing = 0, 0, set[int]()
+        count, lacking, unread, missing = 0, 0, 0, set[int]()
         for window in self._windows(samples):
             count += 1
             layout = self._layout(window)
             if layout is None:
                 lacking += 1
+                unread += not self.column.content(window[0])
                 missing.add(digest64(self._claim(window)))
             else:
                 self._look(window, layout)
-        self.report(self.column.stage, count - lacking, count)
+        self.report(Standing(self.column.stage, count - lacking, count, unread=unread))
         if missing:
             todo = (window for window in self._windows(samples) if digest64(self._claim(window)) in missing)
             self._fill(by_shape(todo, self.stores.plan.config.cache.video_batch), count - lacking, count)
@@ -86,24 +89,28 @@ class _Filling:
             ExitStack() as stack,
         ):
             encoder = _Encoder(lambda: stack.enter_context(opened(self.column, self.device)))
-            while done < total:
+            while done + self.unusable < total:
                 # What another run has claimed is looked at again later: by then it is there, or that run has ended.
                 busy: list[Window] = []
-                before = done
+                before = done + self.unusable
                 jobs = self._jobs(windows, claims, copies, busy)
                 with closing(workers.made(jobs, self.decoders + config.video_batch)) as decoded:
                     for batch in in_batches(decoded, config.video_batch):
+                        bad = self.unusable
                         self._encode(encoder, ledger, batch)
                         for job, _ in batch:
                             claims.drop(self._claim((job.sample, job.start)))
-                        done += len(batch)
-                        self.report(self.column.stage, done, total)
-                if total - len(busy) > done:  # the rest was there when it was looked at
-                    done = total - len(busy)
-                    self.report(self.column.stage, done, total)
-                elif done == before:
+                        done += len(batch) - (self.unusable - bad)
+                        self._tell(done, total)
+                if total - len(busy) > done + self.unusable:  # the rest was there when it was looked at
+                    done = total - len(busy) - self.unusable
+                    self._tell(done, total)
+                elif done + self.unusable == before:
                     time.sleep(AGAIN_S)
                 windows = busy
+
+    def _tell(self, done: int, total: int) -> None:
+        self.report(Standing(self.column.stage, done, total, unusable=self.unusable, made=self.made))
 
     def _windows(self, samples: Iterable[Sample]) -> Iterator[Window]:
         """This process's share. All windows of a file fall to one process."""
@@ -171,6 +178,7 @@ class _Filling:
                 continue
             key = self.column.key(job.sample, job.start, content)
             self.column.entries.write(key, parts)
+            self.made += 1
             self._look((job.sample, job.start), parts)
 
     def _noun(self) -> str:
@@ -203,9 +211,10 @@ class _Filling:
         return settings_key(self.stores.plan.datasets[sample.place], self.stores.plan.family.frame_rule)
 
     def _leave_out(self, ledger: Ledger, sample: Sample, fault: FileFault) -> None:
-        """Remember why a file cannot be used. Raises DataError where the configuration says stop."""
+        """Remember why a file cannot be used, and count the window. Raises DataError where the configuration says stop."""
         dataset = self.stores.plan.datasets[sample.place]
         self.found.files[sample.file] = fault.reason
+        self.unusable += 1
         if fault.lasting:
             kind = "bad mask" if isinstance(self.column, MaskColumn) else "decoding"
             ledger.record_left(self._settings(sample), sample, Left("failed", kind, fault.reason))

@@ -63,7 +63,8 @@ def mean_of(values: Tensor, mask: Tensor | None) -> Tensor:
     """Mean of tokens (B, f, h, w); with a mask (B, f', h', w') of latents weighted by it, each clip's by its own area."""
     if mask is None:
         return values.mean()
-    weights = F.adaptive_avg_pool3d(mask[:, None], values.shape[1:])[:, 0]
+    _, frames, height, width = values.shape
+    weights = F.adaptive_avg_pool3d(mask[:, None], (frames, height, width))[:, 0]
     return ((values * weights).flatten(1).sum(1) / weights.flatten(1).sum(1)).mean()
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Self
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
-from pydantic import BeforeValidator, Field, JsonValue, TypeAdapter, ValidationInfo, model_validator
+from pydantic import BeforeValidator, Field, JsonValue, PlainSerializer, TypeAdapter, ValidationInfo, model_validator
 
-from vtrain.contract import LocalPath, Options
+from vtrain.contract import LocalPath, Options, SecretError, without_secrets
 
 _LOCAL = TypeAdapter[Path](LocalPath)
 _SECRET = re.compile(
@@ -20,6 +20,9 @@ _SECRET = re.compile(
 )
 _NO_SECRETS = ("anon", "cloud", "google_default", True, False, None)
 """What stands under such keys and says where secrets come from: gcsfs's token = "anon"."""
+_REPOSITORIES = ("github", "git")
+"""Schemes whose "x:y@" is no user and password."""
+
 _URL = re.compile(r"[a-z][a-z0-9+.-]*(::|://)", re.IGNORECASE)
 
 
@@ -28,15 +31,55 @@ def is_url(text: str) -> bool:
     return bool(_URL.match(text)) and not text.startswith(("file://", "local://"))
 
 
+def has_password(url: str) -> bool:
+    """Whether a URL, or one of a chain, holds a password. Raises SecretError for a URL that may hold one and cannot be read."""
+    for part in url.split("::"):
+        try:
+            found = urlsplit(part)
+            if found.scheme in ("http", "https"):
+                _ = found.port
+        except ValueError:
+            raise SecretError("this is not a URL: its host or port cannot be read") from None
+        if found.password and found.scheme not in _REPOSITORIES:
+            return True
+    return False
+
+
+def _remedy(url: str) -> str:
+    """Where the password of a URL goes instead."""
+    scheme = urlsplit(url.rpartition("::")[2]).scheme
+    if scheme in ("http", "https"):
+        return "give them in ~/.netrc, with storage_options = { client_kwargs = { trust_env = true } }"
+    if scheme in ("s3", "s3a"):
+        return (
+            "give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE in the environment, or ~/.aws/credentials"
+        )
+    return f"give the password in the environment as FSSPEC_{scheme.upper()}_PASSWORD, or in the storage's own file"
+
+
 def _place(value: object, info: ValidationInfo) -> str:
     if isinstance(value, str) and is_url(value):
+        if has_password(value):
+            raise SecretError(f"the URL holds a password, and this file is copied into the run: {_remedy(value)}")
         return value
     if isinstance(value, str) and value.startswith(("file://", "local://")):
         value = unquote(urlsplit(value).path)
     return os.path.abspath(_LOCAL.validate_python(value, context=info.context))  # noqa: PTH100 (follows no link)
 
 
-PlacePath = Annotated[str, BeforeValidator(_place)]
+def _hidden(value: JsonValue) -> JsonValue:
+    """The same with all URLs in it told without their secrets."""
+    if isinstance(value, dict):
+        return {key: _hidden(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_hidden(inner) for inner in value]
+    return without_secrets(value) if isinstance(value, str) else value
+
+
+_told = PlainSerializer(_hidden, when_used="json")
+"""JSON is what is shown and kept of a value."""
+
+PlacePath = Annotated[str, BeforeValidator(_place), _told]
 """An absolute local path, or a URL as it was written. Relative paths start at the configuration file."""
 
 
@@ -50,7 +93,7 @@ class PlaceOptions(Options):
     timeout: float = Field(
         30.0, gt=0, le=3600, description="of a URL: seconds that one request may take before it counts as failed"
     )
-    storage_options: dict[str, JsonValue] = Field(
+    storage_options: Annotated[dict[str, JsonValue], _told] = Field(
         {},
         description="of a URL: options of its fsspec file system, such as endpoint_url; secrets come from the environment",
     )
@@ -58,7 +101,7 @@ class PlaceOptions(Options):
     @model_validator(mode="after")
     def _no_secrets(self) -> Self:
         if found := sorted(secret_keys(self.storage_options)):
-            raise ValueError(
+            raise SecretError(
                 f"storage_options holds {', '.join(found)}: secrets come from the environment or the storage's own "
                 "credentials file, never from this file"
             )
@@ -67,16 +110,19 @@ class PlaceOptions(Options):
         return self
 
 
-def secret_keys(options: JsonValue) -> Iterable[str]:
-    """Keys, at any depth, under which secrets are given."""
+def secret_keys(options: JsonValue, under: str = "") -> Iterable[str]:
+    """Keys, at any depth, under which secrets are given, or URLs with a password. under: the key of `options` itself."""
     if isinstance(options, dict):
         for key, value in options.items():
             if _SECRET.search(key) and value not in _NO_SECRETS:
                 yield key
-            yield from secret_keys(value)
+            else:
+                yield from secret_keys(value, key)
     elif isinstance(options, list):
         for value in options:
-            yield from secret_keys(value)
+            yield from secret_keys(value, under)
+    elif isinstance(options, str) and is_url(options) and has_password(options):
+        yield under
 
 
 class Redaction:

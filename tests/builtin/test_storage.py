@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -218,3 +219,46 @@ def test_folders_that_lead_back_end(flaky: type[Flaky], monkeypatch: pytest.Monk
 def test_patterns_of_one_folder_are_different_places() -> None:
     places = {TAR.build(TAR.options(path=f"s3://b/s-{rest}.tar")).location for rest in ("?", "?a", "{1..2}", "*")}
     assert places == {"s3://b/s-?.tar", "s3://b/s-?a.tar", "s3://b/s-{1..2}.tar", "s3://b/s-*.tar"}
+
+
+@pytest.mark.parametrize(
+    ("url", "remedy"),
+    [
+        ("https://me:s3cret@host/clips", "~/.netrc, with storage_options = { client_kwargs = { trust_env = true } }"),
+        ("zip://a::https://me:s3cret@host/a.zip", "~/.netrc"),
+        ("s3://me:s3cret@bucket/clips", "AWS_PROFILE"),
+        ("sftp://me:s3cret@host:22/clips", "FSSPEC_SFTP_PASSWORD"),
+        ("https://me:s3cret/3@host/clips", "not a URL"),
+    ],
+)
+def test_a_password_in_a_url_is_refused_with_the_place_where_it_goes(url: str, remedy: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(remedy)):
+        FOLDER.options(path=url)
+
+
+def test_storage_options_may_hold_no_password_within_a_url() -> None:
+    for options in ({"endpoint_url": "https://me:s3cret@host"}, {"client_kwargs": {"proxies": ["http://a:b@host"]}}):
+        with pytest.raises(ValueError, match=r"endpoint_url|proxies"):
+            FOLDER.options(path="s3://b/c", storage_options=options)
+
+
+def test_a_repository_behind_a_scheme_is_no_password() -> None:
+    assert FOLDER.options(path="github://owner:name@main/clips").path == "github://owner:name@main/clips"
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("https://host/clips?token=abc#part", "https://host/clips?***#***"),
+        ("zip://::https://me@host/a.zip?sig=abc", "zip://::https://***@host/a.zip?***"),
+        ("abfs://box@account.dfs.core.windows.net/a?sv=1&sig=abc", "abfs://***@account.dfs.core.windows.net/a?***"),
+        ("s3://bucket/s-?{1..2}#*.tar", "s3://bucket/s-?{1..2}#*.tar"),
+        ("github://owner:name@main/clips", "github://owner:name@main/clips"),
+    ],
+)
+def test_what_is_shown_and_kept_of_a_url_has_no_secrets_and_what_is_used_has_all(url: str, told: str) -> None:
+    options = TAR.options(path=url, storage_options={"endpoint_url": "https://host?token=abc"})
+    plain = options.model_dump(mode="json")
+    assert options.path == url
+    assert plain["path"] == told
+    assert plain["storage_options"] == {"endpoint_url": "https://host?***"}

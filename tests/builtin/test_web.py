@@ -8,13 +8,16 @@ import logging
 import re
 import tarfile
 import threading
+from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import quote, unquote, urlsplit
 
 import pytest
+from fsspec import config
 
 from vtrain.contract import SourceRef
 from vtrain_builtin import attempts
@@ -35,10 +38,11 @@ TOKEN = "tok3n-value"
 class Site(BaseHTTPRequestHandler):
     """An index page for each folder, files with ETags and ranges. token: asked for in the query, if set.
 
-    busy: path -> how many more requests are answered with 503.
+    login: "user:password", asked for, if set. busy: path -> how many more requests are answered with 503.
     """
 
     token: ClassVar[str] = ""
+    login: ClassVar[str] = ""
     ranges: ClassVar[bool] = True
     busy: ClassVar[Counter[str]] = Counter()
     asked: ClassVar[list[str]] = []
@@ -55,6 +59,9 @@ class Site(BaseHTTPRequestHandler):
             return
         if self.token and f"token={self.token}" not in parts.query:
             self._answer(403, b"", {})
+            return
+        if self.login and self.headers.get("Authorization") != f"Basic {b64encode(self.login.encode()).decode()}":
+            self._answer(401, b"", {})
             return
         name = unquote(parts.path).removeprefix("/clips").lstrip("/")
         data = FILES.get(name)
@@ -151,6 +158,28 @@ def test_a_query_goes_with_every_request_and_is_never_shown(
         folder(f"{site}/clips?token=wr0ng-value").open(SourceRef("b.mp4", 10, ""))
     assert "wr0ng-value" not in str(caught.value)
     assert caught.value.__cause__ is None
+
+
+def test_a_password_comes_from_netrc_where_the_environment_is_trusted(
+    site: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder, content, problem
+) -> None:
+    monkeypatch.setattr(Site, "login", "me:s3cret")
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password s3cret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert content(folder(f"{site}/clips", storage_options={"client_kwargs": {"trust_env": True}})) == FILES
+    assert "401" in problem(folder(f"{site}/clips"))
+
+
+def test_a_password_comes_from_the_environment_of_fsspec(
+    site: str, monkeypatch: pytest.MonkeyPatch, folder, content
+) -> None:
+    monkeypatch.setattr(Site, "login", "me:s3cret")
+    header = f"Basic {b64encode(b'me:s3cret').decode()}"
+    environment = {"FSSPEC_HTTP": json.dumps({"headers": {"Authorization": header}})}
+    found: dict[str, Any] = {}
+    config.set_conf_env(found, environment)  # as fsspec does when it is imported
+    monkeypatch.setattr(config, "conf", found)
+    assert content(folder(f"{site}/clips")) == FILES
 
 
 def test_a_server_without_ranges_is_told_and_not_misread(site: str, monkeypatch: pytest.MonkeyPatch, folder) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 from pydantic_core import ErrorDetails
 
+from vtrain.contract import SecretError, without_secrets
+
 _EXPECTED = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -47,6 +49,8 @@ def expectation(error: ErrorDetails) -> str:
 def fault(error: ErrorDetails) -> str:
     """What is wrong with a value, the value shown; for errors that are not about its type."""
     sort, context = error["type"], error.get("ctx", {})
+    if sort == "value_error" and isinstance(context["error"], SecretError):
+        return str(context["error"])
     value = shown(error["input"])
     if sort in _LIMITS:
         key, words = _LIMITS[sort]
@@ -79,7 +83,7 @@ def _length(error: ErrorDetails) -> str:
 
 
 def shown(value: object, limit: int = 60) -> str:
-    """A value roughly as TOML writes it, cut to `limit` characters."""
+    """A value roughly as TOML writes it, URLs without their secrets, cut to `limit` characters."""
     text = _written(value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
@@ -88,7 +92,7 @@ def _written(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
+        return json.dumps(without_secrets(value), ensure_ascii=False)
     if isinstance(value, Mapping):
         return "{ " + ", ".join(f"{key} = {_written(item)}" for key, item in value.items()) + " }" if value else "{}"
     if isinstance(value, list | tuple):

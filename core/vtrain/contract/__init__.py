@@ -62,6 +62,7 @@ from vtrain.contract.regularizers import (
     SupportsLearningRate,
     SupportsPauses,
 )
+from vtrain.contract.secrets import SecretError, without_secrets
 from vtrain.contract.specs import (
     KINDS,
     RESERVED_KEYS,
@@ -125,6 +126,7 @@ __all__ = [
     "RunLength",
     "Sampler",
     "SamplerSpec",
+    "SecretError",
     "Size",
     "SourceRef",
     "Spec",
@@ -155,4 +157,5 @@ __all__ = [
     "fixed",
     "hookimpl",
     "resume_rule",
+    "without_secrets",
 ]  # fmt: skip

@@ -80,7 +80,7 @@ def test_every_damaged_file_is_used_or_named_and_none_does_harm(setup, peaks, de
     assert len(filled.index) == sum(survey.samples.values())
     assert all(reason.strip() for reason in survey.left_out)
     with Ledger(setup.cache) as ledger:
-        fates = ledger.fates(settings_key(dataset, plan.family.frame_rule))
+        fates = ledger.fates(settings_key(dataset, plan.family))
     assert len(fates) == survey.files
     assert all(fate.status == "used" or fate.reason for fate in fates.values())
     hung = [ref for ref, fate in fates.items() if "took longer" in fate.reason]

@@ -56,7 +56,7 @@ def crashes(setup, make_video, tmp_path, monkeypatch) -> Callable[[], dict[str, 
 
     def fates() -> dict[str, Fate]:
         with Ledger(setup.cache) as ledger:
-            return ledger.fates(settings_key(setup.dataset(decode_timeout=3.0), setup.family.frame_rule))
+            return ledger.fates(settings_key(setup.dataset(decode_timeout=3.0), setup.family))
 
     return fates
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vtrain.contract import DataError, FrameRule, SourceRef
+from vtrain.contract import DataError, LatentShape, SourceRef
 from vtrain.data.caching.caches import fill_caches
 from vtrain.data.sample import Left
 from vtrain.data.scanning.fates import settings_key
@@ -113,7 +113,7 @@ def test_bad_masks_leave_their_clips_out_with_the_masks_name(three, make_video) 
         "clip, at any size",
     }
     with Ledger(three.cache) as ledger:
-        fates = ledger.fates(settings_key(masked(three), FrameRule(4, 1)))
+        fates = ledger.fates(settings_key(masked(three), three.family))
     assert {fate.status for name, fate in fates.items() if name != "e.mp4"} == {"failed"}
 
 
@@ -151,7 +151,7 @@ def fail(setup, name: str, reason: str) -> None:
     (sample,) = (sample for sample in scan(plan).samples if sample.ref_id == name)
     with Ledger(setup.cache) as ledger:
         left = Left("failed", "decoding", reason)
-        ledger.record_left(settings_key(plan.datasets[0], plan.family.frame_rule), sample, left)
+        ledger.record_left(settings_key(plan.datasets[0], plan.family), sample, left)
 
 
 def test_a_clip_that_failed_for_its_mask_is_tried_again_when_the_mask_changes(three) -> None:
@@ -166,6 +166,18 @@ def test_a_clip_that_failed_for_its_mask_is_tried_again_when_the_mask_changes(th
     (three.folder / "masks/a.png").unlink()
     add_picture(three, "masks/c.png")
     assert of(found_by(three))["a.mp4"] == ""
+
+
+def test_a_clip_whose_mask_was_empty_is_tried_again_with_latents_of_another_grid(three) -> None:
+    add_picture(three, "masks/a.png", grey=0)
+    fail(three, "a.mp4", "its mask is black")
+    assert left_out(found_by(three)) == {"a.mp4": "its mask is black"}
+    before, plain = settings_key(masked(three), three.family), settings_key(three.dataset(), three.family)
+    three.family.latent_shape = lambda clip: LatentShape(3, (clip.frames - 1) // 4 + 1, clip.height, clip.width)
+    assert of(found_by(three))["a.mp4"] == "masks/a.png"
+    three.family.pixel_frames = lambda frame: range(4 * frame, 4 * frame + 1)
+    assert len({settings_key(masked(three), three.family), before}) == 2
+    assert settings_key(three.dataset(), three.family) == plain, "without masks the grid decides over nothing"
 
 
 def test_a_clip_that_failed_for_its_mask_is_not_lost_to_the_other_inversion(three) -> None:

@@ -251,9 +251,8 @@ def test_other_settings_probe_nothing_again_and_have_fates_of_their_own(good) ->
     assert other.backend.opened == []
     assert sample.shape == ClipShape(9, 32, 64)
     with Ledger(good.cache) as ledger:
-        rule = good.family.frame_rule
-        assert ledger.fates(settings_key(good.dataset(), rule))["good.mp4"].shape == "128x64@17"
-        assert ledger.fates(settings_key(other, rule))["good.mp4"].shape == "64x32@9"
+        assert ledger.fates(settings_key(good.dataset(), good.family))["good.mp4"].shape == "128x64@17"
+        assert ledger.fates(settings_key(other, good.family))["good.mp4"].shape == "64x32@9"
 
 
 def test_progress_counts_every_file_looked_at(good) -> None:

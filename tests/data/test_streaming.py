@@ -314,7 +314,7 @@ def test_a_file_that_failed_is_tried_again_by_another_version_of_the_decoding(th
     plan = three.plan()
     first = next(iter(scan(plan).samples))
     with Ledger(three.cache) as ledger:
-        settings = fates.settings_key(plan.datasets[0], plan.family.frame_rule)
+        settings = fates.settings_key(plan.datasets[0], plan.family)
         ledger.record_left(settings, first, Left("failed", "decoding", "frames are missing"))
     assert left_out(three) == {"frames are missing": (1, "a.mp4")}
     (three.folder / "a.txt").write_text("other words")

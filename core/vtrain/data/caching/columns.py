@@ -20,7 +20,7 @@ from vtrain.contract import (
     TokenGrid,
 )
 from vtrain.data.caching.entries import Entries
-from vtrain.data.caching.keys import features_key, mask_key, transform, video_key
+from vtrain.data.caching.keys import features_key, mask_grid, mask_key, transform, video_key
 from vtrain.data.caching.packing import Packed
 from vtrain.data.sample import MaskGrid, Sample
 from vtrain.data.scanning.ledger import ContentHashes
@@ -193,9 +193,7 @@ class MaskColumn:
     def grid(self, shape: ClipShape) -> MaskGrid:
         """Of the latents of clips of one shape."""
         if shape not in self._grids:
-            latents = self.plan.family.latent_shape(shape)
-            spans = tuple(map(self.plan.family.pixel_frames, range(latents.frames)))
-            self._grids[shape] = MaskGrid(spans, latents.height, latents.width)
+            self._grids[shape] = mask_grid(self.plan.family, shape)
         return self._grids[shape]
 
     def key(self, sample: Sample, start: float, content: str) -> str:

@@ -208,7 +208,7 @@ class _Filling:
                         del self.found.windows[sample.id]
 
     def _settings(self, sample: Sample) -> str:
-        return settings_key(self.stores.plan.datasets[sample.place], self.stores.plan.family.frame_rule)
+        return settings_key(self.stores.plan.datasets[sample.place], self.stores.plan.family)
 
     def _leave_out(self, ledger: Ledger, sample: Sample, fault: FileFault) -> None:
         """Remember why a file cannot be used, and count the window. Raises DataError where the configuration says stop."""

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 
-from vtrain.contract import Caption, Role, TokenGrid
+from vtrain.contract import Caption, ClipShape, Family, Role, TokenGrid
 from vtrain.data.sample import MaskGrid, Sample
 
 TRANSFORM_VERSION = 2
@@ -57,6 +57,13 @@ def mask_key(content: str, sample: Sample, start: float, grid: MaskGrid) -> str:
     spans = [[span.start, span.stop] for span in grid.spans]
     picture = [sample.picture, sample.box]
     return _key("mask", content, MASK_VERSION, _window(sample, start), picture, spans, grid.height, grid.width)
+
+
+def mask_grid(family: Family, shape: ClipShape) -> MaskGrid:
+    """Of the latents of clips of one shape."""
+    latents = family.latent_shape(shape)
+    spans = tuple(family.pixel_frames(frame) for frame in range(latents.frames))
+    return MaskGrid(spans, latents.height, latents.width)
 
 
 def _window(sample: Sample, start: float) -> list[float]:

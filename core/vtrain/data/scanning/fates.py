@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vtrain.contract import Caption, FrameRule, Words
-from vtrain.data.caching.keys import MASK_VERSION, TRANSFORM_VERSION
+from vtrain.contract import Caption, ClipShape, Family, FrameRule, Words
+from vtrain.data.caching.keys import MASK_VERSION, TRANSFORM_VERSION, mask_grid
 from vtrain.data.decoding.probe import Probe
 from vtrain.data.decoding.timing import SLACK
 from vtrain.data.sample import Left
@@ -87,22 +87,27 @@ _ASPECT = 0.02
 _COLUMNS = 16
 
 
-def settings_key(dataset: DatasetPlan, rule: FrameRule) -> str:
-    """Names everything of a dataset's settings that decides over its files."""
+def settings_key(dataset: DatasetPlan, family: Family) -> str:
+    """Names everything of a dataset's settings, and of the model's, that decides over its files."""
+    decisive = decides(dataset, family.frame_rule)
     return hashlib.sha256(
-        json.dumps([TRANSFORM_VERSION, decides(dataset, rule), dataset.table.images, _masks(dataset)]).encode()
+        json.dumps([TRANSFORM_VERSION, decisive, dataset.table.images, _masks(dataset, family)]).encode()
     ).hexdigest()
 
 
-def _masks(dataset: DatasetPlan) -> list[object] | None:
-    """What of [data.masks] decides over files. invert does: over masks that train nothing."""
+def _masks(dataset: DatasetPlan, family: Family) -> list[object] | None:
+    """What of [data.masks] decides over files. invert and the latents' grid do: over masks that train nothing."""
     masks = dataset.masks
-    return None if masks is None else [masks.folder, masks.invert, masks.missing, MASK_VERSION]
+    if masks is None:
+        return None
+    longest = (ClipShape(dataset.frames, size.height, size.width) for size in dataset.sizes)
+    grids = [[[[s.start, s.stop] for s in g.spans], g.height, g.width] for g in (mask_grid(family, s) for s in longest)]
+    return [masks.folder, masks.invert, masks.missing, MASK_VERSION, grids]
 
 
-def decide(ledger: Ledger, place: int, dataset: DatasetPlan, rule: FrameRule) -> int:
+def decide(ledger: Ledger, place: int, dataset: DatasetPlan, family: Family) -> int:
     """The number of the decision, whose fates are then those of the place as the ledger knows it."""
-    settings = settings_key(dataset, rule)
+    settings = settings_key(dataset, family)
     now = ledger.generation(place)
     with ledger.transaction() as db:
         db.execute("INSERT OR IGNORE INTO decision (settings, place, generation) VALUES (?, ?, -1)", (settings, place))
@@ -110,7 +115,7 @@ def decide(ledger: Ledger, place: int, dataset: DatasetPlan, rule: FrameRule) ->
         "SELECT number, generation FROM decision WHERE settings = :settings", {"settings": settings}
     )[0]
     if before != now:
-        _decide_rows(ledger, number, place, before, dataset, rule)
+        _decide_rows(ledger, number, place, before, dataset, family.frame_rule)
         with ledger.transaction() as db:
             db.execute("UPDATE decision SET generation = ?, survey = NULL WHERE number = ?", (now, number))
     return int(number)

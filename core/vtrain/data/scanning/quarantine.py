@@ -49,7 +49,7 @@ def move_bad(plan: Plan) -> Iterator[Moved]:
         for dataset in plan.datasets:
             if dataset.table.on_bad_file != "move":
                 continue
-            rows = ledger.pages(_BAD, {"settings": settings_key(dataset, plan.family.frame_rule)})
+            rows = ledger.pages(_BAD, {"settings": settings_key(dataset, plan.family)})
             bad = ((SourceRef(ref, size, version), reason) for ref, size, version, reason in rows)
             place = dataset.backend.location
             for each in quarantine(dataset, ((ref, why) for ref, why in bad if (place, ref.id) not in moved)):

@@ -74,7 +74,7 @@ def decided(
             except DataError as error:
                 wrong += [_at(dataset, problem) for problem in error.problems]
                 continue
-            decision = decide(ledger, place, dataset, plan.family.frame_rule)
+            decision = decide(ledger, place, dataset, plan.family)
             yield Found(dataset.id, number, dataset.table.crop, place, decision, count=0)
 
 

@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from pydantic import BeforeValidator, Field, JsonValue, PlainSerializer, TypeAdapter, ValidationInfo, model_validator
 
-from vtrain.contract import LocalPath, Options, SecretError, without_secrets
+from vtrain.contract import HoldsSecret, LocalPath, Options, without_secrets
 
 _LOCAL = TypeAdapter[Path](LocalPath)
 _SECRET = re.compile(
@@ -32,14 +32,14 @@ def is_url(text: str) -> bool:
 
 
 def has_password(url: str) -> bool:
-    """Whether a URL, or one of a chain, holds a password. Raises SecretError for a URL that may hold one and cannot be read."""
+    """Whether a URL, or one of a chain, holds a password. Raises HoldsSecret for a URL that may hold one and cannot be read."""
     for part in url.split("::"):
         try:
             found = urlsplit(part)
             if found.scheme in ("http", "https"):
                 _ = found.port
         except ValueError:
-            raise SecretError("this is not a URL: its host or port cannot be read") from None
+            raise HoldsSecret("this is not a URL: its host or port cannot be read") from None
         if found.password and found.scheme not in _REPOSITORIES:
             return True
     return False
@@ -60,7 +60,7 @@ def _remedy(url: str) -> str:
 def _place(value: object, info: ValidationInfo) -> str:
     if isinstance(value, str) and is_url(value):
         if has_password(value):
-            raise SecretError(f"the URL holds a password, and this file is copied into the run: {_remedy(value)}")
+            raise HoldsSecret(f"the URL holds a password, and this file is copied into the run: {_remedy(value)}")
         return value
     if isinstance(value, str) and value.startswith(("file://", "local://")):
         value = unquote(urlsplit(value).path)
@@ -101,7 +101,7 @@ class PlaceOptions(Options):
     @model_validator(mode="after")
     def _no_secrets(self) -> Self:
         if found := sorted(secret_keys(self.storage_options)):
-            raise SecretError(
+            raise HoldsSecret(
                 f"storage_options holds {', '.join(found)}: secrets come from the environment or the storage's own "
                 "credentials file, never from this file"
             )

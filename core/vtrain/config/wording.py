@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic_core import ErrorDetails
 
-from vtrain.contract import SecretError, without_secrets
+from vtrain.contract import HoldsSecret, without_secrets
 
 _EXPECTED = {
     "int_type": "a whole number",
@@ -49,7 +49,7 @@ def expectation(error: ErrorDetails) -> str:
 def fault(error: ErrorDetails) -> str:
     """What is wrong with a value, the value shown; for errors that are not about its type."""
     sort, context = error["type"], error.get("ctx", {})
-    if sort == "value_error" and isinstance(context["error"], SecretError):
+    if sort == "value_error" and isinstance(context["error"], HoldsSecret):
         return str(context["error"])
     value = shown(error["input"])
     if sort in _LIMITS:

@@ -62,7 +62,7 @@ from vtrain.contract.regularizers import (
     SupportsLearningRate,
     SupportsPauses,
 )
-from vtrain.contract.secrets import SecretError, without_secrets
+from vtrain.contract.secrets import HoldsSecret, without_secrets
 from vtrain.contract.specs import (
     KINDS,
     RESERVED_KEYS,
@@ -102,6 +102,7 @@ __all__ = [
     "FeatureSource",
     "FrameRule",
     "HashFile",
+    "HoldsSecret",
     "Hooks",
     "LatentShape",
     "Latents",
@@ -126,7 +127,6 @@ __all__ = [
     "RunLength",
     "Sampler",
     "SamplerSpec",
-    "SecretError",
     "Size",
     "SourceRef",
     "Spec",

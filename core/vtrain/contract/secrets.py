@@ -14,7 +14,7 @@ _URL = re.compile(
 )
 
 
-class SecretError(ValueError):
+class HoldsSecret(ValueError):
     """A validator of options raises it for a value that holds a secret: its words are told, the value is not."""
 
 

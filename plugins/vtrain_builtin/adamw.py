@@ -21,7 +21,7 @@ FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
 class AdamWOptions(Options):
     """Options of `adamw`. All may change at a resume: the state does not depend on them."""
 
-    lr: float = Field(gt=0, description="learning rate")
+    lr: float = Field(gt=0, examples=[1e-4], description="learning rate")
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = Field(
         (0.9, 0.999), description="decay of the running mean of gradients, and of their squares"
     )

@@ -9,6 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from vtrain.config.example import example_line
 from vtrain.contract import ParameterGroup, resume_rule
 from vtrain_builtin.adamw import ADAMW, AdamWOptions, build_adamw
 
@@ -108,3 +109,7 @@ def test_its_state_takes_the_bytes_that_a_plan_is_told() -> None:
 def test_options_out_of_range_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         AdamWOptions.model_validate(wrong)
+
+
+def test_a_missing_learning_rate_is_shown_one_that_could_be_used() -> None:
+    assert example_line(ADAMW.options.model_fields["lr"], "lr") == "lr = 0.0001"

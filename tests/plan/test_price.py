@@ -113,6 +113,14 @@ def test_the_rendered_plan_says_what_was_counted(plan_of: PlanOf) -> None:
     assert as_json(plan, survey(), made)["steps"] == 8
 
 
+def test_one_of_something_is_said_without_an_s(plan_of: PlanOf) -> None:
+    plan = plan_of(train="steps = 1\nbatch_size = 1\naccumulate = 1")
+    made = price(plan, survey())
+    rows = {f"{section.title}/{row[0]}": row[1] for section in sections(plan, survey(), made) for row in section.rows}
+    assert rows["run/steps"].startswith("1 optimizer step, ")
+    assert rows["run/a step"] == "1 sample = batch 1 x accumulate 1 x 1 process"
+
+
 @pytest.mark.parametrize(
     ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (5 << 30, "5.0 GiB"), (3 << 40, "3.0 TiB")]
 )

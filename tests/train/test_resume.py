@@ -221,6 +221,8 @@ def test_fewer_steps_than_the_checkpoint_has_is_said_and_changes_nothing(folder,
     before = folder.rows()
     printed = within("run", folder.write(steps=4)).stdout
     assert "nothing to do: train.steps is 4 and the checkpoint is at 6" in printed
+    assert "step 6: this run has 4 steps, all are done" in printed
+    assert "6 of 4" not in printed
     assert folder.rows() == before
 
 

@@ -14,6 +14,7 @@ from vtrain.cli.report import one_line
 from vtrain.contract import Role
 from vtrain.data.sample import Box, Sample
 from vtrain.data.scanning.files import File
+from vtrain.plan.data_words import counted
 from vtrain.plan.price import bytes_text
 from vtrain.plan.records import Plan, Section
 
@@ -89,7 +90,7 @@ def _about(plan: Plan, file: File, samples: tuple[Sample, ...], mask: ShownMask 
     if file.status != "used":
         yield file.status, f"{file.kind}: {file.reason}" if file.kind != file.reason else file.reason
         return
-    several = f"{file.samples} samples, {file.windows} windows" if file.windows > 1 else "1 window"
+    several = f"{counted(file.samples, 'sample')}, {file.windows} windows" if file.windows > 1 else "1 window"
     yield "used", f"as {file.shape} at {samples[0].fps:g} fps, {several}" if samples else f"as {file.shape}"
     yield from mask_rows(plan.datasets[file.number], mask)
     if share := plan.datasets[file.number].image_to_video:

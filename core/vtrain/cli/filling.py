@@ -90,5 +90,5 @@ def fill(plan: Plan, samples: Iterable[Sample], processes: Processes, console: C
             raise
         processes.from_first(lambda: fill_pictures(plan, str(processes.device)))
     if filled.truncated:
-        console.print(f"{filled.truncated} captions were too long for the text encoder and lost their end")
+        console.print(f"captions too long for the text encoder, which lost their end: {filled.truncated}")
     return filled

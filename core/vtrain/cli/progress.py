@@ -83,7 +83,10 @@ class Display:
             self.say(f"WARNING: {event.text}", style="bold red")
         elif isinstance(event, Stopped):
             why = "all steps are done" if event.signal is None else "stopped as asked; run the same command to go on"
-            self.say(f"step {event.step} of {self.steps}: {why}")
+            if event.signal is None and event.step > self.steps:
+                self.say(f"step {event.step}: this run has {self.steps} steps, all are done")
+            else:
+                self.say(f"step {event.step} of {self.steps}: {why}")
 
     def stepped(self, done: int) -> None:
         """An optimizer step was queued on the device; its numbers may come later."""

@@ -32,6 +32,7 @@ from vtrain.contract import (
 )
 from vtrain.data.caching import hashes
 from vtrain.data.scanning.scan import Scan, scan
+from vtrain.plan.data_words import counted
 from vtrain.plan.price import Prices, check_room, price
 from vtrain.plan.records import Plan, Survey
 from vtrain.plan.render import as_json
@@ -171,7 +172,7 @@ def _begin(plan: Plan, ready: Ready, trainer: Trainer, console: Console) -> None
     for folder in moved:
         console.print(f"a later checkpoint was left behind as {escape(str(folder))}")
     if dropped:
-        console.print(f"{dropped} later steps were cut from metrics.jsonl")
+        console.print(f"{counted(dropped, 'later step')} {'was' if dropped == 1 else 'were'} cut from metrics.jsonl")
 
 
 def _tell_changes(trainer: Trainer, console: Console) -> None:

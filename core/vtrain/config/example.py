@@ -15,7 +15,9 @@ _BY_TYPE = {"string": '"..."', "boolean": "true", "array": "[]", "object": "{}"}
 
 
 def example_line(field: FieldInfo, key: str) -> str:
-    """'steps = 1' for a field: its first choice or its lower limit, else something of its type."""
+    """'steps = 1' for a field: its own example, its first choice or its lower limit, else something of its type."""
+    if field.examples:
+        return f"{key} = {shown(field.examples[0])}"
     try:
         schema = TypeAdapter(_annotated(field)).json_schema()
     except PydanticInvalidForJsonSchema:

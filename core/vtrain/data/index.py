@@ -99,7 +99,7 @@ class Index:
         ends = [f"\0{shape}\n".encode() for shape in self.shapes]
         for number in range(len(self)):
             digest.update(self.names[number] + ends[self.buckets[number]])
-        return f"{len(self)} samples, {digest.hexdigest()[:16]}"
+        return f"{len(self)} sample{'s' if len(self) != 1 else ''}, {digest.hexdigest()[:16]}"
 
     def copies(self) -> tuple[int, tuple[str, str] | None]:
         """How many samples are made of the same bytes in the same way as one before them, and the ids of one such pair."""

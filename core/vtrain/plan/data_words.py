@@ -22,11 +22,11 @@ def dataset_rows(dataset: DatasetPlan, found: DatasetSurvey, *, alone: bool) -> 
     passes = f", {1 + found.repeats} passes an epoch" if found.repeats else ""
     if found.share != 1:
         passes += f", of which an epoch takes {float(found.share):.3g} (data.weight)"
-    several = f" as {_many(samples, 'sample')}" if samples != clips else ""
+    several = f" as {counted(samples, 'sample')}" if samples != clips else ""
     yield "files", f"{found.files} looked at, {clips} used{several}{passes}"
     if not alone:
         for shape, count in sorted(found.samples.items()):
-            yield f"bucket {shape}", _many(count, "sample")
+            yield f"bucket {shape}", counted(count, "sample")
     for reason, (count, example) in sorted(found.left_out.items(), key=lambda item: (-item[1][0], item[0])):
         yield f"left out: {count}", f"{reason}  (such as {example})"
     if found.left_out:
@@ -46,7 +46,7 @@ def _frames(dataset: DatasetPlan) -> str:
         "start": "from the start",
         "center": "from the centre",
         "all": "every stretch of a clip",
-        "random": f"one of {_many(video.windows, 'window')}, drawn at each use",
+        "random": f"one of {counted(video.windows, 'window')}, drawn at each use",
     }[video.window]
     longest = f", clips cut after {dataset.max_frames}" if dataset.max_frames is not None else ""
     return f"{count} at {rate}{every}, {where}{longest}"
@@ -127,5 +127,6 @@ def _bucket_json(plan: Plan, survey: Survey, bucket: Bucket) -> dict[str, object
     }
 
 
-def _many(count: int, noun: str) -> str:
+def counted(count: int, noun: str) -> str:
+    """ "1 sample", "2 samples"."""
     return f"{count} {noun}{'s' if count != 1 else ''}"

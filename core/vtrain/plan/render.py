@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vtrain.plan.data_words import buckets_json, buckets_section, dataset_rows
+from vtrain.plan.data_words import buckets_json, buckets_section, counted, dataset_rows
 from vtrain.plan.image_to_video import picture_rows, price_rows
 from vtrain.plan.price import Prices, bytes_text
 from vtrain.plan.records import Plan, Section, Survey
@@ -54,10 +54,13 @@ def _run(plan: Plan, prices: Prices) -> tuple[tuple[str, str], ...]:
     warmup = f", warm-up {config.lr_schedule.warmup}" if config.lr_schedule.warmup else ""
     clip = f"{train.clip.method} at most {train.clip.max:g}" if train.clip else "none"
     return (
-        ("steps", f"{prices.steps} optimizer steps, {prices.epochs:.4g} epochs"),
+        (
+            "steps",
+            f"{counted(prices.steps, 'optimizer step')}, {prices.epochs:.4g} epoch{'s' if prices.epochs != 1 else ''}",
+        ),
         (
             "a step",
-            f"{prices.samples_per_step} samples = batch {train.batch_size} x accumulate {train.accumulate} x "
+            f"{counted(prices.samples_per_step, 'sample')} = batch {train.batch_size} x accumulate {train.accumulate} x "
             f"{plan.processes} process{'es' if plan.processes > 1 else ''}",
         ),
         ("learning rate", f"{config.lr_schedule.use}{warmup}"),
@@ -89,13 +92,16 @@ def _disk(plan: Plan, survey: Survey, prices: Prices) -> tuple[tuple[str, str], 
         ("output", str(config.run.output_dir)),
         ("checkpoints", checkpoints + kept + each),
         ("cache", str(config.cache.dir)),
-        ("cached video", f"{windows} clips, {bytes_text(prices.video_bytes)}"),
+        ("cached video", f"{counted(windows, 'clip')}, {bytes_text(prices.video_bytes)}"),
         *(
-            (f"cached features ({name})", f"{windows} clips, {bytes_text(prices.feature_bytes[name])}: {words}")
+            (
+                f"cached features ({name})",
+                f"{counted(windows, 'clip')}, {bytes_text(prices.feature_bytes[name])}: {words}",
+            )
             for name, words in feature_words(plan, survey)
         ),
         *((("cached masks", f"at most {bytes_text(prices.mask_bytes)}"),) if prices.mask_bytes else ()),
-        ("cached text", f"{survey.texts} captions, at most {bytes_text(prices.text_bytes)}"),
+        ("cached text", f"{counted(survey.texts, 'caption')}, at most {bytes_text(prices.text_bytes)}"),
     )
 
 

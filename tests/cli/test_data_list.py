@@ -108,6 +108,14 @@ def test_only_the_reasons_of_what_is_listed_are_told_below_it(world: Path, vtrai
     assert told("--used") == "messy: 17 files: 5 used, 8 dropped, 4 failed\n"
 
 
+def test_captions_without_a_clip_are_told_below_the_reasons(own: Path, vtrain) -> None:
+    assert "without a clip" not in vtrain("data", "list", own / "config.toml").stdout
+    (own / "messy" / "nope.txt").write_text("words")
+    assert vtrain("data", "list", own / "config.toml", "--failed").stdout.endswith(
+        "\n1 caption without a clip (such as nope.txt)\n"
+    )
+
+
 def test_the_kind_of_what_is_no_video_is_the_documented_one_and_its_reason_has_the_suffix(world: Path, listed) -> None:
     (row,) = (row for row in listed(world / "config.toml", "--dropped") if row["file"] == "notes.md")
     assert (row["kind"], row["reason"]) == ("not a video", "not a video: .md")

@@ -15,6 +15,7 @@ from vtrain.contract import Caption, Words
 from vtrain.data.caching.caches import fill_caches
 from vtrain.data.decoding.decode import decode
 from vtrain.data.scanning.scan import scan
+from vtrain.plan.records import MasksPlan
 from vtrain_builtin.folder import LocalFolder
 
 
@@ -254,3 +255,22 @@ def test_a_stream_can_be_read_as_a_sample_at_any_start(setup, make_video) -> Non
         middle = pixels[:, :, 32, 64].float().mean(0)
         shown = [round((float(value) - 20) / 5) for value in middle]
         assert shown == [k % 40 for k in range(first, first + 17)]
+
+
+def test_caption_files_without_a_clip_are_counted(setup, make_video) -> None:
+    for name in ("a", "b"):
+        setup.add(f"{name}.mp4", make_video(), "words")
+    for name in ("orphan.txt", "sub/b.txt", "masks/a.txt", "README.txt", "sub/readme.txt", "other.json", "notes.md"):
+        setup.add(name, b"{}", None)
+    assert scan(setup.plan()).survey.datasets[0].notes == ("3 captions without a clip (such as masks/a.txt)",)
+    masked = replace(setup.dataset(), masks=MasksPlan("masks"))
+    (setup.folder / "masks/a.png").write_bytes(b"no picture")
+    assert "2 captions without a clip (such as orphan.txt)" in scan(setup.plan(masked)).survey.datasets[0].notes
+    sidecars = setup.dataset(captions="json", missing_caption="empty")
+    assert scan(setup.plan(sidecars)).survey.datasets[0].notes == ("1 caption without a clip (such as other.json)",)
+    assert scan(setup.plan(setup.dataset(captions="filename"))).survey.datasets[0].notes == ()
+    for name in ("orphan.txt", "sub/b.txt", "masks/a.txt", "masks/a.png"):
+        (setup.folder / name).unlink()
+    assert scan(setup.plan()).survey.datasets[0].notes == ()
+    (setup.folder / "a.mp4").unlink()
+    assert scan(setup.plan()).survey.datasets[0].notes == ("1 caption without a clip (such as a.txt)",)

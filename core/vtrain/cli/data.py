@@ -176,6 +176,8 @@ def _totals(files: Files, shown: int, statuses: Sequence[str]) -> None:
         left_out = [each for each in counts if each.status != "used" and each.status in statuses]
         if left_out:
             print_table(("files", "left out", "such as"), [_count(each) for each in left_out])
+        for note in files.notes(dataset):
+            typer.echo(one_line(note))
     listed = sum(each.files for dataset in files.datasets for each in files.counts(dataset) if each.status in statuses)
     if shown < listed:
         typer.echo(f"\n{shown} of {listed} are listed: --limit")

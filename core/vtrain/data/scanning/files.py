@@ -21,7 +21,7 @@ from vtrain.data.scanning.database import database_faults, open_readonly
 from vtrain.data.scanning.ledger import Ledger, pages, probe_of
 from vtrain.data.scanning.listing import escaped
 from vtrain.data.scanning.scan import decided
-from vtrain.data.scanning.surveys import DISTINCT
+from vtrain.data.scanning.surveys import DISTINCT, caption_notes, unmatched_captions
 from vtrain.plan.records import DatasetPlan, Plan
 
 STATUSES = ("used", "dropped", "failed")
@@ -137,6 +137,11 @@ class Files:
             else:
                 found.append(of_kind)
         return found
+
+    def notes(self, dataset: str) -> tuple[str, ...]:
+        """What else is worth knowing: captions without a clip."""
+        plan, found = self.datasets[dataset]
+        return caption_notes(unmatched_captions(self._all, found.place, plan))
 
     def widths(self, dataset: str) -> tuple[int, int]:
         """Letters of the longest bucket and of the longest ref id."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
 from vtrain.contract import ClipShape, Problem
-from vtrain.data.scanning.captions import stem
+from vtrain.data.scanning.captions import BESIDE, stem
 from vtrain.data.scanning.fates import TOLD
 from vtrain.data.scanning.ledger import Ledger, marks
 from vtrain.data.scanning.sources import origin_of
@@ -29,6 +29,13 @@ _SHAPES = """SELECT frames, height, width, sum(samples), count(*), sum(windows),
 _UNMATCHED = """SELECT count(*), min(name) FROM told WHERE place = :place AND origin = :origin
     AND NOT EXISTS (SELECT 1 FROM source WHERE source.place = told.place AND source.ref = told.name
     AND source.kind IN ('video', 'image'))"""
+
+# By the index alone, so that a million captions take half a second. Masks are no clips, and their words no captions.
+_UNMATCHED_FILES = """SELECT count(*), min(ref) FROM source INDEXED BY source_by_stem
+    WHERE place = :place AND kind = :captions AND NOT EXISTS (SELECT 1 FROM source clip WHERE clip.place = source.place
+    AND clip.stem = source.stem AND clip.kind IN ('video', 'image'))
+    AND (:masks IS NULL OR NOT (ref > :masks || '/' AND ref < :masks || '0'))
+    AND stem NOT LIKE 'readme' AND stem NOT LIKE '%/readme'"""
 
 _MASKS = """FROM source WHERE place = :place AND ref > :masks || '/' AND ref < :masks || '0'"""
 
@@ -67,12 +74,13 @@ def survey(ledger: Ledger, place: int, decision: int, dataset: DatasetPlan, shar
 Some = tuple[int, str | None]
 """How many, and one of them."""
 
+Rows = Callable[[str, Mapping[str, object]], list[tuple[Any, ...]]]
+"""Asks a ledger."""
+
 
 def _notes(dataset: DatasetPlan, unmatched: Some, masks: Sequence[Any] | None) -> tuple[str, ...]:
     """unmatched: captions without a clip. masks: as `_count_masks` gives it."""
-    notes = []
-    if unmatched[0]:
-        notes.append(f"{_many(unmatched, 'caption')} without a clip (such as {unmatched[1]})")
+    notes = list(caption_notes(unmatched))
     if dataset.masks is not None and masks is not None:
         with_mask, without, stray, useless = masks
         notes.append(f"{_many(with_mask, 'clip')} with a mask")
@@ -85,6 +93,21 @@ def _notes(dataset: DatasetPlan, unmatched: Some, masks: Sequence[Any] | None) -
             verb = "is" if useless[0] == 1 else "are"
             notes.append(f"{_many(useless, 'file')} in {dataset.masks.folder}/ {verb} no mask (such as {useless[1]})")
     return tuple(notes)
+
+
+def unmatched_captions(rows: Rows, place: int, dataset: DatasetPlan) -> Some:
+    """Captions without a clip: rows of a file of captions, or caption files of the sort that the dataset takes."""
+    values: dict[str, object] = {"place": place, "origin": origin_of(dataset), "captions": dataset.captions}
+    values["masks"] = None if dataset.masks is None else dataset.masks.folder
+    if dataset.captions not in (*TOLD, *BESIDE.values()):
+        return 0, None
+    ((count, example),) = rows(_UNMATCHED if dataset.captions in TOLD else _UNMATCHED_FILES, values)
+    return count, example
+
+
+def caption_notes(unmatched: Some) -> tuple[str, ...]:
+    """In words, if there are any."""
+    return (f"{_many(unmatched, 'caption')} without a clip (such as {unmatched[1]})",) if unmatched[0] else ()
 
 
 def _many(some: Sequence[Any], noun: str) -> str:
@@ -101,9 +124,7 @@ def _count(ledger: Ledger, decision: int, place: int, dataset: DatasetPlan) -> l
         else:
             left_out += ledger.rows(_REASONS, {**values, "kind": kind})
     left_out.sort(key=lambda row: row[2])
-    unmatched: tuple[Any, ...] = (0, None)
-    if dataset.captions in TOLD:
-        (unmatched,) = ledger.rows(_UNMATCHED, {"place": place, "origin": origin_of(dataset)})
+    unmatched = unmatched_captions(ledger.rows, place, dataset)
     masks = None if dataset.masks is None else _count_masks(ledger, decision, place, dataset.masks)
     return [files, ledger.rows(_SHAPES, values), left_out, unmatched, masks]
 

@@ -49,6 +49,7 @@ def status(path: Path, as_json: bool) -> None:
         wanted = _wanted(plan)
     folder = plan.config.cache.dir
     found = [inventory.take(Entries(folder, kind), kind, wanted[kind]) for kind in KINDS]
+    found.append(inventory.take_databases(folder))
     if as_json:
         print_json({"folder": str(folder), **{each.kind: asdict(each) for each in found}})
         return
@@ -99,6 +100,7 @@ def prune(paths: Sequence[Path], yes: bool) -> None:
         check_all_read(each[-1], str(plan.config.path))
     folder, wanted = next(iter(folders)), union(each)
     found = [file for kind in KINDS for file in inventory.prunable(Entries(folder, kind), wanted[kind])]
+    found += inventory.databases(folder)
     typer.echo(visible(f"cache: {folder}"))
     typer.echo(_amounts(found))
     if not found:
@@ -192,7 +194,10 @@ def _wanted(plan: Plan) -> dict[str, Wanted]:
     from vtrain.data.caching.wanted import wanted
     from vtrain.validate.picture_files import keys
 
+    scanned = scan(plan)
+    for message in scanned.messages:
+        typer.echo(visible(message), err=True)
     stores = Stores(plan)
-    found = wanted(stores, scan(plan).samples, extra_texts(plan))
+    found = wanted(stores, scanned.samples, extra_texts(plan))
     pictures = frozenset(bytes.fromhex(key) for key in keys(stores).values())
     return found | {"video": replace(found["video"], keys=found["video"].keys | pictures)}

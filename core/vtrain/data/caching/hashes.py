@@ -17,6 +17,19 @@ _LAYOUT = Layout(
 )
 
 
+def moved_aside(folder: Path) -> str | None:
+    """Open the hashes of a cache folder once, if there are any: what became of a damaged or foreign file, or None.
+
+    Raises DataError.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return None
+    database, message = open_database(path, _LAYOUT)
+    database.close()
+    return message
+
+
 class FileHashes:
     """SHA-256 of files, remembered by path, size and time of change in an SQLite file at `path`.
 

@@ -147,6 +147,21 @@ def _entries(entries: Entries) -> Iterator[Path]:
     return (path for path in entries.files() if path.suffix == SUFFIX and _KEY.fullmatch(path.stem))
 
 
+def databases(folder: Path) -> Iterator[File]:
+    """SQLite files of the cache folder that were damaged and moved aside, with their journals."""
+    for path in sorted(folder.glob("*.sqlite.damaged-*")):
+        with suppress(FileNotFoundError):
+            yield File(path, "", "leftovers", path.stat().st_size)
+
+
+def take_databases(folder: Path) -> Inventory:
+    """The leftovers among them."""
+    inventory = Inventory("sqlite", wanted=0)
+    for file in databases(folder):
+        inventory.leftovers.add(file.bytes)
+    return inventory
+
+
 def prunable(entries: Entries, wanted: Wanted) -> Iterator[File]:
     """What may be deleted: entries that no given run uses, and leftovers. Raises DataError."""
     return (file for file in files(entries, wanted) if file.status in ("stale", "leftovers"))

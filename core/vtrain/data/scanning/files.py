@@ -20,7 +20,7 @@ from vtrain.data.scanning.captions import BESIDE, stem
 from vtrain.data.scanning.database import database_faults, open_readonly
 from vtrain.data.scanning.ledger import Ledger, pages, probe_of
 from vtrain.data.scanning.listing import escaped
-from vtrain.data.scanning.scan import decided
+from vtrain.data.scanning.scan import decided, told
 from vtrain.data.scanning.surveys import DISTINCT, caption_notes, unmatched_captions
 from vtrain.plan.records import DatasetPlan, Plan
 
@@ -207,8 +207,9 @@ def look(plan: Plan, dataset: str | None = None, on_file: Callable[[int], None] 
     problems: list[Problem] = []
     with Ledger(plan.config.cache.dir) as ledger:
         places = list(decided(ledger, plan, problems, on_file, dataset))
+        messages = told(ledger)
     found = {place.id: (plan.datasets[place.number], place) for place in places}
-    return Files(ledger.path, found, tuple(problems), (ledger.message,) if ledger.message else ())
+    return Files(ledger.path, found, tuple(problems), messages)
 
 
 def _of(found: Found) -> dict[str, object]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from vtrain.contract import DataError, Problem
+from vtrain.data.caching.hashes import moved_aside
 from vtrain.data.decoding.worker import Workers, available_cpus
 from vtrain.data.samples import Found, Samples
 from vtrain.data.scanning.fates import decide
@@ -48,9 +49,14 @@ def scan(plan: Plan, on_file: Callable[[int], None] | None = None) -> Scan:
         if wrong:
             raise DataError(wrong)
         texts = count_texts(ledger, [each.decision for each, _ in found])
-        messages = (ledger.message,) if ledger.message else ()
+        messages = told(ledger)
         samples_of_all = Samples(ledger.path, tuple(each for each, _ in found))
     return Scan(samples_of_all, Survey(tuple(seen for _, seen in found), texts), messages)
+
+
+def told(ledger: Ledger) -> tuple[str, ...]:
+    """What became of damaged files of the cache folder: of the ledger, and of the hashes of model files."""
+    return tuple(filter(None, (ledger.message, moved_aside(ledger.path.parent))))
 
 
 def decided(

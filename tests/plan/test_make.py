@@ -119,6 +119,29 @@ def test_an_output_folder_without_permission_is_refused(plan_of: PlanOf) -> None
     assert str(caught.value).count("no permission to write in") == 2
 
 
+def test_folders_on_a_read_only_file_system_are_told_as_such_and_what_to_set(
+    plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mount needs rights that a test has not: what the system says of one stands in for it."""
+    real = os.statvfs
+
+    def read_only(path: Path) -> os.statvfs_result:
+        flags = list(real(path))
+        flags[8] |= os.ST_RDONLY
+        return os.statvfs_result(flags)
+
+    config = plan_of().config
+    monkeypatch.setattr("os.access", lambda *_, **__: False)
+    monkeypatch.setattr("os.statvfs", read_only)
+    with pytest.raises(ConfigError) as caught:
+        make_plan(config)
+    text = str(caught.value)
+    assert text.count("lies on a read-only file system.") == 2
+    assert "no permission" not in text
+    assert "Set [run] output_dir to another folder." in text
+    assert "Set [cache] dir to another folder." in text
+
+
 def test_a_tap_on_the_last_block_is_fine(plan_of: PlanOf) -> None:
     plan = plan_of(more='[[regularizer]]\nuse = "toy-smooth"\nblock = 2')
     assert [name for name, _ in plan.regularizers] == ["toy-smooth"]

@@ -114,13 +114,21 @@ def _check_output(config: Config) -> list[Problem]:
         if not parent.is_dir():
             problems.append(Problem(config.where(*place), f"{parent} is a file, so {folder} cannot be a folder."))
         elif not os.access(parent, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
-            problems.append(Problem(config.where(*place), f"no permission to write in {parent}."))
+            problems.append(
+                Problem(config.where(*place), _unwritable(parent), f"Set [{place[0]}] {place[1]} to another folder.")
+            )
     resume = config.run.resume
     if resume not in ("latest", "never") and not resume_path(config).is_dir():
         problems.append(
             Problem(config.where("run", "resume"), f'no checkpoint folder {resume_path(config)}; or "latest", "never".')
         )
     return problems
+
+
+def _unwritable(folder: Path) -> str:
+    if os.statvfs(folder).f_flag & os.ST_RDONLY:
+        return f"{folder} lies on a read-only file system."
+    return f"no permission to write in {folder}."
 
 
 def resume_path(config: Config) -> Path:

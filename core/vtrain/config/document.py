@@ -9,7 +9,7 @@ from typing import Any
 
 import tomli
 
-from vtrain.config.positions import positions
+from vtrain.config.positions import positions, repeated
 from vtrain.config.record import KeyPath
 from vtrain.contract import ConfigError, Problem
 
@@ -39,7 +39,7 @@ def read(path: Path) -> Document:
     try:
         tree = tomli.loads(text)
     except tomli.TOMLDecodeError as error:
-        raise ConfigError(Problem(f"{path}:{error.lineno}", f"not TOML: {error.msg} (column {error.colno}).")) from None
+        raise ConfigError(Problem(f"{path}:{error.lineno}", f"not TOML: {_fault(text, error)}.")) from None
     except RecursionError:
         raise ConfigError(Problem(str(path), "arrays or tables are nested too deeply to read.")) from None
     if not tree:
@@ -47,6 +47,19 @@ def read(path: Path) -> Document:
             Problem(str(path), "the file has no tables.", "A run needs [run], [model], [[data]] and [train].")
         )
     return Document(path, text, tree, _lines(tree, positions(text)))
+
+
+def _fault(text: str, error: tomli.TOMLDecodeError) -> str:
+    """What is wrong on a line, with the key that stands there; values, which may be secret, are not repeated."""
+    again = repeated(text, error.lineno) if error.msg.startswith(("Cannot overwrite", "Cannot declare")) else None
+    if again is not None:
+        name = ".".join(key for key in again[0] if isinstance(key, str))
+        return f'"{name}" stands already on line {again[1]}'
+    what = "a text in quotes does not end on its line" if error.msg == r"Illegal character '\n'" else error.msg
+    start = text.split("\n")[error.lineno - 1 : error.lineno] or [""]
+    key, equals, _ = start[0].partition("=")
+    beside = f' at "{key.strip()}"' if equals and key.strip() else ""
+    return f"{what}{beside} (column {error.colno})"
 
 
 def _text(path: Path) -> str:

@@ -18,18 +18,41 @@ def positions(text: str) -> dict[KeyPath, int]:
 
     A table's line is its header's, or that of the first dotted key through it.
     """
-    tree = Parser(Language(tree_sitter_toml.language())).parse(text.encode())
     lines: dict[KeyPath, int] = {}
+    for _ in _entries(text, lines):
+        pass
+    return lines
+
+
+def repeated(text: str, line: int) -> tuple[KeyPath, int] | None:
+    """The key or table on a line that stands further up too, and where; None if there is none. The text need not be valid."""
+    lines: dict[KeyPath, int] = {}
+    found = [path for node, path in _entries(text, lines) if _stands_on(node, line)]
+    for path in reversed(found):
+        name = path[:-1] if path and isinstance(path[-1], int) else path
+        if lines.get(name, line) < line:
+            return name, lines[name]
+    return None
+
+
+def _stands_on(node: Node, line: int) -> bool:
+    last = node.end_point.row + 1 if node.type == "pair" else _line(node)
+    return _line(node) <= line <= last
+
+
+def _entries(text: str, lines: dict[KeyPath, int]) -> Iterator[tuple[Node, KeyPath]]:
+    """Every header and pair, and its path; `lines` grows by what is in each, the first of a path counting."""
+    tree = Parser(Language(tree_sitter_toml.language())).parse(text.encode())
     lengths: dict[KeyPath, int] = {}  # of arrays of tables, so far
     for node in tree.root_node.named_children:
         if node.type == "pair":
-            _pair(node, (), lines)
+            yield node, _pair(node, (), lines)
         elif node.type in ("table", "table_array_element"):
             table = _header(node, lines, lengths)
+            yield node, table
             for child in node.named_children:
                 if child.type == "pair":
-                    _pair(child, table, lines)
-    return lines
+                    yield child, _pair(child, table, lines)
 
 
 def _header(node: Node, lines: dict[KeyPath, int], lengths: dict[KeyPath, int]) -> KeyPath:
@@ -47,15 +70,17 @@ def _header(node: Node, lines: dict[KeyPath, int], lengths: dict[KeyPath, int]) 
     return path
 
 
-def _pair(node: Node, table: KeyPath, lines: dict[KeyPath, int]) -> None:
+def _pair(node: Node, table: KeyPath, lines: dict[KeyPath, int]) -> KeyPath:
+    """Path of the key."""
     named = [child for child in node.named_children if child.type not in ("comment", "ERROR")]
     if len(named) < 2:
-        return  # a region that the grammar could not read
+        return ()  # a region that the grammar could not read
     path = table
     for key in _parts(named[0]):
         path = (*path, key)
         lines.setdefault(path, _line(named[0]))
     _value(named[-1], path, lines)
+    return path
 
 
 def _value(node: Node, path: KeyPath, lines: dict[KeyPath, int]) -> None:

@@ -90,7 +90,11 @@ def _type(field: dict[str, Any], shared: dict[str, Any]) -> str:
     if field.get("type") == "array" and isinstance(field.get("items"), dict):
         return f"list of {_type(field['items'], shared)}"
     if field.get("examples"):
-        return f"text, such as {shown(field['examples'][0])}"
+        return f"{_plain_type(field)}, such as {shown(field['examples'][0])}"
+    return _plain_type(field)
+
+
+def _plain_type(field: dict[str, Any]) -> str:
     return _TYPES.get(str(field.get("type")), "any value")
 
 

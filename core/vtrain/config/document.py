@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,9 +57,8 @@ def _fault(text: str, error: tomli.TOMLDecodeError) -> str:
         name = ".".join(key for key in again[0] if isinstance(key, str))
         return f'"{name}" stands already on line {again[1]}'
     what = "a text in quotes does not end on its line" if error.msg == r"Illegal character '\n'" else error.msg
-    start = text.split("\n")[error.lineno - 1 : error.lineno] or [""]
-    key, equals, _ = start[0].partition("=")
-    beside = f' at "{key.strip()}"' if equals and key.strip() else ""
+    key = re.match(r"\s*([A-Za-z0-9_.-]+)\s*=", "".join(text.split("\n")[error.lineno - 1 : error.lineno]))
+    beside = f' at "{key[1]}"' if key else ""
     return f"{what}{beside} (column {error.colno})"
 
 

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from vtrain.cli import data_show
 from vtrain.cli.app import app
+from vtrain.data.caching import fill_windows
 from vtrain.data.decoding.worker import Workers
 from vtrain.data.scanning import scan as scanning
 
@@ -118,7 +119,7 @@ def process() -> Iterator[Workers]:
 @pytest.fixture
 def kept_process(monkeypatch: pytest.MonkeyPatch, process: Workers) -> None:
     """Each would import torch anew."""
-    for module in (scanning, data_show):
+    for module in (scanning, data_show, fill_windows):
         monkeypatch.setattr(module, "Workers", lambda count, limit_s: nullcontext(process))
 
 

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
-from vtrain.cli import data_show
-from vtrain.cli.app import app
 from vtrain.cli.data_masks import preview
 from vtrain.contract import DataError
-from vtrain.data.caching import fill_windows
-from vtrain.data.decoding.worker import Workers
-from vtrain.data.scanning import scan as scanning
 
 CONFIG = """
 [run]
@@ -81,33 +71,7 @@ def config(tmp_path: Path) -> Path:
     return tmp_path / "config.toml"
 
 
-@pytest.fixture(scope="module")
-def process() -> Iterator[Workers]:
-    with Workers(1, limit_s=60) as workers:
-        yield workers
-
-
-@pytest.fixture(autouse=True)
-def _kept_process(monkeypatch: pytest.MonkeyPatch, process: Workers) -> None:
-    """Each would import torch anew."""
-    for module in (scanning, data_show, fill_windows):
-        monkeypatch.setattr(module, "Workers", lambda count, limit_s: nullcontext(process))
-
-
-def vtrain(*arguments: str | Path, error: type[Exception] | None = None) -> Any:
-    done = CliRunner().invoke(app, [*map(str, arguments)])
-    if error is None:
-        assert done.exception is None, done.output
-    else:
-        assert isinstance(done.exception, error), done.output
-    return done
-
-
-def shown(*arguments: str | Path) -> dict[str, Any]:
-    return json.loads(vtrain("data", "show", *arguments, "--json").stdout)
-
-
-def test_a_mask_is_shown_with_its_file_its_kind_and_what_trains(config: Path) -> None:
+def test_a_mask_is_shown_with_its_file_its_kind_and_what_trains(config: Path, vtrain) -> None:
     text = vtrain("data", "show", config, "a.mkv").stdout
     assert "  mask    masks/a.png: image, 48x32; white trains\n" in text
     assert ", 50.0% of it trains\n" in text
@@ -117,7 +81,7 @@ def test_a_mask_is_shown_with_its_file_its_kind_and_what_trains(config: Path) ->
     assert "  mask    none: all of the picture trains\n" in vtrain("data", "show", config, "c.mkv", "--no-sheet").stdout
 
 
-def test_inverted_black_trains(config: Path) -> None:
+def test_inverted_black_trains(config: Path, vtrain) -> None:
     config.write_text(CONFIG + "invert = true\n")
     assert (
         "  mask    masks/a.png: image, 48x32; black trains (invert)\n" in vtrain("data", "show", config, "a.mkv").stdout
@@ -125,7 +89,7 @@ def test_inverted_black_trains(config: Path) -> None:
     assert ", 33.3% of it trains\n" in vtrain("data", "show", config, "b.mkv").stdout
 
 
-def test_programs_get_the_same(config: Path) -> None:
+def test_programs_get_the_same(config: Path, shown) -> None:
     found = shown(config, "b.mkv", "--sheet", config.parent / "b.png")
     assert found["mask"] == {
         "file": "masks/b.mkv", "kind": "video", "size": "96x64", "frames": 9, "inverted": False, "sha256": "",
@@ -137,7 +101,7 @@ def test_programs_get_the_same(config: Path) -> None:
     assert (found["mask"], found["video"][0]["mask"]) == (None, None)
 
 
-def test_without_a_sheet_what_trains_is_known_from_the_cache(config: Path) -> None:
+def test_without_a_sheet_what_trains_is_known_from_the_cache(config: Path, vtrain, shown) -> None:
     (window,) = shown(config, "a.mkv", "--no-sheet")["video"]
     assert window["mask"]["area"] is None
     assert window["mask"]["state"] == "unknown: the file was not read yet"
@@ -150,7 +114,7 @@ def test_without_a_sheet_what_trains_is_known_from_the_cache(config: Path) -> No
     assert fresh["mask"] == window["mask"]
 
 
-def test_the_sheet_shows_what_does_not_train_dimmed(config: Path) -> None:
+def test_the_sheet_shows_what_does_not_train_dimmed(config: Path, vtrain) -> None:
     sheet = config.parent / "a.png"
     vtrain("data", "show", config, "a.mkv", "--sheet", sheet)
     picture = np.asarray(Image.open(sheet).convert("RGB")).astype(int)
@@ -176,7 +140,7 @@ def test_the_preview_is_the_mask_at_the_latents_each_a_rectangle_of_its_own_fram
     assert (found[1:, :, 4:] == 200).all()
 
 
-def test_a_mask_that_cannot_be_decoded_is_an_error_that_names_it(config: Path) -> None:
+def test_a_mask_that_cannot_be_decoded_is_an_error_that_names_it(config: Path, vtrain) -> None:
     """Its header is whole, as a scan looks at it; its later frames are not."""
     (config.parent / "clips/masks/b.mkv").unlink()
     path = config.parent / "clips/masks/b.mp4"

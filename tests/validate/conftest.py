@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from vtrain.config import load
 from vtrain.plan.make import make_plan
 from vtrain.plan.records import Plan
 from vtrain.registry import discover
+from vtrain.validate.video import to_frames
 
 CLIPS = Path(__file__).parents[2] / "examples" / "clips"
 CONFIG = """
@@ -72,3 +75,42 @@ def write_config(tmp_path: Path, tiny: Path) -> Callable[..., Path]:
 @pytest.fixture
 def plan(write_config: Callable[..., Path]) -> Plan:
     return make_plan(load(write_config(), discover()))
+
+
+@pytest.fixture
+def decoded() -> Callable[[Plan, torch.Tensor], torch.Tensor]:
+    """Latents as a plan's codec shows them: frames of whole numbers."""
+
+    def decode(plan: Plan, latents: torch.Tensor) -> torch.Tensor:
+        with plan.family.open_video_codec("cpu") as codec, torch.no_grad():
+            return to_frames(codec.decode(latents)[0]).int()
+
+    return decode
+
+
+@pytest.fixture
+def generated() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """What a pipeline of diffusers, which knows nothing of ours, makes of a plan's rabbit: latents, and frames of whole
+    numbers. more: what the pipeline takes beside."""
+
+    def generate(pipeline: Any, plan: Plan, **more: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        made = plan.validation
+        assert made is not None
+        pipeline.set_progress_bar_config(disable=True)
+        settings = {
+            "prompt": made.prompts["rabbit"] + " motion score: 30.",
+            "negative_prompt": made.negative_prompt,
+            "height": made.shape.height,
+            "width": made.shape.width,
+            "frames": made.shape.frames,
+            "num_inference_steps": made.steps,
+            "guidance_scale": made.guidance,
+            "use_resolution_binning": False,
+        }
+        latents, video = (
+            pipeline(**settings, **more, generator=torch.Generator().manual_seed(made.seed), output_type=form).frames
+            for form in ("latent", "np")
+        )
+        return latents, torch.from_numpy(video[0] * 255).round().int()
+
+    return generate

@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,6 @@ from vtrain.data.caching.caches import Caches, fill_caches
 from vtrain.plan.records import Plan
 from vtrain.train.adapters import add_lora
 from vtrain.validate.generate import Interrupted, Validator, texts
-from vtrain.validate.video import to_frames
 
 LATENT_TOLERANCE = 1e-4
 """Largest difference of latents, whose values are about 1, after six solver steps in fp32 with guidance 5."""
@@ -41,31 +41,17 @@ def validator(plan: Plan, stop: bool = False) -> Validator:
     )
 
 
-def test_latents_and_frames_equal_the_pipelines(plan: Plan, tiny: Path) -> None:
+def test_latents_and_frames_equal_the_pipelines(
+    plan: Plan, tiny: Path, generated: Callable[..., Any], decoded: Callable[..., torch.Tensor]
+) -> None:
     from diffusers import SanaVideoPipeline
 
-    made = plan.validation
-    assert made is not None
-    ours = validator(plan).latents(made.prompts["rabbit"])
-    with plan.family.open_video_codec("cpu") as codec, torch.no_grad():
-        frames = to_frames(codec.decode(ours)[0])
-    pipeline = SanaVideoPipeline.from_pretrained(tiny, torch_dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    settings = {
-        "prompt": made.prompts["rabbit"] + " motion score: 30.",
-        "negative_prompt": made.negative_prompt,
-        "height": made.shape.height,
-        "width": made.shape.width,
-        "frames": made.shape.frames,
-        "num_inference_steps": made.steps,
-        "guidance_scale": made.guidance,
-        "use_resolution_binning": False,
-    }
-    theirs = pipeline(**settings, generator=torch.Generator().manual_seed(made.seed), output_type="latent").frames
+    assert plan.validation is not None
+    ours = validator(plan).latents(plan.validation.prompts["rabbit"])
+    theirs, frames = generated(SanaVideoPipeline.from_pretrained(tiny, torch_dtype=torch.float32), plan)
     assert theirs.std() > 0.1
     assert (ours - theirs).abs().max() < LATENT_TOLERANCE
-    video = pipeline(**settings, generator=torch.Generator().manual_seed(made.seed), output_type="np").frames[0]
-    assert (frames.int() - torch.from_numpy(video * 255).round().int()).abs().max() <= 1
+    assert (decoded(plan, ours) - frames).abs().max() <= 1
 
 
 def test_the_start_is_the_same_at_every_validation_and_depends_on_the_seed_alone(plan: Plan) -> None:

@@ -110,9 +110,8 @@ def batches_of(setup, filled, *datasets, **train) -> Batches:
 def given(batch) -> StepInput:
     """What a step gets of a batch, as far as teachers go."""
     clean = batch.latents.mean
-    frames = None if batch.frames is None else unit_range(batch.frames)
     nothing = NoiseLevel(torch.zeros(len(clean)), torch.zeros(len(clean)))
-    return StepInput(clean, clean, nothing, Condition(batch.text), 0, features=batch.features, frames=frames)
+    return StepInput(clean, clean, nothing, Condition(batch.text), 0, features=batch.features, frames=batch.frames)
 
 
 def test_features_are_the_encoders_own_of_the_frames_that_tokens_stand_for(setup, clips, use, watched) -> None:

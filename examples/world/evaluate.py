@@ -114,7 +114,7 @@ def frames(plan: Plan, model: Denoiser, caption: str, seed: int) -> np.ndarray:
 def validator(plan: Plan, model: Denoiser, prompts: Mapping[str, str], seed: int) -> Validator:
     """The run's own validation with other prompts, its text cached."""
     table = validation(plan, prompts, seed)
-    fill_caches(plan, (), texts(table), "cpu", lambda stage, done, total: None)
+    fill_caches(plan, (), texts(table), "cpu", lambda _: None)
     model.module.eval()
     autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=plan.config.precision.mixed == "bf16")
     caches, device = Caches.open(plan), torch.device("cpu")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -70,6 +72,18 @@ def test_the_crepa_benchmark_compares_kinds_of_teachers_with_the_step_without(sc
     assert all(row["cpu"] > 0 for row in numbers["time"])
     assert all(row["peak"] > 200 << 20 for row in numbers["memory"])
     assert text.count("| tiny  | lora    |") == 2 * len(sides)
+
+
+def test_features_of_decoded_latents_are_more_like_their_own_frames_than_like_other_clips(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2] / "examples" / "world"), prepend=os.pathsep)
+    text, numbers = script("crepa_decoded.py", "--clips", "4")
+    (found,) = numbers["likeness"]
+    assert found["clips"] == 4
+    assert found["others"] < found["decoded"] < 0.999
+    assert found["lowest"] < found["decoded"]
+    assert "features of 4 clips" in text
 
 
 def test_the_scan_benchmark_measures_each_part_and_compares_a_warm_scan_with_a_bare_walk(script: Script) -> None:

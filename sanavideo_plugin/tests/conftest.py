@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from vtrain_sanavideo import tiny
 from vtrain_sanavideo.family import SanaVideoFamily
@@ -44,3 +45,15 @@ def family(checkpoint: Path, family_of: Callable[..., SanaVideoFamily]) -> SanaV
 @pytest.fixture
 def sha256() -> Callable[[Path], str]:
     return lambda path: hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DINOv2 of random weights in transformers' layout, 64 wide."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("dino") / "model"
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 70, "patch_size": 14}
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder)  # type: ignore[arg-type]
+    return folder

@@ -9,24 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from pydantic import ValidationError
-from transformers import Dinov2Config, Dinov2Model
 
 from vtrain.contract import ClipShape, Regularizer, SupportsCheck, TokenGrid
 from vtrain_sanavideo.crepa import Crepa
 from vtrain_sanavideo.crepa_options import HUB_IDS, CrepaOptions
 
 CLIPS = [(ClipShape(9, 32, 32), TokenGrid(3, 2, 2)), (ClipShape(17, 16, 32), TokenGrid(5, 1, 2))]
-
-
-@pytest.fixture(scope="module")
-def dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("dino") / "model"
-    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 70, "patch_size": 14}
-    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder)  # type: ignore[arg-type]
-    return folder
 
 
 def crepa(**values: object) -> Crepa:

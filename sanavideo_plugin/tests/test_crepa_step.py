@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Dinov2Config, Dinov2Model
 
 from vtrain.contract import (
     ClipShape,
@@ -31,15 +30,6 @@ from vtrain_sanavideo.crepa import Crepa
 from vtrain_sanavideo.crepa_options import CrepaOptions
 from vtrain_sanavideo.family import SanaVideoFamily
 from vtrain_sanavideo.plugin import CREPA
-
-
-@pytest.fixture(scope="module")
-def dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("dino") / "model"
-    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 70, "patch_size": 14}
-    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder)  # type: ignore[arg-type]
-    return folder
 
 
 def crepa(encoder: Path, **values: object) -> Crepa:

@@ -23,7 +23,7 @@ import torch
 import world
 
 from vtrain.cli.prepare import planned
-from vtrain.contract import Denoiser
+from vtrain.contract import Denoiser, Device
 from vtrain.data.caching.caches import Caches, fill_caches
 from vtrain.plan.records import Plan, ValidationPlan
 from vtrain.train.assemble import load_model
@@ -117,7 +117,7 @@ def validator(plan: Plan, model: Denoiser, prompts: Mapping[str, str], seed: int
     fill_caches(plan, (), texts(table), "cpu", lambda _: None)
     model.module.eval()
     autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=plan.config.precision.mixed == "bf16")
-    caches, device = Caches.open(plan), torch.device("cpu")
+    caches, device = Caches.open(plan), Device()
     return Validator(table, plan.family, plan.sampler, caches, model, device, autocast, lambda: False)
 
 

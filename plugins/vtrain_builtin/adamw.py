@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from vtrain.contract import OptimizerSpec, Options, ParameterGroup
+from vtrain.contract import Device, OptimizerSpec, Options, ParameterGroup
 
 if TYPE_CHECKING:
     import torch
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
-FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
+FUSED = frozenset({"cpu", "cuda", "mps", "xpu"})
 """Device types for which torch has a fused AdamW of floating-point weights."""
 
 
@@ -47,7 +47,7 @@ def build_adamw(options: AdamWOptions, groups: Sequence[ParameterGroup]) -> torc
     if not settings:
         raise ValueError("an optimizer without a parameter")
     weights = [weight for group in groups for _, weight in group.parameters]
-    fused = all(weight.device.type in FUSED_DEVICES and weight.is_floating_point() for weight in weights)
+    fused = all(Device.of(weight).kind in FUSED and weight.is_floating_point() for weight in weights)
     return torch.optim.AdamW(settings, lr=options.lr, betas=options.betas, eps=options.eps, fused=fused or None)
 
 

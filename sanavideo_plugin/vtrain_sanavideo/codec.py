@@ -9,10 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vtrain.contract import Latents
+from vtrain.contract import Device, Latents
 from vtrain_sanavideo.geometry import CodecConfig
 from vtrain_sanavideo.options import SanaVideoOptions
-from vtrain_sanavideo.text import release
 from vtrain_sanavideo.weights import fill
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ class SanaVideoCodec:
             vae = self._open()
             device = str(vae.device)
             vae.encoder = vae.quant_conv = None  # type: ignore[assignment]  # a module may be None
-        release(device)
+        Device.of(device).release()
 
     def close(self) -> None:
         """Let go of the weights."""
@@ -109,7 +108,7 @@ def open_codec(folder: Path, config: CodecConfig, options: SanaVideoOptions, dev
         yield codec
     finally:
         codec.close()
-        release(device)
+        Device.of(device).release()
 
 
 def _load(folder: Path, options: SanaVideoOptions, device: str) -> AutoencoderKLWan:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from vtrain.contract import (
     ClipShape,
+    Device,
     DType,
     FeatureShape,
     FeatureSource,
@@ -157,7 +158,7 @@ class CrepaTeacher:
         if frames.ndim != 5 or frames.shape[1] != 3 or frames.shape[2] != grid.frames:
             raise ValueError(f"frames are (B, 3, {grid.frames}, H, W), not {tuple(frames.shape)}")
         pictures = frames.transpose(1, 2).flatten(0, 1)
-        with torch.no_grad(), torch.autocast(frames.device.type, enabled=False):
+        with torch.no_grad(), Device.of(frames).autocast(None):
             parts = [self._some(some, grid) for some in pictures.split(self._options.encoder_batch)]
             features: Tensor = torch.cat(parts).unflatten(0, (frames.shape[0], grid.frames))
         return features

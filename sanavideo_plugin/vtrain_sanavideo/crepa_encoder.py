@@ -8,11 +8,11 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
-from vtrain.contract import DType, HashFile, ModelError, Problem, TokenGrid
+from vtrain.contract import Device, DType, HashFile, ModelError, Problem, TokenGrid
 from vtrain_sanavideo import crepa_hub_weights
 from vtrain_sanavideo.crepa_options import CrepaOptions
 from vtrain_sanavideo.crepa_source import CLASSES, DinoSource
-from vtrain_sanavideo.text import quiet, release
+from vtrain_sanavideo.text import quiet
 from vtrain_sanavideo.weights import misfit_problem, torch_type
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class Dinov2:
             yield at_work
         finally:
             at_work.close()
-            release(device)
+            Device.of(device).release()
 
     def _load(self, device: str) -> Dinov2Model:
         import torch

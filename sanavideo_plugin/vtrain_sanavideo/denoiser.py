@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vtrain.contract import Condition, DType, LatentShape, ModelError, NoiseLevel, Problem
+from vtrain.contract import Condition, Device, DType, LatentShape, ModelError, NoiseLevel, Problem
 from vtrain_sanavideo.geometry import TransformerConfig
 from vtrain_sanavideo.weights import fill
 
@@ -40,11 +40,10 @@ class SanaVideoDenoiser:
         level.timestep: (B,) in 0..1000, or (B, f), one for each latent frame. Inputs take the weights' type unless autocast
         chooses. Raises ValueError for latents that the patches would not cover: the module would cut them in silence.
         """
-        import torch
 
         self._check(noisy, condition)
         embeds, mask = condition.text.embeds, condition.text.mask
-        if not torch.is_autocast_enabled(noisy.device.type):
+        if not Device.of(noisy).autocasting:
             dtype = self._module.patch_embedding.weight.dtype
             noisy, embeds = noisy.to(dtype), embeds.to(dtype)
         timestep = level.timestep

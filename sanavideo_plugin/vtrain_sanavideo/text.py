@@ -3,13 +3,12 @@
 # mypy: allow-untyped-calls
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtrain.contract import Caption, DataError, DType, ModelError, Problem, Role, Text
+from vtrain.contract import Caption, DataError, Device, DType, ModelError, Problem, Role, Text
 from vtrain_sanavideo.options import SanaVideoOptions
 from vtrain_sanavideo.weights import file_problems, misfit_problem, torch_type
 
@@ -119,16 +118,7 @@ def open_text(
         yield text
     finally:
         text.close()
-        release(device)
-
-
-def release(device: str) -> None:
-    """Give memory of dropped modules back."""
-    gc.collect()
-    if device.startswith("cuda"):
-        import torch
-
-        torch.cuda.empty_cache()
+        Device.of(device).release()
 
 
 def _load_tokenizer(folder: Path) -> GemmaTokenizer:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vtrain.contract import Device
 from vtrain_sanavideo.text import quiet
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def build(
 
     folder.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        Device().seed(seed)
         _write_transformer(folder / "transformer", layers, heads, head_dim, text_width, max_shard_size)
         _write_vae(folder / "vae", vae_dim)
         tokenizer = train_tokenizer()

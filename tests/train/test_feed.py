@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vtrain.contract import DataError, Latents, NoiseLevel, Problem, Text
+from vtrain.contract import DataError, Device, Latents, NoiseLevel, Problem, Text
 from vtrain.data.batches import Batch
 from vtrain.train.feed import AHEAD, Feed
 from vtrain.train.readings import Reading, _longest_wait
@@ -36,7 +36,7 @@ class Halves:
 
 
 def feed(made: Made) -> Feed:
-    return Feed(made, Halves(), 1, torch.device("cpu"))  # type: ignore[arg-type]
+    return Feed(made, Halves(), 1, Device())  # type: ignore[arg-type]
 
 
 def numbers(count: int) -> Iterator[tuple[int, int]]:
@@ -101,7 +101,7 @@ def test_masks_features_and_frames_reach_the_step_and_only_what_it_needs_is_read
             frames = torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 1, 2).expand(1, 3, 1, 1, 2)
             return replace(plain, mask=torch.ones(1, 1, 2, 2) / 2, features={"a": torch.ones(1, 2)}, frames=frames)
 
-    steps = Feed(Columns(), Halves(), 1, torch.device("cpu"), lambda step: ["a"] if step < 5 else [])  # type: ignore[arg-type]
+    steps = Feed(Columns(), Halves(), 1, Device(), lambda step: ["a"] if step < 5 else [])  # type: ignore[arg-type]
     fed = steps.prepare(0, 4).given
     assert fed.mask is not None
     assert fed.mask.unique().tolist() == [0.5]

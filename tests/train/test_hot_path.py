@@ -14,7 +14,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vtrain.config.tables import ClipTable, LoraTable, TrainTable
-from vtrain.contract import Caption, ClipShape, Condition, Denoiser, Family, NoiseLevel, RunLength, Sampler, Text
+from vtrain.contract import (
+    Caption,
+    ClipShape,
+    Condition,
+    Denoiser,
+    Device,
+    Family,
+    NoiseLevel,
+    RunLength,
+    Sampler,
+    Text,
+)
 from vtrain.data.batches import pad
 from vtrain.train.adapters import add_lora
 from vtrain.train.feed import Fed
@@ -47,7 +58,7 @@ class OneProcess:
 
     count: int = 1
     rank: int = 0
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    device: Device = field(default_factory=Device)
 
     def unsynchronised(self, step: object, *, when: bool) -> nullcontext[None]:
         return nullcontext()

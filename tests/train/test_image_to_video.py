@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vtrain.config import load
-from vtrain.contract import Condition, LatentShape, NoiseLevel, RunLength, Text
+from vtrain.contract import Condition, Device, LatentShape, NoiseLevel, RunLength, Text
 from vtrain.plan.make import make_plan
 from vtrain.registry import discover
 from vtrain.train.feed import Feed, continued
@@ -159,7 +159,7 @@ def test_noise_and_levels_stay_what_they_were_and_sigmas_are_told_by_frame(toy: 
             return Batch(number, Latents(clean), text, (4, 9), ("a", "b"), (False, False), self.first_frame)
 
     batches: Any = One()
-    feed = Feed(batches, sampler, 3, torch.device("cpu"))
+    feed = Feed(batches, sampler, 3, Device())
     plain = feed.prepare(0, 0)
     batches.first_frame = (False, True)
     mixed = feed.prepare(0, 0)

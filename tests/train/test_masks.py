@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from vtrain.cli.prepare import planned
-from vtrain.contract import Condition, NoiseLevel, Text
+from vtrain.contract import Condition, Device, NoiseLevel, Text
 from vtrain.data.batches import Batches
 from vtrain.data.caching.caches import Filled, fill_caches
 from vtrain.data.scanning.scan import scan
@@ -102,7 +102,7 @@ def test_the_loss_of_a_run_is_the_mean_over_each_clips_white_part(own, within: R
     within("run", config)
     (row,) = own.rows()
     plan, filled = filled_by(config)
-    feed = Feed(Batches(plan, filled.caches, filled.index), plan.sampler, plan.config.run.seed, torch.device("cpu"))
+    feed = Feed(Batches(plan, filled.caches, filled.index), plan.sampler, plan.config.run.seed, Device())
     denoiser: Any = plan.family.load_denoiser("cpu", "fp32")
     losses = []
     for micro_batch in range(4):

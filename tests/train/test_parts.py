@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vtrain.config.tables import LoraTable
-from vtrain.contract import ConfigError, LatentShape, RunLength
+from vtrain.contract import ConfigError, Device, LatentShape, RunLength
 from vtrain.data.batches import Batch
 from vtrain.train.adapters import add_lora, load_lora_state, lora_settings, lora_state
 from vtrain.train.feed import Feed
@@ -101,7 +101,7 @@ def test_noise_and_level_of_a_draw_do_not_depend_on_its_batch(given, sampler) ->
     def feed(size: int) -> Feed:
         whole = given(size)
         batches = FakeBatches(lambda n: batch_of(whole, tuple(range(n * size, n * size + size)), n))
-        return Feed(batches, sampler, 42, torch.device("cpu"))  # type: ignore[arg-type]
+        return Feed(batches, sampler, 42, Device())  # type: ignore[arg-type]
 
     pairs = [feed(2).prepare(n, n) for n in range(3)]
     singles = [feed(1).prepare(n, n) for n in range(6)]
@@ -119,7 +119,7 @@ def test_a_stream_gives_what_prepare_gives_in_order_and_its_errors(given, sample
             raise OSError("the disk is gone")
         return batch_of(whole, (number,), number)
 
-    feed = Feed(FakeBatches(batch), sampler, 1, torch.device("cpu"))  # type: ignore[arg-type]
+    feed = Feed(FakeBatches(batch), sampler, 1, Device())  # type: ignore[arg-type]
     stream = feed.stream(iter([(n, n) for n in range(6)]))
     got = [next(stream).micro_batch for _ in range(4)]
     assert got == [0, 1, 2, 3]

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from vtrain.cli.app import app
 from vtrain.cli.prepare import planned
 from vtrain.config import load
-from vtrain.contract import ClipShape, ConfigError, DataError, NoiseLevel
+from vtrain.contract import ClipShape, ConfigError, DataError, Device, NoiseLevel
 from vtrain.data.caching.caches import Caches, fill_caches
 from vtrain.data.caching.stores import Stores
 from vtrain.data.decoding.decode import decode
@@ -93,7 +93,7 @@ def validator(plan: Plan) -> Validator:
     fill_caches(plan, (), texts(plan.validation), "cpu", lambda _: None)
     fill_pictures(plan, "cpu")
     caches, denoiser = Caches.open(plan), plan.family.load_denoiser("cpu", "fp32")
-    here, autocast = torch.device("cpu"), nullcontext
+    here, autocast = Device(), nullcontext
     first = first_frames(plan, caches)
     return Validator(plan.validation, plan.family, plan.sampler, caches, denoiser, here, autocast, lambda: False, first)
 

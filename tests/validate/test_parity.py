@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from vtrain.config.tables import LoraTable
-from vtrain.contract import Text
+from vtrain.contract import Device, Text
 from vtrain.data.batches import pad
 from vtrain.data.caching.caches import Caches, fill_caches
 from vtrain.plan.records import Plan
@@ -35,7 +35,7 @@ def validator(plan: Plan, stop: bool = False) -> Validator:
         plan.sampler,
         Caches.open(plan),
         denoiser,
-        torch.device("cpu"),
+        Device(),
         lambda: nullcontext(),
         lambda: stop,
     )

@@ -18,7 +18,7 @@ from vtrain.cli.data_masks import ShownMask, decoded_mask, known_mask, percent, 
 from vtrain.cli.entry_state import SOUND, state_of
 from vtrain.cli.prepare import planned
 from vtrain.cli.report import one_line
-from vtrain.contract import Caption, DataError, Problem, Role, SupportsWording
+from vtrain.contract import Caption, DataError, Device, Problem, Role, SupportsWording
 from vtrain.data.caching.stores import Stores
 from vtrain.data.caching.wanted import DROPPED
 from vtrain.data.decoding.video import FileFault
@@ -229,10 +229,10 @@ def _reconstruct(
     if not sound:
         typer.echo("--decode: no entry of this file is cached; `vtrain cache fill` makes them", err=True)
         return
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with plan.family.open_video_codec(device) as codec, torch.no_grad():
+    device, _ = Device.find()
+    with plan.family.open_video_codec(str(device)) as codec, torch.no_grad():
         for number, window in sound:
-            latents = stores.video.read(window.key)["mean"][None].to(device)
+            latents = device.move(stores.video.read(window.key)["mean"][None])
             frames = to_frames(codec.decode(latents)[0]).numpy()
             label = f"window {number + 1}: from its cached latents, by the video codec"
             strips[number].append(layout.strip(label, frames, window.times))

@@ -18,6 +18,7 @@ from vtrain.cli.report import one_line
 from vtrain.contract import Caption, ConfigError, DataError, Problem, Role
 from vtrain.data.sample import Sample
 from vtrain.plan.records import Plan
+from vtrain.plan.residents import Doing, remedies
 
 if TYPE_CHECKING:
     from vtrain.data.caching.caches import Filled
@@ -39,11 +40,15 @@ def together(path: Path) -> Iterator[tuple[Plan, Processes, Console]]:
         plan = planned(path)
         from vtrain.train.processes import Processes
 
-        processes = Processes(plan.config.precision.mixed)
+        processes = Processes(plan.config.precision.mixed, plan.base)
+        if plan.config.run.deterministic:
+            processes.device.deterministic()
     console = Console(quiet=not processes.first, soft_wrap=True, highlight=False)
     if processes.count != plan.processes:
         what = f"the launcher announced {plan.processes} processes in WORLD_SIZE, and {processes.count} work together."
         raise ConfigError(Problem("", what, "Start it with torchrun, or unset WORLD_SIZE."))
+    for notice in dict.fromkeys(processes.gathered(list(processes.notices))):
+        console.print(f"WARNING: {escape(notice)}", style="bold red")
     try:
         yield plan, processes, console
     except KeyboardInterrupt:
@@ -81,7 +86,8 @@ def fill(plan: Plan, samples: Iterable[Sample], processes: Processes, console: C
     from vtrain.data.caching.caches import fill_caches
     from vtrain.validate.pictures import fill_pictures
 
-    with Filling(console, processes.count) as filling:
+    doing: Doing = "filling the caches"
+    with Filling(console, processes.count) as filling, processes.device.explained(doing, remedies(plan, doing)):
         try:
             filled = fill_caches(plan, samples, extra_texts(plan), str(processes.device), filling.report, processes)
         except DataError:

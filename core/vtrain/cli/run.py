@@ -6,8 +6,9 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from vtrain.cli.report import one_line
 from vtrain.contract import (
     CheckpointError,
     Denoiser,
+    DeviceError,
     Options,
     Problem,
     Registered,
@@ -36,6 +38,7 @@ from vtrain.plan.data_words import counted
 from vtrain.plan.price import Prices, check_room, price
 from vtrain.plan.records import Plan, Survey
 from vtrain.plan.render import as_json
+from vtrain.plan.residents import Doing, remedies
 from vtrain.registry.blame import blame
 
 if TYPE_CHECKING:
@@ -94,7 +97,7 @@ def _train(plan: Plan, processes: Processes, console: Console) -> int | None:
     for notice in start.notices:
         console.print(escape(notice))
     caches = Caches.open(plan)
-    with uncollected():
+    with uncollected(), _explained(plan, processes, "loading the model"):
         trainer = assemble(plan, ready.prices, start, ready.index, caches, processes)
     processes.from_first(lambda: _begin(plan, ready, trainer, console))
     values = {key: setting.value for key, setting in settings(plan).items()}
@@ -106,6 +109,7 @@ def _train(plan: Plan, processes: Processes, console: Console) -> int | None:
         listening(lambda: console.print("stopping after this step; what is done will be saved")) as stop,
         Display(console, ready.prices.steps, start.state.step) as display,
         Trackers(trackers if processes.first else [], info, warn) as told,
+        _explained(plan, processes, "training"),
     ):
         validate = _validation(plan, trainer.denoiser, caches, processes, lambda: bool(stop), console)
         for event in trainer.run(stop, validate, display.stepped):
@@ -115,6 +119,11 @@ def _train(plan: Plan, processes: Processes, console: Console) -> int | None:
                 signalled = event.signal
     console.print(f"output: {escape(str(output))}")
     return signalled
+
+
+def _explained(plan: Plan, processes: Processes, doing: Doing) -> AbstractContextManager[None]:
+    """A full device is an error with what lowers the memory that this plan takes."""
+    return processes.device.explained(doing, remedies(plan, doing))
 
 
 def _prepare(plan: Plan, processes: Processes, console: Console) -> Ready:
@@ -244,7 +253,8 @@ def _validation(
     from vtrain.validate.pictures import first_frames
     from vtrain.validate.video import write_sheet
 
-    autocast = processes.accelerator.autocast
+    mixed = plan.config.precision.mixed
+    autocast = partial(processes.device.autocast, "bf16" if mixed == "bf16" else None)
     validator = Validator(
         made,
         plan.family,
@@ -263,9 +273,12 @@ def _validation(
         files: dict[str, Path] = {}
         trouble = ""
         try:
-            files = validator.videos(folder, share)
+            with _explained(plan, processes, "validating"):
+                files = validator.videos(folder, share)
         except Interrupted:
             trouble = INTERRUPTED
+        except DeviceError as error:
+            trouble = str(error)
         except Exception as error:
             trouble = f"{type(error).__name__}: {error}"
         told = processes.gathered([(files, trouble)])

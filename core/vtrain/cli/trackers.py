@@ -55,7 +55,7 @@ class Trackers:
             for part, tracker in list(self.alive):
                 try:
                     job(tracker)
-                except Exception as error:
+                except BaseException as error:  # SystemExit too: it would end this thread without a word
                     self.alive.remove((part, tracker))
                     name = f"{part.spec.name} ({part.distribution} {part.version})"
                     self.warn(f"tracker {name} failed and is left out from here on: {type(error).__name__}: {error}")

@@ -26,6 +26,11 @@ class RunTable(Options):
         description='"latest": go on from the newest sound checkpoint, or start; "never": start, in an empty folder; '
         "otherwise the path of a checkpoint",
     )
+    deterministic: bool = Field(
+        False,
+        description="on a GPU, only operations that give the same bits each time, so that a resumed run is the same run "
+        "there too; a little slower. A CPU needs it not",
+    )
 
 
 class LoraTable(Options):

@@ -1,10 +1,12 @@
 """Everything a plugin imports of vtrain. Importing it imports no torch, diffusers, transformers or accelerate."""
 
 from vtrain.contract.catalog import Catalog, Failure, Registered
+from vtrain.contract.device import Device
 from vtrain.contract.errors import (
     CheckpointError,
     ConfigError,
     DataError,
+    DeviceError,
     ModelError,
     PluginError,
     Problem,
@@ -93,6 +95,8 @@ __all__ = [
     "DataBackendSpec",
     "DataError",
     "Denoiser",
+    "Device",
+    "DeviceError",
     "Duration",
     "Failure",
     "Family",

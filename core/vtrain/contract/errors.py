@@ -66,3 +66,7 @@ class CheckpointError(VtrainError):
 
 class TrainingError(VtrainError):
     """Training cannot go on, for example because a loss is not finite."""
+
+
+class DeviceError(VtrainError):
+    """The machine cannot do what is asked of it: a card that is full or cannot be used, or that lacks a number format."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -97,20 +98,24 @@ class Batches:
         samples = [int(self._samples[draw.item]) for draw in draws]
         numbers = tuple(draw.number for draw in draws)
         dropped = tuple(map(self._drops, numbers))
-        texts = [
-            self._caches.text(DROPPED, "dropped") if drop else self._caches.text_entry(self._caption(sample, number))
-            for sample, number, drop in zip(samples, numbers, dropped, strict=True)
-        ]
         windows = [(sample, self._window(sample, number)) for sample, number in zip(samples, numbers, strict=True)]
-        clips = self._caches.video_entries([self._index.video.keys(sample)[window] for sample, window in windows])
+        ids = tuple(map(self._index.id, samples))
+        with _of(ids):
+            texts = [
+                self._caches.text(DROPPED, "dropped")
+                if drop
+                else self._caches.text_entry(self._caption(sample, number))
+                for sample, number, drop in zip(samples, numbers, dropped, strict=True)
+            ]
+            clips = self._caches.video_entries([self._index.video.keys(sample)[window] for sample, window in windows])
+            mask = self._mask(windows, clips.mean.shape[2:])
+            read = {name: self._features(name, windows) for name in self._index.features if _read(name, features)}
         text = pad(texts, self._plan.family.text_tokens)
         latents = Latents(drawn(self._plan.config.run.seed, clips, numbers))
         moving = latents.mean.shape[2] > 1
         first_frame = tuple(moving and self._continues(*pair) for pair in zip(samples, numbers, strict=True))
         return Batch(
-            micro_batch, latents, text, numbers, tuple(map(self._index.id, samples)), dropped, first_frame,
-            mask=self._mask(windows, latents.mean.shape[2:]),
-            features={name: self._features(name, windows) for name in self._index.features if _read(name, features)},
+            micro_batch, latents, text, numbers, ids, dropped, first_frame, mask=mask, features=read,
             frames=self._frames.of(windows) if any(_read(name, features) for name in self._online) else None,
         )  # fmt: skip
 
@@ -148,6 +153,16 @@ class Batches:
     def _drops(self, draw: int) -> bool:
         """Whether this draw's caption is dropped: from the seed and the draw number alone."""
         return chance(self._plan.config.run.seed, "caption_dropout", draw) < self._plan.config.train.caption_dropout
+
+
+@contextmanager
+def _of(samples: Sequence[str]) -> Iterator[None]:
+    """What is wrong with a cache entry names the samples that it was read for: its own name is a hash."""
+    try:
+        yield
+    except DataError as error:
+        whose = f" It was read for {', '.join(samples)}."
+        raise DataError(Problem(p.where, p.what + whose, p.remedy) for p in error.problems) from error
 
 
 def _read(name: str, wanted: Collection[str] | None) -> bool:

@@ -67,6 +67,7 @@ def _run(plan: Plan, prices: Prices) -> tuple[tuple[str, str], ...]:
         ("caption dropout", f"{train.caption_dropout:g}"),
         ("clipping", clip),
         ("seed", str(config.run.seed)),
+        *((("deterministic", "yes: on a GPU, the same bits each time"),) if config.run.deterministic else ()),
     )
 
 

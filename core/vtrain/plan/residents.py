@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 from vtrain.contract import ClipShape, FeatureShape, Regularizer, SupportsFeatures
 from vtrain.plan.records import Plan, Section, Survey
@@ -72,6 +73,44 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
         elif part.needs().features is not None:
             of = "the frames that the codec decodes" if part.needs().features == "decoded" else "the clips' own frames"
             yield f"encoder of {name}", f"yes: it runs at each step at which {name} is at work, on {of}"
+
+
+Doing = Literal["filling the caches", "loading the model", "training", "validating"]
+"""What a run does when memory runs out."""
+
+
+def remedies(plan: Plan, doing: Doing) -> Sequence[str]:
+    """Settings that lower what a device has to hold meanwhile, the likeliest first, as this plan can still change them."""
+    if doing == "filling the caches":
+        cache = plan.config.cache
+        sizes = [f"cache.{key} (it is {size})" for key, size in
+                 (("video_batch", cache.video_batch), ("text_batch", cache.text_batch)) if size > 1]  # fmt: skip
+        family = plan.config.model.registered.spec.name
+        return [*sizes, f"the family's own options of its encoders (`vtrain plugins show {family}`)", *_SMALLER]
+    if doing == "validating":
+        return ["validation.size", "validation.frames", *_lighter(plan)]
+    return [*_lighter(plan), *_SMALLER] if doing == "training" else _lighter(plan)
+
+
+_SMALLER = ("data.video.frames", "data.resolution")
+
+
+def _lighter(plan: Plan) -> list[str]:
+    """Of the denoiser and what is trained with it."""
+    config = plan.config
+    online = [name for name, part in plan.regularizers if part.needs().features in ("decoded", "source")]
+    return [
+        text
+        for text, applies in (
+            ("precision.gradient_checkpointing = true", not config.precision.gradient_checkpointing),
+            (f"train.batch_size (it is {config.train.batch_size})", config.train.batch_size > 1),
+            ('precision.mixed = "bf16"', config.precision.mixed == "no"),
+            ('precision.base = "bf16"', config.model.table.lora is not None and plan.base == "fp32"),
+            ('model.train = "lora"', config.model.table.train == "full"),
+            (f"cached features for {' and '.join(online)}, instead of an encoder at each step", bool(online)),
+        )
+        if applies
+    ]
 
 
 def _codec(plan: Plan) -> str:

@@ -43,5 +43,23 @@ def at_step(step: int) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def in_background(where: str) -> Iterator[None]:
+    """Work of another thread, whose failure is raised again in the one that waits for it. where: "in the prefetcher, ...".
+
+    What a plugin raises to end a process (SystemExit) becomes an error like any other: a thread pool would lose it, and
+    whoever waits would wait for ever, or the run would end without a word.
+    """
+    try:
+        yield
+    except VtrainError:
+        raise
+    except Exception as error:
+        error.add_note(where)
+        raise
+    except BaseException as error:
+        raise RuntimeError(f"{type(error).__name__} ({error}) was raised {where}") from error
+
+
 def _package(part: Registered) -> str:
     return part.spec.options.__module__.partition(".")[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vtrain.contract import Condition, Denoiser, Family, ModelError, NoiseLevel, SupportsFrameLevels, Text
+from vtrain.contract import Condition, Denoiser, Device, Family, ModelError, NoiseLevel, SupportsFrameLevels, Text
 from vtrain.testing.draws import gap, noise
 from vtrain.testing.subject import Example, FamilySubject
 
@@ -142,5 +142,5 @@ class DenoiserTests(FamilySubject):
         weights = list(denoiser.module.parameters())
         stored = sum(weight.numel() for weight in weights if weight.dtype is torch.bfloat16)
         assert stored > 0.5 * sum(weight.numel() for weight in weights)
-        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.no_grad(), Device().autocast("bf16"):
             assert example.run(denoiser).isfinite().all()

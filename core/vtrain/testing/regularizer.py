@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vtrain.contract import (
     ClipShape,
     Condition,
+    Device,
     LatentShape,
     LossTerm,
     NoiseLevel,
@@ -91,7 +92,7 @@ class RegularizerTests(FeatureTests):
     def loss(module: nn.Module, view: StepView) -> LossTerm:
         """The module's term; what it draws from torch's global generator is the same each time."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            Device().seed(0)
             term: LossTerm = module(view)
         return term
 
@@ -163,7 +164,7 @@ class RegularizerTests(FeatureTests):
 
     def test_bf16_taps_are_taken(self, regularizer: Regularizer, module: nn.Module) -> None:
         """Taps in bf16, as under autocast, give a finite value."""
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with Device().autocast("bf16"):
             assert self.loss(module, self.view(regularizer, dtype=torch.bfloat16)).value.isfinite()
 
     def test_its_state_comes_back(self, regularizer: Regularizer, module: nn.Module) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 
-import torch
 from torch import Tensor, nn
 
 from vtrain.config.tables import LoraTable
-from vtrain.contract import ConfigError, Denoiser, Problem, SupportsLora
+from vtrain.contract import ConfigError, Denoiser, Device, Problem, SupportsLora
 
 ADAPTER = "default"
 
@@ -40,7 +39,7 @@ def add_lora(denoiser: Denoiser, table: LoraTable, seed: int, where: str) -> Non
                 Problem(where, f'no module of the model is called "{target}".', "Correct [model.lora] targets.")
             )
     denoiser.module.requires_grad_(False)
-    torch.manual_seed(seed)
+    Device().seed(seed)  # peft makes its weights on the CPU: the same on every device
     try:
         inject_adapter_in_model(LoraConfig(**lora_settings(denoiser, table)), denoiser.module, ADAPTER)  # type: ignore[arg-type]
     except ValueError as error:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vtrain.contract import (
     CheckpointError,
     Denoiser,
+    Device,
     OptimizerSpec,
     Options,
     Problem,
@@ -194,15 +195,15 @@ def load_model(plan: Plan, start: Start, device: str) -> tuple[Denoiser, str]:
     return denoiser, base
 
 
-def load_regularizers(plan: Plan, start: Start, device: torch.device) -> dict[str, nn.Module]:
+def load_regularizers(plan: Plan, start: Start, device: Device) -> dict[str, nn.Module]:
     """Each regularizer's own module, its first weights a function of the run's seed."""
     modules = {}
     for name, regularizer in plan.regularizers:
-        torch.manual_seed(derive(plan.config.run.seed, f"regularizer {name}"))
+        Device().seed(derive(plan.config.run.seed, f"regularizer {name}"))
         module = regularizer.load(dict.fromkeys(regularizer.needs().taps, plan.family.block_width))
         if start.folder is not None:
             _restore(module, start.folder / "regularizers" / f"{name}.safetensors")
-        modules[name] = module.to(device)
+        modules[name] = module.to(device.torch)
     return modules
 
 

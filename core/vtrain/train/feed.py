@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from vtrain.contract import Condition, LatentShape, NoiseLevel, Sampler, Text
+from vtrain.contract import Condition, Device, LatentShape, NoiseLevel, Sampler, Text
 from vtrain.data.batches import Batch, Batches
 from vtrain.data.decoding.masks import is_empty
 from vtrain.data.seeds import generator
+from vtrain.registry.blame import in_background
 from vtrain.train.step import StepInput
 
 AHEAD = 4
@@ -46,7 +47,7 @@ class Feed:
         batches: Batches,
         sampler: Sampler,
         seed: int,
-        device: torch.device,
+        device: Device,
         needed: Callable[[int], Collection[str] | None] = lambda step: None,
     ) -> None:
         """needed: the regularizers for which features and frames are read at a step; None: all that ask for some."""
@@ -62,38 +63,35 @@ class Feed:
 
     def prepare(self, number: int, step: int) -> Fed:
         """The global micro-batch `number`, which optimizer step `step` (zero-based) uses."""
-        batch = self.batches.get(number, self.needed(step))
+        with in_background(f"in the prefetcher, reading micro-batch {number}"):
+            batch = self.batches.get(number, self.needed(step))
+        with in_background(f"in the prefetcher, micro-batch {number} of {', '.join(batch.sample_ids)}"):
+            return self._prepared(batch, number, step)
+
+    def _prepared(self, batch: Batch, number: int, step: int) -> Fed:
         noise, drawn = self.draw(batch)
         level, mask = continued(drawn, batch.mask, batch.first_frame, LatentShape(*noise.shape[1:]))
         given = StepInput(
-            clean=self._move(batch.latents.mean),
-            noise=self._move(noise),
-            level=NoiseLevel(self._move(level.sigma), self._move(level.timestep)),
-            condition=Condition(Text(self._move(batch.text.embeds), self._move(batch.text.mask))),
+            clean=self.device.move(batch.latents.mean),
+            noise=self.device.move(noise),
+            level=NoiseLevel(self.device.move(level.sigma), self.device.move(level.timestep)),
+            condition=Condition(Text(self.device.move(batch.text.embeds), self.device.move(batch.text.mask))),
             step=step,
-            mask=None if mask is None else self._move(mask),
-            features={name: self._move(each) for name, each in batch.features.items()},
-            frames=None if batch.frames is None else self._move(batch.frames),
+            mask=None if mask is None else self.device.move(mask),
+            features={name: self.device.move(each) for name, each in batch.features.items()},
+            frames=None if batch.frames is None else self.device.move(batch.frames),
         )
         return Fed(given, number, batch.sample_ids, _told(drawn, level))
-
-    def _enter_thread(self) -> None:
-        """The current device is a thread's own: without this every process would open a context on the first GPU."""
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-
-    def _move(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def stream(self, numbers: Iterator[tuple[int, int]]) -> Generator[Fed]:
         """`prepare` of each (micro-batch number, step), in order, up to AHEAD of them in advance by one thread.
 
         What goes wrong in making one is raised when its turn comes. Closing it ends the thread.
         """
-        with ThreadPoolExecutor(1, thread_name_prefix="feed", initializer=self._enter_thread) as pool:
+        with ThreadPoolExecutor(1, thread_name_prefix="feed") as pool:
             waiting: deque[Future[Fed]] = deque()
+            # As a job, not as the pool's initializer: what is wrong there comes out as BrokenThreadPool.
+            pool.submit(self.device.use).result()
             try:
                 for number, step in numbers:
                     waiting.append(pool.submit(self.prepare, number, step))

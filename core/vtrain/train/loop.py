@@ -8,7 +8,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -179,12 +178,7 @@ class Loop:
 
     def seed_dropout(self, micro_batch: int) -> None:
         """Dropout of a micro-batch is a pure function of (seed, micro-batch), like all other noise."""
-        seed = derive(self.seed, "dropout", micro_batch)
-        if self.processes.device.type == "cpu":
-            # torch.manual_seed would also note a stack trace for a CUDA that never starts: 2 ms of a tiny model's 37.
-            torch.default_generator.manual_seed(seed)
-        else:
-            torch.manual_seed(seed)
+        self.processes.device.seed(derive(self.seed, "dropout", micro_batch))
 
     def clip(self, number: int) -> Tensor | None:
         """Clip if asked; the norm before clipping, at least on steps that are logged."""
@@ -203,7 +197,7 @@ class Loop:
         unread, self.unread = self.unread, []
         if unread:
             seconds = (time.perf_counter() - self.clock) / len(unread)
-            found = rows(unread, self.processes, self.steps_per_epoch, seconds, self.memory())
+            found = rows(unread, self.processes, self.steps_per_epoch, seconds, self.processes.device.peak())
             for row in found:
                 # At other steps reading is a matter of chance: a signal, a checkpoint.
                 self.ends.observe(row, row.step % self.table.log_every == 0)
@@ -256,11 +250,4 @@ class Loop:
     def restart_clock(self) -> None:
         """Seconds per step and peak memory are those of training, not of what was done in between."""
         self.clock = time.perf_counter()
-        if self.processes.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-
-    def memory(self) -> int:
-        """Peak bytes on the device since training went on, or this process's resident bytes on a CPU."""
-        if self.processes.device.type == "cuda":
-            return torch.cuda.max_memory_allocated()
-        return int(psutil.Process().memory_info().rss)
+        self.processes.device.reset_peak()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -12,7 +13,7 @@ from accelerate import Accelerator
 from torch import distributed as dist
 from torch import nn
 
-from vtrain.contract import VtrainError
+from vtrain.contract import Device, DeviceError, Problem, VtrainError
 
 T = TypeVar("T")
 
@@ -26,15 +27,20 @@ class Processes:
     Words (objects, votes) go through a group of their own on the CPU, so that agreeing never waits for a device.
     """
 
-    def __init__(self, mixed: str) -> None:
-        """mixed: "bf16" or "no". Without an accelerator it must be told `cpu`, or torchrun starts unsynchronised copies."""
-        self.accelerator = Accelerator(mixed_precision=mixed, cpu=not torch.accelerator.is_available())
-        self.words = dist.new_group(backend="gloo", timeout=PATIENCE) if self.count > 1 else None
+    def __init__(self, mixed: str, stored: str = "fp32") -> None:
+        """mixed: "bf16" or "no". stored: the type of the denoiser's weights.
 
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = self.accelerator.device
-        return device
+        notices: what the user should know of the device. Raises DeviceError for a device that cannot be used or lacks bf16.
+        """
+        rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.device, self.notices = Device.find(rank, int(os.environ.get("LOCAL_WORLD_SIZE", rank + 1)))
+        if "bf16" in (mixed, stored) and not self.device.has_bf16:
+            what = f"this card computes no bf16 (its compute capability is {'.'.join(map(str, self.device.capability or ()))})."
+            remedy = 'Set precision.mixed = "no" and precision.base = "fp32", or use a card of 8.0 (Ampere) or later.'
+            raise DeviceError(Problem(f"{self.device} ({self.device.name})", what, remedy))
+        # Without an accelerator it must be told `cpu`, or torchrun starts unsynchronised copies.
+        self.accelerator = Accelerator(mixed_precision=mixed, cpu=not self.device.accelerated)
+        self.words = dist.new_group(backend="gloo", timeout=PATIENCE) if self.count > 1 else None
 
     @property
     def count(self) -> int:

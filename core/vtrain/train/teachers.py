@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vtrain.contract import (
+    Device,
     Family,
     FeatureEncoder,
     LatentShape,
@@ -38,7 +39,7 @@ class Teacher:
         assert isinstance(self.family, SupportsTokenGrid)  # the plan refuses others
         latents = LatentShape(*given.clean.shape[1:])
         grid = self.family.token_grid(latents)
-        with torch.no_grad(), torch.autocast(given.clean.device.type, enabled=False):
+        with torch.no_grad(), Device.of(given.clean).autocast(None):
             if self.codec is None:
                 assert given.frames is not None
                 return self.encoder.encode(unit_range(given.frames), grid)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtrain.contract import Caption, Condition, Denoiser, Family, NoiseLevel, Predict, Role, Sampler, Text
+from vtrain.contract import Caption, Condition, Denoiser, Device, Family, NoiseLevel, Predict, Role, Sampler, Text
 from vtrain.data.batches import pad
 from vtrain.data.caching.caches import Caches
 from vtrain.plan.records import ValidationPlan
@@ -76,7 +76,7 @@ class Validator:
     sampler: Sampler
     caches: Caches
     denoiser: Denoiser
-    device: torch.device
+    device: Device
     autocast: Callable[[], AbstractContextManager[Any]]
     stopping: Callable[[], bool]
     pictures: Mapping[str, Tensor] = field(default_factory=dict)
@@ -92,7 +92,7 @@ class Validator:
         if self.plan.guidance > 1:
             texts = [self.caches.text(Caption(self.plan.negative_prompt), "negative")] * len(texts) + texts
         text = pad(texts, self.family.text_tokens)
-        return Text(text.embeds.to(self.device), text.mask.to(self.device))
+        return Text(self.device.move(text.embeds), self.device.move(text.mask))
 
     def latents(self, *prompts: str, first: Tensor | None = None) -> Tensor:
         """Clean latents (B, C, f, h, w) of B prompts, in one batch and from the same noise, on the CPU. Raises Interrupted.
@@ -101,9 +101,9 @@ class Validator:
         """
         count = len(prompts)
         guess = guided(self.denoiser, self.text(prompts), self.plan.guidance)
-        noise = self.start().to(self.device).repeat(count, 1, 1, 1, 1)
+        noise = self.device.move(self.start()).repeat(count, 1, 1, 1, 1)
         if first is not None:
-            first, noise = first.to(self.device), noise[:, :, 1:]
+            first, noise = self.device.move(first), noise[:, :, 1:]
             guess = after(first, guess)
 
         def predict(noisy: Tensor, level: NoiseLevel) -> Tensor:
@@ -143,7 +143,7 @@ class Validator:
         with self.family.open_video_codec(str(self.device)) as codec, torch.no_grad():
             for nickname in nicknames:
                 files[nickname] = folder / f"{nickname}.mp4"
-                pixels = codec.decode(latents[nickname].to(self.device))
+                pixels = codec.decode(self.device.move(latents[nickname]))
                 write_mp4(files[nickname], to_frames(pixels[0]), self.plan.fps)
         return files
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from vtrain.contract import DType, FeatureEncoder, PluginError, Problem, VideoCodec
+from vtrain.contract import Device, DType, FeatureEncoder, PluginError, Problem, VideoCodec
 from vtrain.data.caching.columns import Column, FeatureColumn, VideoColumn
 from vtrain.data.decoding.decode import unit_range
 from vtrain.data.decoding.masks import is_empty
@@ -37,12 +37,12 @@ def opened(column: Column, device: str) -> Iterator[Encode]:
 
 
 def _video(column: VideoColumn, codec: VideoCodec, device: str) -> Encode:
-    sampled = column.plan.config.cache.latents == "sample"
+    here, sampled = Device.of(device), column.plan.config.cache.latents == "sample"
     fault = "This is a fault of the model family's plugin."
 
     def encode(pixels: Sequence[Tensor], sample: Sample) -> list[dict[str, Tensor]]:
         with torch.no_grad():
-            latents = codec.encode(unit_range(torch.stack(list(pixels)).to(device)), std=sampled)
+            latents = codec.encode(unit_range(here.move(torch.stack(list(pixels)))), std=sampled)
         parts = {"mean": latents.mean} | ({} if latents.std is None or not sampled else {"std": latents.std})
         expected = (len(pixels), *column.plan.family.latent_shape(sample.shape))
         if sampled and "std" not in parts:
@@ -59,12 +59,12 @@ def _video(column: VideoColumn, codec: VideoCodec, device: str) -> Encode:
 
 
 def _features(column: FeatureColumn, encoder: FeatureEncoder, device: str) -> Encode:
-    dtype = TYPES[column.part.feature_dtype]
+    here, dtype = Device.of(device), TYPES[column.part.feature_dtype]
 
     def encode(pixels: Sequence[Tensor], sample: Sample) -> list[dict[str, Tensor]]:
         grid, _, shape = column.geometry(sample.shape)
         with torch.no_grad():
-            found = encoder.encode(unit_range(torch.stack(list(pixels)).to(device)), grid)
+            found = encoder.encode(unit_range(here.move(torch.stack(list(pixels)))), grid)
         expected = (len(pixels), *shape)
         if found.shape != expected:
             what = f"the encoder of {column.name} made features of {tuple(found.shape)} where {expected} were promised."

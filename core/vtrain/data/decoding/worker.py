@@ -24,6 +24,7 @@ from vtrain.data.decoding.probe import Probe
 from vtrain.data.decoding.process import Answer, DecodingProcess, Wanted
 from vtrain.data.decoding.video import FileFault, faults
 from vtrain.data.sample import MaskGrid, Sample
+from vtrain.registry.blame import in_background
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 MEMORY = 4 << 30
 """Bytes of memory (RLIMIT_DATA: all but code and shared pixels) that one process may take."""
 
-JobT = TypeVar("JobT")
+JobT = TypeVar("JobT", bound="ProbeJob | DecodeJob | MaskJob")
 ResultT = TypeVar("ResultT")
 
 
@@ -59,6 +60,11 @@ class DecodeJob:
     wanted: Wanted | None = None
     frames: tuple[int, ...] | None = None
     torchcodec: bool = False
+
+    @property
+    def ref(self) -> SourceRef:
+        """The clip's file."""
+        return self.sample.ref
 
 
 @dataclass(frozen=True)
@@ -191,7 +197,7 @@ class Workers(AbstractContextManager["Workers"]):
         """Threads are started at the first job. Python does not wait for them when it exits: a storage may not answer."""
         if self._pool is None:
             self._pool = ThreadPool(self._count)
-        return self._pool.apply_async(work, (job,))
+        return self._pool.apply_async(_named, (work, job))
 
     def _probe(self, job: ProbeJob) -> Probe | FileFault:
         try:
@@ -268,6 +274,12 @@ class Workers(AbstractContextManager["Workers"]):
             else:
                 self._all.discard(process)
                 process.close()
+
+
+def _named(work: Callable[[JobT], ResultT], job: JobT) -> ResultT:
+    """The work, in a thread of the pool; what goes wrong in it, a plugin's fault for one, says which file it was about."""
+    with in_background(f"in a decoding thread, file {job.backend.location}/{job.ref.id}"):
+        return work(job)
 
 
 def available_cpus() -> int:

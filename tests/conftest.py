@@ -236,3 +236,119 @@ def proxy(s3_server: str) -> Iterator[Proxy]:
 @pytest.fixture
 def fault() -> type[Fault]:
     return Fault
+
+
+class Card:
+    """What torch.cuda is on a machine with `count` cards, for tests without one. It notes what it is asked, and by which thread.
+
+    usable: whether torch can use them; wrong: what opening one raises.
+    """
+
+    def __init__(
+        self, count: int = 1, capability: tuple[int, int] = (9, 0), usable: bool = True, wrong: str = ""
+    ) -> None:
+        self.count, self.capability, self.usable, self.wrong = count, capability, usable, wrong
+        self.calls: list[tuple[object, ...]] = []
+        self.threads: dict[str, set[str]] = {}
+        self.peak = 5 << 30
+
+    def _note(self, *call: object) -> None:
+        self.calls.append(call)
+        self.threads.setdefault(str(call[0]), set()).add(threading.current_thread().name)
+
+    def is_available(self) -> bool:
+        return self.usable and self.count > 0
+
+    def device_count(self) -> int:
+        return self.count
+
+    def init(self) -> None:
+        if self.wrong:
+            raise RuntimeError(self.wrong)
+
+    def current_device(self) -> int:
+        return 0
+
+    def set_device(self, index: int) -> None:
+        self._note("set_device", index)
+
+    def synchronize(self, index: int) -> None:
+        self._note("synchronize", index)
+        if self.wrong:
+            raise RuntimeError(self.wrong)
+
+    def get_device_name(self, index: int) -> str:
+        return f"Stand-in {index}"
+
+    def get_device_capability(self, index: int) -> tuple[int, int]:
+        return self.capability
+
+    def get_device_properties(self, index: int) -> Any:
+        from types import SimpleNamespace
+
+        return SimpleNamespace(uuid=f"0000-{index}")
+
+    def mem_get_info(self, index: int) -> tuple[int, int]:
+        return 3 << 30, 80 << 30
+
+    def memory_reserved(self, index: int) -> int:
+        return 60 << 30
+
+    def memory_allocated(self, index: int) -> int:
+        return 2 << 30
+
+    def max_memory_allocated(self, index: int) -> int:
+        return self.peak
+
+    def reset_peak_memory_stats(self, index: int) -> None:
+        self._note("reset_peak", index)
+
+    def manual_seed(self, seed: int) -> None:
+        self._note("manual_seed", seed)
+
+    def empty_cache(self) -> None:
+        self._note("empty_cache")
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """card(count=2, ...): this machine now seems to have such CUDA cards. Nothing can be put on them."""
+
+    def plug(module: object = None, kind: str = "cuda", **settings: Any) -> Any:
+        import torch
+
+        made = module if module is not None else Card(**settings)
+        own = torch.get_device_module
+
+        def current_accelerator(check_available: bool = False) -> torch.device | None:
+            """torch asks for one that is available, for itself: there is none."""
+            return None if check_available else torch.device(kind)
+
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", current_accelerator)
+        monkeypatch.setattr(torch, "get_device_module", lambda of=None: made if of == kind else own(of))
+        return made
+
+    return plug
+
+
+@pytest.fixture
+def card_in_ram(card: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A card whose memory is the CPU's, so that whole runs can be told to use it: the Device believes in it, tensors do not.
+
+    pinned: how many tensors were page-locked for it.
+    """
+    import torch
+
+    from vtrain.contract import Device
+
+    made = card()
+    made.pinned = 0
+
+    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
+        made.pinned += 1
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(Device, "torch", property(lambda self: torch.device("cpu")))
+    monkeypatch.setattr(Device, "__str__", lambda self: "cpu")
+    return made

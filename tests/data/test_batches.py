@@ -55,6 +55,16 @@ def test_a_batch_holds_the_latents_and_text_of_its_samples(seven) -> None:
             assert batch.text.mask[row].tolist() == [True] * length + [False] * (wide - length)
 
 
+def test_an_entry_that_is_missing_names_the_samples_that_it_was_read_for(seven) -> None:
+    """Its own name is a hash, which says nothing."""
+    batches = seven(batch_size=2, caption_dropout=0.0)
+    ids = batches[0].sample_ids
+    for entry in batches._caches._stores.video.files():
+        entry.unlink()
+    with pytest.raises(DataError, match=rf"cannot be read: .* It was read for {ids[0]}, {ids[1]}\. Start the run again"):
+        batches[0]
+
+
 def test_every_sample_comes_once_per_epoch_and_once_more_per_repeat(seven) -> None:
     batches = seven(repeats=2, caption_dropout=0.0)
     assert batches.micro_batches(1) == 21

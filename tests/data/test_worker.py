@@ -279,6 +279,35 @@ def test_a_missing_file_is_told_as_here(folder) -> None:
     assert not caught.value.lasting
 
 
+class Buggy(Strange):
+    """A storage whose plugin has a bug, of whatever kind."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__({"a.mp4": b"", "b.mp4": b""})
+        self.error = error
+
+    def open(self, ref: SourceRef) -> io.BytesIO:
+        raise type(self.error)(*self.error.args)
+
+
+def test_a_bug_of_a_storages_plugin_arrives_as_what_it_is_and_names_the_file() -> None:
+    storage = Buggy(KeyError("etag"))
+    jobs = [ProbeJob(storage, ref) for ref in storage.refs()]
+    with Workers(2, limit_s=20) as workers, pytest.raises(KeyError, match="etag") as raised:
+        list(workers.probed(jobs))
+    assert raised.value.__notes__ == ["in a decoding thread, file strange://place/a.mp4"]
+
+
+def test_a_storages_plugin_that_ends_its_thread_leaves_nobody_waiting() -> None:
+    """A thread pool loses the job of a thread that ends: whoever waits for it would wait for ever."""
+    storage = Buggy(SystemExit(3))
+    with (
+        Workers(1, limit_s=20) as workers,
+        pytest.raises(RuntimeError, match=r"SystemExit \(3\) was raised in a decod"),
+    ):
+        list(workers.probed([ProbeJob(storage, ref) for ref in storage.refs()]))
+
+
 def test_work_begins_no_further_ahead_than_asked(folder, put, make_video) -> None:
     """So many windows are in memory, and no more."""
     ref = put("a.mp4", make_video(frames=5))

@@ -1,14 +1,16 @@
 """Micro-batches are made ahead of the step: how many, by whom, and what becomes of them when the run ends early."""
 
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 
-from vtrain.contract import DataError, Device, Latents, NoiseLevel, Problem, Text
+from vtrain.contract import DataError, Device, DeviceError, Latents, NoiseLevel, Problem, Text
 from vtrain.data.batches import Batch
 from vtrain.train.feed import AHEAD, Feed
 from vtrain.train.readings import Reading, _longest_wait
@@ -88,6 +90,42 @@ def test_an_error_in_the_background_is_raised_at_its_turn_in_its_own_words() -> 
     assert [next(stream).micro_batch, next(stream).micro_batch] == [0, 1]
     with pytest.raises(DataError, match="cache/x: the cache entry is damaged"):
         next(stream)
+    assert threads() == []
+
+
+def test_a_card_that_cannot_be_used_in_the_background_is_that_error_and_no_broken_pool(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch.cuda.set_device refuses "cuda" without a number; an initializer's error comes out as BrokenThreadPool."""
+
+    def refuse(self: Device) -> None:
+        raise DeviceError(Problem("cuda:0", "the card cannot be opened: it is busy."))
+
+    monkeypatch.setattr(Device, "use", refuse)
+    with pytest.raises(DeviceError, match="cuda:0: the card cannot be opened: it is busy"):
+        next(feed(Made()).stream(numbers(3)))
+    assert threads() == []
+
+
+def test_a_bug_in_the_background_keeps_its_traceback_and_names_the_micro_batch_and_its_samples() -> None:
+    class Broken(Halves):
+        def draw(self, n: int, generator: torch.Generator) -> NoiseLevel:
+            raise ZeroDivisionError("a plugin's")
+
+    stream = Feed(Made(), Broken(), 1, Device()).stream(numbers(3))  # type: ignore[arg-type]
+    with pytest.raises(ZeroDivisionError, match="a plugin's") as raised:
+        next(stream)
+    assert raised.value.__notes__ == ["in the prefetcher, micro-batch 0 of a"]
+    assert any(frame.name == "draw" for frame in traceback.extract_tb(raised.value.__traceback__))
+    assert threads() == []
+
+
+def test_a_plugin_that_wants_to_end_the_process_from_the_background_does_not_end_it_without_a_word() -> None:
+    def leave(number: int) -> None:
+        sys.exit(0)
+
+    with pytest.raises(RuntimeError, match=r"SystemExit \(0\) was raised in the prefetcher, reading micro-batch 0"):
+        next(feed(Made(leave)).stream(numbers(3)))
     assert threads() == []
 
 

@@ -10,6 +10,9 @@ from types import TracebackType
 from vtrain.contract import Registered, RunInfo, Tracker
 from vtrain.train.loop import Event, Logged, Validated
 
+PATIENCE = 60.0
+"""Seconds that the end of a run waits for trackers."""
+
 Job = Callable[[Tracker], None]
 
 
@@ -32,13 +35,13 @@ class Trackers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Wait, at most a minute, until all is passed on."""
+        """Wait until all is passed on, but not for ever."""
         self.jobs.put(lambda tracker: tracker.finish())
         self.jobs.put(None)
-        self.thread.join(timeout=60)
+        self.thread.join(timeout=PATIENCE)
         if self.thread.is_alive():
             self.warn(
-                "trackers did not finish within a minute; their last numbers may be missing (metrics.jsonl has all)"
+                f"trackers did not finish within {PATIENCE:g} seconds; their last numbers may be missing (metrics.jsonl has all)"
             )
 
     def show(self, event: Event) -> None:

@@ -264,7 +264,9 @@ class Device:
 
     def _out_of_memory(self, error: Exception, doing: str, remedies: Sequence[str]) -> Problem:
         asked = re.search(r"tried to allocate ([\d.]+) (\w+)", str(error), re.IGNORECASE)
-        parts = [f"{_amount(*asked.groups())} were asked for" if asked else _first_line(error)]
+        parts = [*getattr(error, "__notes__", ()), _first_line(error)]  # a note says at which step
+        if asked:
+            parts[-1] = f"{_amount(*asked.groups())} were asked for"
         room = self.free()
         if room is not None:
             own = int(self._ask("memory_reserved", 0))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vtrain.contract import LatentShape, NoiseLevel, Sampler
+from vtrain.contract import Device, LatentShape, NoiseLevel, Sampler
 from vtrain.testing.draws import gap, level_of, noise, required
 
 
@@ -41,7 +41,7 @@ class SamplerTests:
             assert level.sigma.shape[0] == count
             assert level.sigma.ndim in (1, 2)
             assert level.sigma.dtype is torch.float32
-            assert level.sigma.device.type == "cpu"
+            assert Device.of(level.sigma) == Device()
             assert level.timestep.shape == level.sigma.shape
             assert level.sigma.min() >= 0
             assert level.sigma.max() <= 1

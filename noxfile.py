@@ -112,6 +112,13 @@ def mutants(session: nox.Session) -> None:
 
 @nox.session
 def gpu(session: nox.Session) -> None:
+    """The tests that need a GPU, on this machine's. A machine without network: tests/gpu/wheels.py."""
+    install(session, extras="[test]")
+    session.run("pytest", "tests/gpu", *session.posargs)
+
+
+@nox.session(name="bench-gpu")
+def bench_gpu(session: nox.Session) -> None:
     """The 2B model on a GPU, random weights: time and memory against a bare loop on the same card."""
     install(session)
     session.run("python", "benchmarks/gpu_sana2b.py", *session.posargs)

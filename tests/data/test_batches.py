@@ -61,7 +61,9 @@ def test_an_entry_that_is_missing_names_the_samples_that_it_was_read_for(seven) 
     ids = batches[0].sample_ids
     for entry in batches._caches._stores.video.files():
         entry.unlink()
-    with pytest.raises(DataError, match=rf"cannot be read: .* It was read for {ids[0]}, {ids[1]}\. Start the run again"):
+    with pytest.raises(
+        DataError, match=rf"cannot be read: .* It was read for {ids[0]}, {ids[1]}\. Start the run again"
+    ):
         batches[0]
 
 

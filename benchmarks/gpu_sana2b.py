@@ -18,7 +18,6 @@ that, or once under LoRA, whose frozen weights need no gradients, and checkpoint
 from __future__ import annotations
 
 import argparse
-import gc
 import shutil
 import statistics
 import subprocess
@@ -33,6 +32,7 @@ import torch
 from gpu_sides import REAL, SIDES, TINY, Block, Clip, Setup
 from report import Ratio, machine, ratio, say, table, write_json
 
+from vtrain.contract import Device
 from vtrain.train.processes import Processes
 
 LIMITS = {"seconds": 1.02, "memory": 1.05}
@@ -59,39 +59,28 @@ class Measured:
 
 def seconds(setup: Setup, block: Block) -> float:
     """Of a step, in a block."""
-    synchronise(setup)
+    device = Device.of(setup.device)
+    device.synchronise()
     start = time.perf_counter()
     block()
-    synchronise(setup)
+    device.synchronise()
     return (time.perf_counter() - start) / setup.steps
-
-
-def synchronise(setup: Setup) -> None:
-    if setup.device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def measure_alone(setup: Setup, side: str, processes: Processes, blocks: int) -> Measured:
     """Peak memory from the building of the model on; times too, where the sides cannot take turns."""
     found = Measured(side, setup)
-    cuda = setup.device.type == "cuda"
+    device = Device.of(setup.device)
     try:
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
+        device.reset_peak()
         with SIDES[side](setup, processes) as block:
             block()
             if not setup.in_turn:
                 found.seconds = [seconds(setup, block) for _ in range(blocks)]
     except torch.OutOfMemoryError:
         found.note = "out of memory"
-    if cuda:
-        found.allocated, found.reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    if device.accelerated:
+        found.allocated, found.reserved = device.peak(), torch.cuda.max_memory_reserved()
     return found
 
 
@@ -116,11 +105,11 @@ def measure(setup: Setup, processes: Processes, blocks: int, sides: Iterable[str
     found = {}
     for side in sides or SIDES:
         found[side] = measure_alone(setup, side, processes, blocks)
-        free()
+        processes.device.release()
     whole = {side: each for side, each in found.items() if not each.note}
     if setup.in_turn and whole:
         measure_in_turn(setup, whole, processes, blocks)
-        free()
+        processes.device.release()
     return found
 
 
@@ -176,6 +165,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, default=6, help="timed blocks of each side (default: 6)")
     parser.add_argument("--steps", type=int, default=4, help="steps of a block (default: 4)")
     parser.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
+    parser.add_argument(
+        "--deterministic", action="store_true", help="all sides as under run.deterministic: what it costs"
+    )
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     return parser.parse_args()
 
@@ -188,7 +180,7 @@ def setups(chosen: argparse.Namespace) -> Iterator[Setup]:
                 mode,
                 Clip(width, height, frames),
                 TINY if chosen.tiny else REAL,
-                torch.device(chosen.device),
+                Device.of(chosen.device).torch,
                 chosen.steps,
                 not chosen.no_checkpointing,
             )
@@ -197,7 +189,9 @@ def setups(chosen: argparse.Namespace) -> Iterator[Setup]:
 def main() -> None:
     chosen = arguments()
     processes = Processes("bf16")
-    if processes.device.type != chosen.device:
+    if chosen.deterministic:
+        processes.device.deterministic()
+    if processes.device.kind != chosen.device:
         sys.exit(
             f"this process computes on {processes.device}, not on {chosen.device} (a GPU hides behind CUDA_VISIBLE_DEVICES=)"
         )

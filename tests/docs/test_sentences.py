@@ -1,4 +1,4 @@
-"""Those of the twelve sentences that no layer's own tests hold."""
+"""Those of the sentences that no layer's own tests hold."""
 
 from __future__ import annotations
 

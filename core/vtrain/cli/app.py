@@ -9,6 +9,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from vtrain.cli.collector import uncollected
+
 app = typer.Typer(
     name="vtrain",
     help="Fine-tune video diffusion models. One TOML file describes a run.",
@@ -58,12 +60,14 @@ def _run(config: ConfigFile) -> None:
 @app.command("plan")
 def _plan(config: ConfigFile, json: Json = False) -> None:
     """Everything the run would do, priced, without loading a weight."""
-    from vtrain.cli.plan import plan
+    with uncollected(collect_first=False):
+        from vtrain.cli.plan import plan
 
     plan(config, json)
 
 
 @plugins.command("list")
+@uncollected(collect_first=False)
 def _plugins_list(json: Json = False) -> None:
     """Every installed part, and below them what cannot be used and why."""
     from vtrain.cli.plugins import list_plugins
@@ -72,6 +76,7 @@ def _plugins_list(json: Json = False) -> None:
 
 
 @plugins.command("show")
+@uncollected(collect_first=False)
 def _plugins_show(
     name: Annotated[str, typer.Argument(metavar="NAME", help="name of a part", show_default=False)],
     kind: Annotated[Optional[str], typer.Option("--kind", help="only the part of this kind")] = None,  # noqa: UP045
@@ -84,6 +89,7 @@ def _plugins_show(
 
 
 @config.command("schema")
+@uncollected(collect_first=False)
 def _config_schema() -> None:
     """The JSON Schema of the file with all installed parts, for editors."""
     from vtrain.cli.config import print_schema
@@ -92,6 +98,7 @@ def _config_schema() -> None:
 
 
 @config.command("show")
+@uncollected(collect_first=False)
 def _config_show(config: ConfigFile, json: Json = False) -> None:
     """Every resolved value, and where it comes from."""
     from vtrain.cli.config import show_config

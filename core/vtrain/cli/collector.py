@@ -8,14 +8,16 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
-    """No cycle is collected inside, and what is there at the end is left out of later collections.
+def uncollected(*, collect_first: bool = True) -> Iterator[None]:
+    """No cycle is collected inside, and what is there at the end is left out of later collections and of that at exit.
 
-    For imports and the building of what a run keeps to its end: torch and diffusers make so many objects that walking
-    them again and again would be a quarter of the time until the first step. Garbage from before is collected first, so
-    that none of it stays.
+    For imports and the building of what a process keeps to its end: torch and diffusers make so many objects that walking
+    them again and again would be a quarter of the time until the first step, and pydantic and the plugins so many that it
+    would be a fifth of `vtrain plugins list`. collect_first: whether garbage from before is collected, so that none of it
+    stays; a command that ends at once does not need to.
     """
-    gc.collect()
+    if collect_first:
+        gc.collect()
     gc.disable()
     try:
         yield

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from vtrain.cli.collector import uncollected
 from vtrain.config import load
 from vtrain.contract import ConfigError
 from vtrain.data.scanning.scan import Scan, scan
@@ -43,7 +44,8 @@ def planned(path: Path) -> Plan:
 
 def prepare(path: Path, on_file: Callable[[int], None] | None = None) -> Prepared:
     """Plan, scan, price. Raises ConfigError, ModelError, PluginError or DataError."""
-    plan = planned(path)
+    with uncollected(collect_first=False):
+        plan = planned(path)
     with blame(plan.config.parts()):
         found = scan(plan, on_file)
     prices = price(plan, found.survey)

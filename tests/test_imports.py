@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 Python = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -72,16 +73,18 @@ def test_help_imports_neither_plugins_nor_pydantic(imported: Callable[..., tuple
     code, packages, modules = imported("--help")
     assert code == 0
     assert not packages & {*HEAVY, "pydantic", "pluggy", "rich", "av", "numpy", "tree_sitter", "vtrain_builtin"}
-    assert not modules & {"vtrain.contract", "vtrain.registry", "vtrain.config"}
+    assert not modules & {"vtrain.contract", "vtrain.registry", "vtrain.config", "importlib.metadata"}
 
 
 @pytest.mark.parametrize("arguments", [("plugins", "list"), ("plugins", "list", "--json")])
 def test_listing_plugins_imports_nothing_heavy(
     imported: Callable[..., tuple[int, set[str], set[str]]], arguments: tuple[str, ...]
 ) -> None:
-    code, packages, _ = imported(*arguments)
+    code, packages, modules = imported(*arguments)
     assert code == 0
     assert not packages & {*HEAVY, "av", "numpy", "tree_sitter"}
+    assert "vtrain_sanavideo.plugin" in modules
+    assert not modules & {"vtrain_sanavideo.family", "vtrain_sanavideo.flow", "vtrain_sanavideo.crepa"}
 
 
 @pytest.mark.parametrize("arguments", [("plugins", "show", "adamw"), ("config", "schema")])
@@ -101,6 +104,25 @@ def test_showing_a_configuration_imports_nothing_heavy(
     code, packages, _ = imported("config", "show", str(tmp_path / "config.toml"), path=(folder,))
     assert code == 0
     assert not packages & HEAVY
+
+
+def test_planning_data_that_are_known_imports_neither_numpy_nor_rich_nor_what_decodes(
+    imported: Callable[..., tuple[int, set[str], set[str]]], tmp_path: Path
+) -> None:
+    (tmp_path / "clips").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "clips" / "red.png")
+    (tmp_path / "clips" / "red.txt").write_text("a red field")
+    config = tmp_path / "config.toml"
+    image = '"clips"\nimages = true\nvideo = { min_frames = 1 }'
+    config.write_text(GOOD.replace('"drum"\npath = "m"', '"toy"').replace('"clips"', image))
+    decoding = {"vtrain.data.decoding.process", "multiprocessing.pool"}
+    code, _, first = imported("plan", str(config))
+    assert code == 0
+    assert decoding <= first
+    code, packages, modules = imported("plan", str(config))
+    assert code == 0
+    assert not packages & {*HEAVY, "av", "numpy", "rich"}
+    assert not modules & {*decoding, "vtrain_sanavideo.crepa"}
 
 
 @pytest.mark.parametrize("command", [("plan",), ("run",), ("config", "show")])

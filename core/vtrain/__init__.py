@@ -5,6 +5,14 @@ The layers, each importing only those to its left::
     contract < {config, registry} < plan < data < {train, validate} < cli
 """
 
-from importlib.metadata import version
+__version__: str
+"""Of the installed distribution."""
 
-__version__ = version("vtrain")
+
+def __getattr__(name: str) -> str:
+    """`__version__`, read at its first use: importing importlib.metadata takes as long as the rest of `vtrain --help`."""
+    if name != "__version__":
+        raise AttributeError(f"module 'vtrain' has no attribute '{name}'")
+    from importlib.metadata import version
+
+    return version("vtrain")

@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
-from vtrain.contract import FamilySpec, RegularizerSpec, SamplerSpec, hookimpl
-from vtrain_sanavideo.crepa import Crepa
+from collections.abc import Mapping
+
+from vtrain.contract import Family, FamilySpec, Regularizer, RegularizerSpec, Sampler, SamplerSpec, hookimpl
 from vtrain_sanavideo.crepa_options import CrepaOptions
-from vtrain_sanavideo.family import SanaVideoFamily
-from vtrain_sanavideo.flow import SanaVideoFlow
 from vtrain_sanavideo.options import SanaVideoFlowOptions, SanaVideoOptions
+
+# A part's own module is imported when it is built: `vtrain plugins list` needs the options alone.
+
+
+def _flow(options: SanaVideoFlowOptions, scheduler: Mapping[str, object]) -> Sampler:
+    from vtrain_sanavideo.flow import SanaVideoFlow
+
+    return SanaVideoFlow(options, scheduler)
+
+
+def _family(options: SanaVideoOptions) -> Family:
+    from vtrain_sanavideo.family import SanaVideoFamily
+
+    return SanaVideoFamily(options)
+
+
+def _crepa(options: CrepaOptions) -> Regularizer:
+    from vtrain_sanavideo.crepa import Crepa
+
+    return Crepa(options)
+
 
 FLOW = SamplerSpec(
     name="sanavideo-flow",
     summary="SANA-Video's official schedule: trained with shift 3, sampled with the checkpoint's own scheduler",
     options=SanaVideoFlowOptions,
-    build=SanaVideoFlow,
+    build=_flow,
 )
 
 SANAVIDEO = FamilySpec(
     name="sanavideo",
     summary="SANA-Video: the Sana video transformer, the Wan VAE and the Gemma-2 text encoder",
     options=SanaVideoOptions,
-    build=SanaVideoFamily,
+    build=_family,
     sampler=FLOW.name,
     fixed_sampler=True,
 )
@@ -29,7 +49,7 @@ CREPA = RegularizerSpec(
     name="crepa",
     summary="CREPA: a block's hidden states aligned with DINOv2's features of the same and the neighbouring frames",
     options=CrepaOptions,
-    build=Crepa,
+    build=_crepa,
 )
 
 

@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from vtrain.cli.plan import show
+from vtrain.cli.report import bold
 from vtrain.contract import ClipShape
 from vtrain.plan.data_words import buckets_json, buckets_section, dataset_rows
 from vtrain.plan.price import price
@@ -118,6 +119,12 @@ def test_time_is_told(plan_of: PlanOf, settings: str, words: str) -> None:
 )
 def test_space_is_told(plan_of: PlanOf, settings: str, words: str) -> None:
     assert rows(plan_of(data=f'use = "folder"\npath = "clips"\n{settings}'), survey())["picture"] == words
+
+
+@pytest.mark.parametrize(("terminal", "shown"), [("xterm", "\x1b[1mrun\x1b[0m"), ("dumb", "run"), ("unknown", "run")])
+def test_titles_are_bold_where_the_terminal_can(monkeypatch: pytest.MonkeyPatch, terminal: str, shown: str) -> None:
+    monkeypatch.setenv("TERM", terminal)
+    assert bold("run") == shown
 
 
 @pytest.mark.parametrize(

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.markup import escape
+import typer
 
 from vtrain.cli.prepare import prepare
-from vtrain.cli.report import visible
+from vtrain.cli.report import bold, visible
 from vtrain.plan.price import Prices
 from vtrain.plan.records import Plan, Section, Survey
 from vtrain.plan.render import as_json, sections
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 
 def plan(config: Path, as_json_text: bool) -> None:
-    """Print the plan of `config`. Raises what `prepare` raises."""
+    """Print the plan of `config`. Raises what `prepare` raises. Without rich, whose console takes as long as a scan."""
     prepared = prepare(config)
     if as_json_text:
         print(json.dumps(as_json(prepared.plan, prepared.scan.survey, prepared.prices), indent=2))  # noqa: T201
-    else:
-        console = Console(soft_wrap=True, highlight=False)
-        for message in prepared.scan.messages:
-            console.print(escape(message))
-        show(console, prepared.plan, prepared.scan.survey, prepared.prices)
+        return
+    for message in prepared.scan.messages:
+        typer.echo(message)
+    for line, is_title in _lines(sections(prepared.plan, prepared.scan.survey, prepared.prices)):
+        typer.echo(bold(line) if is_title else line)
 
 
 def show(console: Console, plan: Plan, survey: Survey, prices: Prices) -> None:
@@ -34,9 +37,17 @@ def show(console: Console, plan: Plan, survey: Survey, prices: Prices) -> None:
 
 
 def show_sections(console: Console, parts: Iterable[Section]) -> None:
-    """A title a section, its rows in columns. Lines are as long as they are: no path is cut or wrapped."""
+    """The same on a console. Lines are as long as they are: no path is cut or wrapped."""
+    from rich.markup import escape
+
+    for line, is_title in _lines(parts):
+        console.print(escape(line), style="bold" if is_title else None, soft_wrap=True, highlight=False)
+
+
+def _lines(parts: Iterable[Section]) -> Iterator[tuple[str, bool]]:
+    """(line, whether it is a title): a title a section, its rows in columns."""
     for section in parts:
-        console.print(escape(visible(section.title)), style="bold", soft_wrap=True)
+        yield visible(section.title), True
         widths = [max(map(len, column)) for column in zip(*section.rows, strict=True)]
         for row in section.rows:
             # Columns of a table hold numbers, which stand under each other on the right.
@@ -45,4 +56,4 @@ def show_sections(console: Console, parts: Iterable[Section]) -> None:
                 for cell, width in zip(row[1:], widths[1:], strict=True)
             ]
             line = visible("  ".join((row[0].ljust(widths[0]), *rest)).rstrip()).replace("\n", "\\n")
-            console.print(f"  {escape(line)}", soft_wrap=True, highlight=False)
+            yield f"  {line}", False

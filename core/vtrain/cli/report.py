@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -27,6 +28,11 @@ def visible(text: str) -> str:
 def one_line(text: str) -> str:
     """Text from a file as one line that moves no cursor."""
     return visible(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def bold(text: str) -> str:
+    """For `typer.echo`, which prints it bold on a terminal and as it is elsewhere; so does this where TERM knows no bold."""
+    return text if os.environ.get("TERM") in ("dumb", "unknown") else typer.style(text, bold=True)
 
 
 def report_error(error: VtrainError) -> None:

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vtrain.config.record import Config
 from vtrain.contract import ClipShape, Problem, Size
 from vtrain.data.caching.hashes import FILE, FileHashes
 from vtrain.data.caching.keys import TRANSFORM_VERSION, video_key
-from vtrain.data.caching.stores import Stores
 from vtrain.data.decoding.probe import Probe, probe
 from vtrain.data.decoding.video import FileFault, faults
 from vtrain.data.sample import Sample
 from vtrain.data.scanning.boxes import box
 from vtrain.plan.records import Plan
+
+if TYPE_CHECKING:
+    from vtrain.data.caching.stores import Stores
 
 CROP = "center"
 REMEDY = "Give an image or a video that can be played."

@@ -14,20 +14,22 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from multiprocessing.pool import AsyncResult, ThreadPool
 from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from vtrain.contract import DataBackend, SourceRef
 from vtrain.data.decoding.probe import Probe
-from vtrain.data.decoding.process import Answer, DecodingProcess, Wanted
 from vtrain.data.decoding.video import FileFault, faults
 from vtrain.data.sample import MaskGrid, Sample
 from vtrain.registry.blame import in_background
 
 if TYPE_CHECKING:
+    from multiprocessing.pool import AsyncResult, ThreadPool
+
     from torch import Tensor
+
+    from vtrain.data.decoding.process import Answer, DecodingProcess, Wanted
 
 MEMORY = 4 << 30
 """Bytes of memory (RLIMIT_DATA: all but code and shared pixels) that one process may take."""
@@ -196,6 +198,8 @@ class Workers(AbstractContextManager["Workers"]):
     def _submit(self, work: Callable[[JobT], ResultT], job: JobT) -> AsyncResult[ResultT]:
         """Threads are started at the first job. Python does not wait for them when it exits: a storage may not answer."""
         if self._pool is None:
+            from multiprocessing.pool import ThreadPool
+
             self._pool = ThreadPool(self._count)
         return self._pool.apply_async(_named, (work, job))
 
@@ -258,6 +262,8 @@ class Workers(AbstractContextManager["Workers"]):
         return answer
 
     def _take(self) -> DecodingProcess:
+        from vtrain.data.decoding.process import DecodingProcess
+
         with self._lock:
             if self._closed:
                 raise FileFault("was not looked at: the run ended", lasting=False)

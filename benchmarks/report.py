@@ -8,12 +8,13 @@ import platform
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import distribution, version
 from pathlib import Path
 
 import numpy as np
 
 RESAMPLES = 10_000
+OURS = ("vtrain", "vtrain-sanavideo")
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 
 
@@ -67,9 +68,18 @@ def machine() -> dict[str, str]:
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     cpu = names[0].partition(":")[2].strip() if names else platform.processor()
-    return {"cpu": f"{os.cpu_count()} x {cpu}", "python": platform.python_version()} | {
-        package: version(package) for package in PACKAGES
-    }
+    return (
+        {"cpu": f"{os.cpu_count()} x {cpu}", "python": platform.python_version()}
+        | {name: install(name) for name in OURS}
+        | {package: version(package) for package in PACKAGES}
+    )
+
+
+def install(name: str) -> str:
+    """ "0.1.0, editable install" or "0.1.0, normal install", as the distribution's direct_url.json (PEP 610) says."""
+    found = distribution(name)
+    editable = json.loads(found.read_text("direct_url.json") or "{}").get("dir_info", {}).get("editable", False)
+    return f"{found.version}, {'editable' if editable else 'normal'} install"
 
 
 def say(text: str = "") -> None:

@@ -1,7 +1,8 @@
 """What starting costs: the command line against importing its libraries, a run's first step against loading its model.
 
 Every number is of a process of its own, in CPU-seconds and in wall time, on one thread; the processes of a group take
-turns. Commands are measured from start to end.
+turns. Commands are measured from start to end. Python writes bytecode on both sides, and a round that is not counted comes
+first: PYTHONDONTWRITEBYTECODE would have an editable install compiled at every start, and no library.
 
 The first step is measured from the start of `vtrain run`, caches warm, to the line that tells of step 1; the process is
 then ended. It is held to a script that imports the libraries such a run needs (torch, diffusers' transformer class,
@@ -16,6 +17,7 @@ from __future__ import annotations
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before numpy starts its threads; the processes below inherit it
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import argparse
 import shutil
@@ -28,15 +30,26 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.util import cache_from_source
 from pathlib import Path
 
 import psutil
 from report import Ratio, ratio, say, say_machine, table, write_json
 from workload import BASE, MODELS, MODES, RANK, Model, fill, read_samples, write_config
 
+import vtrain
+
 VTRAIN = [sys.executable, "-c", "from vtrain.cli.app import main; main()"]
 HERE = Path(__file__).resolve().parent
-MORE_OF_PLAN = ", pluggy, tomli, tree_sitter, tree_sitter_toml, importlib.metadata, sqlite3, json, hashlib"
+LIBRARIES = "import typer, rich, pydantic"
+A_MODEL, ALL_OF_PLAN = "the same and one model", "import all libraries it uses"
+BARE = {
+    LIBRARIES: LIBRARIES,
+    A_MODEL: f"{LIBRARIES}\nclass Model(pydantic.BaseModel):\n    key: int = 0",
+    ALL_OF_PLAN: f"{LIBRARIES}, pluggy, tomli, tree_sitter, tree_sitter_toml, importlib.metadata, sqlite3, json, hashlib",
+}
+"""What commands stand beside. `import pydantic` loads little of it: most comes with the first model."""
+
 CLI_LIMIT = 3.0
 FIRST_STEP_LIMIT = 1.3
 
@@ -150,20 +163,30 @@ def middle(costs: list[Cost]) -> Cost:
 def command_line(config: Path, runs: int) -> list[Compared]:
     """`--help`, `plugins list` and `plan` of a run whose data are known, against importing typer, rich and pydantic.
 
-    `plan` reads TOML, plugins, headers and a database too: it stands beside importing all the libraries for that as well.
+    `plugins list` also beside what pydantic loads with its first model. `plan` reads TOML, plugins, headers and a database
+    too: it stands beside importing all the libraries for that as well.
     """
     whole([*VTRAIN, "plan", str(config)])
-    libraries = "import typer, rich, pydantic"
     commands = {
         "vtrain --help": ["--help"],
         "vtrain plugins list": ["plugins", "list"],
         "vtrain plan": ["plan", str(config)],
     }
     measures = {name: partial(whole, [*VTRAIN, *words]) for name, words in commands.items()}
-    bare = {what: partial(whole, [sys.executable, "-c", what]) for what in (libraries, libraries + MORE_OF_PLAN)}
+    bare = {what: partial(whole, [sys.executable, "-c", code]) for what, code in BARE.items()}
     costs = rounds({**bare, **measures}, runs)
-    rows = [compared(costs, name, libraries, None if name == "vtrain plan" else CLI_LIMIT) for name in measures]
-    return [*rows, compared(costs, "vtrain plan", libraries + MORE_OF_PLAN, CLI_LIMIT)]
+    return [
+        compared(costs, "vtrain --help", LIBRARIES, CLI_LIMIT),
+        compared(costs, "vtrain plugins list", LIBRARIES, CLI_LIMIT),
+        compared(costs, "vtrain plugins list", A_MODEL, None),
+        compared(costs, "vtrain plan", LIBRARIES, None),
+        compared(costs, "vtrain plan", ALL_OF_PLAN, CLI_LIMIT),
+    ]
+
+
+def has_bytecode() -> bool:
+    """Whether Python could keep vtrain's: not in a folder that it may not write to."""
+    return Path(cache_from_source(vtrain.__file__)).is_file()
 
 
 def first_steps(folder: Path, model: Model, mode: str, runs: int) -> list[Compared]:
@@ -240,6 +263,7 @@ def main() -> None:
         config = write_config(folder, MODELS["tiny"], "full", log_every=1, name="plan")
         fill(config)
         commands = command_line(config, chosen.runs)
+        say(f"vtrain's bytecode: {'kept' if has_bytecode() else 'NOT KEPT: it is compiled at every start'}\n")
         say(cost_table(commands))
         starts = [
             row
@@ -255,7 +279,8 @@ def main() -> None:
             say(f"\nOMP_NUM_THREADS={asked}: steps compute with {found} threads: {verdict}")
         content = {"commands": commands, "first_steps": starts}
         tables = {name: [asdict(each) for each in rows] for name, rows in content.items()}
-        write_json(chosen.json, {**tables, "threads": {str(asked): found for asked, found in threads.items()}})
+        more = {"bytecode": has_bytecode(), "threads": {str(asked): found for asked, found in threads.items()}}
+        write_json(chosen.json, {**tables, **more})
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -31,6 +33,31 @@ def test_a_limit_is_met_when_the_lower_end_of_the_interval_reaches_it(module: Lo
 def test_the_same_numbers_give_the_same_interval(module: Load) -> None:
     ratio = module("report").ratio
     assert ratio([1.0, 1.2, 1.1], [1.0] * 3, None) == ratio([1.0, 1.2, 1.1], [1.0] * 3, None)
+
+
+@pytest.mark.parametrize(
+    ("origin", "kind"),
+    [
+        ('{"dir_info": {"editable": true}, "url": "file:///src"}', "editable"),
+        ('{"dir_info": {}, "url": "file:///src"}', "normal"),
+        ('{"archive_info": {}, "url": "file:///drum.whl"}', "normal"),
+        (None, "normal"),
+    ],
+)
+def test_the_kind_of_an_install_is_what_its_direct_url_says(
+    module: Load, install_plugin: Callable[..., Path], origin: str | None, kind: str
+) -> None:
+    folder = install_plugin("drum", "", version="1.5")
+    if origin is not None:
+        (folder / "drum-1.5.dist-info" / "direct_url.json").write_text(origin)
+    assert module("report").install("drum") == f"1.5, {kind} install"
+
+
+def test_what_the_startup_benchmark_starts_may_keep_its_bytecode(module: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    startup = module("startup")
+    startup.whole([sys.executable, "-c", "import sys; sys.exit(sys.dont_write_bytecode)"])
 
 
 def test_the_2b_model_has_the_parameters_of_the_real_one(module: Load) -> None:

@@ -11,7 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import vtrain
+
 Script = Callable[..., tuple[str, dict[str, Any]]]
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_step_benchmark_gives_ratios_of_time_and_memory(script: Script, tmp_path: Path) -> None:
@@ -36,18 +39,25 @@ def test_the_step_benchmark_gives_ratios_of_time_and_memory(script: Script, tmp_
     assert numbers["machine"]["torch"] in text
 
 
-def test_the_startup_benchmark_compares_commands_and_sees_the_users_threads_respected(script: Script) -> None:
+def test_the_startup_benchmark_compares_commands_and_says_of_which_install(script: Script) -> None:
     text, numbers = script("startup.py", "--runs", "1", "--threads", "1", "--models")
     assert [row["what"] for row in numbers["commands"]] == [
         "vtrain --help",
         "vtrain plugins list",
+        "vtrain plugins list",
         "vtrain plan",
         "vtrain plan",
     ]
+    assert [row["ratio"]["limit"] for row in numbers["commands"]] == [3.0, 3.0, None, None, 3.0]
     assert all(row["cost"]["cpu"] > 0 and row["base"]["cpu"] > 0 for row in numbers["commands"])
     assert numbers["first_steps"] == []
     assert numbers["threads"] == {"1": [1]}
     assert "OMP_NUM_THREADS=1: steps compute with [1] threads: respected" in text
+    kind = "editable" if Path(vtrain.__file__).is_relative_to(ROOT) else "normal"
+    assert numbers["machine"]["vtrain"] == f"{vtrain.__version__}, {kind} install"
+    assert f"vtrain {vtrain.__version__}, {kind} install" in text
+    assert numbers["machine"]["cpu"] in text
+    assert ("vtrain's bytecode: kept\n" in text) == numbers["bytecode"]
 
 
 def test_the_gpu_benchmark_runs_on_a_cpu_with_a_tiny_model(script: Script) -> None:

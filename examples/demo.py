@@ -54,7 +54,8 @@ def main() -> int:
         '"clips"', f'"{(HERE / "clips").as_posix()}"'
     )
     config.write_text(text, encoding="utf-8")
-    signal.signal(signal.SIGINT, lambda number, frame: None)  # a Ctrl-C is for vtrain, which saves what is done
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # vtrain inherits what is ignored, not what is caught
+        signal.signal(signal.SIGINT, lambda number, frame: None)  # a Ctrl-C is for vtrain, which saves what is done
     done = subprocess.run(["vtrain", "run", str(config)], check=False)
     if done.returncode != 0:
         return done.returncode

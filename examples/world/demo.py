@@ -82,7 +82,9 @@ def moved(output: Path) -> dict[str, str]:
 
 def train(config: Path) -> int:
     """`vtrain run`; its exit code. A Ctrl-C is for it alone: it saves what is done, and ends."""
-    before = signal.signal(signal.SIGINT, lambda number, frame: None)
+    before = signal.getsignal(signal.SIGINT)
+    if before != signal.SIG_IGN:  # vtrain inherits what is ignored, not what is caught
+        signal.signal(signal.SIGINT, lambda number, frame: None)
     try:
         code = subprocess.run(["vtrain", "run", str(config)], check=False).returncode
     finally:

@@ -165,12 +165,16 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start `vtrain` and go on; whatever still runs at the end of the test is killed."""
+    """Start `vtrain` and go on; whatever still runs at the end of the test is killed.
+
+    background: as the shell does what a script ends in `&`: Ctrl-C is ignored.
+    """
     running: list[subprocess.Popen[str]] = []
 
-    def begin(*arguments: str | Path, processes: int = 1) -> subprocess.Popen[str]:
+    def begin(*arguments: str | Path, processes: int = 1, background: bool = False) -> subprocess.Popen[str]:
+        shell = ["sh", "-c", 'trap "" INT; exec "$@"', "sh"] if background else []
         process = subprocess.Popen(
-            command(*arguments, processes=processes),
+            [*shell, *command(*arguments, processes=processes)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -16,12 +16,12 @@ Start = Callable[..., subprocess.Popen[str]]
 SMOOTH = '\n[[regularizer]]\nuse = "toy-smooth"\nblock = 1\nweight = 0.1\n'
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    for _ in range(1200):
-        if path.exists() or process.poll() is not None:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"{path} never came")
+def wait(true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Until it is true or the process has ended; no more than 200 s, of which a start takes most on a busy machine."""
+    end = time.monotonic() + 200
+    while not true() and process.poll() is None:
+        assert time.monotonic() < end
+        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("train", ["full", "lora"])
@@ -33,7 +33,7 @@ def test_a_killed_and_resumed_run_is_the_same_run_bit_for_bit(
     straight = another()
     within("run", straight.write(**settings))
     process = start("run", folder.write(**settings))
-    wait_for(folder.output / "checkpoints" / "step-000005", process)
+    wait((folder.output / "checkpoints" / "step-000005").exists, process)
     process.kill()
     process.wait()
     saved = sorted(path.name for path in (folder.output / "checkpoints").glob("step-??????"))
@@ -57,7 +57,7 @@ def test_a_signal_saves_and_ends_cleanly_and_the_run_goes_on_from_there(
 ) -> None:
     settings = {"steps": 300, "save": 1000, "log_every": 5}
     process = start("run", folder.write(**settings))
-    wait_for(folder.output / "metrics.jsonl", process)
+    wait((folder.output / "metrics.jsonl").exists, process)
     process.send_signal(number)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == code, printed
@@ -73,6 +73,21 @@ def test_a_signal_saves_and_ends_cleanly_and_the_run_goes_on_from_there(
     printed = within("run", folder.config).stdout
     assert f"changed since: train.steps: 300 -> {done + 3}" in printed
     assert [row["step"] for row in folder.rows()] == list(range(1, done + 4))
+
+
+def test_a_run_in_the_background_of_a_script_ignores_ctrl_c_and_saves_at_sigterm(folder, start: Start) -> None:
+    process = start("run", folder.write(steps=3000, save=10_000, log_every=1), background=True)
+    steps = folder.output / "metrics.jsonl"
+    wait(steps.exists, process)
+    process.send_signal(signal.SIGINT)
+    seen = steps.read_bytes().count(b"\n")
+    wait(lambda: steps.read_bytes().count(b"\n") >= seen + 3, process)  # who hears it, ends a step later
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, printed
+    done = len(folder.rows())
+    assert done >= seen + 3
+    assert [path.name for path in (folder.output / "checkpoints").iterdir()] == [f"step-{done:06d}"]
 
 
 def test_changes_that_may_be_made_are_applied_and_shown(folder, within: Run) -> None:

@@ -1,4 +1,4 @@
-"""One Ctrl-C asks, a later one ends at once, and the handlers of before come back."""
+"""One Ctrl-C asks, a later one ends at once, one that is ignored stays so, and the handlers of before come back."""
 
 from __future__ import annotations
 
@@ -32,3 +32,16 @@ def test_two_at_once_are_one_wish() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.signal == signal.SIGINT
+
+
+def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with listening() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not stop
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.signal == signal.SIGTERM
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

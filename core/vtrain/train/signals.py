@@ -1,4 +1,8 @@
-"""Ctrl-C and SIGTERM: the first asks the run to save and end; a second Ctrl-C, a second or more later, ends it at once."""
+"""Ctrl-C and SIGTERM: the first asks the run to save and end; a second Ctrl-C, a second or more later, ends it at once.
+
+A signal that the process was started to ignore stays ignored: a shell starts what a script puts in the background so that
+the terminal's Ctrl-C does not reach it.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,7 @@ class StopRequest:
 
 @contextmanager
 def listening(heard: Callable[[], None] = lambda: None) -> Iterator[StopRequest]:
-    """Catch the two signals for the length of the with block. heard: called at the first.
+    """Catch those of the two signals that are not ignored, for the length of the with block. heard: called at the first.
 
     A launcher passes on the Ctrl-C that its processes got from the terminal too: two at once are one.
     """
@@ -39,7 +43,8 @@ def listening(heard: Callable[[], None] = lambda: None) -> Iterator[StopRequest]
         elif number == signal.SIGINT and now - request.since > ONE_PRESS:
             raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    caught = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, ask) for number in caught}
     try:
         yield request
     finally:

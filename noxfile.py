@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import nox
@@ -14,6 +15,21 @@ nox.options.sessions = ["lint", "types", "tests"]
 
 CONSTRAINTS = "constraints.txt"
 CODE = ("core", "plugins", "sanavideo_plugin", "tests", "benchmarks", "examples", "docs", "noxfile.py")
+WITH_TORCH = re.compile(r"(torch|accelerate|peft|diffusers|transformers|efficientnet-\S+?|vtrain)(?=[<>=]|$)")
+"""Dependencies that are torch, or install it."""
+SOURCES = ("folder", "frames", "manifest", "remote_file", "s3", "storage", "tar", "web")
+TORCH_FREE = (
+    "tests/test_layers.py",
+    "tests/test_imports.py",
+    "tests/contract",
+    "tests/config",
+    "tests/registry",
+    "tests/plan",
+    *(f"tests/builtin/test_{source}.py" for source in SOURCES),
+    "tests/cli/test_config_command.py",
+    "tests/cli/test_plugins_command.py",
+)
+"""Tests of the layers up to plan, of the data sources, and of the commands that need no more than these."""
 
 
 def install(session: nox.Session, *more: str, extras: str = "") -> None:
@@ -43,6 +59,21 @@ def tests(session: nox.Session) -> None:
     install(session, extras="[test]")
     session.install("-q", "--no-deps", "-e", "tests/fixtures/toy_plugin")
     session.run("pytest", "-n", "2", *session.posargs, env={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
+
+
+@nox.session(python="3.12")
+def py312(session: nox.Session) -> None:
+    """What needs no torch, on Python 3.12 and without torch, whose wheel for 3.12 takes gigabytes in many places.
+
+    Where no python3.12 is found it is skipped, or fails if CI is set. pyenv's is found under PYENV_VERSION=<a 3.11>:<a 3.12>.
+    """
+    projects = [nox.project.load_toml(f"{folder}/pyproject.toml")["project"] for folder in (".", "sanavideo_plugin")]
+    needed = [line for project in projects for line in project["dependencies"]]
+    needed += projects[0]["optional-dependencies"]["test"]
+    session.install("-q", "-c", CONSTRAINTS, *(line for line in needed if not WITH_TORCH.match(line)))
+    session.install("-q", "--no-deps", "-e", ".", "-e", "./sanavideo_plugin", "-e", "tests/fixtures/toy_plugin")
+    session.run("python", "-c", "import importlib.util as i; assert not i.find_spec('torch'), 'torch came along'")
+    session.run("pytest", *TORCH_FREE, *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session

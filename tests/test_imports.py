@@ -6,6 +6,7 @@ import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 from PIL import Image
@@ -64,9 +65,13 @@ def imported(python: Python) -> Callable[..., tuple[int, set[str], set[str]]]:
     return run
 
 
-def test_the_probe_sees_a_heavy_import(python: Python) -> None:
-    done = python("-c", "import sys, torch; print('torch' in sys.modules)")
-    assert done.stdout.strip() == "True"
+def test_the_probe_sees_a_heavy_import(
+    imported: Callable[..., tuple[int, set[str], set[str]]], install_plugin: Callable[..., Path]
+) -> None:
+    folder = install_plugin("drum", "import torch\n" + dedent(FAMILY))
+    (folder / "torch.py").touch()  # found before the real one, which need not be there
+    _, packages, _ = imported("plugins", "list", path=(folder,))
+    assert packages & HEAVY == {"torch"}
 
 
 def test_help_imports_neither_plugins_nor_pydantic(imported: Callable[..., tuple[int, set[str], set[str]]]) -> None:

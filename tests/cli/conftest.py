@@ -17,9 +17,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from vtrain.cli import data_show
 from vtrain.cli.app import app
-from vtrain.data.caching import fill_windows
 from vtrain.data.decoding.worker import Workers
 from vtrain.data.scanning import scan as scanning
 
@@ -119,6 +117,9 @@ def process() -> Iterator[Workers]:
 @pytest.fixture
 def kept_process(monkeypatch: pytest.MonkeyPatch, process: Workers) -> None:
     """Each would import torch anew."""
+    from vtrain.cli import data_show
+    from vtrain.data.caching import fill_windows
+
     for module in (scanning, data_show, fill_windows):
         monkeypatch.setattr(module, "Workers", lambda count, limit_s: nullcontext(process))
 

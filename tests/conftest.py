@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import select
+import signal
 import socket
 import struct
 import subprocess
@@ -21,9 +22,22 @@ from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 InstallPlugin = Callable[..., Path]
 Python = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def pytest_configure() -> None:
+    """Ctrl-C is heard here and in every process that a test starts, also where the suite itself was started to ignore it.
+
+    A shell does so for what a script starts in the background, and processes inherit it; what is caught they inherit as default.
+    Hypothesis measures no time: a busy machine stops any example for longer than its limits.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("any machine")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

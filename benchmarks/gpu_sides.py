@@ -280,6 +280,7 @@ def vtrain_side(
         yield block
     finally:
         events.close()  # type: ignore[attr-defined]
+        processes.let_go()  # else the next side is measured with this one's model in memory
 
 
 SIDES: dict[str, Callable[[Setup, Processes], AbstractContextManager[Block]]] = {

@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from vtrain.contract import LossTerm, RunLength, StepView
+from vtrain.contract import Device, LossTerm, RunLength, StepView
 from vtrain_sanavideo.crepa_options import CrepaOptions, ProjectorOptions
 from vtrain_sanavideo.crepa_schedule import Schedule, SimilarityGate
 
@@ -21,6 +24,9 @@ SHORTEST = 1e-8
 
 WIDEST = 1024
 """Of the projector, unless the options say more: matrices in fp32 are slow, and a step has tens of thousands of tokens."""
+
+AT_ONCE = 4096
+"""Tokens that are aligned together, but at least a frame of every clip: enough for a GPU's matrix products to be fast."""
 
 
 def projector(options: ProjectorOptions, width: int, features: int) -> nn.Sequential:
@@ -33,11 +39,11 @@ def projector(options: ProjectorOptions, width: int, features: int) -> nn.Sequen
 
 
 def on_tokens(features: Tensor, height: int, width: int) -> Tensor:
-    """(B, f, h', w', D) -> (B, f, height, width, D) fp32, resampled in both directions of space at once.
+    """(B, f, h', w', D) -> (B, f, height, width, D), at least fp32, resampled in both directions of space at once.
 
     Bilinear, corners not aligned: positions are shares of the frame, whatever its shape. Averaged where it shrinks.
     """
-    features = features.float()
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
     if features.shape[2:4] == (height, width):
         return features
     batch = features.shape[0]
@@ -69,31 +75,119 @@ def mean_of(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def align(
-    features: Tensor, hidden: Tensor, distances: Sequence[int], decay: float, mask: Tensor | None = None
+    features: Tensor,
+    hidden: Tensor,
+    distances: Sequence[int],
+    decay: float,
+    mask: Tensor | None = None,
+    project: nn.Module | None = None,
 ) -> Alignment:
     """L_align = -mean over clips, frames and tokens of sim(y_f, h_f) + sum over k of exp(-|k - f| / decay) sim(y_k, h_f).
 
-    k: f - d and f + d for each d of `distances`, where there is such a frame. features y, hidden h: (B, f, h, w, D). mask:
-    how much each latent counts, ours: the tokens h_f of a clip are weighted by it.
+    k: f - d and f + d for each d of `distances`, where there is such a frame. features y: (B, f, h', w', D), no part of a
+    graph, resampled to the tokens. hidden: (B, f, h, w, D'), of which `project` makes h, fp32; without it they are h. mask: how
+    much each latent counts, ours: the tokens h_f of a clip are weighted by it. The gradient cannot be differentiated again.
     """
-    own = F.normalize(features, dim=-1, eps=SHORTEST)
-    reach = [distance for distance in distances if distance < own.shape[1]]
+    reach = [distance for distance in distances if distance < hidden.shape[1]]
     nearest = math.exp(-min(reach) / decay) if reach else 0.0
-    beside, counted = torch.zeros_like(own), own.new_zeros((own.shape[1], 1, 1))
-    for distance in reach:
-        # Relative to the nearest ones, so that a small decay leaves no zeros.
-        weight = math.exp((min(reach) - distance) / decay)
-        beside[:, :-distance] += weight * own[:, distance:]
-        beside[:, distance:] += weight * own[:, :-distance]
+    # Relative to the nearest ones, so that a small decay leaves no zeros.
+    weights = {distance: math.exp((min(reach) - distance) / decay) for distance in reach}
+
+    def loss_of(cosines: Tensor) -> Tensor:
+        return -(mean_of(cosines[0], mask) + nearest * mean_of(cosines[1], mask))
+
+    cosines_of = partial(cosines, features, weights, project)
+    trained = [weight for weight in project.parameters() if weight.requires_grad] if project else []
+    if torch.is_grad_enabled() and (hidden.requires_grad or trained):
+        loss, found = InParts.apply(cosines_of, loss_of, hidden, *trained)
+    else:
+        found = torch.cat([cosines_of(hidden[:, frames], frames) for frames in parts(hidden)], 2)
+        loss = loss_of(found)
+    counted = found.new_zeros((hidden.shape[1], 1, 1))
+    for distance, weight in weights.items():
         counted[:-distance] += weight
         counted[distance:] += weight
+    of = mean_of(counted.expand(found.shape[1:]), mask)
+    return Alignment(loss, mean_of(found[0], mask), mean_of(found[1], mask) / of.clamp_min(SHORTEST))
+
+
+def cosines(
+    features: Tensor, weights: Mapping[int, float], project: nn.Module | None, hidden: Tensor, frames: slice
+) -> Tensor:
+    """(2, B, n, h, w): of the tokens of n frames with their own features, and with those beside, weighted and summed.
+
+    weights: of frames, by how far away they are. hidden: (B, n, h, w, D') of these frames, features of all.
+    """
+    own, beside = targets(features, weights, frames, *hidden.shape[2:4])
+    if project is not None:
+        hidden = project(hidden.float())
     length = torch.linalg.vector_norm(hidden, dim=-1).clamp_min(SHORTEST)
-    similarity = mean_of((own * hidden).sum(-1) / length, mask)
-    if not reach:
-        return Alignment(-similarity, similarity, torch.zeros_like(similarity))
-    summed = mean_of((beside * hidden).sum(-1) / length, mask)
-    of = mean_of(counted.expand(own.shape[:-1]), mask)
-    return Alignment(-(similarity + nearest * summed), similarity, summed / of.clamp_min(SHORTEST))
+    return torch.stack([(own * hidden).sum(-1) / length, (beside * hidden).sum(-1) / length])
+
+
+def targets(
+    features: Tensor, weights: Mapping[int, float], frames: slice, height: int, width: int
+) -> tuple[Tensor, Tensor]:
+    """The directions of some frames' features, and the weighted sum of the directions beside them, (B, n, height, width, D)."""
+    far = max(weights, default=0)
+    first, last = max(frames.start - far, 0), min(frames.stop + far, features.shape[1])
+    around = F.normalize(on_tokens(features[:, first:last], height, width), dim=-1, eps=SHORTEST)
+    own = around[:, frames.start - first : frames.stop - first]
+    beside = torch.zeros_like(own)
+    for distance, weight in weights.items():
+        for shift in (distance, -distance):
+            start, stop = max(frames.start, -shift), min(frames.stop, features.shape[1] - shift)
+            if start < stop:
+                neighbours = around[:, start + shift - first : stop + shift - first]
+                beside[:, start - frames.start : stop - frames.start] += weight * neighbours
+    return own, beside
+
+
+def parts(hidden: Tensor) -> list[slice]:
+    """The frames of (B, f, h, w, D), some at a time."""
+    frames = hidden.shape[1]
+    some = max(1, AT_ONCE * frames // hidden[..., 0].numel())
+    return [slice(start, min(start + some, frames)) for start in range(0, frames, some)]
+
+
+class InParts(torch.autograd.Function):
+    """A loss linear in cosines, whose gradients are made in the forward pass, by autograd, some frames at a time.
+
+    How such a loss weighs a cosine is known before the cosine is, so a part's gradients follow right after the part, and what
+    they were made of is gone before the next. Only the gradients of `hidden`, in its type, and of the projector's weights wait for
+    the backward pass, which scales them. Nothing is computed twice, as checkpointing would.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        cosines_of: Callable[[Tensor, slice], Tensor],
+        loss_of: Callable[[Tensor], Tensor],
+        hidden: Tensor,
+        *weights: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """(the loss, all cosines (2, B, f, h, w), outside the graph). hidden: (B, f, h, w, D)."""
+        gradient, sums = torch.empty_like(hidden), list[Tensor]()
+        found, slopes = [], None
+        for frames in parts(hidden):
+            with torch.enable_grad():
+                some = hidden[:, frames].detach().requires_grad_()
+                made = cosines_of(some, frames)
+                if slopes is None:
+                    blank = made.new_zeros((2, *hidden.shape[:-1]), requires_grad=True)
+                    (slopes,) = torch.autograd.grad(loss_of(blank), blank)
+                gradient[:, frames], *own = torch.autograd.grad(made, (some, *weights), slopes[:, :, frames])
+            found.append(made.detach())
+            sums = [total.add_(each) for total, each in zip(sums, own, strict=True)] if sums else own
+        ctx.save_for_backward(gradient, *sums)
+        together = torch.cat(found, 2)
+        ctx.mark_non_differentiable(together)
+        return loss_of(together), together
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(each * scale for each in ctx.saved_tensors)
 
 
 class CrepaLoss(nn.Module):
@@ -148,11 +242,8 @@ class CrepaLoss(nn.Module):
         tap = view.taps[self._options.block]
         self._check(tap, view.features)
         assert view.features is not None
-        with torch.no_grad():
-            features = on_tokens(view.features, tap.shape[2], tap.shape[3])
-        with torch.autocast(tap.device.type, enabled=False):
-            hidden = self.projector(tap.float())
-            return align(features, hidden, self._distances, self._options.temporal_decay, view.mask)
+        with Device.of(tap).autocast(None):
+            return align(view.features, tap, self._distances, self._options.temporal_decay, view.mask, self.projector)
 
     def _nothing(self) -> Tensor:
         """0, with a gradient of 0 for each weight: processes that train together wait for every gradient."""

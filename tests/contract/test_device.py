@@ -259,6 +259,11 @@ def test_a_tensor_goes_to_a_card_from_page_locked_memory_and_nobody_waits(card: 
     tensor = Moves()
     Device("cuda", 0).move(tensor)  # type: ignore[arg-type]
     assert tensor.how == ["pinned", ("cuda:0", True)]
+    waiting = Moves()
+    Device("cuda", 0).pin(waiting)  # type: ignore[arg-type]
+    assert waiting.how == ["pinned"]
+    kept = torch.ones(2)
+    assert Device().pin(kept) is kept
 
 
 def test_what_is_on_a_card_already_or_goes_to_memory_shared_with_the_cpu_is_not_pinned(card: CardOf) -> None:

@@ -162,13 +162,17 @@ class Device:
                 Problem(str(self), f"the card cannot be opened: {_first_line(error)}.", remedy)
             ) from error
 
+    def pin(self, tensor: Tensor) -> Tensor:
+        """A tensor of the CPU in page-locked memory, from which it can go to this device without anybody waiting."""
+        return tensor.pin_memory() if self._pins(tensor) else tensor
+
     def move(self, tensor: Tensor) -> Tensor:
-        """The tensor on this device. From the CPU through page-locked memory, so that nobody waits for the copy."""
-        if not self.accelerated or tensor.device.type != "cpu":
-            return tensor.to(self.torch)
-        if not hasattr(self._module, "set_device"):
-            return tensor.to(self.torch)  # MPS shares its memory with the CPU
-        return tensor.pin_memory().to(self.torch, non_blocking=True)
+        """The tensor on this device; from the CPU, nobody waits for the copy."""
+        return tensor.pin_memory().to(self.torch, non_blocking=True) if self._pins(tensor) else tensor.to(self.torch)
+
+    def _pins(self, tensor: Tensor) -> bool:
+        """MPS shares its memory with the CPU."""
+        return self.accelerated and tensor.device.type == "cpu" and hasattr(self._module, "set_device")
 
     def synchronise(self) -> None:
         """Wait until all that was asked of it is done."""

@@ -62,7 +62,7 @@ class Feed:
         return torch.stack(noise), NoiseLevel(sigma, torch.cat([level.timestep for level in levels]))
 
     def prepare(self, number: int, step: int) -> Fed:
-        """The global micro-batch `number`, which optimizer step `step` (zero-based) uses."""
+        """The global micro-batch `number`, which optimizer step `step` (zero-based) uses, but for what `complete` moves."""
         with in_background(f"in the prefetcher, reading micro-batch {number}"):
             batch = self.batches.get(number, self.needed(step))
         with in_background(f"in the prefetcher, micro-batch {number} of {', '.join(batch.sample_ids)}"):
@@ -78,13 +78,19 @@ class Feed:
             condition=Condition(Text(self.device.move(batch.text.embeds), self.device.move(batch.text.mask))),
             step=step,
             mask=None if mask is None else self.device.move(mask),
-            features={name: self.device.move(each) for name, each in batch.features.items()},
-            frames=None if batch.frames is None else self.device.move(batch.frames),
+            features={name: self.device.pin(each) for name, each in batch.features.items()},
+            frames=None if batch.frames is None else self.device.pin(batch.frames),
         )
         return Fed(given, number, batch.sample_ids, _told(drawn, level))
 
+    def complete(self, fed: Fed) -> Fed:
+        """With features and frames on the device too: the largest of an input, they wait for their step in the host's memory."""
+        features = {name: self.device.move(each) for name, each in fed.given.features.items()}
+        frames = None if fed.given.frames is None else self.device.move(fed.given.frames)
+        return replace(fed, given=replace(fed.given, features=features, frames=frames))
+
     def stream(self, numbers: Iterator[tuple[int, int]]) -> Generator[Fed]:
-        """`prepare` of each (micro-batch number, step), in order, up to AHEAD of them in advance by one thread.
+        """Each (micro-batch number, step), in order, `prepare`d up to AHEAD of them in advance by one thread.
 
         What goes wrong in making one is raised when its turn comes. Closing it ends the thread.
         """
@@ -96,9 +102,9 @@ class Feed:
                 for number, step in numbers:
                     waiting.append(pool.submit(self.prepare, number, step))
                     if len(waiting) > AHEAD:
-                        yield _wait(waiting.popleft())
+                        yield self.complete(_wait(waiting.popleft()))
                 while waiting:
-                    yield _wait(waiting.popleft())
+                    yield self.complete(_wait(waiting.popleft()))
             finally:
                 for future in waiting:
                     future.cancel()

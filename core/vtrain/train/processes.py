@@ -62,6 +62,10 @@ class Processes:
         wrapped: nn.Module = self.accelerator.prepare_model(step)
         return wrapped
 
+    def let_go(self) -> None:
+        """Forget what was wrapped: accelerate keeps a list of it, and with it all weights, for as long as this object lives."""
+        self.accelerator.free_memory()
+
     def unsynchronised(self, step: nn.Module, *, when: bool) -> AbstractContextManager[Any]:
         """No gradient exchange inside, for all but the last micro-batch of an optimizer step."""
         return self.accelerator.no_sync(step) if when and self.count > 1 else nullcontext()

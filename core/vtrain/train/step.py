@@ -33,7 +33,7 @@ class StepInput:
     mask: (B, f, h, w) fp32 in [0, 1], how much each latent counts in the flow loss, somewhere above 0 in every clip; None:
     all count alike. features: regularizer -> (B, f', h', w', D') of the clean frames, from the cache, in the type in which they
     are stored. frames: uint8 (B, 3, f, H, W), the source's frame for each frame of tokens, for teachers that run at each step.
-    Several inputs wait on the device, so both are kept small: in fp32 they would be twice and four times that.
+    Several inputs wait for their step, so both are kept small: in fp32 they would be twice and four times that.
     """
 
     clean: Tensor

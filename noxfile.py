@@ -55,10 +55,22 @@ def clips(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """The whole test suite, two workers of one thread each. Arguments after -- go to pytest."""
+    """All tests but those that need minutes, two workers of one thread each. Arguments after -- go to pytest."""
+    run_pytest(session, "not slow and not gpu")
+
+
+@nox.session
+def slow(session: nox.Session) -> None:
+    """The tests that `nox -s tests` does not run: learning, the demo, the benchmarks' own runs. Arguments after -- go to pytest."""
+    run_pytest(session, "slow")
+
+
+def run_pytest(session: nox.Session, chosen: str) -> None:
+    """chosen: of markers, as pytest's -m. A worker that has nothing left to do takes over what waits for the other."""
     install(session, extras="[test]")
     session.install("-q", "--no-deps", "-e", "tests/fixtures/toy_plugin")
-    session.run("pytest", "-n", "2", *session.posargs, env={"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
+    env = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    session.run("pytest", "-n", "2", "--dist", "worksteal", "-m", chosen, *session.posargs, env=env)
 
 
 @nox.session(python="3.12")

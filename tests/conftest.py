@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -40,9 +41,74 @@ def pytest_configure() -> None:
     settings.load_profile("any machine")
 
 
+SILENCE_S = 8.0
+"""After so long without a line from pytest, it is said which tests are running."""
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    rule = config.option.markexpr
+    return f"tests chosen by -m {rule!r}" if rule else "tests marked slow run too: `nox -s tests` has -m 'not slow'"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests first, so that no process is left alone with one at the end."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """What takes longest first, so that no process is left alone with it at the end."""
+    items.sort(key=lambda item: not (item.get_closest_marker("slow") or item.get_closest_marker("long")))
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    config, option = session.config, session.config.option
+    if not hasattr(config, "workerinput") and option.verbose >= 0 and not (option.usepdb or option.trace):
+        config.pluginmanager.register(Heartbeat(SILENCE_S), "heartbeat")
+
+
+class Heartbeat:
+    """Names the running tests, and for how long they run, whenever pytest has said nothing for a while.
+
+    Without xdist a test's output is captured at the file descriptors, so this writes to a copy of standard output made before.
+    """
+
+    def __init__(self, silence_s: float) -> None:
+        self._silence_s = silence_s
+        self._running: dict[str, float] = {}
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._began = self._last = time.monotonic()
+        self._at_line_start = False
+        self._output = os.dup(1)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        with self._lock:
+            self._running[nodeid] = time.monotonic()
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        with self._lock:
+            self._running.pop(nodeid, None)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        with self._lock:
+            if report.when == "call" or not report.passed:  # else pytest prints nothing
+                self._last, self._at_line_start = time.monotonic(), False
+            if report.when not in ("setup", "call", "teardown"):  # its worker has died
+                self._running.pop(report.nodeid, None)
+
+    def pytest_sessionfinish(self) -> None:
+        self._ended.set()
+        self._thread.join()
+        os.close(self._output)
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self._silence_s / 8):
+            with self._lock:
+                now = time.monotonic()
+                if now - self._last < self._silence_s:
+                    continue
+                self._last = now
+                running = [f"{name} ({now - since:.0f} s)" for name, since in self._running.items()]
+            text = "running: " + ", ".join(running) if running else f"collecting ({now - self._began:.0f} s)"
+            os.write(self._output, f"{'' if self._at_line_start else os.linesep}{text}\n".encode())
+            self._at_line_start = True
 
 
 @pytest.fixture
@@ -82,6 +148,23 @@ def python() -> Python:
             environment["PYTHONPATH"] = os.pathsep.join(map(str, path))
         command = [sys.executable, *args]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+
+    return run
+
+
+@pytest.fixture
+def run_here() -> Callable[[Path], None]:
+    """`vtrain run` in this process, which has imported all that a new one would have to."""
+
+    def run(config: Path) -> None:
+        from accelerate.state import AcceleratorState
+        from typer.testing import CliRunner
+
+        from vtrain.cli.app import app
+
+        AcceleratorState._reset_state(reset_partial_state=True)  # else it stays at the first run's precision
+        done = CliRunner().invoke(app, ["run", str(config)])
+        assert done.exit_code == 0, (done.output, done.exception)
 
     return run
 

@@ -10,14 +10,19 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from transformers import Dinov2Config, Dinov2Model
+
+from vtrain.cli.app import main
 
 CONFIG = """
 [run]
@@ -64,8 +69,7 @@ Row = dict[str, object]
 Train = Callable[..., list[Row]]
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
-pytestmark = pytest.mark.slow
-"""Each run starts a process that imports torch and diffusers and trains."""
+pytestmark = pytest.mark.long
 
 
 def save_encoder(folder: Path, width: int, seed: int) -> None:
@@ -97,7 +101,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def launch(folder: Path, checkpoint: Path) -> Launch:
-    """launch("name", ...) -> the process that has run. All runs share the cache."""
+    """launch("name", ...) -> `vtrain run` as it ended: one process is this one, two are torchrun's. All share the cache."""
 
     def run(
         output: str, *, more: str = "", resume: str = "never", accumulate: int = 2, processes: int = 1
@@ -105,9 +109,19 @@ def launch(folder: Path, checkpoint: Path) -> Launch:
         file = folder / f"{output}.toml"
         values = {"output": output, "resume": resume, "model": checkpoint, "accumulate": accumulate, "more": more}
         file.write_text(CONFIG.format(**values))
-        launcher = ["torch.distributed.run", f"--nproc_per_node={processes}", "-m"] if processes > 1 else []
+        if processes == 1:
+            return run_here(file)
         return subprocess.run(
-            [sys.executable, "-m", *launcher, "vtrain.cli", "run", str(file)],
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                f"--nproc_per_node={processes}",
+                "-m",
+                "vtrain.cli",
+                "run",
+                str(file),
+            ],
             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
             capture_output=True,
             text=True,
@@ -115,6 +129,18 @@ def launch(folder: Path, checkpoint: Path) -> Launch:
         )
 
     return run
+
+
+def run_here(file: Path) -> subprocess.CompletedProcess[str]:
+    """`vtrain run` in this process, on the CPU as two are."""
+    out, err = StringIO(), StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setenv("ACCELERATE_USE_CPU", "1")
+        patch.setattr("sys.argv", ["vtrain", "run", str(file)])
+        AcceleratorState._reset_state(reset_partial_state=True)  # else it stays at the first run's precision
+        with pytest.raises(SystemExit) as ended:
+            main()
+    return subprocess.CompletedProcess(str(file), int(ended.value.code or 0), out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")

@@ -224,6 +224,7 @@ assert not [name for name in sys.modules if name.startswith("vtrain")]
 """
 
 
+@pytest.mark.long
 def test_plain_diffusers_loads_what_is_saved(family: SanaVideoFamily, checkpoint: Path, tmp_path: Path) -> None:
     """An adapter whose alpha is not its rank, and full weights, in a process that never imports vtrain."""
     adapted, full = family.load_denoiser("cpu", "fp32"), family.load_denoiser("cpu", "fp32")

@@ -5,16 +5,19 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import runpy
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from accelerate.state import AcceleratorState
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+WORLD = BENCHMARKS.parent / "examples" / "world"
 MODULES = (
     "bare",
     "crepa",
@@ -58,3 +61,26 @@ def script(tmp_path: Path) -> Callable[..., tuple[str, dict[str, Any]]]:
         return done.stdout, json.loads(numbers.read_text(encoding="utf-8"))
 
     return run
+
+
+@pytest.fixture
+def script_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., tuple[str, dict[str, Any]]]]:
+    """As `script`, in this process, which has imported torch and diffusers already."""
+    for folder in (WORLD, BENCHMARKS):
+        monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    known = set(sys.modules)
+
+    def run(name: str, *arguments: str) -> tuple[str, dict[str, Any]]:
+        numbers = tmp_path / "numbers.json"
+        monkeypatch.setattr(sys, "argv", [name, *arguments, "--json", str(numbers)])
+        AcceleratorState._reset_state(reset_partial_state=True)
+        runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
+        return capsys.readouterr().out, json.loads(numbers.read_text(encoding="utf-8"))
+
+    yield run
+    for name in set(sys.modules) - known:
+        if Path(getattr(sys.modules[name], "__file__", None) or "").parent == BENCHMARKS:
+            del sys.modules[name]

@@ -1,8 +1,10 @@
-"""Each benchmark runs from end to end in its smallest form. Their numbers are not judged here: no test is timed."""
+"""Each benchmark runs from end to end in its smallest form. Their numbers are not judged here: no test is timed.
+
+Those marked slow start processes of their own, a dozen or more that import torch and diffusers: 15 to 35 CPU-seconds each.
+"""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,21 @@ import vtrain
 
 Script = Callable[..., tuple[str, dict[str, Any]]]
 ROOT = Path(__file__).parents[2]
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+SCRIPTS = sorted(path.name for path in BENCHMARKS.glob("*.py") if "ArgumentParser(" in path.read_text(encoding="utf-8"))
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_benchmark_finds_all_that_it_imports_and_explains_its_options(
+    script_here: Script, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        script_here(name, "--help")
+    assert ended.value.code == 0
+    assert "--json" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_the_step_benchmark_gives_ratios_of_time_and_memory(script: Script, tmp_path: Path) -> None:
     text, numbers = script(
         "step.py", "--models", "tiny", "--modes", "lora", "--pairs", "2", "--steps", "2", "--rss-pairs", "1",
@@ -39,6 +54,7 @@ def test_the_step_benchmark_gives_ratios_of_time_and_memory(script: Script, tmp_
     assert numbers["machine"]["torch"] in text
 
 
+@pytest.mark.slow
 def test_the_startup_benchmark_compares_commands_and_says_of_which_install(script: Script) -> None:
     text, numbers = script("startup.py", "--runs", "1", "--threads", "1", "--models")
     assert [row["what"] for row in numbers["commands"]] == [
@@ -60,8 +76,9 @@ def test_the_startup_benchmark_compares_commands_and_says_of_which_install(scrip
     assert ("vtrain's bytecode: kept\n" in text) == numbers["bytecode"]
 
 
-def test_the_gpu_benchmark_runs_on_a_cpu_with_a_tiny_model(script: Script) -> None:
-    text, numbers = script("gpu_sana2b.py", "--device", "cpu", "--tiny", "--blocks", "2", "--steps", "1")
+@pytest.mark.long
+def test_the_gpu_benchmark_runs_on_a_cpu_with_a_tiny_model(script_here: Script) -> None:
+    text, numbers = script_here("gpu_sana2b.py", "--device", "cpu", "--tiny", "--blocks", "2", "--steps", "1")
     assert [(setup["mode"], setup["clip"]) for setup in numbers["setups"]] == [("lora", "64x64x9"), ("full", "64x64x9")]
     sides = ("bare", "vtrain", "CREPA cached", "CREPA decoded")
     assert all(len(setup[side]["seconds"]) == 2 for setup in numbers["setups"] for side in sides)
@@ -70,6 +87,7 @@ def test_the_gpu_benchmark_runs_on_a_cpu_with_a_tiny_model(script: Script) -> No
     assert text.count("| in turn") == 8
 
 
+@pytest.mark.slow
 def test_the_crepa_benchmark_compares_kinds_of_teachers_with_the_step_without(script: Script, tmp_path: Path) -> None:
     sides = ("none", "cached", "source")
     text, numbers = script(
@@ -84,11 +102,8 @@ def test_the_crepa_benchmark_compares_kinds_of_teachers_with_the_step_without(sc
     assert text.count("| tiny  | lora    |") == 2 * len(sides)
 
 
-def test_features_of_decoded_latents_are_more_like_their_own_frames_than_like_other_clips(
-    script: Script, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2] / "examples" / "world"), prepend=os.pathsep)
-    text, numbers = script("crepa_decoded.py", "--clips", "4")
+def test_features_of_decoded_latents_are_more_like_their_own_frames_than_like_other_clips(script_here: Script) -> None:
+    text, numbers = script_here("crepa_decoded.py", "--clips", "4")
     (found,) = numbers["likeness"]
     assert found["clips"] == 4
     assert found["others"] < found["decoded"] < 0.999
@@ -96,6 +111,7 @@ def test_features_of_decoded_latents_are_more_like_their_own_frames_than_like_ot
     assert "features of 4 clips" in text
 
 
+@pytest.mark.slow
 def test_the_scan_benchmark_measures_each_part_and_compares_a_warm_scan_with_a_bare_walk(script: Script) -> None:
     text, numbers = script("scan.py", "--entries", "20", "1100", "--pairs", "1", "--cold")
     few, many = numbers["places"]
@@ -108,6 +124,7 @@ def test_the_scan_benchmark_measures_each_part_and_compares_a_warm_scan_with_a_b
     assert "peak at 1,100 / at 20" in text
 
 
+@pytest.mark.slow
 def test_the_cache_benchmark_compares_clips_a_second(script: Script, tmp_path: Path) -> None:
     text, numbers = script("cache.py", "--clips", "5", "--pairs", "1", "--cold", "--folder", str(tmp_path / "work"))
     assert [(row["measure"], row["ratio"]["at_least"]) for row in numbers["compared"]] == [
@@ -126,6 +143,7 @@ def test_the_cache_benchmark_compares_clips_a_second(script: Script, tmp_path: P
     assert text.count("at least 0.95") == 2
 
 
+@pytest.mark.slow
 def test_the_batches_benchmark_compares_batches_a_second_and_tells_the_wait(script: Script, tmp_path: Path) -> None:
     text, numbers = script(
         "batches.py", "--blocks", "1", "--batches", "2", "--models", "tiny", "--modes", "lora", "--steps", "2",

@@ -46,7 +46,7 @@ def peaks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("decoder", ["pyav", "torchcodec"])
 def test_every_damaged_file_is_used_or_named_and_none_does_harm(setup, peaks, decoder) -> None:
     """About 440 files are scanned, decoded and encoded, and listed again: some 10 seconds of CPU.

@@ -71,6 +71,7 @@ def decoders() -> set[int]:
     return {child.pid for child in children if "vtrain.data.decoding.worker_process" in " ".join(child.cmdline())}
 
 
+@pytest.mark.long
 def test_a_run_goes_on_and_the_files_are_failed_with_what_their_decoder_did(setup, crashes) -> None:
     shared = decoders()  # those that other tests share
     plan = setup.plan(setup.dataset(decode_timeout=3.0))

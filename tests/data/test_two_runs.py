@@ -106,8 +106,9 @@ def result(process: subprocess.Popen[str]) -> tuple[list, int, dict]:
     return tuple(json.loads(out))
 
 
-def test_both_end_with_the_whole_cache_and_each_clip_and_caption_is_encoded_once(many, start) -> None:
-    runs = [start(0.15), start(0.15)]
+@pytest.mark.long
+def test_both_end_with_the_whole_cache_and_each_clip_caption_and_features_are_encoded_once(many, start) -> None:
+    runs = [start(0.15, "features"), start(0.15, "features")]
     wait_for(lambda: len(list(many.root.glob("ready-*"))) == 2)
     (many.root / "go").touch()
     (first_texts, first, left), (second_texts, second, also_left) = map(result, runs)
@@ -116,22 +117,13 @@ def test_both_end_with_the_whole_cache_and_each_clip_and_caption_is_encoded_once
     assert min(first, second) > 0, "one did all the work"
     captions = [caption for caption, _ in [*first_texts, *second_texts]]
     assert sorted(captions) == sorted({"", *(f"caption {k}" for k in range(8))})
-    entries = sorted(many.cache.rglob("*.safetensors"))
-    assert len(entries) == 8 + 9
+    assert len(encoded(many)) == 8 + 8, "a clip's latents, or its features, were made twice"
+    assert len(list((many.cache / "features").rglob("*.safetensors"))) == 8
+    assert len(list(many.cache.rglob("*.safetensors"))) == 8 + 9 + 8
     assert list(many.cache.rglob("*.part")) == []
 
 
-def test_both_fill_features_too_and_each_clips_are_encoded_once(many, start) -> None:
-    runs = [start(0.1, "features"), start(0.1, "features")]
-    wait_for(lambda: len(list(many.root.glob("ready-*"))) == 2)
-    (many.root / "go").touch()
-    (_, first, left), (_, second, also_left) = map(result, runs)
-    assert left == also_left == {}
-    assert first + second == 8
-    assert len(encoded(many)) == 8 + 8, "a clip's latents, or its features, were made twice"
-    assert len(list((many.cache / "features").rglob("*.safetensors"))) == 8
-
-
+@pytest.mark.long
 def test_what_a_killed_run_had_claimed_is_made_by_the_other(many, start) -> None:
     slow, other = start(60), start(0.01)
     wait_for(lambda: len(list(many.root.glob("ready-*"))) == 2)

@@ -45,6 +45,7 @@ def run_block(block: Any, folder: Path, run: Run, arguments: tuple[Path, ...]) -
     return "" if done.returncode == 0 else done.stdout + done.stderr
 
 
+@pytest.mark.long
 def test_every_python_block_of_a_page_runs(
     python_page: Path,
     every_block: tuple[Any, ...],
@@ -76,6 +77,7 @@ def test_a_planted_conformance_test_that_fails_or_tests_nothing_is_found(
         assert run_block(make_block("python", text, "file=test_planted.py"), tmp_path, run_python, ()) != ""
 
 
+@pytest.mark.long
 def test_the_plugin_of_the_page_trains_with_sana_video(
     root: Path, prepared: Path, tmp_path: Path, installed_from: Install, run_python: Run
 ) -> None:

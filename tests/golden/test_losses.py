@@ -23,9 +23,9 @@ def recorder() -> ModuleType:
     return module
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_twenty_steps_give_the_recorded_numbers() -> None:
-    """Slow (a whole run with the real classes): the one test that notices any change of any number on the way."""
+    """Long (a whole run with the real classes): the one test that notices any change of any number on the way."""
     expected = json.loads((HERE / "losses.json").read_text(encoding="utf-8"))
     got = recorder().record()
     assert len(expected["losses"]) == 20

@@ -203,6 +203,27 @@ def write_clip(path: Path, width: int, height: int, frames: int, seed: int) -> N
         container.mux(stream.encode(None))
 
 
+@pytest.fixture
+def cut_off() -> Callable[[Path], None]:
+    """Take the last tenth of a clip's pictures away; its header and all frames before are sound."""
+
+    def cut(clip: Path) -> None:
+        with (
+            av.open(str(clip)) as source,
+            av.open(str(clip.with_suffix(".mov")), "w", options={"movflags": "faststart"}) as copy,
+        ):
+            stream = copy.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(video=0):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    copy.mux(packet)
+        data = clip.with_suffix(".mov").read_bytes()
+        clip.write_bytes(data[: len(data) - (len(data) - data.index(b"mdat")) // 10])
+        clip.with_suffix(".mov").unlink()
+
+    return cut
+
+
 @pytest.fixture(scope="session")
 def toy_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five captioned clips of two shapes, and a cache that all runs share."""

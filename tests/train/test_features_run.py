@@ -74,12 +74,3 @@ def test_status_prune_and_verify_know_features(own, within: Run) -> None:
     assert "features (toy-colours): 0 of 5 cached, 5 to do" in filled
     assert "deleted 5 files" in within("cache", "prune", config, "--yes").stdout
     assert len(list((own.cache / "features").rglob("*.safetensors"))) == 5
-
-
-def test_two_processes_fill_features_together_and_train_with_them(own, vtrain: Run) -> None:
-    config = colours(own, "cached", steps=2, batch_size=1, save=2)
-    ran = vtrain("run", config, processes=2)
-    assert "features (toy-colours): " in ran.stdout
-    assert "(the first process's share of 2)" in ran.stdout
-    assert len(list((own.cache / "features").rglob("*.safetensors"))) == 5
-    assert len(own.rows()) == 2

@@ -28,6 +28,7 @@ from vtrain.train.feed import Feed
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 MASKS = '\n[data.masks]\nfolder = "masks"\n'
+COLOURS = '\n[[regularizer]]\nuse = "toy-colours"\nblock = 1\nteacher = "cached"\n'
 
 
 def picture(size: tuple[int, int], white: float) -> np.ndarray:
@@ -167,18 +168,37 @@ def test_only_the_white_half_of_clips_is_learned(own, within: Run) -> None:
     assert plain[1] < before[1] / 2
 
 
-def test_two_processes_fill_and_train_with_masks_as_one_does(own, vtrain: Run, within: Run, tmp_path_factory) -> None:
-    """An empty mask among them: all processes leave that clip out."""
+@pytest.mark.long
+def test_two_processes_fill_and_train_with_masks_and_features_as_one_does(
+    own, vtrain: Run, within: Run, tmp_path_factory, cut_off: Callable[[Path], None]
+) -> None:
+    """A black mask and a clip whose last frames are missing among them: all processes train without these two."""
     for number, white in enumerate((0.5, 0.25, 0.0, 0.75)):
         add_image(own.path / f"clips/masks/clip_{number}.png", (96, 64) if number % 2 else (64, 64), white)
-    settings = {"steps": 4, "batch_size": 1, "log_every": 1, "more": MASKS}
-    own = replace(own, cache=tmp_path_factory.mktemp("two"))
-    done = vtrain("run", own.write(accumulate=2, **settings), processes=2)
+    cut_off(own.path / "clips/clip_4.mp4")
+    settings = {"steps": 4, "batch_size": 1, "log_every": 1, "more": MASKS + COLOURS}
+
+    def written(cache: str, accumulate: int) -> Any:
+        placed = replace(own, cache=tmp_path_factory.mktemp(cache))
+        config = placed.write(accumulate=accumulate, **settings)
+        config.write_text(config.read_text().replace('path = "clips"', 'path = "clips"\nrepeats = 1'))
+        return placed
+
+    own = written("two", 2)
+    done = vtrain("run", own.config, processes=2)
     assert "its mask masks/clip_2.png is black" in done.stdout + done.stderr
+    assert "left out: clips/clip_4.mp4" in done.stdout
+    assert "2 of 5 clips cannot be used; 3 remain" in done.stdout
+    assert "features (toy-colours): " in done.stdout
+    assert "(the first process's share of 2)" in done.stdout
+    assert len(list((own.cache / "features").rglob("*.safetensors"))) == 3
     two = own.rows()
+    assert len(two) == 4
     shutil.rmtree(own.output)
-    own = replace(own, cache=tmp_path_factory.mktemp("one"))
-    within("run", own.write(accumulate=4, **settings))
+    own = written("one", 4)
+    within("run", own.config)
     for a, b in zip(two, own.rows(), strict=True):
         assert a["samples"] == b["samples"]
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["terms"] == pytest.approx(b["terms"], rel=1e-5)
+        assert a["terms"]["toy-colours/colours"] > 0

@@ -10,16 +10,19 @@ import torch
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
+IMAGE_TO_VIDEO = "\n[data.video]\nimage_to_video = 0.5\n"
 TOLERANCE = 1e-6
 """Gradients are summed in another order (all-reduce), so fp32 rounding differs. Measured over these eight steps: losses 5.1e-8
 relative, weights 4.5e-8 absolute at most."""
 
 
-@pytest.mark.parametrize("train", ["full", "lora"])
+@pytest.mark.long
+@pytest.mark.parametrize(("train", "more"), [("full", IMAGE_TO_VIDEO), ("lora", "")], ids=["full", "lora"])
 def test_two_processes_give_the_curve_of_one_with_twice_the_accumulation(
-    folder, another, vtrain: Run, within: Run, train: str
+    folder, another, vtrain: Run, within: Run, train: str, more: str
 ) -> None:
-    settings = {"train": train, "steps": 8, "save": 4, "batch_size": 1, "lr": 1e-3}
+    """Full training starts half of its draws from a clean first frame; the adapter none."""
+    settings = {"train": train, "more": more, "steps": 8, "save": 4, "batch_size": 1, "lr": 1e-3}
     one = another()
     within("run", one.write(accumulate=4, **settings))
     done = vtrain("run", folder.write(accumulate=2, **settings), processes=2)
@@ -30,6 +33,8 @@ def test_two_processes_give_the_curve_of_one_with_twice_the_accumulation(
         assert a["sigmas"] == b["sigmas"]
         assert a["lr"] == b["lr"]
         assert a["loss"] == pytest.approx(b["loss"], rel=TOLERANCE)
+    from_an_image = sum(isinstance(sigma, list) for row in expected for sigma in row["sigmas"])
+    assert 0 < from_an_image < 32 if more else from_an_image == 0
     left, right = folder.tensors(8), one.tensors(8)
     assert left.keys() == right.keys()
     for name, value in right.items():

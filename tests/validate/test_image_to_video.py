@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -299,18 +296,16 @@ def test_the_plan_prices_levels_at_each_token(write_config: Write) -> None:
     ]
 
 
-@pytest.mark.slow
-def test_a_run_generates_from_its_picture(planned_from: Callable[..., Plan], tmp_path: Path) -> None:
-    """Slow (a process that trains): what `vtrain run` writes before its first step is what the model of the folder makes."""
+def test_a_run_generates_from_its_picture(
+    planned_from: Callable[..., Plan], tmp_path: Path, run_here: Callable[[Path], None]
+) -> None:
+    """What `vtrain run` writes before its first step is what the model of the folder makes."""
     trained = ("fps = 8", "fps = 8\nimage_to_video = 1.0")
     plan = planned_from(drawing(64, 32), trained)
     config = tmp_path / "config.toml"
     text = config.read_text(encoding="utf-8").replace('every = "100 steps"', 'every = "100 steps"\nat_start = true')
     config.write_text(text, encoding="utf-8")
-    command = [sys.executable, "-m", "vtrain.cli", "run", str(config)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_here(config)
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [[len(sigma), sigma[0]] for row in rows for sigma in row["sigmas"]] == [[2, 0.0]] * 2
     ours = validator(plan).videos(tmp_path / "ours", ["rabbit", "boat"])

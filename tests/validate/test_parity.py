@@ -89,61 +89,51 @@ def test_no_dropout_is_left_on_while_videos_are_generated(plan: Plan, tmp_path: 
     assert not torch.equal(*in_training), "with dropout the two would differ, so the check above can fail"
 
 
-def run(code: str, *arguments: Path | str) -> str:
-    """Run code in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-TRAIN = "import sys\nfrom vtrain.cli.app import main\nsys.argv = ['vtrain', 'run', sys.argv[1]]\nmain()"
-
 PLAIN = """
     import sys
     from pathlib import Path
     import av, numpy as np, torch
     from diffusers import SanaVideoPipeline, SanaVideoTransformer3DModel
-    model, checkpoint, video, kind = sys.argv[1:]
-    pipeline = SanaVideoPipeline.from_pretrained(model, torch_dtype=torch.float32)
-    before = {k: v.clone() for k, v in pipeline.transformer.state_dict().items()}
-    if kind == "full":
-        pipeline.transformer = SanaVideoTransformer3DModel.from_pretrained(Path(checkpoint) / "transformer")
-        after = pipeline.transformer.state_dict()
-        assert any(not torch.equal(before[k], after[k]) for k in before), "nothing was trained"
-    else:
-        pipeline.load_lora_weights(checkpoint)
-        assert pipeline.transformer.peft_config["default_0"].lora_alpha == 32
-    frames = pipeline("A big grey Rabbit in a meadow motion score: 30.", negative_prompt="Blurry, worst quality",
-        height=32, width=64, frames=5, num_inference_steps=6, guidance_scale=5.0, use_resolution_binning=False,
-        generator=torch.Generator().manual_seed(11), output_type="np").frames[0]
-    with av.open(video) as container:
-        ours = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
-    luma = np.array([0.2126, 0.7152, 0.0722])
-    error = (((ours / 255 - frames) @ luma) ** 2).mean()
-    psnr = -10 * np.log10(error)
+    model, outputs = sys.argv[1], Path(sys.argv[2])
+    for kind in "full", "lora":
+        checkpoint = outputs / kind / "checkpoints" / "step-000008"
+        pipeline = SanaVideoPipeline.from_pretrained(model, torch_dtype=torch.float32)
+        before = {k: v.clone() for k, v in pipeline.transformer.state_dict().items()}
+        if kind == "full":
+            pipeline.transformer = SanaVideoTransformer3DModel.from_pretrained(checkpoint / "transformer")
+            after = pipeline.transformer.state_dict()
+            assert any(not torch.equal(before[k], after[k]) for k in before), "nothing was trained"
+        else:
+            pipeline.load_lora_weights(checkpoint)
+            assert pipeline.transformer.peft_config["default_0"].lora_alpha == 32
+        frames = pipeline("A big grey Rabbit in a meadow motion score: 30.", negative_prompt="Blurry, worst quality",
+            height=32, width=64, frames=5, num_inference_steps=6, guidance_scale=5.0, use_resolution_binning=False,
+            generator=torch.Generator().manual_seed(11), output_type="np").frames[0]
+        with av.open(str(outputs / kind / "samples" / "step-000008" / "rabbit.mp4")) as container:
+            ours = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+        luma = np.array([0.2126, 0.7152, 0.0722])
+        error = (((ours / 255 - frames) @ luma) ** 2).mean()
+        print("psnr", -10 * np.log10(error))
     assert "vtrain" not in sys.modules and "vtrain_sanavideo" not in sys.modules
-    print("psnr", psnr)
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("train", ["full", "lora"])
+@pytest.mark.long
 def test_a_runs_checkpoint_in_plain_diffusers_makes_the_video_that_the_run_made(
-    tmp_path: Path, tiny: Path, write_config: Callable[..., Path], train: str
+    tmp_path: Path, tiny: Path, write_config: Callable[..., Path], run_here: Callable[[Path], None]
 ) -> None:
-    """Slow (two processes that import diffusers): the whole way from `vtrain run` to another tool, for full and LoRA.
+    """Long (a process that imports diffusers): the whole way from `vtrain run` to another tool, for full and LoRA.
 
     Luma is compared: the file's chroma has half the resolution. What else separates the two is H.264 at CRF 18.
     """
-    config = write_config(train=train, steps=8)
-    if train == "lora":
-        toml = config.read_text(encoding="utf-8")
-        config.write_text(
-            toml.replace("[precision]", "[model.lora]\nrank = 4\nalpha = 32.0\n[precision]"), encoding="utf-8"
-        )
-    run(TRAIN, config)
-    video = tmp_path / "out" / "samples" / "step-000008" / "rabbit.mp4"
-    printed = run(PLAIN, tiny, tmp_path / "out" / "checkpoints" / "step-000008", video, train)
-    assert float(printed.split("psnr")[1]) > 28, printed
+    for train, more in (("full", ""), ("lora", "[model.lora]\nrank = 4\nalpha = 32.0\n")):
+        config = write_config(train=train, steps=8)
+        toml = config.read_text(encoding="utf-8").replace('output_dir = "out"', f'output_dir = "{train}"')
+        config.write_text(toml.replace("[precision]", f"{more}[precision]"), encoding="utf-8")
+        run_here(config)
+    command = [sys.executable, "-c", textwrap.dedent(PLAIN), str(tiny), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = [float(line.removeprefix("psnr ")) for line in done.stdout.splitlines() if line.startswith("psnr ")]
+    assert len(found) == 2
+    assert min(found) > 28, found

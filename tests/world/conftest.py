@@ -44,6 +44,11 @@ def evaluate(_importable: None) -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def demo(_importable: None) -> ModuleType:
+    return import_module("demo")
+
+
+@pytest.fixture(scope="session")
 def built(checkpoint: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of the tiny world."""
     folder: Path = checkpoint.build(tmp_path_factory.mktemp("world") / "checkpoint")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +18,10 @@ from pyarrow import parquet
 from torch import Tensor
 
 from vtrain.cli.prepare import prepare
+from vtrain.data.caching import fill_windows
 from vtrain.data.caching.caches import fill_caches
+from vtrain.data.decoding.worker import Workers
+from vtrain.data.scanning import scan as scanning
 
 COUNT = 4
 Fill = Callable[..., dict[str, Tensor]]
@@ -28,6 +32,15 @@ def clips(world: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clips")
     world.write_clips(folder, world.clips(COUNT, seed=3))
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _kept_process() -> Iterator[None]:
+    """All scans and fillings decode in one process: each new one would import torch."""
+    with Workers(1, limit_s=60) as workers, pytest.MonkeyPatch.context() as patch:
+        for module in (scanning, fill_windows):
+            patch.setattr(module, "Workers", lambda count, limit_s: nullcontext(workers))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -107,11 +120,9 @@ def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
     return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-@pytest.mark.slow
 def test_every_backend_gives_the_same_latents(
     fill: Fill, wanted: dict[str, Tensor], clips: Path, bucket: Any, tmp_path: Path
 ) -> None:
-    """Slow: the tiny checkpoint is made, and four clips are encoded four times; about 20 s."""
     bucket.put({f"clips/{file.name}": file.read_bytes() for file in clips.iterdir()})
     options = f'storage_options = {{ endpoint_url = "{bucket.endpoint}" }}'
     assert same(fill("s3", f'use = "folder"\npath = "s3://{bucket.name}/clips"\n{options}'), wanted)
@@ -124,11 +135,10 @@ def test_every_backend_gives_the_same_latents(
     assert same(fill("parquet", f'use = "manifest"\npath = "{tmp_path}/clips.parquet"\n{COLUMNS}'), wanted)
 
 
-@pytest.mark.slow
 def test_datasets_of_different_backends_train_in_one_run(
     fill: Fill, wanted: dict[str, Tensor], clips: Path, bucket: Any, tmp_path: Path
 ) -> None:
-    """Slow: the tiny checkpoint is made, and four clips are encoded twice; about 10 s. One dataset is turned off."""
+    """One dataset is turned off."""
     for suffix in (".mp4", ".txt"):
         (tmp_path / f"00000{suffix}").write_bytes((clips / f"00000{suffix}").read_bytes())
     row = {"path": f"s3://{bucket.name}/some/00001.mp4", "caption": (clips / "00001.txt").read_text()}
@@ -147,11 +157,9 @@ def test_datasets_of_different_backends_train_in_one_run(
     assert same(found, wanted)
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_through_a_network_that_drops_stalls_and_is_busy(
     fill: Fill, wanted: dict[str, Tensor], clips: Path, bucket: Any, proxy: Any, fault: Any
 ) -> None:
-    """Slow: the tiny checkpoint is made, and four clips are encoded twice; about 10 s."""
     bucket.put({f"clips/{file.name}": file.read_bytes() for file in clips.iterdir()})
     proxy.match = b"/clips/"
     proxy.faults.extend([fault("drop", 700), fault("503"), fault("stall"), fault("500"), fault("drop", 0)])
@@ -160,11 +168,10 @@ def test_a_run_goes_on_through_a_network_that_drops_stalls_and_is_busy(
     assert not proxy.faults
 
 
-@pytest.mark.slow
 def test_a_clip_whose_connection_always_drops_is_named_and_the_others_are_used(
     built: Path, clips: Path, bucket: Any, proxy: Any, fault: Any, tmp_path: Path
 ) -> None:
-    """Slow: the tiny checkpoint is made; about 5 s. The next scan tries the clip again."""
+    """The next scan tries the clip again."""
     bucket.put({f"clips/{file.name}": file.read_bytes() for file in clips.iterdir()})
     proxy.match = b"/clips/00002.mp4"
     proxy.faults.extend([fault("drop", 1000)] * 2)  # after the head: what of it drops, aiohttp asks for again

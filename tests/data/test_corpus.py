@@ -6,7 +6,6 @@ import dataclasses
 import os
 import re
 import runpy
-import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -67,10 +66,8 @@ def test_every_damaged_file_is_used_or_named_and_none_does_harm(setup, peaks, de
     outside = {file: file.read_bytes() for file in (setup.root / "outside").iterdir()}
     before = {entry.name: entry.stat(follow_symlinks=False).st_mtime_ns for entry in os.scandir(setup.folder)}
 
-    began = time.monotonic()
     found = scan(plan)
     filled = fill_caches(plan, found.samples, (), "cpu", lambda _: None)
-    assert time.monotonic() - began < 200
 
     (survey,) = filled.recount(found.survey).datasets
     left = sum(count for count, _ in survey.left_out.values())

@@ -89,7 +89,7 @@ def start(many) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 
 def wait_for(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 200
     while not true():
         assert time.monotonic() < end
         time.sleep(0.01)

@@ -167,7 +167,7 @@ def test_ctrl_c_while_filling_says_what_is_kept_and_the_next_one_goes_on(own, st
         (clips / f"more_{number}.txt").write_text(f"more {number}")
     config = own.write()
     process = start("cache", "fill", config)
-    end = time.monotonic() + 60
+    end = time.monotonic() + 200
     while len(entries(own.cache, "video")) < 3:
         assert time.monotonic() < end
         assert process.poll() is None

@@ -69,7 +69,9 @@ def inputs(setup: Setup, *, crepa: bool) -> Iterator[Fed]:
     _, frames, height, width = setup.clip.latents
     wide = WIDTH if setup.is_real else setup.config["num_attention_heads"] * setup.config["attention_head_dim"]
     while True:
-        features = {"crepa": torch.empty(1, frames, height // 2, width // 2, wide, dtype=torch.bfloat16)} if crepa else {}
+        features = (
+            {"crepa": torch.empty(1, frames, height // 2, width // 2, wide, dtype=torch.bfloat16)} if crepa else {}
+        )
         embeds = torch.empty(1, TEXT_TOKENS, setup.config["caption_channels"], dtype=torch.bfloat16)
         text = Text(embeds, torch.ones(1, TEXT_TOKENS, dtype=torch.bool))
         level = NoiseLevel(torch.empty(1), torch.empty(1))

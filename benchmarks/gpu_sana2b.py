@@ -105,11 +105,11 @@ def measure(setup: Setup, processes: Processes, blocks: int, sides: Iterable[str
     found = {}
     for side in sides or SIDES:
         found[side] = measure_alone(setup, side, processes, blocks)
-        processes.device.release()
+        Device.of(setup.device).release()
     whole = {side: each for side, each in found.items() if not each.note}
     if setup.in_turn and whole:
         measure_in_turn(setup, whole, processes, blocks)
-        processes.device.release()
+        Device.of(setup.device).release()
     return found
 
 

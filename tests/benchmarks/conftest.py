@@ -21,6 +21,7 @@ WORLD = BENCHMARKS.parent / "examples" / "world"
 MODULES = (
     "bare",
     "crepa",
+    "crepa_memory",
     "efficientnet",
     "gpu_sana2b",
     "gpu_sides",

@@ -147,7 +147,13 @@ def test_a_missing_file_and_a_folder_are_errors(tmp_path: Path, catalog: Catalog
     ("table", "text", "where", "what", "remedy"),
     [
         ("train", "[train]\nsteps = 1\nstesp = 1", 3, 'unknown key "stesp" in [train]', 'Did you mean "steps"?'),
-        ("run", '[run]\noutput_dir = "o"\nzzz = 1', 3, 'unknown key "zzz" in [run]', 'It takes "name", "output_dir"'),
+        (
+            "run",
+            '[run]\noutput_dir = "o"\nzzz = 1',
+            3,
+            'unknown key "zzz" in [run]',
+            'It takes "deterministic", "name", "output_dir"',
+        ),
         ("train", '[train]\nsteps = "ten"', 2, 'steps in [train]: expected a whole number, got "ten"', ""),
         ("train", "[train]\nsteps = 1.5", 2, "steps in [train]: expected a whole number, got 1.5", ""),
         ("train", "[train]\nsteps = true", 2, "steps in [train]: expected a whole number, got true", ""),

@@ -371,7 +371,7 @@ def test_a_full_card_says_what_was_asked_for_what_is_free_and_what_lowers_it(car
     assert problem.where == "cuda:0 (Stand-in 0)"
     assert problem.what == (
         "out of memory while training: 2.50 GiB were asked for, 3.00 GiB of 80.00 GiB are free, this process holds 60.00 GiB, "
-        "17.00 GiB are held by others on the card."
+        "17.00 GiB are held by others and by CUDA itself."
     )
     assert problem.remedy == "What lowers it: a.b (it is 2); c.d."
 
@@ -394,6 +394,22 @@ def test_full_memory_of_a_cpu_is_explained_too() -> None:
     words = r"this machine's memory: out of memory while training: .* GiB were asked for"
     with pytest.raises(DeviceError, match=words), Device().explained("training", ["train.batch_size"]):
         torch.empty(10**15)
+
+
+def test_full_memory_of_the_host_is_not_blamed_on_the_card(card: CardOf) -> None:
+    card()
+    with pytest.raises(DeviceError) as raised, Device("cuda", 0).explained("training", []):
+        torch.empty(10**15)
+    (problem,) = raised.value.problems
+    assert problem.where == "this machine's memory"
+    assert "free" not in problem.what
+
+
+@pytest.mark.parametrize("words", chapter.CARD_IS_FULL)
+def test_a_full_card_is_known_by_all_of_torchs_words_for_it(card: CardOf, words: str) -> None:
+    card()
+    with pytest.raises(DeviceError, match="out of memory while training"), Device("cuda", 0).explained("training", []):
+        raise RuntimeError(f"{words} (and more)")
 
 
 def test_an_operation_without_a_deterministic_form_names_the_option() -> None:

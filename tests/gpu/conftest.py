@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -26,6 +26,8 @@ import pytest
 
 # Read once, when cuBLAS is first used: before any test.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# Blocks of memory are split finely, so that a peak is what tensors take and not how they happen to lie.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 WORLD = Path(__file__).parents[2] / "examples" / "world"
@@ -244,7 +246,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
 
     from vtrain.cli.app import main
 
-    def call(config: Path, check: int = 0, environment: Mapping[str, str] | None = None) -> str:
+    def call(config: Path, check: int = 0) -> str:
         monkeypatch.setattr("sys.argv", ["vtrain", "run", str(config)])
         AcceleratorState._reset_state(reset_partial_state=True)
         out = StringIO()

@@ -66,7 +66,7 @@ def test_validation_starts_from_the_noise_of_a_cpu(world: Any, device: Any) -> N
     assert torch.equal(validator.device.move(validator.start()).cpu(), drawn)
 
 
-def test_what_the_prefetcher_puts_on_the_card_is_what_it_read(world: Any, device: Any, run: Callable[..., str]) -> None:
+def test_what_the_prefetcher_puts_on_the_card_is_what_it_read(world: Any, device: Any) -> None:
     """Also while the card is busy: copies that nobody waits for must not read memory that is used again."""
     from vtrain.cli.prepare import planned
     from vtrain.contract import Device

@@ -19,8 +19,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 LACKING = (
-    "annotated-types", "av", "diffusers", "importlib-metadata", "nvidia-ml-py", "pydantic", "pydantic-core", "tomli", "tree-sitter",
-    "tree-sitter-toml", "typing-inspection", "zipp", "zstandard",
+    "annotated-types", "av", "charset-normalizer", "diffusers", "importlib-metadata", "nvidia-ml-py", "pydantic",
+    "pydantic-core", "pytest-timeout", "requests", "tomli", "tree-sitter", "tree-sitter-toml", "typing-inspection", "zipp",
+    "zstandard",
 )  # fmt: skip
 """What an image made for PyTorch does not have, of what vtrain and vtrain-sanavideo need."""
 

@@ -13,7 +13,9 @@ import pytest
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "world" / "demo.py"
 FEW = ("--steps", "8", "--clips", "24", "--prompts", "4")
-BY_CHANCE = 1e-6
+BY_CHANCE, ALL_BY_CHANCE = 1e-3, 1e-12
+"""Probability below which a word, or all three together, were learnt. Seen after the short run: for the word that is learnt last,
+shape, 2e-7 and 9e-7 on two seeds and 4e-6 on another kind of processor, and 1.0 at half the steps; for all three 2e-58, and 0.9."""
 
 
 def start(output: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -81,3 +83,4 @@ def test_a_short_run_learns_far_more_than_chance(tmp_path: Path) -> None:
     assert result["everything"]["prompts"] == 64
     assert set(result["probability by chance"]) == {"colour", "shape", "direction", "all"}
     assert max(result["probability by chance"].values()) < BY_CHANCE, result["everything"]
+    assert result["probability by chance"]["all"] < ALL_BY_CHANCE, result["everything"]

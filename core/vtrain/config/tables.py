@@ -29,7 +29,7 @@ class RunTable(Options):
     deterministic: bool = Field(
         False,
         description="on a GPU, only operations that give the same bits each time, so that a resumed run is the same run "
-        "there too; a little slower. A CPU needs it not",
+        "there too; a little slower. Not needed on a CPU",
     )
 
 

@@ -37,7 +37,13 @@ BUSY = 1 << 30
 ON_CPU = "CUDA_VISIBLE_DEVICES= (empty) runs on the CPU instead."
 
 CPU_IS_FULL = "DefaultCPUAllocator: can't allocate memory"
-NOT_DETERMINISTIC = "does not have a deterministic implementation"
+CARD_IS_FULL = (
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "MPS backend out of memory",
+)
+NOT_DETERMINISTIC = ("does not have a deterministic implementation", "not deterministic because it uses CuBLAS")
 """How torch words what it raises as a plain RuntimeError."""
 
 
@@ -259,12 +265,15 @@ class Device:
             yield
         except RuntimeError as error:
             text = _first_line(error)
-            if isinstance(error, torch.OutOfMemoryError) or CPU_IS_FULL in text:
+            if CPU_IS_FULL in text:  # also beside a card: it is the host's memory that ran out
+                raise DeviceError(Device()._out_of_memory(error, doing, remedies)) from error
+            if isinstance(error, torch.OutOfMemoryError) or any(words in text for words in CARD_IS_FULL):
                 raise DeviceError(self._out_of_memory(error, doing, remedies)) from error
-            if NOT_DETERMINISTIC not in text:
+            if not any(words in text for words in NOT_DETERMINISTIC):
                 raise
+            text = text.partition(", but you set")[0]
             remedy = "Set run.deterministic = false: the run still trains, but a resumed one may differ in last bits."
-            raise DeviceError(Problem(str(self), f"run.deterministic cannot be kept: {text}", remedy)) from error
+            raise DeviceError(Problem(str(self), f"run.deterministic cannot be kept: {text}.", remedy)) from error
 
     def _out_of_memory(self, error: Exception, doing: str, remedies: Sequence[str]) -> Problem:
         asked = re.search(r"tried to allocate ([\d.]+) (\w+)", str(error), re.IGNORECASE)
@@ -277,7 +286,7 @@ class Device:
             parts.append(f"{gib(room[0])} of {gib(room[1])} are free")
             parts.append(f"this process holds {gib(own)}")
             if (rest := room[1] - room[0] - own) > BUSY:
-                parts.append(f"{gib(rest)} are held by others on the card")
+                parts.append(f"{gib(rest)} are held by others and by CUDA itself")
         what = f"out of memory while {doing}: {', '.join(parts)}."
         place = f"{self} ({self.name})" if self.accelerated else "this machine's memory"
         return Problem(place, what, f"What lowers it: {'; '.join(remedies)}." if remedies else "")
@@ -317,7 +326,7 @@ class Device:
                     watts=_answer(nvml, lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000),
                     processes=_answer(nvml, lambda: _processes(nvml, handle)) or {},
                 )
-            except (nvml.NVMLError, RuntimeError, AttributeError):
+            except Exception:  # noqa: BLE001 - a driver older than the library raises what is no NVMLError
                 return None
 
 
@@ -375,7 +384,7 @@ def _nvml() -> Iterator[Any]:
 def _cards() -> int:
     """NVIDIA cards of this machine, whatever torch makes of them."""
     with _nvml() as nvml:
-        return int(nvml.nvmlDeviceGetCount()) if nvml is not None else 0
+        return (_answer(nvml, lambda: int(nvml.nvmlDeviceGetCount())) or 0) if nvml is not None else 0
 
 
 def _answer(nvml: Any, ask: Callable[[], T]) -> T | None:

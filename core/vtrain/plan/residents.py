@@ -88,23 +88,34 @@ def remedies(plan: Plan, doing: Doing) -> Sequence[str]:
         family = plan.config.model.registered.spec.name
         return [*sizes, f"the family's own options of its encoders (`vtrain plugins show {family}`)", *_SMALLER]
     if doing == "validating":
-        return ["validation.size", "validation.frames", *_lighter(plan)]
-    return [*_lighter(plan), *_SMALLER] if doing == "training" else _lighter(plan)
+        return ["validation.size", "validation.frames", *_stored(plan)]
+    return [*_activations(plan), *_stored(plan), *_SMALLER] if doing == "training" else _stored(plan)
 
 
 _SMALLER = ("data.video.frames", "data.resolution")
 
 
-def _lighter(plan: Plan) -> list[str]:
-    """Of the denoiser and what is trained with it."""
+def _activations(plan: Plan) -> list[str]:
+    """What a step keeps for its backward pass."""
     config = plan.config
-    online = [name for name, part in plan.regularizers if part.needs().features in ("decoded", "source")]
     return [
         text
         for text, applies in (
             ("precision.gradient_checkpointing = true", not config.precision.gradient_checkpointing),
             (f"train.batch_size (it is {config.train.batch_size})", config.train.batch_size > 1),
             ('precision.mixed = "bf16"', config.precision.mixed == "no"),
+        )
+        if applies
+    ]
+
+
+def _stored(plan: Plan) -> list[str]:
+    """Weights, the optimizer's state, encoders that stay."""
+    config = plan.config
+    online = [name for name, part in plan.regularizers if part.needs().features in ("decoded", "source")]
+    return [
+        text
+        for text, applies in (
             ('precision.base = "bf16"', config.model.table.lora is not None and plan.base == "fp32"),
             ('model.train = "lora"', config.model.table.train == "full"),
             (f"cached features for {' and '.join(online)}, instead of an encoder at each step", bool(online)),

@@ -39,18 +39,19 @@ def survivors(opening: Callable[[], AbstractContextManager[Opened]], use: Callab
     return left
 
 
-class MemoryPeak(TorchDispatchMode):
+class MemoryPeak(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own is untyped
     """Counts the bytes of tensors while it is active: of what operators give, each storage once, until it is freed.
 
     It works on real tensors and, entered inside torch's FakeTensorMode, on fake ones: then a step of any size is counted on any
     machine, for nothing is computed. What a kernel takes for itself is not seen. torch's own MemTracker counts alike, but
-    its hooks on modules keep gradients alive that a step frees, and it takes no frozen weights and no gradients made in a forward pass.
+    its hooks on modules keep gradients alive that a step frees, and it takes no frozen weights, and no module that a step calls
+    several times.
 
     label: under what tensors made from now on are counted. now: label -> bytes. at_peak: the same when their sum was largest.
     """
 
     def __init__(self, label: str = "made") -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.label = label
         self.now, self.at_peak = Counter[str](), Counter[str]()
         self._total = self._peak = 0

@@ -51,14 +51,19 @@ warmup = "5 steps"
 """
 
 
+KERNELS = ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
+"""Variables by which MKL and oneDNN take other kernels than the processor's own."""
+
+
 def machine() -> dict[str, str]:
-    """What bit-identical numbers depend on."""
-    names = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
+    """What bit-identical numbers depend on. A virtual machine may name every generation of a processor alike."""
+    lines = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
+    known = {key.strip(): value.strip() for key, value in reversed(lines)}
+    generation = f"{known.get('model name')}, family {known.get('cpu family')}, model {known.get('model')}"
     return {
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": generation if "model name" in known else platform.processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "kernels": " ".join(f"{variable}={os.environ[variable]}" for variable in KERNELS if variable in os.environ),
         "torch": version("torch"),
         "diffusers": version("diffusers"),
     }

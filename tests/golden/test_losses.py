@@ -10,8 +10,9 @@ from types import ModuleType
 import pytest
 
 HERE = Path(__file__).parent
-TOLERANCE = 2e-3
-"""Relative, on other processors or versions: rounding differs and twenty steps let it grow."""
+TOLERANCE = 1e-4
+"""Relative, on other processors or versions: rounding differs and twenty steps let it grow. Seen with other instruction sets, other
+kernels of MKL and oneDNN, and two threads: 1.2e-7, of norms 2.2e-7. Known mistakes change some loss by 2e-2 or more."""
 
 
 def recorder() -> ModuleType:
@@ -33,4 +34,4 @@ def test_twenty_steps_give_the_recorded_numbers() -> None:
         assert got == expected
     else:
         assert got["losses"] == pytest.approx(expected["losses"], rel=TOLERANCE)
-        assert got["norms"] == pytest.approx(expected["norms"], rel=50 * TOLERANCE)
+        assert got["norms"] == pytest.approx(expected["norms"], rel=10 * TOLERANCE)

@@ -127,7 +127,7 @@ def test_latents_and_frames_equal_the_image_to_video_pipelines(
     pipeline = SanaImageToVideoPipeline.from_pretrained(euler, torch_dtype=torch.float32)
     theirs, frames = generated(pipeline, plan, image=Image.fromarray(picture))
     assert theirs.std() > 0.1
-    assert (ours - theirs)[:, :, :1].abs().max() < 1e-6, "the picture's own latents"
+    assert (ours - theirs)[:, :, :1].abs().max() < 1e-5, "the picture's own latents"
     assert (ours - theirs).abs().max() < TOLERANCE
     assert (ours - ours_from.latents(prompt))[:, :, 1:].abs().max() > 100 * TOLERANCE
     assert (decoded(plan, ours) - frames).abs().max() <= 1

@@ -152,7 +152,7 @@ def test_a_missing_file_and_a_folder_are_errors(tmp_path: Path, catalog: Catalog
             '[run]\noutput_dir = "o"\nzzz = 1',
             3,
             'unknown key "zzz" in [run]',
-            'It takes "deterministic", "name", "output_dir"',
+            'It takes "deterministic", "name"',
         ),
         ("train", '[train]\nsteps = "ten"', 2, 'steps in [train]: expected a whole number, got "ten"', ""),
         ("train", "[train]\nsteps = 1.5", 2, "steps in [train]: expected a whole number, got 1.5", ""),

@@ -84,6 +84,15 @@ def test_two_processes_for_one_card_are_an_error(
     assert "one process for each card" in said
 
 
+def test_another_device_of_accelerates_is_an_error_and_no_mixture(
+    folder, within: Run, card: Callable[..., Any]
+) -> None:
+    """`accelerate launch --cpu` sets such a variable: the model would be on one device, and its batches on another."""
+    card()
+    said = refused(within("run", folder.write(), check=None))
+    assert "accelerate was set to compute on cpu, and this process would take cuda:0." in said
+
+
 def test_a_hidden_card_trains_on_the_cpu_and_says_so(
     folder, within: Run, card: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

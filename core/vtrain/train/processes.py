@@ -40,10 +40,8 @@ class Processes:
             raise DeviceError(Problem(f"{self.device} ({self.device.name})", what, remedy))
         # Without an accelerator it must be told `cpu`, or torchrun starts unsynchronised copies.
         self.accelerator = Accelerator(mixed_precision=mixed, cpu=not self.device.accelerated)
-        placed = Device.of(self.accelerator.device)
-        if placed.kind != self.device.kind or (
-            self.device.accelerated and placed.index not in (None, self.device.index)
-        ):
+        placed, ours = self.accelerator.device, self.device.torch
+        if placed.type != ours.type or (ours.index is not None and placed.index not in (None, ours.index)):
             what = f"accelerate was set to compute on {placed}, and this process would take {self.device}."
             remedy = "Unset ACCELERATE_USE_CPU and ACCELERATE_TORCH_DEVICE; CUDA_VISIBLE_DEVICES chooses cards."
             raise DeviceError(Problem("", what, remedy))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vtrain.contract import Condition, NoiseLevel, RunLength, StepView, Text
-from vtrain_sanavideo.crepa_loss import CrepaLoss, align, on_tokens
+from vtrain_sanavideo.crepa_loss import CrepaLoss, align, on_tokens, projector
 from vtrain_sanavideo.crepa_options import CrepaOptions
 
 RUN = RunLength(steps=100, per_epoch=10.0)
@@ -110,6 +111,75 @@ def test_a_mask_that_leaves_no_frame_with_a_neighbour_breaks_no_number() -> None
     found = align(drawn(1, 3, 1, 1, 5, seed=7), drawn(1, 3, 1, 1, 5, seed=8), [2], 1.0, mask)
     assert float(found.neighbours) == 0
     assert float(found.loss) == pytest.approx(-float(found.similarity))
+
+
+def plain(y: Tensor, h: Tensor, reach: list[int], tau: float, mask: Tensor | None) -> Tensor:
+    """The same equation as plain autograd differentiates it, all frames at once. mask: (B, f, h, w) of tokens."""
+    weights = torch.ones_like(h[..., 0]) if mask is None else mask
+    pulls = torch.cosine_similarity(y, h, dim=-1)
+    for r in reach:
+        beside = (
+            torch.cosine_similarity(y[:, r:], h[:, :-r], dim=-1),
+            torch.cosine_similarity(y[:, :-r], h[:, r:], dim=-1),
+        )
+        pulls[:, :-r] += math.exp(-r / tau) * beside[0]
+        pulls[:, r:] += math.exp(-r / tau) * beside[1]
+    return -((pulls * weights).sum((1, 2, 3)) / weights.sum((1, 2, 3))).mean()
+
+
+@pytest.mark.parametrize("at_once", [1, 24, 4096], ids=["a frame", "two frames", "all frames"])
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize("reach", [[], [1], [1, 2], [3]], ids=str)
+def test_gradients_made_some_frames_at_a_time_are_those_of_the_equation(
+    monkeypatch: pytest.MonkeyPatch, at_once: int, masked: bool, reach: list[int]
+) -> None:
+    """Of the hidden states and of each of the projector's weights, added up over two micro-batches."""
+    monkeypatch.setattr("vtrain_sanavideo.crepa_loss.AT_ONCE", at_once)
+    torch.manual_seed(0)
+    project = projector(options().projector, 8, 6).double()
+    micro_batches = [
+        (drawn(2, 5, 2, 3, 6, seed=n), drawn(2, 5, 2, 3, 8, seed=n + 9).requires_grad_()) for n in range(2)
+    ]
+    mask = (drawn(2, 5, 2, 3, seed=4) > 0).double() if masked else None
+
+    def gradients(loss: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+        leaves = [*project.parameters(), *(tap for _, tap in micro_batches)]
+        for leaf in leaves:
+            leaf.grad = None
+        for y, tap in micro_batches:
+            (0.3 * loss(y, tap)).backward()
+        return [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+    found = gradients(lambda y, tap: align(y, tap, reach, 1.5, mask, project).loss)
+    wanted = gradients(lambda y, tap: plain(y, project(tap), reach, 1.5, mask))
+    assert len(found) == len(wanted) == 6
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-14)
+
+
+def test_the_gradient_is_taken_once_and_a_second_time_is_an_error() -> None:
+    tap = drawn(1, 3, 2, 2, 8).float().requires_grad_()
+    value = loss_of(options(), 8, 6)(view_of(tap, drawn(1, 3, 2, 2, 6, seed=1).float())).value
+    value.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="can be taken once"):
+        value.backward()
+
+
+@pytest.mark.parametrize("square", [4, 9])
+def test_frames_aligned_one_at_a_time_see_the_same_resampled_neighbours(
+    monkeypatch: pytest.MonkeyPatch, square: int
+) -> None:
+    given = options(size=56, adjacent_distance=2, cumulative_neighbors=True)
+    module = loss_of(given, 8, 6)
+    view = view_of(drawn(2, 5, 3, 4, 8).float(), drawn(2, 5, square, square, 6, seed=1).float())
+    with torch.no_grad():
+        whole = module(view)
+        monkeypatch.setattr("vtrain_sanavideo.crepa_loss.AT_ONCE", 1)
+        one_at_a_time = module(view)
+    assert float(one_at_a_time.value) == pytest.approx(float(whole.value), rel=1e-6)
+    assert {name: float(value) for name, value in one_at_a_time.metrics.items()} == pytest.approx(
+        {name: float(value) for name, value in whole.metrics.items()}, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(("d", "cumulative"), [(1, False), (2, True), (3, False)])

@@ -85,56 +85,57 @@ def align(
     """L_align = -mean over clips, frames and tokens of sim(y_f, h_f) + sum over k of exp(-|k - f| / decay) sim(y_k, h_f).
 
     k: f - d and f + d for each d of `distances`, where there is such a frame. features y: (B, f, h', w', D), no part of a
-    graph, resampled to the tokens. hidden: (B, f, h, w, D'), of which `project` makes h, fp32; without it they are h. mask: how
-    much each latent counts, ours: the tokens h_f of a clip are weighted by it. The gradient cannot be differentiated again.
+    graph, resampled to the tokens. hidden: (B, f, h, w, D'), of which `project` makes h, in its weights' type; without it
+    they are h. mask: how much each latent counts, ours: the tokens h_f of a clip are weighted by it. The gradient can be taken
+    once, and not be differentiated again.
     """
-    reach = [distance for distance in distances if distance < hidden.shape[1]]
-    nearest = math.exp(-min(reach) / decay) if reach else 0.0
+    reached = [distance for distance in distances if distance < hidden.shape[1]]
+    nearest = math.exp(-min(reached) / decay) if reached else 0.0
     # Relative to the nearest ones, so that a small decay leaves no zeros.
-    weights = {distance: math.exp((min(reach) - distance) / decay) for distance in reach}
+    reach = {distance: math.exp((min(reached) - distance) / decay) for distance in reached}
 
     def loss_of(cosines: Tensor) -> Tensor:
         return -(mean_of(cosines[0], mask) + nearest * mean_of(cosines[1], mask))
 
-    cosines_of = partial(cosines, features, weights, project)
+    part = partial(cosines_of, features, reach, project)
     trained = [weight for weight in project.parameters() if weight.requires_grad] if project else []
     if torch.is_grad_enabled() and (hidden.requires_grad or trained):
-        loss, found = InParts.apply(cosines_of, loss_of, hidden, *trained)
+        loss, found = InParts.apply(part, loss_of, hidden, *trained)
     else:
-        found = torch.cat([cosines_of(hidden[:, frames], frames) for frames in parts(hidden)], 2)
+        found = torch.cat([part(hidden[:, frames], frames) for frames in parts(hidden)], 2)
         loss = loss_of(found)
     counted = found.new_zeros((hidden.shape[1], 1, 1))
-    for distance, weight in weights.items():
+    for distance, weight in reach.items():
         counted[:-distance] += weight
         counted[distance:] += weight
     of = mean_of(counted.expand(found.shape[1:]), mask)
     return Alignment(loss, mean_of(found[0], mask), mean_of(found[1], mask) / of.clamp_min(SHORTEST))
 
 
-def cosines(
-    features: Tensor, weights: Mapping[int, float], project: nn.Module | None, hidden: Tensor, frames: slice
+def cosines_of(
+    features: Tensor, reach: Mapping[int, float], project: nn.Module | None, hidden: Tensor, frames: slice
 ) -> Tensor:
     """(2, B, n, h, w): of the tokens of n frames with their own features, and with those beside, weighted and summed.
 
-    weights: of frames, by how far away they are. hidden: (B, n, h, w, D') of these frames, features of all.
+    reach: distance -> weight of the frames that far away. hidden: (B, n, h, w, D') of these frames, features of all.
     """
-    own, beside = targets(features, weights, frames, *hidden.shape[2:4])
+    own, beside = targets(features, reach, frames, *hidden.shape[2:4])
     if project is not None:
-        hidden = project(hidden.float())
+        hidden = project(hidden.to(next(project.parameters()).dtype))
     length = torch.linalg.vector_norm(hidden, dim=-1).clamp_min(SHORTEST)
     return torch.stack([(own * hidden).sum(-1) / length, (beside * hidden).sum(-1) / length])
 
 
 def targets(
-    features: Tensor, weights: Mapping[int, float], frames: slice, height: int, width: int
+    features: Tensor, reach: Mapping[int, float], frames: slice, height: int, width: int
 ) -> tuple[Tensor, Tensor]:
     """The directions of some frames' features, and the weighted sum of the directions beside them, (B, n, height, width, D)."""
-    far = max(weights, default=0)
+    far = max(reach, default=0)
     first, last = max(frames.start - far, 0), min(frames.stop + far, features.shape[1])
     around = F.normalize(on_tokens(features[:, first:last], height, width), dim=-1, eps=SHORTEST)
     own = around[:, frames.start - first : frames.stop - first]
     beside = torch.zeros_like(own)
-    for distance, weight in weights.items():
+    for distance, weight in reach.items():
         for shift in (distance, -distance):
             start, stop = max(frames.start, -shift), min(frames.stop, features.shape[1] - shift)
             if start < stop:
@@ -161,25 +162,25 @@ class InParts(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        cosines_of: Callable[[Tensor, slice], Tensor],
+        part: Callable[[Tensor, slice], Tensor],
         loss_of: Callable[[Tensor], Tensor],
         hidden: Tensor,
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """(the loss, all cosines (2, B, f, h, w), outside the graph). hidden: (B, f, h, w, D)."""
+        """(the loss, all cosines (2, B, f, h, w), outside the graph). part: the cosines of some frames. hidden: (B, f, h, w, D)."""
         gradient, sums = torch.empty_like(hidden), list[Tensor]()
         found, slopes = [], None
         for frames in parts(hidden):
             with torch.enable_grad():
                 some = hidden[:, frames].detach().requires_grad_()
-                made = cosines_of(some, frames)
+                made = part(some, frames)
                 if slopes is None:
                     blank = made.new_zeros((2, *hidden.shape[:-1]), requires_grad=True)
                     (slopes,) = torch.autograd.grad(loss_of(blank), blank)
                 gradient[:, frames], *own = torch.autograd.grad(made, (some, *weights), slopes[:, :, frames])
             found.append(made.detach())
             sums = [total.add_(each) for total, each in zip(sums, own, strict=True)] if sums else own
-        ctx.save_for_backward(gradient, *sums)
+        ctx.gradients = gradient, *sums
         together = torch.cat(found, 2)
         ctx.mark_non_differentiable(together)
         return loss_of(together), together
@@ -187,7 +188,11 @@ class InParts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(each * scale for each in ctx.saved_tensors)
+        """Scales in place: a copy of the projector's gradients would be seen in the time of a small model's step."""
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("the gradient of CREPA's loss can be taken once: it is made beforehand, and freed")
+        return None, None, *(each.mul_(scale) for each in gradients)
 
 
 class CrepaLoss(nn.Module):

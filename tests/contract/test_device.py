@@ -143,6 +143,7 @@ def test_a_kind_without_numbers_is_used_without_one(card: CardOf) -> None:
     assert (device.capability, device.free(), device.figures()) == (None, None, None)
     assert device.has_bf16
     device.reset_peak()
+    assert Device.of("mps:0") == device, "as its tensors say"
 
 
 @pytest.mark.parametrize("hidden", ["", "-1"])
@@ -469,7 +470,9 @@ def device_calls(source: str) -> Iterator[str]:
     for node in ast.walk(ast.parse(source)):
         line = f"{getattr(node, 'lineno', 0)}: "
         if isinstance(node, ast.Attribute):
-            if isinstance(node.value, ast.Name) and node.value.id == "torch" and node.attr in MODULES:
+            if node.attr in ("cuda", "is_cuda") and not (isinstance(node.value, ast.Name) and node.value.id == "torch"):
+                yield f"{line}.{node.attr}"
+            elif isinstance(node.value, ast.Name) and node.value.id == "torch" and node.attr in MODULES:
                 yield f"{line}torch.{node.attr}"
             elif node.attr in METHODS:
                 yield f"{line}{node.attr}"
@@ -478,7 +481,7 @@ def device_calls(source: str) -> Iterator[str]:
         elif isinstance(node, ast.Compare):
             sides = [node.left, *node.comparators]
             if any(isinstance(side, ast.Attribute) and side.attr == "type" for side in sides):
-                values = {side.value for side in sides if isinstance(side, ast.Constant)}
+                values = {each.value for side in sides for each in ast.walk(side) if isinstance(each, ast.Constant)}
                 if values & {"cpu", "cuda", "mps", "xpu"}:
                     yield f"{line}a comparison of a device's type"
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "startswith":
@@ -487,6 +490,9 @@ def device_calls(source: str) -> Iterator[str]:
         elif isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
             yield from (f"{line}import of {name}" for name in names if name.split(".")[0] in FOREIGN)
+            yield from (
+                f"{line}{name}" for name in names if name.startswith("torch.") and name.split(".")[1] in MODULES
+            )
             if getattr(node, "module", None) == "torch":
                 yield from (f"{line}torch.{alias.name}" for alias in node.names if alias.name in MODULES)
 
@@ -516,6 +522,12 @@ def test_the_device_object_itself_does_so_that_the_check_can_see_it() -> None:
         "with torch.autocast('cpu'): pass",
         "torch.manual_seed(1)",
         "torch.default_generator.manual_seed(1)",
+        "if device.type in ('cuda', 'xpu'): pass",
+        "x.cuda()",
+        "if x.is_cuda: pass",
+        "import torch.cuda as card",
+        "from torch.cuda import synchronize",
+        "from torch.amp import autocast",
         "import pynvml",
         "from pynvml import nvmlInit",
         "from torch import cuda",

@@ -24,11 +24,13 @@ from typing import Any
 
 import pytest
 
-# Read once, when cuBLAS is first used: before any test.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-# Blocks of memory are split finely, so that a peak is what tensors take and not how they happen to lie.
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+SETTINGS = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    # Blocks of memory are split finely, so that a peak is what tensors take and not how they happen to lie.
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    "HF_HUB_OFFLINE": "1",
+}
+"""Of the environment where these tests run. CUDA's are read once, when a card is first used: before any test."""
 
 WORLD = Path(__file__).parents[2] / "examples" / "world"
 REPORT = Path(os.environ.get("VTRAIN_GPU_REPORT", "gpu-report.json")).absolute()
@@ -88,6 +90,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(
                     pytest.mark.skip(reason="torch sees no CUDA device; VTRAIN_GPU_TESTS=cpu runs it on the CPU")
                 )
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Where some of these tests run: others keep the environment that they find."""
+    own = [item for item in session.items if Path(__file__).parent in item.path.parents]
+    if any(not item.get_closest_marker("skip") for item in own):
+        for name, value in SETTINGS.items():
+            os.environ.setdefault(name, value)
 
 
 @dataclass

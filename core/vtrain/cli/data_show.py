@@ -229,8 +229,12 @@ def _reconstruct(
     if not sound:
         typer.echo("--decode: no entry of this file is cached; `vtrain cache fill` makes them", err=True)
         return
-    device, _ = Device.find()
-    with plan.family.open_video_codec(str(device)) as codec, torch.no_grad():
+    device, notices = Device.find()
+    for notice in notices:
+        typer.echo(f"WARNING: {notice}", err=True)
+    lower = ("CUDA_VISIBLE_DEVICES= (empty), which decodes on the CPU",)
+    explained = device.explained("decoding cached latents", lower)
+    with explained, plan.family.open_video_codec(str(device)) as codec, torch.no_grad():
         for number, window in sound:
             latents = device.move(stores.video.read(window.key)["mean"][None])
             frames = to_frames(codec.decode(latents)[0]).numpy()

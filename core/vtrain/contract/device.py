@@ -78,10 +78,9 @@ class Device:
         """Of a name ("cuda:1"), a torch.device or a tensor. A card without a number is the current one: torch asks for one."""
         name = place if isinstance(place, str) else str(getattr(place, "device", place))
         kind, _, number = name.partition(":")
-        if number or kind in ("cpu", "meta"):
-            return cls(kind, int(number) if number and kind not in ("cpu", "meta") else None)
-        module = cls(kind)._module
-        return cls(kind, module.current_device() if hasattr(module, "current_device") else None)
+        if kind in ("cpu", "meta") or not hasattr(module := cls(kind)._module, "set_device"):
+            return cls(kind)  # torch numbers MPS's tensors, whose functions take no number
+        return cls(kind, int(number) if number else module.current_device())
 
     @classmethod
     def find(cls, rank: int = 0, processes: int = 1) -> tuple[Device, tuple[str, ...]]:

@@ -226,6 +226,27 @@ def test_cards_before_ampere_have_no_bf16(card: CardOf, capability: tuple[int, i
     card(capability=capability)
     assert Device("cuda", 0).capability == capability
     assert Device("cuda", 0).has_bf16 is has
+
+
+@pytest.mark.parametrize(
+    ("known", "has"),
+    [
+        ({"architecture": "x86_64", "avx2": True, "avx512_bf16": False, "amx_bf16": False}, False),
+        ({"architecture": "x86_64", "avx512_bf16": True}, True),
+        ({"architecture": "x86_64", "amx_bf16": True}, True),
+        ({"architecture": "aarch64"}, True),
+        ({}, True),
+    ],
+)
+def test_a_processor_has_bf16_where_it_has_instructions_for_it(
+    monkeypatch: pytest.MonkeyPatch, known: dict[str, Any], has: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    assert Device().has_bf16 is has
+
+
+def test_a_torch_that_does_not_tell_a_processors_instructions_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert Device().has_bf16
 
 

@@ -66,6 +66,19 @@ def test_a_card_without_bf16_is_refused_before_anything_is_loaded(
     assert not folder.output.exists()
 
 
+@pytest.mark.parametrize("has", [True, False])
+def test_a_processor_without_bf16_trains_in_it_and_says_that_it_is_slow(
+    folder, within: Run, monkeypatch: pytest.MonkeyPatch, has: bool
+) -> None:
+    known = {"architecture": "x86_64", "avx512_bf16": has}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    config = folder.write()
+    config.write_text(config.read_text().replace('mixed = "no"', 'mixed = "bf16"'))
+    said = within("run", config).stdout
+    assert ("no bf16 instructions" in said) is not has
+    assert len(folder.rows()) > 1
+
+
 def test_a_driver_too_old_is_an_error_and_not_a_run_on_the_cpu(folder, within: Run, card: Callable[..., Any]) -> None:
     card(usable=False, wrong="The NVIDIA driver on your system is too old (found version 11040).")
     said = refused(within("run", folder.write(), check=None))

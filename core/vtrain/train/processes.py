@@ -30,14 +30,19 @@ class Processes:
     def __init__(self, mixed: str, stored: str = "fp32") -> None:
         """mixed: "bf16" or "no". stored: the type of the denoiser's weights.
 
-        notices: what the user should know of the device. Raises DeviceError for a device that cannot be used or lacks bf16.
+        notices: what the user should know of the device. Raises DeviceError for one that cannot be used, or a card without bf16.
         """
         rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.device, self.notices = Device.find(rank, int(os.environ.get("LOCAL_WORLD_SIZE", rank + 1)))
         if "bf16" in (mixed, stored) and not self.device.has_bf16:
-            what = f"this card computes no bf16 (its compute capability is {'.'.join(map(str, self.device.capability or ()))})."
-            remedy = 'Set precision.mixed = "no" and precision.base = "fp32", or use a card of 8.0 (Ampere) or later.'
-            raise DeviceError(Problem(f"{self.device} ({self.device.name})", what, remedy))
+            remedy = 'precision.mixed = "no" and precision.base = "fp32"'
+            if self.device.accelerated:
+                capability = ".".join(map(str, self.device.capability or ()))
+                what = f"this card computes no bf16 (its compute capability is {capability})."
+                remedy = f"Set {remedy}, or use a card of 8.0 (Ampere) or later."
+                raise DeviceError(Problem(f"{self.device} ({self.device.name})", what, remedy))
+            slow = f"this processor has no bf16 instructions that torch uses: it is faster with {remedy}"
+            self.notices = (*self.notices, slow)
         # Without an accelerator it must be told `cpu`, or torchrun starts unsynchronised copies.
         self.accelerator = Accelerator(mixed_precision=mixed, cpu=not self.device.accelerated)
         placed, ours = self.accelerator.device, self.device.torch

@@ -27,13 +27,13 @@ from report import Ratio, ratio, say, say_machine, table, write_json
 from safetensors.torch import load_file
 from workload import MODELS, MODES, write_config
 
-from vtrain.cli.prepare import planned
 from vtrain.contract import ClipShape
 from vtrain.data.batches import Batches
 from vtrain.data.caching.caches import Caches
 from vtrain.data.caching.stores import Stores
 from vtrain.data.index import Index, Rows
 from vtrain.plan.records import Plan
+from vtrain.run.prepare import planned
 
 LIMIT, WAIT_LIMIT = 0.9, 0.01
 ENTRIES = 16

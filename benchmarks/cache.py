@@ -96,14 +96,14 @@ def cpu_seconds() -> float:
 
 def fill_once(config: Path) -> None:
     """As a script of its own: fill, and tell seconds a clip."""
-    from vtrain.cli.prepare import planned
+    from vtrain.contract import Filling
     from vtrain.data.caching.caches import fill_caches
-    from vtrain.data.caching.fill_text import Standing
     from vtrain.data.scanning.scan import scan
+    from vtrain.run.prepare import planned
 
     marks: list[tuple[int, float, float]] = []
 
-    def mark(now: Standing) -> None:
+    def mark(now: Filling) -> None:
         if now.stage == "video":
             marks.append((now.done, cpu_seconds(), time.perf_counter()))
 

@@ -22,13 +22,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vtrain.config.tables import LoraTable, TrainTable
 from vtrain.contract import Condition, NoiseLevel, RunLength, Text
+from vtrain.run.inbox import Inbox
 from vtrain.testing.memory import MemoryPeak
 from vtrain.train.adapters import add_lora
 from vtrain.train.feed import Fed
 from vtrain.train.loop import Ends, Loop
 from vtrain.train.parameters import groups, trained
 from vtrain.train.processes import Processes
-from vtrain.train.signals import StopRequest
 from vtrain.train.step import Step, StepInput, Term
 from vtrain_builtin.adamw import AdamWOptions, build_adamw
 from vtrain_sanavideo.crepa_loss import CrepaLoss
@@ -89,7 +89,7 @@ def loop_of(setup: Setup, step: Step, processes: Processes) -> Loop:
         None,  # type: ignore[arg-type]  # steps are fed by hand
         processes,
         TrainTable(steps=NEVER, log_every=NEVER),
-        Ends(lambda _step, _micro: (Path(), ()), None, StopRequest()),  # type: ignore[arg-type, return-value]
+        Ends(lambda _step, _micro: iter(()), None, Inbox()),
         first=0,
         last=NEVER,
         micro_batch=0,

@@ -35,18 +35,17 @@ from measured import put
 from steadiness import Steadiness, steadiness
 from torch import Tensor
 
-from vtrain.cli.prepare import planned
-from vtrain.contract import Caption, Condition, Denoiser
+from vtrain.contract import Caption, Condition, Denoiser, Logged
 from vtrain.data.batches import pad
 from vtrain.data.caching.caches import Caches, fill_caches
 from vtrain.data.scanning.scan import scan
 from vtrain.plan.price import price
 from vtrain.plan.records import Plan
+from vtrain.run.inbox import Inbox
+from vtrain.run.prepare import planned
 from vtrain.train.assemble import assemble
-from vtrain.train.loop import Logged
 from vtrain.train.processes import Processes
 from vtrain.train.resume import find_start
-from vtrain.train.signals import StopRequest
 from vtrain.train.step import flow_loss
 from vtrain.validate.video import write_mp4
 from vtrain_sanavideo.crepa import Crepa
@@ -135,9 +134,9 @@ def run_stage(plan: Plan, stage: str) -> None:
         return
     plan.config.run.output_dir.mkdir(parents=True, exist_ok=True)
     trainer = assemble(plan, price(plan, found.survey), find_start(plan), filled.index, filled.caches, processes)
-    for event in trainer.run(StopRequest()):
+    for event in trainer.run(Inbox()):
         if isinstance(event, Logged):
-            row = event.rows[-1]
+            row = event.steps[-1]
             report.say(f"  step {row.step}: flow loss {row.flow_loss:.3f}, {dict(row.terms)}")
 
 

@@ -22,14 +22,14 @@ from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
 from vtrain.config.tables import CheckpointTable, LoraTable, TrainTable
-from vtrain.contract import ClipShape, Duration, FeatureShape, Latents, LatentShape, RunLength, Text, TokenGrid
+from vtrain.contract import ClipShape, Duration, FeatureShape, Latents, LatentShape, Logged, RunLength, Text, TokenGrid
 from vtrain.data.batches import Batch
+from vtrain.run.inbox import Inbox
 from vtrain.train.adapters import add_lora
 from vtrain.train.feed import Feed
-from vtrain.train.loop import Ends, Logged, Loop
+from vtrain.train.loop import Ends, Loop
 from vtrain.train.parameters import groups, trained
 from vtrain.train.processes import Processes
-from vtrain.train.signals import StopRequest
 from vtrain.train.step import Step, Term
 from vtrain.train.teachers import Teacher
 from vtrain_builtin.adamw import AdamWOptions, build_adamw
@@ -252,7 +252,6 @@ def vtrain_side(
     step.train()
     named = trained(step)
     optimizer = build_adamw(AdamWOptions(lr=LR), groups(named))
-    stop = StopRequest()
     loop = Loop(
         processes.wrap(step),
         optimizer,
@@ -261,7 +260,7 @@ def vtrain_side(
         Feed(RandomBatches(setup, features=features), sampler, 0, processes.device),  # type: ignore[arg-type]
         processes,
         TrainTable(steps=NEVER, log_every=setup.steps),
-        Ends(lambda _step, _micro: (Path(), ()), None, stop),
+        Ends(lambda _step, _micro: iter(()), None, Inbox()),
         first=0,
         last=NEVER,
         micro_batch=0,
@@ -271,10 +270,9 @@ def vtrain_side(
     events = loop.run(CheckpointTable(every=Duration(NEVER, "steps")), None, at_start=False)
 
     def block() -> None:
-        event = next(events)
-        assert isinstance(event, Logged)
-        assert len(event.rows) == setup.steps
-        check(event.rows[-1].loss)
+        event = next(each for each in events if isinstance(each, Logged))
+        assert len(event.steps) == setup.steps
+        check(event.steps[-1].loss)
 
     try:
         yield block

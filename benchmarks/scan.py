@@ -94,10 +94,10 @@ def measure(part: str, config: Path) -> Cost:
     """Run a part in this process."""
     if part == "bare":
         return _timed(lambda: bare(config.parent / "clips"))
-    from vtrain.cli.prepare import planned
     from vtrain.data.scanning import scan as scanning
     from vtrain.plan.price import check_room, price
     from vtrain.plan.render import sections
+    from vtrain.run.prepare import planned
 
     if part == "first":
         scanning.Workers = Stub  # type: ignore[assignment, misc]

@@ -67,15 +67,15 @@ class Memory:
 @contextmanager
 def vtrain_block(config: Path) -> Iterator[Block]:
     """A run as `vtrain run` starts it, without terminal and trackers; each block runs to the next log line."""
-    from vtrain.cli.prepare import planned
+    from vtrain.contract import Logged
     from vtrain.data.caching.caches import fill_caches
     from vtrain.data.scanning.scan import scan
     from vtrain.plan.price import price
+    from vtrain.run.inbox import Inbox
+    from vtrain.run.prepare import planned
     from vtrain.train.assemble import assemble
-    from vtrain.train.loop import Logged
     from vtrain.train.processes import Processes
     from vtrain.train.resume import find_start
-    from vtrain.train.signals import StopRequest
 
     plan = planned(config)
     processes = Processes(plan.config.precision.mixed)
@@ -84,13 +84,12 @@ def vtrain_block(config: Path) -> Iterator[Block]:
     plan.config.run.output_dir.mkdir(parents=True, exist_ok=True)
     prices, start = price(plan, found.survey), find_start(plan)
     trainer = assemble(plan, prices, start, filled.index, filled.caches, processes)
-    events = trainer.run(StopRequest())
+    events = trainer.run(Inbox())
 
     def block() -> float:
-        event = next(events)
-        assert isinstance(event, Logged)
-        assert len(event.rows) == plan.config.train.log_every
-        return statistics.fmean(row.loss for row in event.rows)
+        event = next(each for each in events if isinstance(each, Logged))
+        assert len(event.steps) == plan.config.train.log_every
+        return statistics.fmean(each.loss for each in event.steps)
 
     try:
         yield block

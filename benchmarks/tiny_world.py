@@ -29,7 +29,7 @@ import world
 from measured import put
 from PIL import Image
 
-from vtrain.cli.prepare import planned
+from vtrain.run.prepare import planned
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "tiny-world.md"

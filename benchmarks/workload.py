@@ -134,9 +134,9 @@ def write_config(folder: Path, model: Model, mode: str, log_every: int, name: st
 
 def fill(config: Path, clips: int | None = None) -> None:
     """Make the caches of the run, or of its first `clips`."""
-    from vtrain.cli.prepare import planned
     from vtrain.data.caching.caches import fill_caches
     from vtrain.data.scanning.scan import scan
+    from vtrain.run.prepare import planned
 
     plan = planned(config)
     samples = list(islice(scan(plan).samples, clips))
@@ -149,10 +149,10 @@ def read_samples(config: Path) -> list[tuple[torch.Tensor, torch.Tensor, torch.T
 
     path = config.parent / "samples.pt"
     if not path.exists():
-        from vtrain.cli.prepare import planned
         from vtrain.data.batches import Batches
         from vtrain.data.caching.caches import fill_caches
         from vtrain.data.scanning.scan import scan
+        from vtrain.run.prepare import planned
 
         plan = planned(config)
         filled = fill_caches(plan, scan(plan).samples, [], "cpu", lambda _: None)

@@ -24,9 +24,9 @@ import tomli
 import torch
 import world
 
-from vtrain.cli.prepare import planned
 from vtrain.contract import Device
 from vtrain.plan.records import Plan
+from vtrain.run.prepare import planned
 
 HERE = Path(__file__).parent
 OUTPUT = HERE.parents[1] / "demo-output" / "world"
@@ -52,7 +52,7 @@ class Length:
 
 
 WHOLE = Length(1000, 250)
-SHORT = Length(450, 225)
+SHORT = Length(600, 300)
 """Not all is learnt by then, and far more than chance."""
 
 

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 import world
 
-from vtrain.cli.prepare import planned
 from vtrain.contract import Denoiser, Device
 from vtrain.data.caching.caches import Caches, fill_caches
 from vtrain.plan.records import Plan, ValidationPlan
+from vtrain.run.prepare import planned
 from vtrain.train.assemble import load_model
 from vtrain.train.resume import RunState, Start, read_state
 from vtrain.validate.generate import Validator, texts

@@ -22,8 +22,8 @@ import evaluate
 import numpy as np
 import world
 
-from vtrain.cli.prepare import planned
 from vtrain.plan.records import Plan
+from vtrain.run.prepare import planned
 
 SOURCE = demo.HERE / "lora.toml"
 CLIPS = 20

@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from vtrain.contract import Options, RunInfo, TrackerSpec
+from vtrain.contract import Event, Logged, Options, RunInfo, TrackerSpec, Validated
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +36,11 @@ class TensorBoard:
         self._options = options
         self._writer: SummaryWriter | None = None
 
-    def start(self, run: RunInfo) -> None:
+    @property
+    def events(self) -> tuple[type[Event], ...]:
+        return (Logged, Validated)
+
+    def start(self, run: RunInfo, saved: Mapping[str, Any]) -> None:
         """On resume, what an earlier process logged after `run.step` is hidden."""
         from torch.utils.tensorboard import SummaryWriter
 
@@ -48,6 +52,16 @@ class TensorBoard:
         text = json.dumps({"run": run.name, **run.config}, indent=2, default=str, ensure_ascii=False)
         indented = "\n".join("    " + line for line in text.splitlines())
         self._writer.add_text("config", indented, run.step)
+
+    def show(self, event: Event) -> None:
+        if isinstance(event, Logged):
+            for metrics in event.steps:
+                self.scalars(metrics.step, metrics.scalars())
+        elif isinstance(event, Validated):
+            self.videos(event.step, event.files)
+
+    def state(self) -> Mapping[str, Any]:
+        return {}
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         writer = self._started()

@@ -43,7 +43,7 @@ def clip(tmp_path: Path) -> Path:
 
 def test_scalars_are_read_back_with_their_steps(tmp_path: Path) -> None:
     tracker = TensorBoard(TensorBoardOptions())
-    tracker.start(run_info(tmp_path))
+    tracker.start(run_info(tmp_path), {})
     for step in (1, 2, 3):
         tracker.scalars(step, {"loss": 1 / step, "lr": 1e-4})
     tracker.finish()
@@ -56,7 +56,7 @@ def test_scalars_are_read_back_with_their_steps(tmp_path: Path) -> None:
 
 def test_the_configuration_is_logged_as_text(tmp_path: Path) -> None:
     tracker = TENSORBOARD.build(TensorBoardOptions())
-    tracker.start(run_info(tmp_path))
+    tracker.start(run_info(tmp_path), {})
     tracker.finish()
     text = read(tmp_path).Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert '"run": "my run"' in text
@@ -66,7 +66,7 @@ def test_the_configuration_is_logged_as_text(tmp_path: Path) -> None:
 def test_a_resumed_run_hides_what_came_after_its_step(tmp_path: Path) -> None:
     for start, values in ((0, {1: 1.0, 2: 2.0, 3: 3.0}), (2, {3: 30.0, 4: 40.0})):
         tracker = TensorBoard(TensorBoardOptions())
-        tracker.start(run_info(tmp_path, start))
+        tracker.start(run_info(tmp_path, start), {})
         for step, value in values.items():
             tracker.scalars(step, {"loss": value})
         tracker.finish()
@@ -75,7 +75,7 @@ def test_a_resumed_run_hides_what_came_after_its_step(tmp_path: Path) -> None:
 
 def test_a_video_is_shown_as_a_strip_with_its_path(tmp_path: Path, clip: Path) -> None:
     tracker = TensorBoard(TensorBoardOptions(stills=3))
-    tracker.start(run_info(tmp_path))
+    tracker.start(run_info(tmp_path), {})
     tracker.videos(7, {"cat": clip})
     tracker.finish()
     reader = read(tmp_path)
@@ -104,7 +104,7 @@ def test_a_high_video_is_scaled_down(tmp_path: Path) -> None:
 def test_a_file_that_is_no_video_raises(tmp_path: Path) -> None:
     (tmp_path / "no.mp4").write_bytes(b"not a video")
     tracker = TensorBoard(TensorBoardOptions())
-    tracker.start(run_info(tmp_path))
+    tracker.start(run_info(tmp_path), {})
     with pytest.raises(av.FFmpegError):
         tracker.videos(1, {"no": tmp_path / "no.mp4"})
     tracker.finish()
@@ -114,7 +114,7 @@ def test_numbers_before_start_are_an_error_and_finish_may_come_twice(tmp_path: P
     tracker = TensorBoard(TensorBoardOptions())
     with pytest.raises(RuntimeError, match="between start and finish"):
         tracker.scalars(1, {"loss": 1.0})
-    tracker.start(run_info(tmp_path))
+    tracker.start(run_info(tmp_path), {})
     tracker.finish()
     tracker.finish()
 

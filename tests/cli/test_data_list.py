@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from vtrain.cli.filling import tell_left_out
-from vtrain.cli.prepare import planned
-from vtrain.contract import ConfigError, DataError
+from vtrain.cli.terminal import Terminal
+from vtrain.contract import ConfigError, DataError, Filled
 from vtrain.data.scanning.files import look
 from vtrain.data.scanning.ledger import Ledger
+from vtrain.run.prepare import planned
 
 FATES = {
     "-dash.mp4": ("used", ""),
@@ -208,7 +208,7 @@ def test_rows_are_read_from_the_ledger_as_they_are_asked_for(own: Path, kept_pro
 def test_many_files_that_fail_in_filling_are_counted_by_reason() -> None:
     out = io.StringIO()
     reasons = {f"clips/{number:03}.mp4": "[b]torn[/b]" if number % 3 else "is\x1b[2J gone" for number in range(90)}
-    tell_left_out(reasons, Console(file=out, width=400))
+    Terminal(Console(file=out, width=400)).show(Filled(0, reasons, 0, 0))
     lines = out.getvalue().splitlines()
     assert lines[0] == "left out: clips/000.mp4: is\\x1b[2J gone"
     assert lines[20:] == [

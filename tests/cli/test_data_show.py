@@ -16,7 +16,6 @@ import pytest
 import torch
 from PIL import Image
 
-from vtrain.cli.prepare import planned
 from vtrain.contract import DataError
 from vtrain.data.caching.stores import Stores
 from vtrain.data.decoding.decode import decode
@@ -24,6 +23,7 @@ from vtrain.data.scanning import files
 from vtrain.data.scanning.files import look, unescaped
 from vtrain.data.scanning.ledger import Ledger
 from vtrain.plan.decoders import Unusable, torchcodec
+from vtrain.run.prepare import planned
 
 
 def test_a_file_is_shown_with_its_windows_its_part_of_the_picture_and_its_entries(own: Path, vtrain, shown) -> None:

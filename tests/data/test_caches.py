@@ -11,9 +11,8 @@ import threading
 import pytest
 import torch
 
-from vtrain.contract import Caption, DataError
+from vtrain.contract import Caption, DataError, Filling
 from vtrain.data.caching.caches import DROPPED, Caches, fill_caches
-from vtrain.data.caching.fill_text import Standing
 from vtrain.data.decoding.decode import decode, unit_range
 from vtrain.data.sample import Sample
 from vtrain.data.scanning.ledger import ContentHashes
@@ -28,7 +27,7 @@ def fill(setup, *datasets, extra=(), **train):
 
 def standings(setup) -> list[tuple[int, int, int, int, int]]:
     """Of the stage of video: done, total, unusable, unread, made."""
-    told, plan = list[Standing](), setup.plan()
+    told, plan = list[Filling](), setup.plan()
     fill_caches(plan, scan(plan).samples, (), "cpu", told.append)
     return [(now.done, now.total, now.unusable, now.unread, now.made) for now in told if now.stage == "video"]
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from accelerate.state import AcceleratorState
 from rich.console import Console
 
-from vtrain.cli.filling import fill
-from vtrain.cli.moved import tell_moved
-from vtrain.contract import DataError
+from vtrain.cli.terminal import Terminal
+from vtrain.contract import DataError, Event, Noted, Quarantined
 from vtrain.data.caching.caches import fill_caches
 from vtrain.data.scanning.ledger import Ledger
 from vtrain.data.scanning.quarantine import move_bad
 from vtrain.data.scanning.scan import scan
+from vtrain.run.session import Session
 from vtrain.train.processes import Processes
 
 
@@ -34,10 +35,24 @@ def bad(setup, make_video):
     return setup
 
 
-def told(plan) -> list[str]:
+def session_of(plan, processes=None) -> Session:
+    """A session that has planned already."""
+    session = Session(plan.config.path)
+    session.plan, session.processes = plan, processes or SimpleNamespace(first=True)  # type: ignore[assignment]
+    return session
+
+
+def shown(events: Iterable[Event]) -> list[str]:
     out = io.StringIO()
-    tell_moved(plan, Console(file=out, soft_wrap=True, width=500))
-    return out.getvalue().splitlines()
+    terminal = Terminal(Console(file=out, soft_wrap=True, width=500))
+    for event in events:
+        terminal.show(event)
+    terminal.show(Noted("that is all"))
+    return out.getvalue().splitlines()[:-1]
+
+
+def told(plan) -> list[str]:
+    return shown(session_of(plan)._quarantined())
 
 
 def test_bad_files_of_scan_and_filling_are_moved_and_told_and_the_dropped_stay(bad, tmp_path: Path) -> None:
@@ -71,11 +86,12 @@ def test_where_every_clip_fails_in_filling_they_are_moved_before_the_error(bad, 
         (bad.folder / name).unlink()
     plan = bad.plan(bad.dataset(on_bad_file="move", quarantine=tmp_path / "away"))
     found = scan(plan)
-    out = io.StringIO()
+    events: list[Event] = []
     with pytest.raises(DataError, match="frames could be decoded"):
-        fill(plan, found.samples, processes, Console(file=out, soft_wrap=True, width=500))
-    assert "moved: clips/damaged.mp4 -> " in out.getvalue()
-    assert "2 bad files moved" in out.getvalue()
+        events.extend(session_of(plan, processes)._caches(found))
+    assert [event.file for event in events if isinstance(event, Quarantined)] == [
+        "clips/damaged.mp4", "clips/sub/text.mp4",
+    ]  # fmt: skip
     assert sorted(path.name for path in (tmp_path / "away").rglob("*.mp4")) == ["damaged.mp4", "text.mp4"]
 
 

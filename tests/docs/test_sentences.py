@@ -43,19 +43,19 @@ def test_only_registry_calls_hooks_and_only_the_command_line_discovers(root: Pat
         pluggy |= {layer} if any(name.split(".")[0] == "pluggy" for name in names) else set()
         discover |= {layer} if any(name.endswith(".discover") for name in names) else set()
     assert pluggy == {"contract", "registry"}
-    assert discover == {"registry", "cli"}
+    assert discover == {"registry", "run", "cli"}
 
 
 def test_what_stages_hand_on_is_frozen() -> None:
+    from vtrain.contract.events import EVENTS, StepMetrics
     from vtrain.data.batches import Batch
-    from vtrain.data.caching.caches import Filled
+    from vtrain.data.caching.caches import FilledCaches
     from vtrain.data.sample import Sample
     from vtrain.data.scanning.scan import Scan
-    from vtrain.train.loop import Logged, Saved, Stopped, Validated, Warned
 
     records = [Config, Part, Plan, DatasetPlan, ValidationPlan, Survey, DatasetSurvey, Prices]
-    records += [Scan, Sample, Filled, Batch, Text, Latents, NoiseLevel, Condition, StepView, LossTerm]
-    records += [Logged, Saved, Validated, Warned, Stopped]
+    records += [Scan, Sample, FilledCaches, Batch, Text, Latents, NoiseLevel, Condition, StepView, LossTerm]
+    records += [StepMetrics, *EVENTS.values()]
     loose = [each.__name__ for each in records if not (is_dataclass(each) and each.__dataclass_params__.frozen)]  # type: ignore[attr-defined]
     assert loose == []
 

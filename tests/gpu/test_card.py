@@ -25,11 +25,11 @@ def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def test_caches_filled_on_the_card_are_those_of_the_cpu(
     world: Any, device: Any, tmp_path: Path, record_property: Record
 ) -> None:
-    from vtrain.cli.prepare import planned
     from vtrain.contract import Caption
     from vtrain.data.batches import Batches
     from vtrain.data.caching.caches import fill_caches
     from vtrain.data.scanning.scan import scan
+    from vtrain.run.prepare import planned
 
     more = f'\n[[regularizer]]\nuse = "crepa"\nblock = 3\nencoder = "{world.folder / "dino"}"\n'
     found = {}
@@ -52,8 +52,8 @@ def test_caches_filled_on_the_card_are_those_of_the_cpu(
 def test_validation_starts_from_the_noise_of_a_cpu(world: Any, device: Any) -> None:
     from contextlib import nullcontext
 
-    from vtrain.cli.prepare import planned
     from vtrain.data.caching.caches import Caches
+    from vtrain.run.prepare import planned
     from vtrain.validate.generate import Validator
 
     more = '\n[validation]\nevery = "6 steps"\nsize = "64x64"\nframes = 9\nfps = 8\nseed = 5\nprompts = { one = "a red circle" }\n'
@@ -68,11 +68,11 @@ def test_validation_starts_from_the_noise_of_a_cpu(world: Any, device: Any) -> N
 
 def test_what_the_prefetcher_puts_on_the_card_is_what_it_read(world: Any, device: Any) -> None:
     """Also while the card is busy: copies that nobody waits for must not read memory that is used again."""
-    from vtrain.cli.prepare import planned
     from vtrain.contract import Device
     from vtrain.data.batches import Batches
     from vtrain.data.caching.caches import fill_caches
     from vtrain.data.scanning.scan import scan
+    from vtrain.run.prepare import planned
     from vtrain.train.feed import Feed
 
     plan = planned(world.config("prefetched"))

@@ -167,7 +167,7 @@ def test_a_plugins_own_error_leaves_with_a_note_that_names_it(plan_of: PlanOf, m
 def test_planning_imports_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys\n"
-        "from vtrain.cli.prepare import planned, prepare\n"
+        "from vtrain.run.prepare import planned, prepare\n"
         "import vtrain.plan.render, vtrain.cli.plan\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'accelerate', 'peft'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"

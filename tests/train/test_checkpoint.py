@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vtrain.contract import CheckpointError
-from vtrain.train import checkpoint, metrics
+from vtrain.train import checkpoint
 
 
 def fill(folder: Path) -> None:
@@ -120,21 +120,6 @@ def test_a_full_disk_is_told_and_the_last_good_checkpoint_stays(tmp_path: Path) 
     assert str(first) in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
     assert checkpoint.latest(tmp_path) == (first, [])
-
-
-def row(step: int) -> metrics.Row:
-    return metrics.Row(step, step / 10, 1.0 / step, 1.0 / step, 1e-3, None, [0.5], ["a"], 0.1, 0.0, 100)
-
-
-def test_metrics_are_cut_back_to_the_checkpoint_and_a_torn_line_goes(tmp_path: Path) -> None:
-    metrics.append(tmp_path, [row(step) for step in (1, 2, 3, 4)])
-    with (tmp_path / metrics.FILE).open("a", encoding="utf-8") as file:
-        file.write('{"step": 5, "lo')
-    before = (tmp_path / metrics.FILE).read_text(encoding="utf-8").splitlines()
-    assert metrics.cut_back(tmp_path, 2) == 2
-    assert (tmp_path / metrics.FILE).read_text(encoding="utf-8").splitlines() == before[:2]
-    metrics.append(tmp_path, [row(3)])
-    assert [line["step"] for line in metrics.read(tmp_path)] == [1, 2, 3]
 
 
 def test_the_manifest_lists_every_file_with_size_and_hash(tmp_path: Path) -> None:

@@ -21,17 +21,18 @@ from vtrain.contract import (
     Denoiser,
     Device,
     Family,
+    Logged,
     NoiseLevel,
     RunLength,
     Sampler,
     Text,
 )
 from vtrain.data.batches import pad
+from vtrain.run.inbox import Inbox
 from vtrain.train.adapters import add_lora
 from vtrain.train.feed import Fed
-from vtrain.train.loop import Ends, Logged, Loop
+from vtrain.train.loop import Ends, Loop
 from vtrain.train.parameters import groups, trained
-from vtrain.train.signals import StopRequest
 from vtrain.train.step import Step, StepInput
 
 READS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::nonzero", "aten::equal"}
@@ -118,7 +119,7 @@ def test_an_optimizer_step_reads_nothing_from_the_device(tmp_path: Path, kind: s
         None,  # type: ignore[arg-type] - the test feeds the loop itself
         OneProcess(),  # type: ignore[arg-type]
         table,
-        Ends(lambda step, micro_batch: (tmp_path, ()), None, StopRequest()),
+        Ends(lambda step, micro_batch: iter(()), None, Inbox()),
         first=0,
         last=100,
         micro_batch=0,
@@ -134,7 +135,7 @@ def test_an_optimizer_step_reads_nothing_from_the_device(tmp_path: Path, kind: s
     assert reads.found == []
     (logged,) = loop.read()
     assert isinstance(logged, Logged)
-    assert [row.step for row in logged.rows] == [1, 2, 3]
+    assert [each.step for each in logged.steps] == [1, 2, 3]
 
 
 def test_the_counter_counts() -> None:

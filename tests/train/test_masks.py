@@ -17,12 +17,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vtrain.cli.prepare import planned
 from vtrain.contract import Condition, Device, NoiseLevel, Text
 from vtrain.data.batches import Batches
-from vtrain.data.caching.caches import Filled, fill_caches
+from vtrain.data.caching.caches import FilledCaches, fill_caches
 from vtrain.data.scanning.scan import scan
 from vtrain.plan.records import Plan
+from vtrain.run.prepare import planned
 from vtrain.train.feed import Feed
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -63,7 +63,7 @@ def own(folder: Any) -> Any:
     return folder
 
 
-def filled_by(config: Path) -> tuple[Plan, Filled]:
+def filled_by(config: Path) -> tuple[Plan, FilledCaches]:
     """What a run went by; it has filled the caches."""
     plan = planned(config)
     return plan, fill_caches(plan, list(scan(plan).samples), [], "cpu", lambda *_: None)
@@ -130,7 +130,7 @@ def two_colours(frames: int = 9) -> list[np.ndarray]:
     return [found] * frames
 
 
-def errors(plan: Plan, filled: Filled, weights: Path | None) -> tuple[float, float]:
+def errors(plan: Plan, filled: FilledCaches, weights: Path | None) -> tuple[float, float]:
     """Mean squared error of the prediction on the left and on the right half, at fixed noise and several levels."""
     denoiser: Any = plan.family.load_denoiser("cpu", "fp32", weights)
     batch = Batches(plan, filled.caches, filled.index)[0]

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vtrain.contract import LatentShape, LossTerm, RunLength, StepView, TokenGrid
-from vtrain.train.metrics import Row
+from vtrain.contract import LatentShape, LossTerm, RunLength, StepMetrics, StepView, TokenGrid
 from vtrain.train.parameters import groups, own_rates, trained
 from vtrain.train.step import Step, StepInput, Term, flow_loss
 from vtrain.train.teachers import Teacher
@@ -105,7 +104,7 @@ def test_a_teacher_of_source_frames_is_given_them_from_minus_1_to_1(given: Calla
 def test_a_regularizer_is_told_its_own_numbers_and_when_to_conclude(denoiser: Any, sampler: Any) -> None:
     module = Pull()
     step = Step(denoiser, sampler, {"pull": Term(module, (1,)), "pull-2": Term(nn.Identity(), ())}, RUN)
-    row = Row(3, 0.3, 1.0, 0.9, 1e-3, None, [], [], 0.1, 0.0, 1, {"pull/loss": 0.1, "pull-2/loss": 0.7})
+    row = StepMetrics(3, 0.3, 1.0, 0.9, 1e-3, None, [], [], 0.1, 0.0, 1, {"pull/loss": 0.1, "pull-2/loss": 0.7})
     step.observe(row, True)
     step.observe(replace(row, step=4, terms={}), False)
     assert module.told == [(3, {"loss": 0.1}, True), (4, {}, False)]

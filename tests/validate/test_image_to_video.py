@@ -19,7 +19,6 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from vtrain.cli.app import app
-from vtrain.cli.prepare import planned
 from vtrain.config import load
 from vtrain.contract import ClipShape, ConfigError, DataError, Device, NoiseLevel
 from vtrain.data.caching.caches import Caches, fill_caches
@@ -29,6 +28,7 @@ from vtrain.plan.image_to_video import price_rows
 from vtrain.plan.make import make_plan
 from vtrain.plan.records import DatasetSurvey, Plan
 from vtrain.registry import discover
+from vtrain.run.prepare import planned
 from vtrain.validate.generate import Validator, after, texts
 from vtrain.validate.picture_files import keys, pictures
 from vtrain.validate.pictures import fill_pictures, first_frames

@@ -17,11 +17,11 @@ import torch
 from pyarrow import parquet
 from torch import Tensor
 
-from vtrain.cli.prepare import prepare
 from vtrain.data.caching import fill_windows
 from vtrain.data.caching.caches import fill_caches
 from vtrain.data.decoding.worker import Workers
 from vtrain.data.scanning import scan as scanning
+from vtrain.run.prepare import prepare
 
 COUNT = 4
 Fill = Callable[..., dict[str, Tensor]]

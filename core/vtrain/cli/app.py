@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from vtrain.cli.collector import uncollected
+from vtrain.run.collector import uncollected
 
 app = typer.Typer(
     name="vtrain",
@@ -50,11 +50,16 @@ def _options(
 
 
 @app.command("run")
-def _run(config: ConfigFile) -> None:
+def _run(
+    config: ConfigFile,
+    json: Annotated[
+        bool, typer.Option("--json", help="print every event as a JSON object on a line of its own")
+    ] = False,
+) -> None:
     """Train."""
     from vtrain.cli.run import run
 
-    run(config)
+    run(config, json)
 
 
 @app.command("plan")

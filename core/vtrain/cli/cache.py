@@ -9,12 +9,11 @@ from pathlib import Path
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from vtrain.cli.moved import tell_moved
-from vtrain.cli.prepare import planned
+from vtrain import api
 from vtrain.cli.report import print_json, print_table, visible
+from vtrain.cli.terminal import Terminal
 from vtrain.contract import ConfigError, Problem
 from vtrain.data.caching import inventory
 from vtrain.data.caching.entries import KINDS, Entries
@@ -23,23 +22,18 @@ from vtrain.data.scanning.scan import scan
 from vtrain.plan.price import bytes_text
 from vtrain.plan.records import Plan
 from vtrain.registry.blame import blame
+from vtrain.run.prepare import extra_texts, planned
 
 
 def fill(path: Path) -> None:
     """Encode what a run of this configuration would, and no more. Under a launcher, each process fills its share."""
-    from vtrain.cli.filling import fill as fill_all
-    from vtrain.cli.filling import tell_left_out, together
-
-    with together(path) as (plan, processes, console), blame(plan.config.parts()):
-        found = processes.from_first(lambda: scan(plan))
-        for message in found.messages:
-            console.print(escape(message))
-        filled = fill_all(plan, found.samples, processes, console)
-        tell_left_out(filled.left_out, console)
-        processes.from_first(lambda: tell_moved(plan, console))
-        if processes.first:
-            held = bytes_text(inventory.size(plan.config.cache.dir))
-            console.print(f"cache: {escape(str(plan.config.cache.dir))} holds {held}")
+    terminal = Terminal()
+    with api.fill(path, process_ends=True) as session, terminal.following(session):
+        for event in session:
+            terminal.show(event)
+        if session.processes.first:
+            folder = session.plan.config.cache.dir
+            terminal.say(f"cache: {folder} holds {bytes_text(inventory.size(folder))}")
 
 
 def status(path: Path, as_json: bool) -> None:
@@ -189,7 +183,6 @@ def verify(path: Path, as_json: bool) -> None:
 
 def _wanted(plan: Plan) -> dict[str, Wanted]:
     """The entries that a run of this plan uses. Raises DataError."""
-    from vtrain.cli.filling import extra_texts
     from vtrain.data.caching.stores import Stores
     from vtrain.data.caching.wanted import wanted
     from vtrain.validate.picture_files import keys

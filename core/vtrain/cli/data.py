@@ -14,13 +14,13 @@ import typer
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 
-from vtrain.cli.prepare import planned
 from vtrain.cli.report import one_line, print_table
 from vtrain.contract import ConfigError, DataError, Problem
 from vtrain.contract.lookup import did_you_mean, listed
 from vtrain.data.scanning.files import STATUSES, Count, File, Files, look
 from vtrain.plan.records import Plan
 from vtrain.registry.blame import blame
+from vtrain.run.prepare import planned
 
 _NAME = 40
 """Columns for a file's name where a line goes on after it; a longer one pushes the rest to the right."""

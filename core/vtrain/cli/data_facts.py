@@ -11,12 +11,12 @@ from vtrain.cli.data_masks import ShownMask, WindowMask, mask_rows
 from vtrain.cli.data_masks import window_rows as mask_window_rows
 from vtrain.cli.plan import show_sections
 from vtrain.cli.report import one_line
-from vtrain.contract import Role
+from vtrain.contract import Role, Section
 from vtrain.data.sample import Box, Sample
 from vtrain.data.scanning.files import File
 from vtrain.plan.data_words import counted
 from vtrain.plan.price import bytes_text
-from vtrain.plan.records import Plan, Section
+from vtrain.plan.records import Plan
 
 
 @dataclass(frozen=True)

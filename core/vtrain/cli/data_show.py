@@ -16,7 +16,6 @@ from vtrain.cli.data import as_record, looked
 from vtrain.cli.data_facts import TextEntry, Window, part_text, seconds_text, show_facts, stretch_text
 from vtrain.cli.data_masks import ShownMask, decoded_mask, known_mask, percent, preview, shown_mask
 from vtrain.cli.entry_state import SOUND, state_of
-from vtrain.cli.prepare import planned
 from vtrain.cli.report import one_line
 from vtrain.contract import Caption, DataError, Device, Problem, Role, SupportsWording
 from vtrain.data.caching.stores import Stores
@@ -29,6 +28,7 @@ from vtrain.data.scanning.captions import stem
 from vtrain.data.scanning.files import File, Files
 from vtrain.plan.records import Plan
 from vtrain.registry.blame import blame
+from vtrain.run.prepare import planned
 
 if TYPE_CHECKING:
     from vtrain.cli.sheet import Frames, Layout, Strip

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from vtrain.cli.prepare import prepare
+from vtrain import api
 from vtrain.cli.report import bold, visible
+from vtrain.contract import Section
 from vtrain.plan.price import Prices
-from vtrain.plan.records import Plan, Section, Survey
+from vtrain.plan.records import Plan, Survey
 from vtrain.plan.render import as_json, sections
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 def plan(config: Path, as_json_text: bool) -> None:
     """Print the plan of `config`. Raises what `prepare` raises. Without rich, whose console takes as long as a scan."""
-    prepared = prepare(config)
+    prepared = api.plan(config)
     if as_json_text:
         print(json.dumps(as_json(prepared.plan, prepared.scan.survey, prepared.prices), indent=2))  # noqa: T201
         return

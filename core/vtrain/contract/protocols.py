@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol, runtime_checkable
 
 from vtrain.contract.errors import Problem
+from vtrain.contract.events import Event
 from vtrain.contract.geometry import ClipShape, FrameRule, LatentShape, Size, TokenGrid
 from vtrain.contract.records import (
     Caption,
@@ -335,9 +336,26 @@ class SupportsFiles(Protocol):
 
 
 class Tracker(Protocol):
-    """Where numbers and videos go. Called from one thread of its own; a failure never stops training."""
+    """Where numbers and videos go. All its methods are called from one thread of its own; whatever it does, training goes on.
 
-    def start(self, run: RunInfo) -> None: ...
-    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
-    def videos(self, step: int, files: Mapping[str, Path]) -> None: ...
-    def finish(self) -> None: ...
+    events: the kinds that it asks for (`Logged`, `Validated`, `Warned`, `Failed` ...), of all that a run yields.
+    """
+
+    @property
+    def events(self) -> tuple[type[Event], ...]: ...
+
+    def start(self, run: RunInfo, saved: Mapping[str, Any]) -> None:
+        """saved: what `state` gave when the checkpoint was written that the run is resumed from; {} for a new run."""
+        ...
+
+    def show(self, event: Event) -> None:
+        """An event of one of the kinds it asks for, in their order; after `start`."""
+        ...
+
+    def state(self) -> Mapping[str, Any]:
+        """JSON that a checkpoint is to carry, such as the name of a run on a server; {} for nothing. Asked for after each event."""
+        ...
+
+    def finish(self) -> None:
+        """The last event has been shown."""
+        ...

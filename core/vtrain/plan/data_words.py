@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from vtrain.plan.records import Bucket, DatasetPlan, DatasetSurvey, MasksPlan, Plan, Section, Survey
+from vtrain.contract import Section
+from vtrain.plan.records import Bucket, DatasetPlan, DatasetSurvey, MasksPlan, Plan, Survey
 
 HEADS = ("bucket", "clips", "windows", "batches an epoch", "latents", "share")
 

@@ -103,15 +103,6 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Section:
-    """A part of a plan in words: a title and its (label, text) rows; or a table, whose first row has the columns' names."""
-
-    title: str
-    rows: tuple[tuple[str, ...], ...]
-    table: bool = False
-
-
-@dataclass(frozen=True)
 class DatasetSurvey:
     """What a scan found in one dataset.
 

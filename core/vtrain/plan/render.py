@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from vtrain.contract import Section
 from vtrain.plan.data_words import buckets_json, buckets_section, counted, dataset_rows
 from vtrain.plan.image_to_video import picture_rows, price_rows
 from vtrain.plan.price import Prices, bytes_text
-from vtrain.plan.records import Plan, Section, Survey
+from vtrain.plan.records import Plan, Survey
 from vtrain.plan.residents import feature_words
 from vtrain.plan.residents import section as memory_section
 

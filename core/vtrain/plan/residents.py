@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from vtrain.contract import ClipShape, FeatureShape, Regularizer, SupportsFeatures
-from vtrain.plan.records import Plan, Section, Survey
+from vtrain.contract import ClipShape, FeatureShape, Regularizer, Section, SupportsFeatures
+from vtrain.plan.records import Plan, Survey
 from vtrain.plan.tokens import token_grid
 
 BYTES = {"fp32": 4, "bf16": 2}

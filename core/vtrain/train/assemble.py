@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +16,15 @@ from vtrain.contract import (
     CheckpointError,
     Denoiser,
     Device,
+    Event,
     OptimizerSpec,
     Options,
     Problem,
     RunLength,
+    Saved,
     SupportsFeatures,
     SupportsLora,
+    Warned,
 )
 from vtrain.data.batches import Batches
 from vtrain.data.caching.caches import Caches
@@ -30,17 +33,15 @@ from vtrain.data.index import Index
 from vtrain.data.seeds import derive
 from vtrain.plan.price import Prices
 from vtrain.plan.records import Plan
-from vtrain.train import checkpoint, metrics
+from vtrain.train import checkpoint
 from vtrain.train.adapters import add_lora, base_mark, load_lora_state, lora_settings, lora_state
 from vtrain.train.feed import Feed
-from vtrain.train.loop import Ends, Event, Logged, Loop, Saved, Validate, Warned
-from vtrain.train.metrics import Row
+from vtrain.train.loop import Ends, Loop, Requests, Validate
 from vtrain.train.optimizer_state import load_optimizer, save_optimizer
 from vtrain.train.parameters import groups, own_rates, trained
 from vtrain.train.processes import Processes
 from vtrain.train.resume import RunState, Start, settings, write_state
 from vtrain.train.schedule import Interval, lr_factor
-from vtrain.train.signals import StopRequest
 from vtrain.train.step import Step, Term
 from vtrain.train.teachers import open_teachers
 
@@ -67,58 +68,46 @@ class Trainer:
     named: list[tuple[str, Tensor]]
     held: ExitStack
 
-    def run(
-        self, stop: StopRequest, validate: Validate | None = None, stepped: Callable[[int], None] = lambda done: None
-    ) -> Iterator[Event]:
-        """Train to the last step, or until `stop`. Rows of metrics are on disk before the next event comes.
-
-        stepped: told the optimizer steps done after each, whether its numbers were read or not.
-        """
-        with self.held:
-            yield from self._run(stop, validate, stepped)
-
-    def _run(self, stop: StopRequest, validate: Validate | None, stepped: Callable[[int], None]) -> Iterator[Event]:
+    def run(self, requests: Requests, validate: Validate | None = None) -> Iterator[Event]:
+        """Train to the last step, or until it is asked to stop."""
         config, state, per_epoch = self.plan.config, self.start.state, self.prices.steps_per_epoch
-        loop = Loop(
-            self.processes.wrap(self.step),
-            self.optimizer,
-            [parameter for _, parameter in self.named],
-            lr_factor(config.lr_schedule, self.prices.steps, per_epoch),
-            Feed(self.batches, self.plan.sampler, config.run.seed, self.processes.device, self.step.needed),
-            self.processes,
-            config.train,
-            Ends(self.save, validate, stop, stepped, self.step.observe),
-            first=state.step,
-            last=self.prices.steps,
-            micro_batch=state.micro_batch,
-            steps_per_epoch=per_epoch,
-            seed=config.run.seed,
-        )
         table = config.validation
         interval = Interval(table.every, per_epoch, time.monotonic()) if table else None
-        unwritten: tuple[Row, ...] = ()
-        for event in loop.run(config.checkpoint, interval, at_start=table.at_start if table else False):
-            yield event
-            if isinstance(event, Logged) and self.processes.first:
-                unwritten += event.rows
-                try:
-                    metrics.append(config.run.output_dir, unwritten)
-                    unwritten = ()
-                except OSError as error:
-                    yield Warned(f"metrics could not be written and are kept for the next time: {error}")
+        with self.held:
+            loop = Loop(
+                self.processes.wrap(self.step),
+                self.optimizer,
+                [parameter for _, parameter in self.named],
+                lr_factor(config.lr_schedule, self.prices.steps, per_epoch),
+                Feed(self.batches, self.plan.sampler, config.run.seed, self.processes.device, self.step.needed),
+                self.processes,
+                config.train,
+                Ends(self.save, validate, requests, self.step.observe),
+                first=state.step,
+                last=self.prices.steps,
+                micro_batch=state.micro_batch,
+                steps_per_epoch=per_epoch,
+                seed=config.run.seed,
+            )
+            yield from loop.run(config.checkpoint, interval, at_start=table.at_start if table else False)
 
-    def save(self, step: int, micro_batch: int) -> Saved:
+    def save(self, step: int, micro_batch: int) -> Iterator[Event]:
         """Write the checkpoint of `step` on the first process and let old ones go. Raises CheckpointError on all."""
 
-        def write() -> Saved:
+        def write() -> tuple[Saved, str]:
             parent = self.plan.config.run.output_dir / "checkpoints"
             folder = checkpoint.write(parent, step, lambda folder: self.fill(folder, step, micro_batch))
             try:
-                return Saved(folder, tuple(checkpoint.prune(parent, self.plan.config.checkpoint.keep, folder)))
+                return Saved(
+                    step, folder, tuple(checkpoint.prune(parent, self.plan.config.checkpoint.keep, folder))
+                ), ""
             except OSError as error:
-                return Saved(folder, (), f"an older checkpoint could not be deleted: {error}")
+                return Saved(step, folder), f"an older checkpoint could not be deleted: {error}"
 
-        return self.processes.from_first(write)
+        saved, trouble = self.processes.from_first(write)
+        yield saved
+        if trouble:
+            yield Warned(trouble)
 
     def fill(self, folder: Path, step: int, micro_batch: int) -> None:
         """The files of a checkpoint."""

@@ -3,86 +3,63 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from vtrain.config.tables import CheckpointTable, TrainTable
-from vtrain.contract import CheckpointError, Problem, TrainingError
+from vtrain.contract import (
+    CheckpointError,
+    Ended,
+    Event,
+    Logged,
+    Problem,
+    StepMetrics,
+    Stepped,
+    TrainingError,
+    Warned,
+)
 from vtrain.data.seeds import derive
 from vtrain.registry.blame import at_step
 from vtrain.train.feed import Fed, Feed
-from vtrain.train.metrics import Row
 from vtrain.train.processes import Processes
 from vtrain.train.readings import Measured, Unread, rows
 from vtrain.train.schedule import Factor, Interval
-from vtrain.train.signals import StopRequest
 from vtrain.train.step import StepOutput, clip_gradients, gradient_norm
 
 
-@dataclass(frozen=True)
-class Logged:
-    """Numbers of the optimizer steps since the last reading."""
+class Requests(Protocol):
+    """What people ask of a run while it trains. Read at the end of each step."""
 
-    rows: tuple[Row, ...]
+    @property
+    def stop(self) -> bool:
+        """Whether it is to save and end."""
+        ...
 
-
-@dataclass(frozen=True)
-class Saved:
-    """A checkpoint was written. deleted: older ones that [checkpoint].keep let go; trouble: why some could not be."""
-
-    folder: Path
-    deleted: tuple[Path, ...]
-    trouble: str = ""
+    def take(self) -> tuple[bool, bool]:
+        """(save, validate): whether a checkpoint or a validation was asked for since the last call."""
+        ...
 
 
-@dataclass(frozen=True)
-class Validated:
-    """Videos were generated. files: nickname -> mp4; sheet: a PNG of them all, None if there are none."""
-
-    step: int
-    files: Mapping[str, Path]
-    sheet: Path | None
-
-
-@dataclass(frozen=True)
-class Warned:
-    """Something went wrong that training survives."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Stopped:
-    """The run ended. signal: number of the signal that asked for it, None when all steps are done."""
-
-    step: int
-    signal: int | None
-
-
-Event = Logged | Saved | Validated | Warned | Stopped
-
-
-Validate = Callable[[int], Validated]
-"""Optimizer steps done -> what was generated. Never raises for a video that fails."""
+Validate = Callable[[int], Iterator[Event]]
+"""Optimizer steps done -> what happens while videos are generated. Never raises for a video that fails."""
 
 
 @dataclass(frozen=True)
 class Ends:
-    """What the loop calls at its edges. save: steps done, next micro-batch -> Saved. stepped: steps done.
+    """What the loop calls at its edges. save: steps done, next micro-batch -> what happens while a checkpoint is written.
 
     observe: a step's numbers when they are read, steps in order, and whether conclusions may be drawn from them.
     """
 
-    save: Callable[[int, int], Saved]
+    save: Callable[[int, int], Iterator[Event]]
     validate: Validate | None
-    stop: StopRequest
-    stepped: Callable[[int], None] = lambda done: None
-    observe: Callable[[Row, bool], None] = lambda row, decide: None
+    requests: Requests
+    observe: Callable[[StepMetrics, bool], None] = lambda row, decide: None
 
 
 class Loop:
@@ -133,7 +110,7 @@ class Loop:
             with at_step(number + 1):
                 self.optimizer_step(number, fed)
             done, ended = number + 1, number + 1 == self.last
-            self.ends.stepped(done)
+            yield Stepped(done)
             if ended or done % self.table.log_every == 0:
                 yield from self.read()
             stop, saving, validating = self.agreed(done, save, validate)
@@ -141,13 +118,14 @@ class Loop:
                 yield from self.checkpoint(done, save, must=stop or ended)
             if (validating or ended) and not stop:
                 yield from self.validation(done, validate)
-                stop = self.processes.any(bool(self.ends.stop))[0]
+                stop = self.processes.any(self.ends.requests.stop)[0]
                 if stop and not (saving or ended):
                     yield from self.checkpoint(done, save, must=True)
             if stop and not ended:
-                yield Stopped(done, self.ends.stop.signal)
+                yield Ended(done, self.last, "stopped")
                 return
-        yield Stopped(max(self.first, self.last), None)
+        done = max(self.first, self.last)
+        yield Ended(done, self.last, "finished" if self.first < self.last else "nothing to do")
 
     def order(self) -> Iterator[tuple[int, int]]:
         """This process's global micro-batch numbers, with the optimizer step that each belongs to."""
@@ -214,7 +192,10 @@ class Loop:
         validating = False
         if validate is not None and (self.processes.first or not validate.timed):
             validating = validate.due(done, now)
-        stop, saving, validating = self.processes.any(bool(self.ends.stop), saving, validating)
+        save_asked, validation_asked = self.ends.requests.take()
+        stop, saving, validating = self.processes.any(
+            self.ends.requests.stop, saving or save_asked, validating or validation_asked
+        )
         return stop, saving, validating
 
     def checkpoint(self, done: int, interval: Interval, *, must: bool) -> Iterator[Event]:
@@ -222,7 +203,7 @@ class Loop:
         yield from self.read()
         self.check_weights(done)
         try:
-            yield self.ends.save(done, self.micro_batch + (done - self.first) * self.per_step)
+            yield from self.ends.save(done, self.micro_batch + (done - self.first) * self.per_step)
         except CheckpointError as error:
             if must:
                 raise
@@ -235,7 +216,7 @@ class Loop:
         yield from self.read()
         self.check_weights(done)
         if self.ends.validate is not None:
-            yield self.ends.validate(done)
+            yield from self.ends.validate(done)
         if interval is not None:
             interval.done(time.monotonic())
         self.restart_clock()

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import distributed as dist
 from torch import nn
 
@@ -50,22 +51,10 @@ class Processes:
             what = f"accelerate was set to compute on {placed}, and this process would take {self.device}."
             remedy = "Unset ACCELERATE_USE_CPU and ACCELERATE_TORCH_DEVICE; CUDA_VISIBLE_DEVICES chooses cards."
             raise DeviceError(Problem("", what, remedy))
+        self.count: int = self.accelerator.num_processes
+        self.rank: int = self.accelerator.process_index
+        self.first: bool = self.accelerator.is_main_process
         self.words = dist.new_group(backend="gloo", timeout=PATIENCE) if self.count > 1 else None
-
-    @property
-    def count(self) -> int:
-        num_processes: int = self.accelerator.num_processes
-        return num_processes
-
-    @property
-    def rank(self) -> int:
-        process_index: int = self.accelerator.process_index
-        return process_index
-
-    @property
-    def first(self) -> bool:
-        is_main_process: bool = self.accelerator.is_main_process
-        return is_main_process
 
     def wrap(self, step: nn.Module) -> nn.Module:
         """Autocast, and DDP when there are several processes."""
@@ -117,6 +106,11 @@ class Processes:
         return tuple(bool(vote) for vote in counted.tolist())
 
     def close(self) -> None:
-        """Leave the process group, if there is one. After a failure it is better left alone: peers may be in it."""
+        """Leave the process group, if there is one. After a failure it is better left alone: peers may be in it.
+
+        Alone, the next run of this process may choose its precision anew, which accelerate keeps for as long as its state lives.
+        """
         if self.count > 1:
             dist.destroy_process_group()
+        else:
+            AcceleratorState._reset_state(reset_partial_state=True)

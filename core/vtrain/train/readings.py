@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vtrain.contract import Problem, TrainingError
-from vtrain.train.metrics import Row
+from vtrain.contract import Problem, StepMetrics, TrainingError
 from vtrain.train.processes import Processes
 
 
@@ -80,7 +79,7 @@ def fetch(unread: Sequence[Unread]) -> tuple[list[Reading], list[float | None]]:
 
 def rows(
     unread: Sequence[Unread], processes: Processes, steps_per_epoch: float, seconds: float, memory: int
-) -> tuple[Row, ...]:
+) -> tuple[StepMetrics, ...]:
     """Metrics of steps, over all processes. seconds: per step.
 
     Raises TrainingError, naming the samples, at the first step with a number that is not finite. The step before it is
@@ -97,7 +96,7 @@ def rows(
         check_finite(step.step, parts, norm, before)
         before = parts if norm is None else []
         found.append(
-            Row(
+            StepMetrics(
                 step=step.step,
                 epoch=round(step.step / steps_per_epoch, 6),
                 loss=_mean([part.loss for part in parts]),

@@ -18,11 +18,11 @@ from vtrain.contract import (
     NoiseLevel,
     RunLength,
     Sampler,
+    StepMetrics,
     StepView,
     SupportsFeedback,
     SupportsPauses,
 )
-from vtrain.train.metrics import Row
 from vtrain.train.taps import tapped
 
 
@@ -114,7 +114,7 @@ class Step(nn.Module):
             metrics |= {f"{name}/{key}": value for key, value in found.metrics.items()}
         return StepOutput(loss, flow.detach(), metrics)
 
-    def observe(self, row: Row, decide: bool) -> None:
+    def observe(self, row: StepMetrics, decide: bool) -> None:
         """Tell each regularizer that goes by its own numbers what they were."""
         for name, term in self.terms.items():
             if isinstance(term.module, SupportsFeedback):

@@ -11,11 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtrain.contract import Caption, Condition, Denoiser, Device, Family, NoiseLevel, Predict, Role, Sampler, Text
+from vtrain.contract import (
+    Caption,
+    Condition,
+    Denoiser,
+    Device,
+    DeviceError,
+    Event,
+    Family,
+    NoiseLevel,
+    Predict,
+    Role,
+    Sampler,
+    Text,
+    Validated,
+    Validating,
+)
 from vtrain.data.batches import pad
 from vtrain.data.caching.caches import Caches
+from vtrain.data.caching.peers import Peers
 from vtrain.plan.records import ValidationPlan
-from vtrain.validate.video import to_frames, write_mp4
+from vtrain.validate.video import to_frames, write_mp4, write_sheet
 
 
 class Interrupted(Exception):
@@ -152,3 +168,48 @@ class Validator:
         for with_picture in (False, True):
             names = [name for name in nicknames if (name in self.pictures) is with_picture]
             yield from (names[start : start + together] for start in range(0, len(names), together))
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Validations of a run, each as events. It never ends the run: what fails is told.
+
+    folder: of all samples. peers: each generates its share. explained: a full device's error, in words that help.
+    """
+
+    validator: Validator
+    folder: Path
+    peers: Peers
+    explained: Callable[[], AbstractContextManager[None]]
+
+    def __call__(self, step: int) -> Iterator[Event]:
+        """Generate all prompts after `step` optimizer steps."""
+        prompts = self.validator.plan.prompts
+        folder = self.folder / f"step-{step:06d}"
+        yield Validating(step, len(prompts))
+        made, failure, interrupted = self._share(folder, list(prompts)[self.peers.rank :: self.peers.count])
+        told = self.peers.gathered([(made, failure, interrupted)])
+        everything = {name: path for files, _, _ in told for name, path in files.items()}
+        files = {name: everything[name] for name in prompts if name in everything}
+        failures = {words for _, words, _ in told if words}
+        sheet = None
+        if files and not self.peers.rank:
+            try:
+                sheet = folder / "sheet.png"
+                write_sheet(sheet, files)
+            except Exception as error:  # noqa: BLE001 - validation never ends a run
+                failures.add(f"no contact sheet: {type(error).__name__}: {error}")
+                sheet = None
+        yield Validated(step, files, sheet, tuple(sorted(failures)), any(stopped for _, _, stopped in told))
+
+    def _share(self, folder: Path, nicknames: list[str]) -> tuple[dict[str, Path], str, bool]:
+        """(files, why there are no others, whether the run was asked to stop before they were made)."""
+        try:
+            with self.explained():
+                return self.validator.videos(folder, nicknames), "", False
+        except Interrupted:
+            return {}, "", True
+        except DeviceError as error:
+            return {}, str(error), False
+        except Exception as error:  # noqa: BLE001 - validation never ends a run
+            return {}, f"{type(error).__name__}: {error}", False

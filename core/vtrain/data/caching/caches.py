@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from vtrain.contract import Caption, DataError, Latents, Problem, Role, Text
+from vtrain.contract import Caption, DataError, Filling, Latents, Problem, Role, Text
 from vtrain.data.caching.columns import Column
-from vtrain.data.caching.fill_text import Report, fill_text
+from vtrain.data.caching.fill_text import fill_text
 from vtrain.data.caching.fill_windows import fill_windows
 from vtrain.data.caching.peers import ALONE, Peers, together
 from vtrain.data.caching.stores import Stores
@@ -67,11 +67,11 @@ class Caches:
         return mask
 
 
-__all__ = ["DROPPED", "Caches", "Filled", "fill_caches"]
+__all__ = ["DROPPED", "Caches", "FilledCaches", "fill", "fill_caches"]
 
 
 @dataclass(frozen=True)
-class Filled:
+class FilledCaches:
     """index: of the samples that can be trained on, as they were encoded. left_out: "<dataset>/<ref id>" -> why that file
     cannot be used.
 
@@ -104,31 +104,48 @@ class Filled:
         return replace(survey, datasets=tuple(datasets))
 
 
+def fill(
+    plan: Plan,
+    samples: Iterable[Sample],
+    extra_texts: Sequence[tuple[Caption, Role]],
+    device: str,
+    peers: Peers = ALONE,
+) -> Generator[Filling, None, FilledCaches]:
+    """Encode what is missing: text, masks, video, features, their models one after the other, each loaded only if needed.
+
+    Every process of a run calls it with the same samples, fills its share, and waits for the others. Tells how far this
+    process's share is, stage by stage.
+
+    extra_texts: prompts beside the samples' captions; the dropped caption is added if the run drops any. May be interrupted
+    or closed at any time: what is on the disk is whole, and is not made again. Raises DataError for a full disk, a bad file
+    where the configuration says stop, or no usable clip left.
+    """
+    stores = Stores(plan)
+    truncated = yield from fill_text(stores, texts(plan, samples, extra_texts), peers, device)
+    unusable = yield from fill_windows(stores, samples, peers, device)
+    index, changed = next(filter(None, together(peers, lambda: _index(stores, samples, unusable, peers))))
+    left_out = unusable.told() | changed
+    if left_out and not len(index):
+        raise DataError(Problem(name, f"{reason}.") for name, reason in left_out.items())
+    return FilledCaches(index, left_out, truncated, Caches(stores))
+
+
 def fill_caches(
     plan: Plan,
     samples: Iterable[Sample],
     extra_texts: Sequence[tuple[Caption, Role]],
     device: str,
-    report: Report,
+    report: Callable[[Filling], None] = lambda now: None,
     peers: Peers = ALONE,
-) -> Filled:
-    """Encode what is missing: text, masks, video, features, their models one after the other, each loaded only if needed.
-
-    Every process of a run calls it with the same samples, fills its share, and waits for the others.
-
-    extra_texts: prompts beside the samples' captions; the dropped caption is added if the run drops any. report: told
-    how far this process's share is, stage by stage. May be interrupted at any time: what is on the disk is
-    whole, and is not made again. Raises DataError for a full disk, a bad file where the configuration says stop, or no
-    usable clip left.
-    """
-    stores = Stores(plan)
-    truncated = fill_text(stores, texts(plan, samples, extra_texts), peers, device, report)
-    unusable = fill_windows(stores, samples, peers, device, report)
-    index, changed = next(filter(None, together(peers, lambda: _index(stores, samples, unusable, peers))))
-    left_out = unusable.told() | changed
-    if left_out and not len(index):
-        raise DataError(Problem(name, f"{reason}.") for name, reason in left_out.items())
-    return Filled(index, left_out, truncated, Caches(stores))
+) -> FilledCaches:
+    """The same in one call. report: told how far it is."""
+    work = fill(plan, samples, extra_texts, device, peers)
+    while True:
+        try:
+            report(next(work))
+        except StopIteration as done:
+            filled: FilledCaches = done.value
+            return filled
 
 
 _CHANGED = "its file changed while the caches were filled"

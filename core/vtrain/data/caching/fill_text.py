@@ -3,37 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 
-from vtrain.contract import Caption, PluginError, Problem, Role, SupportsTruncation, Text, TextEncoder
+from vtrain.contract import Caption, Filling, PluginError, Problem, Role, SupportsTruncation, Text, TextEncoder
 from vtrain.data.caching.claims import Claims
-from vtrain.data.caching.peers import Peers, digest64, is_share, together
+from vtrain.data.caching.peers import Peers, digest64, is_share, together_telling
 from vtrain.data.caching.stores import Stores
-
-
-@dataclass(frozen=True)
-class Standing:
-    """How far this process's share of a stage is. stage: "text" counts captions, "video" counts clips (windows of them).
-
-    done: of total that are in the cache; unusable: of total that cannot be. unread: of the others at the start, those whose
-    file's bytes are not known yet, so that they may be there. made: of done, those that were made by this process.
-    """
-
-    stage: str
-    done: int
-    total: int
-    unusable: int = 0
-    unread: int = 0
-    made: int = 0
-
-
-Report = Callable[[Standing], None]
-"""Told at the start of each stage, and as it goes on."""
 
 AGAIN_S = 0.5
 """Seconds until one looks again for what another run is making."""
@@ -41,16 +20,16 @@ AGAIN_S = 0.5
 Texts = Iterable[tuple[Caption, Role]]
 
 
-def fill_text(stores: Stores, texts: Texts, peers: Peers, device: str, report: Report) -> int:
+def fill_text(stores: Stores, texts: Texts, peers: Peers, device: str) -> Generator[Filling, None, int]:
     """Encode what is missing, each process its share; the encoder is opened only if something is.
 
     Gives how many of the captions encoded now, by all processes, were too long and lost their end, as far as the encoder
     counts them. Raises DataError for a full disk, on all processes.
     """
-    return sum(together(peers, lambda: _fill_share(stores, texts, peers, device, report)))
+    return sum((yield from together_telling(peers, _fill_share(stores, texts, peers, device))))
 
 
-def _fill_share(stores: Stores, texts: Texts, peers: Peers, device: str, report: Report) -> int:
+def _fill_share(stores: Stores, texts: Texts, peers: Peers, device: str) -> Generator[Filling, None, int]:
     missing: dict[str, tuple[Caption, Role]] = {}
     present: set[int] = set()
     for caption, role in texts:
@@ -60,11 +39,11 @@ def _fill_share(stores: Stores, texts: Texts, peers: Peers, device: str, report:
                 present.add(digest64(key))
             else:
                 missing[key] = (caption, role)
-    report(Standing("text", len(present), len(present) + len(missing)))
+    yield Filling("text", len(present), len(present) + len(missing))
     if not missing:
         return 0
     batches = list(_batches(missing, stores.plan.config.cache.text_batch))
-    return _fill(stores, missing, batches, len(present), device, report)
+    return (yield from _fill(stores, missing, batches, len(present), device))
 
 
 def _batches(missing: Mapping[str, tuple[Caption, Role]], size: int) -> Iterator[list[str]]:
@@ -82,8 +61,7 @@ def _fill(
     batches: list[list[str]],
     done: int,
     device: str,
-    report: Report,
-) -> int:
+) -> Generator[Filling, None, int]:
     """Encode the missing captions, batch by batch. done: captions that are there."""
     total, made = done + len(missing), 0
     with Claims(stores.plan.config.cache.dir) as claims, ExitStack() as stack:
@@ -102,7 +80,7 @@ def _fill(
                     claims.drop(key)
                 if free:
                     done += len(free)
-                    report(Standing("text", done, total, made=made))
+                    yield Filling("text", done, total, made=made)
                 if len(free) < len(batch):
                     left.append([key for key in batch if key not in free])
             if left == batches:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from functools import partial
 
-from vtrain.contract import DataError, Problem
+from vtrain.contract import DataError, Filling, Problem
 from vtrain.data.caching.batching import Job, by_shape, in_batches
 from vtrain.data.caching.claims import Claims
 from vtrain.data.caching.columns import Column, FeatureColumn, Layout, MaskColumn, Window, known_key, layout_of
 from vtrain.data.caching.encoders import Encode, opened
-from vtrain.data.caching.fill_text import AGAIN_S, Report, Standing
-from vtrain.data.caching.peers import Peers, digest64, is_share, together
+from vtrain.data.caching.fill_text import AGAIN_S
+from vtrain.data.caching.peers import Peers, digest64, is_share, together_telling
 from vtrain.data.caching.stores import Stores
 from vtrain.data.caching.unusable import Unusable
 from vtrain.data.decoding.masks import emptiness
@@ -27,7 +26,9 @@ from vtrain.data.scanning.ledger import Ledger
 _MOST_DECODERS = 4
 
 
-def fill_windows(stores: Stores, samples: Iterable[Sample], peers: Peers, device: str, report: Report) -> Unusable:
+def fill_windows(
+    stores: Stores, samples: Iterable[Sample], peers: Peers, device: str
+) -> Generator[Filling, None, Unusable]:
     """Make what is missing, column after column, each process its share; a model is opened only if something is missing.
 
     samples: may be gone through more than once. Returns what cannot be used, found by any process. Raises DataError for a
@@ -35,29 +36,27 @@ def fill_windows(stores: Stores, samples: Iterable[Sample], peers: Peers, device
     """
     unusable = Unusable()
     for column in stores.columns:
-        filling = _Filling(stores, column, unusable, peers, device, report)
-        for found in together(peers, partial(filling.run, samples)):
+        work = _ColumnFilling(stores, column, unusable, peers, device)
+        for found in (yield from together_telling(peers, work.run(samples))):
             unusable |= found
     return unusable
 
 
-class _Filling:
+class _ColumnFilling:
     """One process's work on one column: the windows of the files that fall to it.
 
     out: what earlier columns found that cannot be used. dented: files of which this one found windows that cannot.
     unusable, made: windows that cannot be made, and that were.
     """
 
-    def __init__(
-        self, stores: Stores, column: Column, out: Unusable, peers: Peers, device: str, report: Report
-    ) -> None:
+    def __init__(self, stores: Stores, column: Column, out: Unusable, peers: Peers, device: str) -> None:
         self.stores, self.column, self.out = stores, column, out
-        self.peers, self.device, self.report = peers, device, report
+        self.peers, self.device = peers, device
         self.decoders = min(_MOST_DECODERS, max(1, available_cpus() // peers.count - 1))
         self.found, self.dented = Unusable(), set[str]()
         self.unusable, self.made = 0, 0
 
-    def run(self, samples: Iterable[Sample]) -> Unusable:
+    def run(self, samples: Iterable[Sample]) -> Generator[Filling, None, Unusable]:
         """Make what is missing."""
         count, lacking, unread, missing = 0, 0, 0, set[int]()
         for window in self._windows(samples):
@@ -69,15 +68,15 @@ class _Filling:
                 missing.add(digest64(self._claim(window)))
             else:
                 self._look(window, layout)
-        self.report(Standing(self.column.stage, count - lacking, count, unread=unread))
+        yield Filling(self.column.stage, count - lacking, count, unread=unread)
         if missing:
             todo = (window for window in self._windows(samples) if digest64(self._claim(window)) in missing)
-            self._fill(by_shape(todo, self.stores.plan.config.cache.video_batch), count - lacking, count)
+            yield from self._fill(by_shape(todo, self.stores.plan.config.cache.video_batch), count - lacking, count)
         if self.found.windows:
             self._whole_files(samples)
         return self.found
 
-    def _fill(self, windows: Iterable[Window], done: int, total: int) -> None:
+    def _fill(self, windows: Iterable[Window], done: int, total: int) -> Iterator[Filling]:
         """done: windows that are there."""
         config = self.stores.plan.config.cache
         limit = max(dataset.table.decode_timeout for dataset in self.stores.plan.datasets)
@@ -101,16 +100,16 @@ class _Filling:
                         for job, _ in batch:
                             claims.drop(self._claim((job.sample, job.start)))
                         done += len(batch) - (self.unusable - bad)
-                        self._tell(done, total)
+                        yield self._standing(done, total)
                 if total - len(busy) > done + self.unusable:  # the rest was there when it was looked at
                     done = total - len(busy) - self.unusable
-                    self._tell(done, total)
+                    yield self._standing(done, total)
                 elif done + self.unusable == before:
                     time.sleep(AGAIN_S)
                 windows = busy
 
-    def _tell(self, done: int, total: int) -> None:
-        self.report(Standing(self.column.stage, done, total, unusable=self.unusable, made=self.made))
+    def _standing(self, done: int, total: int) -> Filling:
+        return Filling(self.column.stage, done, total, unusable=self.unusable, made=self.made)
 
     def _windows(self, samples: Iterable[Sample]) -> Iterator[Window]:
         """This process's share. All windows of a file fall to one process."""

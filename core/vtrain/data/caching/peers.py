@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from vtrain.contract import VtrainError
 
 T = TypeVar("T")
+Y = TypeVar("Y")
 
 
 class Peers(Protocol):
@@ -60,6 +61,20 @@ def together(peers: Peers, work: Callable[[], T]) -> list[T]:
         result = work()
     except VtrainError as error:
         failure = error
+    return _agreed(peers, result, failure)
+
+
+def together_telling(peers: Peers, work: Generator[Y, None, T]) -> Generator[Y, None, list[T]]:
+    """The same of work that tells how far it is."""
+    result, failure = None, None
+    try:
+        result = yield from work
+    except VtrainError as error:
+        failure = error
+    return _agreed(peers, result, failure)
+
+
+def _agreed(peers: Peers, result: Any, failure: VtrainError | None) -> list[Any]:
     told = peers.gathered([(result, failure)])
     failures: list[VtrainError] = [failure for _, failure in told if failure is not None]
     if failures:

@@ -10,7 +10,7 @@ from subprocess import CompletedProcess
 
 import pytest
 
-from vtrain.cli.collector import uncollected
+from vtrain.run.collector import uncollected
 
 SEEN = """
 import gc, sys

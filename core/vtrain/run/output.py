@@ -1,7 +1,8 @@
-"""The output folder of a run is one run's at a time."""
+"""The output folder of a run: one run's at a time, with the configuration and the plan it was started from."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -11,8 +12,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
-from vtrain.contract import CheckpointError, Problem
+from vtrain.contract import CheckpointError, Problem, SupportsFeatures
+from vtrain.data.caching import hashes
 from vtrain.data.locks import lock
+from vtrain.plan.price import Prices
+from vtrain.plan.records import Plan, Survey
+from vtrain.plan.render import as_json
+from vtrain.train.resume import settings
 
 FILE = ".lock"
 """Holds who has the folder. It stays when a run ends: that it is there means nothing, that it is locked does."""
@@ -71,3 +77,27 @@ def _holder(file: BinaryIO) -> str:
         return f"process {found['pid']} on {found['host']}, since {found['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "a process that has just begun"
+
+
+def write_run_files(plan: Plan, survey: Survey, prices: Prices) -> None:
+    """config.toml, verbatim, and plan.json: resolved values, parts with their versions, fingerprints. Raises OSError."""
+    output = plan.config.run.output_dir
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "config.toml").write_text(plan.config.text, encoding="utf-8")
+    hash_file = hashes.FileHashes(plan.config.cache.dir / hashes.FILE)
+    fingerprints = {
+        "text": plan.family.text_fingerprint(hash_file),
+        "video": plan.family.video_fingerprint(hash_file),
+        "config": hashlib.sha256(plan.config.text.encode()).hexdigest(),
+        **{
+            f"features ({name})": part.feature_fingerprint(hash_file)
+            for name, part in plan.regularizers
+            if part.needs().features == "cached" and isinstance(part, SupportsFeatures)
+        },
+    }
+    whole = {
+        **as_json(plan, survey, prices),
+        "settings": {key: setting.value for key, setting in settings(plan).items()},
+        "fingerprints": fingerprints,
+    }
+    (output / "plan.json").write_text(json.dumps(whole, indent=2), encoding="utf-8")

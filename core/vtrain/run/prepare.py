@@ -1,4 +1,4 @@
-"""From a file's name to a priced plan: what `vtrain plan` shows and `vtrain run` starts with. Imports no torch."""
+"""From a file's name to a plan and what it amounts to: what `vtrain plan` shows and every run starts with. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vtrain.cli.collector import uncollected
 from vtrain.config import load
-from vtrain.contract import ConfigError
+from vtrain.contract import Caption, ConfigError, Role
 from vtrain.data.scanning.scan import Scan, scan
 from vtrain.plan.make import make_plan
 from vtrain.plan.price import Prices, check_room, price
 from vtrain.plan.records import Plan
 from vtrain.registry import discover
 from vtrain.registry.blame import blame
+from vtrain.run.collector import uncollected
 from vtrain.validate import picture_files
 
 
@@ -51,3 +51,12 @@ def prepare(path: Path, on_file: Callable[[int], None] | None = None) -> Prepare
     prices = price(plan, found.survey)
     check_room(plan, prices)
     return Prepared(plan, found, prices)
+
+
+def extra_texts(plan: Plan) -> list[tuple[Caption, Role]]:
+    """What a run encodes beside captions: validation's prompts. Imports torch."""
+    if plan.validation is None:
+        return []
+    from vtrain.validate.generate import texts
+
+    return texts(plan.validation)

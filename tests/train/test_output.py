@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from vtrain.train import output_lock
+from vtrain.run import output as output_lock
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from vtrain.train.output_lock import hold
+from vtrain.run.output import hold
 
 with hold(Path(sys.argv[1])):
     print("held", flush=True)

@@ -1,0 +1,58 @@
+"""The library: what `vtrain` does on the command line, from Python.
+
+    import vtrain.api
+
+    with vtrain.api.run("config.toml") as events:
+        for event in events:
+            match event:
+                case vtrain.contract.Logged(steps):
+                    print(steps[-1].step, steps[-1].loss)
+
+A run goes on when the next event is taken. Leaving the with block, by its end, an exception or a Ctrl-C, ends it: what is cached
+or saved is whole, and another run resumes from there. Errors that a user can mend are `vtrain.contract.VtrainError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vtrain.run.prepare import Prepared
+    from vtrain.run.session import Session
+
+
+def plan(config: Path | str) -> Prepared:
+    """Everything a run would do, without loading a weight: the plan, what was found in the data, the estimate. Imports no torch.
+
+    Raises ConfigError, ModelError, PluginError or DataError with every problem found.
+    """
+    from vtrain.run.prepare import prepare
+
+    return prepare(Path(config))
+
+
+def run(
+    config: Path | str,
+    *,
+    signals: bool = False,
+    heard: Callable[[], None] = lambda: None,
+    process_ends: bool = False,
+) -> Session:
+    """A run as a context manager over its events, which are those of `vtrain.contract.events`.
+
+    signals: whether Ctrl-C and SIGTERM ask the run to save and end (of the main thread only), and heard is called when they
+    do; without, a Ctrl-C is a KeyboardInterrupt, and what was done since the last checkpoint is lost.
+    process_ends: this process does nothing after the run, so that its memory need not be given back.
+    """
+    from vtrain.run.session import Session
+
+    return Session(Path(config), signals=signals, heard=heard, process_ends=process_ends)
+
+
+def fill(config: Path | str, *, process_ends: bool = False) -> Session:
+    """The same until the caches are filled."""
+    from vtrain.run.session import Session
+
+    return Session(Path(config), until="filled", process_ends=process_ends)

@@ -1,0 +1,314 @@
+"""What people see of a run: its events as lines, with a live bar on a terminal."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from vtrain.cli.plan import show_sections
+from vtrain.cli.report import one_line
+from vtrain.contract import (
+    Ended,
+    Estimated,
+    Event,
+    Filled,
+    Filling,
+    Logged,
+    Noted,
+    Planned,
+    Quarantined,
+    Saved,
+    Started,
+    StepMetrics,
+    Stepped,
+    Validated,
+    Warned,
+)
+from vtrain.plan.price import bytes_text
+
+if TYPE_CHECKING:
+    from vtrain.run.session import Session
+
+KEPT = "interrupted; what is cached or saved is whole, and the same command resumes from it"
+NAMED, REASONS = 20, 10
+"""Files that are shown by name, and reasons that are shown with their number, where there are more."""
+
+
+class Terminal:
+    """Shows the events of a session. Silent on processes beside the first."""
+
+    def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
+        """console: where it is shown; else standard output."""
+        self._quiet = quiet
+        self.console = console or Console(quiet=quiet, soft_wrap=True, highlight=False)
+        self._filling = FillingLines(self.console)
+        self._training: TrainingLines | None = None
+        self._moved = Counter[bool]()
+        self._output = Path()
+
+    def heard(self) -> None:
+        """Ctrl-C or SIGTERM: said at once, for the step may take a while."""
+        self.say("stopping after this step; what is done will be saved")
+
+    @contextmanager
+    def following(self, session: Session) -> Iterator[None]:
+        """For the length of a session: live bars end with it, and a Ctrl-C says what is kept."""
+        self.console.quiet = self._quiet or not session.processes.first
+        self._filling.processes = session.processes.count
+        try:
+            yield
+        except KeyboardInterrupt:
+            self._stop_bars()
+            self.say(KEPT)
+            raise
+        finally:
+            self._stop_bars()
+
+    def show(self, event: Event) -> None:
+        """One event. Scanned and Validating say nothing that is not in the plan's words or in what follows."""
+        if not isinstance(event, Quarantined):
+            self._sum_up_moved()
+        match event:
+            case Planned():
+                self._output = event.output_dir
+            case Filling():
+                self._filling.show(event)
+            case Stepped() | Logged() if self._training is not None:
+                self._training.show(event)
+            case Estimated():
+                show_sections(self.console, event.sections)
+            case Filled():
+                self._filling.stop()
+                self._filled(event)
+            case Quarantined():
+                self._quarantined(event)
+            case Started():
+                if event.step < event.steps:
+                    self._training = TrainingLines(self.console, event.steps, event.step)
+            case Saved():
+                self.say(f"saved {event.folder}" + (f", {len(event.deleted)} older deleted" if event.deleted else ""))
+            case Validated():
+                self._validated(event)
+            case Warned():
+                self._warn(event.text)
+            case Noted():
+                self.say(event.text)
+            case Ended():
+                self._stop_bars()
+                self.say(_ending(event))
+                self.say(f"output: {self._output}")
+
+    def say(self, text: str, style: str | None = None) -> None:
+        self.console.print(escape(one_line(text)), style=style)
+
+    def _warn(self, text: str) -> None:
+        self.say(f"WARNING: {text}", style="bold red")
+
+    def _stop_bars(self) -> None:
+        self._sum_up_moved()
+        self._filling.stop()
+        if self._training is not None:
+            self._training.stop()
+
+    def _filled(self, event: Filled) -> None:
+        if event.truncated:
+            self.say(f"captions too long for the text encoder, which lost their end: {event.truncated}")
+        if event.duplicate_example:
+            example = " and ".join(event.duplicate_example)
+            self.say(f"{event.duplicates} samples are copies of another, byte for byte (such as {example})")
+        for line in excluded(event.excluded):
+            self.say(line)
+
+    def _quarantined(self, event: Quarantined) -> None:
+        self._moved[event.target is not None] += 1
+        if event.target is None:
+            self.say(f"not moved: {event.file}: {event.stays} ({event.reason})")
+        else:
+            self.say(f"moved: {event.file} -> {event.target} ({event.reason})")
+
+    def _sum_up_moved(self) -> None:
+        """After the last of them: how many there were."""
+        if self._moved:
+            self.say(
+                f"{self._moved[True]} bad files moved" + (f", {self._moved[False]} not" if self._moved[False] else "")
+            )
+            self._moved.clear()
+
+    def _validated(self, event: Validated) -> None:
+        for path in (*event.files.values(), event.sheet):
+            if path is not None:
+                self.say(f"wrote {path}")
+        for failure in event.failures:
+            self._warn(f"validation at step {event.step} failed, training goes on: {failure}")
+        if event.interrupted:
+            self.say(f"validation at step {event.step} was left unfinished, as asked")
+
+
+def _ending(event: Ended) -> str:
+    if event.reason == "stopped":
+        return f"step {event.step} of {event.steps}: stopped as asked; the same command resumes"
+    if event.reason == "nothing to do":
+        return f"nothing to do: train.steps is {event.steps} and the checkpoint is at {event.step}"
+    return f"step {event.step} of {event.steps}: all steps are done"
+
+
+def excluded(files: Mapping[str, str]) -> Iterator[str]:
+    """Files that could not be decoded or encoded: by name, and where they are many, how many there are of each reason.
+
+    files: file -> why.
+    """
+    named = sorted(files.items())
+    for file, reason in named[:NAMED]:
+        yield f"left out: {file}: {reason}"
+    if len(named) > NAMED:
+        yield f"left out: {len(named) - NAMED} more; `vtrain data list CONFIG --failed` names them. Of all:"
+        for reason, count in Counter(files.values()).most_common(REASONS):
+            yield f"  {count}  {reason}"
+
+
+def numbers(row: StepMetrics, steps: int, seconds: float) -> str:
+    """One line: loss, what it is made of, learning rate, gradient norm, s/step, time left, memory. seconds: smoothed, per step.
+
+    The share of the step in which it waited for its data is shown where it is 1% or more.
+    """
+    parts = {"flow_loss": row.flow_loss, **row.terms} if row.terms else {}
+    terms = "".join(f"  {name} {value:.4g}" for name, value in parts.items())
+    norm = f"  norm {row.grad_norm:.3g}" if row.grad_norm is not None else ""
+    left = timedelta(seconds=round((steps - row.step) * seconds))
+    waiting = f"  waiting for data {row.data_wait / row.seconds:.0%}" if row.data_wait >= 0.01 * row.seconds > 0 else ""
+    pace = f"{seconds:.3g} s/step{waiting}  left {left}"
+    return f"loss {row.loss:.4f}{terms}  lr {row.lr:.2e}{norm}  {pace}  {bytes_text(row.memory)}"
+
+
+class TrainingLines:
+    """How training goes: a bar with the newest numbers on a terminal, a line for each reading elsewhere."""
+
+    def __init__(self, console: Console, steps: int, done: int) -> None:
+        self._console, self._steps = console, steps
+        self._pace: float | None = None
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            columns = (
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=24),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[numbers]}"),
+            )
+            self._bar = Progress(*columns, console=console)
+            self._task = self._bar.add_task(
+                "step", total=steps, completed=done, numbers="waiting for the first numbers"
+            )
+            self._bar.start()
+
+    def stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def show(self, event: Stepped | Logged) -> None:
+        """A step's numbers come later than the step. The pace is smoothed so that the time left does not jump."""
+        if isinstance(event, Stepped):
+            if self._bar is not None:
+                self._bar.update(self._task, completed=event.step)
+            return
+        newest = event.steps[-1]
+        self._pace = newest.seconds if self._pace is None else 0.7 * self._pace + 0.3 * newest.seconds
+        text = numbers(newest, self._steps, self._pace)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=newest.step, numbers=escape(text))
+        else:
+            self._console.print(escape(f"step {newest.step}/{self._steps}  {text}"))
+
+
+class FillingLines:
+    """How the caches fill: a bar a stage on a terminal; elsewhere a line at the start, at the end, and now and then.
+
+    processes: that fill together, each its share; the first shows its own.
+    """
+
+    LINE_EVERY = 30.0
+    UNITS: ClassVar = {"text": "captions", "mask": "masks"}
+    """Of each stage; of all others, clips."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.processes = 1
+        self.paces: dict[str, Pace] = {}
+        self.said = 0.0
+        columns = (
+            TextColumn("{task.description}"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[pace]}"),
+        )
+        self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.tasks: dict[str, TaskID] = {}
+
+    def stop(self) -> None:
+        self.bar.stop()
+
+    def show(self, now: Filling) -> None:
+        """The first of a stage tells what was there."""
+        self.bar.start()
+        stage, total, over = now.stage, now.total, now.done + now.unusable
+        if stage not in self.paces:
+            self.paces[stage] = Pace(over, time.monotonic())
+            self.say(f"{stage}: {now.done} of {total} cached{_to_do(now)}{self._whose()}")
+            if over < total:
+                words = escape(f"encoding {stage}")
+                self.tasks[stage] = self.bar.add_task(words, total=total, completed=over, pace="")
+            return
+        pace = self.paces[stage].words(over, total, time.monotonic(), self.UNITS.get(stage, "clips"))
+        self.bar.update(self.tasks[stage], completed=over, pace=escape(pace))
+        late = time.monotonic() - self.said > self.LINE_EVERY
+        if over == total or (late and not self.console.is_terminal):
+            there = now.done - now.made > self.paces[stage].found
+            anew = f", {now.made} of them encoded now" if over == total and there else ""
+            unusable = f", {now.unusable} cannot be used" if now.unusable else ""
+            if anew or unusable or not self.console.is_terminal:
+                self.say(f"{stage}: {now.done} of {total} cached{anew}{unusable}  {pace}")
+
+    def _whose(self) -> str:
+        return f" (the first process's share of {self.processes})" if self.processes > 1 else ""
+
+    def say(self, text: str) -> None:
+        self.said = time.monotonic()
+        self.console.print(escape(text))
+
+
+def _to_do(now: Filling) -> str:
+    """A file whose bytes are not known yet (it is new, or was touched, or the ledger was lost) may be cached all the same."""
+    known = now.total - now.done - now.unread
+    return (f", {known} to do" if known else "") + (f", {now.unread} to read or encode" if now.unread else "")
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast something goes. found: what was there at the start; began: when that was, in seconds."""
+
+    found: int
+    began: float
+
+    def words(self, done: int, total: int, now: float, unit: str) -> str:
+        """ "0.51 clips/s  left 0:12:03", or at the end "0.51 clips/s  in 0:12:03"."""
+        seconds = now - self.began
+        if done == self.found or seconds <= 0:
+            return ""
+        rate = (done - self.found) / seconds
+        when = (
+            f"in {timedelta(seconds=round(seconds))}"
+            if done == total
+            else f"left {timedelta(seconds=round((total - done) / rate))}"
+        )
+        return f"{rate:.3g} {unit}/s  {when}"

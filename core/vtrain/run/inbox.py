@@ -1,0 +1,104 @@
+"""Everything that people ask of a run while it trains, in one place that is read at the end of each step.
+
+A request comes by a signal, by the control file in the output folder, or by a call. Ctrl-C and SIGTERM: the first asks the
+run to save and end; a second Ctrl-C, a second or more later, ends it at once. A signal that the process was started to ignore
+stays ignored: a shell starts what a script puts in the background so that the terminal's Ctrl-C does not reach it.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+CONTROL = "control"
+"""File in the output folder: words that ask something of the run, deleted when they were read."""
+WORDS = ("stop", "save", "validate")
+ONE_PRESS = 1.0
+"""Seconds within which several signals are one wish."""
+
+
+class Inbox:
+    """What was asked. signal: the one that asked the run to stop, None if another did. heard: called when it is asked to."""
+
+    def __init__(self, heard: Callable[[], None] = lambda: None) -> None:
+        self._heard = heard
+        self._control: Path | None = None
+        self.signal: signal.Signals | None = None
+        self._stop, self._since = False, 0.0
+        self._save = self._validate = False
+        self._unknown: list[str] = []
+
+    @property
+    def stop(self) -> bool:
+        """Whether the run is to save and end."""
+        return self._stop
+
+    def ask(self, word: str) -> None:
+        """One of WORDS. From any thread. Raises ValueError for another."""
+        if word not in WORDS:
+            raise ValueError(f'a run is asked to {", ".join(WORDS)}; not "{word}"')
+        if word == "stop" and not self._stop:
+            self._stop, self._since = True, time.monotonic()
+            self._heard()
+        self._save = self._save or word == "save"
+        self._validate = self._validate or word == "validate"
+
+    def take(self) -> tuple[bool, bool]:
+        """(save, validate): whether a checkpoint or a validation was asked for since the last call."""
+        self._read_control()
+        asked = self._save, self._validate
+        self._save = self._validate = False
+        return asked
+
+    def unknown(self) -> list[str]:
+        """Words of the control file since the last call that mean nothing."""
+        words, self._unknown = self._unknown, []
+        return words
+
+    def watch(self, folder: Path) -> None:
+        """Read the control file of a run's output folder from here on; what an earlier run left there is forgotten."""
+        self._control = folder / CONTROL
+        self._control.unlink(missing_ok=True)
+
+    def _read_control(self) -> None:
+        """One look at a name that is usually not there: microseconds a step."""
+        if self._control is None:
+            return
+        try:
+            words = self._control.read_text(encoding="utf-8", errors="replace").split()
+            if not words:
+                return  # whoever writes it has only opened it
+            self._control.unlink()
+        except OSError:
+            return
+        for word in words:
+            if word in WORDS:
+                self.ask(word)
+            else:
+                self._unknown.append(word)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Catch those of the two signals that are not ignored, for the length of the with block. Of the main thread only.
+
+        A launcher passes on the Ctrl-C that its processes got from the terminal too: two at once are one.
+        """
+
+        def ask(number: int, _frame: FrameType | None) -> None:
+            if not self._stop:
+                self.signal = signal.Signals(number)
+                self.ask("stop")
+            elif number == signal.SIGINT and time.monotonic() - self._since > ONE_PRESS:
+                raise KeyboardInterrupt
+
+        caught = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, ask) for number in caught}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

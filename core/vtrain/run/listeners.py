@@ -1,0 +1,115 @@
+"""Whoever listens to a run: each in a thread of its own, behind a bounded queue, so that none can change, slow or end it.
+
+A listener that raises is warned of and hears nothing more. One that is too slow misses events, which are counted and told.
+One that never comes back is waited for at the end only so long.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from vtrain.contract import Event, RunInfo, Tracker
+
+PATIENCE_S = 60.0
+"""Seconds that the end of a run waits for all listeners together."""
+ROOM = 1024
+"""Events that may wait for a listener."""
+
+State = Mapping[str, Any]
+
+
+class Listener:
+    """One tracker at work. key: what its state is kept under. name: as warnings call it."""
+
+    def __init__(self, key: str, name: str, tracker: Tracker, info: RunInfo, saved: State, warn: deque[str]) -> None:
+        self.key, self.name, self._tracker, self._warn = key, name, tracker, warn
+        self._info, self._saved = info, saved
+        self._wanted = tuple(tracker.events)
+        self._queue: queue.Queue[Event | None] = queue.Queue(ROOM)
+        self._missed = 0
+        self._state: State = saved
+        self.thread = threading.Thread(target=self._work, name=f"listener {name}", daemon=True)
+        self.thread.start()
+
+    def show(self, event: Event) -> None:
+        """Pass an event on, if it asks for such; never waits."""
+        if isinstance(event, self._wanted) and self.thread.is_alive():
+            try:
+                self._queue.put_nowait(event)
+            except queue.Full:
+                self._missed += 1
+
+    def state(self) -> State:
+        """What it wants to be given when the run is resumed, as of the last event that it has dealt with."""
+        return self._state
+
+    def close(self, until: float) -> None:
+        """There are no more events; waits for room to say so, but not beyond `until` on the monotonic clock."""
+        with suppress(queue.Full):  # it is still busy, and waited for below
+            self._queue.put(None, timeout=max(0.0, until - time.monotonic()))
+
+    def join(self, until: float) -> None:
+        """Wait until it has dealt with everything, but not beyond `until`."""
+        self.thread.join(max(0.0, until - time.monotonic()))
+        if self.thread.is_alive():
+            self._warn.append(
+                f"{self.name} did not finish within {PATIENCE_S:g} seconds; its last numbers may be missing"
+            )
+        if self._missed:
+            self._warn.append(f"{self.name} was too slow: {self._missed} events were not passed to it")
+
+    def _work(self) -> None:
+        try:
+            self._tracker.start(self._info, self._saved)
+            self._keep()
+            while (event := self._queue.get()) is not None:
+                self._tracker.show(event)
+                self._keep()
+            self._tracker.finish()
+        except BaseException as error:  # noqa: BLE001 - SystemExit too: it would end this thread without a word
+            self._warn.append(f"{self.name} failed and hears nothing more: {type(error).__name__}: {error}")
+
+    def _keep(self) -> None:
+        """A copy that nobody changes while a checkpoint is written. Raises TypeError for what is not JSON."""
+        self._state = json.loads(json.dumps(dict(self._tracker.state())))
+
+
+class Listeners:
+    """All of them. trackers: what each one's state is kept under, its name, itself.
+
+    saved: by the same key, what its state was at the checkpoint that is resumed from.
+    """
+
+    def __init__(self, trackers: Sequence[tuple[str, str, Tracker]], info: RunInfo, saved: Mapping[str, State]) -> None:
+        self._warnings: deque[str] = deque()
+        self._all = [
+            Listener(key, name, tracker, info, saved.get(key, {}), self._warnings) for key, name, tracker in trackers
+        ]
+
+    def show(self, event: Event) -> None:
+        for each in self._all:
+            each.show(event)
+
+    def states(self) -> dict[str, State]:
+        """Key -> what it wants to be given when the run is resumed; of those that want something."""
+        return {each.key: state for each in self._all if (state := each.state())}
+
+    def warnings(self) -> Iterator[str]:
+        """What went wrong with listeners since the last call."""
+        while self._warnings:
+            yield self._warnings.popleft()
+
+    def finish(self) -> None:
+        """Wait until all have heard everything, but not for ever."""
+        until = time.monotonic() + PATIENCE_S
+        for each in self._all:
+            each.close(until)
+        for each in self._all:
+            each.join(until)

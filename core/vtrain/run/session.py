@@ -1,0 +1,373 @@
+"""One run, from its configuration to its last checkpoint, as an iterator of events: whoever takes the next event drives it.
+
+The chapters stand in `Session._chapters`, in order. Every event is recorded first, then shown to the listeners, then given to
+the consumer. Closed in the middle, everything that is on the disk is whole, and the output folder is free.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+from vtrain.contract import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DatasetStatistics,
+    Ended,
+    Estimated,
+    Event,
+    Failed,
+    Filled,
+    Noted,
+    Planned,
+    Problem,
+    Quarantined,
+    RunInfo,
+    Scanned,
+    Started,
+    TrackerSpec,
+    VtrainError,
+    Warned,
+)
+from vtrain.data.scanning.quarantine import move_bad
+from vtrain.data.scanning.scan import Scan, scan
+from vtrain.plan.data_words import counted
+from vtrain.plan.price import Prices, check_room, price
+from vtrain.plan.records import Survey
+from vtrain.plan.render import sections
+from vtrain.plan.residents import Doing, remedies
+from vtrain.registry.blame import blame
+from vtrain.run.collector import uncollected
+from vtrain.run.inbox import Inbox
+from vtrain.run.listeners import Listeners
+from vtrain.run.output import hold, write_run_files
+from vtrain.run.prepare import extra_texts, planned
+from vtrain.run.recorder import Recorder
+
+if TYPE_CHECKING:
+    from vtrain.data.caching.caches import Caches, FilledCaches
+    from vtrain.train.assemble import Trainer
+    from vtrain.train.processes import Processes
+    from vtrain.train.resume import Start
+    from vtrain.validate.generate import Validation
+
+
+@dataclass(frozen=True)
+class Data:
+    """What can be trained on, and what the run amounts to with it."""
+
+    filled: FilledCaches
+    survey: Survey
+    prices: Prices
+
+
+class Session:
+    """A context manager over the events of a run, and their iterator. plan: there from the start of the with block.
+
+    signal: number of the signal that ended the run early, None if none did. Raises, on entering, ConfigError and all else
+    that planning does, DeviceError; while events are taken, the other errors of vtrain.
+    """
+
+    def __init__(
+        self,
+        config: Path,
+        *,
+        until: Literal["trained", "filled"] = "trained",
+        signals: bool = False,
+        heard: Callable[[], None] = lambda: None,
+        process_ends: bool = False,
+    ) -> None:
+        """until: filled, to end when the caches are. signals: whether Ctrl-C and SIGTERM ask the run to save and end, in the
+        main thread alone; heard: called when they do. Without, Ctrl-C is a KeyboardInterrupt like any other.
+
+        process_ends: the process ends with the run, so that nothing need be made ready for another.
+        """
+        self._path, self._until, self._signals, self._process_ends = config, until, signals, process_ends
+        self._inbox = Inbox(heard)
+        self._events: Generator[Event, None, None] | None = None
+        self._listeners: Listeners | None = None
+        self.signal: int | None = None
+
+    def __enter__(self) -> Session:
+        with uncollected():
+            self.plan = planned(self._path)
+            from vtrain.train.processes import Processes
+
+            self.processes: Processes = Processes(self.plan.config.precision.mixed, self.plan.base)
+            if self.plan.config.run.deterministic:
+                self.processes.device.deterministic()
+        if self.processes.count != self.plan.processes:
+            what = (
+                f"the launcher announced {self.plan.processes} processes in WORLD_SIZE, "
+                f"and {self.processes.count} work together."
+            )
+            raise ConfigError(Problem("", what, "Start it with torchrun, or unset WORLD_SIZE."))
+        self._recorder = Recorder(self.plan.config.run.output_dir)
+        self._events = self._told()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._events is not None:
+            self._events.close()
+        if error is None or self.processes.count == 1:
+            self.processes.close()
+        if not self._process_ends:
+            gc.unfreeze()
+            self.processes.device.release()
+
+    def __iter__(self) -> Iterator[Event]:
+        return self
+
+    def __next__(self) -> Event:
+        if self._events is None:
+            raise RuntimeError("a run gives its events inside its with block")
+        return next(self._events)
+
+    def ask(self, word: Literal["stop", "save", "validate"]) -> None:
+        """Ask something of the run, from any thread: it is done at the end of the step."""
+        self._inbox.ask(word)
+
+    # -- the stream --------------------------------------------------------------------------------------------------------
+
+    def _told(self) -> Generator[Event, None, None]:
+        """Every event, recorded and shown to the listeners. An error is an event too, and then raised."""
+        try:
+            with blame(self.plan.config.parts()):
+                for event in self._chapters():
+                    yield from self._tell(event)
+        except Exception as error:
+            problems = error.problems if isinstance(error, VtrainError) else ()
+            lines = tuple(filter(None, (" ".join(filter(None, (p.where, p.what, p.remedy))) for p in problems)))
+            yield from self._tell(Failed(type(error).__name__, lines or (str(error),)))
+            raise
+        finally:
+            if self._listeners is not None:
+                self._listeners.finish()
+        for text in self._listeners.warnings() if self._listeners is not None else ():
+            yield from self._tell(Warned(text))
+
+    def _tell(self, event: Event) -> Iterator[Event]:
+        """Recorded, shown, given; and what went wrong in doing so."""
+        troubles = list(self._recorder.record(event)) if self.processes.first else []
+        if self._listeners is not None:
+            self._listeners.show(event)
+            troubles += [Warned(text) for text in self._listeners.warnings()]
+        yield event
+        for warning in troubles:
+            if self.processes.first:
+                list(self._recorder.record(warning))
+            yield warning
+
+    # -- the chapters ------------------------------------------------------------------------------------------------------
+
+    def _chapters(self) -> Iterator[Event]:
+        """A run, from beginning to end."""
+        yield from self._introduced()
+        if self._until == "filled":
+            found, _ = yield from self._scanned(priced=False)
+            yield from self._caches(found)
+            yield from self._quarantined()
+            return
+        with self._alone() as warning:
+            if warning:
+                yield Warned(warning)
+            start = self._start()
+            data = yield from self._data()
+            for notice in start.notices:
+                yield Noted(notice)
+            with self._assembled(start, data) as (trainer, caches):
+                yield from self._begun(trainer, data)
+                yield from self._trained(trainer, caches)
+
+    def _introduced(self) -> Iterator[Event]:
+        config, processes = self.plan.config, self.processes
+        parts = tuple(
+            f"{each.spec.kind} {each.spec.name} ({each.distribution} {each.version})" for each in config.parts()
+        )
+        yield Planned(config.run.name, config.run.output_dir, processes.count, str(processes.device), parts)
+        for notice in dict.fromkeys(processes.gathered(list(processes.notices))):
+            yield Warned(notice)
+
+    @contextmanager
+    def _alone(self) -> Iterator[str]:
+        """The first process holds the output folder. Raises CheckpointError on all if another run does."""
+        with ExitStack() as held:
+            yield self.processes.from_first(lambda: held.enter_context(hold(self.plan.config.run.output_dir)))
+
+    def _start(self) -> Start:
+        from vtrain.train.resume import find_start
+
+        return self.processes.from_first(lambda: find_start(self.plan))
+
+    def _data(self) -> Generator[Event, None, Data]:
+        """Scan, estimate, fill the caches; what was excluded in filling is estimated anew without."""
+        found, prices = yield from self._scanned(priced=True)
+        assert prices is not None
+        filled = yield from self._caches(found)
+        yield from self._quarantined()
+        survey = found.survey
+        if filled.left_out:
+            survey = filled.recount(survey)
+            prices = self.processes.from_first(lambda: price(self.plan, survey))
+            yield Estimated(prices.steps, prices.steps_per_epoch, prices.samples_per_step, ())
+            lost = len(found.samples) - len(filled.index)
+            yield Noted(f"{lost} of {len(found.samples)} clips cannot be used; {len(filled.index)} remain")
+        return Data(filled, survey, prices)
+
+    def _scanned(self, *, priced: bool) -> Generator[Event, None, tuple[Scan, Prices | None]]:
+        """Look at every source file. priced: also estimate the run, and check that there is room for it."""
+
+        def look() -> tuple[Scan, Prices | None]:
+            found = scan(self.plan)
+            prices = price(self.plan, found.survey) if priced else None
+            if prices is not None:
+                check_room(self.plan, prices)
+            return found, prices
+
+        found, prices = self.processes.from_first(look)
+        for message in found.messages:
+            yield Noted(message)
+        yield Scanned(tuple(
+            DatasetStatistics(
+                each.id, each.files, sum(map(each.clips_of, each.samples)),
+                {reason: count for reason, (count, _) in each.left_out.items()},
+            )
+            for each in found.survey.datasets
+        ))  # fmt: skip
+        if prices is not None:
+            words = tuple(sections(self.plan, found.survey, prices)) if self.processes.first else ()
+            yield Estimated(prices.steps, prices.steps_per_epoch, prices.samples_per_step, words)
+        return found, prices
+
+    def _caches(self, found: Scan) -> Generator[Event, None, FilledCaches]:
+        """Encode what is missing, each process its share. Raises DataError."""
+        from vtrain.data.caching.caches import fill
+        from vtrain.validate.pictures import fill_pictures
+
+        where = str(self.processes.device)
+        with self._explained("filling the caches"):
+            try:
+                filled = yield from fill(self.plan, found.samples, extra_texts(self.plan), where, self.processes)
+            except DataError:
+                yield from self._quarantined()  # also where nothing is left to train on
+                raise
+            self.processes.from_first(lambda: fill_pictures(self.plan, where))
+        copies, example = filled.index.copies()
+        yield Filled(len(filled.index), filled.left_out, filled.truncated, copies, tuple(example or ()))
+        return filled
+
+    def _quarantined(self) -> Iterator[Event]:
+        """Move what is bad, in datasets with on_bad_file = "move"."""
+        for each in move_bad(self.plan) if self.processes.first else ():
+            yield Quarantined(f"{each.dataset}/{each.ref_id}", each.reason, each.target, each.stays)
+
+    @contextmanager
+    def _assembled(self, start: Start, data: Data) -> Iterator[tuple[Trainer, Caches]]:
+        """Everything loaded; let go again at the end, so that a process can do one run after another."""
+        from vtrain.data.caching.caches import Caches
+        from vtrain.train.assemble import assemble
+
+        caches = Caches.open(self.plan)
+        with uncollected(), self._explained("loading the model"):
+            trainer = assemble(self.plan, data.prices, start, data.filled.index, caches, self.processes)
+        try:
+            yield trainer, caches
+        finally:
+            trainer.held.close()
+            self.processes.let_go()
+
+    def _begun(self, trainer: Trainer, data: Data) -> Iterator[Event]:
+        """Make the output folder what the start says, now that everything has loaded. Raises CheckpointError if that fails."""
+        from vtrain.train.resume import settings
+
+        start, steps = trainer.start, data.prices.steps
+        for text in _changes(trainer):
+            yield Noted(text)
+        if start.state.step < steps:
+            for text in self.processes.from_first(lambda: self._cut_back(data, start.state.step)):
+                yield Noted(text)
+        values = {key: setting.value for key, setting in settings(self.plan).items()}
+        if self.processes.first:
+            info = RunInfo(self.plan.config.run.name, str(self.plan.config.run.output_dir), values, start.state.step)
+            self._listeners = Listeners(list(self._trackers()), info, {})
+        yield Started(self._recorder.session, start.state.step, steps, start.folder, values)
+
+    def _cut_back(self, data: Data, step: int) -> list[str]:
+        """Open the records at the step that the run starts from; what was said of later ones."""
+        from vtrain.train import checkpoint
+
+        output = self.plan.config.run.output_dir
+        try:
+            write_run_files(self.plan, data.survey, data.prices)
+            dropped = self._recorder.begin(step)
+            moved = checkpoint.set_aside(output / "checkpoints", step)
+            self._inbox.watch(output)
+        except OSError as error:
+            raise CheckpointError(Problem(str(output), f"the output folder cannot be written: {error}.")) from error
+        said = [f"a later checkpoint was left behind as {folder}" for folder in moved]
+        if dropped:
+            said.append(f"{counted(dropped, 'later step')} {'was' if dropped == 1 else 'were'} cut from metrics.jsonl")
+        return said
+
+    def _trackers(self) -> Iterator[tuple[str, str, Any]]:
+        """(what its state is kept under, name, tracker) of each [[tracker]]."""
+        for number, part in enumerate(self.plan.config.trackers):
+            spec, registered = part.registered.spec, part.registered
+            assert isinstance(spec, TrackerSpec)
+            name = f"tracker {spec.name} ({registered.distribution} {registered.version})"
+            yield f"{number} {spec.name}", name, spec.build(part.options)
+
+    def _trained(self, trainer: Trainer, caches: Caches) -> Iterator[Event]:
+        """Every step, with what is due between them."""
+        validate = self._validation(trainer, caches)
+        with self._inbox.listening() if self._signals else nullcontext(), self._explained("training"):
+            for event in trainer.run(self._inbox, validate):
+                if isinstance(event, Ended):
+                    self.signal = self._inbox.signal if event.reason == "stopped" else None
+                    event = replace(event, signal=self.signal)
+                yield event
+                for word in self._inbox.unknown():
+                    yield Warned(f'the control file asked for "{word}"; a run knows stop, save and validate')
+
+    def _validation(self, trainer: Trainer, caches: Caches) -> Validation | None:
+        made = self.plan.validation
+        if made is None:
+            return None
+        from vtrain.validate.generate import Validation, Validator
+        from vtrain.validate.pictures import first_frames
+
+        plan, processes = self.plan, self.processes
+        autocast = partial(processes.device.autocast, "bf16" if plan.config.precision.mixed == "bf16" else None)
+        stopping, pictures = (lambda: self._inbox.stop), first_frames(plan, caches)
+        validator = Validator(
+            made, plan.family, plan.sampler, caches, trainer.denoiser, processes.device, autocast, stopping, pictures
+        )
+        return Validation(
+            validator, plan.config.run.output_dir / "samples", processes, partial(self._explained, "validating")
+        )
+
+    def _explained(self, doing: Doing) -> AbstractContextManager[None]:
+        """A full device is an error with what lowers the memory that this plan takes."""
+        return self.processes.device.explained(doing, remedies(self.plan, doing))
+
+
+def _changes(trainer: Trainer) -> Iterator[str]:
+    """What a resumed run stands on, where it is not what it was."""
+    start = trainer.start
+    if start.folder is None:
+        return
+    if start.state.data != trainer.data:
+        yield f"the data changed since: {start.state.data} -> {trainer.data}; from here on the order is the new data's"
+    for name, mark in trainer.features.items():
+        if start.state.features.get(name, mark) != mark:
+            what = "its encoder's weights or an option that shapes them changed"
+            yield f"the features of {name} are others since: {what}; training continues from what it has learned"

@@ -1,0 +1,48 @@
+"""What a terminal shows of events."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+from rich.console import Console
+
+from vtrain.cli.terminal import Terminal, numbers
+from vtrain.contract import Filling, StepMetrics
+
+ROW = StepMetrics(3, 0.3, 1.25, 1.5, 1e-3, 0.5, [], [], 0.1, 0.0, 2**30)
+
+
+def test_a_loss_of_several_terms_is_shown_with_each_of_them_apart() -> None:
+    line = numbers(replace(ROW, terms={"crepa/loss": -0.25, "crepa/weight": 0.5}), 10, 0.1)
+    assert line.startswith("loss 1.2500  flow_loss 1.5  crepa/loss -0.25  crepa/weight 0.5  lr 1.00e-03  norm 0.5")
+
+
+def test_a_flow_loss_alone_is_shown_once() -> None:
+    assert "flow_loss" not in numbers(ROW, 10, 0.1)
+    assert numbers(ROW, 10, 0.1).endswith("left 0:00:01  1.0 GiB")
+
+
+def lines(*standings: Filling) -> list[str]:
+    """What is said of a stage, its pace left out."""
+    out = io.StringIO()
+    terminal = Terminal(Console(file=out, width=200))
+    for each in standings:
+        terminal.show(each)
+    return [line.split("  ")[0].rstrip() for line in out.getvalue().splitlines()]
+
+
+def test_clips_that_cannot_be_used_are_not_told_as_cached() -> None:
+    ended = Filling("video", 14, 16, unusable=2, made=14)
+    assert lines(Filling("video", 0, 16), ended)[-1] == "video: 14 of 16 cached, 2 cannot be used"
+    ended = Filling("video", 0, 5, unusable=5)
+    assert lines(Filling("video", 0, 5, unread=5), ended)[-1] == "video: 0 of 5 cached, 5 cannot be used"
+
+
+def test_clips_that_were_only_to_be_read_are_not_told_as_to_be_encoded() -> None:
+    began = Filling("video", 2, 5, unread=3)
+    assert lines(began, Filling("video", 5, 5, made=1)) == [
+        "video: 2 of 5 cached, 3 to read or encode", "video: 5 of 5 cached, 1 of them encoded now",
+    ]  # fmt: skip
+    assert lines(began, Filling("video", 5, 5, made=3))[-1] == "video: 5 of 5 cached"
+    assert lines(Filling("video", 2, 5, unread=1)) == ["video: 2 of 5 cached, 2 to do, 1 to read or encode"]

@@ -1,0 +1,134 @@
+"""Listeners in their threads: whatever one does, the others get everything and the run gets to know of it."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+
+from vtrain.contract import Event, Logged, Noted, RunInfo, StepMetrics, Stepped, Validated
+from vtrain.run import listeners as chapter
+from vtrain.run.listeners import Listeners
+
+INFO = RunInfo("run", "/out", {}, 0)
+LOGGED = Logged((StepMetrics(1, 0.1, 2.0, 2.0, 1e-3, None, [0.5], ["a"], 0.1, 0.0, 1),))
+
+
+class Notes:
+    """A tracker that notes what it is given, and calls `at` with the name of each call first."""
+
+    events: tuple[type[Event], ...] = (Logged, Validated)
+
+    def __init__(self, at: Callable[[str], None] = lambda call: None) -> None:
+        self.at, self.calls, self.saved = at, list[str](), dict[str, Any]()
+
+    def _note(self, call: str) -> None:
+        self.at(call)
+        self.calls.append(call)
+
+    def start(self, run: RunInfo, saved: Mapping[str, Any]) -> None:
+        self.saved = dict(saved)
+        self._note("start")
+
+    def show(self, event: Event) -> None:
+        self._note(type(event).__name__)
+
+    def state(self) -> Mapping[str, Any]:
+        return {"calls": list(self.calls)}
+
+    def finish(self) -> None:
+        self._note("finish")
+
+
+def follow(*trackers: Notes, events: tuple[Event, ...] = (Stepped(1), LOGGED, Validated(1, {}, None))) -> list[str]:
+    """Show a run's events to trackers; what was warned of."""
+    listeners = Listeners([(f"k{n}", f"t{n}", tracker) for n, tracker in enumerate(trackers)], INFO, {"k0": {"id": 7}})
+    for event in events:
+        listeners.show(event)
+    listeners.finish()
+    return list(listeners.warnings())
+
+
+ALL = ["start", "Logged", "Validated", "finish"]
+
+
+def test_a_tracker_gets_what_it_asks_for_in_order_in_a_thread_of_its_own() -> None:
+    threads: set[str] = set()
+    one, other = (Notes(lambda call: threads.add(threading.current_thread().name)) for _ in range(2))
+    assert follow(one, other) == []
+    assert one.calls == other.calls == ALL
+    assert threads == {"listener t0", "listener t1"}
+
+
+def test_what_a_tracker_wants_kept_is_given_to_it_again() -> None:
+    one, other = Notes(), Notes()
+    listeners = Listeners([("k0", "t0", one), ("k1", "t1", other)], INFO, {"k0": {"id": 7}})
+    listeners.show(LOGGED)
+    listeners.finish()
+    assert (one.saved, other.saved) == ({"id": 7}, {})
+    assert listeners.states() == {"k0": {"calls": ["start", "Logged"]}, "k1": {"calls": ["start", "Logged"]}}
+
+
+def leave(call: str) -> None:
+    sys.exit(1)
+
+
+def fail(call: str) -> None:
+    if call == "Logged":
+        raise ConnectionError("no route to host")
+
+
+@pytest.mark.parametrize(
+    ("at", "words"),
+    [(fail, "ConnectionError: no route to host"), (leave, "SystemExit: 1")],
+    ids=["fails", "ends its thread"],
+)
+def test_a_tracker_that_fails_is_named_once_with_its_reason_and_the_others_get_everything(
+    at: Callable[[str], None], words: str
+) -> None:
+    bad, good = Notes(at), Notes()
+    assert follow(bad, good) == [f"t0 failed and hears nothing more: {words}"]
+    assert good.calls == ALL
+
+
+def test_a_state_that_is_no_json_is_the_trackers_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = Notes()
+    monkeypatch.setattr(bad, "state", lambda: {"socket": object()})
+    (warned,) = follow(bad)
+    assert "t0 failed and hears nothing more: TypeError" in warned
+
+
+def test_a_tracker_that_hangs_is_waited_for_only_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chapter, "PATIENCE_S", 0.2)
+    go = threading.Event()
+    good = Notes()
+    warned = follow(Notes(lambda call: assert_waits(go)), good)
+    go.set()
+    assert warned == ["t0 did not finish within 0.2 seconds; its last numbers may be missing"]
+    assert good.calls == ALL
+
+
+def test_a_tracker_that_is_too_slow_misses_events_which_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chapter, "ROOM", 3)
+    go = threading.Event()
+    slow = Notes(lambda call: assert_waits(go) if call == "start" else None)
+    listeners = Listeners([("k", "t", slow)], INFO, {})
+    for _ in range(10):
+        listeners.show(LOGGED)
+    go.set()
+    listeners.finish()
+    assert list(listeners.warnings()) == ["t was too slow: 7 events were not passed to it"]
+    assert slow.calls == ["start", "Logged", "Logged", "Logged", "finish"]
+
+
+def test_nothing_is_passed_that_was_not_asked_for() -> None:
+    notes = Notes()
+    assert follow(notes, events=(Noted("x"), Stepped(1))) == []
+    assert notes.calls == ["start", "finish"]
+
+
+def assert_waits(go: threading.Event) -> None:
+    assert go.wait(60)

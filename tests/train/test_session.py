@@ -1,0 +1,307 @@
+"""A run as an object: its events, closing it in the middle, one after another, and listeners that misbehave."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import equal
+
+from vtrain import api
+from vtrain.contract import (
+    CheckpointError,
+    Ended,
+    Estimated,
+    Event,
+    Failed,
+    Filled,
+    Logged,
+    Planned,
+    Saved,
+    Scanned,
+    Started,
+    Stepped,
+    TrainingError,
+    Validated,
+    Validating,
+    Warned,
+)
+from vtrain.contract.events import from_json
+from vtrain.run import listeners
+
+VALIDATION = '''
+[validation]
+every = "3 steps"
+size = "64x64"
+frames = 9
+steps = 2
+prompts = { one = "gradient" }
+'''
+TRACKERS = """
+    import sys
+    import time
+    from vtrain.contract import Logged, Options, Stepped, TrackerSpec, hookimpl
+
+
+    class Tracker:
+        events = (Stepped, Logged)
+
+        def __init__(self, do):
+            self.do = do
+
+        def start(self, run, saved):
+            self.seen = saved.get("seen", 0)
+
+        def show(self, event):
+            self.seen += 1
+            self.do()
+
+        def state(self):
+            return {"seen": self.seen}
+
+        def finish(self):
+            pass
+
+
+    def fails():
+        raise ConnectionError("no route")
+
+
+    def hangs():
+        time.sleep(3600)
+
+
+    def prints():
+        print("a line between others", flush=True)
+
+
+    def counts():
+        pass
+
+
+    class Plugin:
+        @hookimpl
+        def vtrain_trackers(self):
+            return [
+                TrackerSpec(do.__name__, "for tests", Options, lambda options, do=do: Tracker(do))
+                for do in (fails, hangs, prints, counts)
+            ]
+
+
+    plugin = Plugin()
+"""
+
+
+def events_of(config: Path) -> list[Event]:
+    with api.run(config) as session:
+        return list(session)
+
+
+def same(one: Any, other: Any, step: int) -> None:
+    """Two runs ended with the same numbers and the same weights."""
+    assert one.rows() == other.rows()
+    tensors, others = one.tensors(step), other.tensors(step)
+    assert tensors.keys() == others.keys()
+    assert all(equal(value, others[name]) for name, value in tensors.items())
+
+
+def test_a_run_is_an_iterator_of_events_in_the_order_of_its_chapters(folder) -> None:
+    events = events_of(folder.write(more=VALIDATION))
+    told = [type(event) for event in events]
+    once = [Planned, Scanned, Estimated, Filled, Started, Ended]
+    assert [kind for kind in told if kind in once] == once
+    assert [event.step for event in events if isinstance(event, Stepped)] == [1, 2, 3, 4, 5, 6]
+    assert [each.step for event in events if isinstance(event, Logged) for each in event.steps] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in events if isinstance(event, Saved)] == [3, 6]
+    assert [event.step for event in events if isinstance(event, Validating | Validated)] == [3, 3, 6, 6]
+    assert events[-1] == Ended(6, 6, "finished")
+    lines = [json.loads(line) for line in (folder.output / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    read = [from_json(line) for line in lines]
+    kept = [event for event in events if type(event).__name__ not in ("Stepped", "Logged", "Filling")]
+    assert [type(event) for event in read] == [type(event) for event in kept]
+    assert read[-1] == kept[-1]
+
+
+def test_from_python_and_from_the_command_line_are_the_same_run(folder, another, within) -> None:
+    events_of(folder.write())
+    other = another()
+    within("run", other.write())
+    same(folder, other, 6)
+
+
+def test_two_runs_in_one_process_do_not_meet(folder, another) -> None:
+    """accelerate keeps the first precision of a process unless it is told to let it go."""
+    fast, plain = another(), another()
+    fast.write()
+    fast.config.write_text(fast.config.read_text().replace('mixed = "no"', 'mixed = "bf16"'))
+    events_of(fast.config)
+    events_of(plain.write())
+    events_of(folder.write())
+    same(folder, plain, 6)
+    assert fast.rows() != plain.rows()
+
+
+def test_nothing_happens_while_nobody_takes_an_event(folder) -> None:
+    """Whoever is slower than the run makes it wait; nothing piles up."""
+    with api.run(folder.write()) as session:
+        for event in session:
+            if isinstance(event, Stepped) and event.step == 2:
+                time.sleep(0.3)
+                assert not (folder.output / "metrics.jsonl").exists()
+                break
+        assert isinstance(next(session), Logged)
+        assert len(folder.rows()) == 2
+
+
+@pytest.mark.parametrize("how", ["closed", "Ctrl-C", "error"])
+def test_one_that_is_left_in_the_middle_is_whole_and_resumes_to_the_same_bits(folder, another, how: str) -> None:
+    class Left(Exception):
+        pass
+
+    raised = {"closed": None, "Ctrl-C": KeyboardInterrupt, "error": Left}[how]
+    config = folder.write(log_every=1)
+    try:
+        with api.run(config) as session:
+            for event in session:
+                if isinstance(event, Stepped) and event.step == 5:
+                    if raised is not None:
+                        raise raised
+                    break
+    except (KeyboardInterrupt, Left):
+        assert raised is not None
+    assert [path.name for path in (folder.output / "checkpoints").iterdir()] == ["step-000003"]
+    events_of(config)  # the folder is free
+    straight = another()
+    events_of(straight.write(log_every=1))
+    same(folder, straight, 6)
+    sessions = [json.loads(line)["session"] for line in (folder.output / "events.jsonl").read_text().splitlines()]
+    assert set(sessions) == {1, 2}
+
+
+def test_a_torn_line_of_events_is_no_obstacle(folder) -> None:
+    config = folder.write()
+    with api.run(config) as session:
+        next(event for event in session if isinstance(event, Saved))
+    with (folder.output / "events.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"version": 1, "sess')
+    events = events_of(config)
+    assert next(event for event in events if isinstance(event, Started)).session == 2
+    lines = (folder.output / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    assert {json.loads(line)["session"] for line in lines} == {1, 2}
+
+
+def test_a_run_inside_a_running_event_loop_is_a_run(folder) -> None:
+    async def notebook() -> list[Event]:
+        return events_of(folder.write())
+
+    assert asyncio.run(notebook())[-1] == Ended(6, 6, "finished")
+
+
+def test_a_second_run_of_the_output_folder_is_refused_and_the_first_goes_on(folder) -> None:
+    config = folder.write()
+    with api.run(config) as first:
+        next(event for event in first if isinstance(event, Stepped))
+        with pytest.raises(CheckpointError, match="another run has this output folder"):
+            events_of(config)
+        assert list(first)[-1] == Ended(6, 6, "finished")
+
+
+def test_an_output_folder_that_goes_away_is_made_anew_and_nothing_is_lost(folder) -> None:
+    events = []
+    with api.run(folder.write()) as session:
+        for event in session:
+            events.append(event)
+            if isinstance(event, Stepped) and event.step == 4:
+                shutil.rmtree(folder.output)
+    warned = [event.text for event in events if isinstance(event, Warned)]
+    assert any("the output folder went away" in text for text in warned)
+    assert [row["step"] for row in folder.rows()] == [3, 4, 5, 6] or [row["step"] for row in folder.rows()] == [4, 5, 6]
+    assert (folder.output / "checkpoints" / "step-000006" / "MANIFEST.json").exists()
+    assert (folder.output / "config.toml").exists()
+    assert events_of(folder.config)[-1] == Ended(6, 6, "nothing to do")
+
+
+def test_a_request_from_the_program_or_the_control_file_is_done_at_the_end_of_the_step(folder) -> None:
+    events = []
+    with api.run(folder.write(save=100, more=VALIDATION.replace("3 steps", "100 steps"))) as session:
+        for event in session:
+            events.append(event)
+            if isinstance(event, Stepped) and event.step == 1:
+                session.ask("save")
+            if isinstance(event, Stepped) and event.step == 2:
+                (folder.output / "control").write_text("validate and\n")
+            if isinstance(event, Stepped) and event.step == 4:
+                session.ask("stop")
+    assert [event.step for event in events if isinstance(event, Saved)] == [1, 4]
+    assert [event.step for event in events if isinstance(event, Validated)] == [2]
+    assert [event.text for event in events if isinstance(event, Warned)] == [
+        'the control file asked for "and"; a run knows stop, save and validate'
+    ]
+    assert events[-1] == Ended(4, 6, "stopped")
+    assert session.signal is None
+
+
+def test_a_validation_that_is_asked_for_where_there_is_none_is_told(folder) -> None:
+    events = []
+    with api.run(folder.write()) as session:
+        for event in session:
+            events.append(event)
+            if isinstance(event, Stepped) and event.step == 2:
+                session.ask("validate")
+    assert [event.text for event in events if isinstance(event, Warned)] == [
+        "a validation was asked for, and the configuration has no [validation]"
+    ]
+
+
+def test_an_error_is_the_last_event_and_then_raised(folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[Event] = []
+    with pytest.raises(TrainingError), api.run(folder.write(lr=1e38)) as session:
+        events.extend(session)
+        pytest.fail("it ended without an error")
+    with pytest.raises(TrainingError), api.run(folder.config) as session:
+        for event in session:
+            events.append(event)
+    assert isinstance(events[-1], Failed)
+    assert events[-1].error == "TrainingError"
+    assert "not finite" in events[-1].problems[0]
+    last = json.loads((folder.output / "events.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    assert last["event"] == "failed"
+
+
+@pytest.mark.parametrize("kind", ["fails", "hangs", "prints"])
+def test_a_tracker_that_misbehaves_changes_no_bit_and_no_exit_code(
+    folder, another, within, install_plugin: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(listeners, "PATIENCE_S", 0.3)
+    install_plugin("odd", TRACKERS)
+    within("run", folder.write(more=f'\n[[tracker]]\nuse = "{kind}"\n'))
+    other = another()
+    within("run", other.write())
+    same(folder, other, 6)
+
+
+def test_json_prints_events_and_nothing_else_on_standard_output(
+    folder, within, install_plugin: Callable[..., Path]
+) -> None:
+    install_plugin("odd", TRACKERS)
+    done = within("run", "--json", folder.write(more='\n[[tracker]]\nuse = "prints"\n'))
+    read = [from_json(json.loads(line)) for line in done.stdout.splitlines()]
+    assert isinstance(read[0], Planned)
+    assert Ended(6, 6, "finished") in read
+    assert sum(isinstance(event, Stepped) for event in read) == 6
+    assert "a line between others" in done.stderr
+
+
+def test_what_a_tracker_keeps_goes_with_the_checkpoint(folder, within, install_plugin: Callable[..., Path]) -> None:
+    install_plugin("odd", TRACKERS)
+    tracker = '\n[[tracker]]\nuse = "counts"\n'
+    within("run", folder.write(steps=3, log_every=1, more=tracker))
+    within("run", folder.write(steps=6, log_every=1, more=tracker))
+    state = json.loads((folder.output / "checkpoints" / "step-000006" / "trackers.json").read_text(encoding="utf-8"))
+    assert state["0 counts"]["seen"] > 6, "it went on counting"

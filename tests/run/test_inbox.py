@@ -74,8 +74,8 @@ def test_the_control_file_asks_once_is_deleted_and_its_odd_words_are_told(tmp_pa
     assert control.exists(), "whoever writes it has only opened it"
     control.write_text("validate save\nfly\n")
     assert inbox.take() == (True, True)
-    assert inbox.unknown() == ["fly"]
-    assert (inbox.unknown(), inbox.take(), control.exists()) == ([], (False, False), False)
+    assert inbox.complaints() == ['the control file asked for "fly"; a run knows stop, save, validate']
+    assert (inbox.complaints(), inbox.take(), control.exists()) == ([], (False, False), False)
     control.write_text("stop")
     inbox.take()
     assert inbox.stop

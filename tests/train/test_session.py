@@ -35,14 +35,14 @@ from vtrain.contract import (
 from vtrain.contract.events import from_json
 from vtrain.run import listeners
 
-VALIDATION = '''
+VALIDATION = """
 [validation]
 every = "3 steps"
 size = "64x64"
 frames = 9
 steps = 2
 prompts = { one = "gradient" }
-'''
+"""
 TRACKERS = """
     import sys
     import time
@@ -85,16 +85,12 @@ TRACKERS = """
         pass
 
 
-    class Plugin:
-        @hookimpl
-        def vtrain_trackers(self):
-            return [
-                TrackerSpec(do.__name__, "for tests", Options, lambda options, do=do: Tracker(do))
-                for do in (fails, hangs, prints, counts)
-            ]
-
-
-    plugin = Plugin()
+    @hookimpl
+    def vtrain_trackers():
+        return [
+            TrackerSpec(do.__name__, "for tests", Options, lambda options, do=do: Tracker(do))
+            for do in (fails, hangs, prints, counts)
+        ]
 """
 
 
@@ -241,7 +237,7 @@ def test_a_request_from_the_program_or_the_control_file_is_done_at_the_end_of_th
     assert [event.step for event in events if isinstance(event, Saved)] == [1, 4]
     assert [event.step for event in events if isinstance(event, Validated)] == [2]
     assert [event.text for event in events if isinstance(event, Warned)] == [
-        'the control file asked for "and"; a run knows stop, save and validate'
+        'the control file asked for "and"; a run knows stop, save, validate'
     ]
     assert events[-1] == Ended(4, 6, "stopped")
     assert session.signal is None

@@ -22,7 +22,10 @@ ONE_PRESS = 1.0
 
 
 class Inbox:
-    """What was asked. signal: the one that asked the run to stop, None if another did. heard: called when it is asked to."""
+    """What was asked. signal: the one that asked the run to stop, None if another did. heard: called when it is asked to.
+
+    validates: whether the run has a validation that can be asked for.
+    """
 
     def __init__(self, heard: Callable[[], None] = lambda: None) -> None:
         self._heard = heard
@@ -30,7 +33,8 @@ class Inbox:
         self.signal: signal.Signals | None = None
         self._stop, self._since = False, 0.0
         self._save = self._validate = False
-        self._unknown: list[str] = []
+        self.validates = True
+        self._complaints: list[str] = []
 
     @property
     def stop(self) -> bool:
@@ -45,7 +49,10 @@ class Inbox:
             self._stop, self._since = True, time.monotonic()
             self._heard()
         self._save = self._save or word == "save"
-        self._validate = self._validate or word == "validate"
+        if word == "validate" and not self.validates:
+            self._complaints.append("a validation was asked for, and the configuration has no [validation]")
+        elif word == "validate":
+            self._validate = True
 
     def take(self) -> tuple[bool, bool]:
         """(save, validate): whether a checkpoint or a validation was asked for since the last call."""
@@ -54,10 +61,10 @@ class Inbox:
         self._save = self._validate = False
         return asked
 
-    def unknown(self) -> list[str]:
-        """Words of the control file since the last call that mean nothing."""
-        words, self._unknown = self._unknown, []
-        return words
+    def complaints(self) -> list[str]:
+        """What was asked since the last call and cannot be done."""
+        said, self._complaints = self._complaints, []
+        return said
 
     def watch(self, folder: Path) -> None:
         """Read the control file of a run's output folder from here on; what an earlier run left there is forgotten."""
@@ -79,7 +86,7 @@ class Inbox:
             if word in WORDS:
                 self.ask(word)
             else:
-                self._unknown.append(word)
+                self._complaints.append(f'the control file asked for "{word}"; a run knows {", ".join(WORDS)}')
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -27,8 +27,9 @@ class Recorder:
     session: how often the folder was started, this time counted; 0 until `begin`.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, restore: Callable[[], None] = lambda: None) -> None:
+        """restore: called when the folder went away under the run; makes it anew."""
+        self._folder, self._restore = folder, restore
         self.session = 0
         self._lines: list[dict[str, Any]] = []
         self._steps: tuple[StepMetrics, ...] = ()
@@ -48,13 +49,18 @@ class Recorder:
 
     def record(self, event: Event) -> Iterator[Warned]:
         """Write an event down. A file that cannot be written is warned of, its lines kept for the next time."""
+        if isinstance(event, Stepped | Filling):  # a line a step would repeat metrics.jsonl, one a clip is noise
+            return
         if isinstance(event, Logged):
             self._steps += event.steps
-        elif not isinstance(event, Stepped | Filling):  # a line a step would repeat metrics.jsonl, one a clip is noise
+        else:
             self._lines.append({"time": round(time.time(), 3), **as_json(event)})
         if not self.session:
             return
         try:
+            if not self._folder.is_dir():
+                yield Warned(f"the output folder went away and is made anew: {self._folder}")
+                self._restore()
             if isinstance(event, Logged):
                 append(self._folder / METRICS, (asdict(each) for each in self._steps), durable=True)
                 self._steps = ()

@@ -93,6 +93,8 @@ class Session:
         self._inbox = Inbox(heard)
         self._events: Generator[Event, None, None] | None = None
         self._listeners: Listeners | None = None
+        self._lock = ExitStack()
+        self._data: Data | None = None
         self.signal: int | None = None
 
     def __enter__(self) -> Session:
@@ -109,7 +111,8 @@ class Session:
                 f"and {self.processes.count} work together."
             )
             raise ConfigError(Problem("", what, "Start it with torchrun, or unset WORLD_SIZE."))
-        self._recorder = Recorder(self.plan.config.run.output_dir)
+        self._inbox.validates = self.plan.validation is not None
+        self._recorder = Recorder(self.plan.config.run.output_dir, self._restore)
         self._events = self._told()
         return self
 
@@ -181,7 +184,7 @@ class Session:
             if warning:
                 yield Warned(warning)
             start = self._start()
-            data = yield from self._data()
+            data = self._data = yield from self._read()
             for notice in start.notices:
                 yield Noted(notice)
             with self._assembled(start, data) as (trainer, caches):
@@ -200,15 +203,21 @@ class Session:
     @contextmanager
     def _alone(self) -> Iterator[str]:
         """The first process holds the output folder. Raises CheckpointError on all if another run does."""
-        with ExitStack() as held:
-            yield self.processes.from_first(lambda: held.enter_context(hold(self.plan.config.run.output_dir)))
+        with self._lock:
+            yield self.processes.from_first(lambda: self._lock.enter_context(hold(self.plan.config.run.output_dir)))
+
+    def _restore(self) -> None:
+        """Make the output folder anew that somebody deleted or moved. Raises OSError or CheckpointError."""
+        assert self._data is not None
+        self._lock.enter_context(hold(self.plan.config.run.output_dir))
+        write_run_files(self.plan, self._data.survey, self._data.prices)
 
     def _start(self) -> Start:
         from vtrain.train.resume import find_start
 
         return self.processes.from_first(lambda: find_start(self.plan))
 
-    def _data(self) -> Generator[Event, None, Data]:
+    def _read(self) -> Generator[Event, None, Data]:
         """Scan, estimate, fill the caches; what was excluded in filling is estimated anew without."""
         found, prices = yield from self._scanned(priced=True)
         assert prices is not None
@@ -335,8 +344,8 @@ class Session:
                     self.signal = self._inbox.signal if event.reason == "stopped" else None
                     event = replace(event, signal=self.signal)
                 yield event
-                for word in self._inbox.unknown():
-                    yield Warned(f'the control file asked for "{word}"; a run knows stop, save and validate')
+                for complaint in self._inbox.complaints():
+                    yield Warned(complaint)
 
     def _validation(self, trainer: Trainer, caches: Caches) -> Validation | None:
         made = self.plan.validation

@@ -204,9 +204,38 @@ def test_checkpointing_is_non_reentrant_and_can_be_turned_off(
 
 def test_weights_of_another_model_are_refused(family: SanaVideoFamily, family_of: Families, tmp_path: Path) -> None:
     other = family_of(tiny.build(tmp_path / "other", layers=2))
-    other.load_denoiser("cpu", "fp32").save(tmp_path / "saved")
+    denoiser = other.load_denoiser("cpu", "fp32")
+    denoiser.save(tmp_path / "saved", denoiser.module.state_dict())
     with pytest.raises(ModelError, match="their config differs"):
         family.load_denoiser("cpu", "fp32", weights=tmp_path / "saved")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_saved_state_has_the_files_that_diffusers_itself_writes(
+    family: SanaVideoFamily, tmp_path: Path, dtype: Any
+) -> None:
+    """Byte for byte those of save_pretrained on the module, and so is a state that the module never had, if it gets it."""
+    denoiser = family.load_denoiser("cpu", dtype)
+    denoiser.save(tmp_path / "own", denoiser.module.state_dict())
+    given = {name: value + 1 for name, value in denoiser.module.state_dict().items()}
+    denoiser.save(tmp_path / "given", given)
+    denoiser.module.save_pretrained(tmp_path / "own-expected")  # type: ignore[operator]
+    denoiser.module.load_state_dict(given)
+    denoiser.module.save_pretrained(tmp_path / "given-expected")  # type: ignore[operator]
+    for name in ("own", "given"):
+        saved, expected = tmp_path / name / "transformer", tmp_path / f"{name}-expected"
+        assert sorted(path.name for path in saved.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
+        for path in saved.iterdir():
+            assert path.read_bytes() == (expected / path.name).read_bytes()
+
+
+def test_a_state_of_another_model_is_not_saved(family: SanaVideoFamily, tmp_path: Path) -> None:
+    denoiser = family.load_denoiser("cpu", "fp32")
+    state = dict(denoiser.module.state_dict())
+    state["proj_out.weight"] = state["proj_out.weight"][:-1]
+    with pytest.raises(RuntimeError, match=r"size mismatch for proj_out\.weight"):
+        denoiser.save(tmp_path, state)
+    assert list(tmp_path.iterdir()) == []
 
 
 PLAIN_DIFFUSERS = """
@@ -243,7 +272,7 @@ def test_plain_diffusers_loads_what_is_saved(family: SanaVideoFamily, checkpoint
         for weight in full.module.parameters():
             weight.add_(0.01 * normal(*weight.shape, seed=weight.numel()))
     adapted.save_lora(tmp_path / "adapter", get_peft_model_state_dict(adapted.module), settings)
-    full.save(tmp_path / "full")
+    full.save(tmp_path / "full", full.module.state_dict())
     text = condition().text
     inputs = {
         "hidden_states": normal(2, *LATENTS),

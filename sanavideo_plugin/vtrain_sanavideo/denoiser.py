@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vtrain.contract import Condition, Device, DType, LatentShape, ModelError, NoiseLevel, Problem
 from vtrain_sanavideo.geometry import TransformerConfig
@@ -70,9 +70,18 @@ class SanaVideoDenoiser:
         else:
             self._module.disable_gradient_checkpointing()
 
-    def save(self, folder: Path) -> None:
-        """Write folder/transformer, as SanaVideoTransformer3DModel.from_pretrained reads it."""
-        self._module.save_pretrained(folder / TRANSFORMER)
+    def save(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        """Write folder/transformer, as SanaVideoTransformer3DModel.from_pretrained reads it.
+
+        By diffusers itself, so that files, shards and index are its own, from a second module without memory of its own that
+        only holds the tensors of `state`. Raises RuntimeError for a state with other names or shapes.
+        """
+        from accelerate import init_empty_weights
+
+        with init_empty_weights():
+            holder: Any = type(self._module).from_config(self._module.config)
+        holder.load_state_dict(dict(state), strict=True, assign=True)
+        holder.save_pretrained(folder / TRANSFORMER)
 
     @property
     def lora_targets(self) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ def checkpoint(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     family = SanaVideoFamily(SanaVideoOptions(path=str(prepared / "demo-output" / "tiny-checkpoint")))
     folder = tmp_path_factory.mktemp("checkpoint")
     denoiser = family.load_denoiser("cpu", "fp32")
-    denoiser.save(folder)
+    denoiser.save(folder, denoiser.module.state_dict())
     table = LoraTable(rank=4)
     add_lora(denoiser, table, seed=0, where="")
     denoiser.save_lora(folder, lora_state(denoiser.module), lora_settings(denoiser, table))

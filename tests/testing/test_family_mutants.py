@@ -180,8 +180,21 @@ class WithIdleWeight(ToyTransformer):
 
 
 class SavingOthers(Denoiser):
-    def save(self, folder: Path) -> None:
-        build_denoiser(32, 3, 7, None).save(folder)
+    def save(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        super().save(folder, build_denoiser(32, 3, 7, None).module.state_dict())
+
+
+class SavingItself(Denoiser):
+    def save(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        super().save(folder, self.module.state_dict())
+
+
+class TakingOver(Denoiser):
+    """Its module has the saved weights afterwards."""
+
+    def save(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        super().save(folder, state)
+        self.module.load_state_dict(state)
 
 
 class Reentrant(ToyTransformer):
@@ -338,6 +351,9 @@ MUTANTS: Mapping[str, Callable[[Path], Subject]] = {
     "test_a_saved_denoiser_loads_to_equal_predictions": lambda folder: example_with(
         SavingOthers(), family=family(), tmp_path=folder
     ),
+    "test_saving_writes_the_weights_that_are_given": lambda folder: kit(
+        denoiser=SavingItself(), family=family(), tmp_path=folder
+    ),
     "test_an_empty_weights_folder_is_an_error": lambda folder: geometry(load_denoiser=another) | kit(tmp_path=folder),
     "test_bf16_is_a_storage_type": lambda _: kit(
         family=family(load_denoiser=always_fp32), example=FamilyTests.example_of(family(), CLIP)
@@ -372,6 +388,11 @@ def test_a_tap_outside_the_graph_is_called_detached() -> None:
 def test_a_block_that_runs_twice_is_found(breaks: Callable[..., None]) -> None:
     subject = example_with(Denoiser(RunningTwice), on=False)
     breaks(FamilyTests(), "test_every_block_can_be_tapped", subject)
+
+
+def test_a_save_that_changes_the_module_is_found(tmp_path: Path, breaks: Callable[..., None]) -> None:
+    subject = kit(denoiser=TakingOver(), family=family(), tmp_path=tmp_path)
+    breaks(FamilyTests(), "test_saving_writes_the_weights_that_are_given", subject)
 
 
 def test_a_denoiser_that_takes_no_adapters_is_skipped_with_the_reason() -> None:

@@ -207,9 +207,8 @@ def test_an_adapter_does_not_go_on_upon_other_weights_at_the_same_place(folder, 
     from vtrain_toy.family import TOY
 
     def put_weights(seed: int) -> None:
-        TOY.build(TOY.options.model_validate({"init_seed": seed})).load_denoiser("cpu", "fp32").save(
-            tmp_path / "weights"
-        )
+        denoiser = TOY.build(TOY.options.model_validate({"init_seed": seed})).load_denoiser("cpu", "fp32")
+        denoiser.save(tmp_path / "weights", denoiser.module.state_dict())
 
     put_weights(1)
     folder.write(train="lora", steps=3)

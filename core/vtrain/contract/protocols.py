@@ -98,8 +98,13 @@ class Denoiser(Protocol):
         """Recompute each block in the backward pass instead of keeping its activations (non-reentrant)."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write the weights below `folder` in the family's published format; `Family.load_denoiser(weights=folder)` reads them."""
+    def save(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        """Write `state` below `folder` in the family's published format; `Family.load_denoiser(weights=folder)` reads it.
+
+        state: the weights by the names of `module.state_dict()`, contiguous, on the CPU; not always those of `module`, whose
+        own may be averaged, or lie in parts with several processes. Files alone are written: nothing of `module` is read but
+        its configuration, and nothing changed.
+        """
         ...
 
 

@@ -124,12 +124,23 @@ class DenoiserTests(FamilySubject):
     def test_a_saved_denoiser_loads_to_equal_predictions(
         self, family: Family, denoiser: Denoiser, example: Example, tmp_path: Path
     ) -> None:
-        """save, then load_denoiser(weights=): the same predictions, bit for bit."""
+        """save of the denoiser's own weights, then load_denoiser(weights=): the same predictions, bit for bit."""
         folder = tmp_path / "saved"
-        denoiser.save(folder)
+        denoiser.save(folder, denoiser.module.state_dict())
         loaded = family.load_denoiser("cpu", "fp32", weights=folder)
         with torch.no_grad():
             assert torch.equal(example.run(loaded), example.run(denoiser))
+
+    def test_saving_writes_the_weights_that_are_given(self, family: Family, denoiser: Denoiser, tmp_path: Path) -> None:
+        """save writes its `state`, whatever the module's own weights are, and leaves those as they are."""
+        own = {name: value.clone() for name, value in denoiser.module.state_dict().items()}
+        given = {name: value.roll(1, 0) + 1 for name, value in own.items()}
+        denoiser.save(tmp_path / "given", given)
+        loaded = family.load_denoiser("cpu", "fp32", weights=tmp_path / "given").module.state_dict()
+        odd = [name for name in given if not torch.equal(loaded[name], given[name])]
+        assert not odd, f"not the weights that were given: {', '.join(odd)}"
+        moved = [name for name, value in denoiser.module.state_dict().items() if not torch.equal(value, own[name])]
+        assert not moved, f"saving changed the module: {', '.join(moved)}"
 
     def test_an_empty_weights_folder_is_an_error(self, family: Family, tmp_path: Path) -> None:
         """load_denoiser raises ModelError for a folder that holds no weights."""

@@ -6,10 +6,8 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vtrain.contract import (
@@ -23,7 +21,6 @@ from vtrain.contract import (
     RunLength,
     Saved,
     SupportsFeatures,
-    SupportsLora,
     Warned,
 )
 from vtrain.data.batches import Batches
@@ -34,13 +31,21 @@ from vtrain.data.seeds import derive
 from vtrain.plan.price import Prices
 from vtrain.plan.records import Plan
 from vtrain.train import checkpoint
-from vtrain.train.adapters import add_lora, base_mark, load_lora_state, lora_settings, lora_state
+from vtrain.train.adapters import add_lora, base_mark, lora_settings
+from vtrain.train.checkpoint import Piece
 from vtrain.train.feed import Feed
 from vtrain.train.loop import Ends, Loop, Requests, Validate
-from vtrain.train.optimizer_state import load_optimizer, save_optimizer
 from vtrain.train.parameters import groups, own_rates, trained
+from vtrain.train.pieces import (
+    AdapterPiece,
+    ConfigPiece,
+    CountersPiece,
+    DenoiserPiece,
+    OptimizerPiece,
+    RegularizerPiece,
+)
 from vtrain.train.processes import Processes
-from vtrain.train.resume import RunState, Start, settings, write_state
+from vtrain.train.resume import RunState, Start, settings
 from vtrain.train.schedule import Interval, lr_factor
 from vtrain.train.step import Step, Term
 from vtrain.train.teachers import open_teachers
@@ -50,7 +55,7 @@ from vtrain.train.teachers import open_teachers
 class Trainer:
     """A run ready to go. denoiser, step: the model as trained and what wraps it.
 
-    base, data, features: marks of what it stands on, as in RunState.
+    base, data, features: marks of what it stands on, as in RunState. pieces: what a checkpoint keeps of it.
     held: what stays in memory beside them until the run ends: teachers that run at each step.
     """
 
@@ -66,6 +71,7 @@ class Trainer:
     step: Step
     optimizer: torch.optim.Optimizer
     named: list[tuple[str, Tensor]]
+    pieces: tuple[Piece, ...]
     held: ExitStack
 
     def run(self, requests: Requests, validate: Validate | None = None) -> Iterator[Event]:
@@ -93,10 +99,13 @@ class Trainer:
 
     def save(self, step: int, micro_batch: int) -> Iterator[Event]:
         """Write the checkpoint of `step` on the first process and let old ones go. Raises CheckpointError on all."""
+        values = {key: setting.value for key, setting in settings(self.plan).items()}
+        state = RunState(step, micro_batch, values, self.data, self.base, self.features)
+        pieces = (*self.pieces, CountersPiece(state), ConfigPiece(self.plan.config.text))
 
         def write() -> tuple[Saved, str]:
             parent = self.plan.config.run.output_dir / "checkpoints"
-            folder = checkpoint.write(parent, step, lambda folder: self.fill(folder, step, micro_batch))
+            folder = checkpoint.write(parent, step, pieces)
             try:
                 return Saved(
                     step, folder, tuple(checkpoint.prune(parent, self.plan.config.checkpoint.keep, folder))
@@ -104,27 +113,13 @@ class Trainer:
             except OSError as error:
                 return Saved(step, folder), f"an older checkpoint could not be deleted: {error}"
 
+        if not self.processes.first:
+            for piece in pieces:
+                piece.gather(keep=False)
         saved, trouble = self.processes.from_first(write)
         yield saved
         if trouble:
             yield Warned(trouble)
-
-    def fill(self, folder: Path, step: int, micro_batch: int) -> None:
-        """The files of a checkpoint."""
-        config = self.plan.config
-        lora = config.model.table.lora
-        if lora is not None:
-            assert isinstance(self.denoiser, SupportsLora)
-            self.denoiser.save_lora(folder, lora_state(self.denoiser.module), lora_settings(self.denoiser, lora))
-        else:
-            self.denoiser.save(folder)
-        for name, module in self.step.regularizers.items():
-            (folder / "regularizers").mkdir(exist_ok=True)
-            save_file(module.state_dict(), folder / "regularizers" / f"{name}.safetensors")
-        save_optimizer(folder, self.optimizer, self.named, own_keys(config.optimizer.options))
-        values = {key: setting.value for key, setting in settings(self.plan).items()}
-        write_state(folder, RunState(step, micro_batch, values, self.data, self.base, self.features))
-        (folder / "config.toml").write_text(config.text, encoding="utf-8")
 
 
 def assemble(plan: Plan, prices: Prices, start: Start, index: Index, caches: Caches, processes: Processes) -> Trainer:
@@ -134,7 +129,7 @@ def assemble(plan: Plan, prices: Prices, start: Start, index: Index, caches: Cac
     """
     denoiser, base = load_model(plan, start, str(processes.device))
     denoiser.gradient_checkpointing(plan.config.precision.gradient_checkpointing)
-    modules = load_regularizers(plan, start, processes.device)
+    modules = build_regularizers(plan, processes.device)
     features = processes.from_first(lambda: feature_marks(plan))
     with ExitStack() as held:  # what is in memory goes again if something below fails
         teachers = open_teachers(plan, str(processes.device), held)
@@ -145,13 +140,18 @@ def assemble(plan: Plan, prices: Prices, start: Start, index: Index, caches: Cac
         part = plan.config.optimizer
         assert isinstance(part.registered.spec, OptimizerSpec)
         optimizer = part.registered.spec.build(part.options, groups(named, own_rates(modules)))
+        pieces = (
+            weights_piece(plan, denoiser),
+            *(RegularizerPiece(name, module) for name, module in modules.items()),
+            OptimizerPiece(optimizer, named, own_keys(part.options)),
+        )
         if start.folder is not None:
-            load_optimizer(start.folder, optimizer, named, own_keys(part.options))
+            checkpoint.load(start.folder, pieces)
         batches = Batches(plan, caches, index)
         held.callback(batches.close)
         return Trainer(
             plan, prices, start, index.mark(), batches, processes, denoiser, base, features, step, optimizer, named,
-            held.pop_all(),
+            pieces, held.pop_all(),
         )  # fmt: skip
 
 
@@ -161,7 +161,7 @@ def own_keys(options: Options) -> frozenset[str]:
 
 
 def load_model(plan: Plan, start: Start, device: str) -> tuple[Denoiser, str]:
-    """The denoiser as it starts: of the model folder or a checkpoint, with its adapter under LoRA; and the base's mark."""
+    """The denoiser with its first weights, of the model folder or a checkpoint, with a new adapter under LoRA; the base's mark."""
     config = plan.config
     lora = config.model.table.lora
     weights = None if lora else start.folder
@@ -175,38 +175,23 @@ def load_model(plan: Plan, start: Start, device: str) -> tuple[Denoiser, str]:
         raise CheckpointError(Problem(str(start.folder), what, "Restore the model, or start anew elsewhere."))
     seed = derive(config.run.seed, "adapter")
     add_lora(denoiser, lora, seed, config.where("model", "lora", "targets"))
-    if start.folder is not None:
-        assert isinstance(denoiser, SupportsLora)
-        odd = load_lora_state(denoiser.module, denoiser.load_lora(start.folder))
-        if odd:
-            what = f"the adapter there does not fit this model: {', '.join(odd[:5])}."
-            raise CheckpointError(Problem(str(start.folder), what))
     return denoiser, base
 
 
-def load_regularizers(plan: Plan, start: Start, device: Device) -> dict[str, nn.Module]:
+def weights_piece(plan: Plan, denoiser: Denoiser) -> Piece:
+    """What is trained of the denoiser."""
+    lora = plan.config.model.table.lora
+    return DenoiserPiece(denoiser) if lora is None else AdapterPiece(denoiser, lora_settings(denoiser, lora))
+
+
+def build_regularizers(plan: Plan, device: Device) -> dict[str, nn.Module]:
     """Each regularizer's own module, its first weights a function of the run's seed."""
     modules = {}
     for name, regularizer in plan.regularizers:
         Device().seed(derive(plan.config.run.seed, f"regularizer {name}"))
         module = regularizer.load(dict.fromkeys(regularizer.needs().taps, plan.family.block_width))
-        if start.folder is not None:
-            _restore(module, start.folder / "regularizers" / f"{name}.safetensors")
         modules[name] = module.to(device.torch)
     return modules
-
-
-def _restore(module: nn.Module, file: Path) -> None:
-    try:
-        module.load_state_dict(load_file(file))
-    except RuntimeError as error:
-        # torch tells each weight on a line of its own, after one that names the class.
-        lines = [line.strip().rstrip(".") for line in str(error).splitlines()[1:]]
-        what = f"what this regularizer has learned does not fit it as it is now: {'; '.join(lines)}."
-        remedy = (
-            "Restore what it was made with, such as its encoder's files, or start anew with another run.output_dir."
-        )
-        raise CheckpointError(Problem(str(file), what, remedy)) from error
 
 
 def feature_marks(plan: Plan) -> dict[str, str]:

@@ -1,4 +1,7 @@
-"""Checkpoints on disk: written aside, fsynced, renamed; sound if the manifest, written last, says so."""
+"""Checkpoints on disk: a list of pieces, written aside, fsynced, renamed; sound if the manifest, written last, says so.
+
+What is kept is known to the pieces alone (`vtrain.train.pieces`): a new piece of state is one more in the list.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,69 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 
 from vtrain.contract import CheckpointError, Problem
+from vtrain.plan.price import bytes_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MANIFEST = "MANIFEST.json"
 FORMAT = 1
 NAME = re.compile(r"step-(\d{6,})")
 PARTIAL = ".partial"
 CHUNK = 1 << 22
+LEFT_BY_FILE_MANAGERS = re.compile(r"\.DS_Store|\._.*|\.directory|Thumbs\.db|desktop\.ini", re.IGNORECASE)
+"""File names that looking into a folder leaves there (macOS, KDE, Windows): nothing reads them, so they harm no checkpoint."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What a piece has gathered. tensors: name -> tensor on the CPU. values: what JSON can hold."""
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Piece(Protocol):
+    """One part of what a checkpoint keeps, such as the denoiser's weights or the optimizer's state."""
+
+    @property
+    def name(self) -> str:
+        """What the manifest and messages call it; no two pieces of a checkpoint alike."""
+        ...
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Paths in the checkpoint, with /, that it always has; it may have more. (): whoever writes it chooses, at least one."""
+        ...
+
+    @property
+    def bytes(self) -> int:
+        """Of the tensors that would be gathered now. Headers of files and numbers add a few KiB."""
+        ...
+
+    def gather(self, *, keep: bool) -> State:
+        """The whole state. Every process calls it, for all pieces in order, since parts of it may lie with each.
+
+        keep: whether it is this process that writes; what the others get is empty.
+        """
+        ...
+
+    def write(self, folder: Path, state: State) -> None:
+        """Write what was gathered below `folder`. It looks at nothing live, and one process alone calls it. Raises OSError."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Put what `write` wrote into the live objects, bit for bit. Raises CheckpointError if it does not fit them."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -31,47 +83,95 @@ class Fault:
     reason: str
 
 
+class _Entry(BaseModel):
+    size: int
+    sha256: str
+
+
+class _Manifest(BaseModel):
+    """files: path in the folder, with / -> its content. pieces: name -> paths of its files; None before vtrain wrote it."""
+
+    format: int
+    files: dict[str, _Entry]
+    pieces: dict[str, list[str]] | None = None
+
+
+class _UnsoundError(Exception):
+    """A folder is no sound checkpoint; the text is the reason."""
+
+
+class _IncompleteError(Exception):
+    """A piece did not write what it should."""
+
+
 def checkpoint_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def write(parent: Path, step: int, fill: Callable[[Path], None]) -> Path:
-    """Make the checkpoint of `step` below `parent`; `fill` writes its files into an empty folder.
+def write(parent: Path, step: int, pieces: Sequence[Piece]) -> Path:
+    """Make the checkpoint of `step` below `parent`. One piece after the other is gathered and written.
 
-    Raises CheckpointError, and leaves every other checkpoint as it was, if it cannot be written.
+    Called by the process that writes, while all others gather the same pieces. Raises CheckpointError, and leaves every
+    other checkpoint as it was, if it cannot be written.
     """
     final = parent / checkpoint_name(step)
     aside = parent / (checkpoint_name(step) + PARTIAL)
+    waiting = iter(pieces)
+    written: dict[str, list[str]] = {}
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        fill(aside)
-        _seal(aside)
+        for piece in waiting:
+            # No name holds a state that was gathered, so that it is gone from memory before the next one comes.
+            written[piece.name] = _write_piece(aside, piece, piece.gather(keep=True))
+        _seal(aside, written)
         if final.exists():
             shutil.rmtree(final)
         aside.rename(final)
         _sync(parent)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, _IncompleteError) as error:
+        for piece in waiting:
+            piece.gather(keep=False)  # the other processes do, and would wait for this one
         shutil.rmtree(aside, ignore_errors=True)
         newest = latest(parent)[0]
-        kept = f"The newest sound checkpoint is {newest}." if newest else "There is no earlier checkpoint."
-        raise CheckpointError(
-            Problem(str(final), f"the checkpoint could not be written: {error}.", f"{kept} Make room on the disk.")
-        ) from error
+        remedy = f"The newest sound checkpoint is {newest}." if newest else "There is no earlier checkpoint."
+        if not isinstance(error, _IncompleteError):
+            remedy += f" Make room on the disk: a checkpoint takes {bytes_text(sum(piece.bytes for piece in pieces))}."
+        what = f"the checkpoint could not be written: {error}."
+        raise CheckpointError(Problem(str(final), what, remedy)) from error
     return final
 
 
-def _seal(folder: Path) -> None:
-    """Sync all files, then write the manifest of their sizes and hashes."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+def _write_piece(folder: Path, piece: Piece, state: State) -> list[str]:
+    """Gives the paths of the files that came."""
+    before = _files(folder)
+    for name in before.intersection(piece.files):
+        raise _IncompleteError(f"another piece than {piece.name} wrote its {name}")
+    piece.write(folder, state)
+    new = _files(folder) - before
+    for name in piece.files:
+        if name not in new:
+            raise _IncompleteError(f"{piece.name} wrote no {name}")
+    if not new:
+        raise _IncompleteError(f"{piece.name} wrote no file")
+    return sorted(new)
+
+
+def _seal(folder: Path, written: Mapping[str, Collection[str]]) -> None:
+    """Sync all files, then write the manifest of their sizes and hashes. Reads each file once.
+
+    written: files of each piece.
+    """
     entries = {}
-    for path in files:
-        entries[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+    paths = {name: folder / name for name in sorted({name for names in written.values() for name in names})}
+    for name, path in paths.items():
+        entries[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
         _sync(path)
     manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"format": FORMAT, "files": entries}, indent=1), encoding="utf-8")
+    content = {"format": FORMAT, "files": entries, "pieces": written}
+    manifest.write_text(json.dumps(content, indent=1), encoding="utf-8")
     _sync(manifest)
-    for below in {path.parent for path in files} | {folder}:
+    for below in {path.parent for path in paths.values()} | {folder}:
         _sync(below)
 
 
@@ -94,26 +194,111 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _files(folder: Path) -> set[str]:
+    """Paths of all that is no folder, with /, but for the manifest and what file managers leave. Links are followed."""
+    found: set[str] = set()
+    seen: set[str] = set()  # a link may lead back to where it stands
+    for place, below, names in os.walk(folder, onerror=_refuse, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        found |= {Path(place, name).relative_to(folder).as_posix() for name in names if _counts(name)}
+    return found - {MANIFEST}
+
+
+def _refuse(error: OSError) -> None:
+    raise error
+
+
+def _counts(name: str) -> bool:
+    return LEFT_BY_FILE_MANAGERS.fullmatch(PurePosixPath(name).name) is None
+
+
 def fault(folder: Path) -> str | None:
-    """Why `folder` is not a sound checkpoint; None if it is."""
+    """Why `folder` is not a sound checkpoint; None if it is.
+
+    It is sound if the files there are those that its manifest lists, no more and no fewer, of that size and content, and if
+    each piece has all of its own. What takes no reading is looked at first; then each file is read once.
+    """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = dict(manifest["files"])
-        if manifest["format"] != FORMAT:
-            return f"its format is {manifest['format']}, and this vtrain reads {FORMAT}"
-    except FileNotFoundError:
-        return f"it has no {MANIFEST}, so it was never finished"
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"its {MANIFEST} cannot be read"
-    for name, entry in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != entry["size"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {entry['size']}"
-        if _sha256(path) != entry["sha256"]:
-            return f"{name} is damaged: its content is not what was written"
+        listed = _listed(folder)
+        _compare(folder, listed)
+        for name, entry in listed.items():
+            if _sha256(folder / name) != entry.sha256:
+                return f"{name} is damaged: its content is not what was written"
+    except _UnsoundError as reason:
+        return str(reason)
+    except OSError as error:
+        return f"it cannot be read: {error}"
     return None
+
+
+def _listed(folder: Path) -> dict[str, _Entry]:
+    """The files of the manifest. Raises _UnsoundError when it is none, or leaves out what it should list."""
+    manifest = _manifest(folder)
+    listed = {name: entry for name, entry in manifest.files.items() if _counts(name)}
+    if not listed or manifest.pieces == {}:
+        raise _UnsoundError(f"its {MANIFEST} lists no file")
+    for name in listed:
+        if not _is_plain(name):
+            raise _UnsoundError(f"its {MANIFEST} lists {name!r}, which is no path of a file in the folder")
+    for piece, own in (manifest.pieces or {}).items():
+        if not own:
+            raise _UnsoundError(f"its {MANIFEST} lists no file of {piece}")
+        for name in own:
+            if name not in listed:
+                raise _UnsoundError(f"its {MANIFEST} does not list {name}, which {piece} must have")
+    return listed
+
+
+def _manifest(folder: Path) -> _Manifest:
+    unreadable = f"its {MANIFEST} cannot be read"
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if isinstance(content, dict) and content.get("format", FORMAT) != FORMAT:
+            raise _UnsoundError(f"its format is {content['format']}, and this vtrain reads {FORMAT}")
+        return _Manifest.model_validate(content)
+    except FileNotFoundError:
+        raise _UnsoundError(f"it has no {MANIFEST}, so it was never finished") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "all of it"
+        raise _UnsoundError(f"{unreadable}: {place}: {first['msg']}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise _UnsoundError(f"{unreadable}: {error}") from None
+
+
+def _is_plain(name: str) -> bool:
+    """Whether it is a path below the folder on every system, spelt in the one way that there is."""
+    path = PurePosixPath(name)
+    inside = not path.is_absolute() and ".." not in path.parts and "\\" not in name and not PureWindowsPath(name).drive
+    return inside and str(path) == name and name not in (".", MANIFEST)
+
+
+def _compare(folder: Path, listed: Mapping[str, _Entry]) -> None:
+    """Names and sizes. Raises _UnsoundError."""
+    there = _files(folder)
+    for name, entry in listed.items():
+        path = folder / name
+        if name not in there or not path.is_file():
+            raise _UnsoundError(f"{name} is missing")
+        if path.stat().st_size != entry.size:
+            raise _UnsoundError(f"{name} has {path.stat().st_size} bytes instead of {entry.size}")
+    for name in sorted(there - listed.keys()):
+        raise _UnsoundError(f"it holds {name}, which its {MANIFEST} does not list")
+
+
+def load(folder: Path, pieces: Sequence[Piece]) -> None:
+    """Put the sound checkpoint `folder` into the live objects. Raises CheckpointError if a piece's file is not there."""
+    for piece in pieces:
+        for name in piece.files:
+            if not (folder / name).is_file():
+                what = f"this checkpoint has no {name}, which {piece.name} must have."
+                raise CheckpointError(Problem(str(folder), what, "Name another one in run.resume."))
+    for piece in pieces:
+        piece.load(folder)
 
 
 def steps_saved(parent: Path) -> list[tuple[int, Path]]:

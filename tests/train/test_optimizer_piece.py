@@ -10,7 +10,16 @@ import torch
 from torch import nn
 
 from vtrain.contract import CheckpointError
-from vtrain.train.optimizer_state import SCALARS, TENSORS, load_optimizer, save_optimizer
+from vtrain.train.pieces import SCALARS, TENSORS, OptimizerPiece
+
+
+def save_optimizer(folder: Path, *of: object, **more: object) -> None:
+    piece = OptimizerPiece(*of, **more)  # type: ignore[arg-type]
+    piece.write(folder, piece.gather(keep=True))
+
+
+def load_optimizer(folder: Path, *of: object, **more: object) -> None:
+    OptimizerPiece(*of, **more).load(folder)  # type: ignore[arg-type]
 
 
 def model(width: int = 8) -> nn.Module:

@@ -1,0 +1,283 @@
+"""The pieces of a checkpoint: the denoiser or its adapter, regularizers, the optimizer, where the run stands, the configuration.
+
+Tensors go into safetensors, all else into JSON and text: nothing is ever pickled or unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vtrain.contract import CheckpointError, Denoiser, Problem, SupportsLora
+from vtrain.train.adapters import load_lora_state, lora_state
+from vtrain.train.checkpoint import State
+from vtrain.train.resume import STATE, RunState, write_state
+
+CONFIG = "config.toml"
+TENSORS = "optimizer.safetensors"
+SCALARS = "optimizer.json"
+MARK = "::"
+"""Between the name of a parameter and that of a part of its state."""
+
+
+def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same on the CPU, contiguous and out of the graph, as files take them.
+
+    What lies there so already is not copied: it is training's own memory, and must be written before the next step.
+    What lies on a card is: two billion fp32 weights take 8 GB of main memory until they are written, their two moments 16 GB.
+    """
+    return {name: value.detach().contiguous().cpu() for name, value in tensors.items()}
+
+
+def size_of(tensors: Iterable[Tensor]) -> int:
+    """In bytes."""
+    return sum(value.numel() * value.element_size() for value in tensors)
+
+
+@dataclass(frozen=True)
+class DenoiserPiece:
+    """All weights of the denoiser, in the family's published format."""
+
+    denoiser: Denoiser
+    name: ClassVar[str] = "denoiser"
+    files: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def bytes(self) -> int:
+        return size_of(self.denoiser.module.state_dict().values())
+
+    def gather(self, *, keep: bool) -> State:
+        return State(on_cpu(self.denoiser.module.state_dict())) if keep else State()
+
+    def write(self, folder: Path, state: State) -> None:
+        self.denoiser.save(folder, state.tensors)
+
+    def load(self, folder: Path) -> None:
+        """Nothing: Family.load_denoiser read them as it built the denoiser, without those of the model folder before."""
+
+
+@dataclass(frozen=True)
+class AdapterPiece:
+    """The weights of an adapter, as the field's tools load them. settings: what its file says of it (`lora_settings`)."""
+
+    denoiser: Denoiser
+    settings: Mapping[str, object]
+    name: ClassVar[str] = "adapter"
+    files: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def lora(self) -> SupportsLora:
+        assert isinstance(self.denoiser, SupportsLora)  # add_lora has refused any other
+        return self.denoiser
+
+    @property
+    def bytes(self) -> int:
+        return size_of(lora_state(self.denoiser.module).values())
+
+    def gather(self, *, keep: bool) -> State:
+        return State(on_cpu(lora_state(self.denoiser.module))) if keep else State()
+
+    def write(self, folder: Path, state: State) -> None:
+        self.lora.save_lora(folder, state.tensors, self.settings)
+
+    def load(self, folder: Path) -> None:
+        odd = load_lora_state(self.denoiser.module, self.lora.load_lora(folder))
+        if odd:
+            what = f"the adapter there does not fit this model: {', '.join(odd[:5])}."
+            raise CheckpointError(Problem(str(folder), what))
+
+
+@dataclass(frozen=True)
+class RegularizerPiece:
+    """What a regularizer has learned. part: its name in the configuration."""
+
+    part: str
+    module: nn.Module
+
+    @property
+    def name(self) -> str:
+        return f"regularizer {self.part}"
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (f"regularizers/{self.part}.safetensors",)
+
+    @property
+    def bytes(self) -> int:
+        return size_of(self.module.state_dict().values())
+
+    def gather(self, *, keep: bool) -> State:
+        return State(on_cpu(self.module.state_dict())) if keep else State()
+
+    def write(self, folder: Path, state: State) -> None:
+        file = folder / self.files[0]
+        file.parent.mkdir(exist_ok=True)
+        save_file(dict(state.tensors), file)
+
+    def load(self, folder: Path) -> None:
+        file = folder / self.files[0]
+        try:
+            self.module.load_state_dict(load_file(file))
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(Problem(str(file), f"cannot be read: {error}.")) from error
+        except RuntimeError as error:
+            # torch tells each weight on a line of its own, after one that names the class.
+            lines = [line.strip().rstrip(".") for line in str(error).splitlines()[1:]]
+            what = f"what this regularizer has learned does not fit it as it is now: {'; '.join(lines)}."
+            remedy = (
+                "Restore what it was made with, such as its encoder's files, or start anew with another run.output_dir."
+            )
+            raise CheckpointError(Problem(str(file), what, remedy)) from error
+
+
+@dataclass(frozen=True)
+class OptimizerPiece:
+    """The state of each named parameter, and numbers that an optimizer counts in its groups (schedule-free's k, prodigy's d).
+
+    own: settings of groups that the configuration file gives. They, and learning rates, never come from a checkpoint.
+    """
+
+    optimizer: torch.optim.Optimizer
+    named: list[tuple[str, Tensor]]
+    own: Collection[str] = ()
+    name: ClassVar[str] = "optimizer"
+    files: ClassVar[tuple[str, ...]] = (TENSORS, SCALARS)
+
+    @property
+    def bytes(self) -> int:
+        """0 before the first step of a new run: the state comes with it."""
+        return size_of(value for value in self._state().values() if isinstance(value, Tensor))
+
+    def gather(self, *, keep: bool) -> State:
+        if not keep:
+            return State()
+        state = self._state()
+        tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        scalars = {key: value for key, value in state.items() if key not in tensors}
+        counted = [_counted(group, self.own) for group in self.optimizer.param_groups]
+        return State(on_cpu(tensors), {"state": scalars, "groups": counted})
+
+    def write(self, folder: Path, state: State) -> None:
+        save_file(dict(state.tensors), folder / TENSORS)
+        (folder / SCALARS).write_text(json.dumps(state.values), encoding="utf-8")
+
+    def load(self, folder: Path) -> None:
+        """Raises CheckpointError when it cannot be read, or is of other parameters."""
+        found, counted = _read(folder)
+        odd = self._misfits(found, counted)
+        if odd:
+            more = ", ..." if len(odd) > 5 else ""
+            what = f"the optimizer's state is of other parameters ({', '.join(odd[:5])}{more})."
+            raise CheckpointError(Problem(str(folder), what))
+        for group, numbers in zip(self.optimizer.param_groups, counted, strict=True):
+            group.update({key: value for key, value in numbers.items() if key not in self.own})
+        counts_on_device = {
+            id(parameter)
+            for group in self.optimizer.param_groups
+            if group.get("fused") or group.get("capturable")
+            for parameter in group["params"]
+        }
+        for name, parameter in self.named:
+            if name in found:
+                self.optimizer.state[parameter] = {
+                    field: _place(value, field, parameter, id(parameter) in counts_on_device)
+                    for field, value in found[name].items()
+                }
+
+    def _state(self) -> dict[str, object]:
+        """Name of the parameter, MARK, name of the part -> what the optimizer keeps there."""
+        return {
+            f"{name}{MARK}{key}": value
+            for name, parameter in self.named
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+        }
+
+    def _misfits(self, found: Mapping[str, Mapping[str, object]], counted: list[dict[str, Any]]) -> list[str]:
+        """What is stored for parameters that there are not, or not in this shape."""
+        odd = sorted(found.keys() - {name for name, _ in self.named})
+        if len(counted) != len(self.optimizer.param_groups):
+            odd.append(f"{len(counted)} groups instead of {len(self.optimizer.param_groups)}")
+        return odd + [name for name, parameter in self.named if name in found and not _fits(found[name], parameter)]
+
+
+def _counted(group: Mapping[str, object], own: Collection[str]) -> dict[str, int | float]:
+    """Numbers of a group that no configuration gives. What torch's own classes keep there are settings of theirs."""
+    fixed = {"lr", "initial_lr", *own}
+    return {
+        key: value
+        for key, value in group.items()
+        if key not in fixed and isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def _read(folder: Path) -> tuple[dict[str, dict[str, object]], list[dict[str, Any]]]:
+    """Parameter -> part of its state -> value; and what each group counted."""
+    try:
+        stored = json.loads((folder / SCALARS).read_text(encoding="utf-8"))
+        values: dict[str, object] = {**load_file(folder / TENSORS), **stored["state"]}
+        counted = [dict(group) for group in stored["groups"]]
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise CheckpointError(Problem(str(folder), f"the optimizer's state cannot be read: {error}.")) from error
+    found: dict[str, dict[str, object]] = {}
+    for key, value in values.items():
+        name, _, field = key.rpartition(MARK)
+        found.setdefault(name, {})[field] = value
+    return found, counted
+
+
+def _fits(state: Mapping[str, object], parameter: Tensor) -> bool:
+    shaped = [v for v in state.values() if isinstance(v, Tensor) and v.ndim == parameter.ndim and v.ndim > 0]
+    return all(value.shape == parameter.shape for value in shaped)
+
+
+def _place(value: object, field: str, parameter: Tensor, count_on_device: bool) -> object:
+    """To the parameter's device, but for the step count, which torch keeps on the CPU unless fused or capturable."""
+    if not isinstance(value, Tensor) or (field == "step" and not count_on_device):
+        return value
+    return value.to(parameter.device)
+
+
+@dataclass(frozen=True)
+class CountersPiece:
+    """Where the run stands. It is read first of all, by `vtrain.train.resume`, since it says what else there is."""
+
+    state: RunState
+    name: ClassVar[str] = "counters"
+    files: ClassVar[tuple[str, ...]] = (STATE,)
+    bytes: ClassVar[int] = 0
+
+    def gather(self, *, keep: bool) -> State:
+        return State(values=asdict(self.state)) if keep else State()
+
+    def write(self, folder: Path, state: State) -> None:
+        write_state(folder, RunState(**state.values))
+
+    def load(self, folder: Path) -> None:
+        """Nothing: the run began with it."""
+
+
+@dataclass(frozen=True)
+class ConfigPiece:
+    """The text of the configuration file, for people: a resumed run goes by its own file."""
+
+    text: str
+    name: ClassVar[str] = "configuration"
+    files: ClassVar[tuple[str, ...]] = (CONFIG,)
+    bytes: ClassVar[int] = 0
+
+    def gather(self, *, keep: bool) -> State:
+        return State(values={"text": self.text}) if keep else State()
+
+    def write(self, folder: Path, state: State) -> None:
+        (folder / CONFIG).write_text(state.values["text"], encoding="utf-8")
+
+    def load(self, folder: Path) -> None:
+        """Nothing."""

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -334,6 +335,24 @@ def test_pieces_are_gathered_one_after_the_other_and_all_of_them_also_when_a_wri
     with pytest.raises(CheckpointError, match="could not be written"):
         checkpoint.write(tmp_path / "file", 1, pieces)
     assert log == ["gather False"] * 3
+
+
+def test_the_state_of_one_piece_is_gone_from_memory_before_the_next_is_gathered(tmp_path: Path) -> None:
+    """Weights and moments of a large model, gathered from a card, would not fit beside each other."""
+    gathered: list[weakref.ref[State]] = []
+
+    class Watched(Weights):
+        def gather(self, *, keep: bool) -> State:
+            assert not [state for state in gathered if state() is not None]
+            state = super().gather(keep=keep)
+            gathered.append(weakref.ref(state))
+            return state
+
+        def write(self, folder: Path, state: State) -> None:
+            save_file(dict(state.tensors), folder / f"{self.name}.safetensors")
+
+    checkpoint.write(tmp_path, 1, [Watched([], name=name) for name in ("a", "b", "c")])
+    assert len(gathered) == 3
 
 
 def test_every_byte_is_read_at_most_twice_for_a_checkpoint_that_lets_an_older_one_go(

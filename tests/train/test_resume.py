@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 import subprocess
 import time
@@ -147,6 +149,60 @@ def test_a_flipped_byte_in_the_newest_checkpoint_is_named_and_the_one_before_is_
     assert "3 later steps were cut from metrics.jsonl" in printed
     # Six steps were planned at first, so the rates of its first three steps are of that shorter cosine.
     assert [row["samples"] for row in folder.rows()] == [row["samples"] for row in straight.rows()]
+
+
+def test_a_file_too_many_in_the_newest_checkpoint_is_named_and_the_one_before_is_used(folder, within: Run) -> None:
+    within("run", folder.write(steps=6))
+    (folder.output / "checkpoints" / "step-000006" / "denoiser (1).safetensors").write_bytes(b"")
+    (folder.output / "checkpoints" / "step-000003" / ".DS_Store").write_bytes(b"")
+    printed = within("run", folder.config).stdout
+    assert "it holds denoiser (1).safetensors, which its MANIFEST.json does not list" in printed
+    assert f"going on from {folder.output / 'checkpoints' / 'step-000003'} (step 3)" in printed
+
+
+def without_pieces(checkpoint: Path, *left_out: str) -> None:
+    """Give it the manifest that vtrain wrote before it listed pieces; `left_out`: files that go from list and folder."""
+    path = checkpoint / "MANIFEST.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    del manifest["pieces"]
+    for name in left_out:
+        del manifest["files"][name]
+        (checkpoint / name).unlink()
+    path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_a_checkpoint_from_before_pieces_were_listed_goes_on_to_the_same_run(
+    folder, another, within: Run, train: str
+) -> None:
+    straight = another()
+    within("run", straight.write(train=train, more=SMOOTH))
+    shutil.copytree(straight.output, folder.output)
+    shutil.rmtree(folder.output / "checkpoints" / "step-000006")
+    without_pieces(folder.output / "checkpoints" / "step-000003")
+    assert "going on from" in within("run", folder.write(train=train, more=SMOOTH)).stdout
+    expected, got = straight.tensors(6), folder.tensors(6)
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(value, got[name]) for name, value in expected.items())
+    assert folder.rows() == straight.rows()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("optimizer.json", "this checkpoint has no optimizer.json, which optimizer must have"),
+        ("regularizers/toy-smooth.safetensors", "which regularizer toy-smooth must have"),
+        ("state.json", "state.json: cannot be read"),
+    ],
+)
+def test_an_older_checkpoint_without_a_file_that_it_must_have_is_an_error_that_names_it(
+    folder, within: Run, name: str, reason: str
+) -> None:
+    within("run", folder.write(steps=3, more=SMOOTH))
+    without_pieces(folder.output / "checkpoints" / "step-000003", name)
+    done = within("run", folder.write(steps=4, more=SMOOTH), check=2)
+    assert reason in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_when_no_checkpoint_is_sound_nothing_is_started_over_them(folder, within: Run) -> None:

@@ -177,8 +177,8 @@ def test_a_full_disk_is_told_and_the_last_good_checkpoint_stays(tmp_path: Path) 
     assert checkpoint.latest(tmp_path) == (first, [])
 
 
-from vtrain.train import checkpoint
-from vtrain.train.checkpoint import State
+def test_the_manifest_lists_every_file_with_size_and_hash_and_whose_it_is(tmp_path: Path) -> None:
+    folder = checkpoint.write(tmp_path, 1, PIECES)
     manifest = json.loads((folder / checkpoint.MANIFEST).read_text(encoding="utf-8"))
     assert set(manifest["files"]) == {"state.json", "inner/weights.safetensors"}
     assert manifest["files"]["state.json"]["size"] == 11

@@ -13,28 +13,33 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 
-from vtrain.contract import Event, RunInfo, Tracker
+from vtrain.contract import CheckpointError, Event, Problem, RunInfo, Tracker
+from vtrain.train.checkpoint import State
 
 PATIENCE_S = 60.0
 """Seconds that the end of a run waits for all listeners together."""
 ROOM = 1024
 """Events that may wait for a listener."""
 
-State = Mapping[str, Any]
+FILE = "trackers.json"
+
+Kept = Mapping[str, Any]
 
 
 class Listener:
     """One tracker at work. key: what its state is kept under. name: as warnings call it."""
 
-    def __init__(self, key: str, name: str, tracker: Tracker, info: RunInfo, saved: State, warn: deque[str]) -> None:
+    def __init__(self, key: str, name: str, tracker: Tracker, info: RunInfo, saved: Kept, warn: deque[str]) -> None:
         self.key, self.name, self._tracker, self._warn = key, name, tracker, warn
         self._info, self._saved = info, saved
         self._wanted = tuple(tracker.events)
         self._queue: queue.Queue[Event | None] = queue.Queue(ROOM)
         self._missed = 0
-        self._state: State = saved
+        self._state: Kept = saved
         self.thread = threading.Thread(target=self._work, name=f"listener {name}", daemon=True)
         self.thread.start()
 
@@ -46,7 +51,7 @@ class Listener:
             except queue.Full:
                 self._missed += 1
 
-    def state(self) -> State:
+    def state(self) -> Kept:
         """What it wants to be given when the run is resumed, as of the last event that it has dealt with."""
         return self._state
 
@@ -87,7 +92,7 @@ class Listeners:
     saved: by the same key, what its state was at the checkpoint that is resumed from.
     """
 
-    def __init__(self, trackers: Sequence[tuple[str, str, Tracker]], info: RunInfo, saved: Mapping[str, State]) -> None:
+    def __init__(self, trackers: Sequence[tuple[str, str, Tracker]], info: RunInfo, saved: Mapping[str, Kept]) -> None:
         self._warnings: deque[str] = deque()
         self._all = [
             Listener(key, name, tracker, info, saved.get(key, {}), self._warnings) for key, name, tracker in trackers
@@ -97,9 +102,14 @@ class Listeners:
         for each in self._all:
             each.show(event)
 
-    def states(self) -> dict[str, State]:
+    def states(self) -> dict[str, Kept]:
         """Key -> what it wants to be given when the run is resumed; of those that want something."""
         return {each.key: state for each in self._all if (state := each.state())}
+
+    @property
+    def piece(self) -> ListenersPiece:
+        """What of them goes into each checkpoint."""
+        return ListenersPiece(self)
 
     def warnings(self) -> Iterator[str]:
         """What went wrong with listeners since the last call."""
@@ -113,3 +123,36 @@ class Listeners:
             each.close(until)
         for each in self._all:
             each.join(until)
+
+
+@dataclass(frozen=True)
+class ListenersPiece:
+    """What listeners want to be given when the run is resumed, in a checkpoint."""
+
+    listeners: Listeners
+    name: ClassVar[str] = "trackers"
+    files: ClassVar[tuple[str, ...]] = (FILE,)
+    bytes: ClassVar[int] = 0
+
+    def gather(self, *, keep: bool) -> State:
+        return State(values=self.listeners.states()) if keep else State()
+
+    def write(self, folder: Path, state: State) -> None:
+        (folder / FILE).write_text(json.dumps(state.values, indent=1), encoding="utf-8")
+
+    def load(self, folder: Path) -> None:
+        """Nothing: they were started with it, by `saved_states`."""
+
+
+def saved_states(folder: Path | None) -> Mapping[str, Kept]:
+    """What listeners had kept in a checkpoint; {} for none, and in one of before there was such a thing.
+
+    Raises CheckpointError if it cannot be read.
+    """
+    if folder is None or not (folder / FILE).exists():
+        return {}
+    try:
+        found: Mapping[str, Kept] = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        return {str(key): dict(state) for key, state in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(Problem(str(folder / FILE), f"cannot be read: {error}.")) from error

@@ -46,7 +46,7 @@ from vtrain.plan.residents import Doing, remedies
 from vtrain.registry.blame import blame
 from vtrain.run.collector import uncollected
 from vtrain.run.inbox import Inbox
-from vtrain.run.listeners import Listeners
+from vtrain.run.listeners import Listeners, saved_states
 from vtrain.run.output import hold, write_run_files
 from vtrain.run.prepare import extra_texts, planned
 from vtrain.run.recorder import Recorder
@@ -307,7 +307,7 @@ class Session:
         values = {key: setting.value for key, setting in settings(self.plan).items()}
         if self.processes.first:
             info = RunInfo(self.plan.config.run.name, str(self.plan.config.run.output_dir), values, start.state.step)
-            self._listeners = Listeners(list(self._trackers()), info, {})
+            self._listeners = Listeners(list(self._trackers()), info, saved_states(start.folder))
         yield Started(self._recorder.session, start.state.step, steps, start.folder, values)
 
     def _cut_back(self, data: Data, step: int) -> list[str]:
@@ -339,7 +339,8 @@ class Session:
         """Every step, with what is due between them."""
         validate = self._validation(trainer, caches)
         with self._inbox.listening() if self._signals else nullcontext(), self._explained("training"):
-            for event in trainer.run(self._inbox, validate):
+            also = [self._listeners.piece] if self._listeners is not None and self.plan.config.trackers else []
+            for event in trainer.run(self._inbox, validate, also):
                 if isinstance(event, Ended):
                     self.signal = self._inbox.signal if event.reason == "stopped" else None
                     event = replace(event, signal=self.signal)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -74,8 +75,8 @@ class Trainer:
     pieces: tuple[Piece, ...]
     held: ExitStack
 
-    def run(self, requests: Requests, validate: Validate | None = None) -> Iterator[Event]:
-        """Train to the last step, or until it is asked to stop."""
+    def run(self, requests: Requests, validate: Validate | None = None, also: Sequence[Piece] = ()) -> Iterator[Event]:
+        """Train to the last step, or until it is asked to stop. also: pieces that others keep in the checkpoints."""
         config, state, per_epoch = self.plan.config, self.start.state, self.prices.steps_per_epoch
         table = config.validation
         interval = Interval(table.every, per_epoch, time.monotonic()) if table else None
@@ -88,7 +89,7 @@ class Trainer:
                 Feed(self.batches, self.plan.sampler, config.run.seed, self.processes.device, self.step.needed),
                 self.processes,
                 config.train,
-                Ends(self.save, validate, requests, self.step.observe),
+                Ends(partial(self.save, also), validate, requests, self.step.observe),
                 first=state.step,
                 last=self.prices.steps,
                 micro_batch=state.micro_batch,
@@ -97,11 +98,11 @@ class Trainer:
             )
             yield from loop.run(config.checkpoint, interval, at_start=table.at_start if table else False)
 
-    def save(self, step: int, micro_batch: int) -> Iterator[Event]:
+    def save(self, also: Sequence[Piece], step: int, micro_batch: int) -> Iterator[Event]:
         """Write the checkpoint of `step` on the first process and let old ones go. Raises CheckpointError on all."""
         values = {key: setting.value for key, setting in settings(self.plan).items()}
         state = RunState(step, micro_batch, values, self.data, self.base, self.features)
-        pieces = (*self.pieces, CountersPiece(state), ConfigPiece(self.plan.config.text))
+        pieces = (*self.pieces, *also, CountersPiece(state), ConfigPiece(self.plan.config.text))
 
         def write() -> tuple[Saved, str]:
             parent = self.plan.config.run.output_dir / "checkpoints"

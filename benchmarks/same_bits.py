@@ -166,7 +166,7 @@ def result(config: Path, run: Path, cache: Path, plan: str) -> dict[str, Any]:
         "plan": {key: planned[key] for key in PLANNED},
         "metrics": [{key: value for key, value in row.items() if key not in MEASURED} for row in rows],
         "samples": hashes(run / "samples", "*.mp4"),
-        "weights": hashes(run / "checkpoints", "*.safetensors"),
+        "weights": tensors(run / "checkpoints"),
         "cache": hashes(cache, "*.safetensors"),
         "settings": states(run / "checkpoints"),
     }
@@ -178,6 +178,26 @@ def hashes(folder: Path, pattern: str) -> dict[str, str]:
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob(pattern))
     }
+
+
+def tensors(folder: Path) -> dict[str, str]:
+    """File below the folder -> SHA-256 of its tensors and of what it says of itself, which safetensors writes in any order."""
+    import torch
+    from safetensors import safe_open
+
+    found = {}
+    for path in sorted(folder.rglob("*.safetensors")):
+        digest = hashlib.sha256()
+        with safe_open(path, "pt") as file:
+            digest.update(json.dumps(file.metadata(), sort_keys=True).encode())
+            for name in sorted(file.keys()):
+                tensor = file.get_tensor(name)
+                digest.update(
+                    f"{name} {tensor.dtype} {tensor.shape}".encode()
+                    + tensor.flatten().view(torch.uint8).numpy().tobytes()
+                )
+        found[path.relative_to(folder).as_posix()] = digest.hexdigest()
+    return found
 
 
 def states(folder: Path) -> dict[str, Any]:

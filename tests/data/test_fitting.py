@@ -80,7 +80,7 @@ def plans(draw: st.DrawFn) -> DatasetPlan:
     video = {
         "window": draw(st.sampled_from(["start", "center", "all", "random"])),
         "windows": draw(st.integers(1, 6)),
-        "frame_interval": draw(st.integers(1, 4)),
+        "frame_step": draw(st.integers(1, 4)),
         "repeat_frames": draw(st.booleans()),
         "round_to": draw(st.integers(1, 20)),
     }
@@ -103,7 +103,7 @@ def test_whatever_the_clip_and_the_settings_windows_and_boxes_lie_inside_it(sour
     assert RULE.accepts(shape.frames)
     assert plan.min_frames <= shape.frames <= plan.frames
     assert shape.size in plan.sizes
-    assert found.fps == pytest.approx((plan.fps or source.rate) / video.frame_interval)
+    assert found.fps == pytest.approx((plan.fps or source.rate) / video.frame_step)
     if source.frames > 1:
         # The last frame of each window is on screen before the clip ends.
         ends = [start + (shape.frames - 1) / found.fps for cut in found.cuts for start in cut.starts]
@@ -147,20 +147,20 @@ def test_the_bucket_is_the_one_of_nearest_aspect(source: Probe, plan: DatasetPla
 
 
 def test_every_nth_frame_is_taken_after_resampling_and_the_reason_counts_so() -> None:
-    plan = dataset(frames=17, video={"frame_interval": 3})
+    plan = dataset(frames=17, video={"frame_step": 3})
     found = placed(clip(frames=81, rate=24), plan)
     assert (found.fps, found.shape.frames) == (16 / 3, 17)
     assert left(clip(frames=48, rate=24), plan) == (
         "too short: 11 frames, every 3rd at 16 fps (48 at the file's 24); needs 17: set data.video.min_frames = 9 or "
-        "data.video.frame_interval = 1"
+        "data.video.frame_step = 1"
     )
-    assert placed(clip(frames=48, rate=24), dataset(frames=17, video={"frame_interval": 1})).shape.frames == 17
-    assert placed(clip(frames=48, rate=24), dataset(frames=17, min_frames=9, video={"frame_interval": 3}))
+    assert placed(clip(frames=48, rate=24), dataset(frames=17, video={"frame_step": 1})).shape.frames == 17
+    assert placed(clip(frames=48, rate=24), dataset(frames=17, min_frames=9, video={"frame_step": 3}))
 
 
 @pytest.mark.parametrize(("interval", "words"), [(2, "2nd"), (4, "4th"), (11, "11th"), (21, "21st"), (22, "22nd")])
 def test_numbers_in_a_reason_are_written_as_one_says_them(interval: int, words: str) -> None:
-    assert f"every {words} at 16 fps" in left(clip(frames=20), dataset(video={"frame_interval": interval}))
+    assert f"every {words} at 16 fps" in left(clip(frames=20), dataset(video={"frame_step": interval}))
 
 
 def test_at_the_clips_own_rate_every_frame_counts() -> None:
@@ -172,19 +172,19 @@ def test_at_the_clips_own_rate_every_frame_counts() -> None:
     assert left(clip(frames=80, rate=25), plan) == (
         "too short: 80 frames (80 in the file); needs 81: set data.video.min_frames = 77"
     )
-    assert left(clip(frames=80, rate=25), dataset(frames=81, fps=None, video={"frame_interval": 2})) == (
+    assert left(clip(frames=80, rate=25), dataset(frames=81, fps=None, video={"frame_step": 2})) == (
         "too short: 40 frames, every 2nd (80 in the file); needs 81: set data.video.min_frames = 37"
     )
 
 
 def test_a_source_slower_than_what_is_taken_of_it_is_left_out_and_one_between_is_not() -> None:
-    plan = dataset(video={"frame_interval": 2})
+    plan = dataset(video={"frame_step": 2})
     assert placed(clip(frames=60, rate=10), plan).fps == 8
     assert left(clip(frames=60, rate=6), plan) == (
-        "too slow: 6 frames per second in the file, fewer than the 8 of data.video.fps / frame_interval (16 / 2): frames "
+        "too slow: 6 frames per second in the file, fewer than the 8 of data.video.fps / frame_step (16 / 2): frames "
         "would be repeated; set data.video.fps to 12 or less, or data.video.repeat_frames = true"
     )
-    assert placed(clip(frames=60, rate=6), dataset(fps=12.0, video={"frame_interval": 2})).fps == 6
+    assert placed(clip(frames=60, rate=6), dataset(fps=12.0, video={"frame_step": 2})).fps == 6
 
 
 def test_a_still_picture_is_one_frame_however_long_it_is_shown() -> None:
@@ -325,7 +325,7 @@ def test_every_setting_that_moves_a_fit_is_among_those_that_decide(tmp_path: Pat
         {"resolution_type": "pixel"}, {"captions": "filename"}, {"caption": "x"}, {"caption_prefix": "x"},
         {"captions_file": tmp_path / "x.csv"}, {"file_column": "x"}, {"caption_column": "x"}, {"missing_caption": "empty"},
         *({"video": {key: value}} for key, value in (
-            ("window", "all"), ("windows", 3), ("frame_interval", 2), ("repeat_frames", True), ("round_to", 4),
+            ("window", "all"), ("windows", 3), ("frame_step", 2), ("repeat_frames", True), ("round_to", 4),
         )),
     ]  # fmt: skip
     for change in changes:

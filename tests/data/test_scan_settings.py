@@ -53,10 +53,10 @@ def test_at_the_clips_own_rate_every_frame_is_decoded_once(setup, make_video, ra
 
 def test_every_nth_frame_after_resampling_is_decoded(setup, make_video) -> None:
     setup.add("a.mp4", make_video(frames=40, fps=24))
-    (sample,) = samples(setup, frames=5, fps=None, video={"frame_interval": 4, "window": "center"})
+    (sample,) = samples(setup, frames=5, fps=None, video={"frame_step": 4, "window": "center"})
     assert sample.fps == 6
     assert greys(setup, sample, sample.starts[0]) == [8, 12, 16, 20, 24]
-    (sample,) = samples(setup, frames=9, fps=12.0, video={"frame_interval": 2})
+    (sample,) = samples(setup, frames=9, fps=12.0, video={"frame_step": 2})
     assert greys(setup, sample, 0.0) == list(range(0, 36, 4))
 
 

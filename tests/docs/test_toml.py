@@ -103,8 +103,8 @@ def test_the_full_example_has_the_numbers_of_the_official_recipe(root: Path) -> 
     optimizer = dict(config.optimizer.options)
     assert (optimizer["lr"], optimizer["betas"], optimizer["eps"]) == (5e-5, (0.9, 0.999), 1e-10)
     assert optimizer["weight_decay"] == 0
-    assert config.train.clip is not None
-    assert (config.train.clip.method, config.train.clip.max) == ("norm", 0.1)
+    assert config.train.gradient_clip is not None
+    assert (config.train.gradient_clip.method, config.train.gradient_clip.max) == ("norm", 0.1)
     assert str(config.lr_schedule.warmup) == "500 steps"
     assert config.train.caption_dropout == 0.1
 

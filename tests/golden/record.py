@@ -41,7 +41,7 @@ steps = 20
 batch_size = 2
 caption_dropout = 0.2
 log_every = 1
-clip = {{ method = "norm", max = 1.0 }}
+gradient_clip = {{ method = "norm", max = 1.0 }}
 [optimizer]
 use = "adamw"
 lr = 1e-3

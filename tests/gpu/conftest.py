@@ -64,7 +64,7 @@ steps = {steps}
 batch_size = 8
 caption_dropout = 0.1
 log_every = {log_every}
-clip = {{ method = "norm", max = 1.0 }}
+gradient_clip = {{ method = "norm", max = 1.0 }}
 [optimizer]
 use = "adamw"
 lr = 1e-3

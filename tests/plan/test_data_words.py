@@ -96,7 +96,7 @@ def test_files_samples_and_passes_are_told_apart(plan_of: PlanOf) -> None:
     [
         ("", "9 at 8 fps, from the start"),
         ('window = "center"\nmin_frames = 5', "5 to 9 at 8 fps, from the centre"),
-        ('fps = "source"\nframe_interval = 3', "9 at the clip's own rate, one of 3 taken, from the start"),
+        ('fps = "source"\nframe_step = 3', "9 at the clip's own rate, one of 3 taken, from the start"),
         ('window = "random"\nwindows = 3', "9 at 8 fps, one of 3 windows, drawn at each use"),
         ('window = "all"\nmax_frames = 40', "9 at 8 fps, every stretch of a clip, clips cut after 40"),
     ],

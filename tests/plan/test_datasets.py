@@ -97,7 +97,7 @@ GOOD = [
     "[data.video]\nframes = 9\nmax_frames = 9",
     '[data.video]\nwindow = "random"\nwindows = 7',
     '[data.video]\nbucket_by = "resolution_frames"\nmax_frames = 25\nround_to = 8',
-    '[data.video]\nfps = "source"\nframe_interval = 2',
+    '[data.video]\nfps = "source"\nframe_step = 2',
     '[data.masks]\nfolder = "masks"\ninvert = true\nmissing = "drop"',
 ]
 
@@ -157,7 +157,7 @@ MISTYPED = {
     '[data.video]\nwindow = "centre"': 'Did you mean "center"?',
     '[data.video]\nfps = "sauce"': "",
     "[data.video]\nfps = 0": "",
-    "[data.video]\nframe_interval = 0": "",
+    "[data.video]\nframe_step = 0": "",
     "[data.video]\nwindows = 0": "",
     "min_size = 0": "",
     "resolution = 0": "",

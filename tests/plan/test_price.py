@@ -97,7 +97,7 @@ def test_what_is_probably_not_meant_is_pointed_out(plan_of: PlanOf, tables: dict
 
 
 def test_nothing_is_pointed_out_without_cause(plan_of: PlanOf) -> None:
-    plan = plan_of(train="steps = 10\nclip = { max = 1.0 }", lr_schedule='warmup = "9 steps"')
+    plan = plan_of(train="steps = 10\ngradient_clip = { max = 1.0 }", lr_schedule='warmup = "9 steps"')
     assert price(plan, survey()).warnings == ()
 
 

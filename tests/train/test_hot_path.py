@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vtrain.config.tables import ClipTable, LoraTable, TrainTable
+from vtrain.config.tables import GradientClipTable, LoraTable, TrainTable
 from vtrain.contract import (
     Caption,
     ClipShape,
@@ -97,9 +97,13 @@ def sana(folder: Path) -> tuple[Family, Denoiser, Sampler]:
     return family, family.load_denoiser("cpu", "fp32"), FLOW.build(FLOW.options(), family.scheduler_config())
 
 
-@pytest.mark.parametrize("clip", [None, ClipTable(method="norm", max=1.0), ClipTable(method="value", max=0.1)])
+@pytest.mark.parametrize(
+    "clip", [None, GradientClipTable(method="norm", max=1.0), GradientClipTable(method="value", max=0.1)]
+)
 @pytest.mark.parametrize("kind", ["toy", "sana", "sana lora"])
-def test_an_optimizer_step_reads_nothing_from_the_device(tmp_path: Path, kind: str, clip: ClipTable | None) -> None:
+def test_an_optimizer_step_reads_nothing_from_the_device(
+    tmp_path: Path, kind: str, clip: GradientClipTable | None
+) -> None:
     family, denoiser, sampler = toy() if kind == "toy" else sana(tmp_path)
     if kind == "sana lora":
         add_lora(denoiser, LoraTable(rank=2, dropout=0.1), 1, "")
@@ -110,7 +114,7 @@ def test_an_optimizer_step_reads_nothing_from_the_device(tmp_path: Path, kind: s
     from vtrain_builtin.adamw import ADAMW
 
     optimizer = ADAMW.build(ADAMW.options.model_validate({"lr": 1e-3}), groups(named))
-    table = TrainTable.model_validate({"steps": 100, "log_every": 1, "accumulate": 2, "clip": clip})
+    table = TrainTable.model_validate({"steps": 100, "log_every": 1, "accumulate": 2, "gradient_clip": clip})
     loop = Loop(
         step,
         optimizer,

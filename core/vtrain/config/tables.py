@@ -62,7 +62,7 @@ class PrecisionTable(Options):
 
 
 class VideoTable(Options):
-    """[data.video]: which frames of a clip are used. Frames are counted after resampling to fps and frame_interval."""
+    """[data.video]: which frames of a clip are used. Frames are counted after resampling to fps and frame_step."""
 
     frames: int | None = Field(None, ge=1, description="frames of a training clip; absent: the family's default")
     min_frames: int | None = Field(
@@ -79,7 +79,7 @@ class VideoTable(Options):
     fps: Annotated[float, Field(gt=0, le=240)] | Literal["source"] | None = Field(
         None, description="frames per second after resampling; \"source\": each clip's own rate; absent: the family's"
     )
-    frame_interval: int = Field(1, ge=1, le=1000, description="after resampling, take every n-th frame")
+    frame_step: int = Field(1, ge=1, le=1000, description="after resampling, take every n-th frame")
     repeat_frames: bool = Field(
         False, description="use clips slower than fps, each frame shown more than once, instead of dropping them"
     )
@@ -232,8 +232,8 @@ class CacheTable(Options):
     )
 
 
-class ClipTable(Options):
-    """[train.clip]: limits the gradient before each optimizer step."""
+class GradientClipTable(Options):
+    """[train.gradient_clip]: limits the gradient before each optimizer step."""
 
     method: Literal["norm", "value"] = Field("norm", description="scale the whole gradient's norm, or clamp each value")
     max: float = Field(gt=0, description="the limit")
@@ -247,7 +247,7 @@ class TrainTable(Options):
     batch_size: int = fixed(1, ge=1, description="clips per micro-batch and process")
     accumulate: int = Field(1, ge=1, description="micro-batches per optimizer step and process")
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of samples trained with the dropped caption")
-    clip: ClipTable | None = Field(None, description="gradient clipping; absent: none")
+    gradient_clip: GradientClipTable | None = Field(None, description="gradient clipping; absent: none")
     log_every: int = Field(10, ge=1, description="optimizer steps between readings of the device's numbers")
 
 

@@ -42,7 +42,7 @@ def _frames(dataset: DatasetPlan) -> str:
     video = dataset.table.video
     count = f"{dataset.frames}" if dataset.min_frames == dataset.frames else f"{dataset.min_frames} to {dataset.frames}"
     rate = "the clip's own rate" if dataset.fps is None else f"{dataset.fps:g} fps"
-    every = f", one of {video.frame_interval} taken" if video.frame_interval > 1 else ""
+    every = f", one of {video.frame_step} taken" if video.frame_step > 1 else ""
     where = {
         "start": "from the start",
         "center": "from the centre",

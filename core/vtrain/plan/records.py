@@ -36,7 +36,7 @@ class DatasetPlan:
 
     where: its place in the file. sizes: the buckets. frames, min_frames: of a training clip at most and at least, counted
     after resampling, accepted by the family's frame rule. fps: after resampling, None for each clip's own; every n-th frame
-    of that is taken, n = table.video.frame_interval. max_frames: of a piece that a longer clip is cut into, None: it stays
+    of that is taken, n = table.video.frame_step. max_frames: of a piece that a longer clip is cut into, None: it stays
     whole. crop_seed: of the places of crop = "random". masks: None for none. image_to_video: the share of its clips' draws
     that are trained as image-to-video, from 0 to 1.
     decoder: "" for PyAV, else the name and version of what decodes instead, as they stand in the keys of entries.

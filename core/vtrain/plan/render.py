@@ -53,7 +53,7 @@ def _training(plan: Plan) -> tuple[tuple[str, str], ...]:
 def _run(plan: Plan, prices: Prices) -> tuple[tuple[str, str], ...]:
     train, config = plan.config.train, plan.config
     warmup = f", warm-up {config.lr_schedule.warmup}" if config.lr_schedule.warmup else ""
-    clip = f"{train.clip.method} at most {train.clip.max:g}" if train.clip else "none"
+    clip = f"{train.gradient_clip.method} at most {train.gradient_clip.max:g}" if train.gradient_clip else "none"
     return (
         (
             "steps",

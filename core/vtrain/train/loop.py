@@ -160,7 +160,7 @@ class Loop:
 
     def clip(self, number: int) -> Tensor | None:
         """Clip if asked; the norm before clipping, at least on steps that are logged."""
-        clip = self.table.clip
+        clip = self.table.gradient_clip
         done = number + 1
         norm = None
         if (done == self.last or done % self.table.log_every == 0) and (clip is None or clip.method == "value"):

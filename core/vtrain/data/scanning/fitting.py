@@ -56,7 +56,7 @@ def decides(dataset: DatasetPlan, rule: FrameRule) -> list[object]:
         FIT_VERSION, dataset.backend.location, dataset.sizes, dataset.frames, dataset.min_frames, dataset.max_frames,
         dataset.fps, str(rule), table.crop, dataset.crop_seed if table.crop == "random" else 0, table.upscale,
         table.resolution_type, table.min_size, table.max_size, table.downsample_to, video.window, video.windows,
-        video.frame_interval, video.repeat_frames, video.round_to, captions.decides(dataset),
+        video.frame_step, video.repeat_frames, video.round_to, captions.decides(dataset),
         *([dataset.decoder] if dataset.decoder else []),
     ]  # fmt: skip
 
@@ -96,16 +96,16 @@ def fit(source: Probe, dataset: DatasetPlan, rule: FrameRule, ref_id: str = "") 
 
 
 def _rate(source: Probe, dataset: DatasetPlan) -> float:
-    """Frames a second of a window: data.video.fps or the clip's own, by frame_interval."""
+    """Frames a second of a window: data.video.fps or the clip's own, by frame_step."""
     if dataset.fps is not None:
-        return dataset.fps / dataset.table.video.frame_interval
-    return (source.own_rate if source.duration > 0 else 1.0) / dataset.table.video.frame_interval
+        return dataset.fps / dataset.table.video.frame_step
+    return (source.own_rate if source.duration > 0 else 1.0) / dataset.table.video.frame_step
 
 
 def _available(source: Probe, dataset: DatasetPlan, fps: float) -> int:
     """Frames after resampling. A still picture is one frame, however long it is shown."""
     if dataset.fps is None:
-        return math.ceil(source.frames / dataset.table.video.frame_interval)
+        return math.ceil(source.frames / dataset.table.video.frame_step)
     if source.frames == 1 and not dataset.table.video.repeat_frames:
         return 1
     return available_frames(source.duration, fps)

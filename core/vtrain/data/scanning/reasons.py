@@ -12,7 +12,7 @@ from vtrain.plan.records import DatasetPlan
 
 
 def too_short(source: Probe, dataset: DatasetPlan, rule: FrameRule, available: int) -> Left:
-    """available: frames after resampling and frame_interval."""
+    """available: frames after resampling and frame_step."""
     remedies = _remedies(source, dataset, rule, available)
     remedy = f": set {' or '.join(remedies)}" if remedies else f" (the frame rule is {rule}): use a longer clip"
     if dataset.fps is None:
@@ -29,7 +29,7 @@ def too_short(source: Probe, dataset: DatasetPlan, rule: FrameRule, available: i
 
 def _remedies(source: Probe, dataset: DatasetPlan, rule: FrameRule, available: int) -> list[str]:
     """Settings of which each alone would do."""
-    found, interval = [], dataset.table.video.frame_interval
+    found, interval = [], dataset.table.video.frame_step
     if least := rule.floor(available):
         found.append(f"data.video.min_frames = {least}")
     if source.frames == 1:
@@ -37,7 +37,7 @@ def _remedies(source: Probe, dataset: DatasetPlan, rule: FrameRule, available: i
     fps = dataset.fps or source.rate
     smaller = range(interval - 1, 0, -1)
     if enough := next((n for n in smaller if available_frames(source.duration, fps / n) >= dataset.min_frames), 0):
-        found.append(f"data.video.frame_interval = {enough}")
+        found.append(f"data.video.frame_step = {enough}")
     own = available_frames(source.duration, source.rate / interval)
     if own >= dataset.min_frames and source.rate > fps:
         found.append(f"data.video.fps = {source.rate:.6g}")
@@ -46,10 +46,8 @@ def _remedies(source: Probe, dataset: DatasetPlan, rule: FrameRule, available: i
 
 def too_slow(source: Probe, dataset: DatasetPlan, fps: float) -> Left:
     """fps: of a window."""
-    interval = dataset.table.video.frame_interval
-    wanted = f"{fps:g} of data.video.fps" + (
-        f" / frame_interval ({dataset.fps:g} / {interval})" if interval > 1 else ""
-    )
+    interval = dataset.table.video.frame_step
+    wanted = f"{fps:g} of data.video.fps" + (f" / frame_step ({dataset.fps:g} / {interval})" if interval > 1 else "")
     return Left(
         "dropped",
         "too slow",
@@ -98,7 +96,7 @@ def _counted(frames: int) -> str:
 
 
 def _every(dataset: DatasetPlan) -> str:
-    interval = dataset.table.video.frame_interval
+    interval = dataset.table.video.frame_step
     return f", every {_ordinal(interval)}" if interval > 1 else ""
 
 

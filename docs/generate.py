@@ -9,8 +9,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from vtrain.config.describe import Option, describe
 from vtrain.config.load import DEFAULT_OPTIMIZER, DEFAULT_TRACKER, LISTS, PARTS, REQUIRED, TABLES
+from vtrain.config.schema import Option, describe
 from vtrain.contract import Catalog, Options, Registered
 from vtrain.contract.lookup import NOUNS
 from vtrain.registry import discover

@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from vtrain.config.example import example_line
+from vtrain.config.findings import example_line
 from vtrain.contract import ParameterGroup, resume_rule
 from vtrain_builtin.adamw import ADAMW, AdamWOptions, build_adamw
 

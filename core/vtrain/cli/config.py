@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vtrain.cli.report import print_json, print_table
 from vtrain.config import json_schema, load, show
-from vtrain.config.wording import shown
+from vtrain.config.findings import shown
 from vtrain.registry import discover
 
 

@@ -14,7 +14,7 @@ from vtrain.contract.lookup import did_you_mean, listed, origin
 from vtrain.registry import discover
 
 if TYPE_CHECKING:
-    from vtrain.config.describe import Option
+    from vtrain.config.schema import Option
 
 
 def list_plugins(as_json: bool) -> None:
@@ -51,7 +51,7 @@ def _failed(failure: Failure) -> str:
 
 def show_plugin(name: str, kind: str | None, as_json: bool) -> None:
     """Every option of every part called `name`. Raises ConfigError or PluginError if there is none."""
-    from vtrain.config.describe import describe
+    from vtrain.config.schema import describe
 
     parts = _parts_called(discover(), name, kind)
     described = [(part, describe(part.spec.options)) for part in parts]

@@ -1,4 +1,4 @@
-"""A TOML file: its values, read by tomli, and the line of each, found in a syntax tree."""
+"""A TOML file: its values, read by tomli, and the line of each, found in a syntax tree (tomli gives values without places)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import tomli
+import tree_sitter_toml
+from tree_sitter import Language, Node, Parser
 
-from vtrain.config.positions import positions, repeated
 from vtrain.config.record import KeyPath
 from vtrain.contract import ConfigError, Problem
+
+_KEYS = ("bare_key", "quoted_key", "dotted_key")
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Document:
 
 def read(path: Path) -> Document:
     """Read a TOML file. Raises ConfigError: no such file, a folder, not UTF-8, empty, or not TOML (with the line)."""
-    text = _text(path)
+    text = _read_text(path)
     try:
         tree = tomli.loads(text)
     except tomli.TOMLDecodeError as error:
@@ -62,7 +65,7 @@ def _fault(text: str, error: tomli.TOMLDecodeError) -> str:
     return f"{what}{beside} (column {error.colno})"
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
@@ -99,3 +102,105 @@ def paths(value: object, at: KeyPath = ()) -> Iterator[KeyPath]:
     for key, child in inner:
         yield (*at, key)
         yield from paths(child, (*at, key))
+
+
+def positions(text: str) -> dict[KeyPath, int]:
+    """Key path -> 1-based line where it first stands, of every table, key and array element of a valid TOML text.
+
+    A table's line is its header's, or that of the first dotted key through it.
+    """
+    lines: dict[KeyPath, int] = {}
+    for _ in _entries(text, lines):
+        pass
+    return lines
+
+
+def repeated(text: str, line: int) -> tuple[KeyPath, int] | None:
+    """The key or table on a line that stands further up too, and where; None if there is none. The text need not be valid."""
+    lines: dict[KeyPath, int] = {}
+    found = [path for node, path in _entries(text, lines) if _stands_on(node, line)]
+    for path in reversed(found):
+        name = path[:-1] if path and isinstance(path[-1], int) else path
+        if lines.get(name, line) < line:
+            return name, lines[name]
+    return None
+
+
+def _stands_on(node: Node, line: int) -> bool:
+    last = node.end_point.row + 1 if node.type == "pair" else _line(node)
+    return _line(node) <= line <= last
+
+
+def _entries(text: str, lines: dict[KeyPath, int]) -> Iterator[tuple[Node, KeyPath]]:
+    """Every header and pair, and its path; `lines` grows by what is in each, the first of a path counting."""
+    tree = Parser(Language(tree_sitter_toml.language())).parse(text.encode())
+    lengths: dict[KeyPath, int] = {}  # of arrays of tables, so far
+    for node in tree.root_node.named_children:
+        if node.type == "pair":
+            yield node, _pair(node, (), lines)
+        elif node.type in ("table", "table_array_element"):
+            table = _header(node, lines, lengths)
+            yield node, table
+            for child in node.named_children:
+                if child.type == "pair":
+                    yield child, _pair(child, table, lines)
+
+
+def _header(node: Node, lines: dict[KeyPath, int], lengths: dict[KeyPath, int]) -> KeyPath:
+    """Path of the table that [a.b] or [[a.b]] opens. A name on the way that is an array of tables means its last one."""
+    keys = [key for child in node.named_children if child.type in _KEYS for key in _parts(child)]
+    path: KeyPath = ()
+    for depth, key in enumerate(keys, 1):
+        path = (*path, key)
+        lines.setdefault(path, _line(node))
+        if depth == len(keys) and node.type == "table_array_element":
+            lengths[path] = lengths.get(path, 0) + 1
+        if path in lengths:
+            path = (*path, lengths[path] - 1)
+            lines.setdefault(path, _line(node))
+    return path
+
+
+def _pair(node: Node, table: KeyPath, lines: dict[KeyPath, int]) -> KeyPath:
+    """Path of the key."""
+    named = [child for child in node.named_children if child.type not in ("comment", "ERROR")]
+    if len(named) < 2:
+        return ()  # a region that the grammar could not read
+    path = table
+    for key in _parts(named[0]):
+        path = (*path, key)
+        lines.setdefault(path, _line(named[0]))
+    _value(named[-1], path, lines)
+    return path
+
+
+def _value(node: Node, path: KeyPath, lines: dict[KeyPath, int]) -> None:
+    if node.type == "inline_table":
+        for child in node.named_children:
+            if child.type == "pair":
+                _pair(child, path, lines)
+    elif node.type == "array":
+        elements = [child for child in node.named_children if child.type not in ("comment", "ERROR")]
+        for index, child in enumerate(elements):
+            lines[(*path, index)] = _line(child)
+            _value(child, (*path, index), lines)
+
+
+def _parts(key: Node) -> Iterator[str]:
+    """The names in a key, dotted or not, unquoted."""
+    if key.type == "dotted_key":
+        for child in key.named_children:
+            if child.type in _KEYS:
+                yield from _parts(child)
+    elif key.type == "quoted_key":
+        yield next(iter(tomli.loads(f"{_node_text(key)} = 0")), "")
+    else:
+        yield _node_text(key)
+
+
+def _node_text(node: Node) -> str:
+    return (node.text or b"").decode()
+
+
+def _line(node: Node) -> int:
+    return node.start_point.row + 1

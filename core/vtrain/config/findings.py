@@ -1,19 +1,21 @@
-"""What a table gets wrong: pydantic's errors as problems with places, one for each value."""
+"""What a table gets wrong, in plain English: pydantic's errors as problems with places, and the least that would do, to copy."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from datetime import date, time
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.errors import PydanticInvalidForJsonSchema
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from vtrain.config.document import Document
-from vtrain.config.example import example_line
 from vtrain.config.record import KeyPath
-from vtrain.config.wording import expectation, fault, shown
-from vtrain.contract import Options, Problem
+from vtrain.contract import HoldsSecret, Options, Problem, without_secrets
 from vtrain.contract.lookup import did_you_mean, listed
 
 Found = tuple[int, Problem]
@@ -136,3 +138,131 @@ def nested(annotation: Any) -> type[BaseModel] | None:
     if get_origin(annotation) in (Union, UnionType, Annotated, tuple, list):
         return next((found for inner in get_args(annotation) if (found := nested(inner)) is not None), None)
     return None
+
+
+_BY_TYPE = {"string": '"..."', "boolean": "true", "array": "[]", "object": "{}"}
+
+
+def example_line(field: FieldInfo, key: str) -> str:
+    """'steps = 1' for a field: its own example, its first choice or its lower limit, else something of its type."""
+    if field.examples:
+        return f"{key} = {shown(field.examples[0])}"
+    try:
+        schema = TypeAdapter(_annotated(field)).json_schema()
+    except PydanticInvalidForJsonSchema:
+        return f"{key} = ..."
+    return f"{key} = {_value(schema)}"
+
+
+def _annotated(field: FieldInfo) -> Any:
+    return Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+
+
+def _value(schema: dict[str, Any]) -> str:
+    if "anyOf" in schema:
+        return _value(schema["anyOf"][0])
+    for key in ("examples", "enum"):
+        if schema.get(key):
+            return shown(schema[key][0])
+    kind = schema.get("type", "string")
+    if kind in ("integer", "number"):
+        low = schema.get("minimum", schema.get("exclusiveMinimum", 0 if kind == "integer" else 0.0))
+        return shown(low + 1 if "exclusiveMinimum" in schema or (kind == "integer" and low == 0) else low)
+    return _BY_TYPE.get(str(kind), "...")
+
+
+def example_table(header: str, use: str, *models: type[Options]) -> str:
+    """The least table of these models that is valid in form: its header, `use` if not "", and every required key."""
+    lines = [header] + ([f'use = "{use}"'] if use else [])
+    for model in models:
+        lines += [example_line(field, key) for key, field in model.model_fields.items() if field.is_required()]
+    return "\n".join(lines)
+
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "int_parsing": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "a text in quotes",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "set_type": "a list",
+    "frozen_set_type": "a list",
+    "dict_type": "a table",
+    "mapping_type": "a table",
+    "model_type": "a table",
+    "model_attributes_type": "a table",
+    "dataclass_type": "a table",
+}
+_LIMITS = {
+    "greater_than": ("gt", "greater than {}"),
+    "greater_than_equal": ("ge", "at least {}"),
+    "less_than": ("lt", "less than {}"),
+    "less_than_equal": ("le", "at most {}"),
+    "multiple_of": ("multiple_of", "a multiple of {}"),
+}
+
+
+def expectation(error: ErrorDetails) -> str:
+    """The type that was expected, "a whole number"; "" if the error is of another sort."""
+    if error["type"] == "literal_error":
+        return str(error["ctx"]["expected"]).replace("'", '"')
+    return _EXPECTED.get(error["type"], "")
+
+
+def fault(error: ErrorDetails) -> str:
+    """What is wrong with a value, the value shown; for errors that are not about its type."""
+    sort, context = error["type"], error.get("ctx", {})
+    if sort == "value_error" and isinstance(context["error"], HoldsSecret):
+        return str(context["error"])
+    value = shown(error["input"])
+    if sort in _LIMITS:
+        key, words = _LIMITS[sort]
+        return f"must be {words.format(plain(context[key]))}, got {value}"
+    if sort == "finite_number":
+        return f"must be a finite number, got {value}"
+    if sort == "value_error":
+        return f"{context['error']}; got {value}"
+    return _length(error) or f"{error['msg'][:1].lower()}{error['msg'][1:]}; got {value}"
+
+
+def plain(number: float) -> str:
+    """A limit without a needless ".0"."""
+    return str(int(number)) if isinstance(number, float) and number.is_integer() else str(number)
+
+
+def _length(error: ErrorDetails) -> str:
+    context = error.get("ctx", {})
+    if error["type"] in ("string_too_short", "too_short") and context["min_length"] == 1:
+        return "must not be empty"
+    if error["type"] in ("string_too_short", "string_too_long"):
+        limit = context.get("min_length", context.get("max_length"))
+        words = "at least" if "min_length" in context else "at most"
+        return f"must have {words} {limit} characters, got {len(error['input'])}"
+    if error["type"] in ("too_short", "too_long"):
+        limit = context.get("min_length", context.get("max_length"))
+        words = "at least" if error["type"] == "too_short" else "at most"
+        return f"must have {words} {limit} entries, got {context.get('actual_length')}"
+    return ""
+
+
+def shown(value: object, limit: int = 60) -> str:
+    """A value roughly as TOML writes it, URLs without their secrets, cut to `limit` characters."""
+    text = _written(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(without_secrets(value), ensure_ascii=False)
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{key} = {_written(item)}" for key, item in value.items()) + " }" if value else "{}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_written(item) for item in value) + "]"
+    return value.isoformat() if isinstance(value, date | time) else str(value)

@@ -9,8 +9,7 @@ import tomli
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vtrain.config.document import paths
-from vtrain.config.positions import positions
+from vtrain.config.document import paths, positions
 
 TEXT = """\
 top = 1

@@ -9,8 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from vtrain.config.load import DEFAULT_OPTIMIZER, DEFAULT_TRACKER, LISTS, PARTS, REQUIRED, TABLES
-from vtrain.config.schema import Option, describe
+from vtrain.config import TABLES, Option, Table, describe
 from vtrain.contract import Catalog, Options, Registered
 from vtrain.contract.lookup import NOUNS
 from vtrain.registry import discover
@@ -18,9 +17,6 @@ from vtrain.registry import discover
 FOLDER = Path(__file__).parent
 ENTRY_POINTS = ("builtin", "sanavideo")
 """The plugins of this repository; whatever else is installed is not documented here."""
-
-REFUSED_PARTS = ("model", "sampler", "optimizer", "regularizer")
-"""Tables whose `use` may not change when a run is resumed; tests/docs compares them with vtrain.train.resume."""
 
 PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NOTE = " (may not change when a run is resumed)"
@@ -32,10 +28,9 @@ def catalog() -> Catalog:
     return Catalog(found.parts, ())
 
 
-def parts_of(found: Catalog, table: str) -> list[Registered]:
+def parts_of(found: Catalog, table: Table) -> list[Registered]:
     """The parts that `use` of a table may name."""
-    kind = PARTS.get(table, "")
-    return [part for name in found.names(kind) if (part := found.find(kind, name)) is not None]
+    return [part for name in found.names(table.kind) if (part := found.find(table.kind, name)) is not None]
 
 
 def cell(text: str) -> str:
@@ -61,26 +56,26 @@ def option_rows(options: type[Options]) -> Iterator[tuple[str, ...]]:
 HEADS = ("key", "type", "default", "limits", "meaning", "resume")
 
 
-def use_row(table: str, found: Catalog) -> tuple[str, ...]:
-    default = {"optimizer": f"`{DEFAULT_OPTIMIZER}`", "sampler": "the family's"}.get(table, "required")
+def use_row(table: Table, found: Catalog) -> tuple[str, ...]:
+    default = "the family's" if table.name == "sampler" else "required"
+    default = f"`{table.default}`" if table.default and not table.many else default
     names = " or ".join(f'"{part.spec.name}"' for part in parts_of(found, table)) or "none is shipped"
-    rule = "refuse" if table in REFUSED_PARTS else "apply"
-    return "`use`", names, default, "", f"which {NOUNS[PARTS[table]][0]}; installed plugins add their own", rule
+    return "`use`", names, default, "", f"which {NOUNS[table.kind][0]}; installed plugins add their own", table.use
 
 
 def tables() -> Iterator[str]:
     """Every table of a file: core's own keys, then the options of each part of ours."""
     found = catalog()
-    for name, model in TABLES.items():
-        header = f"[[{name}]]" if name in LISTS else f"[{name}]"
-        needed = "required" if name in REQUIRED else "optional"
-        yield f"## `{header}`\n"
+    for table in TABLES.values():
+        model = table.model
+        yield f"## `{table.header}`\n"
         about = (model.__doc__ or "").strip().split(": ", 1)[-1] if model.model_fields else ""
-        tracker = f" A file without one gets `{DEFAULT_TRACKER}`; `tracker = []` is none." if name == "tracker" else ""
-        yield f"{needed.capitalize()}.{f' {about[:1].upper()}{about[1:]}' if about else ''}{tracker}\n"
-        yield from grid(HEADS, [*([use_row(name, found)] if name in PARTS else []), *option_rows(model)])
-        for part in parts_of(found, name):
-            yield f'\n### `{header}` with `use = "{part.spec.name}"`\n'
+        absent = f" A file without one gets `{table.default}`; `{table.name} = []` is none."
+        needed = "Required." if table.required else "Optional."
+        yield f"{needed}{f' {about[:1].upper()}{about[1:]}' if about else ''}{absent if table.default and table.many else ''}\n"
+        yield from grid(HEADS, [*([use_row(table, found)] if table.kind else []), *option_rows(model)])
+        for part in parts_of(found, table):
+            yield f'\n### `{table.header}` with `use = "{part.spec.name}"`\n'
             yield f"{part.spec.summary[:1].upper()}{part.spec.summary[1:]} ({part.distribution}).\n"
             options = list(option_rows(part.spec.options))
             yield from grid(HEADS, options) if options else ["It takes no options."]
@@ -90,13 +85,12 @@ def tables() -> Iterator[str]:
 def rules() -> Iterator[tuple[str, Option]]:
     """(dotted key, its option) of every key in every table."""
     found = catalog()
-    for name, model in TABLES.items():
-        if name in PARTS:
-            rule = "refuse" if name in REFUSED_PARTS else "apply"
-            yield f"{name}.use", Option("use", "", "", False, "", f"which {NOUNS[PARTS[name]][0]}", rule)
-        for option in describe(model):
+    for name, table in TABLES.items():
+        if table.kind:
+            yield f"{name}.use", Option("use", "", "", False, "", f"which {NOUNS[table.kind][0]}", table.use)
+        for option in describe(table.model):
             yield f"{name}.{option.key}", option
-        for part in parts_of(found, name):
+        for part in parts_of(found, table):
             for option in describe(part.spec.options):
                 yield f"{name}.{option.key} ({part.spec.name})", option
 
@@ -117,7 +111,8 @@ GENERATED: dict[str, Callable[[], Iterator[str]]] = {
     "tables": tables,
     "example": example,
     "refuse": lambda: rule_grid("refuse"),
-    "apply": lambda: rule_grid("apply"),
+    "tell": lambda: rule_grid("tell"),
+    "free": lambda: rule_grid("free"),
 }
 
 

@@ -90,7 +90,7 @@ def test_a_run_resumed_from_its_state_is_the_same_bit_for_bit() -> None:
 
 
 def test_every_option_may_change_at_a_resume() -> None:
-    assert {resume_rule(AdamWOptions, name) for name in AdamWOptions.model_fields} == {"apply"}
+    assert {resume_rule(AdamWOptions, name) for name in AdamWOptions.model_fields} == {"tell"}
 
 
 def test_its_state_takes_the_bytes_that_a_plan_is_told() -> None:

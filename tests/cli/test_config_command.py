@@ -64,7 +64,7 @@ def test_show_prints_every_value_with_its_origin(
 
 def test_show_as_json_has_typed_values(run: Callable[..., subprocess.CompletedProcess[str]], file: Path) -> None:
     rows = json.loads(run("config", "show", str(file), "--json").stdout)
-    assert {"key": "train.steps", "value": 7, "origin": f"{file}:11"} in rows
+    assert {"key": "train.steps", "value": 7, "origin": f"{file}:11", "resume": "tell"} in rows
 
 
 def test_a_bad_file_is_exit_code_2_with_every_problem(
@@ -74,7 +74,7 @@ def test_a_bad_file_is_exit_code_2_with_every_problem(
     done = run("config", "show", str(file))
     assert done.returncode == 2
     assert done.stdout == ""
-    assert f'  {file}:11: unknown key "stesp" in [train].\n      Did you mean "steps"?\n' in done.stderr
+    assert f'  {file}:11: unknown key train.stesp.\n      Did you mean "steps"?\n' in done.stderr
     assert f'  {file}:4: no family is called "durm".\n      Did you mean "drum"?' in done.stderr
 
 

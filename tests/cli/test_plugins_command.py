@@ -114,13 +114,13 @@ def test_the_allow_list_is_read_from_the_environment(vtrain_command: Vtrain, dru
     assert "no such plugin is installed" in text
 
 
-def test_show_gives_type_default_limits_and_meaning_of_every_option_in_both_kinds(
+def test_show_gives_type_default_limits_resume_rule_and_meaning_of_every_option_in_both_kinds(
     vtrain_command: Vtrain, drum: Path
 ) -> None:
     text = vtrain_command("plugins", "show", "drum", path=(drum,)).stdout
     assert text.count("option  type") == 2
-    assert text.count("volume  whole number  3         >= 0, <= 11  how [bold]loud[/bold]") == 2
-    assert text.count("name    text          required               whose") == 2
+    assert text.count("volume  whole number  3         >= 0, <= 11  tell    how [bold]loud[/bold]") == 2
+    assert text.count("name    text          required               tell    whose") == 2
     only = vtrain_command("plugins", "show", "drum", "--kind", "tracker", path=(drum,)).stdout
     assert only.startswith("tracker drum, from drum 1.0:")
     assert only.count("volume") == 1
@@ -136,7 +136,7 @@ def test_show_as_json(vtrain_command: Vtrain, drum: Path) -> None:
         "required": False,
         "limits": ">= 0, <= 11",
         "meaning": "how [bold]loud[/bold]",
-        "resume": "apply",
+        "resume": "tell",
     }
 
 

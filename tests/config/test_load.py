@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from vtrain.config import Config, load
-from vtrain.config.load import LISTS, PARTS, REQUIRED, TABLES, minimal
+from vtrain.config.load import minimal
+from vtrain.config.record import TABLES
 from vtrain.config.tables import LoraTable
 from vtrain.contract import RESERVED_KEYS, Catalog, ConfigError, Duration, Failure, Problem, Size
 
@@ -146,56 +147,62 @@ def test_a_missing_file_and_a_folder_are_errors(tmp_path: Path, catalog: Catalog
 @pytest.mark.parametrize(
     ("table", "text", "where", "what", "remedy"),
     [
-        ("train", "[train]\nsteps = 1\nstesp = 1", 3, 'unknown key "stesp" in [train]', 'Did you mean "steps"?'),
+        ("train", "[train]\nsteps = 1\nstesp = 1", 3, "unknown key train.stesp.", 'Did you mean "steps"?'),
         (
             "run",
             '[run]\noutput_dir = "o"\nzzz = 1',
             3,
-            'unknown key "zzz" in [run]',
+            "unknown key run.zzz.",
             'It takes "deterministic", "name"',
         ),
-        ("train", '[train]\nsteps = "ten"', 2, 'steps in [train]: expected a whole number, got "ten"', ""),
-        ("train", "[train]\nsteps = 1.5", 2, "steps in [train]: expected a whole number, got 1.5", ""),
-        ("train", "[train]\nsteps = true", 2, "steps in [train]: expected a whole number, got true", ""),
-        ("train", "[train]\nsteps = 0", 2, "steps in [train]: must be at least 1, got 0", ""),
-        ("train", "[train]\nepochs = nan", 2, "epochs in [train]: must be a finite number, got nan", ""),
-        ("train", "[train]\nepochs = 0", 2, "epochs in [train]: must be greater than 0, got 0", ""),
+        ("train", '[train]\nsteps = "ten"', 2, 'train.steps: expected a whole number, got "ten"', ""),
+        ("train", "[train]\nsteps = 1.5", 2, "train.steps: expected a whole number, got 1.5", ""),
+        ("train", "[train]\nsteps = true", 2, "train.steps: expected a whole number, got true", ""),
+        ("train", "[train]\nsteps = 0", 2, "train.steps: must be at least 1, got 0", ""),
+        ("train", "[train]\nepochs = nan", 2, "train.epochs: must be a finite number, got nan", ""),
+        ("train", "[train]\nepochs = 0", 2, "train.epochs: must be greater than 0, got 0", ""),
         ("train", "[train]\nsteps = 1\nepochs = 1", 3, "has both steps and epochs", "Keep one"),
         ("train", "[train]\nbatch_size = 1", 1, "says neither steps nor epochs", "steps = 1000"),
         (
             "train",
             "[train]\nsteps = 1\n[train.gradient_clip]\nmaxx = 1",
             4,
-            'unknown key "maxx" in [train.gradient_clip]',
+            "unknown key train.gradient_clip.maxx.",
             '"max"',
         ),
-        ("train", "[train]\nsteps = 1\ngradient_clip = 3", 3, "gradient_clip in [train]: expected a table, got 3", ""),
-        ("train", "[train]\nsteps = 1\ngradient_clip = {}", 3, '[train.gradient_clip] lacks the key "max"', "max = 1"),
+        ("train", "[train]\nsteps = 1\ngradient_clip = 3", 3, "train.gradient_clip: expected a table, got 3", ""),
+        (
+            "train",
+            "[train]\nsteps = 1\ngradient_clip = {}",
+            3,
+            "the key train.gradient_clip.max is missing.",
+            "max = 1",
+        ),
         ("train", "train = 3", 1, "train: expected a table, got 3", "[train]"),
         ("train", "[[train]]\nsteps = 1", 1, "may stand only once", "single brackets"),
-        ("run", "[run]\nseed = 1", 1, '[run] lacks the key "output_dir"', 'output_dir = "..."'),
+        ("run", "[run]\nseed = 1", 1, "the key run.output_dir is missing.", 'output_dir = "..."'),
         ("run", "[run]\noutput_dir = 3", 2, "a path is a text that is not empty; got 3", ""),
-        ("run", '[run]\noutput_dir = "o"\nname = ""', 3, "name in [run]: must not be empty", ""),
+        ("run", '[run]\noutput_dir = "o"\nname = ""', 3, "run.name: must not be empty", ""),
         ("x", "[lr_schedule]\nuse = 'cosin'", 2, 'expected "constant", "linear" or "cosine", got "cosin"', '"cosine"?'),
-        ("x", "[lr_schedule]\nend = 0.5", 2, "end has no meaning", "linear"),
+        ("x", "[lr_schedule]\nend = 0.5", 2, "lr_schedule.end has no meaning", "linear"),
         ("x", "[lr_schedule]\nwarmup = 5", 2, "a duration is a number and a unit in quotes", ""),
-        ("x", "[precission]\nmixed = 'no'", 1, 'unknown key "precission" in the file', 'Did you mean "precision"?'),
+        ("x", "[precission]\nmixed = 'no'", 1, "unknown key precission.", 'Did you mean "precision"?'),
         ("x", "[checkpoint]\nevery = '0 steps'", 2, 'a duration is greater than 0; got "0 steps"', ""),
         ("x", "[sampler]\nuse = 'flwo'", 2, 'no sampler is called "flwo"', 'Did you mean "flow"?'),
-        ("x", "[sampler]\nshft = 1", 2, 'unknown key "shft" in [sampler]', 'Did you mean "shift"?'),
+        ("x", "[sampler]\nshft = 1", 2, "unknown key sampler.shft.", 'Did you mean "shift"?'),
         ("x", "[sampler]\nkind = 'normal'", 2, 'expected "logit-normal" or "uniform", got "normal"', ""),
         ("x", "[[tracker]]\nuse = 'pepper'", 2, 'no tracker is called "pepper"', 'Did you mean "paper"?'),
         ("x", "[[tracker]]\nuse = 3", 2, "expected a text in quotes, got 3", '"paper"'),
-        ("x", "[[tracker]]", 1, 'lacks the key "use"', '"tensorboard"'),
+        ("x", "[[tracker]]", 1, "the key tracker[0].use is missing.", '"tensorboard"'),
         ("x", "[tracker]\nuse = 'paper'", 1, "may stand several times", "[[tracker]]"),
         (
             "x",
             "[[regularizer]]\nuse = 'pull'\nstages = [{ until = '1 steps', wait = 1 }]",
             3,
-            'unknown key "wait"',
+            "unknown key regularizer[0].stages[0].wait.",
             "weight",
         ),
-        ("x", "[validation]\nevery = '1 steps'\nprompts = {}", 3, "prompts in [validation]: must not be empty", ""),
+        ("x", "[validation]\nevery = '1 steps'\nprompts = {}", 3, "validation.prompts: must not be empty", ""),
         ("x", "[validation]\nevery = '1 steps'\nprompts.a = 3", 3, "expected a text in quotes, got 3", ""),
         ("x", "[validation]\nevery = '1 steps'\nprompts.'a/b' = ''", 3, 'nickname "a/b" cannot be a file name', ""),
         ("x", "[validation]\nevery = '1 steps'\nprompts.a = ''\nprompts.A = ''", 4, "differ only in case", ""),
@@ -207,15 +214,21 @@ def test_a_missing_file_and_a_folder_are_errors(tmp_path: Path, catalog: Catalog
             'expected "full" or "lora", got "ful"',
             "full",
         ),
-        ("model", "[model]\nuse = 'tiny'\ntrain = 'full'", 1, '[model] lacks the key "path"', 'path = "..."'),
+        ("model", "[model]\nuse = 'tiny'\ntrain = 'full'", 1, "the key model.path is missing.", 'path = "..."'),
         (
             "model",
             "[model]\nuse = 'tiny'\npath = 'm'\ntrain = 'full'\nmotionscore = 1",
             5,
-            "unknown key",
+            "unknown key model.motionscore.",
             '"motion_score"?',
         ),
-        ("model", "[model]\nuse = 'tiny'\npath = 'm'\ntran = 'full'", 4, 'unknown key "tran"', 'Did you mean "train"?'),
+        (
+            "model",
+            "[model]\nuse = 'tiny'\npath = 'm'\ntran = 'full'",
+            4,
+            "unknown key model.tran.",
+            'Did you mean "train"?',
+        ),
         (
             "model",
             "[model]\nuse = 'tiny'\npath = 'm'\ntrain = 'full'\nlora.rank = 3",
@@ -238,8 +251,14 @@ def test_a_missing_file_and_a_folder_are_errors(tmp_path: Path, catalog: Catalog
             "expected a text in quotes or a whole number or a list, got true",
             "",
         ),
-        ("data", "[[data]]\nuse = 'folder'\npath = 'c'\nresolution = [\n'8x8',\n480]", 6, "resolution, entry 2", ""),
-        ("optimizer", "[optimizer]\nuse = 'adamw'", 1, '[optimizer] lacks the key "lr"', "lr = "),
+        (
+            "data",
+            "[[data]]\nuse = 'folder'\npath = 'c'\nresolution = [\n'8x8',\n480]",
+            6,
+            "data[0].resolution[1]: ",
+            "",
+        ),
+        ("optimizer", "[optimizer]\nuse = 'adamw'", 1, "the key optimizer.lr is missing.", "lr = "),
         ("optimizer", "[optimizer]\nlr = 1\nbetas = [0.9]", 3, "betas", ""),
     ],
 )
@@ -253,13 +272,13 @@ def test_one_mistake_is_one_problem_with_its_line(
     assert wrong[0].where == f"config.toml:{where}"
     assert remedy in wrong[0].remedy
     # A key written wrongly is also a required key that is missing; nothing else may be reported beside the mistake.
-    assert all(each is wrong[0] or "lacks the key" in each.what for each in found), found
+    assert all(each is wrong[0] or each.what.endswith("is missing.") for each in found), found
 
 
 def test_an_absent_optimizer_still_needs_its_learning_rate(problems: Problems, good: Tables) -> None:
     del good["optimizer"]
     problem = only(problems(good))
-    assert (problem.where, problem.what) == ("config.toml", '[optimizer] lacks the key "lr".')
+    assert (problem.where, problem.what) == ("config.toml", "the key optimizer.lr is missing.")
 
 
 def test_all_problems_are_reported_at_once_in_the_order_of_the_file(problems: Problems, good: Tables) -> None:
@@ -274,7 +293,7 @@ def test_all_problems_are_reported_at_once_in_the_order_of_the_file(problems: Pr
     assert lines == sorted(lines)
 
 
-@pytest.mark.parametrize("name", REQUIRED)
+@pytest.mark.parametrize("name", [table.name for table in TABLES.values() if table.required])
 def test_a_missing_table_is_a_problem_with_an_example_that_works(
     problems: Problems, read: Read, good: Tables, name: str
 ) -> None:
@@ -285,7 +304,7 @@ def test_a_missing_table_is_a_problem_with_an_example_that_works(
 
 
 def test_the_example_of_a_table_without_an_installed_part_still_has_its_shape() -> None:
-    assert minimal(Catalog({}, ()), "data") == '[[data]]\nuse = "..."'
+    assert minimal(Catalog({}, ()), TABLES["data"]) == '[[data]]\nuse = "..."'
 
 
 def test_a_family_with_a_fixed_schedule_takes_no_other_and_says_why(
@@ -314,7 +333,7 @@ def test_two_datasets_with_one_id_are_a_problem(problems: Problems, good: Tables
     good["data"] = 2 * '[[data]]\nuse = "folder"\npath = "clips"\nid = "cats"\n'
     problem = only(problems({"data": good.pop("data"), **good}))
     assert problem.where == "config.toml:8"
-    assert 'the id "cats" is that of [[data]] number 1 already' in problem.what
+    assert 'the id "cats" is that of data[0] already' in problem.what
 
 
 def test_a_broken_plugin_is_an_error_only_for_the_file_that_names_it(
@@ -338,11 +357,8 @@ def test_a_value_that_is_shown_is_cut(problems: Problems, good: Tables) -> None:
 
 
 def test_reserved_keys_of_the_contract_are_those_of_the_tables() -> None:
-    assert {kind: {*TABLES[table].model_fields, "use"} for table, kind in PARTS.items()} == RESERVED_KEYS
-
-
-def test_every_list_and_required_table_is_a_table_of_the_grammar() -> None:
-    assert {*LISTS, *REQUIRED, *PARTS} <= set(TABLES)
+    parts = [table for table in TABLES.values() if table.kind]
+    assert {table.kind: {*table.model.model_fields, "use"} for table in parts} == RESERVED_KEYS
 
 
 def test_key_places_fall_back_to_the_nearest_table(read: Read, good: Tables) -> None:

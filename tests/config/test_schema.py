@@ -96,9 +96,10 @@ def test_descriptions_and_resume_rules_stand_at_the_keys(catalog: Catalog) -> No
     run = schema["properties"]["run"]["properties"]
     assert run["seed"]["resume"] == "refuse"
     assert "may not change when a run is resumed" in run["seed"]["description"]
-    assert run["name"]["resume"] == "apply"
+    assert run["name"]["resume"] == "tell"
+    assert run["resume"]["resume"] == "free"
     model = schema["properties"]["model"]["anyOf"][0]["properties"]
-    assert model["path"]["resume"] == "refuse"
+    assert model["path"]["resume"] == model["use"]["resume"] == "refuse"
     assert model["motion_score"]["description"] == "a number added to captions"
 
 

@@ -52,8 +52,8 @@ def test_a_value_is_shown_with_its_origin(
 
 def test_an_absent_table_is_one_row(read: Read, good: dict[str, str]) -> None:
     rows = {row.key: row for row in show(read(good))}
-    assert rows["validation"] == Row("validation", None, "default")
-    assert rows["tracker[0].use"] == Row("tracker[0].use", "tensorboard", "default")
+    assert rows["validation"] == Row("validation", None, "default", "tell")
+    assert rows["tracker[0].use"] == Row("tracker[0].use", "tensorboard", "default", "tell")
 
 
 def test_all_rows_are_json(rows: dict[str, Row]) -> None:

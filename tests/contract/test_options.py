@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, ValidationError
 
-from vtrain.contract import Duration, FrameRule, LocalPath, ModelSource, Options, Size, fixed, resume_rule
+from vtrain.contract import Duration, FrameRule, LocalPath, ModelSource, Options, Size, fixed, free, resume_rule
 
 
 class Places(Options):
@@ -18,6 +18,7 @@ class Places(Options):
 
     here: LocalPath = fixed(description="a folder")
     model: ModelSource = Field("owner/name", description="a model")
+    note: str = free("", description="a note")
 
 
 def test_an_option_without_a_description_is_refused_when_its_class_is_defined() -> None:
@@ -45,9 +46,18 @@ def test_a_number_is_not_read_from_anything_else(value: object) -> None:
         Counted.model_validate({"count": value})
 
 
-def test_a_fixed_option_refuses_a_change_at_a_resume_and_a_plain_one_applies_it() -> None:
+def test_a_fixed_option_refuses_a_change_at_a_resume_a_plain_one_tells_it_and_a_free_one_does_not() -> None:
     assert resume_rule(Places, "here") == "refuse"
-    assert resume_rule(Places, "model") == "apply"
+    assert resume_rule(Places, "model") == "tell"
+    assert resume_rule(Places, "note") == "free"
+
+
+@pytest.mark.parametrize("rule", ["apply", "Refuse", None, ["refuse"]])
+def test_a_resume_rule_that_is_none_is_refused_when_its_class_is_defined(rule: object) -> None:
+    with pytest.raises(TypeError, match=r"Odd\.count: no such resume rule; there are free, tell, refuse"):
+
+        class Odd(Options):
+            count: int = Field(3, description="a count", json_schema_extra={"resume": rule})  # type: ignore[dict-item]
 
 
 def test_a_relative_path_starts_at_the_folder_of_the_context(tmp_path: Path) -> None:

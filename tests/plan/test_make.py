@@ -138,8 +138,8 @@ def test_folders_on_a_read_only_file_system_are_told_as_such_and_what_to_set(
     text = str(caught.value)
     assert text.count("lies on a read-only file system.") == 2
     assert "no permission" not in text
-    assert "Set [run] output_dir to another folder." in text
-    assert "Set [cache] dir to another folder." in text
+    assert "Set run.output_dir to another folder." in text
+    assert "Set cache.dir to another folder." in text
 
 
 def test_a_tap_on_the_last_block_is_fine(plan_of: PlanOf) -> None:

@@ -202,7 +202,7 @@ def test_a_resumed_run_of_image_to_video_is_the_same_run(
 
 def test_a_changed_share_is_applied_at_a_resume(folder: Any) -> None:
     plan = make_plan(load(folder.write(more=HALF), discover()))
-    assert settings(plan)["data[0].video.image_to_video"] == Setting(0.5, refuse=False)
+    assert settings(plan)["data[0].video.image_to_video"] == Setting(0.5, "tell")
 
 
 def test_the_plan_says_which_share(folder: Any, within: Run) -> None:

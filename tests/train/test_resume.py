@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import signal
@@ -112,7 +113,7 @@ def test_changes_that_may_be_made_are_applied_and_shown(folder, within: Run) -> 
         ({"train": "lora"}, {"train": "lora", "rank": 8}, "model.lora.rank was 4 and is now 8"),
         ({}, {"train": "lora"}, 'model.train was "full" and is now "lora"'),
         ({"batch_size": 2}, {"batch_size": 1}, "train.batch_size was 2 and is now 1"),
-        ({}, {"more": SMOOTH}, 'regularizer.toy-smooth.use was absent and is now "toy-smooth"'),
+        ({}, {"more": SMOOTH}, 'regularizer[0].use was absent and is now "toy-smooth"'),
     ],
 )
 def test_changes_that_would_make_it_another_run_are_refused(
@@ -203,6 +204,34 @@ def test_an_older_checkpoint_without_a_file_that_it_must_have_is_an_error_that_n
     done = within("run", folder.write(steps=4, more=SMOOTH), check=2)
     assert reason in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_run_of_before_keys_were_renamed_is_resumed_and_nothing_has_changed(folder, within: Run) -> None:
+    """Of before: other names, [validation.prompts] as one value, regularizers by their name instead of their place."""
+    gradient = "\n[train.gradient_clip]\nmax = 1.0\n[data.video]\nframe_step = 1\n"
+    within("run", folder.write(steps=3, more=SMOOTH + gradient))
+    file = folder.output / "checkpoints" / "step-000003" / "state.json"
+    state = json.loads(file.read_text(encoding="utf-8"))
+    old = {
+        key.replace("train.gradient_clip", "train.clip")
+        .replace("video.frame_step", "video.frame_interval")
+        .replace("regularizer[0]", "regularizer.toy-smooth"): value
+        for key, value in state["settings"].items()
+    }
+    assert {"train.clip.max", "data[0].video.frame_interval", "regularizer.toy-smooth.use"} <= old.keys()
+    file.write_text(json.dumps({**state, "settings": old}), encoding="utf-8")
+    reseal(file.parent)
+    printed = within("run", folder.write(steps=4, more=SMOOTH + gradient)).stdout
+    assert "going on from" in printed
+    assert [line for line in printed.splitlines() if "changed since" in line] == ["changed since: train.steps: 3 -> 4"]
+
+
+def reseal(folder: Path) -> None:
+    """Make the manifest say what state.json is now."""
+    manifest = json.loads((folder / "MANIFEST.json").read_text(encoding="utf-8"))
+    raw = (folder / "state.json").read_bytes()
+    manifest["files"]["state.json"] = {"size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    (folder / "MANIFEST.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
 def test_when_no_checkpoint_is_sound_nothing_is_started_over_them(folder, within: Run) -> None:

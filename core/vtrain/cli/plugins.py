@@ -75,11 +75,12 @@ def _print_options(options: Sequence[Option]) -> None:
             option.type,
             "required" if option.required else option.default or "absent",
             option.limits,
+            option.resume,
             option.meaning,
         )
         for option in options
     ]
-    print_table(("option", "type", "default", "limits", "meaning"), rows)
+    print_table(("option", "type", "default", "limits", "resume", "meaning"), rows)
 
 
 def _parts_called(catalog: Catalog, name: str, kind: str | None) -> list[Registered]:

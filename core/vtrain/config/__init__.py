@@ -1,8 +1,23 @@
 """TOML text to typed tables: every problem at once, each with its line."""
 
+from vtrain.config.keys import KeyPath, key_path, key_text
 from vtrain.config.load import load
-from vtrain.config.record import Config, KeyPath, NoKeys, Part
+from vtrain.config.record import TABLES, Config, NoKeys, Part, Row, Table, show
 from vtrain.config.schema import Option, describe, json_schema
-from vtrain.config.show import Row, show
 
-__all__ = ["Config", "KeyPath", "NoKeys", "Option", "Part", "Row", "describe", "json_schema", "load", "show"]
+__all__ = [
+    "TABLES",
+    "Config",
+    "KeyPath",
+    "NoKeys",
+    "Option",
+    "Part",
+    "Row",
+    "Table",
+    "describe",
+    "json_schema",
+    "key_path",
+    "key_text",
+    "load",
+    "show",
+]

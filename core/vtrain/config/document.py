@@ -12,7 +12,7 @@ import tomli
 import tree_sitter_toml
 from tree_sitter import Language, Node, Parser
 
-from vtrain.config.record import KeyPath
+from vtrain.config.keys import KeyPath
 from vtrain.contract import ConfigError, Problem
 
 _KEYS = ("bare_key", "quoted_key", "dotted_key")

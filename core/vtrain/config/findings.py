@@ -14,19 +14,12 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from vtrain.config.document import Document
-from vtrain.config.record import KeyPath
+from vtrain.config.keys import KeyPath, key_text, renamed
 from vtrain.contract import HoldsSecret, Options, Problem, without_secrets
 from vtrain.contract.lookup import did_you_mean, listed
 
 Found = tuple[int, Problem]
 """A line, for the order of the report (0: none), and the problem."""
-
-
-def table_name(path: KeyPath) -> str:
-    """ "[data.video]" of ("data", 0, "video"); "[[data]] number 1" of ("data", 0)."""
-    if path and isinstance(path[-1], int):
-        return f"[[{'.'.join(str(key) for key in path[:-1])}]] number {path[-1] + 1}"
-    return f"[{'.'.join(str(key) for key in path if isinstance(key, str))}]" if path else "the file"
 
 
 def problem(document: Document, path: KeyPath, what: str, remedy: str = "") -> Found:
@@ -79,38 +72,27 @@ def _finding(
     known: Sequence[str],
 ) -> Found:
     detail = details[0]
-    inside, key = table_name(place[:-1]), place[-1] if place else ""
+    owner = fields_at(model, place[len(table) : -1])
     if detail["type"] == "extra_forbidden":
-        owner = fields_at(model, place[len(table) : -1])
-        keys = sorted({*owner, *(known if len(place) == len(table) + 1 else ())})
-        return unknown_key(document, place, keys)
+        return unknown_key(document, place, sorted({*owner, *(known if len(place) == len(table) + 1 else ())}))
     if detail["type"] == "missing":
-        owner = fields_at(model, place[len(table) : -1])
-        line = example_line(owner[str(key)], str(key)) if str(key) in owner else ""
-        return problem(
-            document, place[:-1], f'{inside} lacks the key "{key}".', f"Add, for example: {line}" if line else ""
-        )
+        field = owner.get(str(place[-1]))
+        remedy = f"Add, for example: {example_line(field, str(place[-1]))}" if field else ""
+        return problem(document, place[:-1], f"the key {key_text(place)} is missing.", remedy)
     expected = list(dict.fromkeys(text for text in map(expectation, details) if text))
     texts = list(dict.fromkeys(fault(each) for each in details if not expectation(each)))
     if expected:
         texts.insert(0, f"expected {' or '.join(expected)}, got {shown(detail['input'])}")
     hint = did_you_mean(str(detail["input"]), _choices(detail)) if detail["type"] == "literal_error" else ""
-    return problem(document, place, f"{_named(place, table)}: {'; or '.join(texts)}.", hint)
+    return problem(document, place, f"{key_text(place)}: {'; or '.join(texts)}.", hint)
 
 
 def unknown_key(document: Document, place: KeyPath, keys: Sequence[str]) -> Found:
-    """A key that its table does not take. keys: those it does."""
+    """A key that its table does not take. keys: those it does. One that was renamed is told its name of today."""
+    if (found := renamed(place)) is not None:
+        return problem(document, place, f"{key_text(place)} was renamed to {key_text(found[0])}.", found[1].remedy)
     remedy = did_you_mean(str(place[-1]), keys) or (f"It takes {listed(keys)}." if keys else "It takes no keys.")
-    return problem(document, place, f'unknown key "{place[-1]}" in {table_name(place[:-1])}.', remedy)
-
-
-def _named(place: KeyPath, table: KeyPath) -> str:
-    """ "steps in [train]", "resolution, entry 2, in [[data]] number 1", or the table itself."""
-    if place == table:
-        return table_name(table)
-    end = next(at for at in range(len(place), 0, -1) if isinstance(place[at - 1], str))
-    entries = "".join(f", entry {int(key) + 1}," for key in place[end:])
-    return f"{place[end - 1]}{entries} in {table_name(place[: end - 1])}"
+    return problem(document, place, f"unknown key {key_text(place)}.", remedy)
 
 
 def _choices(detail: ErrorDetails) -> list[str]:

@@ -3,199 +3,50 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from vtrain.config.document import Document, read
-from vtrain.config.findings import Found, example_table, findings, problem, shown, table_name, unknown_key
-from vtrain.config.record import Config, KeyPath, NoKeys, Part
-from vtrain.config.tables import (
-    CacheTable,
-    CheckpointTable,
-    DataTable,
-    LoraTable,
-    LrScheduleTable,
-    ModelTable,
-    PrecisionTable,
-    RunTable,
-    TrainTable,
-    ValidationTable,
-)
+from vtrain.config.findings import Found, example_table, findings, problem, shown, unknown_key
+from vtrain.config.keys import KeyPath, key_text
+from vtrain.config.record import TABLES, Config, NoKeys, Part, Table
+from vtrain.config.tables import LoraTable
 from vtrain.contract import Catalog, ConfigError, FamilySpec, Options, Registered, VtrainError
 from vtrain.contract.lookup import NOUNS, listed, part_or_error
 
-TABLES: dict[str, type[Options]] = {
-    "run": RunTable,
-    "model": ModelTable,
-    "precision": PrecisionTable,
-    "data": DataTable,
-    "cache": CacheTable,
-    "train": TrainTable,
-    "sampler": NoKeys,
-    "optimizer": NoKeys,
-    "lr_schedule": LrScheduleTable,
-    "validation": ValidationTable,
-    "checkpoint": CheckpointTable,
-    "regularizer": NoKeys,
-    "tracker": NoKeys,
-}
-"""Every table of a file, in the order of the documentation, and core's own keys of it."""
-
-PARTS = {
-    "model": "family",
-    "data": "data_backend",
-    "sampler": "sampler",
-    "optimizer": "optimizer",
-    "regularizer": "regularizer",
-    "tracker": "tracker",
-}
-"""Tables with `use`, and the kind of part it names."""
-
-LISTS = ("data", "regularizer", "tracker")
-"""Tables that may stand several times: [[data]]."""
-
-REQUIRED = ("run", "model", "data", "train")
-DEFAULT_OPTIMIZER = "adamw"
-DEFAULT_TRACKER = "tensorboard"
+TableT = TypeVar("TableT", bound=Options)
+Raw = Mapping[str, Any]
 
 
 def load(path: Path, catalog: Catalog) -> Config:
     """Read and check a file. Relative paths in it start at its folder. Raises ConfigError with every problem, in order of line."""
     document = read(path)
     reader = Reader(document, catalog)
-    config = _config(reader, document)
-    if config is None or reader.found:
-        raise ConfigError(problem for _, problem in sorted(set(reader.found)))
-    return config
-
-
-def _config(reader: Reader, document: Document) -> Config | None:
-    """The whole file; None where a table is wrong, which the reader has noted then."""
     _top_level(reader)
-    run = reader.table("run", RunTable) if "run" in document.tree else None
-    model = _model(reader)
-    precision = reader.table("precision", PrecisionTable)
-    data = _data(reader)
-    cache = reader.table("cache", CacheTable)
-    train = _train(reader)
-    sampler = _sampler(reader)
-    optimizer = reader.part(("optimizer",), "optimizer", NoKeys, reader.raw("optimizer") or {}, DEFAULT_OPTIMIZER)
-    schedule = _schedule(reader)
-    validation = _validation(reader)
-    checkpoint = reader.table("checkpoint", CheckpointTable)
-    regularizers = _parts(reader, "regularizer")
-    trackers = _trackers(reader)
-    if run is None or model is None or precision is None or cache is None or train is None or sampler is None:
-        return None
-    if optimizer is None or schedule is None or checkpoint is None:
-        return None
-    return Config(
-        document.path, document.text, document.lines, run, model, precision, data, cache, train, sampler, optimizer,
-        schedule, validation, checkpoint, regularizers, trackers,
-    )  # fmt: skip
+    held: dict[str, Any] = {}
+    for table in TABLES.values():
+        held[table.field] = _SPECIAL.get(table.name, Reader.held)(reader, table)
+    if reader.found:
+        raise ConfigError(problem for _, problem in sorted(set(reader.found)))
+    return Config(path=document.path, text=document.text, lines=document.lines, **held)
 
 
-def _top_level(reader: Reader) -> None:
-    """Tables that nothing knows, and required ones that are missing, each with the least that would do."""
-    tree = reader.document.tree
-    reader.found += [unknown_key(reader.document, (key,), list(TABLES)) for key in tree if key not in TABLES]
-    for name in REQUIRED:
-        if not tree.get(name) and not isinstance(tree.get(name), dict):
-            header = f"[[{name}]]" if name in LISTS else f"[{name}]"
-            reader.report(
-                (), f"the table {header} is missing.", f"The least it needs:\n{minimal(reader.catalog, name)}"
-            )
-
-
-def minimal(catalog: Catalog, name: str) -> str:
-    """The least table [name] that is valid in form, with the first installed part."""
-    header = f"[[{name}]]" if name in LISTS else f"[{name}]"
-    if name == "train":
-        return f"{header}\nsteps = 1000"
-    if name not in PARTS:
-        return example_table(header, "", TABLES[name])
-    use = next(iter(catalog.names(PARTS[name])), "")
-    part = catalog.find(PARTS[name], use)
-    return example_table(header, use or "...", *([part.spec.options] if part else []), TABLES[name])
-
-
-def _model(reader: Reader) -> Part[ModelTable] | None:
-    raw = reader.raw("model")
-    if raw is None:
-        return None
-    check_lora(reader, raw)
-    part = reader.part(("model",), "family", ModelTable, raw)
-    if part is None or part.table.train == "full" or part.table.lora is not None:
-        return part
-    return Part(part.registered, part.options, part.table.model_copy(update={"lora": LoraTable()}))
-
-
-def _data(reader: Reader) -> tuple[Part[DataTable], ...]:
-    raws = reader.raws("data")
-    check_datasets(reader, raws)
-    parts = [reader.part(("data", index), "data_backend", DataTable, raw) for index, raw in enumerate(raws)]
-    return tuple(part for part in parts if part is not None)
-
-
-def _train(reader: Reader) -> TrainTable | None:
-    raw = reader.raw("train")
-    if raw is None:
-        return None
-    check_length(reader, raw)
-    return reader.options(("train",), TrainTable, raw)
-
-
-def _sampler(reader: Reader) -> Part[NoKeys] | None:
-    """[sampler], by default the family's; a family with a fixed schedule takes no other."""
-    raw = reader.raw("sampler") or {}
-    use = (reader.raw("model") or {}).get("use")
-    family = reader.catalog.find("family", use) if isinstance(use, str) else None
-    if family is None or not isinstance(family.spec, FamilySpec):
-        # That the family is missing is reported already; a sampler that is named is read all the same.
-        return reader.part(("sampler",), "sampler", NoKeys, raw) if "use" in raw else None
-    default = family.spec.sampler
-    if family.spec.fixed_sampler:
-        check_sampler(reader, family, default, raw.get("use"))
-    if "use" not in raw and reader.named(("model", "use"), "sampler", default) is None:
-        return None
-    return reader.part(("sampler",), "sampler", NoKeys, raw, default)
-
-
-def _schedule(reader: Reader) -> LrScheduleTable | None:
-    check_schedule(reader, reader.raw("lr_schedule") or {})
-    return reader.table("lr_schedule", LrScheduleTable)
-
-
-def _validation(reader: Reader) -> ValidationTable | None:
-    raw = reader.raw("validation")
-    if raw is None:
-        return None
-    check_prompts(reader, raw)
-    return reader.options(("validation",), ValidationTable, raw)
-
-
-def _parts(reader: Reader, name: str) -> tuple[Part[NoKeys], ...]:
-    raws: list[dict[str, Any]] = reader.raws(name)
-    parts = [reader.part((name, index), PARTS[name], NoKeys, raw) for index, raw in enumerate(raws)]
-    return tuple(part for part in parts if part is not None)
-
-
-def _trackers(reader: Reader) -> tuple[Part[NoKeys], ...]:
-    """[[tracker]]; a file without one gets the default tracker if it is installed, `tracker = []` none."""
-    if "tracker" in reader.document.tree or reader.catalog.find("tracker", DEFAULT_TRACKER) is None:
-        return _parts(reader, "tracker")
-    part = reader.part(("tracker",), "tracker", NoKeys, {}, DEFAULT_TRACKER)
-    return () if part is None else (part,)
-
-
-TableT = TypeVar("TableT", bound=Options)
+def minimal(catalog: Catalog, table: Table) -> str:
+    """The least such table that is valid in form, with the first installed part."""
+    if table.name == "train":
+        return f"{table.header}\nsteps = 1000"  # steps or epochs: neither is required by itself
+    if not table.kind:
+        return example_table(table.header, "", table.model)
+    use = next(iter(catalog.names(table.kind)), "")
+    part = catalog.find(table.kind, use)
+    return example_table(table.header, use or "...", *([part.spec.options] if part else []), table.model)
 
 
 class Reader:
-    """Reads one document with one catalog. `found` grows by every problem met."""
+    """Reads one document with one catalog. `found` grows by every problem met: none is raised, so that all are found."""
 
     def __init__(self, document: Document, catalog: Catalog) -> None:
         self.document = document
@@ -213,9 +64,8 @@ class Reader:
         if isinstance(value, list) and value and isinstance(value[0], dict):
             self.report((name,), f"[[{name}]] may stand only once.", f"Write [{name}], with single brackets.")
         else:
-            self.report(
-                (name,), f"{name}: expected a table, got {shown(value)}.", f"Write [{name}] on a line of its own."
-            )
+            what = f"{name}: expected a table, got {shown(value)}."
+            self.report((name,), what, f"Write [{name}] on a line of its own.")
         return None
 
     def raws(self, name: str) -> list[dict[str, Any]]:
@@ -224,23 +74,37 @@ class Reader:
         if isinstance(value, dict):
             self.report((name,), f"[{name}] may stand several times.", f"Write [[{name}]], with double brackets.")
         elif not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-            self.report(
-                (name,), f"{name}: expected tables, got {shown(value)}.", f"Write [[{name}]] on a line of its own."
-            )
+            what = f"{name}: expected tables, got {shown(value)}."
+            self.report((name,), what, f"Write [[{name}]] on a line of its own.")
         else:
             return value
         return []
 
-    def table(self, name: str, model: type[TableT]) -> TableT | None:
-        """[name] as `model`, its defaults if the file has none; None if something in it is wrong."""
-        raw = self.raw(name)
-        if raw is None and name in self.document.tree:
+    def held(self, table: Table) -> object:
+        """What Config holds of a table. None, or a shorter list, if something in it is wrong or a required one is missing."""
+        if table.many:
+            return self.several(table)
+        raw = self.raw(table.name)
+        if raw is None and (table.required or table.optional or table.name in self.document.tree):
             return None
-        return self.options((name,), model, raw or {})
+        raw = raw or {}
+        if table.name in _CHECKS:
+            _CHECKS[table.name](self, raw)
+        if table.kind:
+            return self.part((table.name,), table, raw, table.default or None)
+        return self.options((table.name,), table.model, raw)
 
-    def options(
-        self, path: KeyPath, model: type[TableT], raw: Mapping[str, Any], known: tuple[str, ...] = ()
-    ) -> TableT | None:
+    def several(self, table: Table) -> tuple[Part[Any], ...]:
+        """The parts of [[tables]]; without one, the default part if it is installed; `tracker = []` is none."""
+        if table.default and table.name not in self.document.tree:
+            installed = self.catalog.find(table.kind, table.default) is not None
+            read = [self.part((table.name,), table, {}, table.default)] if installed else []
+        else:
+            raws = self.raws(table.name)
+            read = [self.part((table.name, number), table, raw) for number, raw in enumerate(raws)]
+        return tuple(part for part in read if part is not None)
+
+    def options(self, path: KeyPath, model: type[TableT], raw: Raw, known: tuple[str, ...] = ()) -> TableT | None:
         """The values at `path` as `model`; None if one is wrong. known: other keys of that table."""
         try:
             return model.model_validate(raw, context={"folder": self.document.folder})
@@ -248,32 +112,30 @@ class Reader:
             self.found += findings(self.document, path, model, error, known)
             return None
 
-    def part(
-        self, path: KeyPath, kind: str, core: type[TableT], raw: Mapping[str, Any], default: str | None = None
-    ) -> Part[TableT] | None:
-        """A table with `use`. Its keys that core knows make `core`, all others the part's options.
+    def part(self, path: KeyPath, table: Table, raw: Raw, default: str | None = None) -> Part[Any] | None:
+        """A table with `use`. Its keys that core knows are core's, all others the part's options.
 
         default: the part if the table names none. None if something is wrong.
         """
+        core = table.model
         own = {key: value for key, value in raw.items() if key in core.model_fields}
-        table = self.options(path, core, own)
-        registered = self._used(path, kind, raw.get("use", default))
+        read = self.options(path, core, own)
+        registered = self._used(path, table.kind, raw.get("use", default))
         if registered is None:
             return None
         rest = {key: value for key, value in raw.items() if key not in core.model_fields and key != "use"}
         options = self.options(path, registered.spec.options, rest, ("use", *core.model_fields))
-        return None if table is None or options is None else Part(registered, options, table)
+        return None if read is None or options is None else Part(registered, options, read)
 
     def _used(self, path: KeyPath, kind: str, use: object) -> Registered | None:
-        names = f"Installed {NOUNS[kind][1]}: {listed(self.catalog.names(kind))}."
+        key = (*path, "use")
         if isinstance(use, str):
-            return self.named((*path, "use"), kind, use)
+            return self.named(key, kind, use)
+        names = f"Installed {NOUNS[kind][1]}: {listed(self.catalog.names(kind))}."
         if use is None:
-            self.report(path, f'{table_name(path)} lacks the key "use".', names)
+            self.report(path, f"the key {key_text(key)} is missing.", names)
         else:
-            self.report(
-                (*path, "use"), f"use in {table_name(path)}: expected a text in quotes, got {shown(use)}.", names
-            )
+            self.report(key, f"{key_text(key)}: expected a text in quotes, got {shown(use)}.", names)
         return None
 
     def named(self, path: KeyPath, kind: str, name: str) -> Registered | None:
@@ -286,7 +148,52 @@ class Reader:
             return None
 
 
-Raw = Mapping[str, Any]
+def _top_level(reader: Reader) -> None:
+    """Tables that nothing knows, and required ones that are missing, each with the least that would do."""
+    tree = reader.document.tree
+    reader.found += [unknown_key(reader.document, (name,), list(TABLES)) for name in tree if name not in TABLES]
+    for table in TABLES.values():
+        if table.required and not tree.get(table.name) and not isinstance(tree.get(table.name), dict):
+            remedy = f"The least it needs:\n{minimal(reader.catalog, table)}"
+            reader.report((), f"the table {table.header} is missing.", remedy)
+
+
+# Tables that are read with more than their own values in view.
+
+
+def _model(reader: Reader, table: Table) -> object:
+    """[model]; with train = "lora" it has a [model.lora], of defaults if the file has none."""
+    part = reader.held(table)
+    if not isinstance(part, Part) or part.table.train == "full" or part.table.lora is not None:
+        return part
+    return Part(part.registered, part.options, part.table.model_copy(update={"lora": LoraTable()}))
+
+
+def _data(reader: Reader, table: Table) -> object:
+    check_datasets(reader, reader.raws(table.name))
+    return reader.several(table)
+
+
+def _sampler(reader: Reader, table: Table) -> Part[NoKeys] | None:
+    """[sampler], by default the family's; a family with a fixed schedule takes no other."""
+    path, raw = (table.name,), reader.raw(table.name) or {}
+    use = (reader.raw("model") or {}).get("use")
+    family = reader.catalog.find("family", use) if isinstance(use, str) else None
+    if family is None or not isinstance(family.spec, FamilySpec):
+        # That the family is missing is reported already; a sampler that is named is read all the same.
+        return reader.part(path, table, raw) if "use" in raw else None
+    default = family.spec.sampler
+    if family.spec.fixed_sampler:
+        check_sampler(reader, family, default, raw.get("use"))
+    if "use" not in raw and reader.named(("model", "use"), table.kind, default) is None:
+        return None
+    return reader.part(path, table, raw, default)
+
+
+_SPECIAL: Mapping[str, Callable[[Reader, Table], object]] = {"model": _model, "data": _data, "sampler": _sampler}
+
+
+# Rules between the keys of a file that no single type holds.
 
 _FILE_NAME = re.compile(r"[^\s./\\:*?\"<>|\x00-\x1f][^/\\:*?\"<>|\x00-\x1f]{0,99}")
 
@@ -310,7 +217,7 @@ def check_schedule(reader: Reader, schedule: Raw) -> None:
     """`end` stands only where the learning rate goes somewhere."""
     if "end" in schedule and schedule.get("use", "constant") == "constant":
         remedy = 'Remove it, or set use = "linear" or "cosine".'
-        reader.report(("lr_schedule", "end"), 'end has no meaning in [lr_schedule] with use = "constant".', remedy)
+        reader.report(("lr_schedule", "end"), 'lr_schedule.end has no meaning with use = "constant".', remedy)
 
 
 def check_datasets(reader: Reader, datasets: Sequence[Raw]) -> None:
@@ -318,14 +225,12 @@ def check_datasets(reader: Reader, datasets: Sequence[Raw]) -> None:
     if datasets and all(raw.get("enabled") is False for raw in datasets):
         reader.report(("data",), "every [[data]] table has enabled = false.", "Enable one.")
     seen: dict[str, int] = {}
-    for index, raw in enumerate(datasets):
+    for number, raw in enumerate(datasets):
         name = raw.get("id")
         if isinstance(name, str) and name in seen:
-            reader.report(
-                ("data", index, "id"), f'the id "{name}" is that of [[data]] number {seen[name] + 1} already.'
-            )
+            reader.report(("data", number, "id"), f'the id "{name}" is that of data[{seen[name]}] already.')
         elif isinstance(name, str):
-            seen[name] = index
+            seen[name] = number
 
 
 def check_prompts(reader: Reader, validation: Raw) -> None:
@@ -338,9 +243,8 @@ def check_prompts(reader: Reader, validation: Raw) -> None:
             remedy = 'It becomes one: no / \\ : * ? " < > |, no leading dot, at most 100 characters.'
             reader.report(path, f'the nickname "{name}" cannot be a file name.', remedy)
         elif name.lower() in seen:
-            reader.report(
-                path, f'the nicknames "{seen[name.lower()]}" and "{name}" differ only in case.', "Rename one."
-            )
+            what = f'the nicknames "{seen[name.lower()]}" and "{name}" differ only in case.'
+            reader.report(path, what, "Rename one.")
         seen[name.lower()] = name
 
 
@@ -349,3 +253,11 @@ def check_sampler(reader: Reader, family: Registered, fixed: str, use: object) -
     if isinstance(use, str) and use != fixed:
         what = f'the family "{family.spec.name}" is trained and sampled with its own schedule, "{fixed}", and with no other.'
         reader.report(("sampler", "use"), what, f'Remove the key, or write use = "{fixed}".')
+
+
+_CHECKS: Mapping[str, Callable[[Reader, Raw], None]] = {
+    "model": check_lora,
+    "train": check_length,
+    "lr_schedule": check_schedule,
+    "validation": check_prompts,
+}

@@ -1,12 +1,14 @@
-"""The typed configuration: what a file says, each table validated, and where each value stands."""
+"""The typed configuration: its tables, in one list; and its values, each with its origin and its rule at a resume."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic, TypeVar
+from types import NoneType
+from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
+from vtrain.config.keys import KeyPath, key_text
 from vtrain.config.tables import (
     CacheTable,
     CheckpointTable,
@@ -18,12 +20,11 @@ from vtrain.config.tables import (
     TrainTable,
     ValidationTable,
 )
-from vtrain.contract import Options, Registered
-
-KeyPath = tuple[str | int, ...]
-"""A value's place in the file: ("data", 0, "video", "frames")."""
+from vtrain.contract import Options, Registered, Resume, resume_rule
 
 TableT = TypeVar("TableT", bound=Options)
+Value = str | int | float | bool | list[Any] | None
+"""A value as JSON knows it, None for nothing. A table is no value: its keys are."""
 
 
 class NoKeys(Options):
@@ -40,8 +41,37 @@ class Part(Generic[TableT]):
 
 
 @dataclass(frozen=True)
+class Table:
+    """One table of a file. Everything that goes through the tables (reading, showing, schema, resume) goes by these.
+
+    name: of its header, "" for that of its field. kind: of the part that `use` names, "" for a table without `use`.
+    required: a file must have it. default: the part of a file that names none.
+    use: what another part means at a resume. gone: what a key means there that the checkpoint has and this run has not.
+    by_part: entries are told apart by the part that they name, not by their place.
+    The rest is read from the field's type. field: of Config. model: core's own keys. many: it may stand several times,
+    [[data]]. optional: absent it is None, not its defaults.
+    """
+
+    kind: str = ""
+    name: str = ""
+    required: bool = False
+    default: str = ""
+    use: Resume = "tell"
+    gone: Resume = "tell"
+    by_part: bool = False
+    field: str = ""
+    model: type[Options] = NoKeys
+    many: bool = False
+    optional: bool = False
+
+    @property
+    def header(self) -> str:
+        return f"[[{self.name}]]" if self.many else f"[{self.name}]"
+
+
+@dataclass(frozen=True)
 class Config:
-    """A whole configuration file.
+    """A whole configuration file. The fields with a `Table` are the list of all tables, in the order of the documentation.
 
     path: of the file; text: its words, verbatim. lines: key path -> line (1-based) of what the file says itself; a
     default has none.
@@ -50,25 +80,36 @@ class Config:
     path: Path
     text: str
     lines: Mapping[KeyPath, int]
-    run: RunTable
-    model: Part[ModelTable]
-    precision: PrecisionTable
-    data: tuple[Part[DataTable], ...]
-    cache: CacheTable
-    train: TrainTable
-    sampler: Part[NoKeys]
-    optimizer: Part[NoKeys]
-    lr_schedule: LrScheduleTable
-    validation: ValidationTable | None
-    checkpoint: CheckpointTable
-    regularizers: tuple[Part[NoKeys], ...]
-    trackers: tuple[Part[NoKeys], ...]
+    run: Annotated[RunTable, Table(required=True)]
+    model: Annotated[Part[ModelTable], Table("family", required=True, use="refuse", gone="refuse")]
+    precision: Annotated[PrecisionTable, Table()]
+    data: Annotated[tuple[Part[DataTable], ...], Table("data_backend", required=True)]
+    cache: Annotated[CacheTable, Table()]
+    train: Annotated[TrainTable, Table(required=True)]
+    sampler: Annotated[Part[NoKeys], Table("sampler", use="refuse", gone="refuse")]
+    optimizer: Annotated[Part[NoKeys], Table("optimizer", default="adamw", use="refuse")]
+    lr_schedule: Annotated[LrScheduleTable, Table()]
+    validation: Annotated[ValidationTable | None, Table()]
+    checkpoint: Annotated[CheckpointTable, Table()]
+    regularizers: Annotated[
+        tuple[Part[NoKeys], ...], Table("regularizer", "regularizer", use="refuse", gone="refuse", by_part=True)
+    ]
+    trackers: Annotated[tuple[Part[NoKeys], ...], Table("tracker", "tracker", default="tensorboard")]
+
+    def held(self, table: Table) -> tuple[tuple[KeyPath, Options | Part[Any]], ...]:
+        """What a table says, at its place: one entry, one for each of [[data]], or none."""
+        value = vars(self)[table.field]
+        if table.many:
+            return tuple(((table.name, number), part) for number, part in enumerate(value))
+        return () if value is None else (((table.name,), value),)
 
     def parts(self) -> tuple[Registered, ...]:
-        """Every part that the file names for this run, once."""
-        single = (self.model, self.sampler, self.optimizer)
-        named = [part.registered for part in single] + [part.registered for part in self.data if part.table.enabled]
-        named += [part.registered for part in (*self.regularizers, *self.trackers)]
+        """Every part that the file names for this run, once; those of [[tables]] last."""
+        named = []
+        for table in sorted(TABLES.values(), key=lambda table: table.many):
+            for _, part in self.held(table):
+                if isinstance(part, Part) and (not isinstance(part.table, DataTable) or part.table.enabled):
+                    named.append(part.registered)
         return tuple({(part.spec.kind, part.spec.name): part for part in named}.values())
 
     def where(self, *key: str | int) -> str:
@@ -78,3 +119,85 @@ class Config:
             if line is not None:
                 return f"{self.path}:{line}"
         return str(self.path)
+
+
+def _tables(config: type[Config]) -> Iterator[Table]:
+    """The tables of a Config, by the annotations of its fields."""
+    for field, hint in get_type_hints(config, include_extras=True).items():
+        if get_origin(hint) is not Annotated:
+            continue
+        kept, table = get_args(hint)
+        many, optional = get_origin(kept) is tuple, NoneType in get_args(kept)
+        entry = get_args(kept)[0] if many or optional else kept
+        model = get_args(entry)[0] if get_origin(entry) is Part else entry
+        yield replace(table, field=field, name=table.name or field, model=model, many=many, optional=optional)
+
+
+TABLES: Mapping[str, Table] = {table.name: table for table in _tables(Config)}
+"""Every table of a file by its name, in the order of the documentation."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One value. key: "data[0].video.frames"; origin: "config.toml:12", "default", "default of adamw" ...; resume: its rule."""
+
+    key: str
+    value: Value
+    origin: str
+    resume: Resume
+
+
+def show(config: Config) -> tuple[Row, ...]:
+    """All values, table by table; an absent table is one row. Values whose type hides them (SecretStr) stay hidden."""
+    rows: list[Row] = []
+    for table in TABLES.values():
+        held = config.held(table)
+        if not held:
+            rows.append(Row(table.name, None, _origin(config, (table.name,), "default"), table.use))
+        for path, value in held:
+            if isinstance(value, Part):
+                rows += _part(config, path, value, table)
+            else:
+                rows += _options(config, path, value, "default")
+    return tuple(rows)
+
+
+def _part(config: Config, path: KeyPath, part: Part[Any], table: Table) -> Iterator[Row]:
+    name = part.registered.spec.name
+    default = "default" if table.default or table.many else f"default of {config.model.registered.spec.name}"
+    use = (*path, "use")
+    yield Row(key_text(use), name, _origin(config, use, default), table.use)
+    yield from _options(config, path, part.table, "default")
+    yield from _options(config, path, part.options, f"default of {name}")
+
+
+def _options(config: Config, path: KeyPath, options: Options, default: str, within: Resume = "tell") -> Iterator[Row]:
+    """within: the rule of the table around; what it refuses, each of its keys refuses."""
+    plain = options.model_dump(mode="json")
+    for key in type(options).model_fields:
+        rule = "refuse" if within == "refuse" else resume_rule(type(options), key)
+        yield from _value(config, (*path, key), dict(options)[key], plain[key], default, rule)
+
+
+def _value(config: Config, path: KeyPath, value: object, plain: Any, default: str, rule: Resume) -> Iterator[Row]:
+    """A value, or one row for each key where it is a table. plain: the same as JSON."""
+    if isinstance(value, Options):
+        yield from _options(config, path, value, default, rule)
+    elif isinstance(plain, Mapping):
+        for key, inner in plain.items():
+            yield from _value(config, (*path, key), inner, inner, default, rule)
+    else:
+        yield Row(key_text(path), plain, _origin(config, path, default), rule)
+
+
+def _origin(config: Config, path: KeyPath, default: str) -> str:
+    line = config.lines.get(path)
+    return default if line is None else f"{config.path}:{line}"
+
+
+def rule_when_gone(path: KeyPath) -> Resume:
+    """What it means at a resume that this run has no such key and the checkpoint has."""
+    table = TABLES.get(str(path[0]))
+    if table is None:
+        return "tell"
+    return table.use if path[-1] == "use" and len(path) == 2 + table.many else table.gone

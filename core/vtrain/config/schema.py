@@ -9,8 +9,8 @@ from typing import Any
 from pydantic.errors import PydanticInvalidForJsonSchema
 
 from vtrain.config.findings import plain, shown
-from vtrain.config.load import DEFAULT_OPTIMIZER, LISTS, PARTS, REQUIRED, TABLES
-from vtrain.contract import Catalog, FamilySpec, Options, PluginError, Problem, Registered
+from vtrain.config.record import TABLES, Table
+from vtrain.contract import Catalog, FamilySpec, Options, PluginError, Problem, Registered, Resume
 from vtrain.contract.lookup import NOUNS, origin
 
 Schema = dict[str, Any]
@@ -19,18 +19,19 @@ DRAFT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def json_schema(catalog: Catalog) -> Schema:
-    """Schema of a configuration file with the parts of `catalog`. `resume` at a key says what a changed value does at a resume.
+    """Schema of a configuration file with the parts of `catalog`. `resume` at a key: what another value means at a resume;
+    a table that refuses another value refuses it for each of its keys.
 
     Raises PluginError if an option's type has no JSON Schema.
     """
     shared: Schema = {}
-    properties = {name: _table(catalog, name, shared) for name in TABLES}
+    properties = {name: _table(catalog, table, shared) for name, table in TABLES.items()}
     return {
         "$schema": DRAFT,
         "title": "vtrain configuration",
         "type": "object",
         "properties": properties,
-        "required": list(REQUIRED),
+        "required": [table.name for table in TABLES.values() if table.required],
         "additionalProperties": False,
         "$defs": shared,
         **_fixed_samplers(catalog),
@@ -60,47 +61,47 @@ def _plain(schema: Schema) -> Schema:
         if field.get("default", 0) is None or isinstance(field.get("default"), dict):
             del field["default"]  # absent; or a table, whose keys have their own
         field.pop("title", None)
-        field.setdefault("resume", "apply")
+        field.setdefault("resume", "tell")
         if field["resume"] == "refuse":
             field["description"] = f"{field.get('description', '')} (may not change when a run is resumed)".strip()
     return schema
 
 
-def _table(catalog: Catalog, name: str, shared: Schema) -> Schema:
-    core = TABLES[name]
-    if name not in PARTS:
-        return _closed(name, core, shared)
-    kind = PARTS[name]
-    names = catalog.names(kind)
-    choices = [_with_part(name, core, part, shared) for each in names if (part := catalog.find(kind, each)) is not None]
-    meaning = (core.__doc__ or "").strip() if core.model_fields else f"which {NOUNS[kind][0]}, and its options"
-    table: Schema = {"type": "object", "description": meaning, "anyOf": choices} if choices else {"not": {}}
-    if name == "model" and choices:
-        table["not"] = {"required": ["lora"], "properties": {"train": {"const": "full"}}}
-    if name in LISTS:
-        return {"type": "array", "items": table, **({"minItems": 1} if name in REQUIRED else {})}
-    return table
+def _table(catalog: Catalog, table: Table, shared: Schema) -> Schema:
+    if not table.kind:
+        return _closed(table, shared)
+    found = [catalog.find(table.kind, name) for name in catalog.names(table.kind)]
+    choices = [_with_part(table, part, shared) for part in found if part is not None]
+    own = table.model
+    meaning = (own.__doc__ or "").strip() if own.model_fields else f"which {NOUNS[table.kind][0]}, and its options"
+    schema: Schema = {"type": "object", "description": meaning, "anyOf": choices} if choices else {"not": {}}
+    if table.name == "model" and choices:
+        schema["not"] = {"required": ["lora"], "properties": {"train": {"const": "full"}}}
+    if table.many:
+        return {"type": "array", "items": schema, **({"minItems": 1} if table.required else {})}
+    return schema
 
 
-def _closed(name: str, model: type[Options], shared: Schema) -> Schema:
+def _closed(table: Table, shared: Schema) -> Schema:
     """A table of core's own keys."""
-    schema = options_schema(model, f"{name}.")
+    schema = options_schema(table.model, f"{table.name}.")
     shared.update(schema.pop("$defs"))
-    if name == "train":
+    if table.name == "train":
         schema["oneOf"] = [{"required": ["steps"]}, {"required": ["epochs"]}]
     return schema
 
 
-def _with_part(name: str, core: type[Options], part: Registered, shared: Schema) -> Schema:
+def _with_part(table: Table, part: Registered, shared: Schema) -> Schema:
     """The table when `use` names this part: core's keys and the part's in one closed object, which editors complete best."""
-    own, options = options_schema(core, f"{name}."), options_schema(part.spec.options, f"{name}.{part.spec.name}.")
+    name, spec = table.name, part.spec
+    own, options = options_schema(table.model, f"{name}."), options_schema(spec.options, f"{name}.{spec.name}.")
     shared.update(own.pop("$defs") | options.pop("$defs"))
-    use = {"const": part.spec.name, "description": f"{part.spec.summary} ({origin(part)})"}
-    optional = name == "sampler" or (name == "optimizer" and part.spec.name == DEFAULT_OPTIMIZER)
+    use = {"const": spec.name, "description": f"{spec.summary} ({origin(part)})", "resume": table.use}
+    optional = name == "sampler" or (spec.name == table.default and not table.many)
     return {
         "type": "object",
-        "title": f'{name} use = "{part.spec.name}"',
-        "description": part.spec.summary,
+        "title": f'{name} use = "{spec.name}"',
+        "description": spec.summary,
         "properties": {"use": use, **own.get("properties", {}), **options.get("properties", {})},
         "required": [*([] if optional else ["use"]), *own.get("required", ()), *options.get("required", ())],
         "additionalProperties": False,
@@ -144,7 +145,7 @@ _LIMITS = {
 
 @dataclass(frozen=True)
 class Option:
-    """One option. key: dotted below its table; default: as TOML writes it, "" for none; resume: "apply" or "refuse"."""
+    """One option. key: dotted below its table; default: as TOML writes it, "" for none; resume: its rule."""
 
     key: str
     type: str
@@ -152,7 +153,7 @@ class Option:
     required: bool
     limits: str
     meaning: str
-    resume: str
+    resume: Resume
 
 
 def describe(options: type[Options]) -> tuple[Option, ...]:
@@ -161,22 +162,20 @@ def describe(options: type[Options]) -> tuple[Option, ...]:
     Raises PluginError if a type has no JSON Schema.
     """
     schema = options_schema(options)
-    return tuple(_rows(schema, schema.get("$defs", {}), "", ()))
+    return tuple(_rows(schema, schema.get("$defs", {}), "", (), "tell"))
 
 
-def _rows(schema: dict[str, Any], shared: dict[str, Any], prefix: str, above: tuple[str, ...]) -> Iterator[Option]:
-    """above: shared tables around this one, so that a table within itself ends."""
+def _rows(schema: Schema, shared: Schema, prefix: str, above: tuple[str, ...], within: Resume) -> Iterator[Option]:
+    """above: shared tables around this one, so that a table within itself ends. within: the rule of the table around."""
     for key, field in schema.get("properties", {}).items():
-        name = f"{prefix}{key}"
+        name, meaning = f"{prefix}{key}", field.get("description", "")
         default = shown(field["default"], 200) if field.get("default") is not None else ""
-        required = key in schema.get("required", ())
-        limits = ", ".join(_limits(field, shared))
-        yield Option(
-            name, _type(field, shared), default, required, limits, field.get("description", ""), field["resume"]
-        )
+        required, limits = key in schema.get("required", ()), ", ".join(_limits(field, shared))
+        rule: Resume = "refuse" if within == "refuse" else field["resume"]
+        yield Option(name, _type(field, shared), default, required, limits, meaning, rule)
         for reference in _references(field):
             if reference not in above:
-                yield from _rows(shared[reference], shared, f"{name}.", (*above, reference))
+                yield from _rows(shared[reference], shared, f"{name}.", (*above, reference), rule)
 
 
 def _references(field: dict[str, Any]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from vtrain.contract import Duration, LocalPath, Options, Size, fixed
+from vtrain.contract import Duration, LocalPath, Options, Size, fixed, free
 
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 
@@ -20,7 +20,7 @@ class RunTable(Options):
     name: str = Field("run", min_length=1, max_length=100, description="name of the run, shown by trackers")
     output_dir: LocalPath = Field(description="folder for checkpoints, samples, plan and metrics")
     seed: int = fixed(42, ge=0, lt=2**63, description="seed from which order, noise and dropout are derived")
-    resume: str = Field(
+    resume: str = free(
         "latest",
         min_length=1,
         description='"latest": go on from the newest sound checkpoint, or start; "never": start, in an empty folder; '

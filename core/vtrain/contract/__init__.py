@@ -37,7 +37,7 @@ from vtrain.contract.events import (
 )
 from vtrain.contract.geometry import ClipShape, FeatureShape, FrameRule, LatentShape, Size, TokenGrid
 from vtrain.contract.hooks import API_VERSION, ENTRY_POINT_GROUP, HOOK_SPECS, PROJECT, Hooks, hookimpl
-from vtrain.contract.options import Duration, LocalPath, ModelSource, Options, fixed, resume_rule
+from vtrain.contract.options import Duration, LocalPath, ModelSource, Options, Resume, fixed, free, resume_rule
 from vtrain.contract.protocols import (
     DataBackend,
     Denoiser,
@@ -159,6 +159,7 @@ __all__ = [
     "Registered",
     "Regularizer",
     "RegularizerSpec",
+    "Resume",
     "Role",
     "RunInfo",
     "RunLength",
@@ -201,6 +202,7 @@ __all__ = [
     "Warned",
     "Words",
     "fixed",
+    "free",
     "hookimpl",
     "resume_rule",
     "without_secrets",

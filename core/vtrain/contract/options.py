@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast, get_args
 
 from pydantic import (
     BaseModel,
@@ -21,13 +21,18 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
-Resume = Literal["apply", "refuse"]
+Resume = Literal["free", "tell", "refuse"]
+"""What another value means when a run is resumed.
+
+free: nothing, it is taken. tell: it changes the run from here on, which is told; the rule of an option that declares none.
+refuse: it is another run, and an error.
+"""
 
 
 class Options(BaseModel):
     """Base of all options. A subclass is frozen, forbids unknown keys and describes each of its fields.
 
-    Raises TypeError when the subclass is defined if a field has no description.
+    Raises TypeError when the subclass is defined if a field has no description, or a resume rule that is none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True, protected_namespaces=())
@@ -37,17 +42,26 @@ class Options(BaseModel):
         bare = [name for name, field in cls.model_fields.items() if not field.description]
         if bare:
             raise TypeError(f"{cls.__name__}: no description for {', '.join(bare)}")
+        for name in cls.model_fields:
+            if resume_rule(cls, name) not in get_args(Resume):
+                rules = ", ".join(get_args(Resume))
+                raise TypeError(f"{cls.__name__}.{name}: no such resume rule; there are {rules}")
 
 
 def fixed(default: Any = ..., **details: Any) -> Any:
-    """A pydantic Field whose value may not change when a run is resumed (plain Fields may, and the change is shown)."""
+    """A pydantic Field whose value may not change when a run is resumed; of a table, that of no key in it."""
     return Field(default, json_schema_extra={"resume": "refuse"}, **details)
 
 
+def free(default: Any = ..., **details: Any) -> Any:
+    """A pydantic Field whose value may change when a run is resumed and says nothing of the run: no word of it then."""
+    return Field(default, json_schema_extra={"resume": "free"}, **details)
+
+
 def resume_rule(options: type[Options], field: str) -> Resume:
-    """Whether a changed value of `field` is applied at a resume or refuses it."""
+    """What another value of `field` means at a resume: as `fixed` or `free` declared it, "tell" of a plain Field."""
     extra = options.model_fields[field].json_schema_extra
-    return "refuse" if isinstance(extra, dict) and extra.get("resume") == "refuse" else "apply"
+    return cast(Resume, extra.get("resume", "tell")) if isinstance(extra, dict) else "tell"
 
 
 def _folder(info: ValidationInfo) -> Path:

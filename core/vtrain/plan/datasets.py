@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vtrain.config.record import Config, KeyPath, Part
+from vtrain.config.keys import KeyPath
+from vtrain.config.record import Config, Part
 from vtrain.config.tables import DataTable, MasksTable
 from vtrain.contract import DataBackend, DataBackendSpec, Family, FrameRule, Problem, SupportsCaptions, SupportsFiles
 from vtrain.plan.decoders import torchcodec

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from vtrain.config.keys import key_text
 from vtrain.config.record import Config
 from vtrain.contract import (
     ClipShape,
@@ -115,7 +116,7 @@ def _check_output(config: Config) -> list[Problem]:
             problems.append(Problem(config.where(*place), f"{parent} is a file, so {folder} cannot be a folder."))
         elif not os.access(parent, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
             problems.append(
-                Problem(config.where(*place), _unwritable(parent), f"Set [{place[0]}] {place[1]} to another folder.")
+                Problem(config.where(*place), _unwritable(parent), f"Set {key_text(place)} to another folder.")
             )
     resume = config.run.resume
     if resume not in ("latest", "never") and not resume_path(config).is_dir():

@@ -129,7 +129,7 @@ def _pointed_out(config: Config, steps: int, per_epoch: float) -> tuple[str, ...
         if every is not None and every > steps:
             found.append(f"validation.every is {every} steps and the run {steps}: videos come only at the end")
     if config.train.gradient_clip is None:
-        found.append("no gradient clipping ([train.gradient_clip] is absent)")
+        found.append("no gradient clipping (train.gradient_clip is absent)")
     return tuple(found)
 
 

@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 
-from vtrain.config.record import Config, Part, TableT
-from vtrain.contract import CheckpointError, Options, Problem, resume_rule
+from vtrain.config.keys import KeyPath, as_called_now, key_path, key_text
+from vtrain.config.record import TABLES, Config, Value, rule_when_gone, show
+from vtrain.contract import CheckpointError, Problem, Resume
 from vtrain.plan.make import resume_path
 from vtrain.plan.records import Plan
 from vtrain.train import checkpoint
 
 STATE = "state.json"
-Value = str | int | float | bool | list[object] | None
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A resolved value of the configuration. refuse: whether a resumed run must have the same."""
+    """A resolved value of the configuration, and what another one means at a resume."""
 
     value: Value
-    refuse: bool
+    resume: Resume
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that is not what it was: None where it was, or is, not there."""
+
+    key: str
+    old: object
+    new: Value
+    resume: Resume
 
 
 @dataclass(frozen=True)
@@ -36,7 +47,7 @@ class RunState:
 
     step: int
     micro_batch: int
-    settings: Mapping[str, Value]
+    settings: Mapping[str, object]
     data: str
     base: str
     features: Mapping[str, str] = field(default_factory=dict)
@@ -52,77 +63,36 @@ class Start:
 
 
 def settings(plan: Plan) -> dict[str, Setting]:
-    """Every value by its dotted key, with its resume rule; what the file leaves open is as the plan resolved it."""
+    """Every value by its key, with its resume rule; what the file leaves open is as the plan resolved it."""
     found = declared(plan.config)
-    resolved = {key: Setting(value, found[key].refuse) for key, value in _resolved(plan).items()}
-    return found | resolved | {"processes": Setting(plan.processes, refuse=False)}
+    for path, value in _resolved(plan).items():
+        found[key_text(path)] = replace(found[key_text(path)], value=value)
+    return found | {"processes": Setting(plan.processes, "tell")}
 
 
 def declared(config: Config) -> dict[str, Setting]:
     """Every value of the file or its default, with its resume rule; None where the plan decides."""
-    found: dict[str, Setting] = {}
-    for name, table in (
-        ("run", config.run),
-        ("precision", config.precision),
-        ("cache", config.cache),
-        ("train", config.train),
-        ("lr_schedule", config.lr_schedule),
-        ("checkpoint", config.checkpoint),
-        ("validation", config.validation),
-    ):
-        if table is not None:
-            _flatten(found, name, table, refuse=False)
-    _part(found, "model", config.model, refuse=True)
-    _part(found, "sampler", config.sampler, refuse=True)
-    _part(found, "optimizer", config.optimizer, refuse=True)
-    for number, data in enumerate(config.data):
-        _part(found, f"data[{number}]", data, refuse=False)
-    for regularizer in config.regularizers:
-        _part(found, f"regularizer.{regularizer.registered.spec.name}", regularizer, refuse=True)
-    for number, tracker in enumerate(config.trackers):
-        _part(found, f"tracker[{number}]", tracker, refuse=False)
-    return found
+    return {row.key: Setting(row.value, row.resume) for row in show(config) if row.key not in TABLES}
 
 
-def _resolved(plan: Plan) -> dict[str, Value]:
-    values: dict[str, Value] = {"precision.base": plan.base}
+def _resolved(plan: Plan) -> dict[KeyPath, Value]:
+    values: dict[KeyPath, Value] = {("precision", "base"): plan.base}
     lora = plan.config.model.table.lora
     if lora is not None:
-        values["model.lora.alpha"] = lora.alpha or float(lora.rank)
+        values["model", "lora", "alpha"] = lora.alpha or float(lora.rank)
     enabled = [number for number, part in enumerate(plan.config.data) if part.table.enabled]
     for number, dataset in zip(enabled, plan.datasets, strict=True):
-        values[f"data[{number}].id"] = dataset.id
-        values[f"data[{number}].resolution"] = [str(size) for size in dataset.sizes]
-        values[f"data[{number}].video.frames"] = dataset.frames
-        values[f"data[{number}].video.min_frames"] = dataset.min_frames
-        values[f"data[{number}].video.fps"] = dataset.fps
+        values["data", number, "id"] = dataset.id
+        values["data", number, "resolution"] = [str(size) for size in dataset.sizes]
+        values["data", number, "video", "frames"] = dataset.frames
+        values["data", number, "video", "min_frames"] = dataset.min_frames
+        values["data", number, "video", "fps"] = dataset.fps
     made = plan.validation
     if made is not None:
-        values["validation.size"] = str(made.shape.size)
-        values["validation.frames"] = made.shape.frames
-        values["validation.fps"] = made.fps
+        values["validation", "size"] = str(made.shape.size)
+        values["validation", "frames"] = made.shape.frames
+        values["validation", "fps"] = made.fps
     return values
-
-
-def _part(found: dict[str, Setting], name: str, part: Part[TableT], refuse: bool) -> None:
-    found[f"{name}.use"] = Setting(part.registered.spec.name, refuse)
-    _flatten(found, name, part.table, refuse=False)
-    _flatten(found, name, part.options, refuse=False)
-
-
-def _flatten(found: dict[str, Setting], prefix: str, table: Options, refuse: bool) -> None:
-    plain = table.model_dump(mode="json")
-    for key in type(table).model_fields:
-        rule = refuse or resume_rule(type(table), key) == "refuse"
-        inner = _value(table, key)
-        if isinstance(inner, Options):
-            _flatten(found, f"{prefix}.{key}", inner, rule)
-        else:
-            found[f"{prefix}.{key}"] = Setting(plain[key], rule)
-
-
-def _value(table: Options, key: str) -> object:
-    return dict(table)[key]
 
 
 def read_state(folder: Path) -> RunState:
@@ -149,29 +119,76 @@ def find_start(plan: Plan) -> Start:
         return Start(None, RunState(0, 0, values, "", ""), tuple(notices))
     state = read_state(folder)
     changes = compare(state.settings, now)
-    refused = [f"{key} was {_show(old)} and is now {_show(new)}" for key, old, new, refuse in changes if refuse]
+    refused = [change for change in changes if change.resume == "refuse"]
     if refused:
         remedy = "Restore it, or start anew with another run.output_dir."
-        problems = [Problem("", f"{change}; this cannot change in a resumed run.") for change in refused]
+        words = [f"{each.key} was {_show(each.old)} and is now {_show(each.new)}" for each in refused]
+        problems = [Problem("", f"{change}; this cannot change in a resumed run.") for change in words]
         raise CheckpointError([Problem(str(folder), "this checkpoint is of another run.", remedy), *problems])
     notices.append(f"going on from {folder} (step {state.step})")
-    notices += [f"changed since: {key}: {_show(old)} -> {_show(new)}" for key, old, new, _ in changes]
+    told = [change for change in changes if change.resume == "tell"]
+    notices += [f"changed since: {each.key}: {_show(each.old)} -> {_show(each.new)}" for each in told]
     return Start(folder, state, tuple(notices))
 
 
-def compare(old: Mapping[str, Value], new: Mapping[str, Setting]) -> list[tuple[str, Value, Value, bool]]:
-    """(key, old value, new value, whether it refuses) of all that differ. A key that only one side has counts as None."""
+def compare(old: Mapping[str, object], new: Mapping[str, Setting]) -> list[Change]:
+    """All that differs, in the order of the keys. A key that only one side has counts as None.
+
+    old: as a checkpoint has them, also one that was written when keys had other names or were written otherwise.
+    """
+    before = _as_written_now(old, new)
     changes = []
-    for key in sorted({*old, *new}):
-        before, setting = old.get(key), new.get(key)
-        now = setting.value if setting else None
-        refuse = setting.refuse if setting else key.startswith(("model.", "regularizer.", "sampler.", "optimizer.use"))
-        if before != now and key != "run.resume":
-            changes.append((key, before, now, refuse))
+    for key in sorted({*before, *new}):
+        setting = new.get(key) or Setting(None, rule_when_gone(key_path(key)))
+        if before.get(key) != setting.value:
+            changes.append(Change(key, before.get(key), setting.value, setting.resume))
     return changes
 
 
-def _show(value: Value) -> str:
+def _as_written_now(old: Mapping[str, object], new: Mapping[str, Setting]) -> dict[str, object]:
+    """Settings of a checkpoint under the keys of today: renamed ones, tables of free keys, which were one value each, and
+    parts of a list told apart by their name: they are compared with the entry that names the same part."""
+    values: dict[KeyPath, object] = {}
+    for key, value in old.items():
+        values |= _leaves(as_called_now(key_path(key)), value)
+    for table in TABLES.values():
+        if table.by_part:
+            numbers = _numbers(table.name, values, new)
+            values = {_numbered(path, table.name, numbers): value for path, value in values.items()}
+    return {key_text(path): value for path, value in values.items()}
+
+
+def _leaves(path: KeyPath, value: object) -> dict[KeyPath, object]:
+    """A value, or each of a table's."""
+    if not isinstance(value, Mapping):
+        return {path: value}
+    return {at: inner for key, each in value.items() for at, inner in _leaves((*path, key), each).items()}
+
+
+def _numbers(table: str, old: Mapping[KeyPath, object], new: Mapping[str, Setting]) -> dict[str | int, int]:
+    """What stands for an entry in a checkpoint's keys -> the entry's number in this run, a new one for an entry that is gone.
+
+    It stands there as its number then, or, in checkpoints before those, as the name of its part.
+    """
+    paths = {path: setting.value for key, setting in new.items() if _names_part(path := key_path(key), table)}
+    now = {part: int(path[1]) for path, part in paths.items()}
+    gone = count(len(now))
+    return {
+        path[1]: now[str(part)] if part in now else next(gone) for path, part in old.items() if _names_part(path, table)
+    }
+
+
+def _names_part(path: KeyPath, table: str) -> bool:
+    """Whether a key is the `use` of an entry of [[table]]."""
+    return len(path) == 3 and path[0] == table and path[2] == "use"
+
+
+def _numbered(path: KeyPath, table: str, numbers: Mapping[str | int, int]) -> KeyPath:
+    within = len(path) > 1 and path[0] == table and path[1] in numbers
+    return (table, numbers[path[1]], *path[2:]) if within else path
+
+
+def _show(value: object) -> str:
     return "absent" if value is None else json.dumps(value, ensure_ascii=False)
 
 

@@ -1,0 +1,96 @@
+"""How a key of the file is written, everywhere the same: `train.batch_size`, `data[0].video.frames`; and keys renamed since.
+
+Messages, `vtrain config show`, plan.json, a checkpoint's state and what a resume compares write keys so.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+
+KeyPath = tuple[str | int, ...]
+"""A value's place in the file: ("data", 0, "video", "frames"). A number is that of a list's entry, from 0."""
+
+_BARE = re.compile(r"[A-Za-z0-9_-]+")
+_STEP = re.compile(r'\[(\d+)\]|\.?("(?:[^"\\]|\\.)*"|[^.\[\]"]+)')
+
+
+def key_text(path: KeyPath) -> str:
+    """ "data[0].video.frames"; a name that TOML would quote stands in quotes: 'validation.prompts."a cat"'."""
+    text = ""
+    for part in path:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        else:
+            name = part if _BARE.fullmatch(part) else json.dumps(part, ensure_ascii=False)
+            text += f".{name}" if text else name
+    return text
+
+
+def key_path(text: str) -> KeyPath:
+    """The path that `key_text` wrote. Raises ValueError if it wrote no such text."""
+    path: list[str | int] = []
+    at = 0
+    while at < len(text):
+        step = _STEP.match(text, at)
+        if step is None:
+            raise ValueError(f"{text!r} is no key")
+        name = step[2]
+        path.append(int(step[1]) if name is None else json.loads(name) if name.startswith('"') else name)
+        at = step.end()
+    return tuple(path)
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """A key, or a table, that has another name now. old, new: names from the outermost table on. remedy: what to write."""
+
+    old: tuple[str, ...]
+    new: tuple[str, ...]
+    remedy: str
+
+
+RENAMED = (
+    Renamed(
+        ("train", "clip"),
+        ("train", "gradient_clip"),
+        "Clips are videos. Its keys are the same: gradient_clip = { method = ..., max = ... }, or [train.gradient_clip].",
+    ),
+    Renamed(
+        ("data", "video", "frame_interval"),
+        ("data", "video", "frame_step"),
+        "Two things were called so. To take every n-th frame, as it did here: frame_step = n. To round the lengths of clips "
+        "down to steps of n frames, so that there are fewer buckets, as SimpleTuner's frame_interval does: round_to = n.",
+    ),
+)
+"""The one table of keys renamed. A file that says the old name is told the new one; a checkpoint's settings are read by it."""
+
+
+def renamed(path: KeyPath) -> tuple[KeyPath, Renamed] | None:
+    """The path as it is called now, and what was renamed of it; None if it is called so still."""
+    for each in RENAMED:
+        end = _end(path, each.old)
+        if end is not None:
+            shared = next(n for n, (old, new) in enumerate(zip(each.old, each.new, strict=False)) if old != new)
+            kept = path[: _end(path, each.old[:shared])]
+            return (*kept, *each.new[shared:], *path[end:]), each
+    return None
+
+
+def _end(path: KeyPath, names: tuple[str, ...]) -> int | None:
+    """How far `names` go in a path, with the number of an entry behind the last of them; None if they are not its first."""
+    end = 0
+    for name in names:
+        if path[end : end + 1] != (name,):
+            return None
+        end += 1
+        while end < len(path) and isinstance(path[end], int):
+            end += 1
+    return end
+
+
+def as_called_now(path: KeyPath) -> KeyPath:
+    """A path whose names are the ones of today."""
+    found = renamed(path)
+    return path if found is None else found[0]

@@ -39,7 +39,7 @@ from vtrain.contract import Caption, Condition, Denoiser, Logged
 from vtrain.data.batches import pad
 from vtrain.data.caching.caches import Caches, fill_caches
 from vtrain.data.scanning.scan import scan
-from vtrain.plan.price import price
+from vtrain.estimate.estimate import make_estimate
 from vtrain.plan.records import Plan
 from vtrain.run.inbox import Inbox
 from vtrain.run.prepare import planned
@@ -133,7 +133,9 @@ def run_stage(plan: Plan, stage: str) -> None:
     if stage == "fill":
         return
     plan.config.run.output_dir.mkdir(parents=True, exist_ok=True)
-    trainer = assemble(plan, price(plan, found.survey), find_start(plan), filled.index, filled.caches, processes)
+    trainer = assemble(
+        plan, make_estimate(plan, found.survey), find_start(plan), filled.index, filled.caches, processes
+    )
     for event in trainer.run(Inbox()):
         if isinstance(event, Logged):
             row = event.steps[-1]

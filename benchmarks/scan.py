@@ -95,8 +95,8 @@ def measure(part: str, config: Path) -> Cost:
     if part == "bare":
         return _timed(lambda: bare(config.parent / "clips"))
     from vtrain.data.scanning import scan as scanning
-    from vtrain.plan.price import check_room, price
-    from vtrain.plan.render import sections
+    from vtrain.estimate.estimate import check_room, make_estimate
+    from vtrain.estimate.render import sections
     from vtrain.run.prepare import planned
 
     if part == "first":
@@ -108,9 +108,9 @@ def measure(part: str, config: Path) -> Cost:
 
         def show() -> None:
             found = scanning.scan(plan)
-            prices = price(plan, found.survey)
-            check_room(plan, prices)
-            sections(plan, found.survey, prices)
+            estimate = make_estimate(plan, found.survey)
+            check_room(plan, estimate)
+            sections(plan, found.survey, estimate)
 
         return _timed(show)
     from vtrain.data.batches import Batches
@@ -136,7 +136,7 @@ def write_hashes(folder: Path) -> None:
     """What reading every clip would tell the ledger: all hold the same bytes."""
     import sqlite3
 
-    from vtrain.data.caching.hashes import file_sha256
+    from vtrain.data.scanning.hashes import file_sha256
     from vtrain.data.scanning.ledger import FILE
 
     sha256 = file_sha256(folder / "original" / "clip_0.mp4")

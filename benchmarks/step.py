@@ -70,7 +70,7 @@ def vtrain_block(config: Path) -> Iterator[Block]:
     from vtrain.contract import Logged
     from vtrain.data.caching.caches import fill_caches
     from vtrain.data.scanning.scan import scan
-    from vtrain.plan.price import price
+    from vtrain.estimate.estimate import make_estimate
     from vtrain.run.inbox import Inbox
     from vtrain.run.prepare import planned
     from vtrain.train.assemble import assemble
@@ -82,8 +82,8 @@ def vtrain_block(config: Path) -> Iterator[Block]:
     found = scan(plan)
     filled = fill_caches(plan, found.samples, [], str(processes.device), lambda _: None)
     plan.config.run.output_dir.mkdir(parents=True, exist_ok=True)
-    prices, start = price(plan, found.survey), find_start(plan)
-    trainer = assemble(plan, prices, start, filled.index, filled.caches, processes)
+    estimate, start = make_estimate(plan, found.survey), find_start(plan)
+    trainer = assemble(plan, estimate, start, filled.index, filled.caches, processes)
     events = trainer.run(Inbox())
 
     def block() -> float:

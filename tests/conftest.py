@@ -449,3 +449,30 @@ def card_in_ram(card: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> An
     monkeypatch.setattr(Device, "torch", property(lambda self: torch.device("cpu")))
     monkeypatch.setattr(Device, "__str__", lambda self: "cpu")
     return made
+
+
+PLAN = {
+    "run": 'output_dir = "out"',
+    "model": 'use = "toy"\ntrain = "full"',
+    "[data]": 'use = "folder"\npath = "clips"',
+    "train": "steps = 10",
+    "optimizer": 'use = "adamw"\nlr = 1e-3',
+}
+"""The smallest file of the toy family that is valid, by table."""
+
+
+@pytest.fixture
+def plan_of(tmp_path: Path) -> Callable[..., Any]:
+    """Make a plan; tables given by name replace or join the smallest file that is valid."""
+    from vtrain.config import load
+    from vtrain.plan.make import make_plan
+    from vtrain.registry import discover
+
+    def make(processes: int = 1, more: str = "", **tables: str) -> Any:
+        given = {**PLAN, **{name.replace("data", "[data]", 1): body for name, body in tables.items()}}
+        text = "\n".join(f"[{name}]\n{body}" for name, body in given.items())
+        file = tmp_path / "config.toml"
+        file.write_text(text + "\n" + more, encoding="utf-8")
+        return make_plan(load(file, discover()), processes)
+
+    return make

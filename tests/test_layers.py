@@ -16,12 +16,17 @@ RANK = {
     "registry": 1,
     "plan": 2,
     "data": 3,
-    "train": 4,
-    "validate": 4,
-    "run": 5,
-    "api": 6,
-    "cli": 7,
+    "estimate": 4,
+    "train": 5,
+    "validate": 5,
+    "run": 6,
+    "api": 7,
+    "cli": 8,
 }
+DATA_RANK = {"decoding": 1, "scanning": 2, "caching": 3}
+"""Of the packages in data/: bytes to pixels, files to the ledger, pixels to artifacts."""
+DATA_BELOW = {"draws", "index", "locks", "sample", "seeds"}
+"""Modules of data/ that all of them may use. The others (batches, frames, order) are for training, above them all."""
 SHIPPED = {"testing", "scaffold"}  # for plugin authors: may use the contract, and nothing in core imports them
 FAMILIES = {"sanavideo", "sana", "wan", "gemma"}
 FOREIGN = {"diffusers", "transformers"}
@@ -72,6 +77,36 @@ def layer_faults(layer: str, source: str) -> list[str]:
         ):
             faults.append(f"{line}: {layer} imports {name}")
     return faults
+
+
+def data_faults(package: str, source: str) -> list[str]:
+    """Imports in a module of data/ that go up: decoding < scanning < caching < batches and their order.
+
+    package: "decoding", or the name of a module that lies in data/ itself.
+    """
+    own = 0 if package in DATA_BELOW else DATA_RANK.get(package, 4)
+    faults = []
+    for line, name in imports(source):
+        parts = name.split(".")
+        if parts[:2] == ["vtrain", "data"] and len(parts) > 2 and parts[2] != package:
+            other = 0 if parts[2] in DATA_BELOW else DATA_RANK.get(parts[2], 4)
+            if other > own:
+                faults.append(f"{line}: {package} imports {name}")
+    return faults
+
+
+def cache_faults(source: str) -> list[str]:
+    """Calls that write an entry of a cache: `stores.video.write(...)`, `column.entries.write(...)`."""
+    kinds = {"text", "video", "mask", "feature", "entries"}
+    return [
+        f"{node.lineno}: {node.func.value.attr}.write"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "write"
+        and isinstance(node.func.value, ast.Attribute)
+        and node.func.value.attr in kinds
+    ]
 
 
 def plugin_faults(package: str, source: str) -> list[str]:
@@ -146,6 +181,18 @@ def test_a_module_of_core_imports_only_layers_to_its_left(path: Path) -> None:
         assert layer_faults(inside[0].removesuffix(".py"), path.read_text()) == []
 
 
+@pytest.mark.parametrize("path", modules(CORE / "data"), ids=relative)
+def test_data_flows_from_decoding_over_scanning_to_caching(path: Path) -> None:
+    package = path.relative_to(CORE / "data").parts[0].removesuffix(".py")
+    assert data_faults(package, path.read_text()) == []
+
+
+def test_nothing_but_caching_fills_a_cache() -> None:
+    writing = {relative(path) for path in modules(CORE) if cache_faults(path.read_text())}
+    assert writing
+    assert {Path(name).parts[2:4] for name in writing} == {("data", "caching")}
+
+
 @pytest.mark.parametrize("path", modules(CORE), ids=relative)
 def test_core_imports_neither_diffusers_nor_transformers_and_names_no_family(path: Path) -> None:
     source = path.read_text()
@@ -190,6 +237,25 @@ PLANTED = [
 @pytest.mark.parametrize(("layer", "source"), PLANTED)
 def test_a_planted_import_to_the_right_is_caught(layer: str, source: str) -> None:
     assert layer_faults(layer, source)
+
+
+@pytest.mark.parametrize(
+    ("package", "source"),
+    [
+        ("decoding", "from vtrain.data.scanning.ledger import Ledger"),
+        ("scanning", "from vtrain.data.caching import keys"),
+        ("caching", "import vtrain.data.batches"),
+        ("sample", "from vtrain.data.decoding.video import FileFault"),
+    ],
+)
+def test_a_planted_import_up_in_data_is_caught(package: str, source: str) -> None:
+    assert data_faults(package, source)
+    assert data_faults("caching", "from vtrain.data.scanning.ledger import Ledger") == []
+
+
+def test_a_planted_write_to_a_cache_is_caught() -> None:
+    assert cache_faults("def f(stores):\n    stores.video.write(key, parts)")
+    assert cache_faults("file.write('text')") == []
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,9 @@ from vtrain.contract import DataError
 from vtrain.data.caching.stores import Stores
 from vtrain.data.decoding.decode import decode
 from vtrain.data.scanning import files
+from vtrain.data.scanning.decoders import Unusable, torchcodec
 from vtrain.data.scanning.files import look, unescaped
 from vtrain.data.scanning.ledger import Ledger
-from vtrain.plan.decoders import Unusable, torchcodec
 from vtrain.run.prepare import planned
 
 

@@ -15,10 +15,10 @@ import torch
 
 from vtrain.data.caching.caches import fill_caches
 from vtrain.data.decoding.process import DecodingProcess
+from vtrain.data.scanning.decoders import Unusable, torchcodec
 from vtrain.data.scanning.fates import settings_key
 from vtrain.data.scanning.ledger import Ledger
 from vtrain.data.scanning.scan import scan
-from vtrain.plan.decoders import Unusable, torchcodec
 
 MOST_BYTES = 768 << 20
 """Resident memory that no decoding process may reach. Half of it is torch's."""

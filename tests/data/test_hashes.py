@@ -6,7 +6,7 @@ import sqlite3
 
 import pytest
 
-from vtrain.data.caching.hashes import FileHashes
+from vtrain.data.scanning.hashes import FileHashes
 
 
 @pytest.fixture

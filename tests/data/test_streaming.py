@@ -178,7 +178,9 @@ def test_a_file_that_changes_between_scan_and_end_of_filling_is_left_out_of_this
 
     three.family.on_encode = meddle
     filled = fill_caches(plan, list(found), [], "cpu", lambda *_: None)
-    assert filled.left_out in ({}, {"clips/c.mp4": "its file changed while the caches were filled"})
+    # It may have been read before, after, or while it changed: another process decodes ahead.
+    reasons = ("its file changed while the caches were filled", "changed while it was read")
+    assert filled.left_out in ({}, *({"clips/c.mp4": reason} for reason in reasons))
     assert {"clips/a.mp4", "clips/b.mp4"} <= {filled.index.id(n) for n in range(len(filled.index))}
     three.family.on_encode = None
     assert len(fill(three.plan()).index) == 3

@@ -26,8 +26,8 @@ from vtrain.data.decoding.decode import decode
 from vtrain.data.decoding.probe import probe
 from vtrain.data.decoding.video import FileFault
 from vtrain.data.decoding.worker import DecodeJob, Workers
+from vtrain.data.scanning.decoders import Unusable, torchcodec
 from vtrain.data.scanning.scan import scan
-from vtrain.plan.decoders import Unusable, torchcodec
 
 FOUND = torchcodec() if importlib.util.find_spec("torchcodec") else Unusable("torchcodec is not installed.", "")
 pytestmark = pytest.mark.skipif(isinstance(FOUND, Unusable), reason=getattr(FOUND, "what", "torchcodec loads"))

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from vtrain.config.record import Config, Part
 from vtrain.contract import Condition, Latents, LossTerm, NoiseLevel, StepView, Text
-from vtrain.plan.price import Prices
-from vtrain.plan.records import DatasetPlan, DatasetSurvey, Plan, Survey, ValidationPlan
+from vtrain.data.scanning.surveys import DatasetSurvey, Survey
+from vtrain.estimate.estimate import Estimate
+from vtrain.plan.records import DatasetPlan, Plan, ValidationPlan
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 PROBE = """
@@ -53,7 +54,7 @@ def test_what_stages_hand_on_is_frozen() -> None:
     from vtrain.data.sample import Sample
     from vtrain.data.scanning.scan import Scan
 
-    records = [Config, Part, Plan, DatasetPlan, ValidationPlan, Survey, DatasetSurvey, Prices]
+    records = [Config, Part, Plan, DatasetPlan, ValidationPlan, Survey, DatasetSurvey, Estimate]
     records += [Scan, Sample, FilledCaches, Batch, Text, Latents, NoiseLevel, Condition, StepView, LossTerm]
     records += [StepMetrics, *EVENTS.values()]
     loose = [each.__name__ for each in records if not (is_dataclass(each) and each.__dataclass_params__.frozen)]  # type: ignore[attr-defined]

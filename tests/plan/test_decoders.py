@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vtrain.contract import ConfigError
-from vtrain.plan.decoders import Unusable, torchcodec, unusable
+from vtrain.data.scanning.decoders import Unusable, torchcodec, unusable, with_decoders
 
 WITHOUT_FFMPEG = """RuntimeError: Could not load libtorchcodec. Likely causes:
           1. FFmpeg is not properly installed in your environment. We support
@@ -67,7 +67,7 @@ def test_a_dataset_that_asks_for_a_torchcodec_that_does_not_load_is_a_problem_at
 ) -> None:
     another_torchcodec(f"raise RuntimeError({WITHOUT_FFMPEG!r})")
     with pytest.raises(ConfigError) as caught:
-        plan_of(data='use = "folder"\npath = "clips"\ndecoder = "torchcodec"')
+        with_decoders(plan_of(data='use = "folder"\npath = "clips"\ndecoder = "torchcodec"'))
     (problem,) = caught.value.problems
     assert problem.where.endswith("config.toml:9")
     assert problem.what.startswith("torchcodec does not load: ffmpeg's shared libraries")
@@ -84,9 +84,11 @@ def test_a_torchcodec_that_crashes_or_is_of_another_version_is_told(another_torc
 
 def test_a_dataset_bears_name_and_version_of_what_decodes_it(plan_of, another_torchcodec) -> None:
     another_torchcodec("__version__, ffmpeg_major_version = '0.13.0+cpu', 7")
-    (dataset,) = plan_of(data='use = "folder"\npath = "clips"\ndecoder = "torchcodec"').datasets
+    plan = plan_of(data='use = "folder"\npath = "clips"\ndecoder = "torchcodec"')
+    assert plan.datasets[0].decoder == "", "a plan starts no process"
+    (dataset,) = with_decoders(plan).datasets
     assert dataset.decoder == "torchcodec 0.13.0, ffmpeg 7"
-    (dataset,) = plan_of().datasets
+    (dataset,) = with_decoders(plan_of()).datasets
     assert dataset.decoder == ""
 
 

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from vtrain.contract import ClipShape, ConfigError, FrameRule, LatentShape
-from vtrain.plan.image_to_video import picture_problems, picture_rows, price_rows, training_problems
-from vtrain.plan.records import DatasetSurvey, Plan
+from vtrain.data.scanning.surveys import DatasetSurvey
+from vtrain.estimate.render import picture_rows, price_rows
+from vtrain.plan.image_to_video import picture_problems, training_problems
+from vtrain.plan.records import Plan
 
 PlanOf = Callable[..., Plan]
 DATA = 'use = "folder"\npath = "clips"\n[data.video]\nimage_to_video = 0.3\n'

@@ -168,7 +168,7 @@ def test_planning_imports_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "from vtrain.run.prepare import planned, prepare\n"
-        "import vtrain.plan.render, vtrain.cli.plan\n"
+        "import vtrain.estimate.render, vtrain.cli.plan\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'accelerate', 'peft'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

@@ -20,18 +20,19 @@ from typer.testing import CliRunner
 
 from vtrain.cli.app import app
 from vtrain.config import load
-from vtrain.contract import ClipShape, ConfigError, DataError, Device, NoiseLevel
+from vtrain.contract import ClipShape, DataError, Device, NoiseLevel
 from vtrain.data.caching.caches import Caches, fill_caches
+from vtrain.data.caching.pictures import fill_pictures, first_frames, keys
 from vtrain.data.caching.stores import Stores
 from vtrain.data.decoding.decode import decode
-from vtrain.plan.image_to_video import price_rows
+from vtrain.data.scanning.pictures import pictures
+from vtrain.data.scanning.surveys import DatasetSurvey
+from vtrain.estimate.render import price_rows
 from vtrain.plan.make import make_plan
-from vtrain.plan.records import DatasetSurvey, Plan
+from vtrain.plan.records import Plan
 from vtrain.registry import discover
-from vtrain.run.prepare import planned
+from vtrain.run.prepare import planned, prepare
 from vtrain.validate.generate import Validator, after, texts
-from vtrain.validate.picture_files import keys, pictures
-from vtrain.validate.pictures import fill_pictures, first_frames
 
 TOLERANCE = 1e-4
 """Largest difference of latents, whose values are about 1, after six solver steps in fp32 with guidance 5."""
@@ -246,23 +247,22 @@ def test_a_picture_that_goes_before_it_is_encoded_is_an_error_of_its_file(planne
         fill_pictures(plan, "cpu")
 
 
-def test_a_file_without_a_picture_is_a_problem_of_its_line_beside_all_others(
+def test_a_file_without_a_picture_is_a_problem_of_its_line_found_before_anything_heavy(
     tmp_path: Path, with_images: Callable[..., Path]
 ) -> None:
     (tmp_path / "notes.png").write_text("no picture", encoding="utf-8")
     (tmp_path / "half.png").write_bytes(b"")
-    path = with_images(("steps = 6", "steps = 6\nframes = 6"), rabbit="notes.png", boat="half.png")
-    path.write_text(path.read_text(encoding="utf-8").replace("frames = 5\nsteps", "steps"), encoding="utf-8")
+    path = with_images(rabbit="notes.png", boat="half.png")
     lines = path.read_text(encoding="utf-8").splitlines()
-    with pytest.raises(ConfigError) as caught:
-        planned(path)
+    planned(path)  # opens no file
+    with pytest.raises(DataError) as caught:
+        prepare(path)
     places = {problem.where.partition("config.toml:")[2]: problem for problem in caught.value.problems}
     notes = places[str(lines.index('rabbit = "notes.png"') + 1)]
     assert notes.what.startswith(f"{tmp_path / 'notes.png'}: cannot be read as a video: ")
     assert notes.remedy == "Give an image or a video that can be played."
     assert str(lines.index('boat = "half.png"') + 1) in places
-    assert places[str(lines.index("frames = 6") + 1)].what == "frames = 6: the family takes 4k+1 frames."
-    assert len(places) == 3
+    assert len(places) == 2
 
 
 def test_the_cache_command_knows_pictures(planned_from: Callable[..., Plan], tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from vtrain.data.caching import inventory
 from vtrain.data.caching.entries import KINDS, Entries
 from vtrain.data.caching.inventory import File, Inventory, Wanted
 from vtrain.data.scanning.scan import scan
-from vtrain.plan.price import bytes_text
+from vtrain.estimate.estimate import bytes_text
 from vtrain.plan.records import Plan
 from vtrain.registry.blame import blame
 from vtrain.run.prepare import extra_texts, planned
@@ -183,9 +183,9 @@ def verify(path: Path, as_json: bool) -> None:
 
 def _wanted(plan: Plan) -> dict[str, Wanted]:
     """The entries that a run of this plan uses. Raises DataError."""
+    from vtrain.data.caching.pictures import keys
     from vtrain.data.caching.stores import Stores
     from vtrain.data.caching.wanted import wanted
-    from vtrain.validate.picture_files import keys
 
     scanned = scan(plan)
     for message in scanned.messages:

@@ -14,8 +14,8 @@ from vtrain.cli.report import one_line
 from vtrain.contract import Role, Section
 from vtrain.data.sample import Box, Sample
 from vtrain.data.scanning.files import File
-from vtrain.plan.data_words import counted
-from vtrain.plan.price import bytes_text
+from vtrain.estimate.estimate import bytes_text
+from vtrain.estimate.render import counted
 from vtrain.plan.records import Plan
 
 

@@ -12,9 +12,10 @@ import typer
 from vtrain import api
 from vtrain.cli.report import bold, visible
 from vtrain.contract import Section
-from vtrain.plan.price import Prices
-from vtrain.plan.records import Plan, Survey
-from vtrain.plan.render import as_json, sections
+from vtrain.data.scanning.surveys import Survey
+from vtrain.estimate.estimate import Estimate
+from vtrain.estimate.render import as_json, sections
+from vtrain.plan.records import Plan
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,17 +25,17 @@ def plan(config: Path, as_json_text: bool) -> None:
     """Print the plan of `config`. Raises what `prepare` raises. Without rich, whose console takes as long as a scan."""
     prepared = api.plan(config)
     if as_json_text:
-        print(json.dumps(as_json(prepared.plan, prepared.scan.survey, prepared.prices), indent=2))  # noqa: T201
+        print(json.dumps(as_json(prepared.plan, prepared.scan.survey, prepared.estimate), indent=2))  # noqa: T201
         return
     for message in prepared.scan.messages:
         typer.echo(message)
-    for line, is_title in _lines(sections(prepared.plan, prepared.scan.survey, prepared.prices)):
+    for line, is_title in _lines(sections(prepared.plan, prepared.scan.survey, prepared.estimate)):
         typer.echo(bold(line) if is_title else line)
 
 
-def show(console: Console, plan: Plan, survey: Survey, prices: Prices) -> None:
+def show(console: Console, plan: Plan, survey: Survey, estimate: Estimate) -> None:
     """All of it."""
-    show_sections(console, sections(plan, survey, prices))
+    show_sections(console, sections(plan, survey, estimate))
 
 
 def show_sections(console: Console, parts: Iterable[Section]) -> None:

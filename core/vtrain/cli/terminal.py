@@ -34,7 +34,7 @@ from vtrain.contract import (
     Validated,
     Warned,
 )
-from vtrain.plan.price import bytes_text
+from vtrain.estimate.estimate import bytes_text
 
 if TYPE_CHECKING:
     from vtrain.run.session import Session

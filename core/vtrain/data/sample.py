@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from vtrain.contract import Caption, ClipShape, Size, SourceRef
+from vtrain.contract import Caption, ClipShape, Family, Size, SourceRef
+
+TRANSFORM_VERSION = 2
+"""Raised when the pixels that `decode` makes of a file change: part of every video key, and of what decides over files."""
+
+MASK_VERSION = 1
+"""Raised when the numbers that `latent_mask` makes of a file change: part of every mask's key."""
 
 
 class Box(NamedTuple):
@@ -102,3 +108,10 @@ class Left:
     status: str
     kind: str
     reason: str
+
+
+def mask_grid(family: Family, shape: ClipShape) -> MaskGrid:
+    """Of the latents of clips of one shape."""
+    latents = family.latent_shape(shape)
+    spans = tuple(family.pixel_frames(frame) for frame in range(latents.frames))
+    return MaskGrid(spans, latents.height, latents.width)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from vtrain.config.keys import KeyPath
 from vtrain.config.record import Config, Part
 from vtrain.config.tables import DataTable, MasksTable
 from vtrain.contract import DataBackend, DataBackendSpec, Family, FrameRule, Problem, SupportsCaptions, SupportsFiles
-from vtrain.plan.decoders import torchcodec
 from vtrain.plan.records import DatasetPlan, MasksPlan
 from vtrain.plan.sizes import dataset_sizes, pointed_out
 
@@ -19,26 +18,14 @@ from vtrain.plan.sizes import dataset_sizes, pointed_out
 def datasets(config: Config, family: Family, problems: list[Problem]) -> tuple[DatasetPlan, ...]:
     """Every enabled [[data]] table; what is wrong with them is added to `problems`."""
     plans: list[DatasetPlan] = []
-    decoder = _torchcodec(config, problems)
     for number, part in enumerate(config.data):
         if part.table.enabled:
-            plan = _dataset(config, family, number, part, problems)
-            plans.append(replace(plan, decoder=decoder) if part.table.decoder == "torchcodec" else plan)
+            plans.append(_dataset(config, family, number, part, problems))
     names = [dataset.id for dataset in plans]
     for dataset in plans:
         if names.count(dataset.id) > 1:
             problems.append(Problem(dataset.where, f'two datasets are called "{dataset.id}".', "Give each its own id."))
     return tuple(plans)
-
-
-def _torchcodec(config: Config, problems: list[Problem]) -> str:
-    """Name and version of torchcodec; "" if no dataset asks for it, or if it cannot be used: then a problem of each."""
-    asking = [n for n, part in enumerate(config.data) if part.table.enabled and part.table.decoder == "torchcodec"]
-    found = torchcodec() if asking else ""
-    if isinstance(found, str):
-        return found
-    problems += [Problem(config.where("data", number, "decoder"), found.what, found.remedy) for number in asking]
-    return ""
 
 
 def warnings(config: Config, family: Family) -> Iterator[str]:

@@ -1,14 +1,13 @@
-"""Image-to-video in a plan: what is wrong with it, and what it costs. No torch."""
+"""Image-to-video in a plan: what is wrong with it. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from vtrain.config.record import Config
-from vtrain.contract import ClipShape, Family, Problem, SupportsFrameLevels
+from vtrain.contract import Family, Problem, SupportsFrameLevels
 from vtrain.contract.lookup import did_you_mean, listed
-from vtrain.plan.price import bytes_text
-from vtrain.plan.records import DatasetPlan, DatasetSurvey, Plan
+from vtrain.plan.records import DatasetPlan
 
 
 def training_problems(config: Config, family: Family, made: Sequence[DatasetPlan]) -> Iterator[Problem]:
@@ -22,9 +21,11 @@ def training_problems(config: Config, family: Family, made: Sequence[DatasetPlan
         if not isinstance(family, SupportsFrameLevels):
             what = f"{share}: this model family takes one noise level for a whole clip."
             yield Problem(where, what, "Remove it, or train a family that takes a level for each frame.")
-        elif dataset.frames < _least(family):
-            what = f"{share}: clips of {_many(dataset.frames)} are one latent frame, with nothing to make after it."
-            yield Problem(where, what, f"Set frames to {_least(family)} or more, or remove it.")
+        elif dataset.frames < two_latent_frames(family):
+            what = (
+                f"{share}: clips of {frames_text(dataset.frames)} are one latent frame, with nothing to make after it."
+            )
+            yield Problem(where, what, f"Set frames to {two_latent_frames(family)} or more, or remove it.")
 
 
 def picture_problems(config: Config, family: Family, frames: int) -> Iterator[Problem]:
@@ -35,11 +36,11 @@ def picture_problems(config: Config, family: Family, frames: int) -> Iterator[Pr
     if not isinstance(family, SupportsFrameLevels):
         what = "images: this model family takes one noise level for a whole clip, so it cannot go on from a picture."
         yield Problem(config.where("validation", "images"), what, "Remove it.")
-    elif frames < _least(family):
-        what = f"images: a video of {_many(frames)} is one latent frame, with nothing to make after the picture."
-        yield Problem(config.where("validation", "frames"), what, f"Set frames to {_least(family)} or more.")
+    elif frames < two_latent_frames(family):
+        what = f"images: a video of {frames_text(frames)} is one latent frame, with nothing to make after the picture."
+        yield Problem(config.where("validation", "frames"), what, f"Set frames to {two_latent_frames(family)} or more.")
     elif not family.frame_rule.accepts(1) or len(family.pixel_frames(0)) > 1:
-        stands = _many(len(family.pixel_frames(0)))
+        stands = frames_text(len(family.pixel_frames(0)))
         what = f"images: the first latent frame of this model family stands for {stands}, not for a single picture."
         yield Problem(config.where("validation", "images"), what, "Remove it.")
     for nickname, file in table.images.items():
@@ -52,41 +53,10 @@ def picture_problems(config: Config, family: Family, frames: int) -> Iterator[Pr
             yield Problem(where, what, "Relative paths start at the configuration file's folder.")
 
 
-def price_rows(plan: Plan, dataset: DatasetPlan, found: DatasetSurvey) -> Iterable[tuple[str, str]]:
-    """A row for a dataset that is trained as image-to-video: its share, and the memory of the dearest batch."""
-    family = plan.family
-    if not dataset.image_to_video or not isinstance(family, SupportsFrameLevels):
-        return ()
-    long = [shape.frames >= _least(family) for shape in found.samples]
-    if not any(long):
-        return (("image to video", f"no draw: no clip here has {_least(family)} frames, two latent frames"),)
-    precision, batch = plan.config.precision, plan.config.train.batch_size
-    compute = "bf16" if precision.mixed == "bf16" else plan.base
-    most = max(
-        family.frame_level_bytes(
-            family.latent_shape(ClipShape(dataset.frames, size.height, size.width)),
-            weights=plan.base,
-            compute=compute,
-            checkpointing=precision.gradient_checkpointing,
-        )
-        for size in dataset.sizes
-    )
-    whose = "draws" if all(long) else f"draws of clips of {_many(_least(family))} or more"
-    share = f"{100 * dataset.image_to_video:.4g}% of {whose} start from a clean first frame"
-    costs = f"; a batch with one takes up to {bytes_text(batch * most)} more, for a level at each token" if most else ""
-    return (("image to video", share + costs),)
-
-
-def picture_rows(plan: Plan) -> Iterable[tuple[str, str]]:
-    """A row for the prompts that start from a picture."""
-    made = plan.validation
-    return (("image to video", f"from a picture: {', '.join(made.images)}"),) if made and made.images else ()
-
-
-def _least(family: Family) -> int:
+def two_latent_frames(family: Family) -> int:
     """Frames of the shortest clip of two latent frames."""
     return family.pixel_frames(1)[-1] + 1
 
 
-def _many(frames: int) -> str:
+def frames_text(frames: int) -> str:
     return f"{frames} frame{'s' if frames != 1 else ''}"

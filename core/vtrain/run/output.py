@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from vtrain.contract import CheckpointError, Problem, SupportsFeatures
-from vtrain.data.caching import hashes
 from vtrain.data.locks import lock
-from vtrain.plan.price import Prices
-from vtrain.plan.records import Plan, Survey
-from vtrain.plan.render import as_json
+from vtrain.data.scanning import hashes
+from vtrain.data.scanning.surveys import Survey
+from vtrain.estimate.estimate import Estimate
+from vtrain.estimate.render import as_json
+from vtrain.plan.records import Plan
 from vtrain.train.resume import settings
 
 FILE = ".lock"
@@ -79,7 +80,7 @@ def _holder(file: BinaryIO) -> str:
         return "a process that has just begun"
 
 
-def write_run_files(plan: Plan, survey: Survey, prices: Prices) -> None:
+def write_run_files(plan: Plan, survey: Survey, estimate: Estimate) -> None:
     """config.toml, verbatim, and plan.json: resolved values, parts with their versions, fingerprints. Raises OSError."""
     output = plan.config.run.output_dir
     output.mkdir(parents=True, exist_ok=True)
@@ -96,7 +97,7 @@ def write_run_files(plan: Plan, survey: Survey, prices: Prices) -> None:
         },
     }
     whole = {
-        **as_json(plan, survey, prices),
+        **as_json(plan, survey, estimate),
         "settings": {key: setting.value for key, setting in settings(plan).items()},
         "fingerprints": fingerprints,
     }

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vtrain.config import load
-from vtrain.contract import Caption, ConfigError, Role
+from vtrain.contract import Caption, Role
+from vtrain.data.scanning.decoders import with_decoders
 from vtrain.data.scanning.scan import Scan, scan
+from vtrain.estimate.estimate import Estimate, check_room, make_estimate
 from vtrain.plan.make import make_plan
-from vtrain.plan.price import Prices, check_room, price
 from vtrain.plan.records import Plan
 from vtrain.registry import discover
 from vtrain.registry.blame import blame
 from vtrain.run.collector import uncollected
-from vtrain.validate import picture_files
 
 
 @dataclass(frozen=True)
@@ -25,32 +25,27 @@ class Prepared:
 
     plan: Plan
     scan: Scan
-    prices: Prices
+    estimate: Estimate
 
 
 def planned(path: Path) -> Plan:
-    """Read and check the file. The number of processes is what the launcher (torchrun, accelerate) says."""
+    """Read and check the file. The number of processes is what the launcher (torchrun, accelerate) says.
+
+    No data file is opened: that is the scan's. Raises ConfigError, ModelError or PluginError with all problems.
+    """
     config = load(path, discover())
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    unseen = list(picture_files.problems(config))
-    if not unseen:
-        return make_plan(config, processes)
-    try:
-        make_plan(config, processes)
-    except ConfigError as error:
-        unseen = [*error.problems, *unseen]
-    raise ConfigError(unseen)
+    return with_decoders(make_plan(config, int(os.environ.get("WORLD_SIZE", "1"))))
 
 
 def prepare(path: Path, on_file: Callable[[int], None] | None = None) -> Prepared:
-    """Plan, scan, price. Raises ConfigError, ModelError, PluginError or DataError."""
+    """Plan, scan, estimate. Raises ConfigError, ModelError, PluginError or DataError."""
     with uncollected(collect_first=False):
         plan = planned(path)
     with blame(plan.config.parts()):
         found = scan(plan, on_file)
-    prices = price(plan, found.survey)
-    check_room(plan, prices)
-    return Prepared(plan, found, prices)
+    estimate = make_estimate(plan, found.survey)
+    check_room(plan, estimate)
+    return Prepared(plan, found, estimate)
 
 
 def extra_texts(plan: Plan) -> list[tuple[Caption, Role]]:

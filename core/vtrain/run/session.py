@@ -38,11 +38,10 @@ from vtrain.contract import (
 )
 from vtrain.data.scanning.quarantine import move_bad
 from vtrain.data.scanning.scan import Scan, scan
-from vtrain.plan.data_words import counted
-from vtrain.plan.price import Prices, check_room, price
-from vtrain.plan.records import Survey
-from vtrain.plan.render import sections
-from vtrain.plan.residents import Doing, remedies
+from vtrain.data.scanning.surveys import Survey
+from vtrain.estimate.estimate import Estimate, check_room, make_estimate
+from vtrain.estimate.memory import Doing, remedies
+from vtrain.estimate.render import counted, sections
 from vtrain.registry.blame import blame
 from vtrain.run.collector import uncollected
 from vtrain.run.inbox import Inbox
@@ -65,7 +64,7 @@ class Data:
 
     filled: FilledCaches
     survey: Survey
-    prices: Prices
+    estimate: Estimate
 
 
 class Session:
@@ -210,7 +209,7 @@ class Session:
         """Make the output folder anew that somebody deleted or moved. Raises OSError or CheckpointError."""
         assert self._data is not None
         self._lock.enter_context(hold(self.plan.config.run.output_dir))
-        write_run_files(self.plan, self._data.survey, self._data.prices)
+        write_run_files(self.plan, self._data.survey, self._data.estimate)
 
     def _start(self) -> Start:
         from vtrain.train.resume import find_start
@@ -219,30 +218,30 @@ class Session:
 
     def _read(self) -> Generator[Event, None, Data]:
         """Scan, estimate, fill the caches; what was excluded in filling is estimated anew without."""
-        found, prices = yield from self._scanned(priced=True)
-        assert prices is not None
+        found, estimate = yield from self._scanned(priced=True)
+        assert estimate is not None
         filled = yield from self._caches(found)
         yield from self._quarantined()
         survey = found.survey
         if filled.left_out:
             survey = filled.recount(survey)
-            prices = self.processes.from_first(lambda: price(self.plan, survey))
-            yield Estimated(prices.steps, prices.steps_per_epoch, prices.samples_per_step, ())
+            estimate = self.processes.from_first(lambda: make_estimate(self.plan, survey))
+            yield Estimated(estimate.steps, estimate.steps_per_epoch, estimate.samples_per_step, ())
             lost = len(found.samples) - len(filled.index)
             yield Noted(f"{lost} of {len(found.samples)} clips cannot be used; {len(filled.index)} remain")
-        return Data(filled, survey, prices)
+        return Data(filled, survey, estimate)
 
-    def _scanned(self, *, priced: bool) -> Generator[Event, None, tuple[Scan, Prices | None]]:
+    def _scanned(self, *, priced: bool) -> Generator[Event, None, tuple[Scan, Estimate | None]]:
         """Look at every source file. priced: also estimate the run, and check that there is room for it."""
 
-        def look() -> tuple[Scan, Prices | None]:
+        def look() -> tuple[Scan, Estimate | None]:
             found = scan(self.plan)
-            prices = price(self.plan, found.survey) if priced else None
-            if prices is not None:
-                check_room(self.plan, prices)
-            return found, prices
+            estimate = make_estimate(self.plan, found.survey) if priced else None
+            if estimate is not None:
+                check_room(self.plan, estimate)
+            return found, estimate
 
-        found, prices = self.processes.from_first(look)
+        found, estimate = self.processes.from_first(look)
         for message in found.messages:
             yield Noted(message)
         yield Scanned(tuple(
@@ -252,15 +251,15 @@ class Session:
             )
             for each in found.survey.datasets
         ))  # fmt: skip
-        if prices is not None:
-            words = tuple(sections(self.plan, found.survey, prices)) if self.processes.first else ()
-            yield Estimated(prices.steps, prices.steps_per_epoch, prices.samples_per_step, words)
-        return found, prices
+        if estimate is not None:
+            words = tuple(sections(self.plan, found.survey, estimate)) if self.processes.first else ()
+            yield Estimated(estimate.steps, estimate.steps_per_epoch, estimate.samples_per_step, words)
+        return found, estimate
 
     def _caches(self, found: Scan) -> Generator[Event, None, FilledCaches]:
         """Encode what is missing, each process its share. Raises DataError."""
         from vtrain.data.caching.caches import fill
-        from vtrain.validate.pictures import fill_pictures
+        from vtrain.data.caching.pictures import fill_pictures
 
         where = str(self.processes.device)
         with self._explained("filling the caches"):
@@ -287,7 +286,7 @@ class Session:
 
         caches = Caches.open(self.plan)
         with uncollected(), self._explained("loading the model"):
-            trainer = assemble(self.plan, data.prices, start, data.filled.index, caches, self.processes)
+            trainer = assemble(self.plan, data.estimate, start, data.filled.index, caches, self.processes)
         try:
             yield trainer, caches
         finally:
@@ -298,7 +297,7 @@ class Session:
         """Make the output folder what the start says, now that everything has loaded. Raises CheckpointError if that fails."""
         from vtrain.train.resume import settings
 
-        start, steps = trainer.start, data.prices.steps
+        start, steps = trainer.start, data.estimate.steps
         for text in _changes(trainer):
             yield Noted(text)
         if start.state.step < steps:
@@ -316,7 +315,7 @@ class Session:
 
         output = self.plan.config.run.output_dir
         try:
-            write_run_files(self.plan, data.survey, data.prices)
+            write_run_files(self.plan, data.survey, data.estimate)
             dropped = self._recorder.begin(step)
             moved = checkpoint.set_aside(output / "checkpoints", step)
             self._inbox.watch(output)
@@ -352,8 +351,8 @@ class Session:
         made = self.plan.validation
         if made is None:
             return None
+        from vtrain.data.caching.pictures import first_frames
         from vtrain.validate.generate import Validation, Validator
-        from vtrain.validate.pictures import first_frames
 
         plan, processes = self.plan, self.processes
         autocast = partial(processes.device.autocast, "bf16" if plan.config.precision.mixed == "bf16" else None)

@@ -26,10 +26,10 @@ from vtrain.contract import (
 )
 from vtrain.data.batches import Batches
 from vtrain.data.caching.caches import Caches
-from vtrain.data.caching.hashes import FILE, FileHashes
 from vtrain.data.index import Index
+from vtrain.data.scanning.hashes import FILE, FileHashes
 from vtrain.data.seeds import derive
-from vtrain.plan.price import Prices
+from vtrain.estimate.estimate import Estimate
 from vtrain.plan.records import Plan
 from vtrain.train import checkpoint
 from vtrain.train.adapters import add_lora, base_mark, lora_settings
@@ -61,7 +61,7 @@ class Trainer:
     """
 
     plan: Plan
-    prices: Prices
+    estimate: Estimate
     start: Start
     data: str
     batches: Batches
@@ -77,7 +77,7 @@ class Trainer:
 
     def run(self, requests: Requests, validate: Validate | None = None, also: Sequence[Piece] = ()) -> Iterator[Event]:
         """Train to the last step, or until it is asked to stop. also: pieces that others keep in the checkpoints."""
-        config, state, per_epoch = self.plan.config, self.start.state, self.prices.steps_per_epoch
+        config, state, per_epoch = self.plan.config, self.start.state, self.estimate.steps_per_epoch
         table = config.validation
         interval = Interval(table.every, per_epoch, time.monotonic()) if table else None
         with self.held:
@@ -85,13 +85,13 @@ class Trainer:
                 self.processes.wrap(self.step),
                 self.optimizer,
                 [parameter for _, parameter in self.named],
-                lr_factor(config.lr_schedule, self.prices.steps, per_epoch),
+                lr_factor(config.lr_schedule, self.estimate.steps, per_epoch),
                 Feed(self.batches, self.plan.sampler, config.run.seed, self.processes.device, self.step.needed),
                 self.processes,
                 config.train,
                 Ends(partial(self.save, also), validate, requests, self.step.observe),
                 first=state.step,
-                last=self.prices.steps,
+                last=self.estimate.steps,
                 micro_batch=state.micro_batch,
                 steps_per_epoch=per_epoch,
                 seed=config.run.seed,
@@ -123,7 +123,9 @@ class Trainer:
             yield Warned(trouble)
 
 
-def assemble(plan: Plan, prices: Prices, start: Start, index: Index, caches: Caches, processes: Processes) -> Trainer:
+def assemble(
+    plan: Plan, estimate: Estimate, start: Start, index: Index, caches: Caches, processes: Processes
+) -> Trainer:
     """Load and build everything a run needs on this process's device.
 
     Raises ModelError, CheckpointError or ConfigError where the parts do not fit together.
@@ -135,7 +137,7 @@ def assemble(plan: Plan, prices: Prices, start: Start, index: Index, caches: Cac
     with ExitStack() as held:  # what is in memory goes again if something below fails
         teachers = open_teachers(plan, str(processes.device), held)
         terms = {name: Term(modules[name], part.needs().taps, teachers.get(name)) for name, part in plan.regularizers}
-        step = Step(denoiser, plan.sampler, terms, RunLength(prices.steps, prices.steps_per_epoch))
+        step = Step(denoiser, plan.sampler, terms, RunLength(estimate.steps, estimate.steps_per_epoch))
         step.train()
         named = trained(step)
         part = plan.config.optimizer
@@ -151,7 +153,7 @@ def assemble(plan: Plan, prices: Prices, start: Start, index: Index, caches: Cac
         batches = Batches(plan, caches, index)
         held.callback(batches.close)
         return Trainer(
-            plan, prices, start, index.mark(), batches, processes, denoiser, base, features, step, optimizer, named,
+            plan, estimate, start, index.mark(), batches, processes, denoiser, base, features, step, optimizer, named,
             pieces, held.pop_all(),
         )  # fmt: skip
 

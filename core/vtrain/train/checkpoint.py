@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 
 from vtrain.contract import CheckpointError, Problem
-from vtrain.plan.price import bytes_text
+from vtrain.estimate.estimate import bytes_text
 
 if TYPE_CHECKING:
     from torch import Tensor

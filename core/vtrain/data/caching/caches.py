@@ -18,7 +18,8 @@ from vtrain.data.caching.unusable import Unusable
 from vtrain.data.caching.wanted import DROPPED, texts
 from vtrain.data.index import Index, Keys, build
 from vtrain.data.sample import Sample
-from vtrain.plan.records import Plan, Survey
+from vtrain.data.scanning.surveys import Survey
+from vtrain.plan.records import Plan
 
 
 class Caches:

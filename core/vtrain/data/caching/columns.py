@@ -20,9 +20,9 @@ from vtrain.contract import (
     TokenGrid,
 )
 from vtrain.data.caching.entries import Entries
-from vtrain.data.caching.keys import features_key, mask_grid, mask_key, transform, video_key
+from vtrain.data.caching.keys import features_key, mask_key, transform, video_key
 from vtrain.data.caching.packing import Packed
-from vtrain.data.sample import MaskGrid, Sample
+from vtrain.data.sample import MaskGrid, Sample, mask_grid
 from vtrain.data.scanning.ledger import ContentHashes
 from vtrain.plan.records import Plan
 from vtrain.plan.tokens import token_frames

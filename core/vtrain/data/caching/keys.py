@@ -6,14 +6,8 @@ import hashlib
 import json
 from collections.abc import Sequence
 
-from vtrain.contract import Caption, ClipShape, Family, Role, TokenGrid
-from vtrain.data.sample import MaskGrid, Sample
-
-TRANSFORM_VERSION = 2
-"""Raised when the pixels that `decode` makes of a file change: part of every video key, and of what decides over files."""
-
-MASK_VERSION = 1
-"""Raised when the numbers that `latent_mask` makes of a file change: part of every mask's key."""
+from vtrain.contract import Caption, Role, TokenGrid
+from vtrain.data.sample import MASK_VERSION, TRANSFORM_VERSION, MaskGrid, Sample
 
 FORMAT = "vtrain-cache-3"
 """Layout of an entry, in its name and in its metadata."""
@@ -57,13 +51,6 @@ def mask_key(content: str, sample: Sample, start: float, grid: MaskGrid) -> str:
     spans = [[span.start, span.stop] for span in grid.spans]
     picture = [sample.picture, sample.box]
     return _key("mask", content, MASK_VERSION, _window(sample, start), picture, spans, grid.height, grid.width)
-
-
-def mask_grid(family: Family, shape: ClipShape) -> MaskGrid:
-    """Of the latents of clips of one shape."""
-    latents = family.latent_shape(shape)
-    spans = tuple(family.pixel_frames(frame) for frame in range(latents.frames))
-    return MaskGrid(spans, latents.height, latents.width)
 
 
 def _window(sample: Sample, start: float) -> list[float]:

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from vtrain.contract import Caption, ClipShape, Family, FrameRule, Words
-from vtrain.data.caching.keys import MASK_VERSION, TRANSFORM_VERSION, mask_grid
 from vtrain.data.decoding.probe import Probe
 from vtrain.data.decoding.timing import SLACK
-from vtrain.data.sample import Left
+from vtrain.data.sample import MASK_VERSION, TRANSFORM_VERSION, Left, mask_grid
 from vtrain.data.scanning import captions
 from vtrain.data.scanning.fitting import Fit, decides, fit
 from vtrain.data.scanning.ledger import PAGE, Ledger, marks, probe_of, words_of

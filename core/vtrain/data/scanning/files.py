@@ -15,11 +15,11 @@ from typing import Any
 from vtrain.contract import Caption, ClipShape, Problem, SourceRef
 from vtrain.data.decoding.probe import Probe
 from vtrain.data.sample import Sample
-from vtrain.data.samples import Found, Samples
 from vtrain.data.scanning.captions import BESIDE, stem
 from vtrain.data.scanning.database import database_faults, open_readonly
 from vtrain.data.scanning.ledger import Ledger, pages, probe_of
 from vtrain.data.scanning.listing import escaped
+from vtrain.data.scanning.samples import Found, Samples
 from vtrain.data.scanning.scan import decided, told
 from vtrain.data.scanning.surveys import DISTINCT, caption_notes, unmatched_captions
 from vtrain.plan.records import DatasetPlan, Plan

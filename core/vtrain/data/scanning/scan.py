@@ -11,14 +11,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from vtrain.contract import DataError, Problem
-from vtrain.data.caching.hashes import moved_aside
 from vtrain.data.decoding.worker import Workers, available_cpus
-from vtrain.data.samples import Found, Samples
 from vtrain.data.scanning.fates import decide
+from vtrain.data.scanning.hashes import moved_aside
 from vtrain.data.scanning.ledger import Ledger
+from vtrain.data.scanning.pictures import picture_faults
+from vtrain.data.scanning.samples import Found, Samples
 from vtrain.data.scanning.sources import refresh
-from vtrain.data.scanning.surveys import count_texts, problems, survey
-from vtrain.plan.records import DatasetPlan, DatasetSurvey, Plan, Survey
+from vtrain.data.scanning.surveys import DatasetSurvey, Survey, count_texts, problems, survey
+from vtrain.plan.records import DatasetPlan, Plan
 
 _LIMIT_S = 120.0
 """Seconds for a file where its dataset says nothing else."""
@@ -38,7 +39,7 @@ def scan(plan: Plan, on_file: Callable[[int], None] | None = None) -> Scan:
 
     on_file: told the number of files done. Raises DataError with all problems of all datasets.
     """
-    wrong: list[Problem] = []
+    wrong = list(picture_faults(plan.config))
     found: list[tuple[Found, DatasetSurvey]] = []
     with Ledger(plan.config.cache.dir) as ledger:
         for place in decided(ledger, plan, wrong, on_file):

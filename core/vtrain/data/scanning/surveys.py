@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -12,7 +13,93 @@ from vtrain.data.scanning.captions import BESIDE, stem
 from vtrain.data.scanning.fates import TOLD
 from vtrain.data.scanning.ledger import Ledger, marks
 from vtrain.data.scanning.sources import origin_of
-from vtrain.plan.records import DatasetPlan, DatasetSurvey, MasksPlan
+from vtrain.plan.records import DatasetPlan, MasksPlan
+
+
+@dataclass(frozen=True)
+class DatasetSurvey:
+    """What a scan found in one dataset.
+
+    files: looked at, captions not counted. samples: clip shape -> number of training samples, repeats not counted.
+    left_out: reason -> (number of files, an example's id), dropped and failed alike. clips: clip shape -> number of files
+    that the samples are of; windows: -> number of windows, each encoded once; where either is empty, each sample has one.
+    stretch: clip shape -> the most that a picture becomes wider or higher by being squeezed into it, at least 1; empty: none
+    does. notes: what else is worth knowing, such as caption rows without a clip. share: the part of it that an epoch takes.
+    """
+
+    id: str
+    files: int
+    samples: Mapping[ClipShape, int]
+    left_out: Mapping[str, tuple[int, str]]
+    repeats: int
+    clips: Mapping[ClipShape, int] = field(default_factory=dict)
+    windows: Mapping[ClipShape, int] = field(default_factory=dict)
+    stretch: Mapping[ClipShape, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    share: Fraction = Fraction(1)
+
+    def clips_of(self, shape: ClipShape) -> int:
+        """Files that give samples of a shape."""
+        return self.clips.get(shape, 0) if self.clips else self.samples.get(shape, 0)
+
+    def windows_of(self, shape: ClipShape) -> int:
+        """Windows of a shape: what is encoded and cached."""
+        return self.windows.get(shape, 0) if self.windows else self.samples.get(shape, 0)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """What all datasets have of one shape.
+
+    clips, windows: files, and windows to encode. samples: in an epoch, repeats counted. stretch: the most that a picture
+    becomes wider or higher in it, at least 1.
+    """
+
+    shape: ClipShape
+    clips: int
+    windows: int
+    samples: int
+    stretch: float
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a scan found in all datasets. texts: different captions to encode, of samples only."""
+
+    datasets: tuple[DatasetSurvey, ...]
+    texts: int
+
+    def table(self) -> tuple[Bucket, ...]:
+        """Every bucket, in order of shape."""
+        return tuple(
+            Bucket(
+                shape,
+                clips=sum(found.clips_of(shape) for found in self.datasets),
+                windows=sum(found.windows_of(shape) for found in self.datasets),
+                samples=round(samples),
+                stretch=max(found.stretch.get(shape, 1.0) for found in self.datasets),
+            )
+            for shape, samples in sorted(self.buckets().items())
+        )
+
+    def buckets(self) -> dict[ClipShape, float]:
+        """Samples of one epoch by clip shape, repeats and weights counted: whole unless a weight thins a dataset out."""
+        total: dict[ClipShape, Fraction] = {}
+        for dataset in self.datasets:
+            for shape, count in dataset.samples.items():
+                total[shape] = total.get(shape, Fraction(0)) + count * (1 + dataset.repeats) * dataset.share
+        return {shape: _plain(count) for shape, count in total.items()}
+
+    @property
+    def epoch(self) -> float:
+        """Samples in one epoch, repeats and weights counted, on average."""
+        return sum(self.buckets().values())
+
+
+def _plain(number: Fraction) -> float:
+    """As whole as it is."""
+    return number.numerator if number.denominator == 1 else float(number)
+
 
 DISTINCT = 5
 """Different reasons of one kind that a survey lists apart; more are counted together, with one as the example."""

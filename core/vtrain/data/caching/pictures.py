@@ -10,12 +10,13 @@ from torch import Tensor
 from vtrain.contract import DataError, Problem
 from vtrain.data.caching.caches import Caches
 from vtrain.data.caching.encoders import opened
+from vtrain.data.caching.keys import video_key
 from vtrain.data.caching.stores import Stores
 from vtrain.data.decoding.decode import decode
 from vtrain.data.decoding.video import FileFault, faults
-from vtrain.data.sample import Sample
+from vtrain.data.sample import TRANSFORM_VERSION, Sample
+from vtrain.data.scanning.pictures import REMEDY, of_file, pictures
 from vtrain.plan.records import Plan
-from vtrain.validate.picture_files import REMEDY, key_of, keys, of_file, pictures
 
 
 def fill_pictures(plan: Plan, device: str) -> None:
@@ -43,6 +44,17 @@ def first_frames(plan: Plan, caches: Caches) -> Mapping[str, Tensor]:
         return {name: caches.video_entries([key]).mean for name, key in keys(Stores(plan)).items()}
     except FileFault as fault:
         raise _error(plan, fault) from fault
+
+
+def keys(stores: Stores) -> dict[str, str]:
+    """nickname -> key of its entry among the encoded videos. Raises FileFault."""
+    return {name: key_of(stores, sample) for name, sample in pictures(stores.plan).items()}
+
+
+def key_of(stores: Stores, sample: Sample) -> str:
+    """As that of a clip of one frame whose dataset is decoded by PyAV."""
+    std = stores.plan.config.cache.latents == "sample"
+    return video_key(sample.content, sample, 0.0, TRANSFORM_VERSION, stores.videos.fingerprint, std=std)
 
 
 def _pixels(sample: Sample) -> Tensor:

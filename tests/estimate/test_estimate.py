@@ -10,10 +10,11 @@ from fractions import Fraction
 import pytest
 
 from vtrain.contract import ClipShape, ConfigError
-from vtrain.plan import price as pricing
-from vtrain.plan.price import bytes_text, check_room, price
-from vtrain.plan.records import DatasetSurvey, Plan, Survey
-from vtrain.plan.render import as_json, sections
+from vtrain.data.scanning.surveys import DatasetSurvey, Survey
+from vtrain.estimate import estimate as estimating
+from vtrain.estimate.estimate import bytes_text, check_room, make_estimate
+from vtrain.estimate.render import as_json, sections
+from vtrain.plan.records import Plan
 
 PlanOf = Callable[..., Plan]
 SQUARE, WIDE = ClipShape(9, 64, 64), ClipShape(9, 64, 96)
@@ -27,15 +28,15 @@ def survey(square: int = 10, wide: int = 6, repeats: int = 0) -> Survey:
 
 
 def test_steps_and_epochs_follow_from_each_other(plan_of: PlanOf) -> None:
-    made = price(plan_of(processes=2, train="steps = 10\nbatch_size = 2\naccumulate = 2"), survey())
+    made = make_estimate(plan_of(processes=2, train="steps = 10\nbatch_size = 2\naccumulate = 2"), survey())
     assert (made.samples_per_step, made.steps_per_epoch, made.steps, made.epochs) == (8, 2.0, 10, 5.0)
-    by_epochs = price(plan_of(train="epochs = 1.5"), survey(repeats=1))
+    by_epochs = make_estimate(plan_of(train="epochs = 1.5"), survey(repeats=1))
     assert (by_epochs.steps_per_epoch, by_epochs.steps) == (32, 48)
 
 
 def test_the_cache_holds_each_clip_once_whatever_the_repeats(plan_of: PlanOf) -> None:
     plan = plan_of()
-    once, thrice = price(plan, survey()), price(plan, survey(repeats=2))
+    once, thrice = make_estimate(plan, survey()), make_estimate(plan, survey(repeats=2))
     assert once.video_bytes == thrice.video_bytes
     per_clip = {shape: 4 * _product(plan.family.latent_shape(shape)) for shape in (SQUARE, WIDE)}
     assert once.video_bytes == 10 * per_clip[SQUARE] + 6 * per_clip[WIDE]
@@ -51,24 +52,24 @@ def _product(numbers: tuple[int, ...]) -> int:
 def test_more_samples_a_step_than_there_are_is_refused_with_the_repeats_that_would_do(plan_of: PlanOf) -> None:
     plan = plan_of(processes=2, train="steps = 10\nbatch_size = 5\naccumulate = 4")
     with pytest.raises(ConfigError) as caught:
-        price(plan, survey())
+        make_estimate(plan, survey())
     assert "batch_size 5 x accumulate 4 x 2 process(es) = 40 samples, and one epoch has 16" in str(caught.value)
     assert "Set data.repeats to at least 2" in str(caught.value)
-    assert price(plan, survey(repeats=2)).samples_per_step == 40
+    assert make_estimate(plan, survey(repeats=2)).samples_per_step == 40
 
 
 def test_a_bucket_smaller_than_a_batch_is_named(plan_of: PlanOf) -> None:
     with pytest.raises(ConfigError, match=r"bucket 96x64@9 has 1 sample\(s\) in an epoch, fewer than batch_size = 4"):
-        price(plan_of(train="steps = 10\nbatch_size = 4"), survey(square=10, wide=1))
+        make_estimate(plan_of(train="steps = 10\nbatch_size = 4"), survey(square=10, wide=1))
 
 
 def test_too_little_disk_is_refused_and_what_is_there_already_counts(
     plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage("/")
-    monkeypatch.setattr(pricing.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(estimating.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     plan = plan_of()
-    made = price(plan, survey())
+    made = make_estimate(plan, survey())
     with pytest.raises(ConfigError, match=r"the cache and 2 checkpoints need .* more and the disk of"):
         check_room(plan, made)
     for folder, size in (
@@ -93,17 +94,17 @@ def test_too_little_disk_is_refused_and_what_is_there_already_counts(
     ],
 )
 def test_what_is_probably_not_meant_is_pointed_out(plan_of: PlanOf, tables: dict[str, str], words: str) -> None:
-    assert any(words in warning for warning in price(plan_of(**tables), survey()).warnings)
+    assert any(words in warning for warning in make_estimate(plan_of(**tables), survey()).warnings)
 
 
 def test_nothing_is_pointed_out_without_cause(plan_of: PlanOf) -> None:
     plan = plan_of(train="steps = 10\ngradient_clip = { max = 1.0 }", lr_schedule='warmup = "9 steps"')
-    assert price(plan, survey()).warnings == ()
+    assert make_estimate(plan, survey()).warnings == ()
 
 
 def test_the_rendered_plan_says_what_was_counted(plan_of: PlanOf) -> None:
     plan = plan_of(train="steps = 8", validation='every = "4 steps"\nprompts = { a = "b" }')
-    made = price(plan, survey())
+    made = make_estimate(plan, survey())
     rows = {f"{section.title}/{row[0]}": row[1] for section in sections(plan, survey(), made) for row in section.rows}
     assert rows["run/steps"] == "8 optimizer steps, 0.5 epochs"
     assert rows["data: clips/files"] == "19 looked at, 16 used"
@@ -115,7 +116,7 @@ def test_the_rendered_plan_says_what_was_counted(plan_of: PlanOf) -> None:
 
 def test_one_of_something_is_said_without_an_s(plan_of: PlanOf) -> None:
     plan = plan_of(train="steps = 1\nbatch_size = 1\naccumulate = 1")
-    made = price(plan, survey())
+    made = make_estimate(plan, survey())
     rows = {f"{section.title}/{row[0]}": row[1] for section in sections(plan, survey(), made) for row in section.rows}
     assert rows["run/steps"].startswith("1 optimizer step, ")
     assert rows["run/a step"] == "1 sample = batch 1 x accumulate 1 x 1 process"
@@ -139,10 +140,12 @@ def test_weights_thin_an_epoch_out_and_are_counted_as_the_file_says_them(plan_of
     both = Survey((first, second), texts=30)
     assert both.buckets() == {SQUARE: 12, WIDE: 6}
     assert both.epoch == 18
-    assert price(plan, both).steps_per_epoch == 18
+    assert make_estimate(plan, both).steps_per_epoch == 18
     uneven = Survey((first, replace(second, samples={SQUARE: 12})), texts=30)
     assert uneven.epoch == pytest.approx(15 + 2.4)
-    (rows,) = [section.rows for section in sections(plan, both, price(plan, both)) if section.title == "data: others"]
+    (rows,) = [
+        section.rows for section in sections(plan, both, make_estimate(plan, both)) if section.title == "data: others"
+    ]
     assert ("files", "10 looked at, 15 used, 2 passes an epoch, of which an epoch takes 0.1 (data.weight)") in rows
 
 

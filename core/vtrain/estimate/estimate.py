@@ -1,4 +1,4 @@
-"""Plan and survey to prices: how many steps, how much is cached and saved, and whether there is room for it."""
+"""Plan and survey to estimate: how many steps, how much is cached and saved, and whether there is room for it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from pathlib import Path
 
 from vtrain.config.record import Config
 from vtrain.contract import ClipShape, ConfigError, OptimizerSpec, Problem
-from vtrain.plan.records import Plan, Survey
-from vtrain.plan.residents import feature_bytes, mask_bytes
+from vtrain.data.scanning.surveys import Survey
+from vtrain.estimate.memory import feature_bytes, mask_bytes
+from vtrain.plan.records import Plan
 
 FLOAT32 = 4
 STORED_BYTES = {"fp32": 4, "bf16": 2}
 
 
 @dataclass(frozen=True)
-class Prices:
+class Estimate:
     """What a run amounts to. Sizes in bytes; upper bounds for text, whose entries hold only real tokens, and for masks.
 
     checkpoint_bytes: one checkpoint; None under LoRA, whose size depends on modules not loaded yet.
@@ -43,7 +44,7 @@ class Prices:
         return self.steps / self.steps_per_epoch
 
 
-def price(plan: Plan, survey: Survey) -> Prices:
+def make_estimate(plan: Plan, survey: Survey) -> Estimate:
     """Count the run. Raises ConfigError if it cannot be done with this data."""
     config = plan.config
     per_step = config.train.batch_size * config.train.accumulate * plan.processes
@@ -54,7 +55,7 @@ def price(plan: Plan, survey: Survey) -> Prices:
     steps = config.train.steps or max(1, math.ceil(per_epoch * (config.train.epochs or 0) - 1e-9))
     every = config.checkpoint.every.in_steps(per_epoch)
     validate_every = config.validation.every.in_steps(per_epoch) if config.validation else None
-    return Prices(
+    return Estimate(
         steps=steps,
         steps_per_epoch=per_epoch,
         samples_per_step=per_step,
@@ -133,26 +134,26 @@ def _pointed_out(config: Config, steps: int, per_epoch: float) -> tuple[str, ...
     return tuple(found)
 
 
-def check_room(plan: Plan, prices: Prices) -> None:
+def check_room(plan: Plan, estimate: Estimate) -> None:
     """Raises ConfigError if a disk lacks room for what is not there yet: caches, and checkpoints as they are kept.
 
     While the newest checkpoint is written, one more than are kept exists. Text entries are small and not counted. What the
     folders hold already is looked up only where room seems to lack.
     """
     config = plan.config
-    kept = prices.checkpoints or 1 if config.checkpoint.keep == "all" else config.checkpoint.keep
-    at_once = min(kept, prices.checkpoints or kept) + 1
-    cached = [("video", prices.video_bytes, "the cache"), ("mask", prices.mask_bytes, "masks")]
-    if prices.feature_bytes:
-        parts = [f"{bytes_text(size)} of {name}" for name, size in prices.feature_bytes.items()]
-        cached.append(("features", sum(prices.feature_bytes.values()), f"cached features ({', '.join(parts)})"))
+    kept = estimate.checkpoints or 1 if config.checkpoint.keep == "all" else config.checkpoint.keep
+    at_once = min(kept, estimate.checkpoints or kept) + 1
+    cached = [("video", estimate.video_bytes, "the cache"), ("mask", estimate.mask_bytes, "masks")]
+    if estimate.feature_bytes:
+        parts = [f"{bytes_text(size)} of {name}" for name, size in estimate.feature_bytes.items()]
+        cached.append(("features", sum(estimate.feature_bytes.values()), f"cached features ({', '.join(parts)})"))
     wanted = (
         *(_Wanted(("cache", "dir"), config.cache.dir, below, size, what) for below, size, what in cached),
         _Wanted(
             ("run", "output_dir"),
             config.run.output_dir,
             "checkpoints",
-            at_once * (prices.checkpoint_bytes or 0),
+            at_once * (estimate.checkpoint_bytes or 0),
             f"{at_once} checkpoints",
         ),
     )

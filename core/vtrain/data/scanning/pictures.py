@@ -5,20 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vtrain.config.record import Config
 from vtrain.contract import ClipShape, Problem, Size
-from vtrain.data.caching.hashes import FILE, FileHashes
-from vtrain.data.caching.keys import TRANSFORM_VERSION, video_key
 from vtrain.data.decoding.probe import Probe, probe
 from vtrain.data.decoding.video import FileFault, faults
 from vtrain.data.sample import Sample
 from vtrain.data.scanning.boxes import box
+from vtrain.data.scanning.hashes import FILE, FileHashes
 from vtrain.plan.records import Plan
-
-if TYPE_CHECKING:
-    from vtrain.data.caching.stores import Stores
 
 CROP = "center"
 REMEDY = "Give an image or a video that can be played."
@@ -33,7 +28,7 @@ def of_file(file: Path) -> Iterator[None]:
         raise FileFault(f"{file}: {fault.reason}", lasting=fault.lasting) from fault
 
 
-def problems(config: Config) -> Iterator[Problem]:
+def picture_faults(config: Config) -> Iterator[Problem]:
     """Files that are there and show no picture."""
     for nickname, file in (config.validation.images if config.validation else {}).items():
         try:
@@ -56,17 +51,6 @@ def pictures(plan: Plan) -> dict[str, Sample]:
     hash_file = FileHashes(plan.config.cache.dir / FILE)
     shape = ClipShape(1, made.shape.height, made.shape.width)
     return {nickname: _sample(file, shape, hash_file) for nickname, file in made.images.items()}
-
-
-def keys(stores: Stores) -> dict[str, str]:
-    """nickname -> key of its entry among the encoded videos. Raises FileFault."""
-    return {name: key_of(stores, sample) for name, sample in pictures(stores.plan).items()}
-
-
-def key_of(stores: Stores, sample: Sample) -> str:
-    """As that of a clip of one frame whose dataset is decoded by PyAV."""
-    std = stores.plan.config.cache.latents == "sample"
-    return video_key(sample.content, sample, 0.0, TRANSFORM_VERSION, stores.videos.fingerprint, std=std)
 
 
 def _sample(file: Path, shape: ClipShape, hash_file: FileHashes) -> Sample:

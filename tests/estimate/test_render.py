@@ -14,10 +14,10 @@ from rich.console import Console
 from vtrain.cli.plan import show
 from vtrain.cli.report import bold
 from vtrain.contract import ClipShape
-from vtrain.plan.data_words import buckets_json, buckets_section, dataset_rows
-from vtrain.plan.price import price
-from vtrain.plan.records import DatasetSurvey, Plan, Survey
-from vtrain.plan.render import as_json
+from vtrain.data.scanning.surveys import DatasetSurvey, Survey
+from vtrain.estimate.estimate import make_estimate
+from vtrain.estimate.render import as_json, buckets_json, buckets_section, dataset_rows
+from vtrain.plan.records import Plan
 
 PlanOf = Callable[..., Plan]
 SQUARE, WIDE = ClipShape(9, 64, 64), ClipShape(5, 64, 96)
@@ -62,7 +62,7 @@ def test_buckets_of_several_datasets_are_counted_together(plan_of: PlanOf) -> No
 def test_every_window_is_cached_and_no_repeat(plan_of: PlanOf) -> None:
     plan = plan_of()
     sizes = {shape: 4 * prod(plan.family.latent_shape(shape)) for shape in (SQUARE, WIDE)}
-    assert price(plan, survey()).video_bytes == 12 * sizes[SQUARE] + 5 * sizes[WIDE]
+    assert make_estimate(plan, survey()).video_bytes == 12 * sizes[SQUARE] + 5 * sizes[WIDE]
 
 
 def prod(numbers: tuple[int, ...]) -> int:
@@ -80,7 +80,7 @@ def test_programs_get_the_same_numbers(plan_of: PlanOf) -> None:
         "latent_shape": list(plan.family.latent_shape(WIDE)), "share": 0.625, "stretch": 1.0625,
     }  # fmt: skip
     assert square["share"] == 0.375
-    whole = json.loads(json.dumps(as_json(plan, found, price(plan, found))))
+    whole = json.loads(json.dumps(as_json(plan, found, make_estimate(plan, found))))
     assert whole["buckets"] == [wide, square]
     assert (whole["datasets"][0]["clips"], whole["datasets"][0]["windows"]) == (5, 17)
     assert whole["datasets"][0]["notes"] == ["a note"]
@@ -151,7 +151,7 @@ def test_where_bad_files_go_is_told_before_they_go(plan_of: PlanOf, tmp_path: Pa
 
 def test_on_a_terminal_the_columns_of_the_table_stand_under_each_other(plan_of: PlanOf) -> None:
     plan, found, out = plan_of(), survey(left_out={"odd\nname\x1b[2J": (1, "a\nb.mp4")}), io.StringIO()
-    show(Console(file=out, soft_wrap=True, width=200), plan, found, price(plan, found))
+    show(Console(file=out, soft_wrap=True, width=200), plan, found, make_estimate(plan, found))
     lines = out.getvalue().splitlines()
     table = lines[lines.index("buckets") + 1 :][:3]
     assert len({len(line) for line in table}) == 1

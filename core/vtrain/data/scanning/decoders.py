@@ -1,4 +1,4 @@
-"""Whether torchcodec loads on this machine, and which it is."""
+"""What decodes each dataset's clips: whether torchcodec loads on this machine, and which it is."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from vtrain.contract import ConfigError, Problem
+from vtrain.plan.records import Plan
 
 TESTED = "0.13"
 """The version of torchcodec whose pixels were compared with ffmpeg's."""
@@ -25,6 +28,25 @@ _MISSING = re.compile(r"(lib[\w.+-]+): cannot open shared object file")
 _FFMPEG = re.compile(r"libav(util|codec|format|filter|device)\.so|libsw(scale|resample)\.so")
 _PYAV = 'set data.decoder = "pyav"'
 _INSTALL = "Install version 0.13: pip install 'vtrain[torchcodec]'"
+
+
+def with_decoders(plan: Plan) -> Plan:
+    """The plan, its datasets with name and version of what decodes them. Raises ConfigError where torchcodec cannot be used.
+
+    A process is started only if a dataset asks for torchcodec.
+    """
+    asking = [dataset for dataset in plan.datasets if dataset.table.decoder == "torchcodec"]
+    if not asking:
+        return plan
+    found = torchcodec()
+    if isinstance(found, Unusable):
+        numbers = [
+            n for n, part in enumerate(plan.config.data) if part.table.enabled and part.table.decoder == "torchcodec"
+        ]
+        raise ConfigError(
+            Problem(plan.config.where("data", number, "decoder"), found.what, found.remedy) for number in numbers
+        )
+    return replace(plan, datasets=tuple(replace(d, decoder=found) if d in asking else d for d in plan.datasets))
 
 
 @dataclass(frozen=True)

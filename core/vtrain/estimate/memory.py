@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from vtrain.contract import ClipShape, FeatureShape, Regularizer, Section, SupportsFeatures
-from vtrain.plan.records import Plan, Survey
+from vtrain.data.scanning.surveys import Survey
+from vtrain.plan.records import Plan
 from vtrain.plan.tokens import token_grid
 
 BYTES = {"fp32": 4, "bf16": 2}

@@ -1,0 +1,304 @@
+"""What a plan and its estimate say: sections for people, and the same as JSON. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from vtrain.contract import ClipShape, Section, SupportsFrameLevels
+from vtrain.data.scanning.surveys import Bucket, DatasetSurvey, Survey
+from vtrain.estimate.estimate import Estimate, bytes_text
+from vtrain.estimate.memory import feature_words
+from vtrain.estimate.memory import section as memory_section
+from vtrain.plan.image_to_video import frames_text, two_latent_frames
+from vtrain.plan.records import DatasetPlan, MasksPlan, Plan
+
+
+def sections(plan: Plan, survey: Survey, estimate: Estimate) -> tuple[Section, ...]:
+    """Everything the run would do."""
+    parts = (
+        Section("model", tuple(plan.family.describe()) + _training(plan)),
+        Section("schedule", tuple(plan.sampler.describe())),
+        *(
+            Section(
+                f"data: {found.id}",
+                (*dataset_rows(dataset, found, alone=len(survey.datasets) == 1), *price_rows(plan, dataset, found)),
+            )
+            for dataset, found in zip(plan.datasets, survey.datasets, strict=True)
+        ),
+        buckets_section(plan, survey),
+        Section("run", _run(plan, estimate)),
+        *(Section(f"regularizer: {name}", tuple(part.describe())) for name, part in plan.regularizers),
+        Section("validation", (*_validation(plan, estimate), *picture_rows(plan))),
+        memory_section(plan),
+        Section("on disk", _disk(plan, survey, estimate)),
+        Section(
+            "parts",
+            tuple((f"{p.spec.kind} {p.spec.name}", f"{p.distribution} {p.version}") for p in plan.config.parts()),
+        ),
+        Section("look at", tuple(("warning", text) for text in estimate.warnings)),
+    )
+    return tuple(section for section in parts if section.rows)
+
+
+def _training(plan: Plan) -> tuple[tuple[str, str], ...]:
+    table, precision = plan.config.model.table, plan.config.precision
+    what = "all weights"
+    if table.lora is not None:
+        what = f"LoRA, rank {table.lora.rank}, alpha {table.lora.alpha or table.lora.rank:g}"
+    checkpointing = (
+        "with gradient checkpointing" if precision.gradient_checkpointing else "without gradient checkpointing"
+    )
+    mixed = "bf16 autocast" if precision.mixed == "bf16" else "no autocast"
+    return (("trained", what), ("precision", f"weights {plan.base}, {mixed}, {checkpointing}"))
+
+
+def _run(plan: Plan, estimate: Estimate) -> tuple[tuple[str, str], ...]:
+    train, config = plan.config.train, plan.config
+    warmup = f", warm-up {config.lr_schedule.warmup}" if config.lr_schedule.warmup else ""
+    clip = f"{train.gradient_clip.method} at most {train.gradient_clip.max:g}" if train.gradient_clip else "none"
+    return (
+        (
+            "steps",
+            f"{counted(estimate.steps, 'optimizer step')}, {estimate.epochs:.4g} epoch{'s' if estimate.epochs != 1 else ''}",
+        ),
+        (
+            "a step",
+            f"{counted(estimate.samples_per_step, 'sample')} = batch {train.batch_size} x accumulate {train.accumulate} x "
+            f"{plan.processes} process{'es' if plan.processes > 1 else ''}",
+        ),
+        ("learning rate", f"{config.lr_schedule.use}{warmup}"),
+        ("caption dropout", f"{train.caption_dropout:g}"),
+        ("clipping", clip),
+        ("seed", str(config.run.seed)),
+        *((("deterministic", "yes: on a GPU, the same bits each time"),) if config.run.deterministic else ()),
+    )
+
+
+def _validation(plan: Plan, estimate: Estimate) -> tuple[tuple[str, str], ...]:
+    table, made = plan.config.validation, plan.validation
+    if table is None or made is None:
+        return (("videos", "none: no [validation]"),)
+    times = f"{estimate.validations} times" if estimate.validations is not None else "timed"
+    return (
+        ("videos", f"{len(made.prompts)} every {table.every} ({times}) and at the end"),
+        ("each", f"{made.shape} at {made.fps:g} fps, {made.steps} solver steps, guidance {made.guidance:g}"),
+    )
+
+
+def _disk(plan: Plan, survey: Survey, estimate: Estimate) -> tuple[tuple[str, str], ...]:
+    config = plan.config
+    checkpoints = f"every {config.checkpoint.every} and the last"
+    keep = config.checkpoint.keep
+    kept = ", all kept" if keep == "all" else f", newest {keep} kept"
+    each = f", {bytes_text(estimate.checkpoint_bytes)} each" if estimate.checkpoint_bytes is not None else ""
+    windows = sum(bucket.windows for bucket in survey.table())
+    return (
+        ("output", str(config.run.output_dir)),
+        ("checkpoints", checkpoints + kept + each),
+        ("cache", str(config.cache.dir)),
+        ("cached video", f"{counted(windows, 'clip')}, {bytes_text(estimate.video_bytes)}"),
+        *(
+            (
+                f"cached features ({name})",
+                f"{counted(windows, 'clip')}, {bytes_text(estimate.feature_bytes[name])}: {words}",
+            )
+            for name, words in feature_words(plan, survey)
+        ),
+        *((("cached masks", f"at most {bytes_text(estimate.mask_bytes)}"),) if estimate.mask_bytes else ()),
+        ("cached text", f"{counted(survey.texts, 'caption')}, at most {bytes_text(estimate.text_bytes)}"),
+    )
+
+
+def as_json(plan: Plan, survey: Survey, estimate: Estimate) -> dict[str, object]:
+    """The same for programs."""
+    return {
+        "steps": estimate.steps,
+        "steps_per_epoch": estimate.steps_per_epoch,
+        "samples_per_step": estimate.samples_per_step,
+        "cache_bytes": {
+            "text": estimate.text_bytes,
+            "video": estimate.video_bytes,
+            "features": dict(estimate.feature_bytes),
+            "mask": estimate.mask_bytes,
+        },
+        "checkpoint_bytes": estimate.checkpoint_bytes,
+        "datasets": [
+            {
+                "id": found.id,
+                "files": found.files,
+                "buckets": {str(shape): count for shape, count in found.samples.items()},
+                "clips": sum(map(found.clips_of, found.samples)),
+                "windows": sum(map(found.windows_of, found.samples)),
+                "notes": list(found.notes),
+                "left_out": {reason: {"files": n, "example": e} for reason, (n, e) in found.left_out.items()},
+                "repeats": found.repeats,
+            }
+            for found in survey.datasets
+        ],
+        "buckets": buckets_json(plan, survey),
+        "parts": [
+            {"kind": p.spec.kind, "name": p.spec.name, "distribution": p.distribution, "version": p.version}
+            for p in plan.config.parts()
+        ],
+        "sections": {
+            section.title: [list(row) for row in section.rows] for section in sections(plan, survey, estimate)
+        },
+        "warnings": list(estimate.warnings),
+    }
+
+
+HEADS = ("bucket", "clips", "windows", "batches an epoch", "latents", "share")
+
+
+def dataset_rows(dataset: DatasetPlan, found: DatasetSurvey, *, alone: bool) -> Iterable[tuple[str, str]]:
+    """(label, text) of one dataset. alone: its buckets are those of the run, which have a table."""
+    yield "frames", _frames(dataset)
+    yield "picture", _picture(dataset)
+    yield "captions", _captions(dataset)
+    if dataset.masks is not None:
+        yield "masks", _masks(dataset.masks)
+    if dataset.decoder:
+        yield "decoder", f"{dataset.decoder}; PyAV for files that it would show wrongly"
+    samples, clips = sum(found.samples.values()), sum(map(found.clips_of, found.samples))
+    passes = f", {1 + found.repeats} passes an epoch" if found.repeats else ""
+    if found.share != 1:
+        passes += f", of which an epoch takes {float(found.share):.3g} (data.weight)"
+    several = f" as {counted(samples, 'sample')}" if samples != clips else ""
+    yield "files", f"{found.files} looked at, {clips} used{several}{passes}"
+    if not alone:
+        for shape, count in sorted(found.samples.items()):
+            yield f"bucket {shape}", counted(count, "sample")
+    for reason, (count, example) in sorted(found.left_out.items(), key=lambda item: (-item[1][0], item[0])):
+        yield f"left out: {count}", f"{reason}  (such as {example})"
+    if found.left_out:
+        yield "all of them", "`vtrain data list CONFIG --dropped --failed`"
+    if dataset.table.on_bad_file == "move":
+        yield "bad files", f"moved to {dataset.table.quarantine} when caches are filled"
+    for note in found.notes:
+        yield "note", note
+
+
+def _frames(dataset: DatasetPlan) -> str:
+    video = dataset.table.video
+    count = f"{dataset.frames}" if dataset.min_frames == dataset.frames else f"{dataset.min_frames} to {dataset.frames}"
+    rate = "the clip's own rate" if dataset.fps is None else f"{dataset.fps:g} fps"
+    every = f", one of {video.frame_step} taken" if video.frame_step > 1 else ""
+    where = {
+        "start": "from the start",
+        "center": "from the centre",
+        "all": "every stretch of a clip",
+        "random": f"one of {counted(video.windows, 'window')}, drawn at each use",
+    }[video.window]
+    longest = f", clips cut after {dataset.max_frames}" if dataset.max_frames is not None else ""
+    return f"{count} at {rate}{every}, {where}{longest}"
+
+
+def _picture(dataset: DatasetPlan) -> str:
+    table = dataset.table
+    crop = {
+        "center": "cut to the nearest aspect at the centre",
+        "random": "cut to the nearest aspect at a place drawn for each sample",
+        "none": "squeezed to the nearest aspect",
+    }
+    limits = [f"at least {table.min_size}"] if table.min_size is not None else []
+    if table.max_size is not None:
+        limits.append(f"above {table.max_size} reduced to {table.downsample_to}")
+    unit = f" ({table.resolution_type})" if limits else ""
+    size = str(dataset.sizes[0]) if len(dataset.sizes) == 1 else f"{len(dataset.sizes)} sizes"
+    return ", ".join((size, crop[table.crop], *limits)) + unit
+
+
+def _captions(dataset: DatasetPlan) -> str:
+    table = dataset.table
+    words = {
+        "textfile": "a .txt beside each clip, a caption a line",
+        "json": "a .json beside each clip",
+        "filename": "the file's name",
+        "instance_prompt": f'"{table.caption}" for all',
+        "csv": str(table.captions_file),
+        "parquet": str(table.captions_file),
+        "backend": "the data backend's own",
+    }[dataset.captions]
+    prefix = f', after "{table.caption_prefix}"' if table.caption_prefix else ""
+    missing = ", empty where there is none" if table.missing_caption == "empty" else ""
+    return words + prefix + missing
+
+
+def _masks(masks: MasksPlan) -> str:
+    where = f"{'black' if masks.invert else 'white'} trains"
+    missing = {"whole": "a clip without one trains whole", "drop": "a clip without one is dropped"}[masks.missing]
+    return f"{masks.folder}/, under the clips' names: {where}, the loss of each clip divided by its area; {missing}"
+
+
+def buckets_section(plan: Plan, survey: Survey) -> Section:
+    """The table of buckets; a column for the change of aspect where pictures are squeezed."""
+    table, epoch, batch = survey.table(), survey.epoch, plan.config.train.batch_size
+    stretched = any(bucket.stretch > 1 for bucket in table)
+    rows = [
+        (
+            str(bucket.shape),
+            str(bucket.clips),
+            str(bucket.windows),
+            f"{bucket.samples / batch:.4g}",
+            "x".join(map(str, plan.family.latent_shape(bucket.shape))),
+            f"{100 * bucket.samples / epoch:.1f}%",
+            *([f"{100 * (bucket.stretch - 1):.1f}%"] if stretched else []),
+        )
+        for bucket in table
+    ]
+    heads = (*HEADS, *(["aspect changed by at most"] if stretched else []))
+    return Section("buckets", (heads, *rows) if rows else (), table=True)
+
+
+def buckets_json(plan: Plan, survey: Survey) -> list[dict[str, object]]:
+    """The same for programs. share: of an epoch's samples; batches_per_epoch: micro-batches, not whole in general."""
+    return [_bucket_json(plan, survey, bucket) for bucket in survey.table()]
+
+
+def _bucket_json(plan: Plan, survey: Survey, bucket: Bucket) -> dict[str, object]:
+    return {
+        "bucket": str(bucket.shape),
+        "clips": bucket.clips,
+        "windows": bucket.windows,
+        "samples_per_epoch": bucket.samples,
+        "batches_per_epoch": bucket.samples / plan.config.train.batch_size,
+        "latent_shape": list(plan.family.latent_shape(bucket.shape)),
+        "share": bucket.samples / survey.epoch,
+        "stretch": bucket.stretch,
+    }
+
+
+def counted(count: int, noun: str) -> str:
+    """ "1 sample", "2 samples"."""
+    return f"{count} {noun}{'s' if count != 1 else ''}"
+
+
+def price_rows(plan: Plan, dataset: DatasetPlan, found: DatasetSurvey) -> Iterable[tuple[str, str]]:
+    """A row for a dataset that is trained as image-to-video: its share, and the memory of the dearest batch."""
+    family = plan.family
+    if not dataset.image_to_video or not isinstance(family, SupportsFrameLevels):
+        return ()
+    long = [shape.frames >= two_latent_frames(family) for shape in found.samples]
+    if not any(long):
+        return (("image to video", f"no draw: no clip here has {two_latent_frames(family)} frames, two latent frames"),)
+    precision, batch = plan.config.precision, plan.config.train.batch_size
+    compute = "bf16" if precision.mixed == "bf16" else plan.base
+    most = max(
+        family.frame_level_bytes(
+            family.latent_shape(ClipShape(dataset.frames, size.height, size.width)),
+            weights=plan.base,
+            compute=compute,
+            checkpointing=precision.gradient_checkpointing,
+        )
+        for size in dataset.sizes
+    )
+    whose = "draws" if all(long) else f"draws of clips of {frames_text(two_latent_frames(family))} or more"
+    share = f"{100 * dataset.image_to_video:.4g}% of {whose} start from a clean first frame"
+    costs = f"; a batch with one takes up to {bytes_text(batch * most)} more, for a level at each token" if most else ""
+    return (("image to video", share + costs),)
+
+
+def picture_rows(plan: Plan) -> Iterable[tuple[str, str]]:
+    """A row for the prompts that start from a picture."""
+    made = plan.validation
+    return (("image to video", f"from a picture: {', '.join(made.images)}"),) if made and made.images else ()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -254,7 +253,7 @@ def compare(old: Path, new: Path) -> int:
         return 2
     count = 0
     for name in names[0]:
-        one, other = (json.loads(current((folder / name).read_text(encoding="utf-8"))) for folder in (old, new))
+        one, other = (current(json.loads((folder / name).read_text(encoding="utf-8"))) for folder in (old, new))
         found = list(differences(one, other))
         print(f"{name}: {len(found)} differences" if found else f"{name}: the same")
         for line in found[:20]:
@@ -263,14 +262,26 @@ def compare(old: Path, new: Path) -> int:
     return int(count > 0)
 
 
-def current(text: str) -> str:
-    """Old spellings of keys as they are now."""
-    for old, new in RENAMED.items():
-        text = re.sub(rf'"{old}', f'"{new}', text)
-    return text
+def current(record: Any) -> Any:
+    """A record with its settings under the keys of today: renamed ones, and tables of free keys, once one value each."""
+    for state in record["settings"].values():
+        leaves: dict[str, Any] = {}
+        for key, value in state["settings"].items():
+            for old, new in RENAMED.items():
+                key = key.replace(old, new)
+            leaves |= (
+                {f"{key}.{name}": each for name, each in value.items()} if isinstance(value, dict) else {key: value}
+            )
+        state["settings"] = leaves
+    return record
 
 
-RENAMED: dict[str, str] = {}
+RENAMED = {
+    "train.clip": "train.gradient_clip",
+    "video.frame_interval": "video.frame_step",
+    "regularizer.crepa": "regularizer[0]",
+}
+"""Parts of keys as checkpoints had them -> as they have them now."""
 
 
 def main() -> int:

@@ -25,10 +25,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vtrain.contract import Condition, LatentShape, NoiseLevel, Text
+from vtrain.plan.datasets import token_frames
 from vtrain.plan.records import Plan
-from vtrain.plan.tokens import token_frames
-from vtrain.train.step import StepInput
-from vtrain.train.teachers import Teacher
+from vtrain.train.step import StepInput, Teacher
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from vtrain.testing.memory import MemoryPeak
 from vtrain.train.adapters import add_lora
 from vtrain.train.feed import Fed
 from vtrain.train.loop import Ends, Loop
-from vtrain.train.parameters import groups, trained
+from vtrain.train.optimizing import groups, trained
 from vtrain.train.processes import Processes
 from vtrain.train.step import Step, StepInput, Term
 from vtrain_builtin.adamw import AdamWOptions, build_adamw

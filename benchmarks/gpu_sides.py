@@ -28,10 +28,9 @@ from vtrain.run.inbox import Inbox
 from vtrain.train.adapters import add_lora
 from vtrain.train.feed import Feed
 from vtrain.train.loop import Ends, Loop
-from vtrain.train.parameters import groups, trained
+from vtrain.train.optimizing import groups, trained
 from vtrain.train.processes import Processes
-from vtrain.train.step import Step, Term
-from vtrain.train.teachers import Teacher
+from vtrain.train.step import Step, Teacher, Term
 from vtrain_builtin.adamw import AdamWOptions, build_adamw
 from vtrain_sanavideo.codec import SanaVideoCodec
 from vtrain_sanavideo.crepa import Crepa

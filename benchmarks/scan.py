@@ -136,7 +136,7 @@ def write_hashes(folder: Path) -> None:
     """What reading every clip would tell the ledger: all hold the same bytes."""
     import sqlite3
 
-    from vtrain.data.scanning.hashes import file_sha256
+    from vtrain.data.scanning.database import file_sha256
     from vtrain.data.scanning.ledger import FILE
 
     sha256 = file_sha256(folder / "original" / "clip_0.mp4")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vtrain.config import TABLES, Option, Table, describe
 from vtrain.contract import Catalog, Options, Registered
-from vtrain.contract.lookup import NOUNS
+from vtrain.contract.specs import NOUNS
 from vtrain.registry import discover
 
 FOLDER = Path(__file__).parent

@@ -28,8 +28,7 @@ from vtrain.plan.records import Plan, ValidationPlan
 from vtrain.run.prepare import planned
 from vtrain.train.assemble import load_model
 from vtrain.train.resume import RunState, Start, read_state
-from vtrain.validate.generate import Validator, texts
-from vtrain.validate.video import to_frames
+from vtrain.validate.generate import Validator, texts, to_frames
 
 SEEDS = range(7001, 8000)
 """Of the starting noise, one for each 32 prompts; not the run's own validation seed."""

@@ -13,7 +13,7 @@ import torch
 from evaluate import CHANCE, Accuracy
 from PIL import Image, ImageDraw, ImageFont
 
-from vtrain.validate.video import write_mp4
+from vtrain.validate.generate import write_mp4
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

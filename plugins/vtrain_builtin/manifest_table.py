@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 from pydantic import Field, model_validator
 
 from vtrain.contract import DataError, Options, Problem, SourceRef, Words
-from vtrain.contract.lookup import did_you_mean, listed
+from vtrain.contract.specs import did_you_mean, listed
 from vtrain_builtin.attempts import StorageError
 from vtrain_builtin.files import NamedFiles
 from vtrain_builtin.ordered import sorted_rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 
 from vtrain.contract import ENTRY_POINT_GROUP, HOOK_SPECS, KINDS, RESERVED_KEYS, Hooks
-from vtrain.contract.lookup import NOUNS
+from vtrain.contract.specs import NOUNS
 
 
 def test_there_are_six_hooks_one_for_each_kind_of_part() -> None:

@@ -45,7 +45,7 @@ from vtrain.contract import (
     Text,
     TokenGrid,
 )
-from vtrain.data import frames as source_frames
+from vtrain.data import batches as source_frames
 from vtrain.data.caching import fill_windows
 from vtrain.data.decoding.worker import Workers
 from vtrain.data.scanning import scan as scanning

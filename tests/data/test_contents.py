@@ -11,9 +11,8 @@ import zipfile
 
 import pytest
 
-from vtrain.data.decoding.contents import described
 from vtrain.data.decoding.probe import probe
-from vtrain.data.decoding.video import FileFault
+from vtrain.data.decoding.video import FileFault, described
 from vtrain.data.decoding.worker import Workers
 
 PAGE = b"\n  <!DOCTYPE html>\n<html><body>Please sign in</body></html>\n"

@@ -15,8 +15,8 @@ import torch
 
 from vtrain.data.caching.caches import fill_caches
 from vtrain.data.decoding.process import DecodingProcess
+from vtrain.data.scanning.decisions import settings_key
 from vtrain.data.scanning.decoders import Unusable, torchcodec
-from vtrain.data.scanning.fates import settings_key
 from vtrain.data.scanning.ledger import Ledger
 from vtrain.data.scanning.scan import scan
 

@@ -13,7 +13,7 @@ import pytest
 
 from vtrain.contract import DataError
 from vtrain.data.caching.caches import fill_caches
-from vtrain.data.scanning.fates import settings_key
+from vtrain.data.scanning.decisions import settings_key
 from vtrain.data.scanning.ledger import Fate, Ledger
 from vtrain.data.scanning.scan import scan
 

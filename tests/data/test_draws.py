@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from vtrain.contract import Latents
-from vtrain.data.batches import Batches
+from vtrain.data.batches import Batches, drawn
 from vtrain.data.caching.caches import fill_caches
-from vtrain.data.draws import drawn
 from vtrain.data.scanning.scan import scan
 
 

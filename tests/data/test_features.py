@@ -17,14 +17,12 @@ from vtrain_toy.colours import Colours, ColoursOptions
 from vtrain.contract import ClipShape, Condition, DataError, FeatureShape, NoiseLevel, PluginError, TokenGrid
 from vtrain.data.batches import Batches
 from vtrain.data.caching.caches import fill_caches
-from vtrain.data.caching.inventory import prunable
+from vtrain.data.caching.inventory import check_all_read, prunable, wanted
 from vtrain.data.caching.stores import Stores
-from vtrain.data.caching.wanted import check_all_read, wanted
 from vtrain.data.decoding.decode import decode, unit_range
 from vtrain.data.scanning.scan import scan
-from vtrain.plan.tokens import token_frames
-from vtrain.train.step import StepInput
-from vtrain.train.teachers import Teacher
+from vtrain.plan.datasets import token_frames
+from vtrain.train.step import StepInput, Teacher
 
 
 @dataclass
@@ -316,7 +314,7 @@ def test_nothing_is_read_for_a_regularizer_that_is_not_asked_for(three, use, mon
         batches.get(0, features=("toy-colours",))
     use(teacher="source")
     online = batches_of(three, fill(three))
-    monkeypatch.setattr("vtrain.data.frames.SourceFrames.of", lambda *_: pytest.fail("frames were decoded"))
+    monkeypatch.setattr("vtrain.data.batches.SourceFrames.of", lambda *_: pytest.fail("frames were decoded"))
     assert online.get(0, features=()).frames is None
     assert online.get(0, features=("another",)).frames is None
 
@@ -336,7 +334,7 @@ def test_a_clip_that_fails_at_a_step_is_an_error_that_names_it(three, use, make_
 
 
 def test_the_processes_that_decode_at_each_step_end_with_the_batches(three, use, monkeypatch) -> None:
-    from vtrain.data import frames
+    from vtrain.data import batches as frames
     from vtrain.data.decoding.worker import Workers
 
     monkeypatch.setattr(frames, "Workers", Workers)

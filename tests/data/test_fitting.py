@@ -16,8 +16,8 @@ from vtrain.contract import ClipShape, FrameRule, Size
 from vtrain.data.decoding.probe import Probe
 from vtrain.data.sample import Box, Left
 from vtrain.data.scanning.fitting import Fit, decides, fit
+from vtrain.plan.datasets import buckets, measure
 from vtrain.plan.records import DatasetPlan
-from vtrain.plan.sizes import buckets, measure
 
 RULE = FrameRule(4, 1)
 

@@ -6,7 +6,7 @@ import sqlite3
 
 import pytest
 
-from vtrain.data.scanning.hashes import FileHashes
+from vtrain.data.scanning.database import FileHashes
 
 
 @pytest.fixture

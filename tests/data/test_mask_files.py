@@ -13,7 +13,7 @@ from PIL import Image
 from vtrain.contract import DataError, LatentShape, SourceRef
 from vtrain.data.caching.caches import fill_caches
 from vtrain.data.sample import Left
-from vtrain.data.scanning.fates import settings_key
+from vtrain.data.scanning.decisions import settings_key
 from vtrain.data.scanning.ledger import ContentHashes, Ledger
 from vtrain.data.scanning.quarantine import move_bad
 from vtrain.data.scanning.scan import scan

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from vtrain.contract import ClipShape, DataError
-from vtrain.data.scanning.fates import settings_key
+from vtrain.data.scanning.decisions import settings_key
 from vtrain.data.scanning.ledger import Ledger
 from vtrain.data.scanning.scan import scan
 

@@ -11,7 +11,7 @@ from vtrain.contract import PluginError, SourceRef
 from vtrain.data.batches import Batches
 from vtrain.data.caching.caches import fill_caches
 from vtrain.data.sample import Left
-from vtrain.data.scanning import fates
+from vtrain.data.scanning import decisions as fates
 from vtrain.data.scanning.ledger import FILE, Ledger
 from vtrain.data.scanning.scan import scan
 

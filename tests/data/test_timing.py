@@ -2,7 +2,7 @@
 
 import pytest
 
-from vtrain.data.decoding.timing import available_frames, on_screen
+from vtrain.data.decoding.video import available_frames, on_screen
 
 
 def constant(rate: float, count: int, digits: int = 9) -> list[tuple[float, float, int]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vtrain.data.caching.claims import Claims
+from vtrain.data.caching.sharing import Claims
 from vtrain.data.scanning.scan import scan
 
 RUN = """
@@ -139,7 +139,7 @@ def test_what_a_killed_run_had_claimed_is_made_by_the_other(many, start) -> None
 
 def test_a_claim_is_the_processs_own_and_ends_with_it(tmp_path) -> None:
     hold = (
-        "import sys, time; from pathlib import Path; from vtrain.data.caching.claims import Claims\n"
+        "import sys, time; from pathlib import Path; from vtrain.data.caching.sharing import Claims\n"
         "with Claims(Path(sys.argv[1])) as claims: print(claims.take('a'), claims.take('b'), flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:

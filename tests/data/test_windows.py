@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vtrain.data.scanning.windows import cut, spread, windows
+from vtrain.data.scanning.fitting import cut, spread, windows
 
 LENGTHS = st.integers(1, 120)
 

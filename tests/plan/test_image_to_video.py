@@ -11,7 +11,7 @@ import pytest
 from vtrain.contract import ClipShape, ConfigError, FrameRule, LatentShape
 from vtrain.data.scanning.surveys import DatasetSurvey
 from vtrain.estimate.render import picture_rows, price_rows
-from vtrain.plan.image_to_video import picture_problems, training_problems
+from vtrain.plan.make import picture_problems, training_problems
 from vtrain.plan.records import Plan
 
 PlanOf = Callable[..., Plan]

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vtrain.contract import ConfigError, Size
+from vtrain.plan.datasets import ASPECTS, buckets
 from vtrain.plan.records import Plan
-from vtrain.plan.sizes import ASPECTS, buckets
 
 PlanOf = Callable[..., Plan]
 

@@ -27,7 +27,7 @@ from vtrain.contract import (
     TokenGrid,
 )
 from vtrain.testing import RegularizerTests, SamplerTests
-from vtrain.testing.draws import noise
+from vtrain.testing.sampler import noise
 from vtrain_builtin.flow import Flow, FlowOptions
 
 Subject = dict[str, Any]

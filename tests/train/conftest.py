@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vtrain.cli.app import main
 from vtrain.contract import Caption, ClipShape, Condition, NoiseLevel
-from vtrain.data import frames
+from vtrain.data import batches as frames
 from vtrain.data.batches import pad
 from vtrain.data.caching import fill_windows
 from vtrain.data.decoding.worker import Workers

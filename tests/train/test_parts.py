@@ -14,9 +14,8 @@ from vtrain.contract import ConfigError, Device, LatentShape, RunLength
 from vtrain.data.batches import Batch
 from vtrain.train.adapters import add_lora, load_lora_state, lora_settings, lora_state
 from vtrain.train.feed import Feed
-from vtrain.train.parameters import groups, trained
-from vtrain.train.step import Step, StepInput, Term, clip_gradients, gradient_norm
-from vtrain.train.taps import tapped
+from vtrain.train.optimizing import groups, trained
+from vtrain.train.step import Step, StepInput, Term, clip_gradients, gradient_norm, tapped
 
 
 def test_norms_biases_and_modulation_tables_are_not_decayed() -> None:

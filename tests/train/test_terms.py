@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from vtrain.contract import LatentShape, LossTerm, RunLength, StepMetrics, StepView, TokenGrid
-from vtrain.train.parameters import groups, own_rates, trained
-from vtrain.train.step import Step, StepInput, Term, flow_loss
-from vtrain.train.teachers import Teacher
+from vtrain.train.optimizing import groups, own_rates, trained
+from vtrain.train.step import Step, StepInput, Teacher, Term, flow_loss
 
 RUN = RunLength(100, 10.0)
 

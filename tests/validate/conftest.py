@@ -13,7 +13,7 @@ from vtrain.config import load
 from vtrain.plan.make import make_plan
 from vtrain.plan.records import Plan
 from vtrain.registry import discover
-from vtrain.validate.video import to_frames
+from vtrain.validate.generate import to_frames
 
 CLIPS = Path(__file__).parents[2] / "examples" / "clips"
 CONFIG = """

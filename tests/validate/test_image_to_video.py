@@ -21,8 +21,7 @@ from typer.testing import CliRunner
 from vtrain.cli.app import app
 from vtrain.config import load
 from vtrain.contract import ClipShape, DataError, Device, NoiseLevel
-from vtrain.data.caching.caches import Caches, fill_caches
-from vtrain.data.caching.pictures import fill_pictures, first_frames, keys
+from vtrain.data.caching.caches import Caches, fill_caches, fill_pictures, first_frames, keys
 from vtrain.data.caching.stores import Stores
 from vtrain.data.decoding.decode import decode
 from vtrain.data.scanning.pictures import pictures

@@ -80,7 +80,7 @@ def prune(paths: Sequence[Path], yes: bool) -> None:
 
     Raises ConfigError if they do not share a folder, DataError if what they use cannot be told.
     """
-    from vtrain.data.caching.wanted import check_all_read, union
+    from vtrain.data.caching.inventory import check_all_read, union
 
     plans = [planned(path) for path in paths]
     folders = dict.fromkeys(plan.config.cache.dir.resolve() for plan in plans)
@@ -183,9 +183,9 @@ def verify(path: Path, as_json: bool) -> None:
 
 def _wanted(plan: Plan) -> dict[str, Wanted]:
     """The entries that a run of this plan uses. Raises DataError."""
-    from vtrain.data.caching.pictures import keys
+    from vtrain.data.caching.caches import keys
+    from vtrain.data.caching.inventory import wanted
     from vtrain.data.caching.stores import Stores
-    from vtrain.data.caching.wanted import wanted
 
     scanned = scan(plan)
     for message in scanned.messages:

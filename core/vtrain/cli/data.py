@@ -16,7 +16,7 @@ from rich.console import Console
 
 from vtrain.cli.report import one_line, print_table
 from vtrain.contract import ConfigError, DataError, Problem
-from vtrain.contract.lookup import did_you_mean, listed
+from vtrain.contract.specs import did_you_mean, listed
 from vtrain.data.scanning.files import STATUSES, Count, File, Files, look
 from vtrain.plan.records import Plan
 from vtrain.registry.blame import blame

@@ -18,14 +18,14 @@ from vtrain.cli.data_masks import ShownMask, decoded_mask, known_mask, percent, 
 from vtrain.cli.entry_state import SOUND, state_of
 from vtrain.cli.report import one_line
 from vtrain.contract import Caption, DataError, Device, Problem, Role, SupportsWording
+from vtrain.data.caching.inventory import DROPPED
 from vtrain.data.caching.stores import Stores
-from vtrain.data.caching.wanted import DROPPED
 from vtrain.data.decoding.video import FileFault
 from vtrain.data.decoding.worker import DecodeJob, Workers
 from vtrain.data.sample import Sample
-from vtrain.data.scanning.boxes import stretch
 from vtrain.data.scanning.captions import stem
 from vtrain.data.scanning.files import File, Files
+from vtrain.data.scanning.fitting import stretch
 from vtrain.plan.records import Plan
 from vtrain.registry.blame import blame
 from vtrain.run.prepare import planned
@@ -223,7 +223,7 @@ def _reconstruct(
     """Below each window whose entry is sound: what the video codec makes of it."""
     import torch
 
-    from vtrain.validate.video import to_frames
+    from vtrain.validate.generate import to_frames
 
     sound = [(number, window) for number, window in enumerate(windows) if window.state == SOUND]
     if not sound:

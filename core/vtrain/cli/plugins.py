@@ -10,7 +10,7 @@ import typer
 
 from vtrain.cli.report import print_json, print_table, visible
 from vtrain.contract import KINDS, Catalog, ConfigError, Failure, PluginError, Problem, Registered
-from vtrain.contract.lookup import did_you_mean, listed, origin
+from vtrain.contract.specs import did_you_mean, listed, origin
 from vtrain.registry import discover
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 from vtrain.config.document import Document
 from vtrain.config.keys import KeyPath, key_text, renamed
 from vtrain.contract import HoldsSecret, Options, Problem, without_secrets
-from vtrain.contract.lookup import did_you_mean, listed
+from vtrain.contract.specs import did_you_mean, listed
 
 Found = tuple[int, Problem]
 """A line, for the order of the report (0: none), and the problem."""

@@ -15,7 +15,7 @@ from vtrain.config.keys import KeyPath, key_text
 from vtrain.config.record import TABLES, Config, NoKeys, Part, Table
 from vtrain.config.tables import LoraTable
 from vtrain.contract import Catalog, ConfigError, FamilySpec, Options, Registered, VtrainError
-from vtrain.contract.lookup import NOUNS, listed, part_or_error
+from vtrain.contract.specs import NOUNS, listed, part_or_error
 
 TableT = TypeVar("TableT", bound=Options)
 Raw = Mapping[str, Any]

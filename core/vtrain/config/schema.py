@@ -11,7 +11,7 @@ from pydantic.errors import PydanticInvalidForJsonSchema
 from vtrain.config.findings import plain, shown
 from vtrain.config.record import TABLES, Table
 from vtrain.contract import Catalog, FamilySpec, Options, PluginError, Problem, Registered, Resume
-from vtrain.contract.lookup import NOUNS, origin
+from vtrain.contract.specs import NOUNS, origin
 
 Schema = dict[str, Any]
 

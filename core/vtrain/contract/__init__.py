@@ -1,6 +1,5 @@
 """Everything a plugin imports of vtrain. Importing it imports no torch, diffusers, transformers or accelerate."""
 
-from vtrain.contract.catalog import Catalog, Failure, Registered
 from vtrain.contract.device import Device
 from vtrain.contract.errors import (
     CheckpointError,
@@ -36,8 +35,18 @@ from vtrain.contract.events import (
     Warned,
 )
 from vtrain.contract.geometry import ClipShape, FeatureShape, FrameRule, LatentShape, Size, TokenGrid
-from vtrain.contract.hooks import API_VERSION, ENTRY_POINT_GROUP, HOOK_SPECS, PROJECT, Hooks, hookimpl
-from vtrain.contract.options import Duration, LocalPath, ModelSource, Options, Resume, fixed, free, resume_rule
+from vtrain.contract.options import (
+    Duration,
+    HoldsSecret,
+    LocalPath,
+    ModelSource,
+    Options,
+    Resume,
+    fixed,
+    free,
+    resume_rule,
+    without_secrets,
+)
 from vtrain.contract.protocols import (
     DataBackend,
     Denoiser,
@@ -86,17 +95,25 @@ from vtrain.contract.regularizers import (
     SupportsLearningRate,
     SupportsPauses,
 )
-from vtrain.contract.secrets import HoldsSecret, without_secrets
 from vtrain.contract.specs import (
+    API_VERSION,
+    ENTRY_POINT_GROUP,
+    HOOK_SPECS,
     KINDS,
+    PROJECT,
     RESERVED_KEYS,
+    Catalog,
     DataBackendSpec,
+    Failure,
     FamilySpec,
+    Hooks,
     OptimizerSpec,
+    Registered,
     RegularizerSpec,
     SamplerSpec,
     Spec,
     TrackerSpec,
+    hookimpl,
 )
 
 __all__ = [

@@ -1,11 +1,15 @@
-"""What a plugin registers: frozen descriptions. A spec says what a part is called, what it takes and how it is built."""
+"""What a plugin registers: hooks, the specs they return, the catalog of all of them, and finding one there by its name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import pluggy
+
+from vtrain.contract.errors import ConfigError, PluginError, Problem
 from vtrain.contract.options import Options
 from vtrain.contract.protocols import DataBackend, Family, Sampler, Tracker
 from vtrain.contract.records import ParameterGroup
@@ -133,3 +137,158 @@ RESERVED_KEYS: Mapping[str, frozenset[str]] = {
     "tracker": frozenset({"use"}),
 }
 """Kind -> core's own keys of the tables that name a part of it: no option may be called so."""
+
+
+PROJECT = "vtrain"
+API_VERSION = 1
+ENTRY_POINT_GROUP = f"{PROJECT}.v{API_VERSION}"
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+class Hooks:
+    """The hook specifications."""
+
+    @hookspec
+    def vtrain_families(self) -> Iterable[FamilySpec]:
+        """Model families: text encoder, video codec and denoiser on a model folder."""
+        return ()
+
+    @hookspec
+    def vtrain_regularizers(self) -> Iterable[RegularizerSpec]:
+        """Loss terms beside the flow loss."""
+        return ()
+
+    @hookspec
+    def vtrain_samplers(self) -> Iterable[SamplerSpec]:
+        """Noise schedules, for training and sampling."""
+        return ()
+
+    @hookspec
+    def vtrain_data_backends(self) -> Iterable[DataBackendSpec]:
+        """Storages that hold datasets."""
+        return ()
+
+    @hookspec
+    def vtrain_optimizers(self) -> Iterable[OptimizerSpec]:
+        """Optimizers."""
+        return ()
+
+    @hookspec
+    def vtrain_trackers(self) -> Iterable[TrackerSpec]:
+        """Experiment trackers."""
+        return ()
+
+
+HOOK_SPECS: Mapping[str, type[Spec]] = {
+    "vtrain_families": FamilySpec,
+    "vtrain_regularizers": RegularizerSpec,
+    "vtrain_samplers": SamplerSpec,
+    "vtrain_data_backends": DataBackendSpec,
+    "vtrain_optimizers": OptimizerSpec,
+    "vtrain_trackers": TrackerSpec,
+}
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A part and where it comes from."""
+
+    spec: Spec
+    entry_point: str
+    distribution: str
+    version: str
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A plugin, or a part of one, that cannot be used, and why.
+
+    kind, name: the part it would have been, where known ("" otherwise).
+    """
+
+    entry_point: str
+    distribution: str
+    version: str
+    reason: str
+    kind: str = ""
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """Everything discovered. parts: (kind, name) -> part."""
+
+    parts: Mapping[tuple[str, str], Registered]
+    failures: tuple[Failure, ...]
+
+    def find(self, kind: str, name: str) -> Registered | None:
+        return self.parts.get((kind, name))
+
+    def names(self, kind: str) -> tuple[str, ...]:
+        return tuple(sorted(name for of, name in self.parts if of == kind))
+
+
+NOUNS = {
+    "family": ("family", "families"),
+    "regularizer": ("regularizer", "regularizers"),
+    "sampler": ("sampler", "samplers"),
+    "data_backend": ("data backend", "data backends"),
+    "optimizer": ("optimizer", "optimizers"),
+    "tracker": ("tracker", "trackers"),
+}
+"""Kind -> its name in messages, one and many."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """'Did you mean "steps"?', or "" when nothing known is like `word`."""
+    match = get_close_matches(word.lower(), sorted(known), n=1, cutoff=0.6)
+    return f'Did you mean "{match[0]}"?' if match else ""
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names as a list for a sentence; "none" when there are none."""
+    return ", ".join(f'"{name}"' for name in sorted(names)) or "none"
+
+
+def origin(entry: Failure | Registered) -> str:
+    """ "vtrain-toy 1.0" of a part or a failure."""
+    return f"{entry.distribution} {entry.version}".strip() or "no distribution"
+
+
+def part_or_error(catalog: Catalog, kind: str, name: str, where: str) -> Registered:
+    """The part `name` of `kind`. where: the place that names it.
+
+    Raises PluginError if a plugin would bring it and is broken, ConfigError if nothing installed is called so.
+    """
+    found = catalog.find(kind, name)
+    if found is not None:
+        return found
+    noun = NOUNS[kind][0]
+    own = [failure for failure in catalog.failures if (failure.kind, failure.name) == (kind, name)]
+    own = own or [failure for failure in catalog.failures if not failure.kind and failure.entry_point == name]
+    if own:
+        raise PluginError(
+            Problem(
+                where, f'the {noun} "{name}" of {origin(failure)} cannot be used: {failure.reason}.', _mend(failure)
+            )
+            for failure in own
+        )
+    raise ConfigError(Problem(where, f'no {noun} is called "{name}".', _alternatives(catalog, kind, name)))
+
+
+def _mend(failure: Failure) -> str:
+    return f"Mend or remove {failure.distribution}." if failure.distribution else ""
+
+
+def _alternatives(catalog: Catalog, kind: str, name: str) -> str:
+    """What a user may have meant: a similar name, a part of another kind, a plugin that could not be loaded."""
+    hints = [did_you_mean(name, catalog.names(kind)), f"Installed {NOUNS[kind][1]}: {listed(catalog.names(kind))}."]
+    hints += [f'"{name}" is a {NOUNS[of][0]}.' for of, other in sorted(catalog.parts) if other == name]
+    hints += [
+        f'The plugin "{failure.entry_point}" of {origin(failure)} could not be loaded: {failure.reason}.'
+        for failure in catalog.failures
+        if not failure.kind and failure.distribution
+    ]
+    return " ".join(hint for hint in hints if hint)

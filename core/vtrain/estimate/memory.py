@@ -8,8 +8,8 @@ from typing import Literal
 
 from vtrain.contract import ClipShape, FeatureShape, Regularizer, Section, SupportsFeatures
 from vtrain.data.scanning.surveys import Survey
+from vtrain.plan.datasets import token_grid
 from vtrain.plan.records import Plan
-from vtrain.plan.tokens import token_grid
 
 BYTES = {"fp32": 4, "bf16": 2}
 """Of one number, by storage type."""

@@ -9,7 +9,7 @@ from vtrain.data.scanning.surveys import Bucket, DatasetSurvey, Survey
 from vtrain.estimate.estimate import Estimate, bytes_text
 from vtrain.estimate.memory import feature_words
 from vtrain.estimate.memory import section as memory_section
-from vtrain.plan.image_to_video import frames_text, two_latent_frames
+from vtrain.plan.make import frames_text, two_latent_frames
 from vtrain.plan.records import DatasetPlan, MasksPlan, Plan
 
 

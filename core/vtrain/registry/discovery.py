@@ -1,17 +1,226 @@
-"""Every installed plugin to one catalog. Nothing a plugin does wrong ends discovery: it becomes a row with its reason."""
+"""Entry points to a catalog: plugins found, imported, asked; what fails is a row in it."""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import redirect_stdout
+from dataclasses import dataclass
+from importlib.metadata import Distribution, EntryPoint, distributions
+from types import ModuleType
 
-from vtrain.contract import API_VERSION, Catalog, Failure, Registered
-from vtrain.contract.lookup import did_you_mean, origin
-from vtrain.registry.hooks import registrations
-from vtrain.registry.installed import Installed, installed
+import pluggy
+
+from vtrain.contract import (
+    API_VERSION,
+    HOOK_SPECS,
+    PROJECT,
+    RESERVED_KEYS,
+    Catalog,
+    Failure,
+    FamilySpec,
+    Hooks,
+    OptimizerSpec,
+    Options,
+    Registered,
+    Spec,
+)
+from vtrain.contract.specs import did_you_mean, listed, origin
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+
+
+def fault_of(spec: Spec) -> str:
+    """What is wrong with a spec, in one sentence; "" if nothing is. A spec's fields are not trusted to be of their types."""
+    faults = (_name, _summary, _options, _build, _own)
+    return next((fault for check in faults if (fault := check(spec))), "")
+
+
+def _name(spec: Spec) -> str:
+    if isinstance(spec.name, str) and _NAME.fullmatch(spec.name):
+        return ""
+    return f"{spec.name!r} is not a name: lower case letters, digits, - and _, starting with a letter or digit"
+
+
+def _summary(spec: Spec) -> str:
+    if isinstance(spec.summary, str) and spec.summary.strip() and len(spec.summary.splitlines()) == 1:
+        return ""
+    return "its summary is not one line of text"
+
+
+def _options(spec: Spec) -> str:
+    options: object = spec.options
+    if not (isinstance(options, type) and issubclass(options, Options)):
+        return f"its options are {options!r}, not a subclass of vtrain.contract.Options"
+    if options.model_config.get("extra") != "forbid" or not options.model_config.get("frozen"):
+        return f"its options {options.__name__} must stay frozen and forbid unknown keys"
+    if aliased := [name for name, field in options.model_fields.items() if field.alias or field.validation_alias]:
+        return f"options are written in the file by their field names, so an alias is not possible: {listed(aliased)}"
+    if taken := RESERVED_KEYS[spec.kind] & set(options.model_fields):
+        return f"its options {listed(taken)} collide with vtrain's own keys of that table"
+    return ""
+
+
+def _build(spec: Spec) -> str:
+    build: object = getattr(spec, "build", None)
+    return "" if callable(build) else f"its build is {build!r}, not a function"
+
+
+def _own(spec: Spec) -> str:
+    """What one kind asks for beyond the others."""
+    if isinstance(spec, FamilySpec) and not (isinstance(spec.sampler, str) and _NAME.fullmatch(spec.sampler)):
+        return f"its sampler is {spec.sampler!r}, not the name of one"
+    if isinstance(spec, OptimizerSpec) and "lr" not in spec.options.model_fields:
+        return 'an optimizer has an option "lr"'
+    return ""
+
+
+Result = tuple[list[Registered], list[Failure]]
+
+
+def registrations(plugin: Installed, loaded: object) -> Result:
+    """What `loaded`, the object of the entry point, registers.
+
+    Each plugin has a pluggy manager of its own, so that none can see or break another. A misspelt hook fails the
+    whole plugin; one bad part fails alone. Raises what the plugin's own code raises.
+    """
+    manager = pluggy.PluginManager(PROJECT)
+    manager.add_hookspecs(Hooks)
+    try:
+        manager.register(loaded, name=plugin.entry.name)
+    except pluggy.PluginValidationError as error:
+        return [], [plugin.failure("a registration hook takes no arguments: " + " ".join(str(error).split()))]
+    if faults := _misspelt(manager, loaded):
+        return [], [plugin.failure(fault) for fault in faults]
+    parts: list[Registered] = []
+    failures: list[Failure] = []
+    for implementation in manager.get_hookcallers(loaded) or ():
+        found, failed = _from_hook(plugin, implementation.name, implementation.get_hookimpls())
+        parts += found
+        failures += failed
+    return parts, failures or ([] if parts else [plugin.failure("it registers nothing")])
+
+
+def _misspelt(manager: pluggy.PluginManager, loaded: object) -> list[str]:
+    """Hooks that would never be called: an unknown name, or a known one without @hookimpl."""
+    marked = {caller.name for caller in manager.get_hookcallers(loaded) or ()}
+    named = {
+        name
+        for name in dir(loaded)
+        if name.startswith(f"{PROJECT}_")
+        and callable(value := getattr(loaded, name))
+        and not isinstance(value, ModuleType)
+    }
+    unknown = sorted((marked | named) - set(HOOK_SPECS))
+    faults = [f"no hook is called {name}. {_known(name)}" for name in unknown]
+    return faults + [
+        f"{name} has no @hookimpl, so it would never be called" for name in sorted(named - marked - {*unknown})
+    ]
+
+
+def _known(name: str) -> str:
+    return did_you_mean(name, HOOK_SPECS) or f"The hooks are {listed(HOOK_SPECS)}."
+
+
+def _from_hook(plugin: Installed, hook: str, implementations: Sequence[pluggy.HookImpl]) -> Result:
+    expected = HOOK_SPECS[hook]
+    parts: list[Registered] = []
+    failures: list[Failure] = []
+    for implementation in implementations:
+        if implementation.wrapper or implementation.hookwrapper:
+            failures.append(
+                plugin.failure(f"{hook} is a wrapper; a registration hook only returns specs", expected.kind)
+            )
+            continue
+        items, fault = _returned(hook, expected, implementation.function)
+        if fault:
+            failures.append(plugin.failure(fault, expected.kind))
+        for item in items:
+            if not isinstance(item, expected):
+                failures.append(
+                    plugin.failure(f"{hook} returned {_a(item)} among its {expected.__name__}s", expected.kind)
+                )
+            elif fault := fault_of(item):
+                failures.append(plugin.failure(fault, item.kind, str(item.name)))
+            else:
+                parts.append(Registered(item, plugin.entry.name, plugin.distribution, plugin.version))
+    return parts, failures
+
+
+def _returned(hook: str, expected: type[Spec], function: Callable[..., object]) -> tuple[list[object], str]:
+    """What a hook returned, as a list, or why it is none."""
+    value = function()
+    if isinstance(value, Spec) or not isinstance(value, Iterable) or isinstance(value, str | bytes):
+        return [], f"{hook} returned {_a(value)}, not an iterable of {expected.__name__}"
+    return list(value), ""
+
+
+def _a(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+_GROUP = re.compile(rf"{PROJECT}\.v(\d+)")
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A plugin as its distribution declares it. api: the API version in the name of its entry-point group."""
+
+    entry: EntryPoint
+    api: int
+    distribution: str
+    version: str
+
+    def failure(self, reason: str, kind: str = "", name: str = "") -> Failure:
+        return Failure(self.entry.name, self.distribution, self.version, reason, kind, name)
+
+
+def installed() -> tuple[list[Installed], list[Failure]]:
+    """All plugins in order of name, and the distributions whose declaration cannot be read.
+
+    A distribution found twice on the path (an editable install beside its source) counts once, as Python imports it.
+    """
+    plugins: list[Installed] = []
+    failures: list[Failure] = []
+    seen: set[str] = set()
+    for distribution in _declaring():
+        name, version = _identity(distribution)
+        if (key := re.sub(r"[-_.]+", "-", name).lower()) in seen:
+            continue
+        seen.add(key)
+        try:
+            plugins += [
+                Installed(entry, int(match[1]), name, version)
+                for entry in distribution.entry_points
+                if (match := _GROUP.fullmatch(entry.group))
+            ]
+        except Exception as error:
+            failures.append(Failure("", name, version, f"its entry_points.txt cannot be read: {error}"))
+    order = sorted(plugins, key=lambda plugin: (plugin.entry.name, plugin.api, plugin.distribution, plugin.entry.value))
+    return order, failures
+
+
+def _declaring() -> Iterator[Distribution]:
+    """Distributions that declare something for vtrain. Metadata is parsed for these only: parsing all is slow."""
+    for distribution in distributions():
+        try:
+            text = distribution.read_text("entry_points.txt")
+        except (OSError, UnicodeDecodeError):
+            continue  # not readable: nothing in it can be ours to name
+        if text and re.search(rf"^\s*\[\s*{_GROUP.pattern}\s*\]", text, re.MULTILINE):
+            yield distribution
+
+
+def _identity(distribution: Distribution) -> tuple[str, str]:
+    """Name and version; "unknown" where the metadata lacks them."""
+    metadata = distribution.metadata
+    name = metadata["Name"] if "Name" in metadata else None  # noqa: SIM401 - the protocol has no get
+    version = metadata["Version"] if "Version" in metadata else None  # noqa: SIM401
+    return name or "unknown", version or "unknown"
+
 
 ALLOW = "VTRAIN_PLUGINS"
 """Environment variable: names of the entry points that may be used, with commas; unset: all, empty: none."""

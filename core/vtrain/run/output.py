@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from vtrain.contract import CheckpointError, Problem, SupportsFeatures
 from vtrain.data.locks import lock
-from vtrain.data.scanning import hashes
+from vtrain.data.scanning import database as hashes
 from vtrain.data.scanning.surveys import Survey
 from vtrain.estimate.estimate import Estimate
 from vtrain.estimate.render import as_json

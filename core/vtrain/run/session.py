@@ -258,8 +258,7 @@ class Session:
 
     def _caches(self, found: Scan) -> Generator[Event, None, FilledCaches]:
         """Encode what is missing, each process its share. Raises DataError."""
-        from vtrain.data.caching.caches import fill
-        from vtrain.data.caching.pictures import fill_pictures
+        from vtrain.data.caching.caches import fill, fill_pictures
 
         where = str(self.processes.device)
         with self._explained("filling the caches"):
@@ -351,7 +350,7 @@ class Session:
         made = self.plan.validation
         if made is None:
             return None
-        from vtrain.data.caching.pictures import first_frames
+        from vtrain.data.caching.caches import first_frames
         from vtrain.validate.generate import Validation, Validator
 
         plan, processes = self.plan, self.processes

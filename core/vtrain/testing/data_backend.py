@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from vtrain.contract import DataBackend, DataError, SourceRef, SupportsCaptions, SupportsShards, Words
-from vtrain.testing.draws import required
+from vtrain.testing.sampler import required
 
 FILES: Mapping[str, bytes] = {
     "b.mp4": bytes(range(256)) * 40,

@@ -1,9 +1,8 @@
 """All rules of a family in one class."""
 
 from vtrain.testing.family_codec import VideoCodecTests
-from vtrain.testing.family_denoiser import DenoiserTests
+from vtrain.testing.family_denoiser import DenoiserTests, LoraTests
 from vtrain.testing.family_geometry import GeometryTests
-from vtrain.testing.family_lora import LoraTests
 from vtrain.testing.family_taps import TapTests
 from vtrain.testing.family_text import TextEncoderTests
 

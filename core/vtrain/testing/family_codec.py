@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from vtrain.contract import ClipShape, Family, VideoCodec, VtrainError
-from vtrain.testing.draws import gap, moving_picture
 from vtrain.testing.memory import survivors
+from vtrain.testing.sampler import gap, moving_picture
 from vtrain.testing.subject import FamilySubject
 
 

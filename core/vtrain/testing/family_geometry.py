@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vtrain.contract import ClipShape, Denoiser, Family, SupportsFrameLevels, SupportsTokenGrid, VtrainError
-from vtrain.testing.draws import digest
+from vtrain.testing.sampler import digest
 from vtrain.testing.subject import FamilySubject
 
 

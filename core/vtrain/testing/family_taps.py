@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vtrain.contract import Denoiser, Family, SupportsTokenGrid
-from vtrain.testing.draws import gap
+from vtrain.testing.sampler import gap
 from vtrain.testing.subject import Example, FamilySubject
 
 

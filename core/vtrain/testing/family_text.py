@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from vtrain.contract import Caption, Device, Family, Role, TextEncoder
-from vtrain.testing.draws import gap
 from vtrain.testing.memory import survivors
+from vtrain.testing.sampler import gap
 from vtrain.testing.subject import CAPTIONS, FamilySubject
 
 ROLES: tuple[Role, ...] = ("prompt", "negative", "dropped")

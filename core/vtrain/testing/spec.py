@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from vtrain.contract import KINDS, OptimizerSpec, Options, Spec
-from vtrain.testing.draws import required
+from vtrain.testing.sampler import required
 
 
 class SpecTests:

@@ -21,7 +21,7 @@ from vtrain.contract import (
     TextEncoder,
     VideoCodec,
 )
-from vtrain.testing.draws import level_of, noise, padded, required
+from vtrain.testing.sampler import level_of, noise, padded, required
 
 CAPTIONS = (Caption("a cat walks slowly over the wet grass"), Caption("a boat"))
 

@@ -27,7 +27,7 @@ from vtrain.contract import (
 from vtrain.data.batches import Batches
 from vtrain.data.caching.caches import Caches
 from vtrain.data.index import Index
-from vtrain.data.scanning.hashes import FILE, FileHashes
+from vtrain.data.scanning.database import FILE, FileHashes
 from vtrain.data.seeds import derive
 from vtrain.estimate.estimate import Estimate
 from vtrain.plan.records import Plan
@@ -36,7 +36,7 @@ from vtrain.train.adapters import add_lora, base_mark, lora_settings
 from vtrain.train.checkpoint import Piece
 from vtrain.train.feed import Feed
 from vtrain.train.loop import Ends, Loop, Requests, Validate
-from vtrain.train.parameters import groups, own_rates, trained
+from vtrain.train.optimizing import Interval, groups, lr_factor, own_rates, trained
 from vtrain.train.pieces import (
     AdapterPiece,
     ConfigPiece,
@@ -47,9 +47,7 @@ from vtrain.train.pieces import (
 )
 from vtrain.train.processes import Processes
 from vtrain.train.resume import RunState, Start, settings
-from vtrain.train.schedule import Interval, lr_factor
-from vtrain.train.step import Step, Term
-from vtrain.train.teachers import open_teachers
+from vtrain.train.step import Step, Term, open_teachers
 
 
 @dataclass(frozen=True)

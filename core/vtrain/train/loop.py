@@ -26,9 +26,9 @@ from vtrain.contract import (
 from vtrain.data.seeds import derive
 from vtrain.registry.blame import at_step
 from vtrain.train.feed import Fed, Feed
+from vtrain.train.optimizing import Factor, Interval
 from vtrain.train.processes import Processes
 from vtrain.train.readings import Measured, Unread, rows
-from vtrain.train.schedule import Factor, Interval
 from vtrain.train.step import StepOutput, clip_gradients, gradient_norm
 
 

@@ -1,29 +1,111 @@
-"""One training step as one nn.Module: corrupt, predict, flow loss, regularizers.
-
-DDP, compile and autocast wrap this module alone, so no plugin ever meets a wrapper.
-"""
+"""One training step as one module: draw, corrupt, predict with taps, flow loss, regularizers with their teachers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from vtrain.contract import (
     Condition,
     Denoiser,
+    Device,
+    Family,
+    FeatureEncoder,
     LatentShape,
     LossTerm,
     NoiseLevel,
+    Regularizer,
     RunLength,
     Sampler,
     StepMetrics,
     StepView,
+    SupportsDecoderOnly,
+    SupportsFeatures,
     SupportsFeedback,
     SupportsPauses,
+    SupportsTokenGrid,
+    TokenGrid,
+    VideoCodec,
 )
-from vtrain.train.taps import tapped
+from vtrain.data.decoding.decode import unit_range
+from vtrain.plan.datasets import token_frames
+from vtrain.plan.records import Plan
+
+
+@contextmanager
+def tapped(denoiser: Denoiser, blocks: Iterable[int], latents: LatentShape) -> Iterator[dict[int, Tensor]]:
+    """Collect the outputs of `blocks`, folded to (B, f, h, w, D) and in the graph, while the with block runs.
+
+    The hooks sit on whole blocks: under non-reentrant checkpointing such a hook fires once, in the graph, while hooks on
+    inner modules would fire again in the recomputation.
+    """
+    taps: dict[int, Tensor] = {}
+
+    def keep(number: int) -> object:
+        def hook(_module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            taps[number] = denoiser.fold(output[0] if isinstance(output, tuple) else output, latents)
+
+        return denoiser.blocks[number].register_forward_hook(hook)
+
+    handles = [keep(number) for number in blocks]
+    try:
+        yield taps
+    finally:
+        for handle in handles:
+            handle.remove()  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Features of a micro-batch, from the source's frames, or from those that `codec` decodes if there is one."""
+
+    family: Family
+    encoder: FeatureEncoder
+    codec: VideoCodec | None
+
+    def __call__(self, given: StepInput) -> Tensor:
+        assert isinstance(self.family, SupportsTokenGrid)  # the plan refuses others
+        latents = LatentShape(*given.clean.shape[1:])
+        grid = self.family.token_grid(latents)
+        with torch.no_grad(), Device.of(given.clean).autocast(None):
+            if self.codec is None:
+                assert given.frames is not None
+                return self.encoder.encode(unit_range(given.frames), grid)
+            chosen = token_frames(self.family, latents.frames, grid)
+            # One clip after the other: a decoded clip is hundreds of times its latents.
+            return torch.cat([self._decoded(self.codec, clip[None], chosen, grid) for clip in given.clean.unbind()])
+
+    def _decoded(self, codec: VideoCodec, clip: Tensor, chosen: Sequence[int], grid: TokenGrid) -> Tensor:
+        pixels = codec.decode(clip)
+        # Not by a list of numbers as the index: it would be copied to the device, which waits for it.
+        return self.encoder.encode(torch.stack([pixels[:, :, number] for number in chosen], 2), grid)
+
+
+def open_teachers(plan: Plan, device: str, stack: ExitStack) -> Mapping[str, Teach]:
+    """By regularizer, those that run at each step, in memory until `stack` closes. One codec serves them all.
+
+    Raises ModelError.
+    """
+    online = [(name, part) for name, part in plan.regularizers if part.needs().features in ("decoded", "source")]
+    decoding = [part for _, part in online if part.needs().features == "decoded"]
+    codec = _codec(plan.family, decoding, device, stack) if decoding else None
+    found: dict[str, Teach] = {}
+    for name, part in online:
+        assert isinstance(part, SupportsFeatures)
+        encoder = stack.enter_context(part.open_feature_encoder(device))
+        found[name] = Teacher(plan.family, encoder, codec if part in decoding else None)
+    return found
+
+
+def _codec(family: Family, decoding: list[Regularizer], device: str, stack: ExitStack) -> VideoCodec:
+    codec = stack.enter_context(family.open_video_codec(device))
+    if all(part.needs().decoder_only for part in decoding) and isinstance(codec, SupportsDecoderOnly):
+        codec.drop_encoder()
+    return codec
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,12 @@ from vtrain.contract import (
     SupportsTokenGrid,
     TokenGrid,
 )
-from vtrain.data.caching.entries import Entries
-from vtrain.data.caching.keys import features_key, mask_key, transform, video_key
+from vtrain.data.caching.entries import Entries, features_key, mask_key, transform, video_key
 from vtrain.data.caching.packing import Packed
 from vtrain.data.sample import MaskGrid, Sample, mask_grid
 from vtrain.data.scanning.ledger import ContentHashes
+from vtrain.plan.datasets import token_frames
 from vtrain.plan.records import Plan
-from vtrain.plan.tokens import token_frames
 
 Window = tuple[Sample, float]
 """A sample and one of its starts."""

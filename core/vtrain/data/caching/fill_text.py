@@ -10,8 +10,7 @@ from itertools import groupby
 import torch
 
 from vtrain.contract import Caption, Filling, PluginError, Problem, Role, SupportsTruncation, Text, TextEncoder
-from vtrain.data.caching.claims import Claims
-from vtrain.data.caching.peers import Peers, digest64, is_share, together_telling
+from vtrain.data.caching.sharing import Claims, Peers, digest64, is_share, together_telling
 from vtrain.data.caching.stores import Stores
 
 AGAIN_S = 0.5

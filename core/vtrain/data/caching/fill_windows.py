@@ -1,27 +1,82 @@
-"""Making what is not in the cache yet of clips' windows: other processes decode ahead while a model encodes."""
+"""Encoding clips' windows that are not in the cache yet: other processes decode ahead while a model encodes."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
 
-from vtrain.contract import DataError, Filling, Problem
-from vtrain.data.caching.batching import Job, by_shape, in_batches
-from vtrain.data.caching.claims import Claims
+from vtrain.contract import ClipShape, DataError, Filling, Problem
 from vtrain.data.caching.columns import Column, FeatureColumn, Layout, MaskColumn, Window, known_key, layout_of
 from vtrain.data.caching.encoders import Encode, opened
 from vtrain.data.caching.fill_text import AGAIN_S
-from vtrain.data.caching.peers import Peers, digest64, is_share, together_telling
+from vtrain.data.caching.sharing import Claims, Peers, digest64, is_share, together_telling
 from vtrain.data.caching.stores import Stores
-from vtrain.data.caching.unusable import Unusable
 from vtrain.data.decoding.masks import emptiness
 from vtrain.data.decoding.once import Copies
 from vtrain.data.decoding.video import FileFault
 from vtrain.data.decoding.worker import Decoded, DecodeJob, MaskJob, Workers, available_cpus
 from vtrain.data.sample import Left, Sample
-from vtrain.data.scanning.fates import settings_key
+from vtrain.data.scanning.decisions import settings_key
 from vtrain.data.scanning.ledger import Ledger
+
+Job = DecodeJob | MaskJob
+
+
+def by_shape(windows: Iterable[Window], size: int) -> Iterator[Window]:
+    """The same windows in runs of `size` of one shape, and at the end what is left of each; no decoded one is held."""
+    waiting: dict[ClipShape, list[Window]] = {}
+    for window in windows:
+        batch = waiting.setdefault(window[0].shape, [])
+        batch.append(window)
+        if len(batch) == size:
+            yield from waiting.pop(window[0].shape)
+    for batch in waiting.values():
+        yield from batch
+
+
+def in_batches(decoded: Iterable[tuple[Job, Decoded]], size: int) -> Iterator[list[tuple[Job, Decoded]]]:
+    """Decoded windows of one shape, with at most `size` to encode in each list, nothing held back that need not be."""
+    batch: list[tuple[Job, Decoded]] = []
+    for job, found in decoded:
+        if batch and batch[0][0].sample.shape != job.sample.shape:
+            yield batch
+            batch = []
+        batch.append((job, found))
+        if sum(other.pixels is not None for _, other in batch) in (0, size):
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+@dataclass
+class Unusable:
+    """files: "<dataset>/<ref id>" -> why that file is left out. windows: of other files, id of the sample -> start -> why."""
+
+    files: dict[str, str] = field(default_factory=dict)
+    windows: dict[str, dict[float, str]] = field(default_factory=dict)
+
+    def __or__(self, other: Unusable) -> Unusable:
+        return Unusable(self.files | other.files, self.windows | other.windows)
+
+    def usable(self, sample: Sample) -> tuple[float, ...]:
+        """The starts of a sample's windows that can be used."""
+        if sample.file in self.files:
+            return ()
+        out = self.windows.get(sample.id)
+        return tuple(start for start in sample.starts if start not in out) if out else sample.starts
+
+    def told(self) -> dict[str, str]:
+        """Everything by name, with why."""
+        windows = {
+            f"{name}, the window at {start:g} s": why
+            for name, starts in self.windows.items()
+            for start, why in starts.items()
+        }
+        return dict(sorted((self.files | windows).items()))
+
 
 _MOST_DECODERS = 4
 

@@ -6,10 +6,9 @@ from functools import cached_property
 
 from vtrain.contract import Caption, Role
 from vtrain.data.caching.columns import Column, Contents, FeatureColumn, MaskColumn, VideoColumn, known_key
-from vtrain.data.caching.entries import KINDS, Entries
-from vtrain.data.caching.keys import text_key
+from vtrain.data.caching.entries import KINDS, Entries, text_key
 from vtrain.data.sample import Sample
-from vtrain.data.scanning import hashes
+from vtrain.data.scanning import database as hashes
 from vtrain.plan.records import Plan
 
 

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtrain.data.decoding.pixels import Conversion, Picture
-from vtrain.data.decoding.timing import SLACK, on_screen
-from vtrain.data.decoding.video import FileFault, faults, open_video
+from vtrain.data.decoding.video import SLACK, FileFault, faults, on_screen, open_video
 from vtrain.data.sample import Sample
 
 if TYPE_CHECKING:

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from vtrain.data.decoding.decode import SEEK_SECONDS, stamped_from
 from vtrain.data.decoding.pixels import Conversion
-from vtrain.data.decoding.timing import on_screen
-from vtrain.data.decoding.video import FileFault, faults, open_video
+from vtrain.data.decoding.video import FileFault, faults, on_screen, open_video
 from vtrain.data.sample import Sample
 
 if TYPE_CHECKING:

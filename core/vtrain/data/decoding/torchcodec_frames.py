@@ -17,8 +17,7 @@ from torch import Tensor
 
 from vtrain.data.decoding.decode import fitted
 from vtrain.data.decoding.pixels import Orientation
-from vtrain.data.decoding.timing import SLACK, on_screen
-from vtrain.data.decoding.video import FileFault, faults, open_video
+from vtrain.data.decoding.video import SLACK, FileFault, faults, on_screen, open_video
 from vtrain.data.sample import Sample
 
 if TYPE_CHECKING:

@@ -1,20 +1,154 @@
-"""Opening a video file with PyAV: which stream, within which bounds, and every way to fail as one kind of error.
-
-PyAV is imported by what opens a file: a scan of files that are all known opens none.
-"""
+"""Opening a file as a video, its frames' times on the screen, and what it holds where it is none."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import io
+import math
+import struct
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, BinaryIO
-
-from vtrain.data.decoding.contents import described
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 if TYPE_CHECKING:
     from av import FFmpegError
     from av.container import InputContainer
     from av.video.stream import VideoStream
+
+
+_HEAD = 1024
+_MOST_BOXES = 64
+"""That are looked at: each may be a request to a storage."""
+
+_BEGINNINGS = (
+    (b"PK\3\4", "it is a zip archive, to be unpacked"),
+    (b"\x1f\x8b", "it is a gzip file, to be unpacked"),
+    (b"7z\xbc\xaf\x27\x1c", "it is a 7z archive, to be unpacked"),
+    (b"Rar!\x1a\x07", "it is a rar archive, to be unpacked"),
+    (b"%PDF-", "it is a PDF document"),
+    (b"ID3", "it is sound (MP3)"),
+    (b"fLaC", "it is sound (FLAC)"),
+    (b"version https://git-lfs.github.com/", "it is a pointer of Git LFS, and the file itself was not fetched: git lfs pull"),
+    (b"#EXTM3U", "it is a playlist (HLS), not the video"),
+)  # fmt: skip
+_PICTURES = {b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF", b"avif": "AVIF"}
+_BOXES = frozenset(
+    (b"ftyp", b"styp", b"moov", b"moof", b"mdat", b"free", b"skip", b"wide", b"sidx", b"uuid", b"udta", b"meta")
+)
+_LONG_HEAD = 16
+
+
+def described(stream: BinaryIO) -> str:
+    """In words; "" if nothing is known of it. Raises OSError."""
+    size = stream.seek(0, io.SEEK_END)
+    stream.seek(0)
+    head = stream.read(_HEAD)
+    if size == 0:
+        return "it is empty (0 bytes)"
+    if not any(head):
+        return "it begins with zeros: an unfinished download or copy?"
+    for beginning, words in _BEGINNINGS:
+        if head.startswith(beginning):
+            return words
+    if head[:4] == b"RIFF" and head[8:12] == b"WAVE":
+        return "it is sound (WAV)"
+    if head[4:8] in _BOXES:
+        return _of_boxes(stream, size, head)
+    return _of_text(head, whole=size <= len(head))
+
+
+def _of_text(head: bytes, *, whole: bool) -> str:
+    """What sort of text, if it is one."""
+    try:
+        text = head.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if whole or error.start < len(head) - 4:  # otherwise only a letter that the end of `head` cuts
+            return ""
+        text = head[: error.start].decode("utf-8-sig")
+    if any(not (letter.isprintable() or letter.isspace()) for letter in text):
+        return ""
+    start = text.lstrip().lower()
+    if start.startswith(("<!doctype html", "<html")):
+        return "it is an HTML page: a download that was refused or redirected?"
+    if start.startswith("<?xml"):
+        return "it is an XML text: a download that was refused?"
+    return "it is a text"
+
+
+def _of_boxes(stream: BinaryIO, size: int, head: bytes) -> str:
+    """Of an MP4 or MOV file: what it lacks."""
+    if head[4:8] == b"ftyp" and (picture := _PICTURES.get(head[8:12])):
+        return f"it is a picture ({picture}), which is not read: save it as PNG or JPEG"
+    kinds, end = [], 0
+    for kind, end in _boxes(stream, size):  # noqa: B007 (the last one's end is wanted)
+        kinds.append(kind)
+    cut = end > size
+    if len(kinds) == _MOST_BOXES:
+        return ""
+    if b"moov" not in kinds:
+        if b"moof" in kinds:
+            return "it is a part of a stream (moof) without its beginning (moov)"
+        return (
+            "the file ends before its index (moov): an unfinished download or recording?"
+            if cut
+            else "it has no index (moov)"
+        )
+    if cut and kinds[-1] == b"moov":
+        return "the file ends within its index (moov): an unfinished download or recording?"
+    return ""
+
+
+def _boxes(stream: BinaryIO, size: int) -> Iterator[tuple[bytes, int]]:
+    """(kind, where it ends as it says) of each box of the file (ISO/IEC 14496-12, 4.2), until one reaches past its end."""
+    at = 0
+    for _ in range(_MOST_BOXES):
+        stream.seek(at)
+        head = stream.read(_LONG_HEAD)
+        if len(head) < 8:
+            if head:  # a head that is cut off
+                yield b"", size + 1
+            return
+        length, kind = struct.unpack(">I4s", head[:8])
+        if length == 1 and len(head) == _LONG_HEAD:
+            (length,) = struct.unpack(">Q", head[8:])
+        elif length == 0:
+            length = size - at  # to the end of the file
+        yield kind, at + length
+        if length < 8 or at + length >= size:
+            return
+        at += length
+
+
+SLACK = 0.00125
+"""Seconds: twice Matroska's rounding (of the first frame and of another), and a little."""
+
+FrameT = TypeVar("FrameT")
+
+
+def available_frames(duration: float, fps: float) -> int:
+    """How many output frames start before the source ends, `duration` seconds after its first frame."""
+    return max(0, math.ceil((duration - SLACK) * fps))
+
+
+def on_screen(frames: Iterable[tuple[float, float, FrameT]], times: Sequence[float]) -> Iterator[FrameT]:
+    """The frame on screen at each of `times` (ascending).
+
+    frames: (time, duration, frame) in order of time. Yields fewer than len(times) if the source ends before the last,
+    and nothing if the first frame comes after times[0].
+    """
+    done, shown, end = 0, None, -math.inf
+    for time, duration, frame in frames:
+        if shown is None and time - SLACK > times[0]:
+            return
+        while shown is not None and done < len(times) and times[done] < time - SLACK:
+            yield shown
+            done += 1
+        if done == len(times):
+            return
+        shown, end = frame, time + duration
+    while shown is not None and done < len(times) and times[done] < end:
+        yield shown
+        done += 1
+
 
 SUFFIXES = frozenset(
     (".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".m2v", ".ts", ".m2ts", ".mts", ".wmv",

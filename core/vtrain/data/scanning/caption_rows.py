@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vtrain.contract import DataError, Problem, SupportsCaptions, Words
-from vtrain.contract.lookup import did_you_mean, listed
+from vtrain.contract.specs import did_you_mean, listed
 from vtrain.data.decoding.video import FileFault
 from vtrain.data.scanning.captions import MOST_TEXTS, MOTION_SCORE, motion_score
 from vtrain.plan.records import DatasetPlan

@@ -17,8 +17,7 @@ from vtrain.data.decoding.probe import Probe
 from vtrain.data.sample import Sample
 from vtrain.data.scanning.captions import BESIDE, stem
 from vtrain.data.scanning.database import database_faults, open_readonly
-from vtrain.data.scanning.ledger import Ledger, pages, probe_of
-from vtrain.data.scanning.listing import escaped
+from vtrain.data.scanning.ledger import Ledger, escaped, pages, probe_of
 from vtrain.data.scanning.samples import Found, Samples
 from vtrain.data.scanning.scan import decided, told
 from vtrain.data.scanning.surveys import DISTINCT, caption_notes, unmatched_captions

@@ -1,19 +1,105 @@
-"""From a probe to a bucket: which size, which frames, which part of the picture, or why none."""
+"""How a clip is fitted to the training: which bucket, which part of the picture, which windows of its frames."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
+from vtrain.config.tables import DataTable
 from vtrain.contract import ClipShape, FrameRule, Size
 from vtrain.data.decoding.probe import Probe
-from vtrain.data.decoding.timing import available_frames
+from vtrain.data.decoding.video import available_frames
 from vtrain.data.sample import Box, Left
-from vtrain.data.scanning import captions, reasons
-from vtrain.data.scanning.boxes import box, distance, enlarged, place, reduction, stretch
-from vtrain.data.scanning.windows import windows
+from vtrain.data.scanning import captions
+from vtrain.data.scanning import decisions as reasons
+from vtrain.data.seeds import derive
+from vtrain.plan.datasets import measure
 from vtrain.plan.records import DatasetPlan
-from vtrain.plan.sizes import measure
+
+
+def distance(source: Probe, size: Size) -> float:
+    """How far the aspect of the picture as it is shown is from that of a size: the absolute logarithm of their ratio."""
+    return abs(math.log(size.aspect * source.height / (source.width * source.pixel_aspect)))
+
+
+def reduction(source: Probe, table: DataTable) -> float | None:
+    """The factor by which downsample_to reduces a picture above max_size; None for others."""
+    if table.max_size is None or table.downsample_to is None:
+        return None
+    own = measure(source.width * source.pixel_aspect, source.height, table.resolution_type)
+    return table.downsample_to / own if own > table.max_size else None
+
+
+def box(source: Probe, size: Size, crop: str, factor: float | None) -> Box:
+    """The centred part of the picture with the bucket's aspect, to the nearest stored pixel; crop "none": all of it.
+
+    It is the largest such part; where the picture is reduced by `factor` first and then still larger than the bucket, the
+    part that the bucket covers then.
+    """
+    if crop == "none":
+        return Box(0, 0, source.width, source.height)
+    shown = source.width * source.pixel_aspect
+    scale = max(size.width / shown, size.height / source.height, factor or 0)
+    width = min(source.width, max(1, round(size.width / scale / source.pixel_aspect)))
+    height = min(source.height, max(1, round(size.height / scale)))
+    return Box((source.width - width) // 2, (source.height - height) // 2, width, height)
+
+
+def place(source: Probe, part: Box, seed: int, ref_id: str, number: int) -> Box:
+    """The same part elsewhere in the picture: a pure function of the seed, the clip's id and the sample's number."""
+    left = derive(seed, f"crop left {ref_id}", number) % (source.width - part.width + 1)
+    top = derive(seed, f"crop top {ref_id}", number) % (source.height - part.height + 1)
+    return Box(left, top, part.width, part.height)
+
+
+def enlarged(part: Box, size: Size) -> bool:
+    """Whether a part has fewer stored pixels than its bucket, either way."""
+    return part.width < size.width or part.height < size.height
+
+
+def stretch(source: Probe, part: Box, size: Size) -> float:
+    """How much a part becomes wider or higher in its bucket, at least 1; 1.05 is 5%."""
+    change = size.aspect * part.height / (part.width * source.pixel_aspect)
+    return max(change, 1 / change)
+
+
+Window = Literal["start", "center", "all", "random"]
+
+
+def cut(frames: int, length: int) -> tuple[int, ...]:
+    """First frames of full stretches of `length` in `frames` (at least `length`): one after the other from the first frame.
+
+    If at least half a stretch is left over, one more ends with the last frame, so no frame is in more than two.
+    """
+    starts = list(range(0, frames - length + 1, length))
+    if 2 * (frames % length) >= length:
+        starts.append(frames - length)
+    return tuple(starts)
+
+
+def spread(spare: int, count: int) -> tuple[int, ...]:
+    """At most `count` different numbers from 0 to `spare`, both included, at even distances; the middle if it is one."""
+    count = min(count, spare + 1)
+    if count == 1:
+        return (spare // 2,)
+    return tuple((2 * number * spare + count - 1) // (2 * (count - 1)) for number in range(count))
+
+
+def windows(frames: int, length: int, window: Window, count: int, longest: int | None) -> tuple[tuple[int, ...], ...]:
+    """First frames of the windows of each sample that a clip gives.
+
+    frames: of the clip, at least `length`, which is a window's. count: of windows in a set, for "random". longest: of a
+    piece, at least `length`; a longer clip is cut into pieces, and each gives what a clip of its own would.
+    """
+    span = frames if longest is None else min(frames, longest)
+    pieces = cut(frames, span)
+    if window == "all":
+        return tuple((start,) for start in sorted({piece + start for piece in pieces for start in cut(span, length)}))
+    spare = span - length
+    chosen = {"start": (0,), "center": (spare // 2,), "random": spread(spare, count)}[window]
+    return tuple(tuple(piece + start for start in chosen) for piece in pieces)
+
 
 FIT_VERSION = 3
 """Raised when the arithmetic here changes, so that fates in the ledger are not mistaken for current ones."""

@@ -11,8 +11,8 @@ from vtrain.contract import ClipShape, Problem, Size
 from vtrain.data.decoding.probe import Probe, probe
 from vtrain.data.decoding.video import FileFault, faults
 from vtrain.data.sample import Sample
-from vtrain.data.scanning.boxes import box
-from vtrain.data.scanning.hashes import FILE, FileHashes
+from vtrain.data.scanning.database import FILE, FileHashes
+from vtrain.data.scanning.fitting import box
 from vtrain.plan.records import Plan
 
 CROP = "center"

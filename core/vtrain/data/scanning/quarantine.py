@@ -13,7 +13,7 @@ from itertools import count
 from pathlib import Path, PurePosixPath
 
 from vtrain.contract import SourceRef, SupportsFiles
-from vtrain.data.scanning.fates import settings_key
+from vtrain.data.scanning.decisions import settings_key
 from vtrain.data.scanning.ledger import Ledger
 from vtrain.plan.records import DatasetPlan, Plan
 

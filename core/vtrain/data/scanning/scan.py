@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 from vtrain.contract import DataError, Problem
 from vtrain.data.decoding.worker import Workers, available_cpus
-from vtrain.data.scanning.fates import decide
-from vtrain.data.scanning.hashes import moved_aside
+from vtrain.data.scanning.database import moved_aside
+from vtrain.data.scanning.decisions import decide
 from vtrain.data.scanning.ledger import Ledger
 from vtrain.data.scanning.pictures import picture_faults
 from vtrain.data.scanning.samples import Found, Samples

@@ -10,7 +10,7 @@ from typing import Any
 
 from vtrain.contract import ClipShape, Problem
 from vtrain.data.scanning.captions import BESIDE, stem
-from vtrain.data.scanning.fates import TOLD
+from vtrain.data.scanning.decisions import TOLD
 from vtrain.data.scanning.ledger import Ledger, marks
 from vtrain.data.scanning.sources import origin_of
 from vtrain.plan.records import DatasetPlan, MasksPlan

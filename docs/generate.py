@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
+from typing import Any
 
 from vtrain.config import TABLES, Option, Table, describe
 from vtrain.contract import Catalog, Options, Registered
+from vtrain.contract.events import EVENTS
 from vtrain.contract.specs import NOUNS
 from vtrain.registry import discover
 
@@ -107,8 +110,23 @@ def example() -> Iterator[str]:
     yield "```"
 
 
+def events() -> Iterator[str]:
+    """Every event: what it means, and its fields."""
+    for name, kind in EVENTS.items():
+        yield f"### `{name}`\n"
+        yield f"{' '.join((kind.__doc__ or '').split())}\n"
+        yield from grid(("field", "type", "default"), [field_row(each) for each in fields(kind)])
+        yield ""
+
+
+def field_row(each: Field[Any]) -> tuple[str, str, str]:
+    default = "" if each.default is MISSING else f"`{each.default!r}`"
+    return f"`{each.name}`", f"`{each.type}`", default
+
+
 GENERATED: dict[str, Callable[[], Iterator[str]]] = {
     "tables": tables,
+    "events": events,
     "example": example,
     "refuse": lambda: rule_grid("refuse"),
     "tell": lambda: rule_grid("tell"),

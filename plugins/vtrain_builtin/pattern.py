@@ -1,4 +1,7 @@
-"""Paths with patterns: "shard-{000..011}.tar", "part-*/x.tar". Braces name files; wildcards search for them."""
+"""Paths with patterns: "shard-{000..011}.tar", "part-*/x.tar". Braces name files; wildcards search for them.
+
+Wildcards are fsspec's. Braces are not: its globs know none, and Python's glob neither.
+"""
 
 from __future__ import annotations
 

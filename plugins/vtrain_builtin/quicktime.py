@@ -1,5 +1,8 @@
 """A QuickTime file around images that lie elsewhere: its header alone, made from their sizes.
 
+Not by PyAV: muxing takes every image's bytes, and here the header is made before any of them is read, so that a decoder fetches
+only the frames of its window.
+
 Boxes as in ISO/IEC 14496-12 and Apple's QuickTime File Format. All images are one chunk, so that the file is this header
 and then the images as they are.
 """

@@ -210,8 +210,8 @@ def test_many_files_that_fail_in_filling_are_counted_by_reason() -> None:
     reasons = {f"clips/{number:03}.mp4": "[b]torn[/b]" if number % 3 else "is\x1b[2J gone" for number in range(90)}
     Terminal(Console(file=out, width=400)).show(Filled(0, reasons, 0, 0))
     lines = out.getvalue().splitlines()
-    assert lines[0] == "left out: clips/000.mp4: is\\x1b[2J gone"
+    assert lines[0] == "skipped: clips/000.mp4: is\\x1b[2J gone"
     assert lines[20:] == [
-        "left out: 70 more; `vtrain data list CONFIG --failed` names them. Of all:", "  60  [b]torn[/b]",
+        "skipped: 70 more; `vtrain data list CONFIG --failed` names them. Of all:", "  60  [b]torn[/b]",
         "  30  is\\x1b[2J gone",
     ]  # fmt: skip

@@ -195,8 +195,8 @@ def test_a_clip_whose_frames_are_damaged_is_an_error_and_after_filling_a_failed_
     assert "messy/two\nlines.mp4: " in str(done.exception)
     assert "  used    as 64x64@9 at 8 fps, 1 window\n" in done.stdout
     filled = python("-m", "vtrain.cli", "cache", "fill", str(config))
-    (line,) = [line for line in filled.stdout.splitlines() if line.startswith("left out: ")]
-    assert line.startswith("left out: messy/two\\nlines.mp4: ")
+    (line,) = [line for line in filled.stdout.splitlines() if line.startswith("skipped: ")]
+    assert line.startswith("skipped: messy/two\\nlines.mp4: ")
     row = next(row for row in listed(config, "--failed") if row["file"] == "two\nlines.mp4")
     assert row["kind"] == "decoding"
     assert line.endswith(row["reason"])

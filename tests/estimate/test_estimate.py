@@ -108,7 +108,7 @@ def test_the_rendered_plan_says_what_was_counted(plan_of: PlanOf) -> None:
     rows = {f"{section.title}/{row[0]}": row[1] for section in sections(plan, survey(), made) for row in section.rows}
     assert rows["run/steps"] == "8 optimizer steps, 0.5 epochs"
     assert rows["data: clips/files"] == "19 looked at, 16 used"
-    assert rows["data: clips/left out: 3"] == "too short  (such as x.mp4)"
+    assert rows["data: clips/skipped: 3"] == "too short  (such as x.mp4)"
     assert rows["buckets/96x64@9"] == "6"
     assert rows["validation/videos"] == "1 every 4 steps (2 times) and at the end"
     assert as_json(plan, survey(), made)["steps"] == 8

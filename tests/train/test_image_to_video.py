@@ -191,7 +191,7 @@ def test_a_resumed_run_of_image_to_video_is_the_same_run(
     monkeypatch.setattr(Loop, "clip", copied)
     within("run", straight.write(**values))
     assert [path.name for path in (folder.output / "checkpoints").iterdir()] == ["step-000005"]
-    assert "going on from" in within("run", folder.write(**values)).stdout
+    assert "resuming from" in within("run", folder.write(**values)).stdout
     assert folder.rows() == straight.rows()
     share = image_to_video(straight.rows()) / (30 * 2 * 2)
     assert 0.35 < share < 0.65

@@ -187,7 +187,7 @@ def test_two_processes_fill_and_train_with_masks_and_features_as_one_does(
     own = written("two", 2)
     done = vtrain("run", own.config, processes=2)
     assert "its mask masks/clip_2.png is black" in done.stdout + done.stderr
-    assert "left out: clips/clip_4.mp4" in done.stdout
+    assert "skipped: clips/clip_4.mp4" in done.stdout
     assert "2 of 5 clips cannot be used; 3 remain" in done.stdout
     assert "features (toy-colours): " in done.stdout
     assert "(the first process's share of 2)" in done.stdout

@@ -47,7 +47,7 @@ def test_a_killed_and_resumed_run_is_the_same_run_bit_for_bit(
     assert saved
     assert saved[-1] != "step-000040", "the run was over before it could be killed"
     resumed = vtrain("run", folder.config) if train == "full" else within("run", folder.config)
-    assert "going on from" in resumed.stdout
+    assert "resuming from" in resumed.stdout
     assert folder.rows() == straight.rows()
     assert [row["step"] for row in folder.rows()] == list(range(1, 41))
     expected, got = straight.tensors(40), folder.tensors(40)
@@ -146,7 +146,7 @@ def test_a_flipped_byte_in_the_newest_checkpoint_is_named_and_the_one_before_is_
     victim.write_bytes(data)
     printed = within("run", folder.write(steps=9)).stdout
     assert "optimizer.safetensors is damaged" in printed
-    assert "going on from" in printed
+    assert "resuming from" in printed
     assert "3 later steps were cut from metrics.jsonl" in printed
     # Six steps were planned at first, so the rates of its first three steps are of that shorter cosine.
     assert [row["samples"] for row in folder.rows()] == [row["samples"] for row in straight.rows()]
@@ -158,7 +158,7 @@ def test_a_file_too_many_in_the_newest_checkpoint_is_named_and_the_one_before_is
     (folder.output / "checkpoints" / "step-000003" / ".DS_Store").write_bytes(b"")
     printed = within("run", folder.config).stdout
     assert "it holds denoiser (1).safetensors, which its MANIFEST.json does not list" in printed
-    assert f"going on from {folder.output / 'checkpoints' / 'step-000003'} (step 3)" in printed
+    assert f"resuming from {folder.output / 'checkpoints' / 'step-000003'} (step 3)" in printed
 
 
 def without_pieces(checkpoint: Path, *left_out: str) -> None:
@@ -181,7 +181,7 @@ def test_a_checkpoint_from_before_pieces_were_listed_goes_on_to_the_same_run(
     shutil.copytree(straight.output, folder.output)
     shutil.rmtree(folder.output / "checkpoints" / "step-000006")
     without_pieces(folder.output / "checkpoints" / "step-000003")
-    assert "going on from" in within("run", folder.write(train=train, more=SMOOTH)).stdout
+    assert "resuming from" in within("run", folder.write(train=train, more=SMOOTH)).stdout
     expected, got = straight.tensors(6), folder.tensors(6)
     assert expected.keys() == got.keys()
     assert all(torch.equal(value, got[name]) for name, value in expected.items())
@@ -222,7 +222,7 @@ def test_a_run_of_before_keys_were_renamed_is_resumed_and_nothing_has_changed(fo
     file.write_text(json.dumps({**state, "settings": old}), encoding="utf-8")
     reseal(file.parent)
     printed = within("run", folder.write(steps=4, more=SMOOTH + gradient)).stdout
-    assert "going on from" in printed
+    assert "resuming from" in printed
     assert [line for line in printed.splitlines() if "changed since" in line] == ["changed since: train.steps: 3 -> 4"]
 
 
@@ -316,7 +316,7 @@ def test_a_default_written_out_is_no_change(folder, within: Run) -> None:
     folder.config.write_text(text)
     printed = within("run", folder.config).stdout
     assert "precision.base" not in printed
-    assert "going on from" in printed
+    assert "resuming from" in printed
 
 
 def test_fewer_steps_than_the_checkpoint_has_is_said_and_changes_nothing(folder, within: Run) -> None:

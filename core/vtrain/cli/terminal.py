@@ -169,9 +169,9 @@ def excluded(files: Mapping[str, str]) -> Iterator[str]:
     """
     named = sorted(files.items())
     for file, reason in named[:NAMED]:
-        yield f"left out: {file}: {reason}"
+        yield f"skipped: {file}: {reason}"
     if len(named) > NAMED:
-        yield f"left out: {len(named) - NAMED} more; `vtrain data list CONFIG --failed` names them. Of all:"
+        yield f"skipped: {len(named) - NAMED} more; `vtrain data list CONFIG --failed` names them. Of all:"
         for reason, count in Counter(files.values()).most_common(REASONS):
             yield f"  {count}  {reason}"
 

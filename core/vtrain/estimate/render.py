@@ -169,7 +169,7 @@ def dataset_rows(dataset: DatasetPlan, found: DatasetSurvey, *, alone: bool) -> 
         for shape, count in sorted(found.samples.items()):
             yield f"bucket {shape}", counted(count, "sample")
     for reason, (count, example) in sorted(found.left_out.items(), key=lambda item: (-item[1][0], item[0])):
-        yield f"left out: {count}", f"{reason}  (such as {example})"
+        yield f"skipped: {count}", f"{reason}  (such as {example})"
     if found.left_out:
         yield "all of them", "`vtrain data list CONFIG --dropped --failed`"
     if dataset.table.on_bad_file == "move":

@@ -125,7 +125,7 @@ def find_start(plan: Plan) -> Start:
         words = [f"{each.key} was {_show(each.old)} and is now {_show(each.new)}" for each in refused]
         problems = [Problem("", f"{change}; this cannot change in a resumed run.") for change in words]
         raise CheckpointError([Problem(str(folder), "this checkpoint is of another run.", remedy), *problems])
-    notices.append(f"going on from {folder} (step {state.step})")
+    notices.append(f"resuming from {folder} (step {state.step})")
     told = [change for change in changes if change.resume == "tell"]
     notices += [f"changed since: {each.key}: {_show(each.old)} -> {_show(each.new)}" for each in told]
     return Start(folder, state, tuple(notices))
@@ -212,5 +212,5 @@ def _choose(config: Config) -> tuple[Path | None, list[str]]:
         raise CheckpointError([*problems, Problem(str(parent), "no checkpoint here is sound.", remedy)])
     notices = [f"passed over {found.folder}: {found.reason}" for found in faults]
     if folder_or_none is None:
-        notices.append("no checkpoint yet: starting anew")
+        notices.append("no checkpoint yet: starting from step 0")
     return folder_or_none, notices

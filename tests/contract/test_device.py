@@ -94,7 +94,10 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Nvml]:
 # -- which device --------------------------------------------------------------------------------------------------------
 
 
-def test_a_torch_without_accelerators_gives_the_cpu_and_says_nothing() -> None:
+def test_a_torch_without_accelerators_gives_the_cpu_and_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda: None
+    )  # a build for cards, without any, says so
     assert Device.find() == (Device("cpu"), ())
     assert str(Device()) == "cpu"
     assert not Device().accelerated

@@ -20,7 +20,7 @@ from vtrain.data.scanning.decoders import Unusable, torchcodec
 from vtrain.data.scanning.ledger import Ledger
 from vtrain.data.scanning.scan import scan
 
-MOST_BYTES = 768 << 20
+MOST_BYTES = 1280 << 20
 """Resident memory that no decoding process may reach. Half of it is torch's."""
 
 

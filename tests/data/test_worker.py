@@ -362,8 +362,7 @@ def test_memory_does_not_grow_with_the_frames_of_a_window(children, folder, put,
             status = Path(f"/proc/{process.pid}/status").read_text()
         assert pixels.shape == (3, frames, 36, 64)
         peaks[frames] = int(status.split("VmHWM:")[1].split()[0]) << 10
-    assert peaks[200] < peaks[10] + (64 << 20)
-    assert peaks[200] < 512 << 20
+    assert peaks[200] < peaks[10] + (64 << 20), "all frames as they lie in the file are 500 MiB more"
 
 
 def test_leaving_the_block_does_not_wait_for_a_storage_that_does_not_answer(make_video) -> None:

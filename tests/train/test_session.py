@@ -99,6 +99,12 @@ def events_of(config: Path) -> list[Event]:
         return list(session)
 
 
+def warnings_of(events: list[Event]) -> list[str]:
+    """All but that of a torch for cards on a machine without any."""
+    texts = [event.text for event in events if isinstance(event, Warned)]
+    return [text for text in texts if "running on the CPU" not in text]
+
+
 def same(one: Any, other: Any, step: int) -> None:
     """Two runs ended with the same numbers and the same weights."""
     assert one.rows() == other.rows()
@@ -236,9 +242,7 @@ def test_a_request_from_the_program_or_the_control_file_is_done_at_the_end_of_th
                 session.ask("stop")
     assert [event.step for event in events if isinstance(event, Saved)] == [1, 4]
     assert [event.step for event in events if isinstance(event, Validated)] == [2]
-    assert [event.text for event in events if isinstance(event, Warned)] == [
-        'the control file asked for "and"; a run knows stop, save, validate'
-    ]
+    assert warnings_of(events) == ['the control file asked for "and"; a run knows stop, save, validate']
     assert events[-1] == Ended(4, 6, "stopped")
     assert session.signal is None
 
@@ -250,9 +254,7 @@ def test_a_validation_that_is_asked_for_where_there_is_none_is_told(folder) -> N
             events.append(event)
             if isinstance(event, Stepped) and event.step == 2:
                 session.ask("validate")
-    assert [event.text for event in events if isinstance(event, Warned)] == [
-        "a validation was asked for, and the configuration has no [validation]"
-    ]
+    assert warnings_of(events) == ["a validation was asked for, and the configuration has no [validation]"]
 
 
 def test_an_error_is_the_last_event_and_then_raised(folder) -> None:

@@ -118,8 +118,9 @@ class Changes:
             ((generation, *row[:-1], place, row[-1]) for row in self._seen),
         )
         self._write_told(db)
-        clips = [(generation, place, stem, kind, generation) for stem in self._stems for kind in CLIPS]
-        clips += [(generation, place, stem(name), kind, generation) for _, name, _ in self._told for kind in CLIPS]
+        # Python 3.12.1 takes `stem` for a local of this function where a comprehension has a variable of that name.
+        stems = [*self._stems, *(stem(name) for _, name, _ in self._told)]
+        clips = [(generation, place, each, kind, generation) for each in stems for kind in CLIPS]
         db.executemany(
             # Left to itself SQLite would go through the whole place.
             "UPDATE source INDEXED BY source_by_stem SET generation = ? "

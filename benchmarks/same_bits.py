@@ -272,7 +272,9 @@ def current(record: Any) -> Any:
             leaves |= (
                 {f"{key}.{name}": each for name, each in value.items()} if isinstance(value, dict) else {key: value}
             )
-        state["settings"] = leaves
+        state["settings"] = {
+            key: value for key, value in leaves.items() if not isinstance(value, str) or "/" not in value
+        }
     return record
 
 

@@ -13,6 +13,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch and numpy start their thread
 
 import argparse
 import itertools
+import json
 import statistics
 import tempfile
 import time
@@ -155,13 +156,14 @@ def waiting(folder: Path, model: str, mode: str, blocks: int, steps: int) -> Wai
     """What a run's own metrics say, its first block left out: its first batch is waited for."""
     from step import vtrain_block
 
-    from vtrain.train import metrics
+    from vtrain.run.recorder import METRICS
 
     config = write_config(folder, MODELS[model], mode, steps, name=f"wait-{model}-{mode}")
     with vtrain_block(config) as take:
         for _ in range(blocks + 1):
             take()
-    rows = metrics.read(config.with_suffix(""))[steps:]
+    lines = (config.with_suffix("") / METRICS).read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines][steps:]
     step, waited = (statistics.fmean(float(str(row[name])) for row in rows) for name in ("seconds", "data_wait"))
     return Waited(model, mode, step, waited, waited / step)
 

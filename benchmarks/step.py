@@ -73,6 +73,7 @@ def vtrain_block(config: Path) -> Iterator[Block]:
     from vtrain.estimate.estimate import make_estimate
     from vtrain.run.inbox import Inbox
     from vtrain.run.prepare import planned
+    from vtrain.run.recorder import Recorder
     from vtrain.train.assemble import assemble
     from vtrain.train.processes import Processes
     from vtrain.train.resume import find_start
@@ -84,10 +85,16 @@ def vtrain_block(config: Path) -> Iterator[Block]:
     plan.config.run.output_dir.mkdir(parents=True, exist_ok=True)
     estimate, start = make_estimate(plan, found.survey), find_start(plan)
     trainer = assemble(plan, estimate, start, filled.index, filled.caches, processes)
+    recorder = Recorder(plan.config.run.output_dir)
+    recorder.begin(start.state.step)
     events = trainer.run(Inbox())
 
     def block() -> float:
-        event = next(each for each in events if isinstance(each, Logged))
+        for event in events:
+            assert list(recorder.record(event)) == [], "a file could not be written"
+            if isinstance(event, Logged):
+                break
+        assert isinstance(event, Logged)
         assert len(event.steps) == plan.config.train.log_every
         return statistics.fmean(each.loss for each in event.steps)
 

@@ -1,6 +1,6 @@
 """Paths with patterns: "shard-{000..011}.tar", "part-*/x.tar". Braces name files; wildcards search for them.
 
-Wildcards are fsspec's. Braces are not: its globs know none, and Python's glob neither.
+Braces are ours: the globs of fsspec and of Python know none. So are the wildcards so far, which fsspec's `glob_translate` could read.
 """
 
 from __future__ import annotations

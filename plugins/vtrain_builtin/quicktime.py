@@ -1,7 +1,7 @@
 """A QuickTime file around images that lie elsewhere: its header alone, made from their sizes.
 
-Not by PyAV: muxing takes every image's bytes, and here the header is made before any of them is read, so that a decoder fetches
-only the frames of its window.
+Not by PyAV: its muxer writes the version of FFmpeg into the header ("Lavf62.12.102"). The header is hashed with the images, so
+an update of PyAV would make every cached clip another.
 
 Boxes as in ISO/IEC 14496-12 and Apple's QuickTime File Format. All images are one chunk, so that the file is this header
 and then the images as they are.

@@ -1,7 +1,7 @@
 """What a tar file holds, read from its headers alone: ustar, GNU and pax, in bounded memory.
 
 Not by Python's tarfile, which keeps every member it has read (444 bytes each, of 20,000 measured) and takes a shard that was
-cut off, in a header or in a member, for one that ends there: 10,005 of 20,000 members, and no error.
+cut off between members, or in a header, for one that ends there, without an error; in a member it raises ReadError.
 
 Format: POSIX.1-2017 "pax", Extended Interchange Format; GNU tar manual, "Basic Tar Format".
 """

@@ -1,6 +1,6 @@
 """Paths with patterns: "shard-{000..011}.tar", "part-*/x.tar". Braces name files; wildcards search for them.
 
-Braces are ours: the globs of fsspec and of Python know none. So are the wildcards so far, which fsspec's `glob_translate` could read.
+Braces are ours: the globs of fsspec and of Python know none. So are wildcards, which fsspec's `glob_translate` could read too.
 """
 
 from __future__ import annotations

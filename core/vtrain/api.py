@@ -1,6 +1,7 @@
 """The library: what `vtrain` does on the command line, from Python.
 
     import vtrain.api
+    import vtrain.contract
 
     with vtrain.api.run("config.toml") as events:
         for event in events:
@@ -8,7 +9,7 @@
                 case vtrain.contract.Logged(steps):
                     print(steps[-1].step, steps[-1].loss)
 
-A run goes on when the next event is taken. Leaving the with block, by its end, an exception or a Ctrl-C, ends it: what is cached
+A run continues when the next event is taken. Leaving the with block, by its end, an exception or a Ctrl-C, ends it: what is cached
 or saved is whole, and another run resumes from there. Errors that a user can mend are `vtrain.contract.VtrainError`.
 """
 

@@ -17,7 +17,7 @@ from diffusers.pipelines.sana_video.pipeline_sana_video import ASPECT_RATIO_480_
 from pydantic import ValidationError
 
 from vtrain.contract import ClipShape, Family, FrameRule, LatentShape, Size
-from vtrain_sanavideo import source as installed
+from vtrain_sanavideo import installed
 from vtrain_sanavideo.check import read_transformer
 from vtrain_sanavideo.family import SanaVideoFamily
 from vtrain_sanavideo.options import SanaVideoOptions

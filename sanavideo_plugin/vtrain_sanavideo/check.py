@@ -10,7 +10,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from vtrain.contract import ModelError, Problem
-from vtrain_sanavideo import source as installed
+from vtrain_sanavideo import installed
 from vtrain_sanavideo.flow import scheduler_fault
 from vtrain_sanavideo.geometry import CodecConfig, TransformerConfig, misfits
 from vtrain_sanavideo.source import STEMS, Source

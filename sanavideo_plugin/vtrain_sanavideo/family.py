@@ -24,8 +24,7 @@ from vtrain.contract import (
     Size,
     TokenGrid,
 )
-from vtrain_sanavideo import check, codec, denoiser, text
-from vtrain_sanavideo import source as installed
+from vtrain_sanavideo import check, codec, denoiser, installed, text
 from vtrain_sanavideo.geometry import OFFICIAL_480P, CodecConfig, TransformerConfig
 from vtrain_sanavideo.options import SanaVideoOptions
 from vtrain_sanavideo.source import STEMS, Source

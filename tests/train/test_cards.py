@@ -155,7 +155,7 @@ def test_a_card_too_full_for_validation_is_a_warning_with_what_lowers_it(
     more = '\n[validation]\nevery = "3 steps"\nsize = "64x64"\nframes = 9\nsteps = 2\nprompts = { one = "gradient" }\n'
     printed = " ".join(within("run", folder.write(more=more)).stdout.split())
     assert (
-        "validation at step 3 failed, training goes on: this machine's memory: out of memory while validating"
+        "validation at step 3 failed, training continues: this machine's memory: out of memory while validating"
         in printed
     )
     assert "validation.size" in printed

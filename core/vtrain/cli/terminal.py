@@ -149,7 +149,7 @@ class Terminal:
             if path is not None:
                 self.say(f"wrote {path}")
         for failure in event.failures:
-            self._warn(f"validation at step {event.step} failed, training goes on: {failure}")
+            self._warn(f"validation at step {event.step} failed, training continues: {failure}")
         if event.interrupted:
             self.say(f"validation at step {event.step} was left unfinished, as asked")
 
@@ -259,7 +259,7 @@ class FillingLines:
         self.bar.stop()
 
     def show(self, now: Filling) -> None:
-        """The first of a stage tells what was there."""
+        """The first of a stage says what was there."""
         self.bar.start()
         stage, total, over = now.stage, now.total, now.done + now.unusable
         if stage not in self.paces:
@@ -274,10 +274,10 @@ class FillingLines:
         late = time.monotonic() - self.said > self.LINE_EVERY
         if over == total or (late and not self.console.is_terminal):
             there = now.done - now.made > self.paces[stage].found
-            anew = f", {now.made} of them encoded now" if over == total and there else ""
+            made = f", {now.made} of them encoded now" if over == total and there else ""
             unusable = f", {now.unusable} cannot be used" if now.unusable else ""
-            if anew or unusable or not self.console.is_terminal:
-                self.say(f"{stage}: {now.done} of {total} cached{anew}{unusable}  {pace}")
+            if made or unusable or not self.console.is_terminal:
+                self.say(f"{stage}: {now.done} of {total} cached{made}{unusable}  {pace}")
 
     def _whose(self) -> str:
         return f" (the first process's share of {self.processes})" if self.processes > 1 else ""

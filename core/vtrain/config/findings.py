@@ -88,7 +88,7 @@ def _finding(
 
 
 def unknown_key(document: Document, place: KeyPath, keys: Sequence[str]) -> Found:
-    """A key that its table does not take. keys: those it does. One that was renamed is told its name of today."""
+    """A key that its table does not take. keys: those it does. For one that was renamed, its name of today."""
     if (found := renamed(place)) is not None:
         return problem(document, place, f"{key_text(place)} was renamed to {key_text(found[0])}.", found[1].remedy)
     remedy = did_you_mean(str(place[-1]), keys) or (f"It takes {listed(keys)}." if keys else "It takes no keys.")

@@ -23,7 +23,7 @@ class RunTable(Options):
     resume: str = free(
         "latest",
         min_length=1,
-        description='"latest": go on from the newest sound checkpoint, or start; "never": start, in an empty folder; '
+        description='"latest": resume from the newest sound checkpoint, or start; "never": start, in an empty folder; '
         "otherwise the path of a checkpoint",
     )
     deterministic: bool = Field(

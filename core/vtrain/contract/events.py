@@ -147,7 +147,8 @@ class Quarantined:
 
 @dataclass(frozen=True)
 class Started:
-    """Training starts. session: how often this output folder was started, 1-based. step: 0, or that of the checkpoint.
+    """Training starts. session: how often this output folder was started, 1-based; 0 where there is nothing to do, and on
+    processes beside the first. step: 0, or that of the checkpoint.
 
     checkpoint: the folder that is resumed from. settings: every resolved key of the configuration.
     """
@@ -281,7 +282,7 @@ def _plain(value: Any) -> Any:
 
 
 def from_json(record: Mapping[str, Any]) -> Event | None:
-    """The event of such an object, keys that it does not know left out; None for an event of a later version.
+    """The event of such an object, without keys that it does not know; None for an event of a later version.
 
     Raises ValueError (pydantic's) where a field is missing or of another type.
     """

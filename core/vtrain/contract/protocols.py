@@ -341,7 +341,7 @@ class SupportsFiles(Protocol):
 
 
 class Tracker(Protocol):
-    """Where numbers and videos go. All its methods are called from one thread of its own; whatever it does, training goes on.
+    """Where numbers and videos go. All its methods are called from one thread of its own; whatever it does, training continues.
 
     events: the kinds that it asks for (`Logged`, `Validated`, `Warned`, `Failed` ...), of all that a run yields.
     """

@@ -1,6 +1,6 @@
 """Whoever listens to a run: each in a thread of its own, behind a bounded queue, so that none can change, slow or end it.
 
-A listener that raises is warned of and hears nothing more. One that is too slow misses events, which are counted and told.
+A listener that raises is warned of and hears nothing more. One that is too slow misses events, and their number is warned of.
 One that never comes back is waited for at the end only so long.
 """
 

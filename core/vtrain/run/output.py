@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from vtrain.contract import CheckpointError, Problem, SupportsFeatures
 from vtrain.data.locks import lock
-from vtrain.data.scanning import database as hashes
+from vtrain.data.scanning.database import HASHES, FileHashes
 from vtrain.data.scanning.surveys import Survey
 from vtrain.estimate.estimate import Estimate
 from vtrain.estimate.render import as_json
@@ -85,7 +85,7 @@ def write_run_files(plan: Plan, survey: Survey, estimate: Estimate) -> None:
     output = plan.config.run.output_dir
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.toml").write_text(plan.config.text, encoding="utf-8")
-    hash_file = hashes.FileHashes(plan.config.cache.dir / hashes.FILE)
+    hash_file = FileHashes(plan.config.cache.dir / HASHES)
     fingerprints = {
         "text": plan.family.text_fingerprint(hash_file),
         "video": plan.family.video_fingerprint(hash_file),

@@ -28,7 +28,7 @@ class Recorder:
     """
 
     def __init__(self, folder: Path, restore: Callable[[], None] = lambda: None) -> None:
-        """restore: called when the folder went away under the run; makes it anew."""
+        """restore: called when the folder went away under the run; makes it again."""
         self._folder, self._restore = folder, restore
         self.session = 0
         self._lines: list[dict[str, Any]] = []
@@ -59,7 +59,7 @@ class Recorder:
             return
         try:
             if not self._folder.is_dir():
-                yield Warned(f"the output folder went away and is made anew: {self._folder}")
+                yield Warned(f"the output folder went away and is made again: {self._folder}")
                 self._restore()
             if isinstance(event, Logged):
                 append(self._folder / METRICS, (asdict(each) for each in self._steps), durable=True)

@@ -109,10 +109,11 @@ class Session:
                 f"the launcher announced {self.plan.processes} processes in WORLD_SIZE, "
                 f"and {self.processes.count} work together."
             )
+            self.processes.close()
             raise ConfigError(Problem("", what, "Start it with torchrun, or unset WORLD_SIZE."))
         self._inbox.validates = self.plan.validation is not None
         self._recorder = Recorder(self.plan.config.run.output_dir, self._restore)
-        self._events = self._told()
+        self._events = self._stream()
         return self
 
     def __exit__(
@@ -140,24 +141,24 @@ class Session:
 
     # -- the stream --------------------------------------------------------------------------------------------------------
 
-    def _told(self) -> Generator[Event, None, None]:
+    def _stream(self) -> Generator[Event, None, None]:
         """Every event, recorded and shown to the listeners. An error is an event too, and then raised."""
         try:
             with blame(self.plan.config.parts()):
                 for event in self._chapters():
-                    yield from self._tell(event)
+                    yield from self._passed(event)
         except Exception as error:
             problems = error.problems if isinstance(error, VtrainError) else ()
             lines = tuple(filter(None, (" ".join(filter(None, (p.where, p.what, p.remedy))) for p in problems)))
-            yield from self._tell(Failed(type(error).__name__, lines or (str(error),)))
+            yield from self._passed(Failed(type(error).__name__, lines or (str(error),)))
             raise
         finally:
             if self._listeners is not None:
                 self._listeners.finish()
         for text in self._listeners.warnings() if self._listeners is not None else ():
-            yield from self._tell(Warned(text))
+            yield from self._passed(Warned(text))
 
-    def _tell(self, event: Event) -> Iterator[Event]:
+    def _passed(self, event: Event) -> Iterator[Event]:
         """Recorded, shown, given; and what went wrong in doing so."""
         troubles = list(self._recorder.record(event)) if self.processes.first else []
         if self._listeners is not None:
@@ -175,7 +176,7 @@ class Session:
         """A run, from beginning to end."""
         yield from self._introduced()
         if self._until == "filled":
-            found, _ = yield from self._scanned(priced=False)
+            found, _ = yield from self._scanned(estimated=False)
             yield from self._caches(found)
             yield from self._quarantined()
             return
@@ -206,7 +207,7 @@ class Session:
             yield self.processes.from_first(lambda: self._lock.enter_context(hold(self.plan.config.run.output_dir)))
 
     def _restore(self) -> None:
-        """Make the output folder anew that somebody deleted or moved. Raises OSError or CheckpointError."""
+        """Make the output folder again that somebody deleted or moved. Raises OSError or CheckpointError."""
         assert self._data is not None
         self._lock.enter_context(hold(self.plan.config.run.output_dir))
         write_run_files(self.plan, self._data.survey, self._data.estimate)
@@ -217,8 +218,8 @@ class Session:
         return self.processes.from_first(lambda: find_start(self.plan))
 
     def _read(self) -> Generator[Event, None, Data]:
-        """Scan, estimate, fill the caches; what was excluded in filling is estimated anew without."""
-        found, estimate = yield from self._scanned(priced=True)
+        """Scan, estimate, fill the caches; without the clips that turned out bad in filling it is estimated again."""
+        found, estimate = yield from self._scanned(estimated=True)
         assert estimate is not None
         filled = yield from self._caches(found)
         yield from self._quarantined()
@@ -231,12 +232,12 @@ class Session:
             yield Noted(f"{lost} of {len(found.samples)} clips cannot be used; {len(filled.index)} remain")
         return Data(filled, survey, estimate)
 
-    def _scanned(self, *, priced: bool) -> Generator[Event, None, tuple[Scan, Estimate | None]]:
-        """Look at every source file. priced: also estimate the run, and check that there is room for it."""
+    def _scanned(self, *, estimated: bool) -> Generator[Event, None, tuple[Scan, Estimate | None]]:
+        """Look at every source file. estimated: also estimate the run, and check that there is room for it."""
 
         def look() -> tuple[Scan, Estimate | None]:
             found = scan(self.plan)
-            estimate = make_estimate(self.plan, found.survey) if priced else None
+            estimate = make_estimate(self.plan, found.survey) if estimated else None
             if estimate is not None:
                 check_room(self.plan, estimate)
             return found, estimate
@@ -273,8 +274,10 @@ class Session:
         return filled
 
     def _quarantined(self) -> Iterator[Event]:
-        """Move what is bad, in datasets with on_bad_file = "move"."""
-        for each in move_bad(self.plan) if self.processes.first else ():
+        """The first process moves what is bad, in datasets with on_bad_file = "move". Raises DataError on all."""
+        alone = self.processes.count == 1  # then each file is an event as it goes
+        moved = move_bad(self.plan) if alone else self.processes.from_first(lambda: list(move_bad(self.plan)))
+        for each in moved:
             yield Quarantined(f"{each.dataset}/{each.ref_id}", each.reason, each.target, each.stays)
 
     @contextmanager
@@ -303,9 +306,10 @@ class Session:
             for text in self.processes.from_first(lambda: self._cut_back(data, start.state.step)):
                 yield Noted(text)
         values = {key: setting.value for key, setting in settings(self.plan).items()}
+        trackers, saved = list(self._trackers()), self.processes.from_first(lambda: saved_states(start.folder))
         if self.processes.first:
             info = RunInfo(self.plan.config.run.name, str(self.plan.config.run.output_dir), values, start.state.step)
-            self._listeners = Listeners(list(self._trackers()), info, saved_states(start.folder))
+            self._listeners = Listeners(trackers, info, saved)
         yield Started(self._recorder.session, start.state.step, steps, start.folder, values)
 
     def _cut_back(self, data: Data, step: int) -> list[str]:

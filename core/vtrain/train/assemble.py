@@ -27,7 +27,7 @@ from vtrain.contract import (
 from vtrain.data.batches import Batches
 from vtrain.data.caching.caches import Caches
 from vtrain.data.index import Index
-from vtrain.data.scanning.database import FILE, FileHashes
+from vtrain.data.scanning.database import HASHES, FileHashes
 from vtrain.data.seeds import derive
 from vtrain.estimate.estimate import Estimate
 from vtrain.plan.records import Plan
@@ -197,7 +197,7 @@ def build_regularizers(plan: Plan, device: Device) -> dict[str, nn.Module]:
 
 def feature_marks(plan: Plan) -> dict[str, str]:
     """Regularizer -> fingerprint of its features, of those that read some. Raises ModelError."""
-    hash_file = FileHashes(plan.config.cache.dir / FILE)
+    hash_file = FileHashes(plan.config.cache.dir / HASHES)
     return {
         name: part.feature_fingerprint(hash_file)
         for name, part in plan.regularizers

@@ -108,7 +108,7 @@ class Processes:
     def close(self) -> None:
         """Leave the process group, if there is one. After a failure it is better left alone: peers may be in it.
 
-        Alone, the next run of this process may choose its precision anew, which accelerate keeps for as long as its state lives.
+        Alone, the next run of this process may choose another precision, which accelerate keeps for as long as its state lives.
         """
         if self.count > 1:
             dist.destroy_process_group()

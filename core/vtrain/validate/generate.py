@@ -232,7 +232,7 @@ class Validator:
 
 @dataclass(frozen=True)
 class Validation:
-    """Validations of a run, each as events. It never ends the run: what fails is told.
+    """Validations of a run, each as events. It never ends the run: what fails is in the event.
 
     folder: of all samples. peers: each generates its share. explained: a full device's error, in words that help.
     """

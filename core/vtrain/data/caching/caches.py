@@ -144,7 +144,7 @@ def fill_caches(
     report: Callable[[Filling], None] = lambda now: None,
     peers: Peers = ALONE,
 ) -> FilledCaches:
-    """The same in one call. report: told how far it is."""
+    """The same in one call. report: called with each standing."""
     work = fill(plan, samples, extra_texts, device, peers)
     while True:
         try:

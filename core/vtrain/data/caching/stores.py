@@ -8,7 +8,7 @@ from vtrain.contract import Caption, Role
 from vtrain.data.caching.columns import Column, Contents, FeatureColumn, MaskColumn, VideoColumn, known_key
 from vtrain.data.caching.entries import KINDS, Entries, text_key
 from vtrain.data.sample import Sample
-from vtrain.data.scanning import database as hashes
+from vtrain.data.scanning.database import HASHES, FileHashes
 from vtrain.plan.records import Plan
 
 
@@ -23,7 +23,7 @@ class Stores:
         folder = plan.config.cache.dir
         compress = plan.config.cache.compress
         self.text, self.video, self.feature, self.mask = (Entries(folder, kind, compress=compress) for kind in KINDS)
-        self._hash_file = hashes.FileHashes(folder / hashes.FILE)
+        self._hash_file = FileHashes(folder / HASHES)
         contents = Contents(plan)
         self.masks = MaskColumn(plan, contents, self.mask) if any(each.masks for each in plan.datasets) else None
         self.videos = VideoColumn(plan, contents, self.video, self._hash_file)

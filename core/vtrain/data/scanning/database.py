@@ -106,7 +106,7 @@ def _move_aside(path: Path) -> Path:
     return aside
 
 
-FILE = "hashes.sqlite"
+HASHES = "hashes.sqlite"
 
 _LAYOUT = Layout(
     application_id=0x76744831,
@@ -120,7 +120,7 @@ def moved_aside(folder: Path) -> str | None:
 
     Raises DataError.
     """
-    path = folder / FILE
+    path = folder / HASHES
     if not path.exists():
         return None
     database, message = open_database(path, _LAYOUT)

@@ -11,7 +11,7 @@ from vtrain.contract import ClipShape, Problem, Size
 from vtrain.data.decoding.probe import Probe, probe
 from vtrain.data.decoding.video import FileFault, faults
 from vtrain.data.sample import Sample
-from vtrain.data.scanning.database import FILE, FileHashes
+from vtrain.data.scanning.database import HASHES, FileHashes
 from vtrain.data.scanning.fitting import box
 from vtrain.plan.records import Plan
 
@@ -48,7 +48,7 @@ def pictures(plan: Plan) -> dict[str, Sample]:
     made = plan.validation
     if made is None or not made.images:
         return {}
-    hash_file = FileHashes(plan.config.cache.dir / FILE)
+    hash_file = FileHashes(plan.config.cache.dir / HASHES)
     shape = ClipShape(1, made.shape.height, made.shape.width)
     return {nickname: _sample(file, shape, hash_file) for nickname, file in made.images.items()}
 

@@ -17,7 +17,7 @@ CONSTRAINTS = "constraints.txt"
 CODE = ("core", "plugins", "sanavideo_plugin", "tests", "benchmarks", "examples", "docs", "noxfile.py")
 WITH_TORCH = re.compile(r"(torch|accelerate|peft|diffusers|transformers|efficientnet-\S+?|vtrain)(?=[<>=]|$)")
 """Dependencies that are torch, or install it."""
-SOURCES = ("folder", "frames", "manifest", "remote_file", "s3", "storage", "tar", "web")
+SOURCES = ("folder", "frames", "manifest", "s3", "seekable", "storage", "tar", "web")
 TORCH_FREE = (
     "tests/test_layers.py",
     "tests/test_imports.py",

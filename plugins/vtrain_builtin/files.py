@@ -9,9 +9,9 @@ from typing import BinaryIO, Protocol, cast
 from vtrain.contract import DataError, Problem, SourceRef
 from vtrain_builtin import pattern
 from vtrain_builtin.attempts import StorageError
-from vtrain_builtin.local import LocalFolder
+from vtrain_builtin.folder import LocalFolder
 from vtrain_builtin.place import PlaceOptions, is_url
-from vtrain_builtin.sized_file import SizedFile
+from vtrain_builtin.seekable import Section
 from vtrain_builtin.storage import Storage
 
 _READ = 1 << 16
@@ -134,26 +134,3 @@ def _told(error: OSError, location: str, noun: str) -> DataError:
         return error.at(location)
     what = f"the {noun} cannot be read: {error.strerror or error}."
     return DataError(Problem(location, what, "Set data.path to it."))
-
-
-class Section(SizedFile):
-    """`size` bytes of an open file from `start`. Closes it with itself."""
-
-    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
-        super().__init__(size)
-        self._file, self._start = file, start
-
-    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        view = memoryview(buffer).cast("B")
-        wanted = max(0, min(len(view), self.size - self.position))
-        self._file.seek(self._start + self.position)
-        part = self._file.read(wanted)
-        if len(part) < wanted and not part:
-            raise OSError("the file ends before the part that is to be read")
-        view[: len(part)] = part
-        self.position += len(part)
-        return len(part)
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()

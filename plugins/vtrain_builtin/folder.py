@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Iterator
+from pathlib import Path
 from typing import BinaryIO
 
 from pydantic import Field
 
-from vtrain.contract import DataBackend, DataBackendSpec, SourceRef
+from vtrain.contract import DataBackend, DataBackendSpec, DataError, Problem, SourceRef
 from vtrain_builtin.attempts import StorageError
-from vtrain_builtin.local import LocalFolder
+from vtrain_builtin.ordered import in_order
 from vtrain_builtin.place import PlaceOptions, PlacePath, is_url
 from vtrain_builtin.storage import Storage
 
@@ -22,6 +25,86 @@ class FolderOptions(PlaceOptions):
         description='folder of the dataset, or a URL of fsspec such as "s3://bucket/clips"; a relative path starts at '
         "the configuration file",
     )
+
+
+class LocalFolder:
+    """A folder of this machine. Links are followed, but none to a folder around it. location: absolute path."""
+
+    def __init__(self, path: str) -> None:
+        self.location = path
+        self._root = Path(path)
+
+    def refs(self) -> Iterator[SourceRef]:
+        """Version: the time of change in nanoseconds. One folder is held at a time. Raises DataError."""
+        self.check("the clips")
+        levels = [self.level(self._names(""))]
+        while levels:
+            name = next(levels[-1], None)
+            if name is None:
+                levels.pop()
+            elif name.endswith("/"):
+                if not self.leads_back(name):
+                    levels.append(self.level(self._names(name)))
+            else:
+                yield self.ref(name)
+
+    def ref(self, name: str) -> SourceRef:
+        """A link to nothing is listed too, with size 0, so that it is reported and not passed over."""
+        try:
+            status = os.stat(f"{self.location}/{name}")  # noqa: PTH116 (a million of them: three times as fast)
+        except OSError:
+            return SourceRef(name, 0, "unreadable")
+        return SourceRef(name, status.st_size, str(status.st_mtime_ns))
+
+    def open(self, ref: SourceRef) -> BinaryIO:
+        return open_plain(self._root / ref.id)
+
+    def file(self, ref: SourceRef) -> Path:
+        if self.ref(ref.id) != ref:
+            raise OSError("it has changed since, or is gone")
+        return self._root / ref.id
+
+    def check(self, holds: str) -> None:
+        """Raises DataError if this is no folder. holds: what it should."""
+        if not self._root.is_dir():
+            what = "is not a folder." if os.path.lexists(self.location) else "the dataset folder does not exist."
+            raise DataError(Problem(self.location, what, f"Set data.path to the folder that holds {holds}."))
+
+    def level(self, names: Iterator[str]) -> Iterator[str]:
+        """Names in a folder as ids are sorted. Raises DataError where listing them fails."""
+        try:
+            yield from in_order(names)
+        except OSError as error:
+            what = f"the folder cannot be listed: {error.strerror or error}."
+            raise DataError(Problem(str(error.filename or self.location), what, "Check its permissions.")) from error
+
+    def _names(self, folder: str) -> Iterator[str]:
+        """In a folder, from the root: folders end in "/"."""
+        with os.scandir(f"{self.location}/{folder}") as entries:
+            for entry in entries:
+                yield f"{folder}{entry.name}/" if is_folder(entry) else folder + entry.name
+
+    def leads_back(self, name: str) -> bool:
+        """Whether this is a link to a folder around it."""
+        folder = self._root / name
+        if not folder.is_symlink():
+            return False
+        return any(folder.samefile(around) for around in folder.parents)
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Of a link: whether it leads to a folder; false for one that leads to itself."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """Raises OSError for what is no plain file, such as a pipe, at which a reader would wait for ever."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("is a pipe, a socket or a device, and no file")
+    return path.open("rb")
 
 
 class RemoteFolder:

@@ -8,14 +8,13 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from threading import Lock
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Protocol, cast
 from urllib.parse import quote, unquote, urlsplit
 
 from vtrain.contract import SourceRef
 from vtrain_builtin.attempts import Attempts, StorageError
-from vtrain_builtin.filesystem import FileSystem, Ranges, call
 from vtrain_builtin.place import PlaceOptions, Redaction, is_url
-from vtrain_builtin.remote_file import RemoteFile
+from vtrain_builtin.seekable import RemoteFile
 
 _VERSION_KEYS = (
     "ETag", "etag", "sha256", "md5Hash", "blob_id", "LastModified", "last_modified", "Last-Modified", "mtime", "updated",
@@ -32,6 +31,20 @@ _DEEPEST = 100
 _READ = 1 << 16
 _UNKNOWN, _UNREADABLE = "size unknown", "unreadable"
 """Versions of files that are not understood: opening them tells why."""
+
+
+class FileSystem(Protocol):
+    """What is used of an fsspec file system."""
+
+    protocol: str | tuple[str, ...]
+    async_impl: bool
+    loop: Any
+
+    def ls(self, path: str, detail: bool) -> list[dict[str, Any]]: ...
+    def info(self, path: str) -> dict[str, Any]: ...
+    def open(self, path: str, mode: str) -> BinaryIO: ...
+    def invalidate_cache(self) -> None: ...
+    def _strip_protocol(self, path: str) -> str: ...
 
 
 class Storage:
@@ -241,6 +254,50 @@ class Storage:
             return self._attempts(name)(ask)
         except StorageError as error:
             return error
+
+
+class Ranges:
+    """Reads ranges of one file; a connection that drops is made again where it broke off. Raises StorageError."""
+
+    def __init__(self, system: FileSystem, path: str, attempts: Attempts) -> None:
+        self._system, self._path, self._attempts = system, path, attempts
+        self._file: BinaryIO | None = None
+
+    def __call__(self, start: int, end: int) -> bytes:
+        parts: list[bytes] = []
+        at = start
+        while at < end:
+            part = self._attempts(partial(self._some, at, end), failed=self._drop)
+            if len(part) > end - at:
+                raise StorageError("the server sends whole files where a part is asked for (it knows no ranges)")
+            parts.append(part)
+            at += len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _some(self, start: int, end: int) -> bytes:
+        """At least one byte."""
+        if self._system.async_impl:
+            part = call(self._system, "cat_file", self._path, timeout=self._attempts.timeout, start=start, end=end)
+        else:
+            if self._file is None:
+                self._file = self._system.open(self._path, "rb")
+            self._file.seek(start)
+            part = self._file.read(end - start)
+        if not part:
+            raise OSError(f"it ends at byte {start}, before its listed size")
+        return bytes(part)
+
+    def _drop(self) -> None:
+        self._file = None
+
+
+def call(system: FileSystem, method: str, *arguments: Any, timeout: float, **named: Any) -> Any:
+    """A method of a file system, with a limit on its time where it is asynchronous inside."""
+    if not system.async_impl:
+        return getattr(system, method)(*arguments, **named)
+    from fsspec.asyn import sync
+
+    return sync(system.loop, getattr(system, f"_{method}"), *arguments, timeout=timeout, **named)
 
 
 def _protocols(system: FileSystem) -> tuple[str, ...]:

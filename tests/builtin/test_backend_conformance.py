@@ -18,8 +18,8 @@ from pyarrow import parquet
 from vtrain.contract import DataBackend, Words
 from vtrain.testing import DataBackendTests
 from vtrain.testing.data_backend import FILES
+from vtrain_builtin.frames import header
 from vtrain_builtin.plugin import FOLDER, FRAMES, MANIFEST, TAR
-from vtrain_builtin.quicktime import header
 
 
 class TestFolder(DataBackendTests):

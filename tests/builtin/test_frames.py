@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -12,8 +14,8 @@ import pytest
 from PIL import Image
 
 from vtrain.contract import DataError, SourceRef
-from vtrain_builtin.frames import FRAMES, FramesFolder
-from vtrain_builtin.local import LocalFolder
+from vtrain_builtin.folder import LocalFolder
+from vtrain_builtin.frames import FRAMES, FramesFolder, header
 
 
 def picture(k: int) -> np.ndarray:
@@ -51,6 +53,11 @@ def test_a_folder_of_images_is_a_clip_of_exactly_these_pictures(tmp_path, suffix
         assert float(stream.average_rate) == pytest.approx(24000 / 1001)
         found = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
     assert np.array_equal(found, [picture(k) for k in range(9)])
+
+
+def test_the_header_is_always_the_same_bytes_because_caches_are_keyed_by_them() -> None:
+    made = header(b"png ", [3000, 5, 70000], Fraction(24000, 1001))
+    assert hashlib.sha256(made).hexdigest() == "4ddf09d7882dc9081f6a1279873f00c1813c212cf11cfeb2b8e709f8c7e60898"
 
 
 def test_numbers_decide_over_the_order_and_not_names(tmp_path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from vtrain.contract import DataError, SourceRef
 from vtrain_builtin import attempts
 from vtrain_builtin.folder import FOLDER, RemoteFolder
-from vtrain_builtin.remote_file import LARGEST_BLOCK, RemoteFile
+from vtrain_builtin.seekable import LARGEST_BLOCK, RemoteFile
 
 RANGE = re.compile(rb"bytes=(\d+)-(\d+)")
 CLIP = random.Random(1).randbytes(6_000_000)

@@ -18,8 +18,7 @@ from pydantic import ValidationError
 
 from vtrain.contract import DataError, SourceRef
 from vtrain_builtin.pattern import expand, matcher
-from vtrain_builtin.tar import TAR, TarShards
-from vtrain_builtin.tar_index import TarFault, members
+from vtrain_builtin.tar import TAR, TarFault, TarShards, members
 
 CLIP = random.Random(1).randbytes(3000)
 

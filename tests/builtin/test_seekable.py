@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vtrain_builtin import remote_file
-from vtrain_builtin.files import Section
-from vtrain_builtin.remote_file import RemoteFile
+from vtrain_builtin import seekable
+from vtrain_builtin.seekable import RemoteFile, Section
 
 DATA = random.Random(1).randbytes(5000)
 MOVES = st.lists(
@@ -49,7 +48,7 @@ def test_any_reading_is_that_of_the_bytes(moves: list[tuple[str, int]], start: i
 
 
 def test_blocks_double_while_a_file_is_read_on_and_start_small_after_a_jump(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_file, "LARGEST_BLOCK", 800)
+    monkeypatch.setattr(seekable, "LARGEST_BLOCK", 800)
     asked: list[tuple[int, int]] = []
 
     def fetch(start: int, end: int) -> bytes:
@@ -66,7 +65,7 @@ def test_blocks_double_while_a_file_is_read_on_and_start_small_after_a_jump(monk
 
 
 def test_slow_answers_do_not_make_blocks_larger(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_file, "_SOON", 0.0)
+    monkeypatch.setattr(seekable, "_SOON", 0.0)
     asked: list[int] = []
 
     def fetch(start: int, end: int) -> bytes:

@@ -1,13 +1,19 @@
-"""The files that a path with patterns names, local or behind a URL: what tar shards and manifests are."""
+"""The files that a path with patterns names, local or behind a URL: what tar shards and manifests are.
+
+"shard-{000..011}.tar", "part-*/x.tar": braces name files; wildcards search for them. Wildcards are fsspec's. Its globs know no
+braces, nor do Python's; bracex, which is kept up, reads other names out of the same path: of "{01..100}" it makes "001" where this
+makes "01", it leaves "{a}" and "${a,b}" as they are, takes "\\" for an escape, and counts "{5..1}" down, which is an error here.
+"""
 
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from typing import BinaryIO, Protocol, cast
 
 from vtrain.contract import DataError, Problem, SourceRef
-from vtrain_builtin import pattern
 from vtrain_builtin.attempts import StorageError
 from vtrain_builtin.folder import LocalFolder
 from vtrain_builtin.place import PlaceOptions, is_url
@@ -15,6 +21,65 @@ from vtrain_builtin.seekable import Section
 from vtrain_builtin.storage import Storage
 
 _READ = 1 << 16
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_WILD = re.compile(r"[*?\[]")
+_STARS = re.compile(r"\*{2,}")
+
+MOST = 100_000
+"""Names that the braces of one path may stand for."""
+
+
+def expand(path: str) -> list[str]:
+    """Every path that the braces stand for: "{000..011}" counts with leading zeros, "{a,b}" lists. Raises ValueError."""
+    found = [path]
+    while _BRACES.search(found[0]):
+        found = list(islice(chain.from_iterable(map(_once, found)), MOST + 1))
+        if len(found) > MOST:
+            raise ValueError(f"the braces of {path} stand for more than {MOST:,} files")
+    return found
+
+
+def _once(path: str) -> Iterator[str]:
+    """With its first pair of braces expanded."""
+    match = _BRACES.search(path)
+    if match is None:
+        yield path
+        return
+    counted = _RANGE.fullmatch(match[1])
+    if counted is None:
+        words = match[1].split(",")
+    else:
+        low, high = int(counted[1]), int(counted[2])
+        if high < low or high - low > MOST:
+            raise ValueError(f"{match[0]} counts from {low} to {high}: write at most {MOST:,} files, upwards")
+        width = len(counted[1])
+        words = [f"{number:0{width}}" for number in range(low, high + 1)]
+    for word in words:
+        yield path[: match.start()] + word + path[match.end() :]
+
+
+def is_wild(path: str) -> bool:
+    return bool(_WILD.search(path))
+
+
+def split(path: str) -> tuple[str, str]:
+    """(folder, rest): the folder has no pattern in it, and the rest is all from the first part that has one, or the name."""
+    scheme, mark, rest = path.rpartition("://")
+    parts = rest.split("/")
+    plain = next((n for n, part in enumerate(parts[:-1]) if is_wild(part) or "{" in part), len(parts) - 1)
+    return scheme + mark + "/".join(parts[:plain]), "/".join(parts[plain:])
+
+
+def matcher(pattern: str) -> re.Pattern[str]:
+    """ "*" and "?" stay within a folder, "**/" goes through any number of them, "[abc]" is one of these characters.
+
+    Raises ValueError for "**" as a part of a folder's name.
+    """
+    from fsspec.utils import glob_translate
+
+    *folders, name = pattern.replace("[^", "[!").split("/")  # to fsspec "^" is a character, to shells it is "!"
+    return re.compile(glob_translate("/".join([*folders, _STARS.sub("*", name)])))
 
 
 class Folder(Protocol):
@@ -82,9 +147,9 @@ class NamedFiles:
         path, mark, query = options.path, "", ""
         if path.startswith(("http://", "https://")):
             path, mark, query = path.partition("?")
-        base, self._pattern = pattern.split(path.rstrip("/"))
+        base, self._pattern = split(path.rstrip("/"))
         is_file = "{" in self._pattern or self._pattern.lower().endswith(suffixes)
-        if not is_file and not pattern.is_wild(self._pattern):
+        if not is_file and not is_wild(self._pattern):
             base, self._pattern = path.rstrip("/"), ""
         self.base = (base or "/") + mark + query
         self.folder: Folder = RemoteFiles(options, self.base) if is_url(options.path) else LocalFiles(self.base)
@@ -99,10 +164,13 @@ class NamedFiles:
 
     @property
     def _wild(self) -> bool:
-        return not self._pattern or pattern.is_wild(self._pattern)
+        return not self._pattern or is_wild(self._pattern)
 
     def _searched(self) -> Iterator[SourceRef]:
-        matchers = [pattern.matcher(one) for one in pattern.expand(self._pattern)] if self._pattern else []
+        try:
+            matchers = [matcher(one) for one in self._expanded()] if self._pattern else []
+        except ValueError as error:
+            raise self._wrong(error) from error
         found = False
         for ref in self.folder.refs():
             named = any(one.fullmatch(ref.id) for one in matchers) if matchers else self._is_one(ref.id)
@@ -115,12 +183,21 @@ class NamedFiles:
                 Problem(self.location, what, "Set data.path to the files, or to the folder that holds them.")
             )
 
+    def _expanded(self) -> list[str]:
+        try:
+            return expand(self._pattern)
+        except ValueError as error:
+            raise self._wrong(error) from error
+
+    def _wrong(self, error: ValueError) -> DataError:
+        return DataError(Problem(self.location, f"the pattern cannot be read: {error}.", "Set data.path to another."))
+
     def _is_one(self, name: str) -> bool:
         hidden = name.startswith(".") or "/." in name
         return not hidden and name.lower().endswith(self._suffixes)
 
     def _named(self) -> Iterator[SourceRef]:
-        names = sorted(set(pattern.expand(self._pattern)))
+        names = sorted(set(self._expanded()))
         answers = list(self.folder.look_up(names))
         failures = [answer for answer in answers if isinstance(answer, OSError)]
         if len(failures) == len(names):

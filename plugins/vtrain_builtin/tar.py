@@ -25,9 +25,8 @@ from typing import BinaryIO, cast
 from pydantic import Field, field_validator
 
 from vtrain.contract import DataBackendSpec, DataError, Problem, SourceRef
-from vtrain_builtin.files import NamedFiles
+from vtrain_builtin.files import NamedFiles, expand
 from vtrain_builtin.ordered import sorted_rows
-from vtrain_builtin.pattern import expand
 from vtrain_builtin.place import PlaceOptions, PlacePath
 from vtrain_builtin.seekable import Section
 

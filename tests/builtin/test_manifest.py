@@ -70,6 +70,12 @@ def test_a_missing_column_is_an_error_that_offers_the_others(clips: Path) -> Non
     assert 'Did you mean "captoin"?' in problems(right.captions())[0][1]
 
 
+def test_braces_that_count_down_are_an_error_of_the_path(tmp_path: Path) -> None:
+    found = problems(manifest(tmp_path / "t-{5..1}.csv").refs())
+    assert [name for name, _ in found] == ["t-{5..1}.csv"]
+    assert "counts from 5 to 1" in found[0][1]
+
+
 def test_columns_have_the_names_that_the_table_gives(clips: Path) -> None:
     table = write(clips / "t.tsv", "file\ttext\tmoves\tkey", "a.mp4\ta cat\t30\tone", "sub/c.mp4\ta dog\t\ttwo.mp4")
     columns = {"path": "file", "caption": "text", "motion_score": "moves", "id": "key"}

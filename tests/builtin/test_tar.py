@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from vtrain.contract import DataError, SourceRef
-from vtrain_builtin.pattern import expand, matcher
+from vtrain_builtin.files import expand, matcher
 from vtrain_builtin.tar import TAR, TarFault, TarShards, members
 
 CLIP = random.Random(1).randbytes(3000)
@@ -135,6 +135,22 @@ def test_wildcards_stay_in_their_folder() -> None:
     assert matcher("[!ab].tar").fullmatch("c.tar")
     assert not matcher("[!ab].tar").fullmatch("a.tar")
     assert matcher("a+(1).tar").fullmatch("a+(1).tar")
+    assert not matcher("[^ab].tar").fullmatch("a.tar")
+    assert not matcher("**").fullmatch("b/a.tar")
+    assert matcher("a**.tar").fullmatch("abc.tar")
+
+
+@pytest.mark.parametrize("path", ["part**/*.tar", "{part**,x}/*.tar"])
+def test_a_pattern_that_cannot_be_read_is_an_error_of_the_path(tmp_path: Path, path: str) -> None:
+    with pytest.raises(DataError, match=r"the pattern cannot be read: .*'\*\*'") as caught:
+        list(shards(tmp_path / path).shards())
+    assert caught.value.problems[0].where == str(tmp_path / path)
+
+
+def test_a_range_of_characters_that_is_none_finds_nothing_and_does_not_crash(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(packed({"a.mp4": CLIP}))
+    with pytest.raises(DataError, match="no tar file is called so"):
+        list(shards(tmp_path / "[b-a].tar").shards())
 
 
 def test_a_compressed_tar_is_refused_with_the_remedy(tar: Path) -> None:

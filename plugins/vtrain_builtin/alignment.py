@@ -1,4 +1,4 @@
-"""The loss module of `layersync`."""
+"""The loss module of `layersync`, apart from it because this imports torch, and options and plans do without."""
 
 from __future__ import annotations
 

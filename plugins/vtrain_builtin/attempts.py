@@ -1,7 +1,8 @@
 """Asking a storage again: which failures pass, how long to wait, and every failure as one kind of error.
 
-Not by tenacity: it would do the loop of `Attempts.__call__`, and what is long here, telling failures that pass from those that
-last over a dozen libraries' exceptions, and wording them, is what one writes for it anyway. botocore's own knows S3 alone.
+Not by tenacity: tried, it passes every test in a loop as long as that of `Attempts.__call__` (stop, wait, retry and after set as
+callables, the count of tries taken from its statistics), and what is long here, telling failures that pass from those that last
+over a dozen libraries' exceptions, and wording them, is what one writes for it anyway. botocore's own knows S3 alone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Lossless compression of tensors: zstd, on bytes as they are or sorted by their place in the number, whichever is smaller.
 
 The compressor is the zstandard package. safetensors has no compressed tensors, and Blosc, which sorts bytes too, has a container
-of its own instead of a safetensors file that any reader opens; so the few lines of sorting are here.
+of its own instead of a safetensors file that any reader opens. numcodecs' Shuffle sorts to the same bytes, tried; it is 36 MB in
+place of one expression of numpy. So the sorting is here.
 """
 
 from __future__ import annotations

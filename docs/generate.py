@@ -6,13 +6,14 @@ A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`; t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import MISSING, Field, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from vtrain.config import TABLES, Option, Table, describe
-from vtrain.contract import Catalog, Options, Registered
+from vtrain.contract import Catalog, DatasetStatistics, Options, Registered, Section, StepMetrics
 from vtrain.contract.events import EVENTS
 from vtrain.contract.specs import NOUNS
 from vtrain.registry import discover
@@ -110,23 +111,78 @@ def example() -> Iterator[str]:
     yield "```"
 
 
-def events() -> Iterator[str]:
-    """Every event: what it means, and its fields."""
-    for name, kind in EVENTS.items():
-        yield f"### `{name}`\n"
-        yield f"{' '.join((kind.__doc__ or '').split())}\n"
-        yield from grid(("field", "type", "default"), [field_row(each) for each in fields(kind)])
-        yield ""
+RECORDS = (StepMetrics, DatasetStatistics, Section)
+"""What stands in fields of events."""
+
+PLAIN: Mapping[Any, str] = {
+    str: "text",
+    int: "whole number",
+    float: "number",
+    bool: "true or false",
+    Path: "path",
+    type(None): "null",
+    Any: "any value",
+}
 
 
-def field_row(each: Field[Any]) -> tuple[str, str, str]:
-    default = "" if each.default is MISSING else f"`{each.default!r}`"
-    return f"`{each.name}`", f"`{each.type}`", default
+def event_tables() -> Iterator[str]:
+    """Every event with its fields, then the records in them."""
+    yield f"There are {len(EVENTS)} kinds. A field that is `null` on the lines is None in Python; a path is text on the lines.\n"
+    for kind in EVENTS.values():
+        yield from record_table(kind)
+    yield "Records in fields of events:\n"
+    for kind in RECORDS:
+        yield from record_table(kind)
+
+
+def record_table(kind: type) -> Iterator[str]:
+    """A heading, what it is, and a row for each field."""
+    about, meanings = described(kind)
+    yield f"### `{kind.__name__}`\n"
+    yield f"{about}\n"
+    hints = get_type_hints(kind)
+    yield from grid(
+        ("field", "type", "meaning"),
+        ((f"`{name}`", type_words(hints[name]), meaning) for name, meaning in meanings.items()),
+    )
+    yield ""
+
+
+def described(kind: type) -> tuple[str, dict[str, str]]:
+    """What a docstring says of a record, and of each of its fields (`name: meaning`; several may share one meaning).
+
+    Raises KeyError for a field that the docstring does not explain.
+    """
+    names = [each.name for each in fields(kind)]
+    name = "|".join(names)
+    text = re.sub(r'"([^"]*<[^"]*)"', r"`\1`", " ".join((kind.__doc__ or "").split()))
+    about, *parts = re.split(rf"(?:^|(?<=[.;,]) )((?:{name})(?:, (?:{name}))*): ", text)
+    said: dict[str, str] = {}
+    for labels, meaning in zip(parts[::2], parts[1::2], strict=True):
+        said |= dict.fromkeys(labels.split(", "), meaning.strip(" .;,"))
+    return about.strip(), {each: said[each] for each in names}
+
+
+def type_words(hint: Any) -> str:
+    """A type as a reader of JSON lines meets it."""
+    if hint in PLAIN:
+        return PLAIN[hint]
+    if hint in RECORDS:
+        return f"[{hint.__name__}](#{hint.__name__.lower()})"
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(map(type_words, inner))
+    if origin is Literal:
+        return " or ".join(f'"{value}"' for value in inner)
+    if origin in (tuple, list):
+        words = type_words(inner[0])
+        return f"list of ({words})" if " or " in words else f"list of {words}"
+    return f"object: {type_words(inner[0])} -> {type_words(inner[1])}"
 
 
 GENERATED: dict[str, Callable[[], Iterator[str]]] = {
     "tables": tables,
-    "events": events,
+    "events": event_tables,
     "example": example,
     "refuse": lambda: rule_grid("refuse"),
     "tell": lambda: rule_grid("tell"),

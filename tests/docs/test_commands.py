@@ -18,7 +18,7 @@ from vtrain.cli.app import app
 HOME = "/home/me/vtrain"
 """Where the pages pretend to be."""
 
-OTHERS = {"pip", "nox", "hf", "git", "cd", "cp", "python", "torchrun", "accelerate", "tensorboard"}
+OTHERS = {"pip", "nox", "hf", "git", "cd", "cp", "python", "torchrun", "accelerate", "tensorboard", "echo"}
 """Programs that a page may name beside vtrain."""
 
 LAUNCHERS = ("-m vtrain.cli ",)

@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from vtrain.config import load
+from vtrain.contract.events import EVENTS
 from vtrain.registry import discover
 from vtrain.train.resume import declared
 
@@ -95,6 +97,57 @@ def test_planted_wrong_links_and_names_are_found(root: Path, tests_there: set[st
     assert name_fault(root, tests_there, "core/vtrain/train") == ""
 
 
+def sketched(page: str) -> set[str]:
+    """Paths of Python files in the pictures of a page."""
+    pictures = re.findall(r"^```text\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    return {path for picture in pictures for path in re.findall(r"[\w/]+/\w+\.py", picture)}
+
+
+def test_files_in_the_pictures_of_the_architecture_exist(root: Path) -> None:
+    paths = sketched((root / "docs" / "architecture.md").read_text(encoding="utf-8"))
+    assert len(paths) > 20
+    assert [path for path in paths if not (root / path).exists() and not (root / "core/vtrain" / path).exists()] == []
+
+
+def test_the_picture_of_the_layers_has_each_at_its_rank(root: Path) -> None:
+    layers = re.search(r"^```text\n(.*?)^```$", (root / "docs/architecture.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert layers is not None
+    found: dict[str, int] = {}
+    for rank, words in re.findall(r"^ (\d)  (.*)$", layers[1], flags=re.MULTILINE):
+        there = {path.name.removesuffix(".py") for path in (root / "core" / "vtrain").iterdir()}
+        found |= {word: int(rank) for word in re.findall(r"(?:^|\s{3,})(\w+)(?:\.py)?", words) if word in there}
+    source = ast.parse((root / "tests" / "test_layers.py").read_text(encoding="utf-8"))
+    ranks = next(
+        ast.literal_eval(node.value)
+        for node in source.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "RANK"
+    )
+    assert found == ranks
+
+
+def wishes(page: str) -> dict[str, tuple[list[str], list[str]]]:
+    """Heading -> the files and the tests that it names."""
+    found = {}
+    for part in page.split("\n## ")[1:]:
+        files, tests = (
+            re.search(rf"^{label}: (.*?)(?:\n\n|\n*\Z)", part, re.MULTILINE | re.DOTALL) for label in ("Files", "Tests")
+        )
+        assert files is not None, part
+        assert tests is not None, part
+        found[part.splitlines()[0]] = (CODE.findall(files[1]), CODE.findall(tests[1]))
+    return found
+
+
+def test_every_wish_of_where_do_i_change_names_files_and_tests_that_exist(root: Path) -> None:
+    found = wishes((root / "docs" / "where-do-i-change.md").read_text(encoding="utf-8"))
+    assert len(found) >= 12
+    for wish, (files, tests) in found.items():
+        assert files, wish
+        assert tests, wish
+        assert [path for path in (*files, *tests) if not (root / path).exists()] == [], wish
+        assert all("/test" in f"/{path}" for path in tests), wish
+
+
 def test_each_of_the_sentences_names_a_test(root: Path, tests_there: set[str]) -> None:
     rows = re.findall(r"^\| (\d+) \| .* \| (.*) \|$", (root / "docs/architecture.md").read_text(), flags=re.MULTILINE)
     assert [int(number) for number, _ in rows] == list(range(1, 15))
@@ -120,6 +173,29 @@ def test_the_generated_pages_have_every_key_of_every_table(root: Path, generator
     for key in keys:
         assert f"`{key}`" in resume, key
         assert f"`{key.split(' ')[0].split('.', 1)[1]}`" in configuration, key
+
+
+def test_every_event_and_each_of_its_fields_is_on_the_page_with_its_type_and_meaning(
+    root: Path, generator: ModuleType
+) -> None:
+    page = (root / "docs" / "events.md").read_text(encoding="utf-8")
+    for kind in (*EVENTS.values(), *generator.RECORDS):
+        part = page.split(f"### `{kind.__name__}`\n")[1].split("\n### ")[0]
+        rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \| ([^|]+) \|$", part, re.MULTILINE)
+        assert [name for name, _, _ in rows] == [each.name for each in fields(kind)], kind
+        assert all(of_type.strip() and meaning.strip() for _, of_type, meaning in rows), kind
+
+
+def test_a_field_that_nobody_explains_is_no_page(generator: ModuleType) -> None:
+    @dataclass(frozen=True)
+    class Odd:
+        """Something. known: what it is."""
+
+        known: int
+        unknown: int
+
+    with pytest.raises(KeyError, match="unknown"):
+        generator.described(Odd)
 
 
 @pytest.mark.parametrize("name", ["sanavideo-2b-full.toml", "sanavideo-2b-lora.toml", "demo.toml"])

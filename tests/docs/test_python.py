@@ -33,6 +33,20 @@ def checkpoint(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
+def short_demo(prepared: Path, folder: Path) -> Path:
+    """`nox -s clips`'s file in `folder`, as demo-output/demo.toml: two steps, no videos, an output folder of its own."""
+    text = (prepared / "demo-output" / "demo.toml").read_text(encoding="utf-8")
+    start, end = text.index("[validation]"), text.index("[checkpoint]")
+    text = text[:start] + text[end:]
+    for old, new in {"steps = 300": "steps = 2", (prepared / "demo-output" / "run").as_posix(): "run"}.items():
+        assert old in text
+        text = text.replace(old, new)
+    config = folder / "demo-output" / "demo.toml"
+    config.parent.mkdir()
+    config.write_text(text, encoding="utf-8")
+    return config
+
+
 def run_block(block: Any, folder: Path, run: Run, arguments: tuple[Path, ...]) -> str:
     """Run one block in `folder`; gives what went wrong, "" if nothing did."""
     name = block.file or "block.py"
@@ -56,6 +70,7 @@ def test_every_python_block_of_a_page_runs(
     run_python: Run,
 ) -> None:
     folder = installed_from(python_page, tmp_path)
+    short_demo(prepared, folder)
     arguments = (prepared / "demo-output" / "tiny-checkpoint", checkpoint)
     mine = [block for block in every_block if block.page == python_page and block.language == "python"]
     assert mine
@@ -75,6 +90,26 @@ def test_a_planted_conformance_test_that_fails_or_tests_nothing_is_found(
 ) -> None:
     for text in ("def test_x():\n    assert False\n", "x = 1\n"):
         assert run_block(make_block("python", text, "file=test_planted.py"), tmp_path, run_python, ()) != ""
+
+
+@pytest.mark.long
+def test_the_tracker_of_the_page_writes_its_table_and_keeps_its_id_when_the_run_is_resumed(
+    root: Path, prepared: Path, tmp_path: Path, installed_from: Install, run_python: Run
+) -> None:
+    folder = installed_from(root / "docs" / "events.md", tmp_path)
+    config = short_demo(prepared, folder)
+    text = config.read_text(encoding="utf-8") + '\n[[tracker]]\nuse = "table"\n'
+    for steps in (2, 3):
+        config.write_text(text.replace("steps = 2", f"steps = {steps}"), encoding="utf-8")
+        done = run_python("-m", "vtrain.cli", "run", config, folder=folder)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "WARNING" not in done.stdout
+    run = folder / "demo-output" / "run"
+    table = [line.split(",") for line in (run / "table.csv").read_text(encoding="utf-8").splitlines()]
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(int(step), float(loss)) for _, step, _, loss in table] == [(row["step"], row["loss"]) for row in metrics]
+    assert len(table) == 3
+    assert len({row[0] for row in table}) == 1
 
 
 @pytest.mark.long

@@ -18,7 +18,10 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a plan in words: a title and its (label, text) rows; or a table, whose first row has the columns' names."""
+    """A part of a plan in words.
+
+    title: of the section. rows: (label, text); of a table, cells. table: whether it is one, its first row the columns' names.
+    """
 
     title: str
     rows: tuple[tuple[str, ...], ...]
@@ -27,13 +30,14 @@ class Section:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """The numbers of one optimizer step: a line of metrics.jsonl.
+    """The numbers of one optimizer step: a line of metrics.jsonl. What is measured (seconds, data_wait and memory) differs between
+    runs; all else is the same when a run is resumed.
 
-    step: 1-based. loss: flow loss plus terms, mean over the step's micro-batches; flow_loss: without terms.
-    grad_norm: before clipping; None on steps where it was not read. sigmas, samples: in draw order over all processes.
-    terms: regularizers' numbers. seconds: wall time of a step, mean since the last reading; data_wait: seconds of it in
-    which the step waited for its data, on the slowest process; memory: resident bytes on a CPU, peak bytes on a device.
-    These three differ between runs; all else is the same when a run is resumed.
+    step: 1-based. epoch: passes over the data by then. loss: flow loss plus terms, mean over the step's micro-batches. flow_loss:
+    without terms. lr: learning rate of the denoiser. grad_norm: before clipping; None on steps where it was not read.
+    sigmas, samples: in draw order over all processes. seconds: wall time of a step, mean since the last reading. data_wait: seconds
+    of it in which the step waited for its data, on the slowest process. memory: resident bytes on a CPU, peak bytes on a device.
+    terms: regularizers' numbers.
     """
 
     step: int
@@ -64,7 +68,8 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class DatasetStatistics:
-    """What was found in one dataset. files: source files, clips: those that are used; excluded: reason -> number of files."""
+    """What was found in one dataset. id: its name. files: source files. clips: those that are used. excluded: reason -> number of
+    files."""
 
     id: str
     files: int
@@ -74,7 +79,11 @@ class DatasetStatistics:
 
 @dataclass(frozen=True)
 class Planned:
-    """The configuration is sound. output_dir: absolute; device: "cuda:0"; parts: "family sanavideo (vtrain-sanavideo 0.1.0)"."""
+    """The configuration is sound.
+
+    name: of the run, `run.name`. output_dir: absolute. processes: how many train together. device: "cuda:0". parts: "family
+    sanavideo (vtrain-sanavideo 0.1.0)".
+    """
 
     name: str
     output_dir: Path
@@ -85,7 +94,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Scanned:
-    """Every source file was looked at."""
+    """Every source file was looked at. datasets: one entry for each dataset."""
 
     datasets: tuple[DatasetStatistics, ...]
 
@@ -94,7 +103,8 @@ class Scanned:
 class Estimated:
     """What the run amounts to; made before the caches are filled and, if clips were excluded then, once more after it.
 
-    steps: optimizer steps in all; samples_per_step: over all processes; sections: the plan for people, empty the second time.
+    steps: optimizer steps in all. steps_per_epoch: not whole in general. samples_per_step: over all processes. sections: the plan
+    for people, empty the second time.
     """
 
     steps: int
@@ -108,8 +118,8 @@ class Filling:
     """How far this process's share of one stage of filling the caches is; the first of a stage says what was there.
 
     stage: "text" counts captions, "mask" masks, "video" and features clips (windows of them). done: of total that are in the
-    cache; unusable: of total that cannot be. unread: of the others at the start, those whose file's bytes are not known yet,
-    so that they may be there. made: of done, those that were made by this process.
+    cache. total: what this process has to have there. unusable: of total that cannot be. unread: of the others at the start,
+    those whose file's bytes are not known yet, so that they may be there. made: of done, those that were made by this process.
     """
 
     stage: str
@@ -122,10 +132,11 @@ class Filling:
 
 @dataclass(frozen=True)
 class Filled:
-    """The caches hold all that can be trained on. clips: training samples. excluded: "<dataset>/<file>" -> why it cannot be
-    used; truncated: captions encoded now that were too long for the text encoder and lost their end.
+    """The caches hold all that can be trained on.
 
-    duplicates: samples that are copies of another, byte for byte; duplicate_example: two of them.
+    clips: training samples. excluded: "<dataset>/<file>" -> why it cannot be used. truncated: captions encoded now that were too
+    long for the text encoder and lost their end. duplicates: samples that are copies of another, byte for byte.
+    duplicate_example: two of them.
     """
 
     clips: int
@@ -137,7 +148,11 @@ class Filled:
 
 @dataclass(frozen=True)
 class Quarantined:
-    """A bad file of a dataset with on_bad_file = "move". target: where it is now; None where it stayed, and `stays` says why."""
+    """A bad file of a dataset with on_bad_file = "move".
+
+    file: "<dataset>/<file>". reason: why it cannot be used. target: where it is now; None where it stayed. stays: why it was not
+    moved.
+    """
 
     file: str
     reason: str
@@ -147,10 +162,11 @@ class Quarantined:
 
 @dataclass(frozen=True)
 class Started:
-    """Training starts. session: how often this output folder was started, 1-based; 0 where there is nothing to do, and on
-    processes beside the first. step: 0, or that of the checkpoint.
+    """Training starts.
 
-    checkpoint: the folder that is resumed from. settings: every resolved key of the configuration.
+    session: how often this output folder was started, 1-based; 0 where there is nothing to do, and on processes beside the first.
+    step: 0, or that of the checkpoint. steps: optimizer steps of the whole run. checkpoint: the folder that is resumed from.
+    settings: every resolved key of the configuration.
     """
 
     session: int
@@ -162,21 +178,22 @@ class Started:
 
 @dataclass(frozen=True)
 class Stepped:
-    """An optimizer step was queued on the device; its numbers come later."""
+    """An optimizer step was queued on the device; its numbers come later. step: its number, from 1."""
 
     step: int
 
 
 @dataclass(frozen=True)
 class Logged:
-    """The numbers of the optimizer steps since the last reading, which are in metrics.jsonl by now."""
+    """The device's numbers were read; they are in metrics.jsonl by now. steps: those of each step since the last reading."""
 
     steps: tuple[StepMetrics, ...]
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint was written. deleted: older ones that checkpoint.keep let go."""
+    """A checkpoint was written. step: optimizer steps done by then. folder: the checkpoint's. deleted: older ones that
+    checkpoint.keep let go."""
 
     step: int
     folder: Path
@@ -185,7 +202,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class Validating:
-    """Videos are being generated. videos: how many."""
+    """Videos are being generated. step: optimizer steps done by then. videos: how many."""
 
     step: int
     videos: int
@@ -193,9 +210,10 @@ class Validating:
 
 @dataclass(frozen=True)
 class Validated:
-    """Videos were generated. files: nickname of the prompt -> mp4; sheet: a PNG of them all, None if there are none.
+    """Videos were generated.
 
-    failures: why others could not be made; interrupted: whether the run was asked to stop before all were.
+    step: optimizer steps done by then. files: nickname of the prompt -> mp4. sheet: a PNG of them all, None if there are none.
+    failures: why others could not be made. interrupted: whether the run was asked to stop before all were.
     """
 
     step: int
@@ -207,23 +225,24 @@ class Validated:
 
 @dataclass(frozen=True)
 class Noted:
-    """Something that the user should know and need not act on."""
+    """Something that the user should know and need not act on. text: what the terminal shows."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Warned:
-    """Something went wrong that the run survives."""
+    """Something went wrong that the run survives. text: what the terminal shows."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Ended:
-    """The run is over, and everything is saved. signal: number of the signal that asked for it.
+    """The run is over, and everything is saved.
 
-    reason: "finished", all steps are done; "stopped", as asked; "nothing to do", all steps were done already.
+    step: optimizer steps done. steps: of the whole run. reason: "finished", all steps are done; "stopped", as asked; "nothing to
+    do", all steps were done already. signal: number of the signal that asked for it.
     """
 
     step: int
@@ -234,7 +253,8 @@ class Ended:
 
 @dataclass(frozen=True)
 class Failed:
-    """The run is over by an error, which is raised after this event. problems: its lines, as the terminal shows them."""
+    """The run is over by an error, which is raised after this event. error: its class, such as `DataError`. problems: its lines, as
+    the terminal shows them."""
 
     error: str
     problems: tuple[str, ...]

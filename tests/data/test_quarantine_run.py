@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from accelerate.state import AcceleratorState
@@ -35,10 +34,17 @@ def bad(setup, make_video):
     return setup
 
 
-def session_of(plan, processes=None) -> Session:
+@pytest.fixture
+def processes() -> Iterator[Processes]:
+    """This one alone. accelerate keeps what it is told for a whole process; other tests are to find it as it was."""
+    yield Processes("no")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def session_of(plan, processes: Processes) -> Session:
     """A session that has planned already."""
     session = Session(plan.config.path)
-    session.plan, session.processes = plan, processes or SimpleNamespace(first=True)  # type: ignore[assignment]
+    session.plan, session.processes = plan, processes
     return session
 
 
@@ -51,11 +57,9 @@ def shown(events: Iterable[Event]) -> list[str]:
     return out.getvalue().splitlines()[:-1]
 
 
-def told(plan) -> list[str]:
-    return shown(session_of(plan)._quarantined())
-
-
-def test_bad_files_of_scan_and_filling_are_moved_and_told_and_the_dropped_stay(bad, tmp_path: Path) -> None:
+def test_bad_files_of_scan_and_filling_are_moved_and_shown_and_the_dropped_stay(
+    bad, processes, tmp_path: Path
+) -> None:
     away = tmp_path / "away"
     dataset = bad.dataset(on_bad_file="move", quarantine=away)
     plan = bad.plan(dataset)
@@ -64,20 +68,13 @@ def test_bad_files_of_scan_and_filling_are_moved_and_told_and_the_dropped_stay(b
     assert len(before) == 5  # a scan moves nothing
     filled = fill_caches(plan, list(found.samples), [], "cpu", lambda *_: None)
     assert list(filled.left_out) == ["clips/damaged.mp4"]
-    lines = told(plan)
+    lines = shown(session_of(plan, processes)._quarantined())
     assert len(lines) == 3, lines
     assert lines[0].startswith(f"moved: clips/damaged.mp4 -> {away}/damaged.mp4 (")
     assert lines[1].startswith(f"moved: clips/sub/text.mp4 -> {away}/sub/text.mp4 (cannot be read as a video")
     assert lines[2] == "2 bad files moved"
     assert sorted(path.name for path in bad.folder.rglob("*.mp4")) == ["good.mp4", "other.mp4", "short.mp4"]
     assert sorted(path.name for path in away.rglob("*.mp4")) == ["damaged.mp4", "text.mp4"]
-
-
-@pytest.fixture
-def processes() -> Iterator[Processes]:
-    """This one alone. accelerate keeps what it is told for a whole process; other tests are to find it as it was."""
-    yield Processes("no")
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_where_every_clip_fails_in_filling_they_are_moved_before_the_error(bad, processes, tmp_path: Path) -> None:
@@ -112,10 +109,10 @@ def test_a_file_of_two_datasets_is_moved_once(bad, tmp_path: Path) -> None:
     assert [(moved.dataset, moved.ref_id, moved.stays) for moved in move_bad(plan)] == [("clips", "sub/text.mp4", "")]
 
 
-def test_without_on_bad_file_move_nothing_moves(bad) -> None:
+def test_without_on_bad_file_move_nothing_moves(bad, processes) -> None:
     plan = bad.plan()
     scan(plan)
-    assert told(plan) == []
+    assert shown(session_of(plan, processes)._quarantined()) == []
     assert len(list(bad.folder.rglob("*.mp4"))) == 5
 
 

@@ -57,9 +57,7 @@ def shown(events: Iterable[Event]) -> list[str]:
     return out.getvalue().splitlines()[:-1]
 
 
-def test_bad_files_of_scan_and_filling_are_moved_and_shown_and_the_dropped_stay(
-    bad, processes, tmp_path: Path
-) -> None:
+def test_bad_files_of_scan_and_filling_are_moved_and_shown_and_the_dropped_stay(bad, processes, tmp_path: Path) -> None:
     away = tmp_path / "away"
     dataset = bad.dataset(on_bad_file="move", quarantine=away)
     plan = bad.plan(dataset)

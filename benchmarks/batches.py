@@ -31,7 +31,7 @@ from workload import MODELS, MODES, write_config
 from vtrain.contract import ClipShape
 from vtrain.data.batches import Batches
 from vtrain.data.caching.caches import Caches
-from vtrain.data.caching.stores import Stores
+from vtrain.data.caching.inventory import Stores
 from vtrain.data.index import Index, Rows
 from vtrain.plan.records import Plan
 from vtrain.run.prepare import planned
@@ -156,7 +156,7 @@ def waiting(folder: Path, model: str, mode: str, blocks: int, steps: int) -> Wai
     """What a run's own metrics say, its first block left out: its first batch is waited for."""
     from step import vtrain_block
 
-    from vtrain.run.recorder import METRICS
+    from vtrain.run.output import METRICS
 
     config = write_config(folder, MODELS[model], mode, steps, name=f"wait-{model}-{mode}")
     with vtrain_block(config) as take:

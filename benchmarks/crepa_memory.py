@@ -24,10 +24,9 @@ from vtrain.config.tables import LoraTable, TrainTable
 from vtrain.contract import Condition, NoiseLevel, RunLength, Text
 from vtrain.run.inbox import Inbox
 from vtrain.testing.memory import MemoryPeak
-from vtrain.train.adapters import add_lora
 from vtrain.train.feed import Fed
 from vtrain.train.loop import Ends, Loop
-from vtrain.train.optimizing import groups, trained
+from vtrain.train.parameters import add_lora, groups, trained
 from vtrain.train.processes import Processes
 from vtrain.train.step import Step, StepInput, Term
 from vtrain_builtin.adamw import AdamWOptions, build_adamw

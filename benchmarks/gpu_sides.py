@@ -25,10 +25,9 @@ from vtrain.config.tables import CheckpointTable, LoraTable, TrainTable
 from vtrain.contract import ClipShape, Duration, FeatureShape, Latents, LatentShape, Logged, RunLength, Text, TokenGrid
 from vtrain.data.batches import Batch
 from vtrain.run.inbox import Inbox
-from vtrain.train.adapters import add_lora
 from vtrain.train.feed import Feed
 from vtrain.train.loop import Ends, Loop
-from vtrain.train.optimizing import groups, trained
+from vtrain.train.parameters import add_lora, groups, trained
 from vtrain.train.processes import Processes
 from vtrain.train.step import Step, Teacher, Term
 from vtrain_builtin.adamw import AdamWOptions, build_adamw

@@ -72,8 +72,8 @@ def vtrain_block(config: Path) -> Iterator[Block]:
     from vtrain.data.scanning.scan import scan
     from vtrain.estimate.estimate import make_estimate
     from vtrain.run.inbox import Inbox
+    from vtrain.run.output import Recorder
     from vtrain.run.prepare import planned
-    from vtrain.run.recorder import Recorder
     from vtrain.train.assemble import assemble
     from vtrain.train.processes import Processes
     from vtrain.train.resume import find_start

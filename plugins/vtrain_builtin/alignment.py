@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from vtrain.contract import Duration, LossTerm, RunLength, StepView
 
 
-class Alignment(nn.Module):
+class LayerAlignment(nn.Module):
     """weight x -mean over tokens of cos(student, teacher), the teacher outside the graph. No parameters.
 
     Metrics: `cosine`, the mean cosine itself; `weight`. until: it is called before that much training is done.

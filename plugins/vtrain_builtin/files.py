@@ -14,10 +14,9 @@ from itertools import chain, islice
 from typing import BinaryIO, Protocol, cast
 
 from vtrain.contract import DataError, Problem, SourceRef
-from vtrain_builtin.attempts import StorageError
 from vtrain_builtin.folder import LocalFolder
-from vtrain_builtin.place import PlaceOptions, is_url
-from vtrain_builtin.seekable import Section
+from vtrain_builtin.place import PlaceOptions, StorageError, is_url
+from vtrain_builtin.seekable import FilePart
 from vtrain_builtin.storage import Storage
 
 _READ = 1 << 16
@@ -112,7 +111,7 @@ class LocalFiles:
         return self._folder.open(ref)
 
     def section(self, ref: SourceRef, start: int, size: int) -> BinaryIO:
-        return cast("BinaryIO", io.BufferedReader(Section(self._folder.open(ref), start, size), _READ))
+        return cast("BinaryIO", io.BufferedReader(FilePart(self._folder.open(ref), start, size), _READ))
 
 
 class RemoteFiles:

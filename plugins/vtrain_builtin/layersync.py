@@ -65,13 +65,13 @@ class LayerSync:
 
     def load(self, tap_widths: Mapping[int, int]) -> nn.Module:
         """tap_widths: both the same, as the blocks of a model are. Raises ValueError for others."""
-        from vtrain_builtin.alignment import Alignment
+        from vtrain_builtin.alignment import LayerAlignment
 
         chosen = self._options
         widths = tap_widths[chosen.student], tap_widths[chosen.teacher]
         if widths[0] != widths[1]:
             raise ValueError(f"block {chosen.student} has width {widths[0]}, block {chosen.teacher} has {widths[1]}")
-        return Alignment(chosen.student, chosen.teacher, chosen.weight, chosen.until)
+        return LayerAlignment(chosen.student, chosen.teacher, chosen.weight, chosen.until)
 
 
 LAYERSYNC = RegularizerSpec(

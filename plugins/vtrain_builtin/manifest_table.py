@@ -14,10 +14,9 @@ from pydantic import Field, model_validator
 
 from vtrain.contract import DataError, Options, Problem, SourceRef, Words
 from vtrain.contract.specs import did_you_mean, listed
-from vtrain_builtin.attempts import StorageError
 from vtrain_builtin.files import NamedFiles
-from vtrain_builtin.ordered import sorted_rows
-from vtrain_builtin.place import PlaceOptions, PlacePath
+from vtrain_builtin.folder import sorted_rows
+from vtrain_builtin.place import PlaceOptions, PlacePath, StorageError
 from vtrain_builtin.rows import TableFault, rows
 
 MOTION_SCORE = "motion_score"

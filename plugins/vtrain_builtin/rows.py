@@ -26,7 +26,7 @@ Choose = Callable[[Sequence[str], bool], Sequence[str]]
 Raises DataError.
 """
 
-Row = tuple[int, tuple[Any, ...]]
+TableRow = tuple[int, tuple[Any, ...]]
 """(its line in the file, or its number from 1 in Parquet; the cells of the wanted columns, None where there is nothing)."""
 
 _OPEN = 4
@@ -37,7 +37,7 @@ class TableFault(DataError):
     """A Parquet file is damaged, or unfit to hold clips."""
 
 
-def rows(file: BinaryIO, place: str, choose: Choose, at_once: int = _BATCH) -> Iterator[Row]:
+def rows(file: BinaryIO, place: str, choose: Choose, at_once: int = _BATCH) -> Iterator[TableRow]:
     """place: the file's name, which tells its format, for messages. at_once: rows of Parquet in memory.
 
     Raises DataError, and OSError from the file.
@@ -51,7 +51,7 @@ def rows(file: BinaryIO, place: str, choose: Choose, at_once: int = _BATCH) -> I
         yield from _csv(file, place, choose, "\t" if suffix == "tsv" else ",")
 
 
-def _csv(file: BinaryIO, place: str, choose: Choose, delimiter: str) -> Iterator[Row]:
+def _csv(file: BinaryIO, place: str, choose: Choose, delimiter: str) -> Iterator[TableRow]:
     """UTF-8, a first row of names; empty lines are passed over."""
     reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
     try:
@@ -70,7 +70,7 @@ def _csv(file: BinaryIO, place: str, choose: Choose, delimiter: str) -> Iterator
         raise _wrong(place, reader.line_num, f"it is not CSV: {error}.", "Mend the line.") from error
 
 
-def _json(file: BinaryIO, place: str, choose: Choose) -> Iterator[Row]:
+def _json(file: BinaryIO, place: str, choose: Choose) -> Iterator[TableRow]:
     """An object a line. The first one has to have the columns that are needed; a later one may lack some."""
     wanted: Sequence[str] | None = None
     number = 0
@@ -91,7 +91,7 @@ def _json(file: BinaryIO, place: str, choose: Choose) -> Iterator[Row]:
         yield number, tuple(found.get(name) for name in wanted)
 
 
-def _parquet(file: BinaryIO, place: str, choose: Choose, at_once: int) -> Iterator[Row]:
+def _parquet(file: BinaryIO, place: str, choose: Choose, at_once: int) -> Iterator[TableRow]:
     """Row groups are streamed. A column in a struct is called "struct.field"."""
     number = 0
     with arrow_errors(place):
@@ -165,7 +165,7 @@ def _wrong(place: str, line: int, what: str, remedy: str) -> DataError:
     return DataError(Problem(f"{place}:{line}" if line else place, what, remedy))
 
 
-class Reader:
+class ColumnReader:
     """Reads on through a column. at: the number of the row that comes next, from 1."""
 
     def __init__(self, folder: Folder, name: str, column: str) -> None:
@@ -213,21 +213,21 @@ class Reader:
             yield from cell_of(batch, self._column)
 
 
-class Cells:
+class TableCells:
     """A column's cells. Threads may share it; rows that are asked for in order are read in one pass."""
 
     def __init__(self, folder: Folder, column: str) -> None:
         self._folder, self._column = folder, column
-        self._idle: list[Reader] = []
+        self._idle: list[ColumnReader] = []
         self._lock = Lock()
 
-    def __reduce__(self) -> tuple[type[Cells], tuple[Folder, str]]:
+    def __reduce__(self) -> tuple[type[TableCells], tuple[Folder, str]]:
         return type(self), (self._folder, self._column)
 
     def read(self, name: str, number: int) -> bytes | None:
         """None if there is no such row. Raises OSError and DataError."""
         with arrow_errors(f"{self._folder.location}/{name}"):
-            reader = self._take(name, number) or Reader(self._folder, name, self._column)
+            reader = self._take(name, number) or ColumnReader(self._folder, name, self._column)
             try:
                 data = reader.read(number)
             except BaseException:
@@ -249,7 +249,7 @@ class Cells:
         for reader in stale:
             reader.close()
 
-    def _take(self, name: str, number: int) -> Reader | None:
+    def _take(self, name: str, number: int) -> ColumnReader | None:
         """The idle reader that is nearest before the row, else any of the file."""
         with self._lock:
             own = [reader for reader in self._idle if reader.name == name]

@@ -46,7 +46,7 @@ class SizedFile(io.RawIOBase):
         return position
 
 
-class Section(SizedFile):
+class FilePart(SizedFile):
     """`size` bytes of an open file from `start`. Closes it with itself."""
 
     def __init__(self, file: BinaryIO, start: int, size: int) -> None:

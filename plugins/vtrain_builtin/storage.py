@@ -12,8 +12,7 @@ from typing import Any, BinaryIO, Protocol, cast
 from urllib.parse import quote, unquote, urlsplit
 
 from vtrain.contract import SourceRef
-from vtrain_builtin.attempts import Attempts, StorageError
-from vtrain_builtin.place import PlaceOptions, Redaction, is_url
+from vtrain_builtin.place import Attempts, PlaceOptions, Redaction, StorageError, is_url
 from vtrain_builtin.seekable import RemoteFile
 
 _VERSION_KEYS = (

@@ -26,9 +26,9 @@ from pydantic import Field, field_validator
 
 from vtrain.contract import DataBackendSpec, DataError, Problem, SourceRef
 from vtrain_builtin.files import NamedFiles, expand
-from vtrain_builtin.ordered import sorted_rows
+from vtrain_builtin.folder import sorted_rows
 from vtrain_builtin.place import PlaceOptions, PlacePath
-from vtrain_builtin.seekable import Section
+from vtrain_builtin.seekable import FilePart
 
 SUFFIXES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 """Of files that are looked into; the compressed ones are told, not passed over."""
@@ -118,7 +118,7 @@ class TarShards:
         if zlib.crc32(file.read(BLOCK)) != header:
             file.close()
             raise OSError(f"the shard {shard.id} has changed since it was listed")
-        return cast("BinaryIO", io.BufferedReader(Section(file, BLOCK, size), _READ))
+        return cast("BinaryIO", io.BufferedReader(FilePart(file, BLOCK, size), _READ))
 
 
 def _name(member: Member) -> str:

@@ -249,7 +249,7 @@ def test_another_encoder_takes_dinov2s_place() -> None:
     from contextlib import contextmanager
 
     from vtrain.contract import HashFile, Problem
-    from vtrain_sanavideo.crepa_encoder import Encode
+    from vtrain_sanavideo.crepa_encoder import EncodePictures
 
     class Colours:
         width = 3
@@ -267,7 +267,7 @@ def test_another_encoder_takes_dinov2s_place() -> None:
             return "means of colours"
 
         @contextmanager
-        def open(self, device: str) -> Iterator[Encode]:
+        def open(self, device: str) -> Iterator[EncodePictures]:
             yield lambda pictures, tokens: torch.nn.functional.adaptive_avg_pool2d(pictures, 7).permute(0, 2, 3, 1)
 
     part = Crepa(CrepaOptions(block=0, precision="fp32"), Colours())

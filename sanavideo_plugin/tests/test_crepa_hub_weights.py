@@ -118,7 +118,7 @@ def test_converted_weights_have_the_names_that_transformers_publishes(
 ) -> None:
     from safetensors.torch import load_file
 
-    from vtrain_sanavideo.crepa_hub_weights import renamed
+    from vtrain_sanavideo.crepa_source import renamed
 
     sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 70, "patch_size": 14}
     model = (
@@ -152,17 +152,17 @@ class Hostile:
 
 
 def test_a_hostile_pth_file_is_refused_by_the_plan_and_never_run(tmp_path: Path) -> None:
-    from vtrain_sanavideo import crepa_hub_weights
+    from vtrain_sanavideo import crepa_source
 
     victim, path = tmp_path / "victim", tmp_path / "dinov2.pth"
-    model_of = crepa_hub_weights.read_model
+    model_of = crepa_source.read_model
     torch.save(hub_state(), path)
     model = model_of(path)
     torch.save({**hub_state(), "more": Hostile(victim)}, path)
     (problem,) = crepa(path).check([])
     assert "which is no tensor" in problem.what
     with pytest.raises(ModelError, match="cannot be loaded"):
-        crepa_hub_weights.load(path, model)
+        crepa_source.load(path, model)
     with pytest.raises(ModelError, match="which is no tensor"):
         features(crepa(path), video(1, 3, 1, 16, 16), TokenGrid(1, 1, 1))
     assert not victim.exists()

@@ -23,8 +23,7 @@ from vtrain.contract import (
     Text,
 )
 from vtrain_sanavideo.crepa_loss import CrepaLoss
-from vtrain_sanavideo.crepa_options import CrepaOptions, ScheduleOptions
-from vtrain_sanavideo.crepa_schedule import Schedule, SimilarityGate
+from vtrain_sanavideo.crepa_options import CrepaOptions, Schedule, ScheduleOptions, SimilarityGate
 
 RUN = RunLength(steps=11, per_epoch=4.0)
 

@@ -13,7 +13,7 @@ from vtrain.contract import ModelError, Problem
 from vtrain_sanavideo import installed
 from vtrain_sanavideo.flow import scheduler_fault
 from vtrain_sanavideo.geometry import CodecConfig, TransformerConfig, misfits
-from vtrain_sanavideo.source import STEMS, Source
+from vtrain_sanavideo.source import STEMS, CheckpointSource
 from vtrain_sanavideo.weights import file_problems, misfit_problem, stored_shapes
 
 CLASSES: Mapping[str, tuple[str, ...]] = {
@@ -25,10 +25,10 @@ CLASSES: Mapping[str, tuple[str, ...]] = {
 """The classes that this family works with; the scheduler may be any that follows a flow."""
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
-Json = Mapping[str, object]
+JsonObject = Mapping[str, object]
 
 
-def read_json(path: Path) -> Json:
+def read_json(path: Path) -> JsonObject:
     """A JSON object. Raises ModelError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -59,19 +59,19 @@ def codec_defaults() -> dict[str, object]:
     return installed.default_arguments(installed.VAE, "AutoencoderKLWan", "__init__")
 
 
-def meaning(config: Json) -> dict[str, object]:
+def meaning(config: JsonObject) -> dict[str, object]:
     """A config without what says nothing about the model: who wrote it, from where, in which storage type."""
     silent = ("transformers_version", "torch_dtype", "dtype", "architectures")
     return {key: value for key, value in config.items() if not key.startswith("_") and key not in silent}
 
 
-def codec_folder(source: Source) -> Path:
+def codec_folder(source: CheckpointSource) -> Path:
     """The VAE's folder: the sub-folder `vae` of a checkpoint, or the folder itself if it is a VAE alone."""
     alone = (source.folder / "config.json").is_file() and not (source.folder / "vae").exists()
     return source.folder if alone else source.folder / "vae"
 
 
-def check(source: Source, vae: Source | None) -> list[Problem]:
+def check(source: CheckpointSource, vae: CheckpointSource | None) -> list[Problem]:
     """Every problem of the checkpoint, and of the VAE that replaces its own, if any."""
     problems: list[Problem] = []
     if source.revision and not source.on_hub:
@@ -107,7 +107,7 @@ def _index(folder: Path) -> list[Problem]:
     return problems
 
 
-def _weights(folder: Path, stem: str, source: Source) -> list[Problem]:
+def _weights(folder: Path, stem: str, source: CheckpointSource) -> list[Problem]:
     if not folder.is_dir():
         return [Problem(str(folder), "this folder is missing.", "Is the model complete, and in diffusers layout?")]
     problems = file_problems(folder, stem, may_be_fetched=source.may_fetch())
@@ -177,7 +177,7 @@ def _known_vae(folder: Path) -> CodecConfig:
     return read_codec(folder)
 
 
-def _other_vae(own: Path, other: Source) -> list[Problem]:
+def _other_vae(own: Path, other: CheckpointSource) -> list[Problem]:
     """vae_path names another copy of the same VAE, or it is a mistake: latents of another one mean nothing here."""
     try:
         folder = codec_folder(other)
@@ -193,7 +193,7 @@ def _other_vae(own: Path, other: Source) -> list[Problem]:
     return problems
 
 
-def _typed(kind: type[ConfigT], path: Path, defaults: Json) -> ConfigT:
+def _typed(kind: type[ConfigT], path: Path, defaults: JsonObject) -> ConfigT:
     try:
         return kind.model_validate({**defaults, **read_json(path)})
     except ValidationError as error:

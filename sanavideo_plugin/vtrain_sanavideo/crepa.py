@@ -24,9 +24,8 @@ from vtrain.contract import (
     Problem,
     TokenGrid,
 )
-from vtrain_sanavideo.crepa_encoder import Dinov2, Encode, Encoder
-from vtrain_sanavideo.crepa_options import CrepaOptions
-from vtrain_sanavideo.crepa_schedule import Schedule
+from vtrain_sanavideo.crepa_encoder import Dinov2, EncodePictures, Encoder
+from vtrain_sanavideo.crepa_options import CrepaOptions, Schedule
 from vtrain_sanavideo.weights import torch_type
 
 if TYPE_CHECKING:
@@ -147,7 +146,7 @@ class Crepa:
 class CrepaTeacher:
     """A FeatureEncoder: an encoder on a clip's frames, a few at a time, pooled if the options say so."""
 
-    def __init__(self, encode: Encode, options: CrepaOptions) -> None:
+    def __init__(self, encode: EncodePictures, options: CrepaOptions) -> None:
         self._encode = encode
         self._options = options
 

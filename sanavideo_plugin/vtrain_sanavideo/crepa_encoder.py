@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vtrain.contract import Device, DType, HashFile, ModelError, Problem, TokenGrid
-from vtrain_sanavideo import crepa_hub_weights
+from vtrain_sanavideo import crepa_source
 from vtrain_sanavideo.crepa_options import CrepaOptions
 from vtrain_sanavideo.crepa_source import CLASSES, DinoSource
 from vtrain_sanavideo.text import quiet
@@ -23,7 +23,7 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 """ImageNet's, of red, green and blue in [0, 1]."""
 
-Encode = Callable[["Tensor", TokenGrid], "Tensor"]
+EncodePictures = Callable[["Tensor", TokenGrid], "Tensor"]
 """(pictures (N, 3, H, W) fp32 in [-1, 1], grid of the clip's tokens) -> features (N, h', w', D') of `Encoder.grid`."""
 
 
@@ -51,7 +51,7 @@ class Encoder(Protocol):
         """Its name and what it sees, for the plan."""
         ...
 
-    def open(self, device: str) -> AbstractContextManager[Encode]:
+    def open(self, device: str) -> AbstractContextManager[EncodePictures]:
         """*torch* Load it for the length of a with block; its memory is free afterwards. Raises ModelError."""
         ...
 
@@ -122,7 +122,7 @@ class Dinov2:
         return f"frames squeezed to {self._size}x{self._size}, {number}x{number} patches resampled to the tokens"
 
     @contextmanager
-    def open(self, device: str) -> Iterator[Encode]:
+    def open(self, device: str) -> Iterator[EncodePictures]:
         """Raises ModelError."""
         at_work = _AtWork(self._load(device), self._skipped, self.patch, self.grid)
         try:
@@ -141,7 +141,7 @@ class Dinov2:
         settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "local_files_only": True}
         place = source.weights() if source.file is None else source.file
         if source.file is not None:
-            settings |= {"config": _config(source), "state_dict": crepa_hub_weights.load(source.file, source.hub_model)}
+            settings |= {"config": _config(source), "state_dict": crepa_source.load(source.file, source.hub_model)}
         try:
             with quiet():
                 model, report = kind.from_pretrained(None if source.file else place, **settings)
@@ -189,7 +189,7 @@ def _config(source: DinoSource) -> Any:
     settings: dict[str, Any] = {
         "hidden_size": model.width,
         "num_hidden_layers": model.layers,
-        "num_attention_heads": model.width // crepa_hub_weights.HEAD,
+        "num_attention_heads": model.width // crepa_source.HEAD,
         "mlp_ratio": 4,
         "image_size": model.image,
         "patch_size": model.patch,

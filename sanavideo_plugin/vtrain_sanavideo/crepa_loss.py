@@ -16,8 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from vtrain.contract import Device, LossTerm, RunLength, StepView
-from vtrain_sanavideo.crepa_options import CrepaOptions, ProjectorOptions
-from vtrain_sanavideo.crepa_schedule import Schedule, SimilarityGate
+from vtrain_sanavideo.crepa_options import CrepaOptions, ProjectorOptions, Schedule, SimilarityGate
 
 SHORTEST = 1e-8
 """A vector shorter than this has a cosine of 0 with all others."""

@@ -27,7 +27,7 @@ from vtrain.contract import (
 from vtrain_sanavideo import check, codec, denoiser, installed, text
 from vtrain_sanavideo.geometry import OFFICIAL_480P, CodecConfig, TransformerConfig
 from vtrain_sanavideo.options import SanaVideoOptions
-from vtrain_sanavideo.source import STEMS, Source
+from vtrain_sanavideo.source import STEMS, CheckpointSource
 from vtrain_sanavideo.weights import weight_hashes
 
 if TYPE_CHECKING:
@@ -48,9 +48,9 @@ class SanaVideoFamily:
 
     def __init__(self, options: SanaVideoOptions) -> None:
         self._options = options
-        self._source = Source(options.path, options.revision)
+        self._source = CheckpointSource(options.path, options.revision)
         other = options.vae_path if options.vae_path not in (None, options.path) else None
-        self._vae_source = Source(other) if other else None
+        self._vae_source = CheckpointSource(other) if other else None
 
     @cached_property
     def _transformer(self) -> TransformerConfig:

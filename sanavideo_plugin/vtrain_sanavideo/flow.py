@@ -31,7 +31,7 @@ SOLVERS = (
 )
 """Schedulers of diffusers that follow a flow from noise to clean in as many predictions as steps."""
 
-Config = Mapping[str, object]
+SchedulerConfig = Mapping[str, object]
 
 
 class Solver(Protocol):
@@ -47,7 +47,7 @@ class Solver(Protocol):
     ) -> tuple[Tensor, ...]: ...
 
 
-def scheduler_fault(config: Config) -> str | None:
+def scheduler_fault(config: SchedulerConfig) -> str | None:
     """Why a scheduler config cannot be sampled with, or None."""
     name = config.get("_class_name")
     if name not in SOLVERS:
@@ -66,7 +66,7 @@ def scheduler_fault(config: Config) -> str | None:
 class SanaVideoFlow:
     """The sampler. scheduler: the model folder's scheduler config."""
 
-    def __init__(self, options: SanaVideoFlowOptions, scheduler: Config) -> None:
+    def __init__(self, options: SanaVideoFlowOptions, scheduler: SchedulerConfig) -> None:
         self._options = options
         self._config = dict(scheduler)
 

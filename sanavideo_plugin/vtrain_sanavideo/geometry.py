@@ -19,7 +19,7 @@ OFFICIAL_480P = (
 SCALE_SHIFT_TABLE = "scale_shift_table"
 """The one weight that some checkpoints store as (1, 2, D) instead of (2, D)."""
 
-Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1)]
 Shape = tuple[int, ...]
 
 
@@ -28,18 +28,18 @@ class TransformerConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    in_channels: Count
-    out_channels: Count | None
-    num_attention_heads: Count
-    attention_head_dim: Count
-    num_layers: Count
-    num_cross_attention_heads: Count
-    cross_attention_head_dim: Count
-    cross_attention_dim: Count
-    caption_channels: Count
+    in_channels: Positive
+    out_channels: Positive | None
+    num_attention_heads: Positive
+    attention_head_dim: Positive
+    num_layers: Positive
+    num_cross_attention_heads: Positive
+    cross_attention_head_dim: Positive
+    cross_attention_dim: Positive
+    caption_channels: Positive
     mlp_ratio: float = Field(gt=0)
     attention_bias: bool
-    patch_size: tuple[Literal[1], Count, Count]
+    patch_size: tuple[Literal[1], Positive, Positive]
     norm_elementwise_affine: bool
     guidance_embeds: Literal[False]
     qk_norm: Literal["rms_norm_across_heads"] | None
@@ -103,14 +103,14 @@ class CodecConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    z_dim: Count
-    dim_mult: tuple[Count, ...] = Field(min_length=1)
+    z_dim: Positive
+    dim_mult: tuple[Positive, ...] = Field(min_length=1)
     temperal_downsample: tuple[bool, ...]
-    patch_size: Count | None
+    patch_size: Positive | None
     latents_mean: tuple[float, ...]
     latents_std: tuple[Annotated[float, Field(gt=0)], ...]
-    scale_factor_temporal: Count | None
-    scale_factor_spatial: Count | None
+    scale_factor_temporal: Positive | None
+    scale_factor_spatial: Positive | None
 
     @property
     def time_factor(self) -> int:

@@ -27,7 +27,7 @@ STEMS = {
 """The parts with weights, and what their files are called."""
 
 
-class Source:
+class CheckpointSource:
     """A checkpoint in diffusers layout. name: an absolute folder, or a hub id. revision: of a hub id."""
 
     def __init__(self, name: str, revision: str | None = None) -> None:

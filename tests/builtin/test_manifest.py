@@ -17,8 +17,8 @@ from pyarrow import parquet
 from pydantic import ValidationError
 
 from vtrain.contract import DataBackend, DataError, SourceRef, Words
+from vtrain_builtin.folder import in_order
 from vtrain_builtin.manifest import MANIFEST
-from vtrain_builtin.ordered import in_order
 
 
 def manifest(path: object, **options: object) -> Any:
@@ -308,7 +308,7 @@ def test_a_long_manifest_is_sorted_on_disk(clips: Path) -> None:
 def test_names_are_sorted_by_code_points_in_memory_and_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["é", "z", "a/b", "a.b", "a", "\U0001f600", "￿", os.fsdecode(b"\xff"), "new\nline", "nul\0"]
     assert list(in_order(names)) == sorted(names)
-    monkeypatch.setattr("vtrain_builtin.ordered._IN_MEMORY", 3)
+    monkeypatch.setattr("vtrain_builtin.folder._IN_MEMORY", 3)
     assert list(in_order(names)) == sorted(names)
     assert list(in_order(iter(()))) == []
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from vtrain.contract import DataError, SourceRef
-from vtrain_builtin import attempts
+from vtrain_builtin import place as attempts
 from vtrain_builtin.folder import FOLDER, RemoteFolder
 from vtrain_builtin.seekable import LARGEST_BLOCK, RemoteFile
 

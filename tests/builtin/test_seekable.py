@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtrain_builtin import seekable
-from vtrain_builtin.seekable import RemoteFile, Section
+from vtrain_builtin.seekable import FilePart, RemoteFile
 
 DATA = random.Random(1).randbytes(5000)
 MOVES = st.lists(
@@ -35,7 +35,7 @@ def test_any_reading_is_that_of_the_bytes(moves: list[tuple[str, int]], start: i
     expected = io.BytesIO(DATA[start:])
     opened = (
         io.BufferedReader(RemoteFile(ranges, size, start, first), buffer),
-        io.BufferedReader(Section(io.BytesIO(DATA), start, size), buffer),
+        io.BufferedReader(FilePart(io.BytesIO(DATA), start, size), buffer),
     )
     for kind, number in moves:
         if kind == "read":

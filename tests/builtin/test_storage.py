@@ -14,7 +14,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from vtrain.contract import SourceRef
-from vtrain_builtin import attempts
+from vtrain_builtin import place as attempts
 from vtrain_builtin.folder import FOLDER
 from vtrain_builtin.place import Redaction
 from vtrain_builtin.tar import TAR

@@ -20,7 +20,7 @@ import pytest
 from fsspec import config
 
 from vtrain.contract import SourceRef
-from vtrain_builtin import attempts
+from vtrain_builtin import place as attempts
 from vtrain_builtin.manifest import MANIFEST
 from vtrain_builtin.tar import TAR
 

@@ -118,9 +118,9 @@ def process() -> Iterator[Workers]:
 def kept_process(monkeypatch: pytest.MonkeyPatch, process: Workers) -> None:
     """Each would import torch anew."""
     from vtrain.cli import data_show
-    from vtrain.data.caching import fill_windows
+    from vtrain.data.caching import fill as filling
 
-    for module in (scanning, data_show, fill_windows):
+    for module in (scanning, data_show, filling):
         monkeypatch.setattr(module, "Workers", lambda count, limit_s: nullcontext(process))
 
 

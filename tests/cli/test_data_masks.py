@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vtrain.cli.data_masks import preview
+from vtrain.cli.data_facts import preview
 from vtrain.contract import DataError
 
 CONFIG = """

@@ -46,7 +46,7 @@ from vtrain.contract import (
     TokenGrid,
 )
 from vtrain.data import batches as source_frames
-from vtrain.data.caching import fill_windows
+from vtrain.data.caching import fill as filling
 from vtrain.data.decoding.worker import Workers
 from vtrain.data.scanning import scan as scanning
 from vtrain.plan.records import DatasetPlan, Plan
@@ -273,7 +273,7 @@ def decoding_process() -> Iterator[Workers]:
 @pytest.fixture(autouse=True)
 def kept_process(monkeypatch: pytest.MonkeyPatch, decoding_process: Workers) -> None:
     """Scans probe and filling decodes in a process that other tests used before."""
-    for module in (scanning, fill_windows, source_frames):
+    for module in (scanning, filling, source_frames):
         monkeypatch.setattr(module, "Workers", lambda count, limit_s: nullcontext(decoding_process))
 
 

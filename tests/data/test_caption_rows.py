@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from vtrain.config.tables import DataTable
 from vtrain.contract import DataError, Size, Words
 from vtrain.data.decoding.video import FileFault
-from vtrain.data.scanning.caption_rows import caption_rows
+from vtrain.data.scanning.captions import caption_rows
 from vtrain.plan.records import DatasetPlan
 
 Found = list[tuple[str, Words | str]]

@@ -16,9 +16,8 @@ import torch
 from vtrain.data.caching.caches import fill_caches
 from vtrain.data.decoding.process import DecodingProcess
 from vtrain.data.scanning.decisions import settings_key
-from vtrain.data.scanning.decoders import Unusable, torchcodec
 from vtrain.data.scanning.ledger import Ledger
-from vtrain.data.scanning.scan import scan
+from vtrain.data.scanning.scan import NotLoadable, scan, torchcodec
 
 MOST_BYTES = 1280 << 20
 """Resident memory that no decoding process may reach. Half of it is torch's."""
@@ -53,7 +52,7 @@ def test_every_damaged_file_is_used_or_named_and_none_does_harm(setup, peaks, de
     The time limit per file is far above what any takes; one that reached it would be named with it.
     """
     name = "" if decoder == "pyav" else torchcodec()
-    if isinstance(name, Unusable):
+    if isinstance(name, NotLoadable):
         pytest.skip(name.what)
     made = runpy.run_path(str(Path(__file__).with_name("corpus.py")))["make"](setup.folder)
     assert made >= 300

@@ -17,8 +17,7 @@ from vtrain_toy.colours import Colours, ColoursOptions
 from vtrain.contract import ClipShape, Condition, DataError, FeatureShape, NoiseLevel, PluginError, TokenGrid
 from vtrain.data.batches import Batches
 from vtrain.data.caching.caches import fill_caches
-from vtrain.data.caching.inventory import check_all_read, prunable, wanted
-from vtrain.data.caching.stores import Stores
+from vtrain.data.caching.inventory import Stores, check_all_read, prunable, wanted
 from vtrain.data.decoding.decode import decode, unit_range
 from vtrain.data.scanning.scan import scan
 from vtrain.plan.datasets import token_frames

@@ -14,8 +14,7 @@ from PIL import Image
 from vtrain.contract import DataError
 from vtrain.data.batches import Batches
 from vtrain.data.caching.caches import fill_caches
-from vtrain.data.caching.inventory import wanted
-from vtrain.data.caching.stores import Stores
+from vtrain.data.caching.inventory import Stores, wanted
 from vtrain.data.scanning.scan import scan
 from vtrain.plan.records import MasksPlan
 

@@ -8,7 +8,7 @@ import torch
 
 from vtrain.contract import SourceRef
 from vtrain.data.caching.caches import fill_caches
-from vtrain.data.decoding.once import Copies
+from vtrain.data.decoding.spool import Copies
 from vtrain.data.scanning.scan import scan
 
 

@@ -26,11 +26,10 @@ from vtrain.data.decoding.decode import decode
 from vtrain.data.decoding.probe import probe
 from vtrain.data.decoding.video import FileFault
 from vtrain.data.decoding.worker import DecodeJob, Workers
-from vtrain.data.scanning.decoders import Unusable, torchcodec
-from vtrain.data.scanning.scan import scan
+from vtrain.data.scanning.scan import NotLoadable, scan, torchcodec
 
-FOUND = torchcodec() if importlib.util.find_spec("torchcodec") else Unusable("torchcodec is not installed.", "")
-pytestmark = pytest.mark.skipif(isinstance(FOUND, Unusable), reason=getattr(FOUND, "what", "torchcodec loads"))
+FOUND = torchcodec() if importlib.util.find_spec("torchcodec") else NotLoadable("torchcodec is not installed.", "")
+pytestmark = pytest.mark.skipif(isinstance(FOUND, NotLoadable), reason=getattr(FOUND, "what", "torchcodec loads"))
 
 FORMATS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("test_formats.py"))))
 GIVEN = [

@@ -21,7 +21,7 @@ Install = Callable[[Path, Path], Path]
 def checkpoint(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What full training and LoRA leave in a checkpoint, both in one folder."""
     from vtrain.config.tables import LoraTable
-    from vtrain.train.adapters import add_lora, lora_settings, lora_state
+    from vtrain.train.parameters import add_lora, lora_settings, lora_state
 
     family = SanaVideoFamily(SanaVideoOptions(path=str(prepared / "demo-output" / "tiny-checkpoint")))
     folder = tmp_path_factory.mktemp("checkpoint")

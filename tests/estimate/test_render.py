@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from vtrain.cli.plan import show
+from vtrain.cli.plan import show_sections
 from vtrain.cli.report import bold
 from vtrain.contract import ClipShape
 from vtrain.data.scanning.surveys import DatasetSurvey, Survey
 from vtrain.estimate.estimate import make_estimate
-from vtrain.estimate.render import as_json, buckets_json, buckets_section, dataset_rows
+from vtrain.estimate.render import as_json, buckets_json, buckets_section, dataset_rows, sections
 from vtrain.plan.records import Plan
 
 PlanOf = Callable[..., Plan]
@@ -151,7 +151,7 @@ def test_where_bad_files_go_is_told_before_they_go(plan_of: PlanOf, tmp_path: Pa
 
 def test_on_a_terminal_the_columns_of_the_table_stand_under_each_other(plan_of: PlanOf) -> None:
     plan, found, out = plan_of(), survey(left_out={"odd\nname\x1b[2J": (1, "a\nb.mp4")}), io.StringIO()
-    show(Console(file=out, soft_wrap=True, width=200), plan, found, make_estimate(plan, found))
+    show_sections(Console(file=out, soft_wrap=True, width=200), sections(plan, found, make_estimate(plan, found)))
     lines = out.getvalue().splitlines()
     table = lines[lines.index("buckets") + 1 :][:3]
     assert len({len(line) for line in table}) == 1

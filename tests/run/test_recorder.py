@@ -9,8 +9,8 @@ import pytest
 
 from vtrain.contract import Event, Filling, Logged, Noted, Saved, StepMetrics, Stepped, Warned
 from vtrain.contract.events import VERSION, from_json
-from vtrain.run import recorder as chapter
-from vtrain.run.recorder import EVENTS, METRICS, Recorder
+from vtrain.run import output as chapter
+from vtrain.run.output import EVENTS, METRICS, Recorder
 
 
 def logged(*steps: int) -> Logged:

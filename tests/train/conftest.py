@@ -26,7 +26,7 @@ from vtrain.cli.app import main
 from vtrain.contract import Caption, ClipShape, Condition, NoiseLevel
 from vtrain.data import batches as frames
 from vtrain.data.batches import pad
-from vtrain.data.caching import fill_windows
+from vtrain.data.caching import fill as filling
 from vtrain.data.decoding.worker import Workers
 from vtrain.data.scanning import scan
 from vtrain.train.step import StepInput
@@ -143,7 +143,7 @@ def decoding() -> Iterator[Workers]:
 @pytest.fixture
 def within(monkeypatch: pytest.MonkeyPatch, decoding: Workers) -> Callable[..., subprocess.CompletedProcess[str]]:
     """As `vtrain`, called in this process, with one that decodes for all tests: each new one would import torch anew."""
-    for module in (scan, fill_windows, frames):
+    for module in (scan, filling, frames):
         monkeypatch.setattr(module, "Workers", lambda count, limit_s: nullcontext(decoding))
 
     def run(*arguments: str | Path, check: int | None = 0) -> subprocess.CompletedProcess[str]:

@@ -29,10 +29,9 @@ from vtrain.contract import (
 )
 from vtrain.data.batches import pad
 from vtrain.run.inbox import Inbox
-from vtrain.train.adapters import add_lora
 from vtrain.train.feed import Fed
 from vtrain.train.loop import Ends, Loop
-from vtrain.train.optimizing import groups, trained
+from vtrain.train.parameters import add_lora, groups, trained
 from vtrain.train.step import Step, StepInput
 
 READS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::nonzero", "aten::equal"}

@@ -12,9 +12,8 @@ from torch import nn
 from vtrain.config.tables import LoraTable
 from vtrain.contract import ConfigError, Device, LatentShape, RunLength
 from vtrain.data.batches import Batch
-from vtrain.train.adapters import add_lora, load_lora_state, lora_settings, lora_state
 from vtrain.train.feed import Feed
-from vtrain.train.optimizing import groups, trained
+from vtrain.train.parameters import add_lora, groups, load_lora_state, lora_settings, lora_state, trained
 from vtrain.train.step import Step, StepInput, Term, clip_gradients, gradient_norm, tapped
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from vtrain.config.tables import LoraTable
 from vtrain.contract import CheckpointError
-from vtrain.train.adapters import add_lora, lora_settings, lora_state
 from vtrain.train.checkpoint import Piece, State
+from vtrain.train.parameters import add_lora, lora_settings, lora_state
 from vtrain.train.pieces import (
     AdapterPiece,
     ConfigPiece,

@@ -148,7 +148,7 @@ def test_a_full_disk_in_the_middle_is_told_and_the_last_good_checkpoint_stays(
 
 STOP_WHILE_FILLING = """
 import os, signal
-from vtrain.data.caching.fill_windows import _ColumnFilling
+from vtrain.data.caching.fill import _ColumnFilling
 real = _ColumnFilling._encode
 def encode(*given):
     real(*given)

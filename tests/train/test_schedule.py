@@ -8,7 +8,8 @@ import pytest
 
 from vtrain.config.tables import LrScheduleTable
 from vtrain.contract import Duration
-from vtrain.train.optimizing import Interval, lr_factor
+from vtrain.train.loop import Interval
+from vtrain.train.parameters import lr_factor
 
 
 def factors(table: LrScheduleTable, steps: int, per_epoch: float = 10.0) -> list[float]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vtrain.contract import LatentShape, LossTerm, RunLength, StepMetrics, StepView, TokenGrid
-from vtrain.train.optimizing import groups, own_rates, trained
+from vtrain.train.parameters import groups, own_rates, trained
 from vtrain.train.step import Step, StepInput, Teacher, Term, flow_loss
 
 RUN = RunLength(100, 10.0)

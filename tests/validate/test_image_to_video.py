@@ -22,9 +22,9 @@ from vtrain.cli.app import app
 from vtrain.config import load
 from vtrain.contract import ClipShape, DataError, Device, NoiseLevel
 from vtrain.data.caching.caches import Caches, fill_caches, fill_pictures, first_frames, keys
-from vtrain.data.caching.stores import Stores
+from vtrain.data.caching.inventory import Stores
 from vtrain.data.decoding.decode import decode
-from vtrain.data.scanning.pictures import pictures
+from vtrain.data.scanning.scan import pictures
 from vtrain.data.scanning.surveys import DatasetSurvey
 from vtrain.estimate.render import price_rows
 from vtrain.plan.make import make_plan

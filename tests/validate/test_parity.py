@@ -18,7 +18,7 @@ from vtrain.contract import Device, Text
 from vtrain.data.batches import pad
 from vtrain.data.caching.caches import Caches, fill_caches
 from vtrain.plan.records import Plan
-from vtrain.train.adapters import add_lora
+from vtrain.train.parameters import add_lora
 from vtrain.validate.generate import Interrupted, Validator, texts
 
 LATENT_TOLERANCE = 1e-4

@@ -17,7 +17,7 @@ import torch
 from pyarrow import parquet
 from torch import Tensor
 
-from vtrain.data.caching import fill_windows
+from vtrain.data.caching import fill as filling
 from vtrain.data.caching.caches import fill_caches
 from vtrain.data.decoding.worker import Workers
 from vtrain.data.scanning import scan as scanning
@@ -38,7 +38,7 @@ def clips(world: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _kept_process() -> Iterator[None]:
     """All scans and fillings decode in one process: each new one would import torch."""
     with Workers(1, limit_s=60) as workers, pytest.MonkeyPatch.context() as patch:
-        for module in (scanning, fill_windows):
+        for module in (scanning, filling):
             patch.setattr(module, "Workers", lambda count, limit_s: nullcontext(workers))
         yield
 

@@ -97,7 +97,7 @@ def _plugins_show(
 @uncollected(collect_first=False)
 def _config_schema() -> None:
     """The JSON Schema of the file with all installed parts, for editors."""
-    from vtrain.cli.config import print_schema
+    from vtrain.cli.plan import print_schema
 
     print_schema()
 
@@ -106,7 +106,7 @@ def _config_schema() -> None:
 @uncollected(collect_first=False)
 def _config_show(config: ConfigFile, json: Json = False) -> None:
     """Every resolved value, and where it comes from."""
-    from vtrain.cli.config import show_config
+    from vtrain.cli.plan import show_config
 
     show_config(config, json)
 

@@ -17,7 +17,7 @@ from vtrain.cli.terminal import Terminal
 from vtrain.contract import ConfigError, Problem
 from vtrain.data.caching import inventory
 from vtrain.data.caching.entries import KINDS, Entries
-from vtrain.data.caching.inventory import File, Inventory, Wanted
+from vtrain.data.caching.inventory import CacheFile, Inventory, Wanted
 from vtrain.data.scanning.scan import scan
 from vtrain.estimate.estimate import bytes_text
 from vtrain.plan.records import Plan
@@ -105,7 +105,7 @@ def prune(paths: Sequence[Path], yes: bool) -> None:
     _delete(found)
 
 
-def _amounts(found: Sequence[File]) -> str:
+def _amounts(found: Sequence[CacheFile]) -> str:
     """How many files of each sort, and their bytes."""
     if not found:
         return "no entry is unused"
@@ -117,10 +117,10 @@ def _amounts(found: Sequence[File]) -> str:
     return ", ".join(parts)
 
 
-def _delete(found: Sequence[File]) -> None:
+def _delete(found: Sequence[CacheFile]) -> None:
     done = Counter[str]()
 
-    def count(file: File) -> None:
+    def count(file: CacheFile) -> None:
         done["files"] += 1
         done["bytes"] += file.bytes
 
@@ -184,8 +184,7 @@ def verify(path: Path, as_json: bool) -> None:
 def _wanted(plan: Plan) -> dict[str, Wanted]:
     """The entries that a run of this plan uses. Raises DataError."""
     from vtrain.data.caching.caches import keys
-    from vtrain.data.caching.inventory import wanted
-    from vtrain.data.caching.stores import Stores
+    from vtrain.data.caching.inventory import Stores, wanted
 
     scanned = scan(plan)
     for message in scanned.messages:

@@ -17,7 +17,7 @@ from rich.console import Console
 from vtrain.cli.report import one_line, print_table
 from vtrain.contract import ConfigError, DataError, Problem
 from vtrain.contract.specs import did_you_mean, listed
-from vtrain.data.scanning.files import STATUSES, Count, File, Files, look
+from vtrain.data.scanning.files import STATUSES, Count, Files, SourceFile, look
 from vtrain.plan.records import Plan
 from vtrain.registry.blame import blame
 from vtrain.run.prepare import planned
@@ -76,7 +76,7 @@ def looked(plan: Plan, dataset: str | None = None) -> Files:
     return files
 
 
-def as_record(file: File) -> dict[str, object]:
+def as_record(file: SourceFile) -> dict[str, object]:
     """A file for programs."""
     source = None
     if file.probe is not None:
@@ -108,7 +108,7 @@ def as_record(file: File) -> dict[str, object]:
     }
 
 
-def _table(files: Files, rows: Iterable[File]) -> int:
+def _table(files: Files, rows: Iterable[SourceFile]) -> int:
     """Lines of a row each; on a terminal a second one below it has the caption or the reason. Gives the number of rows."""
     widths = [files.widths(each) for each in files.datasets]
     bucket = max([len("bucket"), *(width for width, _ in widths)])
@@ -139,7 +139,7 @@ def _table(files: Files, rows: Iterable[File]) -> int:
     return shown
 
 
-def _source(file: File) -> str:
+def _source(file: SourceFile) -> str:
     """Size, frames and rate of the source."""
     if file.probe is None:
         return f"{'-':>9}  {'-':>6}  {'-':>6}"
@@ -147,7 +147,7 @@ def _source(file: File) -> str:
     return f"{f'{file.probe.width}x{file.probe.height}':>9}  {file.probe.frames:>6}  {rate:>6}"
 
 
-def _detail(file: File, width: int) -> str:
+def _detail(file: SourceFile, width: int) -> str:
     """Why a file is left out; or its caption's first words, in at most so many columns."""
     if file.status != "used":
         return one_line(file.reason)

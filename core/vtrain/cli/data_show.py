@@ -13,18 +13,30 @@ from typing import TYPE_CHECKING
 import typer
 
 from vtrain.cli.data import as_record, looked
-from vtrain.cli.data_facts import TextEntry, Window, part_text, seconds_text, show_facts, stretch_text
-from vtrain.cli.data_masks import ShownMask, decoded_mask, known_mask, percent, preview, shown_mask
-from vtrain.cli.entry_state import SOUND, state_of
+from vtrain.cli.data_facts import (
+    SOUND,
+    ShownMask,
+    TextEntry,
+    WindowFacts,
+    decoded_mask,
+    known_mask,
+    part_text,
+    percent,
+    preview,
+    seconds_text,
+    show_facts,
+    shown_mask,
+    state_of,
+    stretch_text,
+)
 from vtrain.cli.report import one_line
 from vtrain.contract import Caption, DataError, Device, Problem, Role, SupportsWording
-from vtrain.data.caching.inventory import DROPPED
-from vtrain.data.caching.stores import Stores
+from vtrain.data.caching.inventory import DROPPED, Stores
 from vtrain.data.decoding.video import FileFault
 from vtrain.data.decoding.worker import DecodeJob, Workers
 from vtrain.data.sample import Sample
 from vtrain.data.scanning.captions import stem
-from vtrain.data.scanning.files import File, Files
+from vtrain.data.scanning.files import Files, SourceFile
 from vtrain.data.scanning.fitting import stretch
 from vtrain.plan.records import Plan
 from vtrain.registry.blame import blame
@@ -91,7 +103,7 @@ def _mask(plan: Plan, files: Files, samples: tuple[Sample, ...]) -> ShownMask | 
     return shown_mask(plan.datasets[samples[0].place], samples[0], probe)
 
 
-def _only(files: Files, name: str) -> File:
+def _only(files: Files, name: str) -> SourceFile:
     """The file that is meant. Raises DataError."""
     found = files.named(name)
     if len(found) == 1:
@@ -117,8 +129,8 @@ def _texts(plan: Plan, stores: Stores, samples: tuple[Sample, ...]) -> Iterator[
 
 
 def _seen(
-    plan: Plan, stores: Stores, file: File, samples: tuple[Sample, ...], asked: Asked
-) -> tuple[File, list[Window], Path | None]:
+    plan: Plan, stores: Stores, file: SourceFile, samples: tuple[Sample, ...], asked: Asked
+) -> tuple[SourceFile, list[WindowFacts], Path | None]:
     """The file, with its content if it was read for that; its windows, decoded for a contact sheet if one is asked for; and
     where that is."""
     pairs = [(sample, start) for sample in samples for start in sample.starts]
@@ -150,7 +162,7 @@ def _seen(
     return file, windows, target
 
 
-def _window(stores: Stores, file: File, sample: Sample, start: float, content: str) -> Window:
+def _window(stores: Stores, file: SourceFile, sample: Sample, start: float, content: str) -> WindowFacts:
     """content: SHA-256 of the file's bytes, "" if that is not known."""
     key = stores.video_key(sample, start, content) if content else ""
     scale = (sample.shape.width / sample.box.width, sample.shape.height / sample.box.height)
@@ -158,20 +170,20 @@ def _window(stores: Stores, file: File, sample: Sample, start: float, content: s
     times = tuple(sample.times(start))
     column = stores.masks if sample.mask is not None else None
     mask = None if column is None else known_mask(column, sample, start)
-    return Window(sample.id, start, times, sample.box, scale, changed, key, state_of(stores.video, key), mask=mask)
+    return WindowFacts(sample.id, start, times, sample.box, scale, changed, key, state_of(stores.video, key), mask=mask)
 
 
 @dataclass(frozen=True)
 class _Seen:
     """A window that was decoded for a contact sheet. strips: the window, and its mask on it; none if it has a fault."""
 
-    window: Window
+    window: WindowFacts
     content: str = ""
     strips: tuple[Strip, ...] = ()
 
 
 def _decoded(
-    plan: Plan, stores: Stores, pairs: Iterable[tuple[Sample, float]], windows: Iterable[Window], layout: Layout
+    plan: Plan, stores: Stores, pairs: Iterable[tuple[Sample, float]], windows: Iterable[WindowFacts], layout: Layout
 ) -> Iterator[_Seen]:
     """Each window as the caches would decode it."""
     with Workers(1, max(dataset.table.decode_timeout for dataset in plan.datasets)) as workers:
@@ -218,7 +230,7 @@ def _with_mask(
 
 
 def _reconstruct(
-    plan: Plan, stores: Stores, windows: Iterable[Window], layout: Layout, strips: list[list[Strip]]
+    plan: Plan, stores: Stores, windows: Iterable[WindowFacts], layout: Layout, strips: list[list[Strip]]
 ) -> None:
     """Below each window whose entry is sound: what the video codec makes of it."""
     import torch
@@ -242,7 +254,7 @@ def _reconstruct(
             strips[number].append(layout.strip(label, frames, window.times))
 
 
-def _sheet_name(file: File) -> str:
+def _sheet_name(file: SourceFile) -> str:
     """Of its own for each file of each dataset, and plain."""
     words = re.sub(r"[^A-Za-z0-9_]+", "-", stem(file.name)).strip("-")[-60:]
     return f"{words}-{hashlib.sha256(file.name.encode()).hexdigest()[:8]}.png"

@@ -1,24 +1,40 @@
-"""`vtrain plan`: everything a run would do, priced, without loading a weight."""
+"""What a file amounts to: its schema and values (`vtrain config`), and everything that a run would do (`vtrain plan`)."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 from vtrain import api
-from vtrain.cli.report import bold, visible
+from vtrain.cli.report import bold, print_json, print_table, visible
+from vtrain.config import json_schema, load, show
+from vtrain.config.findings import shown
 from vtrain.contract import Section
-from vtrain.data.scanning.surveys import Survey
-from vtrain.estimate.estimate import Estimate
 from vtrain.estimate.render import as_json, sections
-from vtrain.plan.records import Plan
+from vtrain.registry import discover
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+def print_schema() -> None:
+    """The JSON Schema on stdout."""
+    print_json(json_schema(discover()))
+
+
+def show_config(path: Path, as_json: bool) -> None:
+    """Every resolved value with its origin. Raises ConfigError."""
+    rows = show(load(path, discover()))
+    if as_json:
+        print_json([asdict(row) for row in rows])
+        return
+    cells = [(row.key, "absent" if row.value is None else shown(row.value, 10_000), row.origin) for row in rows]
+    print_table(("key", "value", "origin"), cells)
 
 
 def plan(config: Path, as_json_text: bool) -> None:
@@ -33,13 +49,8 @@ def plan(config: Path, as_json_text: bool) -> None:
         typer.echo(bold(line) if is_title else line)
 
 
-def show(console: Console, plan: Plan, survey: Survey, estimate: Estimate) -> None:
-    """All of it."""
-    show_sections(console, sections(plan, survey, estimate))
-
-
 def show_sections(console: Console, parts: Iterable[Section]) -> None:
-    """The same on a console. Lines are as long as they are: no path is cut or wrapped."""
+    """Sections on a console. Lines are as long as they are: no path is cut or wrapped."""
     from rich.markup import escape
 
     for line, is_title in _lines(parts):

@@ -2,7 +2,7 @@
 
 from vtrain.config.keys import KeyPath, key_path, key_text
 from vtrain.config.load import load
-from vtrain.config.record import TABLES, Config, NoKeys, Part, Row, Table, show
+from vtrain.config.record import TABLES, Config, NoKeys, Part, ShownValue, Table, show
 from vtrain.config.schema import Option, describe, json_schema
 
 __all__ = [
@@ -12,7 +12,7 @@ __all__ = [
     "NoKeys",
     "Option",
     "Part",
-    "Row",
+    "ShownValue",
     "Table",
     "describe",
     "json_schema",

@@ -5,19 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import ValidationError
 
 from vtrain.config.document import Document, read
 from vtrain.config.findings import Found, example_table, findings, problem, shown, unknown_key
 from vtrain.config.keys import KeyPath, key_text
-from vtrain.config.record import TABLES, Config, NoKeys, Part, Table
+from vtrain.config.record import TABLES, Config, NoKeys, Part, Table, TableT
 from vtrain.config.tables import LoraTable
-from vtrain.contract import Catalog, ConfigError, FamilySpec, Options, Registered, VtrainError
+from vtrain.contract import Catalog, ConfigError, FamilySpec, Registered, VtrainError
 from vtrain.contract.specs import NOUNS, listed, part_or_error
 
-TableT = TypeVar("TableT", bound=Options)
 Raw = Mapping[str, Any]
 
 

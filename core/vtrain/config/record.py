@@ -138,7 +138,7 @@ TABLES: Mapping[str, Table] = {table.name: table for table in _tables(Config)}
 
 
 @dataclass(frozen=True)
-class Row:
+class ShownValue:
     """One value. key: "data[0].video.frames"; origin: "config.toml:12", "default", "default of adamw" ...; resume: its rule."""
 
     key: str
@@ -147,13 +147,13 @@ class Row:
     resume: Resume
 
 
-def show(config: Config) -> tuple[Row, ...]:
+def show(config: Config) -> tuple[ShownValue, ...]:
     """All values, table by table; an absent table is one row. Values whose type hides them (SecretStr) stay hidden."""
-    rows: list[Row] = []
+    rows: list[ShownValue] = []
     for table in TABLES.values():
         held = config.held(table)
         if not held:
-            rows.append(Row(table.name, None, _origin(config, (table.name,), "default"), table.use))
+            rows.append(ShownValue(table.name, None, _origin(config, (table.name,), "default"), table.use))
         for path, value in held:
             if isinstance(value, Part):
                 rows += _part(config, path, value, table)
@@ -162,16 +162,18 @@ def show(config: Config) -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def _part(config: Config, path: KeyPath, part: Part[Any], table: Table) -> Iterator[Row]:
+def _part(config: Config, path: KeyPath, part: Part[Any], table: Table) -> Iterator[ShownValue]:
     name = part.registered.spec.name
     default = "default" if table.default or table.many else f"default of {config.model.registered.spec.name}"
     use = (*path, "use")
-    yield Row(key_text(use), name, _origin(config, use, default), table.use)
+    yield ShownValue(key_text(use), name, _origin(config, use, default), table.use)
     yield from _options(config, path, part.table, "default")
     yield from _options(config, path, part.options, f"default of {name}")
 
 
-def _options(config: Config, path: KeyPath, options: Options, default: str, within: Resume = "tell") -> Iterator[Row]:
+def _options(
+    config: Config, path: KeyPath, options: Options, default: str, within: Resume = "tell"
+) -> Iterator[ShownValue]:
     """within: the rule of the table around; what it refuses, each of its keys refuses."""
     plain = options.model_dump(mode="json")
     for key in type(options).model_fields:
@@ -179,7 +181,9 @@ def _options(config: Config, path: KeyPath, options: Options, default: str, with
         yield from _value(config, (*path, key), dict(options)[key], plain[key], default, rule)
 
 
-def _value(config: Config, path: KeyPath, value: object, plain: Any, default: str, rule: Resume) -> Iterator[Row]:
+def _value(
+    config: Config, path: KeyPath, value: object, plain: Any, default: str, rule: Resume
+) -> Iterator[ShownValue]:
     """A value, or one row for each key where it is a table. plain: the same as JSON."""
     if isinstance(value, Options):
         yield from _options(config, path, value, default, rule)
@@ -187,7 +191,7 @@ def _value(config: Config, path: KeyPath, value: object, plain: Any, default: st
         for key, inner in plain.items():
             yield from _value(config, (*path, key), inner, inner, default, rule)
     else:
-        yield Row(key_text(path), plain, _origin(config, path, default), rule)
+        yield ShownValue(key_text(path), plain, _origin(config, path, default), rule)
 
 
 def _origin(config: Config, path: KeyPath, default: str) -> str:

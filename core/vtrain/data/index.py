@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 
 from vtrain.contract import ClipShape, Size
+from vtrain.data.order import Ints
 from vtrain.data.sample import Box, Sample
-
-Ints = np.ndarray[Any, np.dtype[np.int32]]
 
 Keys = Callable[[Sample], Sequence[str]]
 """A sample's keys of cache entries."""
@@ -47,7 +46,7 @@ class Rows:
 
 
 @dataclass
-class Tally:
+class ShapeCount:
     """What a dataset has of one shape."""
 
     samples: int = 0
@@ -72,7 +71,7 @@ class Index:
     names: Rows
     video: Rows
     text: Rows
-    tallies: Mapping[tuple[int, ClipShape], Tally]
+    tallies: Mapping[tuple[int, ClipShape], ShapeCount]
     masks: Rows | None = None
     features: Mapping[str, Rows] = field(default_factory=dict)
     sources: Rows | None = None
@@ -125,15 +124,15 @@ def build(
 ) -> Index:
     """The index of samples all of whose entries are in the caches. sources: whether windows can be decoded again."""
     names, told = _Growing(), _Growing()
-    video, text, masks = _Column(video_keys), _Column(text_keys), _Column(mask_keys or (lambda sample: ()))
-    features = {name: _Column(keys) for name, keys in (feature_keys or {}).items()}
+    video, text, masks = _KeyRows(video_keys), _KeyRows(text_keys), _KeyRows(mask_keys or (lambda sample: ()))
+    features = {name: _KeyRows(keys) for name, keys in (feature_keys or {}).items()}
     columns = [video, text, *([masks] if mask_keys else []), *features.values()]
     datasets, buckets = array("i"), array("i")
     shapes: dict[ClipShape, int] = {}
-    tallies: dict[tuple[int, ClipShape], Tally] = {}
+    tallies: dict[tuple[int, ClipShape], ShapeCount] = {}
     before: tuple[int, str] | None = None
     for sample in samples:
-        tally = tallies.setdefault((sample.place, sample.shape), Tally())
+        tally = tallies.setdefault((sample.place, sample.shape), ShapeCount())
         tally.samples += 1
         tally.windows += len(sample.starts)
         tally.files += before != (sample.place, sample.ref_id)
@@ -186,7 +185,7 @@ class _Growing:
         return made
 
 
-class _Column:
+class _KeyRows:
     """Rows of keys while they are made."""
 
     def __init__(self, keys: Keys) -> None:

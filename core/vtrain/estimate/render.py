@@ -6,9 +6,8 @@ from collections.abc import Iterable
 
 from vtrain.contract import ClipShape, Section, SupportsFrameLevels
 from vtrain.data.scanning.surveys import Bucket, DatasetSurvey, Survey
-from vtrain.estimate.estimate import Estimate, bytes_text
-from vtrain.estimate.memory import feature_words
-from vtrain.estimate.memory import section as memory_section
+from vtrain.estimate.estimate import Estimate, bytes_text, feature_words
+from vtrain.estimate.estimate import section as memory_section
 from vtrain.plan.make import frames_text, two_latent_frames
 from vtrain.plan.records import DatasetPlan, MasksPlan, Plan
 

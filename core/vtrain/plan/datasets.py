@@ -47,18 +47,18 @@ def token_frames(family: Family, latent_frames: int, grid: TokenGrid) -> tuple[i
 ASPECTS = ((2, 1), (16, 9), (3, 2), (4, 3), (5, 4), (1, 1), (4, 5), (3, 4), (2, 3), (9, 16), (1, 2))
 """Width to height of the buckets made from a number, the widest first."""
 
-Unit = Literal["pixel_area", "pixel"]
+ResolutionUnit = Literal["pixel_area", "pixel"]
 
 _NEARLY = 1.1
 """Areas within this factor are not told apart in a warning."""
 
 
-def measure(width: float, height: float, unit: Unit) -> float:
+def measure(width: float, height: float, unit: ResolutionUnit) -> float:
     """A picture's size in a unit: the edge of a square of its area, or its shorter edge. In pixels."""
     return math.sqrt(width * height) if unit == "pixel_area" else min(width, height)
 
 
-def buckets(number: int, unit: Unit, stride: int) -> tuple[Size, ...]:
+def buckets(number: int, unit: ResolutionUnit, stride: int) -> tuple[Size, ...]:
     """A size of about `number` for each of ASPECTS, edges in multiples of `stride`, none twice.
 
     pixel_area: the multiples around the exact size that come nearest in area and aspect. pixel: the shorter edge is the
@@ -71,7 +71,7 @@ def buckets(number: int, unit: Unit, stride: int) -> tuple[Size, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _bucket(number: int, unit: Unit, stride: int, aspect: float) -> Size:
+def _bucket(number: int, unit: ResolutionUnit, stride: int, aspect: float) -> Size:
     """For an aspect of at least 1."""
     if unit == "pixel":
         short = _nearest(number, stride)

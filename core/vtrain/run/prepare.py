@@ -9,8 +9,7 @@ from pathlib import Path
 
 from vtrain.config import load
 from vtrain.contract import Caption, Role
-from vtrain.data.scanning.decoders import with_decoders
-from vtrain.data.scanning.scan import Scan, scan
+from vtrain.data.scanning.scan import Scan, scan, with_decoders
 from vtrain.estimate.estimate import Estimate, check_room, make_estimate
 from vtrain.plan.make import make_plan
 from vtrain.plan.records import Plan

@@ -39,16 +39,14 @@ from vtrain.contract import (
 from vtrain.data.scanning.quarantine import move_bad
 from vtrain.data.scanning.scan import Scan, scan
 from vtrain.data.scanning.surveys import Survey
-from vtrain.estimate.estimate import Estimate, check_room, make_estimate
-from vtrain.estimate.memory import Doing, remedies
+from vtrain.estimate.estimate import Doing, Estimate, check_room, make_estimate, remedies
 from vtrain.estimate.render import counted, sections
 from vtrain.registry.blame import blame
 from vtrain.run.collector import uncollected
 from vtrain.run.inbox import Inbox
 from vtrain.run.listeners import Listeners, saved_states
-from vtrain.run.output import hold, write_run_files
+from vtrain.run.output import Recorder, hold, write_run_files
 from vtrain.run.prepare import extra_texts, planned
-from vtrain.run.recorder import Recorder
 
 if TYPE_CHECKING:
     from vtrain.data.caching.caches import Caches, FilledCaches

@@ -11,16 +11,13 @@ Subclass one for each part, give its fixtures, and every rule of the contract ru
 
 import pytest
 
-for _module in ("data_backend", "plugin", "regularizer", "regularizer_features", "sampler", "spec"):
+for _module in ("data_backend", "family", "family_denoiser", "family_encoders", "plugin", "regularizer", "sampler"):
     pytest.register_assert_rewrite(f"vtrain.testing.{_module}")
-for _module in ("codec", "denoiser", "geometry", "lora", "taps", "text"):
-    pytest.register_assert_rewrite(f"vtrain.testing.family_{_module}")
 
 from vtrain.testing.data_backend import DataBackendTests  # noqa: E402  # after the assertions' rewriting is asked for
 from vtrain.testing.family import FamilyTests  # noqa: E402
-from vtrain.testing.plugin import PluginTests  # noqa: E402
+from vtrain.testing.plugin import PluginTests, SpecTests  # noqa: E402
 from vtrain.testing.regularizer import RegularizerTests  # noqa: E402
 from vtrain.testing.sampler import SamplerTests  # noqa: E402
-from vtrain.testing.spec import SpecTests  # noqa: E402
 
 __all__ = ["DataBackendTests", "FamilyTests", "PluginTests", "RegularizerTests", "SamplerTests", "SpecTests"]

@@ -1,10 +1,127 @@
-"""All rules of a family in one class."""
+"""The rules of a family: its arithmetic, its descriptions, and all its rules in one class."""
 
-from vtrain.testing.family_codec import VideoCodecTests
-from vtrain.testing.family_denoiser import DenoiserTests, LoraTests
-from vtrain.testing.family_geometry import GeometryTests
-from vtrain.testing.family_taps import TapTests
-from vtrain.testing.family_text import TextEncoderTests
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from vtrain.contract import ClipShape, Denoiser, Family, SupportsFrameLevels, SupportsTokenGrid, VtrainError
+from vtrain.testing.family_denoiser import DenoiserTests, LoraTests, TapTests
+from vtrain.testing.family_encoders import TextEncoderTests, VideoCodecTests
+from vtrain.testing.sampler import digest
+from vtrain.testing.subject import FamilySubject
+
+
+class GeometryTests(FamilySubject):
+    """What a plan asks of a family."""
+
+    def test_the_default_frames_obey_the_frame_rule(self, family: Family) -> None:
+        """default_frames is a number of frames that the codec takes."""
+        assert family.frame_rule.accepts(family.default_frames), (
+            f"default_frames = {family.default_frames} is not {family.frame_rule}"
+        )
+
+    def test_the_default_speed_is_a_number_of_frames_per_second(self, family: Family) -> None:
+        """default_fps is above 0 and finite."""
+        assert 0 < family.default_fps < math.inf
+
+    def test_every_bucket_is_a_multiple_of_the_pixel_stride(self, family: Family) -> None:
+        """Widths and heights of the official sizes, and of the default one, are multiples of pixel_stride."""
+        stride = family.pixel_stride
+        sizes = {size for sizes in family.resolutions().values() for size in sizes} | {family.default_size}
+        odd = sorted(str(size) for size in sizes if size.width % stride or size.height % stride)
+        assert not odd, f"not multiples of {stride}: {', '.join(odd)}"
+
+    def test_bucket_sets_have_sizes_and_no_size_twice(self, family: Family) -> None:
+        """There is a default bucket set; no set is empty or lists a size twice."""
+        sets = family.resolutions()
+        assert sets, "resolutions() is empty"
+        for name, sizes in sets.items():
+            assert sizes, f"{name} has no size"
+            assert len(set(sizes)) == len(sizes), f"{name} lists a size twice"
+
+    def test_tokens_divide_the_latents(self, family: Family) -> None:
+        """token_grid, where the family has it, divides the latents of every official size in time, height and width."""
+        if not isinstance(family, SupportsTokenGrid):
+            pytest.skip("this family does not say its grid of tokens")
+        for size in {size for sizes in family.resolutions().values() for size in sizes}:
+            latents = family.latent_shape(ClipShape(family.default_frames, size.height, size.width))
+            grid = family.token_grid(latents)
+            assert min(grid) > 0
+            assert not any(have % tokens for have, tokens in zip(latents[1:], grid, strict=True)), f"{latents}: {grid}"
+
+    def test_levels_for_each_frame_have_a_price(self, family: Family) -> None:
+        """frame_level_bytes, where the family has it, is never negative, and no less for a longer clip."""
+        if not isinstance(family, SupportsFrameLevels):
+            pytest.skip("this family takes one level for a clip")
+        latents = family.latent_shape(ClipShape(family.default_frames, *reversed(family.default_size)))
+        for checkpointing in (False, True):
+            one, two = (
+                family.frame_level_bytes(
+                    latents._replace(frames=frames), weights="fp32", compute="bf16", checkpointing=checkpointing
+                )
+                for frames in (1, 2)
+            )
+            assert 0 <= one <= two, f"{one} bytes for one frame, {two} for two"
+
+    def test_every_bucket_has_a_latent_shape(self, family: Family) -> None:
+        """latent_shape takes every official size at the default number of frames."""
+        for sizes in family.resolutions().values():
+            for size in sizes:
+                latents = family.latent_shape(ClipShape(family.default_frames, size.height, size.width))
+                assert min(latents) > 0, f"{size}: {latents}"
+
+    def test_latent_shape_refuses_what_the_codec_does_not_take(self, family: Family, clip: ClipShape) -> None:
+        """A size off the stride or frames off the rule raises, so that nothing is cropped in silence."""
+        off_stride = max(1, family.pixel_stride // 2)
+        wrong = {clip._replace(height=clip.height + off_stride), clip._replace(width=clip.width + off_stride)}
+        if family.frame_rule.stride > 1:
+            wrong.add(clip._replace(frames=clip.frames + 1))
+        for shape in sorted(wrong):
+            with pytest.raises((ValueError, VtrainError)):
+                pytest.fail(f"{shape} gave {family.latent_shape(shape)}; it must raise ValueError")
+
+    def test_latent_frames_stand_for_every_pixel_frame_once(self, family: Family, clip: ClipShape) -> None:
+        """The ranges of pixel_frames follow each other, without gap or overlap, over the whole clip."""
+        latents = family.latent_shape(clip)
+        covered = [frame for number in range(latents.frames) for frame in family.pixel_frames(number)]
+        assert covered == list(range(clip.frames))
+
+    def test_counts_agree_with_the_denoiser(self, family: Family, denoiser: Denoiser) -> None:
+        """parameters and block_count, known without loading, are those of the loaded denoiser."""
+        assert family.parameters == sum(weight.numel() for weight in denoiser.module.parameters())
+        assert family.block_count == len(denoiser.blocks)
+
+    def test_a_sound_model_folder_has_no_problem(self, family: Family) -> None:
+        """check() finds nothing wrong with the folder that the tests use."""
+        assert not list(family.check())
+
+    def test_descriptions_are_pairs_of_texts(self, family: Family) -> None:
+        """describe() gives (label, text) rows; scheduler_config() is plain JSON."""
+        assert all(isinstance(label, str) and isinstance(text, str) for label, text in family.describe())
+        json.dumps(dict(family.scheduler_config()))
+
+    def test_fingerprints_are_stable_and_differ_from_each_other(self, family: Family) -> None:
+        """Asked twice, a fingerprint is the same text; the two encoders have different ones."""
+        text, video = family.text_fingerprint(digest), family.video_fingerprint(digest)
+        assert (text, video) == (family.text_fingerprint(digest), family.video_fingerprint(digest))
+        assert text != video, "a change of one encoder would be taken for a change of the other"
+
+    def test_fingerprints_follow_the_files_they_hash(self, family: Family) -> None:
+        """If a fingerprint asks for a file's hash, another hash gives another fingerprint."""
+        for fingerprint in (family.text_fingerprint, family.video_fingerprint):
+            asked: list[Path] = []
+
+            def changed(file: Path, asked: list[Path] = asked) -> str:
+                asked.append(file)
+                return "changed " + digest(file)
+
+            after = fingerprint(changed)
+            if asked:
+                assert after != fingerprint(digest), f"it ignores the contents of {asked[0].name}"
 
 
 class FamilyTests(GeometryTests, TextEncoderTests, VideoCodecTests, DenoiserTests, TapTests, LoraTests):

@@ -32,11 +32,10 @@ from vtrain.data.seeds import derive
 from vtrain.estimate.estimate import Estimate
 from vtrain.plan.records import Plan
 from vtrain.train import checkpoint
-from vtrain.train.adapters import add_lora, base_mark, lora_settings
 from vtrain.train.checkpoint import Piece
 from vtrain.train.feed import Feed
-from vtrain.train.loop import Ends, Loop, Requests, Validate
-from vtrain.train.optimizing import Interval, groups, lr_factor, own_rates, trained
+from vtrain.train.loop import Ends, Interval, Loop, Requests, Validate
+from vtrain.train.parameters import add_lora, base_mark, groups, lora_settings, lr_factor, own_rates, trained
 from vtrain.train.pieces import (
     AdapterPiece,
     ConfigPiece,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vtrain.config.tables import CheckpointTable, TrainTable
 from vtrain.contract import (
     CheckpointError,
+    Duration,
     Ended,
     Event,
     Logged,
@@ -26,7 +27,7 @@ from vtrain.contract import (
 from vtrain.data.seeds import derive
 from vtrain.registry.blame import at_step
 from vtrain.train.feed import Fed, Feed
-from vtrain.train.optimizing import Factor, Interval
+from vtrain.train.parameters import Factor
 from vtrain.train.processes import Processes
 from vtrain.train.readings import Measured, Unread, rows
 from vtrain.train.step import StepOutput, clip_gradients, gradient_norm
@@ -60,6 +61,31 @@ class Ends:
     validate: Validate | None
     requests: Requests
     observe: Callable[[StepMetrics, bool], None] = lambda row, decide: None
+
+
+class Interval:
+    """Tells after which optimizer steps something is due. In steps or epochs it is a pure function of the step.
+
+    In seconds it counts from its making, and again from each `done`.
+    """
+
+    def __init__(self, every: Duration, steps_per_epoch: float, now: float) -> None:
+        """now: seconds on the clock that `due` and `done` are given."""
+        self.steps = every.in_steps(steps_per_epoch)
+        self.seconds = every.value
+        self.last = now
+
+    def due(self, steps: int, now: float) -> bool:
+        """steps: optimizer steps done, >= 1."""
+        return steps % self.steps == 0 if self.steps is not None else now - self.last >= self.seconds
+
+    def done(self, now: float) -> None:
+        """What was due has been done."""
+        self.last = now
+
+    @property
+    def timed(self) -> bool:
+        return self.steps is None
 
 
 class Loop:

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vtrain.contract import CheckpointError, Denoiser, Problem, SupportsLora
-from vtrain.train.adapters import load_lora_state, lora_state
 from vtrain.train.checkpoint import State
+from vtrain.train.parameters import load_lora_state, lora_state
 from vtrain.train.resume import STATE, RunState, write_state
 
 CONFIG = "config.toml"

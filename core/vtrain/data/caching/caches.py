@@ -13,16 +13,14 @@ from vtrain.contract import Caption, DataError, Filling, Latents, Problem, Role,
 from vtrain.data.caching.columns import Column
 from vtrain.data.caching.encoders import opened
 from vtrain.data.caching.entries import video_key
-from vtrain.data.caching.fill_text import fill_text
-from vtrain.data.caching.fill_windows import Unusable, fill_windows
-from vtrain.data.caching.inventory import DROPPED, texts
+from vtrain.data.caching.fill import Unusable, fill_text, fill_windows
+from vtrain.data.caching.inventory import DROPPED, Stores, texts
 from vtrain.data.caching.sharing import ALONE, Peers, together
-from vtrain.data.caching.stores import Stores
 from vtrain.data.decoding.decode import decode
 from vtrain.data.decoding.video import FileFault, faults
 from vtrain.data.index import Index, Keys, build
 from vtrain.data.sample import TRANSFORM_VERSION, Sample
-from vtrain.data.scanning.pictures import REMEDY, of_file, pictures
+from vtrain.data.scanning.scan import REMEDY, of_file, pictures
 from vtrain.data.scanning.surveys import Survey
 from vtrain.plan.records import Plan
 

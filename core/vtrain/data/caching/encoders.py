@@ -14,7 +14,7 @@ from vtrain.data.decoding.decode import unit_range
 from vtrain.data.decoding.masks import is_empty
 from vtrain.data.sample import Sample
 
-Encode = Callable[[Sequence[Tensor], Sample], list[dict[str, Tensor]]]
+EncodeWindows = Callable[[Sequence[Tensor], Sample], list[dict[str, Tensor]]]
 """What was decoded of windows of one shape, and one of their samples -> the tensors of each one's entry, on the CPU.
 
 Raises PluginError for tensors of other shapes than were promised.
@@ -24,7 +24,7 @@ TYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16
 
 
 @contextmanager
-def opened(column: Column, device: str) -> Iterator[Encode]:
+def opened(column: Column, device: str) -> Iterator[EncodeWindows]:
     """The column's model is in memory for the length of the with block. Raises ModelError."""
     if isinstance(column, VideoColumn):
         with column.plan.family.open_video_codec(device) as codec:
@@ -36,7 +36,7 @@ def opened(column: Column, device: str) -> Iterator[Encode]:
         yield _masks
 
 
-def _video(column: VideoColumn, codec: VideoCodec, device: str) -> Encode:
+def _video(column: VideoColumn, codec: VideoCodec, device: str) -> EncodeWindows:
     here, sampled = Device.of(device), column.plan.config.cache.latents == "sample"
     fault = "This is a fault of the model family's plugin."
 
@@ -58,7 +58,7 @@ def _video(column: VideoColumn, codec: VideoCodec, device: str) -> Encode:
     return encode
 
 
-def _features(column: FeatureColumn, encoder: FeatureEncoder, device: str) -> Encode:
+def _features(column: FeatureColumn, encoder: FeatureEncoder, device: str) -> EncodeWindows:
     here, dtype = Device.of(device), TYPES[column.part.feature_dtype]
 
     def encode(pixels: Sequence[Tensor], sample: Sample) -> list[dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""What a run uses of the cache folder, and what lies there: present, missing, damaged, stale."""
+"""What a run uses of the cache folder: where it lies, and which entries are present, missing, damaged, stale. No torch."""
 
 from __future__ import annotations
 
@@ -7,14 +7,67 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from vtrain.contract import Caption, DataError, Problem, Role
-from vtrain.data.caching.columns import MaskColumn, known_key, layout_of
-from vtrain.data.caching.entries import DAMAGED, KINDS, PART, SUFFIX, Entries, set_aside
-from vtrain.data.caching.stores import Stores
+from vtrain.data.caching.columns import Column, Contents, FeatureColumn, MaskColumn, VideoColumn, known_key, layout_of
+from vtrain.data.caching.entries import DAMAGED, KINDS, PART, SUFFIX, Entries, set_aside, text_key
 from vtrain.data.sample import Sample
+from vtrain.data.scanning.database import HASHES, FileHashes
 from vtrain.plan.records import Plan
+
+
+class Stores:
+    """The cache folder as this run sees it. Fingerprints are taken at their first use: they hash weights.
+
+    masks, videos, features: the columns, the last by regularizer. masks: None where no dataset has any.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        folder = plan.config.cache.dir
+        compress = plan.config.cache.compress
+        self.text, self.video, self.feature, self.mask = (Entries(folder, kind, compress=compress) for kind in KINDS)
+        self._hash_file = FileHashes(folder / HASHES)
+        contents = Contents(plan)
+        self.masks = MaskColumn(plan, contents, self.mask) if any(each.masks for each in plan.datasets) else None
+        self.videos = VideoColumn(plan, contents, self.video, self._hash_file)
+        self.features = {
+            name: FeatureColumn(plan, contents, self.feature, self._hash_file, name, part)
+            for name, part in plan.regularizers
+            if part.needs().features == "cached"
+        }
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """In the order in which they are filled: a clip whose mask is empty is not encoded."""
+        masks = () if self.masks is None else (self.masks,)
+        return (*masks, self.videos, *self.features.values())
+
+    @cached_property
+    def _text_fingerprint(self) -> str:
+        return self.plan.family.text_fingerprint(self._hash_file)
+
+    def location(self, sample: Sample) -> str:
+        """The place of the sample's dataset in the ledger."""
+        return self.plan.datasets[sample.place].backend.location
+
+    def text_key(self, caption: Caption, role: Role) -> str:
+        return text_key(caption, role, self._text_fingerprint)
+
+    def video_key(self, sample: Sample, start: float, content: str) -> str:
+        """start: one of the sample's. content: SHA-256 of the source's bytes."""
+        return self.videos.key(sample, start, content)
+
+    def known_content(self, sample: Sample) -> str:
+        """The content hash that the sample carries or that the ledger has; "" if the source's bytes were not read yet."""
+        return self.videos.content(sample)
+
+    def known_video_key(self, sample: Sample, start: float) -> str | None:
+        """By the content hash, if that is known."""
+        return known_key(self.videos, sample, start)
+
 
 DROPPED = Caption("")
 """What a dropped caption is replaced by, with the role "dropped"."""
@@ -35,7 +88,7 @@ def texts(
 def wanted(stores: Stores, samples: Iterable[Sample], extra: Sequence[tuple[Caption, Role]]) -> dict[str, Wanted]:
     """By kind. Raises DataError."""
     text = {bytes.fromhex(stores.text_key(caption, role)) for caption, role in texts(stores.plan, samples, extra)}
-    found = {"text": _Names(text)} | {kind: _Names() for kind in KINDS if kind != "text"}
+    found = {"text": _KeySet(text)} | {kind: _KeySet() for kind in KINDS if kind != "text"}
     for sample in samples:
         for start in sample.starts:
             for column in stores.columns:
@@ -54,7 +107,7 @@ def _is_empty(column: MaskColumn, sample: Sample, key: str) -> bool:
 
 
 @dataclass
-class _Names:
+class _KeySet:
     """Keys of one kind while they are found. unread: windows whose file was never read."""
 
     keys: set[bytes] = field(default_factory=set)
@@ -129,7 +182,7 @@ class Inventory:
 
 
 @dataclass(frozen=True)
-class File:
+class CacheFile:
     """A file in the cache. key: "" if it is no entry. status: one of an Inventory's tallies."""
 
     path: Path
@@ -138,7 +191,7 @@ class File:
     bytes: int
 
 
-def files(entries: Entries, wanted: Wanted) -> Iterator[File]:
+def files(entries: Entries, wanted: Wanted) -> Iterator[CacheFile]:
     """Every file of a kind. An entry that vanishes meanwhile is passed over. Raises DataError."""
     now = time.time()
     for path in entries.files():
@@ -153,7 +206,7 @@ def files(entries: Entries, wanted: Wanted) -> Iterator[File]:
                 status = "leftovers"
             else:
                 status = "foreign"
-            yield File(path, key, status, state.st_size)
+            yield CacheFile(path, key, status, state.st_size)
 
 
 def take(entries: Entries, kind: str, wanted: Wanted) -> Inventory:
@@ -219,11 +272,11 @@ def _entries(entries: Entries) -> Iterator[Path]:
     return (path for path in entries.files() if path.suffix == SUFFIX and _KEY.fullmatch(path.stem))
 
 
-def databases(folder: Path) -> Iterator[File]:
+def databases(folder: Path) -> Iterator[CacheFile]:
     """SQLite files of the cache folder that were damaged and moved aside, with their journals."""
     for path in sorted(folder.glob("*.sqlite.damaged-*")):
         with suppress(FileNotFoundError):
-            yield File(path, "", "leftovers", path.stat().st_size)
+            yield CacheFile(path, "", "leftovers", path.stat().st_size)
 
 
 def take_databases(folder: Path) -> Inventory:
@@ -234,12 +287,12 @@ def take_databases(folder: Path) -> Inventory:
     return inventory
 
 
-def prunable(entries: Entries, wanted: Wanted) -> Iterator[File]:
+def prunable(entries: Entries, wanted: Wanted) -> Iterator[CacheFile]:
     """What may be deleted: entries that no given run uses, and leftovers. Raises DataError."""
     return (file for file in files(entries, wanted) if file.status in ("stale", "leftovers"))
 
 
-def delete(found: Iterable[File], on_file: Callable[[File], None]) -> list[tuple[Path, str]]:
+def delete(found: Iterable[CacheFile], on_file: Callable[[CacheFile], None]) -> list[tuple[Path, str]]:
     """Delete files, and folders that are then empty. on_file: told each. Gives what could not be, and why."""
     kept = []
     for file in found:

@@ -102,7 +102,7 @@ def _averages(
     stream: BinaryIO, sample: Sample, times: Sequence[float], size: tuple[int, int], *, seek: bool
 ) -> Iterator[Numbers]:
     """(h, w) of the frame on screen at each of `times`, until the file ends. Raises FileFault."""
-    conversion, last, average, cells = Conversion(), None, np.zeros(size), _Cells(sample, size)
+    conversion, last, average, cells = Conversion(), None, np.zeros(size), _LatentAreas(sample, size)
     with open_video(stream, torch.get_num_threads()) as (container, video), faults("cannot be decoded"):
         frames = stamped_from(container, video, times[0] if seek else None)
         # A mask may be shorter than its clip by one of its own frames: lengths of files are not exact.
@@ -113,7 +113,7 @@ def _averages(
             yield average
 
 
-class _Cells:
+class _LatentAreas:
     """The part of a mask's picture that each latent covers, found at the first frame."""
 
     def __init__(self, sample: Sample, size: tuple[int, int]) -> None:

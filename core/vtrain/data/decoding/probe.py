@@ -103,16 +103,16 @@ def _refuse_jpeg_in_tiff(stream: BinaryIO) -> None:
         stream.seek(0)
 
 
-Length = tuple[int, float, float]
+VideoLength = tuple[int, float, float]
 """(frames, duration, span)."""
 
 
-def _still(container: InputContainer) -> Length | None:
+def _still(container: InputContainer) -> VideoLength | None:
     """Of an image file: one frame, shown for 1/25 s, which is ffmpeg's default."""
     return (1, 0.04, 0.0) if container.format.name.endswith("_pipe") else None
 
 
-def _header(video: VideoStream) -> Length | None:
+def _header(video: VideoStream) -> VideoLength | None:
     """If the header has it, and its index does not contradict that.
 
     An edit list may leave out frames that the header counts, and either may lie.
@@ -130,7 +130,7 @@ def _header(video: VideoStream) -> Length | None:
     return (video.frames, duration, span) if abs(duration - whole) <= _AGREED * whole else None
 
 
-def _walk(container: InputContainer, video: VideoStream) -> Length:
+def _walk(container: InputContainer, video: VideoStream) -> VideoLength:
     """Counted from the packets. Raises FileFault."""
     count, first, last, end = 0, None, None, None
     for packet in container.demux(video):

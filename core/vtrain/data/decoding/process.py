@@ -18,10 +18,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from vtrain.data.decoding.channel import Channel, ChannelClosed
 from vtrain.data.decoding.spool import is_local
 from vtrain.data.decoding.video import FileFault
-from vtrain.data.decoding.worker_process import Job
+from vtrain.data.decoding.worker_process import Channel, ChannelClosed, Job
 from vtrain.data.sample import MaskGrid, Sample
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ _START_S = 600.0
 _FAREWELL_S = 10.0
 """For a process that closed its channel to end, with its own exit status."""
 
-Wanted = Callable[[str], bool]
+PixelsWanted = Callable[[str], bool]
 """Asked with the SHA-256 of a file's bytes whether its pixels are wanted."""
 
 
@@ -112,7 +111,7 @@ class DecodingProcess:
         sample: Sample | None,
         start: float,
         limit_s: float,
-        wanted: Wanted,
+        wanted: PixelsWanted,
         mask: MaskGrid | None = None,
         torchcodec: bool = False,
     ) -> Answer:
@@ -139,7 +138,7 @@ class DecodingProcess:
             return Answer(fault=self._death())
 
     def _converse(
-        self, stream: BinaryIO, sample: Sample | None, mask: MaskGrid | None, clock: _Clock, wanted: Wanted
+        self, stream: BinaryIO, sample: Sample | None, mask: MaskGrid | None, clock: _Clock, wanted: PixelsWanted
     ) -> Answer:
         """Serve what the process asks for until it answers. Raises TimeoutError and ChannelClosed."""
         storage_failed = False

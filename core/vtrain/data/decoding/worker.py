@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from vtrain.data.decoding.process import Answer, DecodingProcess, Wanted
+    from vtrain.data.decoding.process import Answer, DecodingProcess, PixelsWanted
 
 MEMORY = 4 << 30
 """Bytes of memory (RLIMIT_DATA: all but code and shared pixels) that one process may take."""
@@ -59,7 +59,7 @@ class DecodeJob:
     sample: Sample
     start: float
     limit_s: float | None = None
-    wanted: Wanted | None = None
+    wanted: PixelsWanted | None = None
     frames: tuple[int, ...] | None = None
     torchcodec: bool = False
 
@@ -78,7 +78,7 @@ class MaskJob:
     start: float
     grid: MaskGrid
     limit_s: float | None = None
-    wanted: Wanted | None = None
+    wanted: PixelsWanted | None = None
 
     @property
     def ref(self) -> SourceRef:
@@ -244,7 +244,7 @@ class Workers(AbstractContextManager["Workers"]):
         sample: Sample | None,
         start: float,
         limit_s: float | None,
-        wanted: Wanted,
+        wanted: PixelsWanted,
         mask: MaskGrid | None = None,
         torchcodec: bool = False,
     ) -> Answer:

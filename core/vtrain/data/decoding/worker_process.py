@@ -1,8 +1,8 @@
-"""The process in which untrusted files are probed and decoded: it is given one open file at a time, and nothing else.
+"""The process in which untrusted files are probed and decoded, and the socket to it: framed messages, open files handed over.
 
-It reads a local file by itself and asks its parent for the bytes of any other. Its answers are JSON and, for pixels, a
-shared memory file: what a broken decoder says is never unpickled. It ends when its parent does. Imports torch only if
-it decodes.
+It is given one open file at a time, and nothing else. It reads a local file by itself and asks its parent for the bytes of
+any other. Its answers are JSON and, for pixels, a shared memory file: what a broken decoder says is never unpickled. It
+ends when its parent does. Imports torch only if it decodes.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import pickle
 import resource
 import signal
 import socket
+import struct
 import sys
 import tempfile
+import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, BinaryIO, cast
 
-from vtrain.data.decoding.channel import Channel, ChannelClosed
 from vtrain.data.decoding.probe import probe
 from vtrain.data.decoding.spool import hashed
 from vtrain.data.decoding.video import FileFault
@@ -32,6 +33,84 @@ from vtrain.data.sample import MaskGrid, Sample
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+_LENGTH = struct.Struct(">Q")
+
+
+class ChannelClosed(Exception):
+    """The other side is gone."""
+
+
+class Channel:
+    """Messages both ways, one after the other, over a Unix stream socket that it owns."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._socket = end
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def send(self, message: bytes) -> None:
+        """Raises ChannelClosed."""
+        self._socket.settimeout(None)
+        try:
+            self._socket.sendall(_LENGTH.pack(len(message)) + message)
+        except OSError as error:
+            raise ChannelClosed from error
+
+    def receive(self, most: int, limit_s: float | None = None) -> bytes:
+        """The next message. Raises ChannelClosed, also for one of more than `most` bytes, and TimeoutError."""
+        end = None if limit_s is None else time.monotonic() + limit_s
+        (length,) = _LENGTH.unpack(self._exactly(_LENGTH.size, end))
+        if length > most:
+            raise ChannelClosed
+        return self._exactly(length, end)
+
+    def send_file(self, file: int) -> None:
+        """Hand over an open file descriptor; this side keeps its own. Raises ChannelClosed."""
+        try:
+            socket.send_fds(self._socket, [b"f"], [file])
+        except OSError as error:
+            raise ChannelClosed from error
+
+    def receive_file(self, limit_s: float | None = None) -> int:
+        """A file descriptor that `send_file` sent; the caller closes it. Raises ChannelClosed and TimeoutError."""
+        self._socket.settimeout(limit_s)
+        try:
+            _, files, _, _ = socket.recv_fds(self._socket, 1, 1)
+        except TimeoutError:
+            raise
+        except OSError as error:
+            raise ChannelClosed from error
+        if len(files) != 1:
+            raise ChannelClosed
+        os.set_inheritable(files[0], False)
+        return files[0]
+
+    def _exactly(self, length: int, end: float | None) -> bytes:
+        parts, missing = [], length
+        while missing:
+            part = self._some(min(missing, 1 << 20), end)
+            parts.append(part)
+            missing -= len(part)
+        return b"".join(parts)
+
+    def _some(self, length: int, end: float | None) -> bytes:
+        self._socket.settimeout(None if end is None else max(1e-3, end - time.monotonic()))
+        try:
+            part = self._socket.recv(length)
+        except TimeoutError:
+            raise
+        except OSError as error:
+            raise ChannelClosed from error
+        if not part:
+            raise ChannelClosed
+        return part
+
 
 _PDEATHSIG = 1
 _LONGEST = 1 << 26
@@ -57,7 +136,7 @@ class Job:
     torchcodec: bool = False
 
 
-class RemoteFile(io.RawIOBase):
+class ParentFile(io.RawIOBase):
     """The parent's open stream, read through the channel. Raises OSError as the storage did."""
 
     def __init__(self, channel: Channel, size: int) -> None:
@@ -145,7 +224,7 @@ def _file(channel: Channel, job: Job) -> BinaryIO:
         file = open(channel.receive_file(), "rb")  # noqa: PTH123, SIM115 (a descriptor; the caller closes it)
         file.seek(0)
         return file
-    return cast("BinaryIO", RemoteFile(channel, job.size))
+    return cast("BinaryIO", ParentFile(channel, job.size))
 
 
 def _answer(channel: Channel, job: Job, stream: BinaryIO, threads: int) -> None:

@@ -17,7 +17,7 @@ _BUSY_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
-class Layout:
+class DatabaseTables:
     """What makes a file ours. application_id: in its header; version: of the tables; tables: SQL that makes them."""
 
     application_id: int
@@ -47,7 +47,7 @@ def make_folder(folder: Path) -> None:
         raise DataError(Problem(str(folder), what, "Set cache.dir to a folder that can be.")) from error
 
 
-def open_database(path: Path, layout: Layout) -> tuple[sqlite3.Connection, str | None]:
+def open_database(path: Path, layout: DatabaseTables) -> tuple[sqlite3.Connection, str | None]:
     """A connection for writing, and a message if what lay there was moved aside. Raises DataError."""
     make_folder(path.parent)
     with database_faults(path):
@@ -67,7 +67,7 @@ def open_readonly(path: Path) -> sqlite3.Connection:
     )
 
 
-def _connect(path: Path, layout: Layout) -> sqlite3.Connection:
+def _connect(path: Path, layout: DatabaseTables) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, check_same_thread=False)
     try:
         if not _is_ours(connection, layout):
@@ -83,7 +83,7 @@ def _connect(path: Path, layout: Layout) -> sqlite3.Connection:
     return connection
 
 
-def _is_ours(connection: sqlite3.Connection, layout: Layout) -> bool:
+def _is_ours(connection: sqlite3.Connection, layout: DatabaseTables) -> bool:
     """False for an empty file. Raises sqlite3.DatabaseError for one that is damaged or holds something else."""
     (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
     if found != "ok":
@@ -108,7 +108,7 @@ def _move_aside(path: Path) -> Path:
 
 HASHES = "hashes.sqlite"
 
-_LAYOUT = Layout(
+_LAYOUT = DatabaseTables(
     application_id=0x76744831,
     version=1,
     tables="CREATE TABLE IF NOT EXISTS file (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, sha256 TEXT);",

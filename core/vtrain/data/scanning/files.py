@@ -18,8 +18,7 @@ from vtrain.data.sample import Sample
 from vtrain.data.scanning.captions import BESIDE, stem
 from vtrain.data.scanning.database import database_faults, open_readonly
 from vtrain.data.scanning.ledger import Ledger, escaped, pages, probe_of
-from vtrain.data.scanning.samples import Found, Samples
-from vtrain.data.scanning.scan import decided, told
+from vtrain.data.scanning.scan import Samples, ScannedDataset, decided, told
 from vtrain.data.scanning.surveys import DISTINCT, caption_notes, unmatched_captions
 from vtrain.plan.records import DatasetPlan, Plan
 
@@ -65,7 +64,7 @@ _ESCAPE = re.compile(r"\\(?:[nrt\\]|x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")
 
 
 @dataclass(frozen=True, slots=True)
-class File:
+class SourceFile:
     """A source file, and what became of it under the settings of one dataset.
 
     dataset: its id; number: its place in plan.datasets. status: one of STATUSES. kind, reason: why it is left out, or "".
@@ -111,11 +110,11 @@ class Files:
     ledger itself. Read from the ledger as it is asked for, never all in memory; every method raises DataError."""
 
     ledger: Path
-    datasets: Mapping[str, tuple[DatasetPlan, Found]]
+    datasets: Mapping[str, tuple[DatasetPlan, ScannedDataset]]
     problems: tuple[Problem, ...]
     messages: tuple[str, ...]
 
-    def rows(self, dataset: str, statuses: Sequence[str] = STATUSES) -> Iterator[File]:
+    def rows(self, dataset: str, statuses: Sequence[str] = STATUSES) -> Iterator[SourceFile]:
         """Of one dataset, in order of ref id."""
         found = self.datasets[dataset][1]
         values = {**_of(found), "statuses": json.dumps(list(statuses))}
@@ -147,7 +146,7 @@ class Files:
         ((bucket, ref),) = self._all(_WIDTHS, _of(self.datasets[dataset][1]))
         return bucket or 0, ref or 0
 
-    def named(self, name: str) -> list[File]:
+    def named(self, name: str) -> list[SourceFile]:
         """Those that `name` means: as "<dataset>/<ref id>", else as ref id, else as a path or a URL."""
         for names in (_own_names, _ref_ids, _paths):
             found = []
@@ -175,7 +174,7 @@ class Files:
                 found += [f"{dataset.id}/{like}" for like in near]
         return list(dict.fromkeys(found))[:3]
 
-    def _candidates(self, ref: str, place: Found) -> set[str]:
+    def _candidates(self, ref: str, place: ScannedDataset) -> set[str]:
         """Names of a dataset that may be like a wrong one."""
         third = -(-len(ref) // 3)
         a, b, c = (ref.lower()[at : at + third] or ref.lower() for at in (0, third, 2 * third))
@@ -184,7 +183,7 @@ class Files:
         sharing = self._all(_SHARING, {**values, "a": a, "b": b, "c": c, "length": len(ref)})
         return {name for (name,) in (*around, *sharing)}
 
-    def samples(self, file: File) -> tuple[Sample, ...]:
+    def samples(self, file: SourceFile) -> tuple[Sample, ...]:
         """What training takes from a file."""
         if file.status != "used":
             return ()
@@ -211,14 +210,14 @@ def look(plan: Plan, dataset: str | None = None, on_file: Callable[[int], None] 
     return Files(ledger.path, found, tuple(problems), messages)
 
 
-def _of(found: Found) -> dict[str, object]:
+def _of(found: ScannedDataset) -> dict[str, object]:
     return {"place": found.place, "decision": found.decision}
 
 
-def _file(found: Found, row: Sequence[Any]) -> File:
+def _file(found: ScannedDataset, row: Sequence[Any]) -> SourceFile:
     ref, size, version, status, kind, reason, *shape = row[:9]
     samples, windows, stretch, captions, probe, content = row[9:]
-    return File(
+    return SourceFile(
         dataset=found.id, number=found.number, ref=SourceRef(ref, size, version), status=status, kind=kind, reason=reason,
         shape=ClipShape(*shape) if status == "used" else None, samples=samples, windows=windows, stretch=stretch,
         captions=tuple(Caption(text, extras) for text, extras in json.loads(captions or "[]")), probe=probe_of(probe),

@@ -63,7 +63,7 @@ def stretch(source: Probe, part: Box, size: Size) -> float:
     return max(change, 1 / change)
 
 
-Window = Literal["start", "center", "all", "random"]
+WindowRule = Literal["start", "center", "all", "random"]
 
 
 def cut(frames: int, length: int) -> tuple[int, ...]:
@@ -85,7 +85,9 @@ def spread(spare: int, count: int) -> tuple[int, ...]:
     return tuple((2 * number * spare + count - 1) // (2 * (count - 1)) for number in range(count))
 
 
-def windows(frames: int, length: int, window: Window, count: int, longest: int | None) -> tuple[tuple[int, ...], ...]:
+def windows(
+    frames: int, length: int, window: WindowRule, count: int, longest: int | None
+) -> tuple[tuple[int, ...], ...]:
     """First frames of the windows of each sample that a clip gives.
 
     frames: of the clip, at least `length`, which is a window's. count: of windows in a set, for "random". longest: of a

@@ -19,7 +19,7 @@ from vtrain.data.decoding.probe import PROBE_VERSION, Probe
 from vtrain.data.decoding.video import IMAGE_SUFFIXES, SUFFIXES
 from vtrain.data.sample import Left, Sample
 from vtrain.data.scanning.captions import BESIDE
-from vtrain.data.scanning.database import Layout, database_faults, open_database, open_readonly
+from vtrain.data.scanning.database import DatabaseTables, database_faults, open_database, open_readonly
 
 VIDEO, IMAGE, OTHER, MISNAMED = "video", "image", "other", "misnamed"
 CLIPS = (VIDEO, IMAGE)
@@ -111,7 +111,7 @@ A file that failed in filling keeps `made` until the next scan, so that those wh
 
 _PROBE = attrgetter(*(field.name for field in fields(Probe)))
 
-_LAYOUT = Layout(
+_LAYOUT = DatabaseTables(
     application_id=0x76744C31,
     # Any other tables, fields of a probe or kinds of files are another layout, and are scanned anew.
     version=zlib.crc32(repr((PROBE_VERSION, _TABLES, [field.name for field in fields(Probe)], KINDS_VERSION)).encode())

@@ -161,7 +161,7 @@ def survey(ledger: Ledger, place: int, decision: int, dataset: DatasetPlan, shar
 Some = tuple[int, str | None]
 """How many, and one of them."""
 
-Rows = Callable[[str, Mapping[str, object]], list[tuple[Any, ...]]]
+Query = Callable[[str, Mapping[str, object]], list[tuple[Any, ...]]]
 """Asks a ledger."""
 
 
@@ -182,7 +182,7 @@ def _notes(dataset: DatasetPlan, unmatched: Some, masks: Sequence[Any] | None) -
     return tuple(notes)
 
 
-def unmatched_captions(rows: Rows, place: int, dataset: DatasetPlan) -> Some:
+def unmatched_captions(rows: Query, place: int, dataset: DatasetPlan) -> Some:
     """Captions without a clip: rows of a file of captions, or caption files of the sort that the dataset takes."""
     values: dict[str, object] = {"place": place, "origin": origin_of(dataset), "captions": dataset.captions}
     values["masks"] = None if dataset.masks is None else dataset.masks.folder

@@ -1,27 +1,136 @@
-"""Encoding clips' windows that are not in the cache yet: other processes decode ahead while a model encodes."""
+"""Filling: captions and clips' windows that are not in the cache yet are encoded.
+
+Other processes decode ahead while a model encodes.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from itertools import groupby
 
-from vtrain.contract import ClipShape, DataError, Filling, Problem
+import torch
+
+from vtrain.contract import (
+    Caption,
+    ClipShape,
+    DataError,
+    Filling,
+    PluginError,
+    Problem,
+    Role,
+    SupportsTruncation,
+    Text,
+    TextEncoder,
+)
 from vtrain.data.caching.columns import Column, FeatureColumn, Layout, MaskColumn, Window, known_key, layout_of
-from vtrain.data.caching.encoders import Encode, opened
-from vtrain.data.caching.fill_text import AGAIN_S
+from vtrain.data.caching.encoders import EncodeWindows, opened
+from vtrain.data.caching.inventory import Stores
 from vtrain.data.caching.sharing import Claims, Peers, digest64, is_share, together_telling
-from vtrain.data.caching.stores import Stores
 from vtrain.data.decoding.masks import emptiness
-from vtrain.data.decoding.once import Copies
+from vtrain.data.decoding.spool import Copies
 from vtrain.data.decoding.video import FileFault
 from vtrain.data.decoding.worker import Decoded, DecodeJob, MaskJob, Workers, available_cpus
 from vtrain.data.sample import Left, Sample
 from vtrain.data.scanning.decisions import settings_key
 from vtrain.data.scanning.ledger import Ledger
 
-Job = DecodeJob | MaskJob
+AGAIN_S = 0.5
+"""Seconds until one looks again for what another run is making."""
+
+Texts = Iterable[tuple[Caption, Role]]
+
+
+def fill_text(stores: Stores, texts: Texts, peers: Peers, device: str) -> Generator[Filling, None, int]:
+    """Encode what is missing, each process its share; the encoder is opened only if something is.
+
+    Gives how many of the captions encoded now, by all processes, were too long and lost their end, as far as the encoder
+    counts them. Raises DataError for a full disk, on all processes.
+    """
+    return sum((yield from together_telling(peers, _fill_share(stores, texts, peers, device))))
+
+
+def _fill_share(stores: Stores, texts: Texts, peers: Peers, device: str) -> Generator[Filling, None, int]:
+    missing: dict[str, tuple[Caption, Role]] = {}
+    present: set[int] = set()
+    for caption, role in texts:
+        key = stores.text_key(caption, role)
+        if is_share(peers, key) and key not in missing and digest64(key) not in present:
+            if stores.text.sound(key):
+                present.add(digest64(key))
+            else:
+                missing[key] = (caption, role)
+    yield Filling("text", len(present), len(present) + len(missing))
+    if not missing:
+        return 0
+    batches = list(_batches(missing, stores.plan.config.cache.text_batch))
+    return (yield from _fill(stores, missing, batches, len(present), device))
+
+
+def _batches(missing: Mapping[str, tuple[Caption, Role]], size: int) -> Iterator[list[str]]:
+    """Keys of one role, captions of like length together, so that little is spent on padding."""
+    order = sorted(missing, key=lambda key: (missing[key][1], len(missing[key][0].text), key))
+    for _, group in groupby(order, key=lambda key: missing[key][1]):
+        same = list(group)
+        for start in range(0, len(same), size):
+            yield same[start : start + size]
+
+
+def _fill(
+    stores: Stores,
+    missing: Mapping[str, tuple[Caption, Role]],
+    batches: list[list[str]],
+    done: int,
+    device: str,
+) -> Generator[Filling, None, int]:
+    """Encode the missing captions, batch by batch. done: captions that are there."""
+    total, made = done + len(missing), 0
+    with Claims(stores.plan.config.cache.dir) as claims, ExitStack() as stack:
+        encoder: TextEncoder | None = None
+        while batches:
+            left: list[list[str]] = []
+            for batch in batches:
+                # What another run has claimed is looked at again later: by then it is there, or that run has ended.
+                free = [key for key in batch if claims.take(key)]
+                keys = [key for key in free if not stores.text.sound(key)]
+                if keys:
+                    encoder = encoder or stack.enter_context(stores.plan.family.open_text_encoder(device))
+                    _encode(stores, encoder, missing, keys)
+                    made += len(keys)
+                for key in free:
+                    claims.drop(key)
+                if free:
+                    done += len(free)
+                    yield Filling("text", done, total, made=made)
+                if len(free) < len(batch):
+                    left.append([key for key in batch if key not in free])
+            if left == batches:
+                time.sleep(AGAIN_S)
+            batches = left
+        return encoder.truncated if isinstance(encoder, SupportsTruncation) else 0
+
+
+def _encode(stores: Stores, encoder: TextEncoder, missing: Mapping[str, tuple[Caption, Role]], keys: list[str]) -> None:
+    """Encode captions of one role and write their entries."""
+    with torch.no_grad():
+        text = encoder.encode([missing[key][0] for key in keys], missing[keys[0]][1])
+    for key, (embeds, count) in zip(keys, _real(text), strict=True):
+        stores.text.write(key, {"embeds": embeds[:count]})
+
+
+def _real(text: Text) -> Iterator[tuple[torch.Tensor, int]]:
+    """(embeds (L, D), number of real tokens) of each caption."""
+    for embeds, mask in zip(text.embeds, text.mask, strict=True):
+        count = int(mask.sum())
+        if not bool(mask[:count].all()):
+            what = "the text encoder's real tokens do not come first."
+            raise PluginError(Problem("", what, "This is a fault of the model family's plugin."))
+        yield embeds, count
+
+
+DecodingJob = DecodeJob | MaskJob
 
 
 def by_shape(windows: Iterable[Window], size: int) -> Iterator[Window]:
@@ -36,9 +145,11 @@ def by_shape(windows: Iterable[Window], size: int) -> Iterator[Window]:
         yield from batch
 
 
-def in_batches(decoded: Iterable[tuple[Job, Decoded]], size: int) -> Iterator[list[tuple[Job, Decoded]]]:
+def in_batches(
+    decoded: Iterable[tuple[DecodingJob, Decoded]], size: int
+) -> Iterator[list[tuple[DecodingJob, Decoded]]]:
     """Decoded windows of one shape, with at most `size` to encode in each list, nothing held back that need not be."""
-    batch: list[tuple[Job, Decoded]] = []
+    batch: list[tuple[DecodingJob, Decoded]] = []
     for job, found in decoded:
         if batch and batch[0][0].sample.shape != job.sample.shape:
             yield batch
@@ -142,7 +253,7 @@ class _ColumnFilling:
             Workers(self.decoders, limit) as workers,
             ExitStack() as stack,
         ):
-            encoder = _Encoder(lambda: stack.enter_context(opened(self.column, self.device)))
+            encoder = _LazyEncoder(lambda: stack.enter_context(opened(self.column, self.device)))
             while done + self.unusable < total:
                 # What another run has claimed is looked at again later: by then it is there, or that run has ended.
                 busy: list[Window] = []
@@ -181,7 +292,9 @@ class _ColumnFilling:
         sample, start = window
         return self.column.key(sample, start, f"{self.stores.location(sample)}\0{self.column.ref(sample)}")
 
-    def _jobs(self, windows: Iterable[Window], claims: Claims, copies: Copies, busy: list[Window]) -> Iterator[Job]:
+    def _jobs(
+        self, windows: Iterable[Window], claims: Claims, copies: Copies, busy: list[Window]
+    ) -> Iterator[DecodingJob]:
         """What is still to be made and not being made elsewhere. busy: takes what another run is making.
 
         A remote file of several windows, which follow each other, is fetched once.
@@ -211,7 +324,7 @@ class _ColumnFilling:
         sample, start = window
         return lambda content: layout_of(self.column, sample, self.column.key(sample, start, content)) is None
 
-    def _encode(self, encoder: _Encoder, ledger: Ledger, batch: Sequence[tuple[Job, Decoded]]) -> None:
+    def _encode(self, encoder: _LazyEncoder, ledger: Ledger, batch: Sequence[tuple[DecodingJob, Decoded]]) -> None:
         """Write down what reading the files showed; encode what is to be encoded, and write its entries."""
         for job, decoded in batch:
             if decoded.content is not None:
@@ -278,13 +391,13 @@ class _ColumnFilling:
             raise DataError(Problem(place, f"{fault.reason}.", remedy))
 
 
-class _Encoder:
+class _LazyEncoder:
     """The column's model, opened when it is first needed."""
 
-    def __init__(self, opening: Callable[[], Encode]) -> None:
-        self._opening, self._encode = opening, list[Encode]()
+    def __init__(self, opening: Callable[[], EncodeWindows]) -> None:
+        self._opening, self._encode = opening, list[EncodeWindows]()
 
-    def open(self) -> Encode:
+    def open(self) -> EncodeWindows:
         if not self._encode:
             self._encode.append(self._opening())
         return self._encode[0]

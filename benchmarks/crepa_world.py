@@ -47,7 +47,7 @@ from vtrain.train.assemble import assemble
 from vtrain.train.processes import Processes
 from vtrain.train.resume import find_start
 from vtrain.train.step import flow_loss
-from vtrain.validate.generate import write_mp4
+from vtrain.validate.videos import write_mp4
 from vtrain_sanavideo.crepa import Crepa
 from vtrain_sanavideo.crepa_options import CrepaOptions
 

@@ -11,19 +11,17 @@ import matplotlib
 import numpy as np
 import torch
 from evaluate import CHANCE, Accuracy
-from PIL import Image, ImageDraw, ImageFont
 
-from vtrain.validate.generate import write_mp4
+from vtrain.validate.videos import Strip, write_mp4, write_sheet
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 MOMENTS = (0, 4, 8)
 """Frames of each video in the still grid."""
-GAP, HEAD, LABEL = 4, 18, 15
-"""Pixels between cells, above the columns, above each row."""
+GAP = 4
+"""Pixels between videos of the moving grid."""
 ENLARGED = 2
-"""Of the moving grid."""
 
 
 def samples(run: Path) -> dict[int, dict[str, np.ndarray]]:
@@ -37,21 +35,14 @@ def samples(run: Path) -> dict[int, dict[str, np.ndarray]]:
 
 
 def draw_grid(steps: Mapping[int, Mapping[str, np.ndarray]], prompts: Mapping[str, str], file: Path) -> None:
-    """A row for each prompt, a column for each step; a cell shows the first, the middle and the last frame."""
-    size = next(iter(next(iter(steps.values())).values())).shape[1]
-    cell = len(MOMENTS) * size + GAP * 2
-    sheet = Image.new("RGB", (len(steps) * cell, HEAD + len(prompts) * (size + LABEL + GAP)), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    for column, step in enumerate(steps):
-        pen.text((column * cell + 2, 2), f"step {step}", fill="black", font=font)
-    for row, (name, prompt) in enumerate(prompts.items()):
-        top = HEAD + row * (size + LABEL + GAP)
-        pen.text((2, top), prompt + (" (never trained)" if name.startswith("new-") else ""), fill="black", font=font)
-        for column, videos in enumerate(steps.values()):
-            for place, moment in enumerate(MOMENTS):
-                left = column * cell + place * (size + 1)
-                sheet.paste(Image.fromarray(videos[name][moment]), (left, top + LABEL))
-    sheet.save(file)
+    """A row for each prompt; in it, for each step, the first, the middle and the last frame."""
+    notes = [note for step in steps for note in (f"step {step}", *[""] * (len(MOMENTS) - 1))]
+    strips = []
+    for name, prompt in prompts.items():
+        frames = np.concatenate([videos[name][list(MOMENTS)] for videos in steps.values()])
+        large = frames.repeat(ENLARGED, axis=1).repeat(ENLARGED, axis=2)
+        strips.append(Strip(prompt + (" (never trained)" if name.startswith("new-") else ""), large, notes))
+    write_sheet(file, (), strips, len(notes))
 
 
 def write_moving_grid(

@@ -6,6 +6,9 @@ TensorBoard has no player for mp4; a video is shown as a strip of frames, with t
 from __future__ import annotations
 
 import json
+import os
+import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +19,6 @@ from vtrain.contract import Event, Logged, Options, RunInfo, TrackerSpec, Valida
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch.utils.tensorboard import SummaryWriter
 
 STRIP_HEIGHT = 240
 """Stills are scaled down to this many pixels of height, if they are higher."""
@@ -29,12 +31,59 @@ class TensorBoardOptions(Options):
     flush_seconds: float = Field(30.0, gt=0, description="at most this long until numbers are on disk, in seconds")
 
 
+class EventFile:
+    """A TensorBoard event file, written at once.
+
+    Not torch's SummaryWriter: it writes in a thread of its own, and when the folder is deleted that thread dies with a
+    traceback, and whoever logs on waits for it for ever. A tracker has a thread of its own already.
+    """
+
+    def __init__(self, folder: Path, flush_seconds: float, purge_step: int | None) -> None:
+        """purge_step: what other files of the folder say of this step and later ones is hidden."""
+        self._folder, self._flush_seconds = folder, flush_seconds
+        self._open()
+        if purge_step is not None:
+            from tensorboard.compat.proto.event_pb2 import SessionLog
+
+            self._write(step=purge_step, session_log=SessionLog(status=SessionLog.START))
+
+    def _open(self) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._folder.mkdir(parents=True, exist_ok=True)
+        now = time.time_ns()  # whole in the name's end too: a process may begin several files in a second
+        name = f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{os.getpid()}.{now % 10**9}"
+        self._path = self._folder / name
+        self._file = self._path.open("ab")
+        self._records, self._flushed = RecordWriter(self._file), time.monotonic()
+        self._write(file_version="brain.Event:2")
+        self._file.flush()
+
+    def add(self, summary: object, step: int) -> None:
+        """A protocol buffer as torch.utils.tensorboard.summary makes them. A file that was deleted is begun anew."""
+        if not self._path.exists():
+            self._file.close()
+            self._open()
+        self._write(summary=summary, step=step)
+        if time.monotonic() - self._flushed >= self._flush_seconds:
+            self._file.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, **parts: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event as Record
+
+        self._records.write(Record(wall_time=time.time(), **parts).SerializeToString())
+
+
 class TensorBoard:
     """The tracker. Its files are in `tensorboard` below the run's output folder."""
 
     def __init__(self, options: TensorBoardOptions) -> None:
         self._options = options
-        self._writer: SummaryWriter | None = None
+        self._file: EventFile | None = None
 
     @property
     def events(self) -> tuple[type[Event], ...]:
@@ -42,16 +91,12 @@ class TensorBoard:
 
     def start(self, run: RunInfo, saved: Mapping[str, Any]) -> None:
         """On resume, what an earlier process logged after `run.step` is hidden."""
-        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import text
 
-        self._writer = SummaryWriter(
-            log_dir=str(Path(run.output_dir) / "tensorboard"),
-            purge_step=run.step + 1 if run.step else None,
-            flush_secs=self._options.flush_seconds,
-        )
-        text = json.dumps({"run": run.name, **run.config}, indent=2, default=str, ensure_ascii=False)
-        indented = "\n".join("    " + line for line in text.splitlines())
-        self._writer.add_text("config", indented, run.step)
+        folder = Path(run.output_dir) / "tensorboard"
+        self._file = EventFile(folder, self._options.flush_seconds, run.step + 1 if run.step else None)
+        config = json.dumps({"run": run.name, **run.config}, indent=2, default=str, ensure_ascii=False)
+        self._file.add(text("config", "\n".join("    " + line for line in config.splitlines())), run.step)  # type: ignore[no-untyped-call]
 
     def show(self, event: Event) -> None:
         if isinstance(event, Logged):
@@ -64,27 +109,30 @@ class TensorBoard:
         return {}
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        writer = self._started()
+        from torch.utils.tensorboard.summary import scalar
+
+        file = self._started()
         for name, value in values.items():
-            writer.add_scalar(name, value, step)
+            file.add(scalar(name, value), step)  # type: ignore[no-untyped-call]
 
     def videos(self, step: int, files: Mapping[str, Path]) -> None:
         """Raises PyAV's errors for a file that is no video."""
-        writer = self._started()
-        for name, file in files.items():
-            strip = film_strip(file, self._options.stills)
-            writer.add_image(f"samples/{name}", strip, step, dataformats="HWC")
-            writer.add_text(f"samples/{name}/file", f"`{file}`", step)
+        from torch.utils.tensorboard.summary import image, text
+
+        file = self._started()
+        for name, video in files.items():
+            file.add(image(f"samples/{name}", film_strip(video, self._options.stills), dataformats="HWC"), step)  # type: ignore[no-untyped-call]
+            file.add(text(f"samples/{name}/file", f"`{video}`"), step)  # type: ignore[no-untyped-call]
 
     def finish(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
-    def _started(self) -> SummaryWriter:
-        if self._writer is None:
+    def _started(self) -> EventFile:
+        if self._file is None:
             raise RuntimeError("a tracker takes numbers between start and finish only")
-        return self._writer
+        return self._file
 
 
 def film_strip(file: Path, stills: int) -> np.ndarray:

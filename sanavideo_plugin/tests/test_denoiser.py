@@ -97,7 +97,7 @@ def test_a_scale_shift_table_with_a_leading_one_loads_and_is_logged(
     save_file(state, own_checkpoint / WEIGHTS)
     changed = family_of(own_checkpoint)
     assert changed.check() == []
-    with caplog.at_level(logging.INFO, "vtrain_sanavideo"):
+    with caplog.at_level(logging.INFO, "vtrain.contract.weights"):
         denoiser = changed.load_denoiser("cpu", "fp32")
     assert "scale_shift_table is stored as [1, 2, 96]" in caplog.text
     assert torch.equal(predict(denoiser), predict(family.load_denoiser("cpu", "fp32")))

@@ -9,12 +9,11 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from vtrain.contract import ModelError, Problem
+from vtrain.contract import ModelError, Problem, misfit_problem, misfits, stored_shapes, weight_problems
 from vtrain_sanavideo import installed
 from vtrain_sanavideo.flow import scheduler_fault
-from vtrain_sanavideo.geometry import CodecConfig, TransformerConfig, misfits
+from vtrain_sanavideo.geometry import SCALE_SHIFT_TABLE, CodecConfig, TransformerConfig
 from vtrain_sanavideo.source import STEMS, CheckpointSource
-from vtrain_sanavideo.weights import file_problems, misfit_problem, stored_shapes
 
 CLASSES: Mapping[str, tuple[str, ...]] = {
     "text_encoder": ("Gemma2Model",),
@@ -110,7 +109,7 @@ def _index(folder: Path) -> list[Problem]:
 def _weights(folder: Path, stem: str, source: CheckpointSource) -> list[Problem]:
     if not folder.is_dir():
         return [Problem(str(folder), "this folder is missing.", "Is the model complete, and in diffusers layout?")]
-    problems = file_problems(folder, stem, may_be_fetched=source.may_fetch())
+    problems = weight_problems(folder, stem, may_be_fetched=source.may_fetch())
     pickled = sorted(path.name for path in folder.glob("*.bin"))
     if problems and pickled:
         what = f"the weights are pickled ({pickled[0]}), and pickles are not read."
@@ -161,9 +160,9 @@ def _geometry(folder: Path) -> list[Problem]:
 
 
 def _transformer_weights(folder: Path, config: TransformerConfig) -> list[Problem]:
-    if file_problems(folder, STEMS["transformer"]):
+    if weight_problems(folder, STEMS["transformer"]):
         return []  # reported, or still on the hub
-    lines = misfits(config.shapes(), stored_shapes(folder, STEMS["transformer"]))
+    lines = misfits(config.shapes(), stored_shapes(folder, STEMS["transformer"]), (SCALE_SHIFT_TABLE,))
     return [misfit_problem(folder, lines)] if lines else []
 
 

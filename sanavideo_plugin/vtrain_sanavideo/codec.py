@@ -9,10 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vtrain.contract import Device, Latents
+from vtrain.contract import Device, Latents, fill_module
 from vtrain_sanavideo.geometry import CodecConfig
 from vtrain_sanavideo.options import SanaVideoOptions
-from vtrain_sanavideo.weights import fill
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
@@ -117,7 +116,7 @@ def _load(folder: Path, options: SanaVideoOptions, device: str) -> AutoencoderKL
 
     with init_empty_weights(include_buffers=False):
         vae: AutoencoderKLWan = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(folder))
-    fill(vae, folder, "diffusion_pytorch_model", options.vae_precision, device)
+    fill_module(vae, folder, "diffusion_pytorch_model", options.vae_precision, device)
     vae.to(device)  # type: ignore[arg-type]  # its wrapper hides self
     vae.eval().requires_grad_(False)
     if options.vae_tiling:

@@ -23,10 +23,10 @@ from vtrain.contract import (
     Needs,
     Problem,
     TokenGrid,
+    torch_type,
 )
 from vtrain_sanavideo.crepa_encoder import Dinov2, EncodePictures, Encoder
 from vtrain_sanavideo.crepa_options import CrepaOptions, Schedule
-from vtrain_sanavideo.weights import torch_type
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -8,12 +8,11 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
-from vtrain.contract import Device, DType, HashFile, ModelError, Problem, TokenGrid
+from vtrain.contract import Device, DType, HashFile, ModelError, Problem, TokenGrid, misfit_problem, torch_type
 from vtrain_sanavideo import crepa_source
 from vtrain_sanavideo.crepa_options import CrepaOptions
 from vtrain_sanavideo.crepa_source import CLASSES, DinoSource
 from vtrain_sanavideo.text import quiet
-from vtrain_sanavideo.weights import misfit_problem, torch_type
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,13 +5,12 @@ The defaults are those that users of SANA-Video are told to start with.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidatorFunctionWrapHandler, WrapValidator
 
-from vtrain.contract import DType, Duration, ModelSource, Options, RunLength, fixed
+from vtrain.contract import Decay, DType, Duration, ModelSource, Options, RunLength, fixed, scheduled
 
 HUB_IDS: Mapping[str, str] = {
     "dinov2_vits14": "facebook/dinov2-small",
@@ -63,9 +62,7 @@ class ProjectorOptions(Options):
 class ScheduleOptions(Options):
     """How the weight changes over the run."""
 
-    decay: Literal["constant", "linear", "cosine", "polynomial"] = Field(
-        "constant", description="how the weight goes to end after the warm-up; constant: it stays"
-    )
+    decay: Decay = Field("constant", description="how the weight goes to end after the warm-up; constant: it stays")
     power: float = Field(
         2.0, gt=0, description='decay = "polynomial": of what is left; 1 is linear, 2 falls faster at first'
     )
@@ -149,31 +146,19 @@ class Schedule:
         self._options = options
 
     def weight(self, step: int, run: RunLength) -> float:
-        """step: optimizer steps done so far. >= 0.
+        """step: optimizer steps done so far, >= 0. Warm-up and decay as in `scheduled`; 0 from the cutoff on.
 
-        Warm-up of w steps: step i has (i + 1) / w of the weight, so that step w - 1 is the first with all of it; without
-        warm-up that is step 0. Decay from that step a on: p = (i - a) / length, at most 1; without a length, p is 1 at the
-        run's last step. The weight is end + (weight - end) q; linear: q = 1 - p, cosine: q = (1 + cos(pi p)) / 2,
-        polynomial: q = (1 - p) ** power.
+        Without a length the decay ends at the run's last step.
         """
         options = self._options
         if options.cutoff is not None and step >= _steps(options.cutoff, run):
             return 0.0
         warmup = 0 if options.warmup is None else _steps(options.warmup, run)
-        if step < warmup:
-            return self._weight * (step + 1) / warmup
-        if options.decay == "constant":
-            return self._weight
-        first = max(warmup - 1, 0)
-        length = run.steps - 1 - first if options.length is None else _steps(options.length, run)
-        progress = min(1.0, (step - first) / max(length, 1))
-        return options.end + (self._weight - options.end) * self._left(progress)
-
-    def _left(self, progress: float) -> float:
-        """What is left of the way to the end, 1 at its beginning and 0 after it."""
-        if self._options.decay == "cosine":
-            return (1 + math.cos(math.pi * progress)) / 2
-        return float((1 - progress) ** (self._options.power if self._options.decay == "polynomial" else 1))
+        rest = run.steps - 1 - max(warmup - 1, 0)
+        return scheduled(
+            step, full=self._weight, end=options.end, warmup=warmup, decay=options.decay, power=options.power,
+            length=rest if options.length is None else _steps(options.length, run),
+        )  # fmt: skip
 
     def describe(self) -> str:
         options = self._options

@@ -17,12 +17,20 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vtrain.contract import HashFile, ModelError, Problem
+from vtrain.contract import (
+    HashFile,
+    ModelError,
+    Problem,
+    Shape,
+    misfit_problem,
+    misfits,
+    stored_shapes,
+    weight_hashes,
+    weight_problems,
+)
 from vtrain_sanavideo.check import meaning, read_json
 from vtrain_sanavideo.crepa_options import HUB_IDS, WEIGHT_FILES
-from vtrain_sanavideo.geometry import Shape, misfits
 from vtrain_sanavideo.source import CheckpointSource
-from vtrain_sanavideo.weights import file_problems, misfit_problem, stored_shapes, weight_hashes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -281,7 +289,7 @@ class DinoSource(CheckpointSource):
             return list(error.problems)
         if self.file is not None:
             return []
-        problems = file_problems(self.folder, STEM, may_be_fetched=self.may_fetch())
+        problems = weight_problems(self.folder, STEM, may_be_fetched=self.may_fetch())
         if problems and self.on_hub:
             return [self._unreachable("its weights are missing in the cache")]
         if problems or self.incomplete(self.folder, STEM):

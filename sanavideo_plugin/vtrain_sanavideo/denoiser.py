@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtrain.contract import Condition, Device, DType, LatentShape, ModelError, NoiseLevel, Problem
-from vtrain_sanavideo.geometry import TransformerConfig
-from vtrain_sanavideo.weights import fill
+from vtrain.contract import Condition, Device, DType, LatentShape, ModelError, NoiseLevel, Problem, fill_module
+from vtrain_sanavideo.geometry import SCALE_SHIFT_TABLE, TransformerConfig
 
 if TYPE_CHECKING:
     from diffusers.models.transformers.transformer_sana_video import SanaVideoTransformer3DModel
@@ -140,5 +139,5 @@ def load(folder: Path, config: TransformerConfig, device: str, dtype: DType) -> 
 
     with init_empty_weights(include_buffers=False):
         module = SanaVideoTransformer3DModel.from_config(SanaVideoTransformer3DModel.load_config(folder))
-    fill(module, folder, "diffusion_pytorch_model", dtype, device)
+    fill_module(module, folder, "diffusion_pytorch_model", dtype, device, (SCALE_SHIFT_TABLE,))
     return SanaVideoDenoiser(module.to(device).eval(), config)

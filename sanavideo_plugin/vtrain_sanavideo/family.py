@@ -23,12 +23,12 @@ from vtrain.contract import (
     Role,
     Size,
     TokenGrid,
+    weight_hashes,
 )
 from vtrain_sanavideo import check, codec, denoiser, installed, text
 from vtrain_sanavideo.geometry import OFFICIAL_480P, CodecConfig, TransformerConfig
 from vtrain_sanavideo.options import SanaVideoOptions
 from vtrain_sanavideo.source import STEMS, CheckpointSource
-from vtrain_sanavideo.weights import weight_hashes
 
 if TYPE_CHECKING:
     from vtrain_sanavideo.codec import SanaVideoCodec

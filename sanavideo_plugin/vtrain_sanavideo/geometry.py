@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from vtrain.contract import FrameRule, Size
+from vtrain.contract import FrameRule, Shape, Size
 
 OFFICIAL_480P = (
     Size(832, 480), Size(896, 448), Size(768, 528), Size(720, 560), Size(624, 624), Size(592, 672),
@@ -20,7 +19,6 @@ SCALE_SHIFT_TABLE = "scale_shift_table"
 """The one weight that some checkpoints store as (1, 2, D) instead of (2, D)."""
 
 Positive = Annotated[int, Field(ge=1)]
-Shape = tuple[int, ...]
 
 
 class TransformerConfig(BaseModel):
@@ -136,18 +134,3 @@ class CodecConfig(BaseModel):
             ("latents_std", len(self.latents_std), self.z_dim, "z_dim asks for"),
         )
         return [f"{name}: {said}, but {why} {is_}." for name, said, is_, why in pairs if said not in (None, is_)]
-
-
-def misfits(expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> list[str]:
-    """How stored weights differ from what the model has, one line for each weight, missing ones first.
-
-    SCALE_SHIFT_TABLE with a leading 1 is no difference: it is the same table.
-    """
-    missing = [f"{name} is missing" for name in expected if name not in found]
-    odd = [f"{name} is unexpected" for name in found if name not in expected]
-    wrong = [
-        f"{name} is {list(found[name])} instead of {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape and not (name == SCALE_SHIFT_TABLE and found[name] == (1, *shape))
-    ]
-    return missing + wrong + odd

@@ -6,8 +6,7 @@ import os
 from functools import cached_property
 from pathlib import Path
 
-from vtrain.contract import ModelError, Problem
-from vtrain_sanavideo.weights import weight_files
+from vtrain.contract import ModelError, Problem, weight_files
 
 CONFIGS = (
     "model_index.json",

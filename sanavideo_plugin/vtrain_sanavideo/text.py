@@ -8,9 +8,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtrain.contract import Caption, DataError, Device, DType, ModelError, Problem, Role, Text
+from vtrain.contract import (
+    Caption,
+    DataError,
+    Device,
+    DType,
+    ModelError,
+    Problem,
+    Role,
+    Text,
+    misfit_problem,
+    torch_type,
+    weight_problems,
+)
 from vtrain_sanavideo.options import SanaVideoOptions
-from vtrain_sanavideo.weights import file_problems, misfit_problem, torch_type
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -149,7 +160,7 @@ def _load(folder: Path, dtype: DType, device: str) -> Gemma2Model:
     import torch
     from transformers import Gemma2Model
 
-    if problems := file_problems(folder, "model"):
+    if problems := weight_problems(folder, "model"):
         raise ModelError(problems)
     try:
         # "sdpa" does not do Gemma-2's capped logits.

@@ -8,13 +8,13 @@ from dataclasses import asdict
 
 import pytest
 
-from vtrain.config import Config, Row, show
+from vtrain.config import Config, ShownValue, show
 
 Read = Callable[..., Config]
 
 
 @pytest.fixture
-def rows(read: Read, good: dict[str, str]) -> dict[str, Row]:
+def rows(read: Read, good: dict[str, str]) -> dict[str, ShownValue]:
     good["extra"] = "[validation]\nevery = '2 epochs'\nprompts.cat = 'a cat'\n[[tracker]]\nuse = 'paper'\n"
     return {row.key: row for row in show(read(good))}
 
@@ -43,7 +43,7 @@ def rows(read: Read, good: dict[str, str]) -> dict[str, Row]:
     ],
 )
 def test_a_value_is_shown_with_its_origin(
-    rows: dict[str, Row], read: Read, key: str, value: object, origin: str
+    rows: dict[str, ShownValue], read: Read, key: str, value: object, origin: str
 ) -> None:
     row = rows[key]
     assert row.value == value
@@ -52,11 +52,11 @@ def test_a_value_is_shown_with_its_origin(
 
 def test_an_absent_table_is_one_row(read: Read, good: dict[str, str]) -> None:
     rows = {row.key: row for row in show(read(good))}
-    assert rows["validation"] == Row("validation", None, "default", "tell")
-    assert rows["tracker[0].use"] == Row("tracker[0].use", "tensorboard", "default", "tell")
+    assert rows["validation"] == ShownValue("validation", None, "default", "tell")
+    assert rows["tracker[0].use"] == ShownValue("tracker[0].use", "tensorboard", "default", "tell")
 
 
-def test_all_rows_are_json(rows: dict[str, Row]) -> None:
+def test_all_rows_are_json(rows: dict[str, ShownValue]) -> None:
     text = json.dumps([asdict(row) for row in rows.values()])
     assert len(json.loads(text)) == len(rows)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from vtrain.validate.generate import write_mp4
+from vtrain.validate.videos import write_mp4
 
 
 def test_the_same_frames_are_the_same_file_whatever_lies_in_memory(tmp_path: Path) -> None:

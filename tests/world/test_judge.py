@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from vtrain.validate.generate import write_mp4
+from vtrain.validate.videos import write_mp4
 
 ALL_RIGHT = {"colour": True, "shape": True, "direction": True, "all": True}
 

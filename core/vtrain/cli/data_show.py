@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import numpy as np
 import typer
+from PIL import Image
 
 from vtrain.cli.data import as_record, looked
 from vtrain.cli.data_facts import (
@@ -41,12 +42,21 @@ from vtrain.data.scanning.fitting import stretch
 from vtrain.plan.records import Plan
 from vtrain.registry.blame import blame
 from vtrain.run.prepare import planned
-
-if TYPE_CHECKING:
-    from vtrain.cli.sheet import Frames, Layout, Strip
+from vtrain.validate.videos import Frames, Strip, spread, write_sheet
 
 SHEETS = "sheets"
 """The folder in cache.dir for contact sheets that are given no other place."""
+
+_MOST_FRAMES = 16
+"""Of a window that are shown; of more, so many at even distances, the first and the last among them."""
+
+_MOST_WINDOWS = 32
+"""That are shown of a file."""
+
+_MOST_EDGE = 256
+"""Pixels of a frame's longer edge that are shown; a larger one is reduced by a whole number."""
+
+_FULL_COLUMNS = 8
 
 _SQUEEZED = 1.005
 """A picture that becomes this much wider or higher is said to be squeezed on the contact sheet."""
@@ -63,6 +73,32 @@ class Asked:
     none: bool = False
     full: bool = False
     decode: bool = False
+
+
+@dataclass(frozen=True)
+class ShownFrames:
+    """Which frames of windows of one shape are shown, and how much smaller: 1 shows every pixel, 2 a quarter of them."""
+
+    picks: tuple[int, ...]
+    reduced: int
+    columns: int
+
+    @classmethod
+    def of(cls, frames: int, height: int, width: int, *, full: bool) -> ShownFrames:
+        """full: every frame, at its own size."""
+        if full:
+            return cls(tuple(range(frames)), 1, _FULL_COLUMNS)
+        return cls(spread(frames, _MOST_FRAMES), -(-max(height, width) // _MOST_EDGE), _MOST_FRAMES)
+
+    def strip(self, label: str, frames: Frames, times: Sequence[float]) -> Strip:
+        """frames, times: of the whole window."""
+        shown = [np.asarray(Image.fromarray(frames[pick]).reduce(self.reduced)) for pick in self.picks]
+        return Strip(label, np.stack(shown), [f"{times[pick]:.3f} s" for pick in self.picks])
+
+    def words(self, frames: int) -> str:
+        """What of the frames is shown."""
+        which = "every frame" if len(self.picks) == frames else f"{len(self.picks)} of {frames} frames"
+        return f"{which}, {'every pixel' if self.reduced == 1 else f'at 1/{self.reduced} of the size'}"
 
 
 def show_file(path: Path, name: str, asked: Asked, as_json: bool) -> None:
@@ -137,12 +173,10 @@ def _seen(
     windows = [_window(stores, file, sample, start, sample.content) for sample, start in pairs]
     if asked.none or not pairs:
         return file, windows, None
-    from vtrain.cli import sheet
-
     shape = pairs[0][0].shape
-    layout = sheet.Layout.of(*shape, full=asked.full)
+    picture = ShownFrames.of(*shape, full=asked.full)
     strips: list[list[Strip]] = []
-    for number, seen in enumerate(_decoded(plan, stores, pairs[: sheet.MOST_WINDOWS], windows, layout)):
+    for number, seen in enumerate(_decoded(plan, stores, pairs[:_MOST_WINDOWS], windows, picture)):
         windows[number] = seen.window
         if seen.strips:
             file = replace(file, content=seen.content)
@@ -150,15 +184,19 @@ def _seen(
     if not strips:
         return file, windows, None
     if asked.decode:
-        _reconstruct(plan, stores, windows[: len(strips)], layout, strips)
+        _reconstruct(plan, stores, windows[: len(strips)], picture, strips)
     target = (asked.sheet or plan.config.cache.dir / SHEETS / _sheet_name(file)).absolute()
     title = [
         one_line(file.name),
-        f"{shape} at {pairs[0][0].fps:g} fps, {layout.words(shape.frames)}"
+        f"{shape} at {pairs[0][0].fps:g} fps, {picture.words(shape.frames)}"
         + (f", {len(strips)} of {len(pairs)} windows" if len(strips) < len(pairs) else ""),
         *(one_line(caption.text)[:200] for caption in samples[0].captions[:1]),
     ]
-    sheet.write(target, title, [strip for group in strips for strip in group], layout.columns)
+    try:
+        write_sheet(target, title, [strip for group in strips for strip in group], picture.columns)
+    except OSError as error:
+        what = f"the contact sheet cannot be written: {error.strerror or error}."
+        raise DataError(Problem(str(target), what, "Give another file with --sheet.")) from error
     return file, windows, target
 
 
@@ -183,7 +221,11 @@ class _Seen:
 
 
 def _decoded(
-    plan: Plan, stores: Stores, pairs: Iterable[tuple[Sample, float]], windows: Iterable[WindowFacts], layout: Layout
+    plan: Plan,
+    stores: Stores,
+    pairs: Iterable[tuple[Sample, float]],
+    windows: Iterable[WindowFacts],
+    picture: ShownFrames,
 ) -> Iterator[_Seen]:
     """Each window as the caches would decode it."""
     with Workers(1, max(dataset.table.decode_timeout for dataset in plan.datasets)) as workers:
@@ -201,8 +243,10 @@ def _decoded(
             frames = done.pixels.permute(1, 2, 3, 0).contiguous().numpy()
             changed = f", aspect changed by {stretch_text(window.stretch)}" if window.stretch >= _SQUEEZED else ""
             part = f"{part_text(sample.box)} of {sample.picture}{changed}"
-            strip = layout.strip(f"window {number}: {seconds_text(window.times)}, {part}", frames, window.times)
-            yield _with_mask(plan, stores, workers, sample, _Seen(seen, done.content, (strip,)), frames, layout, number)
+            strip = picture.strip(f"window {number}: {seconds_text(window.times)}, {part}", frames, window.times)
+            yield _with_mask(
+                plan, stores, workers, sample, _Seen(seen, done.content, (strip,)), frames, picture, number
+            )
 
 
 def _with_mask(
@@ -212,7 +256,7 @@ def _with_mask(
     sample: Sample,
     seen: _Seen,
     frames: Frames,
-    layout: Layout,
+    picture: ShownFrames,
     number: int,
 ) -> _Seen:
     """The window's mask too, if it has one: decoded as the caches would, and shown on all its frames."""
@@ -225,12 +269,12 @@ def _with_mask(
         return seen
     latents = f"its mask as the {counts.shape[2]}x{counts.shape[1]} latents have it"
     on_clip = preview(frames, counts, stores.masks.grid(sample.shape).spans)
-    strip = layout.strip(f"window {number}: {latents}, {percent(mask.area)} of it trains", on_clip, window.times)
+    strip = picture.strip(f"window {number}: {latents}, {percent(mask.area)} of it trains", on_clip, window.times)
     return replace(seen, strips=(*seen.strips, strip))
 
 
 def _reconstruct(
-    plan: Plan, stores: Stores, windows: Iterable[WindowFacts], layout: Layout, strips: list[list[Strip]]
+    plan: Plan, stores: Stores, windows: Iterable[WindowFacts], picture: ShownFrames, strips: list[list[Strip]]
 ) -> None:
     """Below each window whose entry is sound: what the video codec makes of it."""
     import torch
@@ -251,7 +295,7 @@ def _reconstruct(
             latents = device.move(stores.video.read(window.key)["mean"][None])
             frames = to_frames(codec.decode(latents)[0]).numpy()
             label = f"window {number + 1}: from its cached latents, by the video codec"
-            strips[number].append(layout.strip(label, frames, window.times))
+            strips[number].append(picture.strip(label, frames, window.times))
 
 
 def _sheet_name(file: SourceFile) -> str:

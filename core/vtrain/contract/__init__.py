@@ -36,6 +36,7 @@ from vtrain.contract.events import (
 )
 from vtrain.contract.geometry import ClipShape, FeatureShape, FrameRule, LatentShape, Size, TokenGrid
 from vtrain.contract.options import (
+    Decay,
     Duration,
     HoldsSecret,
     LocalPath,
@@ -45,6 +46,7 @@ from vtrain.contract.options import (
     fixed,
     free,
     resume_rule,
+    scheduled,
     without_secrets,
 )
 from vtrain.contract.protocols import (
@@ -115,6 +117,18 @@ from vtrain.contract.specs import (
     TrackerSpec,
     hookimpl,
 )
+from vtrain.contract.weights import (
+    Shape,
+    WeightFiles,
+    fill_module,
+    misfit_problem,
+    misfits,
+    stored_shapes,
+    torch_type,
+    weight_files,
+    weight_hashes,
+    weight_problems,
+)
 
 __all__ = [
     "API_VERSION",
@@ -134,6 +148,7 @@ __all__ = [
     "DataBackendSpec",
     "DataError",
     "DatasetStatistics",
+    "Decay",
     "Denoiser",
     "Device",
     "DeviceError",
@@ -185,6 +200,7 @@ __all__ = [
     "Saved",
     "Scanned",
     "Section",
+    "Shape",
     "Size",
     "SourceRef",
     "Spec",
@@ -217,10 +233,20 @@ __all__ = [
     "VideoCodec",
     "VtrainError",
     "Warned",
+    "WeightFiles",
     "Words",
+    "fill_module",
     "fixed",
     "free",
     "hookimpl",
+    "misfit_problem",
+    "misfits",
     "resume_rule",
+    "scheduled",
+    "stored_shapes",
+    "torch_type",
+    "weight_files",
+    "weight_hashes",
+    "weight_problems",
     "without_secrets",
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from decimal import Decimal
@@ -190,3 +191,27 @@ class Duration:
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         return {"type": "string", "pattern": cls._FORM, "examples": ["500 steps", "2 epochs", "10 min"]}
+
+
+Decay = Literal["constant", "linear", "cosine", "polynomial"]
+
+
+def scheduled(
+    step: int, *, full: float, end: float, warmup: int, length: int, decay: Decay = "constant", power: float = 1.0
+) -> float:
+    """A value (a learning rate's factor, a loss's weight) at the zero-based optimizer step: linear warm-up, then decay.
+
+    Warm-up of w steps: step i has (i + 1) / w of `full`, so that step w - 1 is the first with all of it; without warm-up
+    that is step 0. Decay from that step a on: p = (i - a) / length, at most 1, and the value is end + (full - end) q;
+    linear: q = 1 - p, cosine: q = (1 + cos(pi p)) / 2, polynomial: q = (1 - p) ** power. length: in steps.
+    """
+    if step < warmup:
+        return full * (step + 1) / warmup
+    if decay == "constant":
+        return full
+    progress = min(1.0, (step - max(warmup - 1, 0)) / max(length, 1))
+    if decay == "cosine":
+        left = (1 + math.cos(math.pi * progress)) / 2
+    else:
+        left = (1 - progress) ** (power if decay == "polynomial" else 1)
+    return end + (full - end) * left

@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 
 from vtrain.contract import ClipShape, Size
-from vtrain.data.order import Ints
 from vtrain.data.sample import Box, Sample
+
+Ints = np.ndarray[Any, np.dtype[np.int32]]
+"""Items and positions: there are fewer than 2**31 of them in an epoch."""
 
 Keys = Callable[[Sample], Sequence[str]]
 """A sample's keys of cache entries."""

@@ -16,14 +16,11 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 
+from vtrain.data.index import Ints
 from vtrain.data.seeds import SEED_BITS, derive
-
-Ints = np.ndarray[Any, np.dtype[np.int32]]
-"""Items and positions: there are fewer than 2**31 of them in an epoch."""
 
 _EPOCHS_KEPT = 2
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from vtrain.contract import (
     Problem,
     SupportsLearningRate,
     SupportsLora,
+    scheduled,
 )
 
 ADAPTER = "default"
@@ -127,21 +127,11 @@ Factor = Callable[[int], float]
 
 
 def lr_factor(table: LrScheduleTable, steps: int, steps_per_epoch: float) -> Factor:
-    """The schedule over `steps` optimizer steps.
-
-    Warm-up of w steps: step i has (i + 1) / w, so that step w - 1 has the full rate. Then the rest of the run, its last
-    step at `end` exactly. Cosine: end + (1 - end) (1 + cos(pi p)) / 2 with p in [0, 1] over that rest.
-    """
+    """The schedule over `steps` optimizer steps: warm-up, then the rest of the run, its last step at `end` exactly."""
     warmup = table.warmup.in_steps(steps_per_epoch) or 0 if table.warmup else 0
+    length = steps - 1 - max(warmup - 1, 0)
 
     def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        if table.use == "constant":
-            return 1.0
-        first = max(warmup - 1, 0)
-        progress = min(1.0, (step - first) / max(steps - 1 - first, 1))
-        falling = 1 - progress if table.use == "linear" else (1 + math.cos(math.pi * progress)) / 2
-        return table.end + (1 - table.end) * falling
+        return scheduled(step, full=1.0, end=table.end, warmup=warmup, length=length, decay=table.use)
 
     return factor

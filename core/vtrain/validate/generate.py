@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import torch
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from vtrain.contract import (
@@ -36,62 +33,18 @@ from vtrain.data.batches import pad
 from vtrain.data.caching.caches import Caches
 from vtrain.data.caching.sharing import Peers
 from vtrain.plan.records import ValidationPlan
+from vtrain.validate.videos import Strip, read_frames, spread, write_mp4, write_sheet
 
-CRF = "18"
-COLUMNS = 6
-CELL = 192
-LABEL = 16
+_COLUMNS = 6
+_CELL = 192
+"""Frames of a video that its contact sheet shows; pixels of their width."""
+_LONGEST_PROMPT = 100
 
 
 def to_frames(pixels: Tensor) -> Tensor:
     """pixels (3, F, H, W) in [-1, 1] -> uint8 (F, H, W, 3), rounded as diffusers' VideoProcessor does."""
     scaled = (pixels.float() / 2 + 0.5).clamp(0, 1).mul(255).round()
     return scaled.to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu()
-
-
-def write_mp4(path: Path, frames: Tensor, fps: float) -> None:
-    """frames uint8 (F, H, W, 3), H and W even -> H.264, yuv420p, tagged BT.709, limited range. Written aside, then renamed."""
-    aside = path.with_name(f".{path.name}.partial")
-    _, height, width, _ = frames.shape
-    with av.open(str(aside), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        # Without B-frames: x264's choice of them differs from run to run for small pictures (with its assembler code on).
-        stream.options = {"crf": CRF, "preset": "medium", "bf": "0"}
-        stream.codec_context.colorspace = Colorspace.ITU709
-        stream.codec_context.color_primaries = ColorPrimaries.BT709
-        stream.codec_context.color_trc = ColorTrc.BT709
-        stream.codec_context.color_range = ColorRange.MPEG
-        for picture in frames.numpy():
-            rgb = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            yuv = rgb.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
-            container.mux(stream.encode(yuv))
-        container.mux(stream.encode(None))
-    aside.replace(path)
-
-
-def read_frames(path: Path, count: int) -> list[np.ndarray]:
-    """`count` frames spread over the file, first and last among them, each (H, W, 3) uint8."""
-    with av.open(str(path)) as container:
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    picks = np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)
-    return [frames[pick] for pick in picks]
-
-
-def write_sheet(path: Path, videos: Mapping[str, Path]) -> None:
-    """A PNG with a row for each video: its nickname, then frames from first to last."""
-    rows = {name: read_frames(file, COLUMNS) for name, file in videos.items()}
-    first = next(iter(rows.values()))[0]
-    height, width = first.shape[0] * CELL // first.shape[1], CELL
-    columns = max(len(frames) for frames in rows.values())
-    sheet = Image.new("RGB", (columns * width, len(rows) * (height + LABEL)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    for row, (name, frames) in enumerate(rows.items()):
-        top = row * (height + LABEL)
-        draw.text((2, top + 1), name, fill="black", font=font)
-        for column, frame in enumerate(frames):
-            sheet.paste(Image.fromarray(frame).resize((width, height)), (column * width, top + LABEL))
-    sheet.save(path)
 
 
 class Interrupted(Exception):
@@ -256,11 +209,21 @@ class Validation:
         if files and not self.peers.rank:
             try:
                 sheet = folder / "sheet.png"
-                write_sheet(sheet, files)
+                write_sheet(sheet, (), [self._strip(name, file) for name, file in files.items()], _COLUMNS)
             except Exception as error:  # noqa: BLE001 - validation never ends a run
                 failures.add(f"no contact sheet: {type(error).__name__}: {error}")
                 sheet = None
         yield Validated(step, files, sheet, tuple(sorted(failures)), any(stopped for _, _, stopped in told))
+
+    def _strip(self, nickname: str, file: Path) -> Strip:
+        plan, frames = self.validator.plan, read_frames(file)
+        picks = spread(len(frames), _COLUMNS)
+        height, width = frames[0].shape[:2]
+        small = [Image.fromarray(frames[pick]).resize((_CELL, height * _CELL // width)) for pick in picks]
+        label = f"{nickname}: {plan.prompts[nickname][:_LONGEST_PROMPT]}"
+        return Strip(
+            label, np.stack([np.asarray(each) for each in small]), [f"{pick / plan.fps:.2f} s" for pick in picks]
+        )
 
     def _share(self, folder: Path, nicknames: list[str]) -> tuple[dict[str, Path], str, bool]:
         """(files, why there are no others, whether the run was asked to stop before they were made)."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from vtrain.contract import Device, DType, FeatureEncoder, PluginError, Problem, VideoCodec
+from vtrain.contract import Device, FeatureEncoder, PluginError, Problem, VideoCodec, torch_type
 from vtrain.data.caching.columns import Column, FeatureColumn, VideoColumn
 from vtrain.data.decoding.decode import unit_range
 from vtrain.data.decoding.masks import is_empty
@@ -19,8 +19,6 @@ EncodeWindows = Callable[[Sequence[Tensor], Sample], list[dict[str, Tensor]]]
 
 Raises PluginError for tensors of other shapes than were promised.
 """
-
-TYPES: dict[DType, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @contextmanager
@@ -59,7 +57,7 @@ def _video(column: VideoColumn, codec: VideoCodec, device: str) -> EncodeWindows
 
 
 def _features(column: FeatureColumn, encoder: FeatureEncoder, device: str) -> EncodeWindows:
-    here, dtype = Device.of(device), TYPES[column.part.feature_dtype]
+    here, dtype = Device.of(device), torch_type(column.part.feature_dtype)
 
     def encode(pixels: Sequence[Tensor], sample: Sample) -> list[dict[str, Tensor]]:
         grid, _, shape = column.geometry(sample.shape)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vtrain.contract import Caption, DataError, Problem, Role, TokenGrid
+from vtrain.contract.weights import parse_header
 from vtrain.data.caching.packing import Bytes, Packed, bytes_of, dtype_names, from_words, pack, unpack, words
 from vtrain.data.sample import MASK_VERSION, TRANSFORM_VERSION, MaskGrid, Sample
 
@@ -114,21 +115,20 @@ class _Header:
         text = data[8 : 8 + length]
         try:
             return cls.parse(text)
-        except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError("its header is none") from error
 
     @classmethod
     def parse(cls, text: bytes) -> _Header:
-        """Raises ValueError, KeyError, TypeError, AttributeError or RecursionError for what is none."""
-        header = json.loads(text)
-        stamp = header.pop("__metadata__")[_STAMP].split(" ")
+        """Raises ValueError, KeyError, TypeError or AttributeError for what is none."""
+        found, metadata = parse_header(text)
+        stamp = metadata[_STAMP].split(" ")
         tensors, at = {}, 0
-        for name, tensor in sorted(header.items(), key=lambda item: int(item[1]["data_offsets"][0])):
-            begin, end = map(int, tensor["data_offsets"])
-            each = Packed(tensor["dtype"], tuple(map(int, tensor["shape"])), shuffled=False)
-            if begin != at or end - begin != each.nbytes:
+        for name, tensor in found.items():
+            each = Packed(tensor.dtype, tensor.shape, shuffled=False)
+            if tensor.begin != at or tensor.end - tensor.begin != each.nbytes:
                 raise ValueError("its header contradicts itself")
-            tensors[name], at = each, end
+            tensors[name], at = each, tensor.end
         return cls(text, tensors, at, tuple(stamp))
 
     @property

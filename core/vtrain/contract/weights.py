@@ -1,16 +1,19 @@
-"""safetensors files of one part of a checkpoint: their headers, without torch, and their tensors, into a module."""
+"""Weights of one part of a checkpoint, as diffusers and transformers lay them out: safetensors, in one file or in shards.
+
+Headers are read without torch, tensors into a module. For families and regularizers whose models are on disk.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vtrain.contract import DType, HashFile, ModelError, Problem
-from vtrain_sanavideo.geometry import SCALE_SHIFT_TABLE, Shape, misfits
+from vtrain.contract.errors import ModelError, Problem
+from vtrain.contract.protocols import DType, HashFile
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +21,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SHOWN = 5
+Shape = tuple[int, ...]
+
+_SHOWN = 5
 """How many of many misfits a message names."""
 
 
@@ -57,26 +62,51 @@ def weight_hashes(folder: Path, stem: str, hash_file: HashFile) -> dict[str, str
     return {path.name: content_hash(path, hash_file) for path in weight_files(folder, stem).present}
 
 
-def read_header(path: Path) -> dict[str, Shape]:
-    """Name and shape of each tensor of a safetensors file. Raises ValueError if the file is not whole or not one."""
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor of a safetensors file. dtype: as safetensors names it. begin, end: of its bytes, after the header."""
+
+    dtype: str
+    shape: Shape
+    begin: int
+    end: int
+
+
+def parse_header(text: bytes) -> tuple[dict[str, StoredTensor], Mapping[str, str]]:
+    """A safetensors header, without the 8 bytes of its length: tensors in the order of their bytes, and the metadata.
+
+    Raises ValueError for what is none.
+    """
+    try:
+        header = json.loads(text)
+        metadata = header.pop("__metadata__", {})
+        tensors = [
+            (name, StoredTensor(each["dtype"], tuple(map(int, each["shape"])), *map(int, each["data_offsets"])))
+            for name, each in header.items()
+        ]
+        return dict(sorted(tensors, key=lambda named: named[1].begin)), metadata
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError("its header is none of safetensors") from error
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Of a safetensors file. Raises ValueError, in words that go on "this weight file ...", if it is not whole or not one."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise ValueError(f"is truncated: it has {size} bytes and its header does not end in them")
         try:
-            header = json.loads(file.read(length))
-            tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-            shapes = {name: tuple(entry["shape"]) for name, entry in tensors.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            tensors, _ = parse_header(file.read(length))
+        except ValueError as error:
             raise ValueError("is not a safetensors file") from error
+    end = max((tensor.end for tensor in tensors.values()), default=0)
     if size < 8 + length + end:
         raise ValueError(f"is truncated: its header speaks of {8 + length + end} bytes and it has {size}")
-    return shapes
+    return tensors
 
 
-def file_problems(folder: Path, stem: str, *, may_be_fetched: bool = False) -> list[Problem]:
+def weight_problems(folder: Path, stem: str, *, may_be_fetched: bool = False) -> list[Problem]:
     """What is wrong with a part's weight files. may_be_fetched: files that are not there yet are no problem."""
     try:
         files = weight_files(folder, stem)
@@ -88,7 +118,7 @@ def file_problems(folder: Path, stem: str, *, may_be_fetched: bool = False) -> l
     ]
     for path in files.present:
         try:
-            read_header(path)
+            stored_tensors(path)
         except (OSError, ValueError) as error:
             problems.append(Problem(str(path), f"this weight file {error}.", "Download it again."))
     return problems
@@ -96,18 +126,34 @@ def file_problems(folder: Path, stem: str, *, may_be_fetched: bool = False) -> l
 
 def stored_shapes(folder: Path, stem: str) -> dict[str, Shape]:
     """Name and shape of each stored weight. Raises ModelError for missing or broken files."""
-    problems = file_problems(folder, stem)
+    problems = weight_problems(folder, stem)
     if problems:
         raise ModelError(problems)
-    return {name: shape for path in weight_files(folder, stem).present for name, shape in read_header(path).items()}
+    files = weight_files(folder, stem).present
+    return {name: tensor.shape for path in files for name, tensor in stored_tensors(path).items()}
+
+
+def misfits(expected: Mapping[str, Shape], found: Mapping[str, Shape], unsqueezed: Collection[str] = ()) -> list[str]:
+    """How stored weights differ from what the model has, one line for each weight, missing ones first.
+
+    unsqueezed: names that some checkpoints store with a leading 1 more, which is no difference.
+    """
+    missing = [f"{name} is missing" for name in expected if name not in found]
+    odd = [f"{name} is unexpected" for name in found if name not in expected]
+    wrong = [
+        f"{name} is {list(found[name])} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape and not (name in unsqueezed and found[name] == (1, *shape))
+    ]
+    return missing + wrong + odd
 
 
 def misfit_problem(folder: Path, lines: Sequence[str]) -> Problem:
     """One problem for weights that do not fit the config beside them."""
-    more = f" and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
+    more = f" and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
     return Problem(
         str(folder),
-        f"the weights do not fit the config: {'; '.join(lines[:SHOWN])}{more}.",
+        f"the weights do not fit the config: {'; '.join(lines[:_SHOWN])}{more}.",
         "Take weights and config.json from the same model.",
     )
 
@@ -119,24 +165,27 @@ def torch_type(name: DType) -> torch.dtype:
     return torch.float32 if name == "fp32" else torch.bfloat16
 
 
-def fill(module: nn.Module, folder: Path, stem: str, dtype: DType, device: str) -> None:
+def fill_module(
+    module: nn.Module, folder: Path, stem: str, dtype: DType, device: str, unsqueezed: Collection[str] = ()
+) -> None:
     """Give `module`, whose parameters are on the meta device, its weights, tensor by tensor, each in memory of its own.
 
-    Raises ModelError for missing, unexpected, misshapen or truncated weights. Buffers are left as they are.
+    unsqueezed: as `misfits` takes it; a leading 1 is dropped. Raises ModelError for missing, unexpected, misshapen or
+    truncated weights. Buffers are left as they are.
     """
     from safetensors import safe_open
 
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    lines = misfits(expected, stored_shapes(folder, stem))
+    lines = misfits(expected, stored_shapes(folder, stem), unsqueezed)
     if lines:
         raise ModelError(misfit_problem(folder, lines))
     state: dict[str, torch.Tensor] = {}
     for path in weight_files(folder, stem).present:
         with safe_open(path, framework="pt", device="cpu") as file:
             for name in file.keys():  # noqa: SIM118 - the file is no mapping
-                state[name] = file.get_tensor(name).to(device=device, dtype=torch_type(dtype), copy=True)
-    table = state.get(SCALE_SHIFT_TABLE)
-    if table is not None and table.shape == (1, *expected[SCALE_SHIFT_TABLE]):
-        logger.info("%s: %s is stored as %s; its leading 1 is dropped", folder, SCALE_SHIFT_TABLE, list(table.shape))
-        state[SCALE_SHIFT_TABLE] = table[0]
+                stored = file.get_tensor(name)
+                if stored.shape != expected[name]:
+                    logger.info("%s: %s is stored as %s; its leading 1 is dropped", folder, name, list(stored.shape))
+                    stored = stored[0]
+                state[name] = stored.to(device=device, dtype=torch_type(dtype), copy=True)
     module.load_state_dict(state, strict=True, assign=True)

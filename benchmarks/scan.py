@@ -4,7 +4,7 @@ The place is made: folders of 1,000 files, 500 clips and their captions, all cli
 H.264 file and all captions to one text, so that a million entries take a few megabytes and every one is a real file.
 Headers are not read: a stub stands for the processes that probe, and says of every clip what is true of it. Content hashes
 are written into the ledger by one SQL statement, as reading every file would. All else is what `vtrain plan` and
-`vtrain run` do: captions are read, fates decided, entries looked up, one clip and each different caption encoded.
+`vtrain run` do: captions are read, file_decisions decided, entries looked up, one clip and each different caption encoded.
 
 A warm scan is held to a bare walk of the same tree with os.scandir and stat, in CPU-seconds, each in a process of its own,
 in turn. Peak memory (VmHWM) is compared between the sizes.

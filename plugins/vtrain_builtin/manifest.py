@@ -30,9 +30,9 @@ from vtrain_builtin.manifest_table import (
     Record,
     Tables,
     WrongRows,
+    captions_of,
     clip_name,
     manifest_location,
-    told,
 )
 from vtrain_builtin.place import PlaceOptions, Redaction, StorageError, is_url
 from vtrain_builtin.rows import SUFFIXES, TableCells, TableFault
@@ -195,7 +195,7 @@ class PathManifest:
 
     def captions(self) -> Iterator[tuple[str, Words]]:
         """Several rows of one path are several captions. Raises DataError."""
-        return told(self._options.columns, self._tables, self._named_by)
+        return captions_of(self._options.columns, self._tables, self._named_by)
 
     def _named(self) -> Iterator[Target]:
         """What each row names, in the order of rows. Raises DataError, after the last, for rows that name nothing."""
@@ -301,7 +301,7 @@ class BytesManifest:
 
     def captions(self) -> Iterator[tuple[str, Words]]:
         """Raises DataError."""
-        return told(self._options.columns, self._tables, self._named_by)
+        return captions_of(self._options.columns, self._tables, self._named_by)
 
     def _name(self, record: Record) -> str | None:
         name: str | None = f"{record.number:09}{self._options.suffix}"

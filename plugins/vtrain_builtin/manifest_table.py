@@ -202,7 +202,7 @@ def score(value: Any) -> int | None:
     return int(number)
 
 
-def told(columns: ManifestColumns, tables: Tables, named: NamedBy) -> Iterator[tuple[str, Words]]:
+def captions_of(columns: ManifestColumns, tables: Tables, named: NamedBy) -> Iterator[tuple[str, Words]]:
     """(clip's id, its words) by id: of all its rows, captions in order, none twice. Raises DataError.
 
     named: columns that an id is made of, and the id of a record, or None for a record that has none.

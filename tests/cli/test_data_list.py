@@ -191,12 +191,14 @@ def test_rows_are_read_from_the_ledger_as_they_are_asked_for(own: Path, kept_pro
     found = look(planned(own / "config.toml"))
     (place,) = (at for _, at in found.datasets.values())
     with Ledger(own / "cache") as ledger, ledger.transaction() as db:
-        (width,) = db.execute("SELECT count(*) FROM pragma_table_info('fate')").fetchone()
-        names = [row[1] for row in db.execute("PRAGMA table_info(fate)")]
-        row = dict(zip(names, db.execute("SELECT * FROM fate WHERE ref = 'short.mp4'").fetchone(), strict=True))
+        (width,) = db.execute("SELECT count(*) FROM pragma_table_info('file_decision')").fetchone()
+        names = [row[1] for row in db.execute("PRAGMA table_info(file_decision)")]
+        row = dict(
+            zip(names, db.execute("SELECT * FROM file_decision WHERE ref = 'short.mp4'").fetchone(), strict=True)
+        )
         for number in range(20_000):
             values = tuple((row | {"decision": place.decision, "ref": f"x/{number:06}.mp4"}).values())
-            db.execute(f"INSERT INTO fate VALUES ({', '.join('?' * width)})", values)
+            db.execute(f"INSERT INTO file_decision VALUES ({', '.join('?' * width)})", values)
     tracemalloc.start()
     count = sum(1 for _ in found.rows("messy"))
     peak = tracemalloc.get_traced_memory()[1]

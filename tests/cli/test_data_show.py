@@ -148,13 +148,15 @@ def test_a_name_far_from_the_meant_one_in_order_is_compared_with_it(own: Path, k
     found = look(planned(own / "config.toml"))
     (place,) = (at for _, at in found.datasets.values())
     with Ledger(own / "cache") as ledger, ledger.transaction() as db:
-        names = [row[1] for row in db.execute("PRAGMA table_info(fate)")]
-        row = dict(zip(names, db.execute("SELECT * FROM fate WHERE ref = 'short.mp4'").fetchone(), strict=True))
+        names = [row[1] for row in db.execute("PRAGMA table_info(file_decision)")]
+        row = dict(
+            zip(names, db.execute("SELECT * FROM file_decision WHERE ref = 'short.mp4'").fetchone(), strict=True)
+        )
         refs = [f"{letter}/{number:06}.mp4" for letter in "adknz" for number in range(6_000)]
         values = [
             tuple((row | {"decision": place.decision, "ref": ref}).values()) for ref in (*refs, "b/beach walk.mp4")
         ]
-        db.executemany(f"INSERT INTO fate VALUES ({', '.join('?' * len(names))})", values)
+        db.executemany(f"INSERT INTO file_decision VALUES ({', '.join('?' * len(names))})", values)
     assert found.like("m/beach walk.mp4")[0] == "messy/b/beach walk.mp4"
     assert found.like("beech walk.mp4") == ["messy/b/beach walk.mp4"]
     compared: list[int] = []

@@ -88,7 +88,7 @@ def test_what_is_damaged_in_shards_is_told_and_the_rest_is_used(setup: Any, clip
     pack(setup.folder / "s-2.tar", clip_files(clip, "c"))
     found = scan(plan_on(setup, TAR.build(TAR.options(path=f"{setup.folder}/s-{{0..3}}.tar"))))
     assert used(found) == ["s-0.tar/a.mp4", "s-2.tar/c.mp4"]
-    left = {example: reason for reason, (_, example) in found.survey.datasets[0].left_out.items()}
+    left = {example: reason for reason, (_, example) in found.survey.datasets[0].skipped.items()}
     assert {name for name in left if "damaged" not in name} == {"s-0.tar/b.mp4", "s-1.tar", "s-3.tar"}
     assert "ends in the middle of it" in left["s-0.tar/b.mp4"]
     pack(setup.folder / "s-1.tar", clip_files(clip, "d"))
@@ -107,7 +107,7 @@ def test_a_manifests_captions_are_the_clips_and_a_changed_one_is_noticed(setup: 
     (sample,) = found.samples
     assert [caption.text for caption in sample.captions] == ["one", "two"]
     assert sample.captions[0].extras == {"motion_score": 3}
-    left = {example: reason for reason, (_, example) in found.survey.datasets[0].left_out.items()}
+    left = {example: reason for reason, (_, example) in found.survey.datasets[0].skipped.items()}
     assert left.keys() == {"b.mp4", "none.mp4"}
     table.write_text("path,caption\na.mp4,three\nb.mp4,four\n")
     again = [[caption.text for caption in sample.captions] for sample in scan(plan_on(setup, backend)).samples]

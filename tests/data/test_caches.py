@@ -269,10 +269,10 @@ def test_a_truncated_clip_is_left_out_with_its_reason_now_and_at_the_next_start(
     three.add("cut.mp4", data[: int(len(data) * 0.6)], "cut")
     filled = fill(three)
     assert [sample.ref_id for sample in trained_on(filled)] == ["0.mp4", "1.mp4", "2.mp4"]
-    (reason,) = filled.left_out.values()
-    assert list(filled.left_out) == ["clips/cut.mp4"]
+    (reason,) = filled.skipped.values()
+    assert list(filled.skipped) == ["clips/cut.mp4"]
     assert "of 17 frames could be decoded" in reason
-    again = scan(three.plan()).survey.datasets[0].left_out
+    again = scan(three.plan()).survey.datasets[0].skipped
     assert again == {reason: (1, "cut.mp4")}
     three.add("cut.mp4", data, "cut")  # mended
     assert len(trained_on(fill(three))) == 4
@@ -291,7 +291,7 @@ def test_a_clip_that_vanishes_after_the_scan_is_left_out_but_not_for_ever(three)
     kept = (three.folder / "1.mp4").read_bytes()
     (three.folder / "1.mp4").unlink()
     filled = fill_caches(plan, samples, [], "cpu", lambda *_: None)
-    assert filled.left_out == {"clips/1.mp4": "cannot be opened: No such file or directory"}
+    assert filled.skipped == {"clips/1.mp4": "cannot be opened: No such file or directory"}
     (three.folder / "1.mp4").write_bytes(kept)
     assert len(trained_on(fill(three))) == 3
 

@@ -69,17 +69,17 @@ def test_every_damaged_file_is_used_or_named_and_none_does_harm(setup, peaks, de
     filled = fill_caches(plan, found.samples, (), "cpu", lambda _: None)
 
     (survey,) = filled.recount(found.survey).datasets
-    left = sum(count for count, _ in survey.left_out.values())
+    left = sum(count for count, _ in survey.skipped.values())
     in_linked_folder = 1  # a link to a folder outside is followed: it holds a clip, and a text that is no caption here
     assert survey.files == made + in_linked_folder
     assert sum(survey.samples.values()) + left == survey.files
     assert len(filled.index) == sum(survey.samples.values())
-    assert all(reason.strip() for reason in survey.left_out)
+    assert all(reason.strip() for reason in survey.skipped)
     with Ledger(setup.cache) as ledger:
-        fates = ledger.fates(settings_key(dataset, plan.family))
-    assert len(fates) == survey.files
-    assert all(fate.status == "used" or fate.reason for fate in fates.values())
-    hung = [ref for ref, fate in fates.items() if "took longer" in fate.reason]
+        file_decisions = ledger.file_decisions(settings_key(dataset, plan.family))
+    assert len(file_decisions) == survey.files
+    assert all(file_decision.status == "used" or file_decision.reason for file_decision in file_decisions.values())
+    hung = [ref for ref, file_decision in file_decisions.items() if "took longer" in file_decision.reason]
     assert hung == []
 
     # Each decoding process stayed within its bound, also at pictures that claim to have billions of pixels.
@@ -87,14 +87,14 @@ def test_every_damaged_file_is_used_or_named_and_none_does_harm(setup, peaks, de
     assert max(peaks) < MOST_BYTES
 
     # Sound files are used whatever they are called, and links are followed.
-    used = {ref for ref, fate in fates.items() if fate.status == "used"}
-    assert {ref for ref in fates if ref.startswith("sound ")} <= used
+    used = {ref for ref, file_decision in file_decisions.items() if file_decision.status == "used"}
+    assert {ref for ref in file_decisions if ref.startswith("sound ")} <= used
     for name in ("line\nbreak.mp4", "emoji 🎬🧨.mp4", "-rf.mp4", "--help.mp4", "$(touch gone).mp4", "x" * 251 + ".mp4",
                  "link to a clip.mp4", "link to a folder.mp4/clip.mp4", "concat:a|b.mp4"):  # fmt: skip
-        assert name in used, (name, fates[name])
-    kinds = Counter(fate.kind for fate in fates.values() if fate.status != "used")
+        assert name in used, (name, file_decisions[name])
+    kinds = Counter(file_decision.kind for file_decision in file_decisions.values() if file_decision.status != "used")
     assert kinds["bad name"] == 2
-    assert fates["link to a text.mp4"].reason.startswith("cannot be read as a video")
+    assert file_decisions["link to a text.mp4"].reason.startswith("cannot be read as a video")
     for name, reason in (
         ("link to nothing.mp4", "cannot be opened: No such file or directory"),
         ("link to itself.mp4", "cannot be opened: Too many levels of symbolic links"),
@@ -103,7 +103,7 @@ def test_every_damaged_file_is_used_or_named_and_none_does_harm(setup, peaks, de
         ("link to zeros.mp4", "cannot be opened: is a pipe, a socket or a device, and no file"),
         ("other 0.mp4", "is empty (0 bytes)"),
     ):
-        assert fates[name].reason == reason, name
+        assert file_decisions[name].reason == reason, name
 
     # What can be seen of the latents is finite, and nothing outside the cache was touched.
     for sample in list(found.samples)[::20]:
@@ -118,4 +118,4 @@ def test_every_damaged_file_is_used_or_named_and_none_does_harm(setup, peaks, de
     again = scan(plan)
     assert dataset.backend.opened == []
     assert again.survey.datasets[0].samples == survey.samples
-    assert sum(count for count, _ in again.survey.datasets[0].left_out.values()) == left
+    assert sum(count for count, _ in again.survey.datasets[0].skipped.values()) == left

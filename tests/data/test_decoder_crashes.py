@@ -14,7 +14,7 @@ import pytest
 from vtrain.contract import DataError
 from vtrain.data.caching.caches import fill_caches
 from vtrain.data.scanning.decisions import settings_key
-from vtrain.data.scanning.ledger import Fate, Ledger
+from vtrain.data.scanning.ledger import FileDecision, Ledger
 from vtrain.data.scanning.scan import scan
 
 STUB = """
@@ -46,7 +46,7 @@ def kept_process() -> None:
 
 
 @pytest.fixture
-def crashes(setup, make_video, tmp_path, monkeypatch) -> Callable[[], dict[str, Fate]]:
+def crashes(setup, make_video, tmp_path, monkeypatch) -> Callable[[], dict[str, FileDecision]]:
     """Six clips, four of which do harm; gives what became of them."""
     (tmp_path / "stub").mkdir()
     (tmp_path / "stub" / "sitecustomize.py").write_text(STUB)
@@ -54,11 +54,11 @@ def crashes(setup, make_video, tmp_path, monkeypatch) -> Callable[[], dict[str, 
     for number, word in enumerate([b"harmless", b"killsoon", b"killlate", b"stopsoon", b"stoplate", b"harmless"]):
         setup.add(f"{number}.mp4", make_video(frames=27) + b"\0\0\0\x10free" + word)
 
-    def fates() -> dict[str, Fate]:
+    def file_decisions() -> dict[str, FileDecision]:
         with Ledger(setup.cache) as ledger:
-            return ledger.fates(settings_key(setup.dataset(decode_timeout=3.0), setup.family))
+            return ledger.file_decisions(settings_key(setup.dataset(decode_timeout=3.0), setup.family))
 
-    return fates
+    return file_decisions
 
 
 CRASHED = "its decoder crashed (SIGSEGV)"
@@ -79,7 +79,7 @@ def test_a_run_goes_on_and_the_files_are_failed_with_what_their_decoder_did(setu
     assert [sample.ref_id for sample in found.samples] == ["0.mp4", "2.mp4", "4.mp4", "5.mp4"]
     filled = fill_caches(plan, found.samples, (), "cpu", lambda _: None)
     assert [filled.index.id(number) for number in range(len(filled.index))] == ["clips/0.mp4", "clips/5.mp4"]
-    assert {ref: (fate.status, fate.reason) for ref, fate in crashes().items()} == {
+    assert {ref: (file_decision.status, file_decision.reason) for ref, file_decision in crashes().items()} == {
         "0.mp4": ("used", ""), "1.mp4": ("failed", CRASHED), "2.mp4": ("failed", CRASHED),
         "3.mp4": ("failed", HUNG), "4.mp4": ("failed", HUNG), "5.mp4": ("used", ""),
     }  # fmt: skip

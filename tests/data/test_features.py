@@ -242,7 +242,7 @@ def test_a_clip_that_cannot_be_decoded_is_left_out_once(three, watched, make_vid
     data = make_video(frames=48, options={"movflags": "faststart"})
     three.add("cut.mp4", data[: int(len(data) * 0.6)], "cut")
     filled = fill(three)
-    assert list(filled.left_out) == ["clips/cut.mp4"]
+    assert list(filled.skipped) == ["clips/cut.mp4"]
     assert watched.clips == 3
 
 

@@ -17,10 +17,10 @@ def test_a_recount_takes_what_was_left_out_from_the_survey_with_its_reason(setup
     filled = fill_caches(plan, found.samples, (), "cpu", lambda *_: None)
     assert filled.recount(found.survey) == found.survey
     first = build([next(iter(scan(plan).samples))], lambda _: ["00"], lambda _: ["00"])
-    less = dataclasses.replace(filled, index=first, left_out={"clips/b.mp4": "torn"})
+    less = dataclasses.replace(filled, index=first, skipped={"clips/b.mp4": "torn"})
     (survey,) = less.recount(found.survey).datasets
     assert sum(survey.samples.values()) == 1
-    assert survey.left_out == {"torn": (1, "b.mp4")}
+    assert survey.skipped == {"torn": (1, "b.mp4")}
 
 
 def test_captions_that_lost_their_end_are_counted_when_the_encoder_counts_them(setup, make_video) -> None:

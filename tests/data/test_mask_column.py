@@ -56,8 +56,8 @@ def batches(setup, *datasets, **train) -> dict[str, torch.Tensor | None]:
     return {batch.sample_ids[0].removeprefix("clips/"): batch.mask for batch in found}
 
 
-def left_out(setup, dataset) -> dict[str, str]:
-    return {example: why for why, (_, example) in scan(setup.plan(dataset)).survey.datasets[0].left_out.items()}
+def skipped(setup, dataset) -> dict[str, str]:
+    return {example: why for why, (_, example) in scan(setup.plan(dataset)).survey.datasets[0].skipped.items()}
 
 
 def test_a_batch_has_the_masks_of_its_clips_at_the_latents_grid(three) -> None:
@@ -101,13 +101,13 @@ def test_a_mask_that_leaves_nothing_drops_its_clip_before_it_is_encoded_and_that
     draw(three, "0", half(0, 0))
     draw(three, "1", half(255, 0))
     _, filled = fill(three, masked(three))
-    ((name, why),) = filled.left_out.items()
+    ((name, why),) = filled.skipped.items()
     assert name == "clips/0.mp4"
     assert why.startswith("its mask masks/0.png is black where the clip is used, so nothing of it would be trained")
     assert three.family.clips == 2
-    assert left_out(three, masked(three)) == {"0.mp4": why}
+    assert skipped(three, masked(three)) == {"0.mp4": why}
     again, refilled = fill(three, masked(three))
-    assert refilled.left_out == {}
+    assert refilled.skipped == {}
     assert len(refilled.index) == 2
     stores = Stores(again)
     names = wanted(stores, scan(again).samples, ())
@@ -120,19 +120,19 @@ def test_what_is_empty_depends_on_inverting_and_needs_no_mask_to_be_made_again(t
     draw(three, "0", half(0, 0))
     draw(three, "1", half(255, 255))
     fill(three, masked(three))
-    assert list(left_out(three, masked(three))) == ["0.mp4"]
+    assert list(skipped(three, masked(three))) == ["0.mp4"]
     told = []
     _, filled = fill(
         three, masked(three, invert=True), report=lambda now: told.append((now.stage, now.done, now.total))
     )
-    assert list(filled.left_out) == ["clips/1.mp4"]
-    assert "white" in filled.left_out["clips/1.mp4"]
+    assert list(filled.skipped) == ["clips/1.mp4"]
+    assert "white" in filled.skipped["clips/1.mp4"]
     assert [each for each in told if each[0] == "mask"] == [("mask", 2, 2)]
-    assert list(left_out(three, masked(three, invert=True))) == ["1.mp4"]
+    assert list(skipped(three, masked(three, invert=True))) == ["1.mp4"]
     draw(three, "0", half(0, 255))  # mended
     _, filled = fill(three, masked(three))
-    assert filled.left_out == {}
-    assert left_out(three, masked(three)) == {}
+    assert filled.skipped == {}
+    assert skipped(three, masked(three)) == {}
 
 
 def test_a_new_caption_does_not_bring_a_clip_with_an_empty_mask_back(three) -> None:
@@ -141,7 +141,7 @@ def test_a_new_caption_does_not_bring_a_clip_with_an_empty_mask_back(three) -> N
     (three.folder / "0.txt").write_text("new words")
     _, filled = fill(three, masked(three))
     assert len(filled.index) == 2
-    assert list(left_out(three, masked(three))) == ["0.mp4"]
+    assert list(skipped(three, masked(three))) == ["0.mp4"]
 
 
 def test_only_the_windows_that_a_mask_leaves_empty_are_left_out(three, tmp_path) -> None:
@@ -158,15 +158,15 @@ def test_only_the_windows_that_a_mask_leaves_empty_are_left_out(three, tmp_path)
         container.mux(stream.encode())
     dataset = masked(three, video={"window": "random", "windows": 4})
     _, filled = fill(three, dataset)
-    out = [name for name in filled.left_out if name.startswith("clips/long.mp4, the window at ")]
-    assert list(filled.left_out) == out
+    out = [name for name in filled.skipped if name.startswith("clips/long.mp4, the window at ")]
+    assert list(filled.skipped) == out
     assert 1 <= len(out) < 4
     number = next(n for n in range(len(filled.index)) if filled.index.id(n) == "clips/long.mp4")
     assert len(filled.index.video.keys(number)) == len(filled.index.masks.keys(number)) == 4 - len(out)
-    assert left_out(three, dataset) == {}
+    assert skipped(three, dataset) == {}
     pieces = masked(three, video={"window": "all"})
     _, filled = fill(three, pieces)
-    assert any(name.startswith("clips/long.mp4#") for name in filled.left_out)
+    assert any(name.startswith("clips/long.mp4#") for name in filled.skipped)
     assert any(filled.index.id(n).startswith("clips/long.mp4#1") for n in range(len(filled.index)))
 
 
@@ -188,7 +188,7 @@ def test_a_mask_that_cannot_be_decoded_leaves_its_clip_out_with_its_name(three, 
     samples = list(scan(plan).samples)
     (three.folder / "masks/0.png").write_bytes(data[:-60] + bytes(60))
     filled = fill_caches(plan, samples, (), "cpu", lambda *_: None)
-    ((name, why),) = filled.left_out.items()
+    ((name, why),) = filled.skipped.items()
     assert name == "clips/0.mp4"
     assert why.startswith("its mask masks/0.png")
     assert len(filled.index) == 2

@@ -49,9 +49,9 @@ def of(found) -> dict[str, str]:
     return {sample.ref_id: sample.mask_ref for sample in found.samples}
 
 
-def left_out(found) -> dict[str, str]:
+def skipped(found) -> dict[str, str]:
     """An example -> the reason why it is left out."""
-    return {example: reason for reason, (_, example) in found.survey.datasets[0].left_out.items()}
+    return {example: reason for reason, (_, example) in found.survey.datasets[0].skipped.items()}
 
 
 def test_a_mask_has_its_clips_name_in_a_folder_of_the_dataset(three, make_video) -> None:
@@ -61,7 +61,7 @@ def test_a_mask_has_its_clips_name_in_a_folder_of_the_dataset(three, make_video)
     assert of(found) == {"a.mp4": "extra/masks/a.png", "c.mp4": "", "sub/b.mp4": "extra/masks/sub/b.mkv"}
     (survey,) = found.survey.datasets
     assert survey.files == 3
-    assert survey.left_out == {}
+    assert survey.skipped == {}
     assert survey.notes == (
         "2 clips with a mask", "1 clip without a mask is trained on whole (such as c.mp4)",
     )  # fmt: skip
@@ -87,7 +87,7 @@ def test_clips_without_a_mask_may_be_dropped(three) -> None:
     add_picture(three, "masks/a.png")
     found = found_by(three, missing="drop")
     assert of(found) == {"a.mp4": "masks/a.png"}
-    assert left_out(found) == {
+    assert skipped(found) == {
         "c.mp4": "it has no mask: masks/c with any suffix of an image or a video",
         "sub/b.mp4": "it has no mask: masks/sub/b with any suffix of an image or a video",
     }
@@ -104,7 +104,7 @@ def test_bad_masks_leave_their_clips_out_with_the_masks_name(three, make_video) 
     found = found_by(three)
     same = "make it as long as the clip, or a single image"
     assert of(found) == {"e.mp4": ""}
-    reasons = left_out(found)
+    reasons = skipped(found)
     assert reasons.pop("d.mp4").startswith("its mask masks/d.png: cannot be read as a video")
     assert reasons == {
         "a.mp4": f"its mask masks/a.mp4 is shorter: 0.375 s of 1.125 s; {same}",
@@ -113,22 +113,22 @@ def test_bad_masks_leave_their_clips_out_with_the_masks_name(three, make_video) 
         "clip, at any size",
     }
     with Ledger(three.cache) as ledger:
-        fates = ledger.fates(settings_key(masked(three), three.family))
-    assert {fate.status for name, fate in fates.items() if name != "e.mp4"} == {"failed"}
+        file_decisions = ledger.file_decisions(settings_key(masked(three), three.family))
+    assert {file_decision.status for name, file_decision in file_decisions.items() if name != "e.mp4"} == {"failed"}
 
 
 def test_a_mask_may_be_shorter_or_longer_by_one_frame(three, make_video) -> None:
     three.add("masks/a.mp4", make_video(frames=9, fps=8), None)
     three.add("masks/c.mp4", make_video(frames=26), None)
     three.add("masks/sub/b.mp4", make_video(frames=28), None)
-    assert left_out(found_by(three)) == {}
+    assert skipped(found_by(three)) == {}
 
 
 def test_two_masks_of_a_clip_are_one_too_many_until_one_goes(three) -> None:
     add_picture(three, "masks/a.png")
     add_picture(three, "masks/a.bmp")
     found = found_by(three)
-    assert left_out(found) == {"a.mp4": "it has two masks, masks/a.bmp and masks/a.png: keep one"}
+    assert skipped(found) == {"a.mp4": "it has two masks, masks/a.bmp and masks/a.png: keep one"}
     (three.folder / "masks/a.png").unlink()
     assert of(found_by(three))["a.mp4"] == "masks/a.bmp"
     add_picture(three, "masks/a.png")
@@ -157,9 +157,9 @@ def fail(setup, name: str, reason: str) -> None:
 def test_a_clip_that_failed_for_its_mask_is_tried_again_when_the_mask_changes(three) -> None:
     add_picture(three, "masks/a.png", grey=0)
     fail(three, "a.mp4", "its mask is black")
-    assert left_out(found_by(three)) == {"a.mp4": "its mask is black"}
+    assert skipped(found_by(three)) == {"a.mp4": "its mask is black"}
     three.add("d.mp4", (three.folder / "a.mp4").read_bytes())
-    assert left_out(found_by(three)) == {"a.mp4": "its mask is black"}
+    assert skipped(found_by(three)) == {"a.mp4": "its mask is black"}
     add_picture(three, "masks/a.png", size=(64, 32))
     assert of(found_by(three))["a.mp4"] == "masks/a.png"
     fail(three, "a.mp4", "its mask is black")
@@ -171,7 +171,7 @@ def test_a_clip_that_failed_for_its_mask_is_tried_again_when_the_mask_changes(th
 def test_a_clip_whose_mask_was_empty_is_tried_again_with_latents_of_another_grid(three) -> None:
     add_picture(three, "masks/a.png", grey=0)
     fail(three, "a.mp4", "its mask is black")
-    assert left_out(found_by(three)) == {"a.mp4": "its mask is black"}
+    assert skipped(found_by(three)) == {"a.mp4": "its mask is black"}
     before, plain = settings_key(masked(three), three.family), settings_key(three.dataset(), three.family)
     three.family.latent_shape = lambda clip: LatentShape(3, (clip.frames - 1) // 4 + 1, clip.height, clip.width)
     assert of(found_by(three))["a.mp4"] == "masks/a.png"
@@ -184,7 +184,7 @@ def test_a_clip_that_failed_for_its_mask_is_not_lost_to_the_other_inversion(thre
     add_picture(three, "masks/a.png", grey=0)
     fail(three, "a.mp4", "its mask is black")
     assert of(found_by(three, invert=True))["a.mp4"] == "masks/a.png"
-    assert left_out(found_by(three)) == {"a.mp4": "its mask is black"}
+    assert skipped(found_by(three)) == {"a.mp4": "its mask is black"}
 
 
 def test_inverting_opens_no_file_again(three) -> None:
@@ -278,7 +278,7 @@ def test_a_clip_whose_mask_may_be_read_at_another_time_is_not_moved(three, tmp_p
 
     monkeypatch.setattr(dataset.backend, "open", failing)
     plan = three.plan(dataset)
-    assert left_out(scan(plan)) == {"a.mp4": "its mask masks/a.png: cannot be opened: Input/output error"}
+    assert skipped(scan(plan)) == {"a.mp4": "its mask masks/a.png: cannot be opened: Input/output error"}
     assert list(move_bad(plan)) == []
     monkeypatch.undo()
     assert of(scan(plan))["a.mp4"] == "masks/a.png"

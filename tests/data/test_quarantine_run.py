@@ -65,7 +65,7 @@ def test_bad_files_of_scan_and_filling_are_moved_and_shown_and_the_dropped_stay(
     before = sorted(path.name for path in bad.folder.rglob("*.mp4"))
     assert len(before) == 5  # a scan moves nothing
     filled = fill_caches(plan, list(found.samples), [], "cpu", lambda *_: None)
-    assert list(filled.left_out) == ["clips/damaged.mp4"]
+    assert list(filled.skipped) == ["clips/damaged.mp4"]
     lines = shown(session_of(plan, processes)._quarantined())
     assert len(lines) == 3, lines
     assert lines[0].startswith(f"moved: clips/damaged.mp4 -> {away}/damaged.mp4 (")
@@ -95,7 +95,7 @@ def test_a_second_time_there_is_nothing_to_move(bad, tmp_path: Path) -> None:
     scan(plan)
     assert [moved.ref_id for moved in move_bad(plan)] == ["sub/text.mp4"]
     survey = scan(plan).survey.datasets[0]
-    assert not any("cannot be read" in reason for reason in survey.left_out)
+    assert not any("cannot be read" in reason for reason in survey.skipped)
     assert list(move_bad(plan)) == []
 
 

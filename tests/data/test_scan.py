@@ -12,14 +12,14 @@ from vtrain.data.scanning.ledger import Ledger
 from vtrain.data.scanning.scan import scan
 
 
-def left_out(setup, **table) -> dict[str, tuple[int, str]]:
-    return dict(scan(setup.plan(setup.dataset(**table))).survey.datasets[0].left_out)
+def skipped(setup, **table) -> dict[str, tuple[int, str]]:
+    return dict(scan(setup.plan(setup.dataset(**table))).survey.datasets[0].skipped)
 
 
 def reason_of(setup, data: bytes, **table) -> str:
     """Why a file is left out, beside one that is used."""
     setup.add("bad.mp4", data)
-    (reason,) = left_out(setup, **table)
+    (reason,) = skipped(setup, **table)
     return reason
 
 
@@ -38,7 +38,7 @@ def test_the_real_clips_are_all_used_at_ten_frames_per_second(setup, clips) -> N
     (survey,) = found.survey.datasets
     assert survey.files == 8
     assert survey.samples == {ClipShape(9, 96, 128): 3, ClipShape(9, 96, 160): 4}
-    assert survey.left_out == {"not a video: .md": (1, "README.md")}
+    assert survey.skipped == {"not a video: .md": (1, "README.md")}
     assert found.survey.texts == 7
     assert next(iter(found.samples)).captions[0].text.startswith("A hand tilts a yellow decorated tea box")
     assert found.messages == ()
@@ -68,7 +68,7 @@ def test_bad_files_are_left_out_each_with_its_reason(good, make_video, audio_onl
     assert survey.files == 7
     refused, ffmpeg = "cannot be read as a video", "(ffmpeg: Invalid data found when processing input)"
     half = "the file ends before its index (moov): an unfinished download or recording?"
-    assert survey.left_out == {
+    assert survey.skipped == {
         f"{refused}: {half} {ffmpeg}": (1, "cut.mp4"),
         f"{refused}: it is a text {ffmpeg}": (1, "text.mp4"),
         "is empty (0 bytes)": (1, "zero.mp4"),
@@ -101,8 +101,8 @@ def test_a_slower_source_is_left_out_and_not_shown_with_frames_repeated(good, ma
     reason = reason_of(good, make_video(frames=40, fps=10))
     assert reason.startswith("10 frames per second in the file, fewer than the 16 of data.video.fps")
     assert reason.endswith("set data.video.fps to 10 or less, or data.video.repeat_frames = true")
-    assert left_out(good, fps=10.0, frames=9) == {}
-    assert left_out(good, video={"repeat_frames": True}) == {}
+    assert skipped(good, fps=10.0, frames=9) == {}
+    assert skipped(good, video={"repeat_frames": True}) == {}
 
 
 def test_ntsc_rates_count_as_their_round_neighbours(setup, make_video) -> None:
@@ -117,7 +117,7 @@ def test_a_small_clip_is_left_out_unless_enlarging_is_asked_for(good, make_video
         "96x64, of which 96x48 would be used, is smaller than its bucket 128x64: "
         "set data.upscale = true or a smaller data.resolution"
     )
-    assert left_out(good, upscale=True) == {}
+    assert skipped(good, upscale=True) == {}
 
 
 def test_an_odd_size_fits_its_bucket_and_squeezing_is_checked_by_side(setup, make_video) -> None:
@@ -160,13 +160,13 @@ def test_captions_are_read_with_and_without_a_byte_order_mark_a_caption_a_line(s
 
 def test_a_caption_that_is_not_utf8_is_left_out_with_the_place(good, make_video) -> None:
     good.add("bad.mp4", make_video()).with_suffix(".txt").write_bytes("ein Mädchen".encode("latin-1"))
-    assert left_out(good) == {"its caption file is not UTF-8 (byte 5): save it as UTF-8": (1, "bad.mp4")}
+    assert skipped(good) == {"its caption file is not UTF-8 (byte 5): save it as UTF-8": (1, "bad.mp4")}
 
 
 def test_a_missing_or_empty_caption_is_left_out_or_empty_as_asked(good, make_video) -> None:
     good.add("none.mp4", make_video(), caption=None)
     good.add("blank.mp4", make_video(), caption=" \n")
-    assert sorted(left_out(good)) == [
+    assert sorted(skipped(good)) == [
         'no caption: .txt file of the same name is missing; add one, or set data.missing_caption = "empty"',
         'no caption: its caption file is empty; add one, or set data.missing_caption = "empty"',
     ]
@@ -182,14 +182,14 @@ def test_a_file_name_is_a_caption_if_asked(setup, make_video) -> None:
 
 def test_a_name_that_is_not_utf8_is_left_out_and_can_be_printed(good, make_video) -> None:
     (good.folder / os.fsdecode(b"b\xe4d.mp4")).write_bytes(make_video())
-    (found,) = left_out(good).items()
+    (found,) = skipped(good).items()
     assert found == ("its name is not UTF-8: rename it", (1, "b\\udce4d.mp4"))
 
 
 def test_many_different_reasons_of_one_kind_are_counted_together(good, make_video) -> None:
     for frames in range(5, 12):
         good.add(f"{frames:02}.mp4", make_video(frames=frames, fps=16))
-    (found,) = left_out(good).items()
+    (found,) = skipped(good).items()
     assert found == (
         "too short, such as: 5 frames at 16 fps (5 at the file's 16); needs 17: set data.video.min_frames = 5",
         (7, "05.mp4"),
@@ -251,8 +251,8 @@ def test_other_settings_probe_nothing_again_and_have_fates_of_their_own(good) ->
     assert other.backend.opened == []
     assert sample.shape == ClipShape(9, 32, 64)
     with Ledger(good.cache) as ledger:
-        assert ledger.fates(settings_key(good.dataset(), good.family))["good.mp4"].shape == "128x64@17"
-        assert ledger.fates(settings_key(other, good.family))["good.mp4"].shape == "64x32@9"
+        assert ledger.file_decisions(settings_key(good.dataset(), good.family))["good.mp4"].shape == "128x64@17"
+        assert ledger.file_decisions(settings_key(other, good.family))["good.mp4"].shape == "64x32@9"
 
 
 def test_progress_counts_every_file_looked_at(good) -> None:

@@ -31,7 +31,7 @@ def fill(setup, dataset) -> int:
     """Clips encoded now."""
     plan, before = setup.plan(dataset), setup.family.clips
     filled = fill_caches(plan, list(scan(plan).samples), [], "cpu", lambda *_: None)
-    assert not filled.left_out
+    assert not filled.skipped
     return setup.family.clips - before
 
 
@@ -150,7 +150,7 @@ def test_sidecars_give_captions_and_motion_scores(setup, make_video) -> None:
         "a.mp4": [Caption("film: one", {"motion_score": 12})],
         "b.mp4": [Caption("film: two"), Caption("film: three")],
     }
-    assert survey(setup, captions="json").left_out == {
+    assert survey(setup, captions="json").skipped == {
         "caption in its caption file is a number: write a text": (1, "c.mp4"),
         'no caption: .json file of the same name is missing; add one, or set data.missing_caption = "empty"': (
             1,
@@ -202,7 +202,7 @@ def test_captions_in_one_file_with_rows_and_clips_that_lack_the_other_told(setup
         "sub/b.mp4": [Caption("two", {"motion_score": 3}), Caption("more", {"motion_score": 3})],
     }
     seen = survey(setup, **table)
-    assert {reason.split(";")[0]: found for reason, found in seen.left_out.items()} == {
+    assert {reason.split(";")[0]: found for reason, found in seen.skipped.items()} == {
         f"no caption: captions.{form} has no row for it": (1, "c.mp4"),
         "its motion score '-1' is no whole number from 0 on: write one such as 30": (1, "d.mp4"),
     }

@@ -48,7 +48,7 @@ def test_without_that_it_is_left_out_with_the_key_that_would_use_it(setup, make_
     Image.fromarray(picture(3)).save(setup.add("a.png", b""))
     _, samples, survey = filled(setup, setup.dataset())
     assert [sample.ref_id for sample in samples] == ["b.mp4"]
-    ((reason, left),) = survey.left_out.items()
+    ((reason, left),) = survey.skipped.items()
     assert "data.images = true" in reason
     assert left == (1, "a.png")
 
@@ -64,7 +64,7 @@ def test_a_folder_of_images_gives_the_latents_of_these_images(setup) -> None:
     done, (sample,), survey = filled(setup, dataclasses.replace(table, backend=backend))
     assert (sample.ref_id, sample.captions[0].text) == ("shot_01.mov", "a ramp that brightens")
     assert torch.equal(done.caches.latents(sample, 0.0).mean[0], averaged([picture(k) for k in range(17)]))
-    assert survey.left_out == {}
+    assert survey.skipped == {}
 
 
 def test_a_damaged_image_in_the_middle_is_told_with_both_counts(setup) -> None:
@@ -82,6 +82,6 @@ def test_a_damaged_image_in_the_middle_is_told_with_both_counts(setup) -> None:
     backend = FRAMES.build(FRAMES.options(path=str(setup.folder), fps=16.0))
     done, _, _ = filled(setup, dataclasses.replace(table, backend=backend))
     assert [done.index.id(number) for number in range(len(done.index))] == ["clips/good.mov"]
-    ((name, reason),) = done.left_out.items()
+    ((name, reason),) = done.skipped.items()
     assert name == "clips/shot.mov"
     assert reason.endswith("only 7 of 17 frames could be decoded")

@@ -11,7 +11,7 @@ from vtrain.contract import PluginError, SourceRef
 from vtrain.data.batches import Batches
 from vtrain.data.caching.caches import fill_caches
 from vtrain.data.sample import Left
-from vtrain.data.scanning import decisions as fates
+from vtrain.data.scanning import decisions as file_decisions
 from vtrain.data.scanning.ledger import FILE, Ledger
 from vtrain.data.scanning.scan import scan
 
@@ -20,13 +20,13 @@ from vtrain.data.scanning.scan import scan
 def decided(monkeypatch) -> list[str]:
     """Ids of the clips whose place in the dataset was worked out."""
     seen: list[str] = []
-    real = fates.fit
+    real = file_decisions.fit
 
     def fit(source, dataset, rule, ref_id):
         seen.append(ref_id)
         return real(source, dataset, rule, ref_id)
 
-    monkeypatch.setattr(fates, "fit", fit)
+    monkeypatch.setattr(file_decisions, "fit", fit)
     return seen
 
 
@@ -41,8 +41,8 @@ def samples(setup, **table):
     return list(scan(setup.plan(setup.dataset(**table))).samples)
 
 
-def left_out(setup, **table):
-    return dict(scan(setup.plan(setup.dataset(**table))).survey.datasets[0].left_out)
+def skipped(setup, **table):
+    return dict(scan(setup.plan(setup.dataset(**table))).survey.datasets[0].skipped)
 
 
 def fill(plan):
@@ -84,7 +84,7 @@ def test_a_scan_that_is_cut_off_loses_nothing_and_hides_nothing(three, make_vide
     decided.clear()
     for name in "def":
         three.add(f"{name}.mp4", make_video(), f"clip {name}")
-    real = fates.decide
+    real = file_decisions.decide
 
     def cut(*_):
         raise KeyboardInterrupt
@@ -102,7 +102,7 @@ def test_a_scan_that_is_cut_off_loses_nothing_and_hides_nothing(three, make_vide
 
 def test_two_caption_files_of_one_clip_leave_it_out_and_name_both(three) -> None:
     (three.folder / "b.TXT").write_text("which of them")
-    assert left_out(three) == {"it has two caption files, b.TXT and b.txt: keep one": (1, "b.mp4")}
+    assert skipped(three) == {"it has two caption files, b.TXT and b.txt: keep one": (1, "b.mp4")}
     (three.folder / "b.txt").unlink()
     assert samples(three)[1].captions[0].text == "which of them"
 
@@ -180,7 +180,7 @@ def test_a_file_that_changes_between_scan_and_end_of_filling_is_left_out_of_this
     filled = fill_caches(plan, list(found), [], "cpu", lambda *_: None)
     # It may have been read before, after, or while it changed: another process decodes ahead.
     reasons = ("its file changed while the caches were filled", "changed while it was read")
-    assert filled.left_out in ({}, *({"clips/c.mp4": reason} for reason in reasons))
+    assert filled.skipped in ({}, *({"clips/c.mp4": reason} for reason in reasons))
     assert {"clips/a.mp4", "clips/b.mp4"} <= {filled.index.id(n) for n in range(len(filled.index))}
     three.family.on_encode = None
     assert len(fill(three.plan()).index) == 3
@@ -270,10 +270,10 @@ def test_a_shard_that_cannot_be_read_is_named_and_used_once_it_can(setup, make_v
     backend = Shards({f"{n}.tar": {"x.mp4": video, "x.txt": b"words"} for n in range(2)}, broken={"1.tar"})
     dataset = replace(setup.dataset(), backend=backend)
     (survey,) = scan(setup.plan(dataset)).survey.datasets
-    assert survey.left_out == {"the shard cannot be read: Input/output error": (1, "1.tar")}
+    assert survey.skipped == {"the shard cannot be read: Input/output error": (1, "1.tar")}
     backend.broken.clear()
     again = scan(setup.plan(dataset))
-    assert again.survey.datasets[0].left_out == {}
+    assert again.survey.datasets[0].skipped == {}
     assert len(again.samples) == 2
 
 
@@ -307,19 +307,19 @@ def test_a_name_that_is_not_utf8_is_forgotten_when_it_is_gone(three) -> None:
 
     bad = three.folder / os.fsdecode(b"b\xe4d.mp4")
     bad.write_bytes(b"x")
-    assert list(left_out(three)) == ["its name is not UTF-8: rename it"]
+    assert list(skipped(three)) == ["its name is not UTF-8: rename it"]
     bad.unlink()
-    assert left_out(three) == {}
+    assert skipped(three) == {}
 
 
 def test_a_file_that_failed_is_tried_again_by_another_version_of_the_decoding(three, make_video, monkeypatch) -> None:
     plan = three.plan()
     first = next(iter(scan(plan).samples))
     with Ledger(three.cache) as ledger:
-        settings = fates.settings_key(plan.datasets[0], plan.family)
+        settings = file_decisions.settings_key(plan.datasets[0], plan.family)
         ledger.record_left(settings, first, Left("failed", "decoding", "frames are missing"))
-    assert left_out(three) == {"frames are missing": (1, "a.mp4")}
+    assert skipped(three) == {"frames are missing": (1, "a.mp4")}
     (three.folder / "a.txt").write_text("other words")
-    assert left_out(three) == {"frames are missing": (1, "a.mp4")}
-    monkeypatch.setattr(fates, "TRANSFORM_VERSION", fates.TRANSFORM_VERSION + 1)
-    assert left_out(three) == {}
+    assert skipped(three) == {"frames are missing": (1, "a.mp4")}
+    monkeypatch.setattr(file_decisions, "TRANSFORM_VERSION", file_decisions.TRANSFORM_VERSION + 1)
+    assert skipped(three) == {}

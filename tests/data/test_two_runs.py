@@ -44,7 +44,7 @@ samples = scan(plan).samples
 while not (root / "go").exists():
     time.sleep(0.01)
 filled = fill_caches(plan, samples, (), "cpu", lambda *_: None)
-print(json.dumps([setup.family.encoded_texts, setup.family.clips, dict(filled.left_out)]))
+print(json.dumps([setup.family.encoded_texts, setup.family.clips, dict(filled.skipped)]))
 """
 
 

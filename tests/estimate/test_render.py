@@ -26,7 +26,7 @@ SQUARE, WIDE = ClipShape(9, 64, 64), ClipShape(5, 64, 96)
 def survey(**more: Any) -> Survey:
     """Two buckets: 3 clips with 12 windows, and 2 clips cut into 5 samples of a window each."""
     given: dict[str, Any] = {
-        "samples": {SQUARE: 3, WIDE: 5}, "clips": {SQUARE: 3, WIDE: 2}, "windows": {SQUARE: 12, WIDE: 5}, "left_out": {},
+        "samples": {SQUARE: 3, WIDE: 5}, "clips": {SQUARE: 3, WIDE: 2}, "windows": {SQUARE: 12, WIDE: 5}, "skipped": {},
         **more,
     }  # fmt: skip
     return Survey((DatasetSurvey(id="clips", files=9, repeats=1, **given),), texts=7)
@@ -150,7 +150,7 @@ def test_where_bad_files_go_is_told_before_they_go(plan_of: PlanOf, tmp_path: Pa
 
 
 def test_on_a_terminal_the_columns_of_the_table_stand_under_each_other(plan_of: PlanOf) -> None:
-    plan, found, out = plan_of(), survey(left_out={"odd\nname\x1b[2J": (1, "a\nb.mp4")}), io.StringIO()
+    plan, found, out = plan_of(), survey(skipped={"odd\nname\x1b[2J": (1, "a\nb.mp4")}), io.StringIO()
     show_sections(Console(file=out, soft_wrap=True, width=200), sections(plan, found, make_estimate(plan, found)))
     lines = out.getvalue().splitlines()
     table = lines[lines.index("buckets") + 1 :][:3]

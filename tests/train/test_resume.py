@@ -161,12 +161,12 @@ def test_a_file_too_many_in_the_newest_checkpoint_is_named_and_the_one_before_is
     assert f"resuming from {folder.output / 'checkpoints' / 'step-000003'} (step 3)" in printed
 
 
-def without_pieces(checkpoint: Path, *left_out: str) -> None:
-    """Give it the manifest that vtrain wrote before it listed pieces; `left_out`: files that go from list and folder."""
+def without_pieces(checkpoint: Path, *skipped: str) -> None:
+    """Give it the manifest that vtrain wrote before it listed pieces; `skipped`: files that go from list and folder."""
     path = checkpoint / "MANIFEST.json"
     manifest = json.loads(path.read_text(encoding="utf-8"))
     del manifest["pieces"]
-    for name in left_out:
+    for name in skipped:
         del manifest["files"][name]
         (checkpoint / name).unlink()
     path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")

@@ -71,7 +71,7 @@ def fill(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Fill:
         path.write_text(text, encoding="utf-8")
         prepared = prepare(path)
         filled = fill_caches(prepared.plan, prepared.scan.samples, (), "cpu", lambda *_: None)
-        assert not filled.left_out
+        assert not filled.skipped
         return {
             f"{Path(sample.ref_id).stem}: {sample.captions[0].text}": filled.caches.latents(
                 sample, sample.starts[0]
@@ -184,7 +184,7 @@ def test_a_clip_whose_connection_always_drops_is_named_and_the_others_are_used(
     )
     survey = prepare(path).scan.survey.datasets[0]
     assert sum(survey.samples.values()) == COUNT - 1
-    ((reason, (count, example)),) = survey.left_out.items()
+    ((reason, (count, example)),) = survey.skipped.items()
     assert (count, example) == (1, "00002.mp4")
     assert "2 times" in reason
     assert sum(prepare(path).scan.survey.datasets[0].samples.values()) == COUNT

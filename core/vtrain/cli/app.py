@@ -205,6 +205,6 @@ def main() -> None:
 
         if not isinstance(error, VtrainError):
             raise
-        if not error.told:
+        if not error.reported:
             report_error(error)
         sys.exit(error.exit_code)

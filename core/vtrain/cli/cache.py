@@ -163,9 +163,9 @@ def verify(path: Path, as_json: bool) -> None:
             )
             raise
     if as_json:
-        told = [{"path": str(each.path), "reason": each.reason, "moved_to": str(each.aside)} for each in damaged]
+        found = [{"path": str(each.path), "reason": each.reason, "moved_to": str(each.aside)} for each in damaged]
         cannot = [{"path": str(path), "reason": reason} for path, reason in unread]
-        print_json({"folder": str(folder), "read": counts, "damaged": told, "unreadable": cannot})
+        print_json({"folder": str(folder), "read": counts, "damaged": found, "unreadable": cannot})
     else:
         typer.echo(visible(f"cache: {folder}"))
         for each in damaged:

@@ -173,9 +173,9 @@ def _totals(files: Files, shown: int, statuses: Sequence[str]) -> None:
         total = sum(number.values())
         of_each = ", ".join(f"{number[status]} {status}" for status in STATUSES)
         typer.echo(f"\n{one_line(dataset)}: {total} file{'s' if total != 1 else ''}: {of_each}")
-        left_out = [each for each in counts if each.status != "used" and each.status in statuses]
-        if left_out:
-            print_table(("files", "left out", "such as"), [_count(each) for each in left_out])
+        skipped = [each for each in counts if each.status != "used" and each.status in statuses]
+        if skipped:
+            print_table(("files", "left out", "such as"), [_count(each) for each in skipped])
         for note in files.notes(dataset):
             typer.echo(one_line(note))
     listed = sum(each.files for dataset in files.datasets for each in files.counts(dataset) if each.status in statuses)

@@ -288,7 +288,7 @@ def _text_rows(texts: list[TextEntry]) -> Iterator[tuple[str, str]]:
 def _shortened(wording: str, caption: int) -> str:
     """Without the middle of a long instruction. caption: letters of what it is given for."""
     head, tail = 60, caption + 60
-    left_out = len(wording) - head - tail
-    if left_out < head:
+    skipped = len(wording) - head - tail
+    if skipped < head:
         return wording
-    return f"{wording[:head]} [... {left_out} letters more, see --json ...] {wording[-tail:]}"
+    return f"{wording[:head]} [... {skipped} letters more, see --json ...] {wording[-tail:]}"

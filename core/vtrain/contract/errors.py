@@ -28,11 +28,11 @@ class Problem:
 class VtrainError(Exception):
     """Base of every error a user can mend; carries one or more problems, all reported at once.
 
-    told: set on processes beside the one that reports it.
+    reported: set on processes beside the one that reports it.
     """
 
     exit_code = 2
-    told = False
+    reported = False
 
     def __init__(self, problems: Problem | Iterable[Problem]) -> None:
         self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)

@@ -125,7 +125,7 @@ def build(
     sources: bool = False,
 ) -> Index:
     """The index of samples all of whose entries are in the caches. sources: whether windows can be decoded again."""
-    names, told = _Growing(), _Growing()
+    names, sources_of = _Growing(), _Growing()
     video, text, masks = _KeyRows(video_keys), _KeyRows(text_keys), _KeyRows(mask_keys or (lambda sample: ()))
     features = {name: _KeyRows(keys) for name, keys in (feature_keys or {}).items()}
     columns = [video, text, *([masks] if mask_keys else []), *features.values()]
@@ -143,7 +143,7 @@ def build(
         for column in columns:
             column.append(sample)
         if sources:
-            told.append(_source(sample))
+            sources_of.append(_source(sample))
         datasets.append(sample.place)
         buckets.append(shapes.setdefault(sample.shape, len(shapes)))
     place = {shape: number for number, shape in enumerate(sorted(shapes))}
@@ -159,7 +159,7 @@ def build(
         tallies,
         masks.rows() if mask_keys else None,
         {name: column.rows() for name, column in features.items()},
-        told.rows() if sources else None,
+        sources_of.rows() if sources else None,
     )
 
 

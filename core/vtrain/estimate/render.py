@@ -129,7 +129,7 @@ def as_json(plan: Plan, survey: Survey, estimate: Estimate) -> dict[str, object]
                 "clips": sum(map(found.clips_of, found.samples)),
                 "windows": sum(map(found.windows_of, found.samples)),
                 "notes": list(found.notes),
-                "left_out": {reason: {"files": n, "example": e} for reason, (n, e) in found.left_out.items()},
+                "skipped": {reason: {"files": n, "example": e} for reason, (n, e) in found.skipped.items()},
                 "repeats": found.repeats,
             }
             for found in survey.datasets
@@ -167,9 +167,9 @@ def dataset_rows(dataset: DatasetPlan, found: DatasetSurvey, *, alone: bool) -> 
     if not alone:
         for shape, count in sorted(found.samples.items()):
             yield f"bucket {shape}", counted(count, "sample")
-    for reason, (count, example) in sorted(found.left_out.items(), key=lambda item: (-item[1][0], item[0])):
+    for reason, (count, example) in sorted(found.skipped.items(), key=lambda item: (-item[1][0], item[0])):
         yield f"skipped: {count}", f"{reason}  (such as {example})"
-    if found.left_out:
+    if found.skipped:
         yield "all of them", "`vtrain data list CONFIG --dropped --failed`"
     if dataset.table.on_bad_file == "move":
         yield "bad files", f"moved to {dataset.table.quarantine} when caches are filled"

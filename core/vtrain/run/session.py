@@ -222,7 +222,7 @@ class Session:
         filled = yield from self._caches(found)
         yield from self._quarantined()
         survey = found.survey
-        if filled.left_out:
+        if filled.skipped:
             survey = filled.recount(survey)
             estimate = self.processes.from_first(lambda: make_estimate(self.plan, survey))
             yield Estimated(estimate.steps, estimate.steps_per_epoch, estimate.samples_per_step, ())
@@ -246,7 +246,7 @@ class Session:
         yield Scanned(tuple(
             DatasetStatistics(
                 each.id, each.files, sum(map(each.clips_of, each.samples)),
-                {reason: count for reason, (count, _) in each.left_out.items()},
+                {reason: count for reason, (count, _) in each.skipped.items()},
             )
             for each in found.survey.datasets
         ))  # fmt: skip
@@ -268,7 +268,7 @@ class Session:
                 raise
             self.processes.from_first(lambda: fill_pictures(self.plan, where))
         copies, example = filled.index.copies()
-        yield Filled(len(filled.index), filled.left_out, filled.truncated, copies, tuple(example or ()))
+        yield Filled(len(filled.index), filled.skipped, filled.truncated, copies, tuple(example or ()))
         return filled
 
     def _quarantined(self) -> Iterator[Event]:

@@ -138,8 +138,8 @@ def _by_frame(level: torch.Tensor, frames: int) -> torch.Tensor:
 def _told(drawn: NoiseLevel, level: NoiseLevel) -> list[float | list[float]]:
     """The sigmas of a batch as they are logged: those drawn, and where a clip has another at some frame, one for each."""
     if level is drawn:
-        told: list[float | list[float]] = drawn.sigma.tolist()
-        return told
+        sigmas: list[float | list[float]] = drawn.sigma.tolist()
+        return sigmas
     own = _by_frame(drawn.sigma, level.sigma.shape[1])
     return [
         after.tolist() if bool((after != before).any()) else one.tolist()

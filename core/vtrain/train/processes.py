@@ -86,7 +86,7 @@ class Processes:
         if not isinstance(box[0], VtrainError):
             made: T = box[0]
             return made
-        box[0].told = not self.first
+        box[0].reported = not self.first
         raise box[0]
 
     def gathered(self, values: list[Any]) -> list[Any]:

@@ -126,8 +126,8 @@ def find_start(plan: Plan) -> Start:
         problems = [Problem("", f"{change}; this cannot change in a resumed run.") for change in words]
         raise CheckpointError([Problem(str(folder), "this checkpoint is of another run.", remedy), *problems])
     notices.append(f"resuming from {folder} (step {state.step})")
-    told = [change for change in changes if change.resume == "tell"]
-    notices += [f"changed since: {each.key}: {_show(each.old)} -> {_show(each.new)}" for each in told]
+    reported = [change for change in changes if change.resume == "tell"]
+    notices += [f"changed since: {each.key}: {_show(each.old)} -> {_show(each.new)}" for each in reported]
     return Start(folder, state, tuple(notices))
 
 

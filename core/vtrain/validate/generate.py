@@ -201,10 +201,10 @@ class Validation:
         folder = self.folder / f"step-{step:06d}"
         yield Validating(step, len(prompts))
         made, failure, interrupted = self._share(folder, list(prompts)[self.peers.rank :: self.peers.count])
-        told = self.peers.gathered([(made, failure, interrupted)])
-        everything = {name: path for files, _, _ in told for name, path in files.items()}
+        shares = self.peers.gathered([(made, failure, interrupted)])
+        everything = {name: path for files, _, _ in shares for name, path in files.items()}
         files = {name: everything[name] for name in prompts if name in everything}
-        failures = {words for _, words, _ in told if words}
+        failures = {words for _, words, _ in shares if words}
         sheet = None
         if files and not self.peers.rank:
             try:
@@ -213,7 +213,7 @@ class Validation:
             except Exception as error:  # noqa: BLE001 - validation never ends a run
                 failures.add(f"no contact sheet: {type(error).__name__}: {error}")
                 sheet = None
-        yield Validated(step, files, sheet, tuple(sorted(failures)), any(stopped for _, _, stopped in told))
+        yield Validated(step, files, sheet, tuple(sorted(failures)), any(stopped for _, _, stopped in shares))
 
     def _strip(self, nickname: str, file: Path) -> Strip:
         plan, frames = self.validator.plan, read_frames(file)

@@ -76,14 +76,14 @@ __all__ = ["DROPPED", "Caches", "FilledCaches", "fill", "fill_caches"]
 
 @dataclass(frozen=True)
 class FilledCaches:
-    """index: of the samples that can be trained on, as they were encoded. left_out: "<dataset>/<ref id>" -> why that file
+    """index: of the samples that can be trained on, as they were encoded. skipped: "<dataset>/<ref id>" -> why that file
     cannot be used.
 
     truncated: captions encoded now that were too long and lost their end.
     """
 
     index: Index
-    left_out: Mapping[str, str]
+    skipped: Mapping[str, str]
     truncated: int
     caches: Caches
 
@@ -92,8 +92,8 @@ class FilledCaches:
         datasets = []
         for number, found in enumerate(survey.datasets):
             tallies = sorted((shape, tally) for (of, shape), tally in self.index.tallies.items() if of == number)
-            reasons = dict(found.left_out)
-            for name, reason in self.left_out.items():
+            reasons = dict(found.skipped)
+            for name, reason in self.skipped.items():
                 if name.startswith(f"{found.id}/"):
                     count, example = reasons.get(reason, (0, name.removeprefix(f"{found.id}/")))
                     reasons[reason] = (count + 1, example)
@@ -102,7 +102,7 @@ class FilledCaches:
                 samples={shape: tally.samples for shape, tally in tallies},
                 clips={shape: tally.files for shape, tally in tallies},
                 windows={shape: tally.windows for shape, tally in tallies},
-                left_out=reasons,
+                skipped=reasons,
             )
             datasets.append(new)
         return replace(survey, datasets=tuple(datasets))
@@ -128,10 +128,10 @@ def fill(
     truncated = yield from fill_text(stores, texts(plan, samples, extra_texts), peers, device)
     unusable = yield from fill_windows(stores, samples, peers, device)
     index, changed = next(filter(None, together(peers, lambda: _index(stores, samples, unusable, peers))))
-    left_out = unusable.told() | changed
-    if left_out and not len(index):
-        raise DataError(Problem(name, f"{reason}.") for name, reason in left_out.items())
-    return FilledCaches(index, left_out, truncated, Caches(stores))
+    skipped = unusable.reasons() | changed
+    if skipped and not len(index):
+        raise DataError(Problem(name, f"{reason}.") for name, reason in skipped.items())
+    return FilledCaches(index, skipped, truncated, Caches(stores))
 
 
 def fill_caches(

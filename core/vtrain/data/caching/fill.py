@@ -179,7 +179,7 @@ class Unusable:
         out = self.windows.get(sample.id)
         return tuple(start for start in sample.starts if start not in out) if out else sample.starts
 
-    def told(self) -> dict[str, str]:
+    def reasons(self) -> dict[str, str]:
         """Everything by name, with why."""
         windows = {
             f"{name}, the window at {start:g} s": why

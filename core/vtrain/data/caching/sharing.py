@@ -164,11 +164,11 @@ def together_telling(peers: Peers, work: Generator[Y, None, T]) -> Generator[Y, 
 
 
 def _agreed(peers: Peers, result: Any, failure: VtrainError | None) -> list[Any]:
-    told = peers.gathered([(result, failure)])
-    failures: list[VtrainError] = [failure for _, failure in told if failure is not None]
+    gathered = peers.gathered([(result, failure)])
+    failures: list[VtrainError] = [failure for _, failure in gathered if failure is not None]
     if failures:
         problems = dict.fromkeys(problem for failure in failures for problem in failure.problems)
         one = failure if len(failures) == 1 and failure is not None else type(failures[0])(problems)
-        one.told = peers.rank > 0
+        one.reported = peers.rank > 0
         raise one
-    return [result for result, _ in told]
+    return [result for result, _ in gathered]

@@ -23,7 +23,7 @@ _UNDECIDED = """
         old.kind, old.reason, {mask}
     FROM source
     {joined}
-    LEFT JOIN fate old ON old.decision = :decision AND old.ref = source.ref AND old.size = source.size
+    LEFT JOIN file_decision old ON old.decision = :decision AND old.ref = source.ref AND old.size = source.size
         AND old.version = source.version AND old.kind IN ('decoding', 'bad mask', 'empty mask') {same}
     WHERE source.place = :place AND source.ref > :after AND {changed}
         AND source.kind IN ('video', 'image', 'other', 'misnamed')
@@ -38,9 +38,10 @@ _BESIDE = (
     "LEFT JOIN source beside ON beside.place = source.place AND beside.ref = (SELECT min(ref) FROM source other "
     "WHERE other.place = source.place AND other.stem = source.stem AND other.kind = :captions)",
 )
-_TOLD = (
-    "told.words, NULL, NULL, NULL",
-    "LEFT JOIN told ON told.place = source.place AND told.origin = :origin AND told.name = source.ref",
+_OF_DATASET = (
+    "dataset_caption.words, NULL, NULL, NULL",
+    "LEFT JOIN dataset_caption ON dataset_caption.place = source.place AND dataset_caption.origin = :origin "
+    "AND dataset_caption.name = source.ref",
 )
 _NOTHING = ("NULL, NULL, NULL, NULL", "")
 
@@ -66,7 +67,7 @@ _OF_A_CLIP = """FROM source m WHERE m.place = source.place AND m.stem = :masks |
 _MASKED = _Masks(
     columns=f"mask.ref, mask.fault, mask.probe, (SELECT max(ref) {_OF_A_CLIP})",
     joined=f"""LEFT JOIN source mask ON mask.place = source.place AND mask.ref = (SELECT min(ref) {_OF_A_CLIP})
-    LEFT JOIN fate masked ON masked.decision = :decision AND masked.ref = source.ref""",
+    LEFT JOIN file_decision masked ON masked.decision = :decision AND masked.ref = source.ref""",
     changed=f"""(source.generation > :generation OR (SELECT max(generation) {_OF_A_CLIP}) > :generation
         OR (masked.mask != '' AND masked.mask IS NOT mask.ref) OR masked.kind = 'two masks')
         AND NOT (source.ref > :masks || '/' AND source.ref < :masks || '0')""",
@@ -101,7 +102,7 @@ def _masks(dataset: DatasetPlan, family: Family) -> list[object] | None:
 
 
 def decide(ledger: Ledger, place: int, dataset: DatasetPlan, family: Family) -> int:
-    """The number of the decision, whose fates are then those of the place as the ledger knows it."""
+    """The number of the decision, whose file_decisions are then those of the place as the ledger knows it."""
     settings = settings_key(dataset, family)
     now = ledger.generation(place)
     with ledger.transaction() as db:
@@ -112,7 +113,7 @@ def decide(ledger: Ledger, place: int, dataset: DatasetPlan, family: Family) -> 
     if before != now:
         _decide_rows(ledger, number, place, before, dataset, family.frame_rule)
         with ledger.transaction() as db:
-            db.execute("UPDATE decision SET generation = ?, survey = NULL WHERE number = ?", (now, number))
+            db.execute("UPDATE decision SET generation = ?, statistics = NULL WHERE number = ?", (now, number))
     return int(number)
 
 
@@ -121,13 +122,13 @@ def _decide_rows(
 ) -> None:
     """generation: up to which all is decided."""
     beside = captions.BESIDE.values()
-    words, joined = _BESIDE if dataset.captions in beside else _TOLD if dataset.captions in TOLD else _NOTHING
+    words, joined = _BESIDE if dataset.captions in beside else _OF_DATASET if dataset.captions in TOLD else _NOTHING
     values = {
         "decision": decision, "place": place, "generation": generation, "captions": dataset.captions,
         "origin": origin_of(dataset), "masks": None if dataset.masks is None else dataset.masks.folder,
     }  # fmt: skip
     rows: list[tuple[object, ...]] = []
-    insert = f"INSERT OR REPLACE INTO fate VALUES ({marks(range(_COLUMNS))})"
+    insert = f"INSERT OR REPLACE INTO file_decision VALUES ({marks(range(_COLUMNS))})"
     masks = _Masks() if dataset.masks is None else _MASKED
     query = _UNDECIDED.format(
         words=words, joined=f"{joined} {masks.joined}", mask=masks.columns, changed=masks.changed, same=masks.same

@@ -18,41 +18,46 @@ from vtrain.data.sample import Sample
 from vtrain.data.scanning.captions import BESIDE, stem
 from vtrain.data.scanning.database import database_faults, open_readonly
 from vtrain.data.scanning.ledger import Ledger, escaped, pages, probe_of
-from vtrain.data.scanning.scan import Samples, ScannedDataset, decided, told
+from vtrain.data.scanning.scan import Samples, ScannedDataset, decided, ledger_messages
 from vtrain.data.scanning.surveys import DISTINCT, caption_notes, unmatched_captions
 from vtrain.plan.records import DatasetPlan, Plan
 
 STATUSES = ("used", "dropped", "failed")
 
-_COLUMNS = """SELECT fate.ref, fate.size, fate.version, status, fate.kind, reason, frames, height, width, samples, windows,
-    stretch, captions, probe, sha256 FROM fate LEFT JOIN source ON source.place = :place AND source.ref = fate.ref
+_COLUMNS = """SELECT file_decision.ref, file_decision.size, file_decision.version, status, file_decision.kind, reason,
+    frames, height, width, samples, windows, stretch, captions, probe, sha256 FROM file_decision
+    LEFT JOIN source ON source.place = :place AND source.ref = file_decision.ref
     WHERE decision = :decision"""
 
-_ROWS = f"{_COLUMNS} AND fate.ref > :after AND status IN (SELECT value FROM json_each(:statuses)) ORDER BY fate.ref LIMIT :limit"
+_ROWS = f"""{_COLUMNS} AND file_decision.ref > :after AND status IN (SELECT value FROM json_each(:statuses))
+    ORDER BY file_decision.ref LIMIT :limit"""
 
-_NAMED = f"{_COLUMNS} AND fate.ref IN (SELECT value FROM json_each(:refs)) ORDER BY fate.ref"
+_NAMED = f"{_COLUMNS} AND file_decision.ref IN (SELECT value FROM json_each(:refs)) ORDER BY file_decision.ref"
 
-_COUNTS = """SELECT status, kind, count(*), count(DISTINCT reason), reason, min(ref) FROM fate
+_COUNTS = """SELECT status, kind, count(*), count(DISTINCT reason), reason, min(ref) FROM file_decision
     WHERE decision = :decision GROUP BY status, kind ORDER BY count(*) DESC, kind"""
 
-_REASONS = """SELECT status, kind, count(*), 1, reason, min(ref) FROM fate
+_REASONS = """SELECT status, kind, count(*), 1, reason, min(ref) FROM file_decision
     WHERE decision = :decision AND kind = :kind AND status = :status GROUP BY reason ORDER BY count(*) DESC, reason"""
 
-_WIDTHS = """SELECT max(length(width || 'x' || height || '@' || frames)), max(length(ref)) FROM fate
+_WIDTHS = """SELECT max(length(width || 'x' || height || '@' || frames)), max(length(ref)) FROM file_decision
     WHERE decision = :decision"""
 
 _PROBE = "SELECT probe FROM source WHERE place = :place AND ref = :ref"
 
 _BESIDE = "SELECT kind FROM source WHERE place = :place AND ref IN (SELECT value FROM json_each(:refs))"
 
-_OF_STEM = "SELECT ref FROM fate WHERE decision = :decision AND ref >= :stem || '.' AND ref < :stem || '/' LIMIT 3"
+_OF_STEM = (
+    "SELECT ref FROM file_decision WHERE decision = :decision AND ref >= :stem || '.' AND ref < :stem || '/' LIMIT 3"
+)
 
-_BELOW = "SELECT ref FROM fate WHERE decision = :decision AND substr(ref, -length(:tail)) = :tail LIMIT 3"
+_BELOW = "SELECT ref FROM file_decision WHERE decision = :decision AND substr(ref, -length(:tail)) = :tail LIMIT 3"
 
-_AROUND = """SELECT ref FROM (SELECT ref FROM fate WHERE decision = :decision AND ref >= :name ORDER BY ref LIMIT :limit)
-    UNION SELECT ref FROM (SELECT ref FROM fate WHERE decision = :decision AND ref < :name ORDER BY ref DESC LIMIT :limit)"""
+_AROUND = """SELECT ref FROM (SELECT ref FROM file_decision WHERE decision = :decision AND ref >= :name
+    ORDER BY ref LIMIT :limit) UNION SELECT ref FROM (SELECT ref FROM file_decision WHERE decision = :decision AND ref < :name
+    ORDER BY ref DESC LIMIT :limit)"""
 
-_SHARING = """SELECT ref FROM fate WHERE decision = :decision AND (instr(lower(ref), :a) OR instr(lower(ref), :b) OR
+_SHARING = """SELECT ref FROM file_decision WHERE decision = :decision AND (instr(lower(ref), :a) OR instr(lower(ref), :b) OR
     instr(lower(ref), :c)) ORDER BY (instr(lower(ref), :a) > 0) + (instr(lower(ref), :b) > 0) + (instr(lower(ref), :c) > 0)
     DESC, abs(length(ref) - :length) LIMIT :limit"""
 
@@ -200,12 +205,12 @@ class Files:
 
 
 def look(plan: Plan, dataset: str | None = None, on_file: Callable[[int], None] | None = None) -> Files:
-    """Scan, and give what was found, also where a run would stop. dataset: only that one. on_file: told the number of
+    """Scan, and give what was found, also where a run would stop. dataset: only that one. on_file: called with the number of
     files done. Raises DataError if the ledger cannot be used."""
     problems: list[Problem] = []
     with Ledger(plan.config.cache.dir) as ledger:
         places = list(decided(ledger, plan, problems, on_file, dataset))
-        messages = told(ledger)
+        messages = ledger_messages(ledger)
     found = {place.id: (plan.datasets[place.number], place) for place in places}
     return Files(ledger.path, found, tuple(problems), messages)
 

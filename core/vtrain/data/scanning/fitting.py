@@ -103,7 +103,7 @@ def windows(
 
 
 FIT_VERSION = 3
-"""Raised when the arithmetic here changes, so that fates in the ledger are not mistaken for current ones."""
+"""Raised when the arithmetic here changes, so that file_decisions in the ledger are not mistaken for current ones."""
 
 _SAME_RATE = 0.99
 """A source of at least this share of the wanted rate is as fast (29.97 and 30, 23.976 and 24)."""

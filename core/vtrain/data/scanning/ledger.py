@@ -89,13 +89,13 @@ _TABLES = """
     ) WITHOUT ROWID;
     CREATE INDEX source_by_stem ON source (place, stem, kind);
     CREATE INDEX source_unseen ON source (place, kind, ref) WHERE unseen;
-    CREATE TABLE told (place INTEGER, origin TEXT, name TEXT, words TEXT NOT NULL, PRIMARY KEY (place, origin, name))
+    CREATE TABLE dataset_caption (place INTEGER, origin TEXT, name TEXT, words TEXT NOT NULL, PRIMARY KEY (place, origin, name))
         WITHOUT ROWID;
     CREATE TABLE decision (
         number INTEGER PRIMARY KEY, settings TEXT UNIQUE NOT NULL, place INTEGER NOT NULL, generation INTEGER NOT NULL,
-        survey TEXT
+        statistics TEXT
     );
-    CREATE TABLE fate (
+    CREATE TABLE file_decision (
         decision INTEGER, ref TEXT, size INTEGER NOT NULL, version TEXT NOT NULL, status TEXT NOT NULL,
         kind TEXT NOT NULL, reason TEXT NOT NULL, frames INTEGER, height INTEGER, width INTEGER,
         samples INTEGER NOT NULL, windows INTEGER NOT NULL, stretch REAL NOT NULL, made TEXT, captions TEXT,
@@ -104,9 +104,10 @@ _TABLES = """
     CREATE TABLE texts (decisions TEXT PRIMARY KEY, generations TEXT NOT NULL, count INTEGER NOT NULL) WITHOUT ROWID;
 """
 """source: unseen is 1 for a file that was not opened yet, or could not be for a reason that may pass. words: of a caption
-file. told: captions that do not stand in a file of their own. fate: made is how a file's samples are cut, as JSON;
-captions are those of each of its samples; samples and windows are how many there are. decision: survey is what a scan tells of it.
-A file that failed in filling keeps `made` until the next scan, so that those who go through the samples count alike.
+file. dataset_caption: captions that do not stand in a file of their own. file_decision: made is how a file's samples are
+cut, as JSON; captions are those of each of its samples; samples and windows are how many there are. decision: statistics is
+what a scan counted of it. A file that failed in filling keeps `made` until the next scan, so that those who go through the
+samples count alike.
 """
 
 _PROBE = attrgetter(*(field.name for field in fields(Probe)))
@@ -134,7 +135,7 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Fate:
+class FileDecision:
     """What became of a file under one dataset's settings.
 
     status: "used", "dropped" or "failed". shape: "WxH@F", or "". kind, reason: why it is left out, or "".
@@ -198,12 +199,12 @@ class Ledger(AbstractContextManager["Ledger"]):
             for ref, size, version, kind, fault, probe, words, sha256 in self.rows(query, {"location": location})
         }
 
-    def fates(self, settings: str) -> dict[str, Fate]:
-        """Ref id -> fate, under one dataset's settings; all of them in memory."""
+    def file_decisions(self, settings: str) -> dict[str, FileDecision]:
+        """Ref id -> file_decision, under one dataset's settings; all of them in memory."""
         query = """SELECT ref, size, version, status, width || 'x' || height || '@' || frames, kind, reason
-            FROM fate JOIN decision ON decision = number WHERE settings = :settings"""
+            FROM file_decision JOIN decision ON decision = number WHERE settings = :settings"""
         return {
-            ref: Fate(size, version, status, shape or "", kind, reason)
+            ref: FileDecision(size, version, status, shape or "", kind, reason)
             for ref, size, version, status, shape, kind, reason in self.rows(query, {"settings": settings})
         }
 
@@ -212,11 +213,11 @@ class Ledger(AbstractContextManager["Ledger"]):
         it is used no more, until it changes."""
         with self.transaction() as db:
             db.execute(
-                "UPDATE fate SET status = ?, kind = ?, reason = ? "
+                "UPDATE file_decision SET status = ?, kind = ?, reason = ? "
                 "WHERE decision = (SELECT number FROM decision WHERE settings = ?) AND ref = ? AND size = ? AND version = ?",
                 (left.status, left.kind, left.reason, settings, sample.ref_id, sample.size, sample.version),
             )
-            db.execute("UPDATE decision SET survey = NULL WHERE settings = ?", (settings,))
+            db.execute("UPDATE decision SET statistics = NULL WHERE settings = ?", (settings,))
 
     def record_hash(self, location: str, ref: SourceRef, sha256: str) -> None:
         """The hash of the bytes that were read of a file."""

@@ -19,12 +19,12 @@ from vtrain.plan.records import DatasetPlan, Plan
 
 # A file with a fault that may pass, such as a storage that did not answer, is looked at again, and not moved.
 _BAD = """
-    SELECT fate.ref, fate.size, fate.version, fate.reason
-    FROM fate JOIN decision ON decision = decision.number
-    JOIN source ON source.place = decision.place AND source.ref = fate.ref AND NOT source.unseen
-    LEFT JOIN source mask ON mask.place = decision.place AND mask.ref = fate.mask
-    WHERE settings = :settings AND status = 'failed' AND fate.ref > :after AND NOT coalesce(mask.unseen, 0)
-    ORDER BY fate.ref LIMIT :limit
+    SELECT file_decision.ref, file_decision.size, file_decision.version, file_decision.reason
+    FROM file_decision JOIN decision ON decision = decision.number
+    JOIN source ON source.place = decision.place AND source.ref = file_decision.ref AND NOT source.unseen
+    LEFT JOIN source mask ON mask.place = decision.place AND mask.ref = file_decision.mask
+    WHERE settings = :settings AND status = 'failed' AND file_decision.ref > :after AND NOT coalesce(mask.unseen, 0)
+    ORDER BY file_decision.ref LIMIT :limit
 """
 
 

@@ -173,16 +173,16 @@ def _probe(file: Path) -> Probe:
 
 
 _OF = """
-    SELECT fate.ref, fate.size, fate.version, frames, height, width, made, captions, source.probe,
+    SELECT file_decision.ref, file_decision.size, file_decision.version, frames, height, width, made, captions, source.probe,
         source.sha256, mask.ref, mask.size, mask.version, mask.sha256
-    FROM fate JOIN source ON source.place = :place AND source.ref = fate.ref AND source.size = fate.size
-        AND source.version = fate.version
-    LEFT JOIN source mask ON mask.place = :place AND mask.ref = fate.mask
-    WHERE decision = :decision AND {which} AND made IS NOT NULL AND (fate.mask = '' OR mask.ref IS NOT NULL)
-    ORDER BY fate.ref LIMIT :limit
+    FROM file_decision JOIN source ON source.place = :place AND source.ref = file_decision.ref AND source.size = file_decision.size
+        AND source.version = file_decision.version
+    LEFT JOIN source mask ON mask.place = :place AND mask.ref = file_decision.mask
+    WHERE decision = :decision AND {which} AND made IS NOT NULL AND (file_decision.mask = '' OR mask.ref IS NOT NULL)
+    ORDER BY file_decision.ref LIMIT :limit
 """
 
-_USED, _ONE = _OF.format(which="fate.ref > :after"), _OF.format(which="fate.ref = :ref")
+_USED, _ONE = _OF.format(which="file_decision.ref > :after"), _OF.format(which="file_decision.ref = :ref")
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,7 @@ class Scan:
 def scan(plan: Plan, on_file: Callable[[int], None] | None = None) -> Scan:
     """Look at every file of the plan's datasets, opening only those that changed since the last scan.
 
-    on_file: told the number of files done. Raises DataError with all problems of all datasets.
+    on_file: called with the number of files done. Raises DataError with all problems of all datasets.
     """
     wrong = list(picture_faults(plan.config))
     found: list[tuple[ScannedDataset, DatasetSurvey]] = []
@@ -284,12 +284,12 @@ def scan(plan: Plan, on_file: Callable[[int], None] | None = None) -> Scan:
         if wrong:
             raise DataError(wrong)
         texts = count_texts(ledger, [each.decision for each, _ in found])
-        messages = told(ledger)
+        messages = ledger_messages(ledger)
         samples_of_all = Samples(ledger.path, tuple(each for each, _ in found))
     return Scan(samples_of_all, Survey(tuple(seen for _, seen in found), texts), messages)
 
 
-def told(ledger: Ledger) -> tuple[str, ...]:
+def ledger_messages(ledger: Ledger) -> tuple[str, ...]:
     """What became of damaged files of the cache folder: of the ledger, and of the hashes of model files."""
     return tuple(filter(None, (ledger.message, moved_aside(ledger.path.parent))))
 
@@ -303,7 +303,7 @@ def decided(
 ) -> Iterator[ScannedDataset]:
     """The plan's datasets, each brought up to date, its samples not counted. only: the id of the one that is wanted.
 
-    wrong: takes the problems of those that could not be. on_file: told the number of files done.
+    wrong: takes the problems of those that could not be. on_file: called with the number of files done.
     """
     count = _counting(on_file)
     with Workers(available_cpus(), _LIMIT_S) as workers:

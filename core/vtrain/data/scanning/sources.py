@@ -42,7 +42,7 @@ class Changes:
         self._found: list[tuple[object, ...]] = []
         self._gone: list[str] = []
         self._seen: list[tuple[object, ...]] = []
-        self._told: list[tuple[str, str, str | None]] = []
+        self._captions: list[tuple[str, str, str | None]] = []
         self._stems: set[str] = set()
 
     def found(self, ref: SourceRef, kind: str | None = None) -> None:
@@ -69,9 +69,9 @@ class Changes:
         self._seen.append((unseen, fault, probe, words, ref_id))
         self._maybe_write()
 
-    def told(self, origin: str, name: str, words: str | None) -> None:
+    def caption(self, origin: str, name: str, words: str | None) -> None:
         """A clip's captions that stand in no file of their own; None if it has none any more."""
-        self._told.append((origin, name, words))
+        self._captions.append((origin, name, words))
         self._maybe_write()
 
     def _touch(self, ref_id: str, kind: str) -> None:
@@ -80,16 +80,16 @@ class Changes:
             self._stems.add(stem(ref_id))
 
     def _maybe_write(self) -> None:
-        if len(self._found) + len(self._gone) + len(self._seen) + len(self._told) >= _ROWS:
+        if len(self._found) + len(self._gone) + len(self._seen) + len(self._captions) >= _ROWS:
             self.write()
 
     def write(self) -> None:
         """Put down what is noted."""
-        if not (self._found or self._gone or self._seen or self._told):
+        if not (self._found or self._gone or self._seen or self._captions):
             return
         with self.ledger.transaction() as db:
             self._write(db, self._next_generation(db))
-        for noted in (self._found, self._gone, self._seen, self._told):
+        for noted in (self._found, self._gone, self._seen, self._captions):
             noted.clear()
         self._stems.clear()
 
@@ -104,7 +104,7 @@ class Changes:
         place = self.place
         db.executemany("DELETE FROM source WHERE place = ? AND ref = ?", ((place, ref) for ref in self._gone))
         db.executemany(
-            "DELETE FROM fate WHERE decision IN (SELECT number FROM decision WHERE place = ?) AND ref = ?",
+            "DELETE FROM file_decision WHERE decision IN (SELECT number FROM decision WHERE place = ?) AND ref = ?",
             ((place, ref) for ref in self._gone),
         )
         db.executemany(
@@ -116,9 +116,9 @@ class Changes:
             "UPDATE source SET generation = ?, unseen = ?, fault = ?, probe = ?, words = ? WHERE place = ? AND ref = ?",
             ((generation, *row[:-1], place, row[-1]) for row in self._seen),
         )
-        self._write_told(db)
+        self._write_captions(db)
         # Python 3.12.1 takes `stem` for a local of this function where a comprehension has a variable of that name.
-        stems = [*self._stems, *(stem(name) for _, name, _ in self._told)]
+        stems = [*self._stems, *(stem(name) for _, name, _ in self._captions)]
         clips = [(generation, place, each, kind, generation) for each in stems for kind in CLIPS]
         db.executemany(
             # Left to itself SQLite would go through the whole place.
@@ -127,11 +127,11 @@ class Changes:
             clips,
         )
 
-    def _write_told(self, db: sqlite3.Connection) -> None:
-        told = [(self.place, origin, name, words) for origin, name, words in self._told if words is not None]
-        db.executemany("INSERT OR REPLACE INTO told VALUES (?, ?, ?, ?)", told)
-        gone = [(self.place, origin, name) for origin, name, words in self._told if words is None]
-        db.executemany("DELETE FROM told WHERE place = ? AND origin = ? AND name = ?", gone)
+    def _write_captions(self, db: sqlite3.Connection) -> None:
+        given = [(self.place, origin, name, words) for origin, name, words in self._captions if words is not None]
+        db.executemany("INSERT OR REPLACE INTO dataset_caption VALUES (?, ?, ?, ?)", given)
+        gone = [(self.place, origin, name) for origin, name, words in self._captions if words is None]
+        db.executemany("DELETE FROM dataset_caption WHERE place = ? AND origin = ? AND name = ?", gone)
 
 
 Known = tuple[str, int, str]
@@ -157,7 +157,7 @@ def refresh(ledger: Ledger, dataset: DatasetPlan, workers: Workers, count: Calla
     else:
         _merge(changes, backend.refs(), "", count)
     changes.write()
-    _merge_told(changes, dataset)
+    _merge_captions(changes, dataset)
     _look(changes, dataset, workers, count)
     changes.write()
     return place
@@ -280,10 +280,10 @@ def _forget_shard(changes: Changes, shard: str) -> None:
         db.execute("DELETE FROM shard WHERE place = ? AND ref = ?", (changes.place, shard))
 
 
-def _merge_told(changes: Changes, dataset: DatasetPlan) -> None:
+def _merge_captions(changes: Changes, dataset: DatasetPlan) -> None:
     """Captions that the backend or a file of captions tells, as they are now."""
     origin = origin_of(dataset)
-    query = """SELECT name, words FROM told WHERE place = :place AND origin = :origin AND name > :after
+    query = """SELECT name, words FROM dataset_caption WHERE place = :place AND origin = :origin AND name > :after
         ORDER BY name LIMIT :limit"""
     known = changes.ledger.pages(query, {"place": changes.place, "origin": origin})
     row, last = next(known, None), ""
@@ -294,19 +294,19 @@ def _merge_told(changes: Changes, dataset: DatasetPlan) -> None:
         if not is_utf8(name):
             continue  # such a file is left out for its name
         while row is not None and row[0] < name:
-            changes.told(origin, row[0], None)
+            changes.caption(origin, row[0], None)
             row = next(known, None)
-        text = told_text(words)
+        text = caption_text(words)
         if row is None or row[0] != name or row[1] != text:
-            changes.told(origin, name, text)
+            changes.caption(origin, name, text)
         if row is not None and row[0] == name:
             row = next(known, None)
     while row is not None:
-        changes.told(origin, row[0], None)
+        changes.caption(origin, row[0], None)
         row = next(known, None)
 
 
-def told_text(words: Words | FileFault) -> str:
+def caption_text(words: Words | FileFault) -> str:
     """Words, or the reason why there are none, as JSON."""
     return words_text(words) if isinstance(words, Words) else json.dumps(words.reason, ensure_ascii=False)
 

@@ -21,7 +21,7 @@ class DatasetSurvey:
     """What a scan found in one dataset.
 
     files: looked at, captions not counted. samples: clip shape -> number of training samples, repeats not counted.
-    left_out: reason -> (number of files, an example's id), dropped and failed alike. clips: clip shape -> number of files
+    skipped: reason -> (number of files, an example's id), dropped and failed alike. clips: clip shape -> number of files
     that the samples are of; windows: -> number of windows, each encoded once; where either is empty, each sample has one.
     stretch: clip shape -> the most that a picture becomes wider or higher by being squeezed into it, at least 1; empty: none
     does. notes: what else is worth knowing, such as caption rows without a clip. share: the part of it that an epoch takes.
@@ -30,7 +30,7 @@ class DatasetSurvey:
     id: str
     files: int
     samples: Mapping[ClipShape, int]
-    left_out: Mapping[str, tuple[int, str]]
+    skipped: Mapping[str, tuple[int, str]]
     repeats: int
     clips: Mapping[ClipShape, int] = field(default_factory=dict)
     windows: Mapping[ClipShape, int] = field(default_factory=dict)
@@ -104,17 +104,17 @@ def _plain(number: Fraction) -> float:
 DISTINCT = 5
 """Different reasons of one kind that a survey lists apart; more are counted together, with one as the example."""
 
-_KINDS = """SELECT kind, count(*), count(DISTINCT reason), reason, min(ref) FROM fate
+_KINDS = """SELECT kind, count(*), count(DISTINCT reason), reason, min(ref) FROM file_decision
     WHERE decision = :decision AND status != 'used' GROUP BY kind"""
 
-_REASONS = """SELECT reason, count(*), min(ref) FROM fate
+_REASONS = """SELECT reason, count(*), min(ref) FROM file_decision
     WHERE decision = :decision AND status != 'used' AND kind = :kind GROUP BY reason"""
 
-_SHAPES = """SELECT frames, height, width, sum(samples), count(*), sum(windows), max(stretch) FROM fate
+_SHAPES = """SELECT frames, height, width, sum(samples), count(*), sum(windows), max(stretch) FROM file_decision
     WHERE decision = :decision AND status = 'used' GROUP BY frames, height, width ORDER BY frames, height, width"""
 
-_UNMATCHED = """SELECT count(*), min(name) FROM told WHERE place = :place AND origin = :origin
-    AND NOT EXISTS (SELECT 1 FROM source WHERE source.place = told.place AND source.ref = told.name
+_UNMATCHED = """SELECT count(*), min(name) FROM dataset_caption WHERE place = :place AND origin = :origin
+    AND NOT EXISTS (SELECT 1 FROM source WHERE source.place = dataset_caption.place AND source.ref = dataset_caption.name
     AND source.kind IN ('video', 'image'))"""
 
 # By the index alone, so that a million captions take half a second. Masks are no clips, and their words no captions.
@@ -136,19 +136,19 @@ _NO_MASKS = f"SELECT count(*), min(ref) {_MASKS} AND kind NOT IN ('video', 'imag
 def survey(ledger: Ledger, place: int, decision: int, dataset: DatasetPlan, share: Fraction) -> DatasetSurvey:
     """Of a decision that is up to date. share: of the dataset in an epoch."""
     values = {"decision": decision}
-    ((kept,),) = ledger.rows("SELECT survey FROM decision WHERE number = :decision", values)
+    ((kept,),) = ledger.rows("SELECT statistics FROM decision WHERE number = :decision", values)
     if kept is None:
         kept = json.dumps(_count(ledger, decision, place, dataset))
         with ledger.transaction() as db:
-            db.execute("UPDATE fate SET made = NULL WHERE decision = ? AND status != 'used'", (decision,))
-            db.execute("UPDATE decision SET survey = ? WHERE number = ?", (kept, decision))
-    files, shapes, left_out, unmatched, masks = json.loads(kept)
+            db.execute("UPDATE file_decision SET made = NULL WHERE decision = ? AND status != 'used'", (decision,))
+            db.execute("UPDATE decision SET statistics = ? WHERE number = ?", (kept, decision))
+    files, shapes, skipped, unmatched, masks = json.loads(kept)
     rows = [(ClipShape(*row[:3]), *row[3:]) for row in shapes]
     return DatasetSurvey(
         id=dataset.id,
         files=files,
         samples={shape: samples for shape, samples, _, _, _ in rows},
-        left_out={reason: (count, example) for reason, count, example in left_out},
+        skipped={reason: (count, example) for reason, count, example in skipped},
         repeats=dataset.table.repeats,
         clips={shape: clips for shape, _, clips, _, _ in rows},
         windows={shape: windows for shape, _, _, windows, _ in rows},
@@ -203,22 +203,22 @@ def _many(some: Sequence[Any], noun: str) -> str:
 
 def _count(ledger: Ledger, decision: int, place: int, dataset: DatasetPlan) -> list[Any]:
     values = {"decision": decision}
-    ((files,),) = ledger.rows("SELECT count(*) FROM fate WHERE decision = :decision", values)
-    left_out = []
+    ((files,),) = ledger.rows("SELECT count(*) FROM file_decision WHERE decision = :decision", values)
+    skipped = []
     for kind, count, distinct, reason, example in ledger.rows(_KINDS, values):
         if distinct > DISTINCT:
-            left_out.append((f"{kind}, such as: {reason}", count, example))
+            skipped.append((f"{kind}, such as: {reason}", count, example))
         else:
-            left_out += ledger.rows(_REASONS, {**values, "kind": kind})
-    left_out.sort(key=lambda row: row[2])
+            skipped += ledger.rows(_REASONS, {**values, "kind": kind})
+    skipped.sort(key=lambda row: row[2])
     unmatched = unmatched_captions(ledger.rows, place, dataset)
     masks = None if dataset.masks is None else _count_masks(ledger, decision, place, dataset.masks)
-    return [files, ledger.rows(_SHAPES, values), left_out, unmatched, masks]
+    return [files, ledger.rows(_SHAPES, values), skipped, unmatched, masks]
 
 
 def _count_masks(ledger: Ledger, decision: int, place: int, masks: MasksPlan) -> list[Some]:
     """Used clips with a mask, and without; masks without a clip; files in the folder that can be none."""
-    used = "SELECT count(*), min(ref) FROM fate WHERE decision = :decision AND status = 'used' AND mask"
+    used = "SELECT count(*), min(ref) FROM file_decision WHERE decision = :decision AND status = 'used' AND mask"
     values = {"decision": decision, "place": place, "masks": masks.folder}
     queries = (f"{used} != ''", f"{used} = ''", _STRAY_MASKS, _NO_MASKS)
     return [ledger.rows(query, values)[0] for query in queries]
@@ -234,7 +234,7 @@ def count_texts(ledger: Ledger, decisions: Sequence[int]) -> int:
     kept = ledger.rows(query, {"key": key, "generations": generations})
     if kept:
         return int(kept[0][0])
-    counted = f"""SELECT count(DISTINCT value) FROM fate, json_each(captions)
+    counted = f"""SELECT count(DISTINCT value) FROM file_decision, json_each(captions)
         WHERE decision IN ({",".join(str(row[0]) for row in known)}) AND status = 'used'"""
     ((count,),) = ledger.rows(counted, {})
     with ledger.transaction() as db:
@@ -246,7 +246,7 @@ def problems(ledger: Ledger, decision: int, dataset: DatasetPlan, found: Dataset
     """What of a scanned dataset stops a run."""
     place = dataset.backend.location
     if dataset.table.on_bad_file == "stop":
-        query = "SELECT ref, reason FROM fate WHERE decision = :decision AND status = 'failed' ORDER BY ref"
+        query = "SELECT ref, reason FROM file_decision WHERE decision = :decision AND status = 'failed' ORDER BY ref"
         for ref, reason in ledger.rows(query, {"decision": decision}):
             remedy = 'Mend or remove the file, or set data.on_bad_file = "skip".'
             yield Problem(f"{place}/{ref}", f"{reason}.", remedy)
@@ -255,20 +255,20 @@ def problems(ledger: Ledger, decision: int, dataset: DatasetPlan, found: Dataset
     elif dataset.masks is not None and (wrong := _masks_wrong(ledger, decision, dataset, dataset.masks)):
         yield wrong
     elif not found.samples:
-        reasons = "; ".join(f"{count} x {why} (such as {example})" for why, (count, example) in found.left_out.items())
+        reasons = "; ".join(f"{count} x {why} (such as {example})" for why, (count, example) in found.skipped.items())
         yield Problem(dataset.where, f"dataset {dataset.id}: no usable clip in {place}: {reasons}.")
 
 
 def _masks_wrong(ledger: Ledger, decision: int, dataset: DatasetPlan, masks: MasksPlan) -> Problem | None:
     """That there are no masks, or only others' than these clips'."""
     values = {"decision": decision, "masks": masks.folder}
-    if ledger.rows("SELECT 1 FROM fate WHERE decision = :decision AND mask != '' LIMIT 1", values):
+    if ledger.rows("SELECT 1 FROM file_decision WHERE decision = :decision AND mask != '' LIMIT 1", values):
         return None
     query = f"SELECT ref {_MASKS} AND kind IN ('video', 'image') ORDER BY ref LIMIT 1".replace(
         ":place", "(SELECT place FROM decision WHERE number = :decision)"
     )
     found, folder = ledger.rows(query, values), f"{dataset.backend.location}/{masks.folder}"
-    ((clip,),) = ledger.rows("SELECT min(ref) FROM fate WHERE decision = :decision AND samples > 0", values)
+    ((clip,),) = ledger.rows("SELECT min(ref) FROM file_decision WHERE decision = :decision AND samples > 0", values)
     if not found:
         what = f"dataset {dataset.id}: no image and no video in {folder}, where its masks should be."
         return Problem(masks.where, what, "data.masks.folder is a folder in the dataset; remove [data.masks] for none.")

@@ -24,9 +24,9 @@ from vtrain.config.tables import LoraTable, TrainTable
 from vtrain.contract import Condition, NoiseLevel, RunLength, Text
 from vtrain.run.inbox import Inbox
 from vtrain.testing.memory import MemoryPeak
-from vtrain.train.feed import Fed
 from vtrain.train.loop import Ends, Loop
 from vtrain.train.parameters import add_lora, groups, trained
+from vtrain.train.prefetch import Prefetched
 from vtrain.train.processes import Processes
 from vtrain.train.step import Step, StepInput, Term
 from vtrain_builtin.adamw import AdamWOptions, build_adamw
@@ -62,7 +62,7 @@ def step_of(setup: Setup, *, crepa: bool) -> Step:
     return step
 
 
-def inputs(setup: Setup, *, crepa: bool) -> Iterator[Fed]:
+def inputs(setup: Setup, *, crepa: bool) -> Iterator[Prefetched]:
     """Micro-batches of one clip, with features where CREPA is."""
     latents = (1, *setup.clip.latents)
     _, frames, height, width = setup.clip.latents
@@ -75,7 +75,7 @@ def inputs(setup: Setup, *, crepa: bool) -> Iterator[Fed]:
         text = Text(embeds, torch.ones(1, TEXT_TOKENS, dtype=torch.bool))
         level = NoiseLevel(torch.empty(1), torch.empty(1))
         given = StepInput(torch.empty(latents), torch.empty(latents), level, Condition(text), 0, features=features)
-        yield Fed(given, 0, ("fake",), [0.5])
+        yield Prefetched(given, 0, ("fake",), [0.5])
 
 
 def loop_of(setup: Setup, step: Step, processes: Processes) -> Loop:

@@ -200,7 +200,7 @@ def result(output: Path, arm: str, seed: int, steps: int, prompts: int, options:
 
 
 def truth(folder: Path, prompts: int) -> Steadiness:
-    """Of true clips of the same prompts, drawn anew and written as videos of the model are."""
+    """Of true clips of the same prompts, drawn again and written as videos of the model are."""
     random, videos = np.random.default_rng(UNSEEN_SEED), []
     folder.mkdir(parents=True, exist_ok=True)
     for number, (_, words) in enumerate(evaluate.fixed(prompts)):

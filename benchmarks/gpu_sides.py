@@ -25,9 +25,9 @@ from vtrain.config.tables import CheckpointTable, LoraTable, TrainTable
 from vtrain.contract import ClipShape, Duration, FeatureShape, Latents, LatentShape, Logged, RunLength, Text, TokenGrid
 from vtrain.data.batches import Batch
 from vtrain.run.inbox import Inbox
-from vtrain.train.feed import Feed
 from vtrain.train.loop import Ends, Loop
 from vtrain.train.parameters import add_lora, groups, trained
+from vtrain.train.prefetch import Prefetcher
 from vtrain.train.processes import Processes
 from vtrain.train.step import Step, Teacher, Term
 from vtrain_builtin.adamw import AdamWOptions, build_adamw
@@ -255,7 +255,7 @@ def vtrain_side(
         optimizer,
         [parameter for _, parameter in named],
         lambda _step: 1.0,
-        Feed(RandomBatches(setup, features=features), sampler, 0, processes.device),  # type: ignore[arg-type]
+        Prefetcher(RandomBatches(setup, features=features), sampler, 0, processes.device),  # type: ignore[arg-type]
         processes,
         TrainTable(steps=NEVER, log_every=setup.steps),
         Ends(lambda _step, _micro: iter(()), None, Inbox()),

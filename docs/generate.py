@@ -191,7 +191,7 @@ GENERATED: dict[str, Callable[[], Iterator[str]]] = {
 
 
 def fresh(page: str) -> str:
-    """A page with its generated parts made anew. Raises KeyError for a part that nothing generates."""
+    """A page with its generated parts made again. Raises KeyError for a part that nothing generates."""
     return PART.sub(lambda match: match[1] + "\n".join(GENERATED[match[2]]()).rstrip() + "\n" + match[3], page)
 
 

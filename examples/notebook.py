@@ -116,7 +116,7 @@ print(
 # %% [markdown]
 # ## Training
 #
-# The run goes on when the loop takes the next event. Interrupt the kernel (Ctrl-C) whenever you like, and run this cell again: it
+# The run continues when the loop takes the next event. Interrupt the kernel (Ctrl-C) whenever you like, and run this cell again: it
 # resumes from the last checkpoint, to the same numbers. To stop it with a checkpoint, write `stop` into `run/control`.
 
 # %%

@@ -2,7 +2,7 @@
 
     python examples/world/demo.py [--output FOLDER] [--short]
 
-Run twice, the second uses what the first has made; interrupted, it goes on from the last checkpoint.
+Run twice, the second uses what the first has made; interrupted, it resumes from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def train(config: Path) -> int:
     finally:
         signal.signal(signal.SIGINT, before)
     if code > 128:
-        print("the same command goes on from there")
+        print("the same command resumes from there")
     return code
 
 

@@ -76,7 +76,7 @@ def denoiser(plan: Plan, checkpoint: Path | None) -> Denoiser:
 def answers(
     plan: Plan, model: Denoiser, asked: Sequence[Asked], folder: Path, *, first_frames: bool = False
 ) -> list[Answer]:
-    """Generate what is asked for into `folder`, and judge it. first_frames: each goes on from a true clip's first frame."""
+    """Generate what is asked for into `folder`, and judge it. first_frames: each starts from a true clip's first frame."""
     found = []
     for seed, group in groupby(asked, key=lambda each: each[0]):
         questions = {words.caption.replace(" ", "-"): words for _, words in group}
@@ -91,7 +91,7 @@ def answers(
 
 
 def pictures(plan: Plan, questions: Mapping[str, world.Words], seed: int) -> Mapping[str, torch.Tensor]:
-    """name -> clean latents (1, C, 1, h, w) of the first frame of a clip that is drawn anew."""
+    """name -> clean latents (1, C, 1, h, w) of the first frame of a clip that is drawn again."""
     random = np.random.default_rng(seed)
     with plan.family.open_video_codec("cpu") as codec:
         return {name: codec.encode(first_frame(words, random)).mean for name, words in questions.items()}

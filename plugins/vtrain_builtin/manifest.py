@@ -92,7 +92,7 @@ class Targets:
         self._secret: sqlite3.Connection | None = None
 
     def refs(self, targets: Iterable[Target]) -> Iterator[SourceRef]:
-        """In the order of the targets. One that is not there is told, and does not open. Raises StorageError."""
+        """In the order of the targets. One that is not there is reported, and does not open. Raises StorageError."""
         remaining = iter(targets)
         while several := list(islice(remaining, _AT_ONCE)):
             remote = self._look_up([target.place for target in several if is_url(target.place)])
@@ -280,7 +280,7 @@ class BytesManifest:
                 yield from self._members(shard)
             except OSError as error:
                 what = f"the file cannot be read: {error.strerror or error}."
-                raise DataError(Problem(self._tables.place(shard), what, "Mend it, or leave it out.")) from error
+                raise DataError(Problem(self._tables.place(shard), what, "Repair it, or remove it.")) from error
 
     def open(self, ref: SourceRef) -> BinaryIO:
         """The row's bytes, in memory. Raises OSError."""

@@ -157,7 +157,7 @@ def arrow_errors(place: str) -> Iterator[None]:
             raise  # the storage's own
         text = " ".join(str(error).split())[:300]
         raise TableFault(
-            Problem(place, f"it is no Parquet file that can be read: {text}.", "Write it anew.")
+            Problem(place, f"it is no Parquet file that can be read: {text}.", "Write it again.")
         ) from error
 
 

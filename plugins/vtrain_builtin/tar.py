@@ -206,7 +206,7 @@ def _after_the_end(file: BinaryIO, at: int, marked: bool) -> Iterator[Member]:
     if not marked:
         yield _damage(at, "the shard has no end mark: it may be cut off here")
     elif any(file.read(_LOOK_AHEAD)):
-        yield _damage(at, f"the shard goes on after its end mark at byte {at}: two tar files in one are not read")
+        yield _damage(at, f"the shard continues after its end mark at byte {at}: two tar files in one are not read")
 
 
 def _refuse_compressed(block: bytes) -> None:

@@ -72,7 +72,7 @@ def imagenet(pictures: Tensor, height: int, width: int) -> Tensor:
 
 
 class Dinov2:
-    """DINOv2 through transformers: an Encoder. Features are patch tokens; the CLS token and registers are left out."""
+    """DINOv2 through transformers: an Encoder. Features are patch tokens; the CLS token and registers are skipped."""
 
     def __init__(self, options: CrepaOptions) -> None:
         self._size = options.size

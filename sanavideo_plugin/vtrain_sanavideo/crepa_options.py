@@ -124,7 +124,8 @@ class CrepaOptions(Options):
     precision: DType = Field("bf16", description="storage type of the encoder and of its features")
     encoder_batch: int = Field(8, ge=1, description="frames that the encoder takes at once")
     teacher: Literal["cached", "online"] = Field(
-        "cached", description="features: made once for each clip and window and kept on disk, or made anew at each step"
+        "cached",
+        description="features: made once for each clip and window and kept on disk, or made again at each step",
     )
     online_from: Literal["latents", "source"] = Field(
         "latents",

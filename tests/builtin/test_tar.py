@@ -208,7 +208,7 @@ def test_two_tar_files_in_one_are_told(tar: Path) -> None:
     tar.write_bytes(packed({"a.mp4": CLIP}) + packed({"b.mp4": CLIP}))
     found = content(shards(tar))
     assert found.pop("clips.tar/a.mp4") == CLIP
-    assert [str(reason).partition(" at ")[0] for reason in found.values()] == ["the shard goes on after its end mark"]
+    assert [str(reason).partition(" at ")[0] for reason in found.values()] == ["the shard continues after its end mark"]
 
 
 def test_two_files_of_one_name_are_told_and_neither_is_used(tar: Path) -> None:

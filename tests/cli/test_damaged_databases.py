@@ -1,4 +1,4 @@
-"""SQLite files of the cache folder that are damaged: told, made anew, counted and deleted."""
+"""SQLite files of the cache folder that are damaged: told, made again, counted and deleted."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from vtrain.config.tables import DataTable
 from vtrain.contract import Caption, Size, Words
 from vtrain.data.decoding.video import FileFault
-from vtrain.data.sample import Left
+from vtrain.data.sample import Skipped
 from vtrain.data.scanning.captions import choose, from_file, from_name, from_sidecar, read
 from vtrain.plan.records import DatasetPlan
 
@@ -203,9 +203,9 @@ def test_what_is_found_becomes_captions_as_the_settings_say(
 )
 def test_what_lacks_is_said(table: dict[str, Any], found: Words | None, lack: str) -> None:
     reason = f'{lack}; add one, or set data.missing_caption = "empty"'
-    assert choose("a.mp4", found, dataset(**table)) == Left("dropped", "no caption", reason)
+    assert choose("a.mp4", found, dataset(**table)) == Skipped("dropped", "no caption", reason)
 
 
 def test_a_bad_caption_file_is_told_and_not_taken_for_a_missing_one() -> None:
-    bad = Left("dropped", "bad caption", "its caption file is not JSON")
+    bad = Skipped("dropped", "bad caption", "its caption file is not JSON")
     assert choose("a.mp4", bad, dataset(captions="json", missing_caption="empty")) == bad

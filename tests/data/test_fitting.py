@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from vtrain.config.tables import DataTable
 from vtrain.contract import ClipShape, FrameRule, Size
 from vtrain.data.decoding.probe import Probe
-from vtrain.data.sample import Box, Left
+from vtrain.data.sample import Box, Skipped
 from vtrain.data.scanning.fitting import Fit, decides, fit
 from vtrain.plan.datasets import buckets, measure
 from vtrain.plan.records import DatasetPlan
@@ -50,7 +50,7 @@ def placed(source: Probe, plan: DatasetPlan, ref_id: str = "a.mp4") -> Fit:
 
 def left(source: Probe, plan: DatasetPlan) -> str:
     found = fit(source, plan, RULE)
-    assert isinstance(found, Left), found
+    assert isinstance(found, Skipped), found
     assert found.status == "dropped"
     return f"{found.kind}: {found.reason}"
 
@@ -96,7 +96,7 @@ def plans(draw: st.DrawFn) -> DatasetPlan:
 def test_whatever_the_clip_and_the_settings_windows_and_boxes_lie_inside_it(source: Probe, plan: DatasetPlan) -> None:
     found = fit(source, plan, RULE, "a.mp4")
     assert found == fit(source, plan, RULE, "a.mp4")
-    if isinstance(found, Left):
+    if isinstance(found, Skipped):
         assert found.reason
         return
     shape, video = found.shape, plan.table.video

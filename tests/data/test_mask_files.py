@@ -12,7 +12,7 @@ from PIL import Image
 
 from vtrain.contract import DataError, LatentShape, SourceRef
 from vtrain.data.caching.caches import fill_caches
-from vtrain.data.sample import Left
+from vtrain.data.sample import Skipped
 from vtrain.data.scanning.decisions import settings_key
 from vtrain.data.scanning.ledger import ContentHashes, Ledger
 from vtrain.data.scanning.quarantine import move_bad
@@ -50,7 +50,7 @@ def of(found) -> dict[str, str]:
 
 
 def skipped(found) -> dict[str, str]:
-    """An example -> the reason why it is left out."""
+    """An example -> the reason why it is skipped."""
     return {example: reason for reason, (_, example) in found.survey.datasets[0].skipped.items()}
 
 
@@ -150,8 +150,8 @@ def fail(setup, name: str, reason: str) -> None:
     plan = setup.plan(masked(setup))
     (sample,) = (sample for sample in scan(plan).samples if sample.ref_id == name)
     with Ledger(setup.cache) as ledger:
-        left = Left("failed", "decoding", reason)
-        ledger.record_left(settings_key(plan.datasets[0], plan.family), sample, left)
+        left = Skipped("failed", "decoding", reason)
+        ledger.record_skipped(settings_key(plan.datasets[0], plan.family), sample, left)
 
 
 def test_a_clip_that_failed_for_its_mask_is_tried_again_when_the_mask_changes(three) -> None:

@@ -1,4 +1,4 @@
-"""The scan: every file used, or left out with its reason."""
+"""The scan: every file used, or skipped with its reason."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ def skipped(setup, **table) -> dict[str, tuple[int, str]]:
 
 
 def reason_of(setup, data: bytes, **table) -> str:
-    """Why a file is left out, beside one that is used."""
+    """Why a file is skipped, beside one that is used."""
     setup.add("bad.mp4", data)
     (reason,) = skipped(setup, **table)
     return reason

@@ -1,4 +1,4 @@
-"""The ledger kept up to date: what changed is looked at, what hangs on it is decided again, and nothing else."""
+"""The ledger kept up to date: what changed is scanned, what hangs on it is decided again, and nothing else."""
 
 import io
 import pickle
@@ -10,7 +10,7 @@ import pytest
 from vtrain.contract import PluginError, SourceRef
 from vtrain.data.batches import Batches
 from vtrain.data.caching.caches import fill_caches
-from vtrain.data.sample import Left
+from vtrain.data.sample import Skipped
 from vtrain.data.scanning import decisions as file_decisions
 from vtrain.data.scanning.ledger import FILE, Ledger
 from vtrain.data.scanning.scan import scan
@@ -299,7 +299,7 @@ def test_an_older_layout_is_made_anew_with_a_message(three) -> None:
     found = scan(three.plan())
     assert len(list(found.samples)) == 3
     (message,) = found.messages
-    assert "made anew" in message
+    assert "made again" in message
 
 
 def test_a_name_that_is_not_utf8_is_forgotten_when_it_is_gone(three) -> None:
@@ -317,7 +317,7 @@ def test_a_file_that_failed_is_tried_again_by_another_version_of_the_decoding(th
     first = next(iter(scan(plan).samples))
     with Ledger(three.cache) as ledger:
         settings = file_decisions.settings_key(plan.datasets[0], plan.family)
-        ledger.record_left(settings, first, Left("failed", "decoding", "frames are missing"))
+        ledger.record_skipped(settings, first, Skipped("failed", "decoding", "frames are missing"))
     assert skipped(three) == {"frames are missing": (1, "a.mp4")}
     (three.folder / "a.txt").write_text("other words")
     assert skipped(three) == {"frames are missing": (1, "a.mp4")}

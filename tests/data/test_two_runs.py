@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vtrain.data.caching.sharing import Claims
+from vtrain.data.caching.sharing import Leases
 from vtrain.data.scanning.scan import scan
 
 RUN = """
@@ -139,19 +139,19 @@ def test_what_a_killed_run_had_claimed_is_made_by_the_other(many, start) -> None
 
 def test_a_claim_is_the_processs_own_and_ends_with_it(tmp_path) -> None:
     hold = (
-        "import sys, time; from pathlib import Path; from vtrain.data.caching.sharing import Claims\n"
-        "with Claims(Path(sys.argv[1])) as claims: print(claims.take('a'), claims.take('b'), flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from vtrain.data.caching.sharing import Leases\n"
+        "with Leases(Path(sys.argv[1])) as leases: print(leases.take('a'), leases.take('b'), flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline().split() == ["True", "True"]
-        with Claims(tmp_path) as claims:
-            assert not claims.take("a")
-            assert not claims.take("b")
-            assert claims.take("c")
-            claims.drop("c")
+        with Leases(tmp_path) as leases:
+            assert not leases.take("a")
+            assert not leases.take("b")
+            assert leases.take("c")
+            leases.drop("c")
             other.kill()
             other.wait()
-            assert claims.take("a")
-            assert claims.take("b")
-    assert (tmp_path / "claims").stat().st_size == 0
+            assert leases.take("a")
+            assert leases.take("b")
+    assert (tmp_path / "leases").stat().st_size == 0

@@ -107,7 +107,7 @@ def test_the_rendered_plan_says_what_was_counted(plan_of: PlanOf) -> None:
     made = make_estimate(plan, survey())
     rows = {f"{section.title}/{row[0]}": row[1] for section in sections(plan, survey(), made) for row in section.rows}
     assert rows["run/steps"] == "8 optimizer steps, 0.5 epochs"
-    assert rows["data: clips/files"] == "19 looked at, 16 used"
+    assert rows["data: clips/files"] == "19 scanned, 16 used"
     assert rows["data: clips/skipped: 3"] == "too short  (such as x.mp4)"
     assert rows["buckets/96x64@9"] == "6"
     assert rows["validation/videos"] == "1 every 4 steps (2 times) and at the end"
@@ -146,7 +146,7 @@ def test_weights_thin_an_epoch_out_and_are_counted_as_the_file_says_them(plan_of
     (rows,) = [
         section.rows for section in sections(plan, both, make_estimate(plan, both)) if section.title == "data: others"
     ]
-    assert ("files", "10 looked at, 15 used, 2 passes an epoch, of which an epoch takes 0.1 (data.weight)") in rows
+    assert ("files", "10 scanned, 15 used, 2 passes an epoch, of which an epoch takes 0.1 (data.weight)") in rows
 
 
 @pytest.mark.parametrize("weight", ["0", "-1.0", "inf", "nan"])

@@ -87,7 +87,7 @@ def test_programs_get_the_same_numbers(plan_of: PlanOf) -> None:
 
 
 def test_files_samples_and_passes_are_told_apart(plan_of: PlanOf) -> None:
-    assert rows(plan_of(), survey())["files"] == "9 looked at, 5 used as 8 samples, 2 passes an epoch"
+    assert rows(plan_of(), survey())["files"] == "9 scanned, 5 used as 8 samples, 2 passes an epoch"
     assert rows(plan_of(), survey(notes=("odd",)))["note"] == "odd"
 
 

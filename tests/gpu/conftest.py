@@ -1,7 +1,7 @@
 """The tiny world on a GPU: runs in this process and in others, and a report that survives a cut.
 
 `python -m pytest tests/gpu` where torch sees a card; elsewhere every test is skipped. VTRAIN_GPU_TESTS=cpu runs on a CPU what means
-something there, so that the tests themselves are known to work. The report is written anew after each test:
+something there, so that the tests themselves are known to work. The report is written again after each test:
 gpu-report.json, or the file that VTRAIN_GPU_REPORT names.
 """
 

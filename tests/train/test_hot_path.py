@@ -29,9 +29,9 @@ from vtrain.contract import (
 )
 from vtrain.data.batches import pad
 from vtrain.run.inbox import Inbox
-from vtrain.train.feed import Fed
 from vtrain.train.loop import Ends, Loop
 from vtrain.train.parameters import add_lora, groups, trained
+from vtrain.train.prefetch import Prefetched
 from vtrain.train.step import Step, StepInput
 
 READS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::nonzero", "aten::equal"}
@@ -67,7 +67,7 @@ class OneProcess:
         return values
 
 
-def fed(family: Family, sampler: Sampler) -> Iterator[Fed]:
+def fed(family: Family, sampler: Sampler) -> Iterator[Prefetched]:
     shape = family.latent_shape(ClipShape(5, 64, 64))
     with family.open_text_encoder("cpu") as encoder:
         text: Text = pad([encoder.encode([Caption("a clip")], "prompt")], family.text_tokens)
@@ -76,7 +76,7 @@ def fed(family: Family, sampler: Sampler) -> Iterator[Fed]:
         level: NoiseLevel = sampler.draw(1, generator)
         clean, noise = (torch.randn((1, *shape), generator=generator) for _ in range(2))
         given = StepInput(clean, noise, level, Condition(text), number)
-        yield Fed(given, number, ("clip",), level.sigma.tolist())
+        yield Prefetched(given, number, ("clip",), level.sigma.tolist())
 
 
 def toy() -> tuple[Family, Denoiser, Sampler]:

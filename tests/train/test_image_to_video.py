@@ -16,8 +16,8 @@ from vtrain.config import load
 from vtrain.contract import Condition, Device, LatentShape, NoiseLevel, RunLength, Text
 from vtrain.plan.make import make_plan
 from vtrain.registry import discover
-from vtrain.train.feed import Feed, continued
 from vtrain.train.loop import Loop
+from vtrain.train.prefetch import Prefetcher, continued
 from vtrain.train.resume import Setting, settings
 from vtrain.train.step import Step, StepInput, flow_loss
 
@@ -160,7 +160,7 @@ def test_noise_and_levels_stay_what_they_were_and_sigmas_are_told_by_frame(toy: 
             return Batch(number, Latents(clean), text, (4, 9), ("a", "b"), (False, False), self.first_frame)
 
     batches: Any = One()
-    feed = Feed(batches, sampler, 3, Device())
+    feed = Prefetcher(batches, sampler, 3, Device())
     plain = feed.prepare(0, 0)
     batches.first_frame = (False, True)
     mixed = feed.prepare(0, 0)

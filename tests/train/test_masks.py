@@ -23,7 +23,7 @@ from vtrain.data.caching.caches import FilledCaches, fill_caches
 from vtrain.data.scanning.scan import scan
 from vtrain.plan.records import Plan
 from vtrain.run.prepare import planned
-from vtrain.train.feed import Feed
+from vtrain.train.prefetch import Prefetcher
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -103,7 +103,7 @@ def test_the_loss_of_a_run_is_the_mean_over_each_clips_white_part(own, within: R
     within("run", config)
     (row,) = own.rows()
     plan, filled = filled_by(config)
-    feed = Feed(Batches(plan, filled.caches, filled.index), plan.sampler, plan.config.run.seed, Device())
+    feed = Prefetcher(Batches(plan, filled.caches, filled.index), plan.sampler, plan.config.run.seed, Device())
     denoiser: Any = plan.family.load_denoiser("cpu", "fp32")
     losses = []
     for micro_batch in range(4):

@@ -12,8 +12,8 @@ from torch import nn
 from vtrain.config.tables import LoraTable
 from vtrain.contract import ConfigError, Device, LatentShape, RunLength
 from vtrain.data.batches import Batch
-from vtrain.train.feed import Feed
 from vtrain.train.parameters import add_lora, groups, load_lora_state, lora_settings, lora_state, trained
+from vtrain.train.prefetch import Prefetcher
 from vtrain.train.step import Step, StepInput, Term, clip_gradients, gradient_norm, tapped
 
 
@@ -72,7 +72,7 @@ def test_targets_that_match_nothing_are_the_users_error(denoiser) -> None:
 
 
 class FakeBatches:
-    """Batches of made latents: what a Feed asks of vtrain.data.batches.Batches."""
+    """Batches of made latents: what a Prefetcher asks of vtrain.data.batches.Batches."""
 
     def __init__(self, batch: Callable[[int], Batch]) -> None:
         self.batch = batch
@@ -96,10 +96,10 @@ def batch_of(given: StepInput, draws: tuple[int, ...], number: int) -> Batch:
 
 
 def test_noise_and_level_of_a_draw_do_not_depend_on_its_batch(given, sampler) -> None:
-    def feed(size: int) -> Feed:
+    def feed(size: int) -> Prefetcher:
         whole = given(size)
         batches = FakeBatches(lambda n: batch_of(whole, tuple(range(n * size, n * size + size)), n))
-        return Feed(batches, sampler, 42, Device())  # type: ignore[arg-type]
+        return Prefetcher(batches, sampler, 42, Device())  # type: ignore[arg-type]
 
     pairs = [feed(2).prepare(n, n) for n in range(3)]
     singles = [feed(1).prepare(n, n) for n in range(6)]
@@ -117,7 +117,7 @@ def test_a_stream_gives_what_prepare_gives_in_order_and_its_errors(given, sample
             raise OSError("the disk is gone")
         return batch_of(whole, (number,), number)
 
-    feed = Feed(FakeBatches(batch), sampler, 1, Device())  # type: ignore[arg-type]
+    feed = Prefetcher(FakeBatches(batch), sampler, 1, Device())  # type: ignore[arg-type]
     stream = feed.stream(iter([(n, n) for n in range(6)]))
     got = [next(stream).micro_batch for _ in range(4)]
     assert got == [0, 1, 2, 3]

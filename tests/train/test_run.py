@@ -148,12 +148,12 @@ def test_a_full_disk_in_the_middle_is_told_and_the_last_good_checkpoint_stays(
 
 STOP_WHILE_FILLING = """
 import os, signal
-from vtrain.data.caching.fill import _ColumnFilling
-real = _ColumnFilling._encode
+from vtrain.data.caching.fill import _ArtifactFilling
+real = _ArtifactFilling._encode
 def encode(*given):
     real(*given)
     os.kill(os.getpid(), signal.SIGINT)
-_ColumnFilling._encode = encode
+_ArtifactFilling._encode = encode
 from vtrain.cli.app import main
 main()
 """

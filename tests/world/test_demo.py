@@ -60,7 +60,7 @@ def test_an_interrupted_demo_ends_as_one_that_was_not_and_a_second_run_encodes_n
             break
     told, _ = running.communicate(timeout=120)
     assert running.returncode == 128 + signal.SIGINT, told
-    assert "the same command goes on from there" in told
+    assert "the same command resumes from there" in told
     assert not (halved / "run" / "accuracy.json").exists()
     finish(start(halved, *FEW))
     assert len(videos(whole)) == 8  # of four prompts, at the half and at the end

@@ -176,7 +176,7 @@ def verify(path: Path, as_json: bool) -> None:
         sound = sum(counts.values()) - len(damaged)
         typer.echo(f"{read} entries read, {sound} sound, {len(damaged)} damaged")
         if damaged:
-            typer.echo("`vtrain cache fill` or the next run makes the damaged ones anew")
+            typer.echo("`vtrain cache fill` or the next run makes the damaged ones again")
     if damaged or unread:
         raise typer.Exit(2)
 

@@ -33,7 +33,7 @@ _EVERY = 100
 
 
 def list_files(path: Path, statuses: Sequence[str], dataset: str | None, as_json: bool, limit: int | None) -> None:
-    """A row for each file; below them, how many there are and why they are left out.
+    """A row for each file; below them, how many there are and why they are skipped.
 
     statuses: of those that are listed; none: of all. Raises what planning raises, and DataError for datasets that could
     not be scanned, after the files of the others.
@@ -148,7 +148,7 @@ def _source(file: SourceFile) -> str:
 
 
 def _detail(file: SourceFile, width: int) -> str:
-    """Why a file is left out; or its caption's first words, in at most so many columns."""
+    """Why a file is skipped; or its caption's first words, in at most so many columns."""
     if file.status != "used":
         return one_line(file.reason)
     if not file.captions:
@@ -175,7 +175,7 @@ def _totals(files: Files, shown: int, statuses: Sequence[str]) -> None:
         typer.echo(f"\n{one_line(dataset)}: {total} file{'s' if total != 1 else ''}: {of_each}")
         skipped = [each for each in counts if each.status != "used" and each.status in statuses]
         if skipped:
-            print_table(("files", "left out", "such as"), [_count(each) for each in skipped])
+            print_table(("files", "skipped", "such as"), [_count(each) for each in skipped])
         for note in files.notes(dataset):
             typer.echo(one_line(note))
     listed = sum(each.files for dataset in files.datasets for each in files.counts(dataset) if each.status in statuses)

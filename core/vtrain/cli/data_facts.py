@@ -13,7 +13,7 @@ from rich.console import Console
 from vtrain.cli.plan import show_sections
 from vtrain.cli.report import one_line
 from vtrain.contract import Role, Section
-from vtrain.data.caching.columns import MaskColumn, known_key
+from vtrain.data.caching.artifacts import MaskArtifact, known_key
 from vtrain.data.caching.entries import Entries
 from vtrain.data.decoding.probe import Probe
 from vtrain.data.decoding.worker import MaskJob, Workers
@@ -105,33 +105,33 @@ def percent(area: float) -> str:
     return f"{100 * area:.1f}%"
 
 
-def known_mask(column: MaskColumn, sample: Sample, start: float) -> WindowMask:
+def known_mask(artifact: MaskArtifact, sample: Sample, start: float) -> WindowMask:
     """As its entry has it, if that is sound."""
-    key = known_key(column, sample, start) or ""
-    state = state_of(column.entries, key)
+    key = known_key(artifact, sample, start) or ""
+    state = state_of(artifact.entries, key)
     if state != SOUND:
         return WindowMask(None, key, state)
-    (mask,) = column.entries.read(key).values()
-    return WindowMask(_area(_trained(column, sample, mask)), key, state)
+    (mask,) = artifact.entries.read(key).values()
+    return WindowMask(_area(_trained(artifact, sample, mask)), key, state)
 
 
 def decoded_mask(
-    plan: Plan, column: MaskColumn, workers: Workers, sample: Sample, start: float
+    plan: Plan, artifact: MaskArtifact, workers: Workers, sample: Sample, start: float
 ) -> tuple[WindowMask, Tensor | None]:
     """As caches would make it, and how much each latent counts (f, h, w); None where it cannot be decoded."""
-    job = MaskJob(plan.datasets[sample.place].backend, sample, start, column.grid(sample.shape))
+    job = MaskJob(plan.datasets[sample.place].backend, sample, start, artifact.grid(sample.shape))
     ((_, done),) = workers.masked([job])
     if done.content is None or done.pixels is None:
         fault = done.fault.reason if done.fault else "its mask was not decoded"
-        return replace(known_mask(column, sample, start), fault=fault), None
-    mask, key = _trained(column, sample, done.pixels), column.key(sample, start, done.content)
-    return WindowMask(_area(mask), key, state_of(column.entries, key)), mask
+        return replace(known_mask(artifact, sample, start), fault=fault), None
+    mask, key = _trained(artifact, sample, done.pixels), artifact.key(sample, start, done.content)
+    return WindowMask(_area(mask), key, state_of(artifact.entries, key)), mask
 
 
-def _trained(column: MaskColumn, sample: Sample, mask: Tensor) -> Tensor:
+def _trained(artifact: MaskArtifact, sample: Sample, mask: Tensor) -> Tensor:
     from vtrain.data.decoding.masks import trained
 
-    return trained(mask, invert=column.inverts(sample))
+    return trained(mask, invert=artifact.inverts(sample))
 
 
 def _area(mask: Tensor) -> float:

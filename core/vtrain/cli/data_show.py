@@ -206,8 +206,8 @@ def _window(stores: Stores, file: SourceFile, sample: Sample, start: float, cont
     scale = (sample.shape.width / sample.box.width, sample.shape.height / sample.box.height)
     changed = stretch(file.probe, sample.box, sample.shape.size) if file.probe is not None else 1.0
     times = tuple(sample.times(start))
-    column = stores.masks if sample.mask is not None else None
-    mask = None if column is None else known_mask(column, sample, start)
+    artifact = stores.masks if sample.mask is not None else None
+    mask = None if artifact is None else known_mask(artifact, sample, start)
     return WindowFacts(sample.id, start, times, sample.box, scale, changed, key, state_of(stores.video, key), mask=mask)
 
 

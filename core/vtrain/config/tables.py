@@ -86,7 +86,7 @@ class VideoTable(Options):
     window: Literal["start", "center", "all", "random"] = Field(
         "start",
         description="which part of a longer clip is used; all: every part, each a sample of its own; random: one of a "
-        "fixed set of windows, drawn anew at each use",
+        "fixed set of windows, drawn again at each use",
     )
     windows: int = Field(
         4, ge=1, le=1000, description='window = "random": windows in the set, spread evenly over the clip, each cached'
@@ -117,7 +117,7 @@ def _inner_folder(folder: str) -> str:
     if folder.startswith("/") or not all(parts) or {".", ".."} & set(parts):
         raise ValueError('a folder in the dataset, such as "masks" or "extra/masks"')
     if any(part.startswith(".") for part in parts):
-        raise ValueError("files in folders whose names start with a dot are not looked at: give it another name")
+        raise ValueError("files in folders whose names start with a dot are not read: give it another name")
     return "/".join(parts)
 
 
@@ -194,7 +194,7 @@ class DataTable(Options):
         "largest weight, and of another this part",
     )
     on_bad_file: Literal["skip", "stop", "move"] = Field(
-        "skip", description="a file that cannot be read: leave it out, stop, or leave it out and move it to quarantine"
+        "skip", description="a file that cannot be read: skip it, stop, or skip it and move it to quarantine"
     )
     quarantine: LocalPath | None = Field(
         None, description='on_bad_file = "move": the folder, outside the dataset, that bad files are moved to'
@@ -209,7 +209,7 @@ class DataTable(Options):
         120.0,
         gt=0,
         description="seconds that a file may take to decode, not counting the wait for its storage; a decoder that hangs "
-        "is stopped then, and the file is left out",
+        "is stopped then, and the file is skipped",
     )
     video: VideoTable = Field(VideoTable(), description="which frames of a clip are used")
     masks: MasksTable | None = Field(None, description="which part of each picture is trained on; absent: all of it")
@@ -224,7 +224,7 @@ class CacheTable(Options):
     latents: Literal["mode", "sample"] = fixed(
         "mode",
         description="mode: the codec's likeliest latents of a clip; sample: its mean and std, "
-        "from which each use draws anew (twice the space)",
+        "from which each use draws again (twice the space)",
     )
     compress: bool = Field(
         False,

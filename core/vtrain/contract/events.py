@@ -94,7 +94,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Scanned:
-    """Every source file was looked at. datasets: one entry for each dataset."""
+    """Every source file was scanned. datasets: one entry for each dataset."""
 
     datasets: tuple[DatasetStatistics, ...]
 

@@ -61,7 +61,7 @@ def _shown(part: str) -> str:
 Resume = Literal["free", "tell", "refuse"]
 """What another value means when a run is resumed.
 
-free: nothing, it is taken. tell: it changes the run from here on, which is told; the rule of an option that declares none.
+free: nothing, it is taken. tell: it changes the run from here on, which is reported; the rule of an option that declares none.
 refuse: it is another run, and an error.
 """
 

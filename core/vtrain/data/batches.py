@@ -100,7 +100,7 @@ ROUND = 8
 class Batch:
     """One micro-batch: B clips of one shape.
 
-    latents: mean (B, C, f, h, w) fp32, drawn anew from mean and std where those are cached. text: embeds (B, L, D) with L
+    latents: mean (B, C, f, h, w) fp32, drawn again from mean and std where those are cached. text: embeds (B, L, D) with L
     just enough for its longest text, zero where the mask is false. draws: each sample's draw number, from which its noise
     derives. dropped: whose caption was dropped. first_frame: which are drawn as image-to-video: the first latent frame is given.
     mask: (B, f, h, w) fp32 in [0, 1], how much each latent counts, all ones for a clip without one; None if no clip has one.

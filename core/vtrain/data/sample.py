@@ -98,11 +98,11 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class Left:
+class Skipped:
     """Why a file gives no sample.
 
     status: "dropped" by a rule of the configuration, or "failed" because the file is bad. kind: the reason in one or
-    two words, the same for all files left out on these grounds. reason: for this file, with what to do about it.
+    two words, the same for all files skipped on these grounds. reason: for this file, with what to do about it.
     """
 
     status: str

@@ -163,7 +163,7 @@ def dataset_rows(dataset: DatasetPlan, found: DatasetSurvey, *, alone: bool) -> 
     if found.share != 1:
         passes += f", of which an epoch takes {float(found.share):.3g} (data.weight)"
     several = f" as {counted(samples, 'sample')}" if samples != clips else ""
-    yield "files", f"{found.files} looked at, {clips} used{several}{passes}"
+    yield "files", f"{found.files} scanned, {clips} used{several}{passes}"
     if not alone:
         for shape, count in sorted(found.samples.items()):
             yield f"bucket {shape}", counted(count, "sample")

@@ -240,7 +240,7 @@ def picture_problems(config: Config, family: Family, frames: int) -> Iterator[Pr
     if table is None or not table.images:
         return
     if not isinstance(family, SupportsFrameLevels):
-        what = "images: this model family takes one noise level for a whole clip, so it cannot go on from a picture."
+        what = "images: this model family takes one noise level for a whole clip, so it cannot start from a picture."
         yield Problem(config.where("validation", "images"), what, "Remove it.")
     elif frames < two_latent_frames(family):
         what = f"images: a video of {frames_text(frames)} is one latent frame, with nothing to make after the picture."

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def uncollected(*, collect_first: bool = True) -> Iterator[None]:
-    """No cycle is collected inside, and what is there at the end is left out of later collections and of that at exit.
+    """No cycle is collected inside, and what is there at the end is skipped of later collections and of that at exit.
 
     For imports and the building of what a process keeps to its end: torch and diffusers make so many objects that walking
     them again and again would be a quarter of the time until the first step, and pydantic and the plugins so many that it

@@ -33,7 +33,6 @@ from vtrain.estimate.estimate import Estimate
 from vtrain.plan.records import Plan
 from vtrain.train import checkpoint
 from vtrain.train.checkpoint import Piece
-from vtrain.train.feed import Feed
 from vtrain.train.loop import Ends, Interval, Loop, Requests, Validate
 from vtrain.train.parameters import add_lora, base_mark, groups, lora_settings, lr_factor, own_rates, trained
 from vtrain.train.pieces import (
@@ -44,6 +43,7 @@ from vtrain.train.pieces import (
     OptimizerPiece,
     RegularizerPiece,
 )
+from vtrain.train.prefetch import Prefetcher
 from vtrain.train.processes import Processes
 from vtrain.train.resume import RunState, Start, settings
 from vtrain.train.step import Step, Term, open_teachers
@@ -83,7 +83,7 @@ class Trainer:
                 self.optimizer,
                 [parameter for _, parameter in self.named],
                 lr_factor(config.lr_schedule, self.estimate.steps, per_epoch),
-                Feed(self.batches, self.plan.sampler, config.run.seed, self.processes.device, self.step.needed),
+                Prefetcher(self.batches, self.plan.sampler, config.run.seed, self.processes.device, self.step.needed),
                 self.processes,
                 config.train,
                 Ends(partial(self.save, also), validate, requests, self.step.observe),
@@ -172,7 +172,7 @@ def load_model(plan: Plan, start: Start, device: str) -> tuple[Denoiser, str]:
     base = base_mark(denoiser.module)
     if start.folder is not None and base != start.state.base:
         what = f"its adapter was trained on other weights than {plan.config.where('model', 'path')} gives now."
-        raise CheckpointError(Problem(str(start.folder), what, "Restore the model, or start anew elsewhere."))
+        raise CheckpointError(Problem(str(start.folder), what, "Restore the model, or start again elsewhere."))
     seed = derive(config.run.seed, "adapter")
     add_lora(denoiser, lora, seed, config.where("model", "lora", "targets"))
     return denoiser, base

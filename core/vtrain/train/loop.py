@@ -26,8 +26,8 @@ from vtrain.contract import (
 )
 from vtrain.data.seeds import derive
 from vtrain.registry.blame import at_step
-from vtrain.train.feed import Fed, Feed
 from vtrain.train.parameters import Factor
+from vtrain.train.prefetch import Prefetched, Prefetcher
 from vtrain.train.processes import Processes
 from vtrain.train.readings import Measured, Unread, rows
 from vtrain.train.step import StepOutput, clip_gradients, gradient_norm
@@ -100,7 +100,7 @@ class Loop:
         optimizer: torch.optim.Optimizer,
         parameters: list[Tensor],
         factor: Factor,
-        feed: Feed,
+        prefetcher: Prefetcher,
         processes: Processes,
         table: TrainTable,
         ends: Ends,
@@ -112,7 +112,7 @@ class Loop:
         seed: int,
     ) -> None:
         self.step, self.optimizer, self.parameters, self.factor = step, optimizer, parameters, factor
-        self.feed, self.processes, self.table, self.ends = feed, processes, table, ends
+        self.prefetcher, self.processes, self.table, self.ends = prefetcher, processes, table, ends
         self.first, self.last, self.micro_batch, self.seed = first, last, micro_batch, seed
         self.steps_per_epoch = steps_per_epoch
         self.per_step = table.accumulate * processes.count
@@ -126,11 +126,11 @@ class Loop:
         save = Interval(checkpoint.every, self.steps_per_epoch, time.monotonic())
         if at_start and self.ends.validate and self.first == 0:
             yield from self.validation(0, validate)
-        with closing(self.feed.stream(self.order())) as fed:
+        with closing(self.prefetcher.stream(self.order())) as fed:
             self.restart_clock()
             yield from self.steps(fed, save, validate)
 
-    def steps(self, fed: Iterator[Fed], save: Interval, validate: Interval | None) -> Iterator[Event]:
+    def steps(self, fed: Iterator[Prefetched], save: Interval, validate: Interval | None) -> Iterator[Event]:
         """Optimizer steps, with what is due after each."""
         for number in range(self.first, self.last):
             with at_step(number + 1):
@@ -160,7 +160,7 @@ class Loop:
             for turn in range(self.table.accumulate):
                 yield start + turn * self.processes.count + self.processes.rank, number
 
-    def optimizer_step(self, number: int, fed: Iterator[Fed]) -> None:
+    def optimizer_step(self, number: int, fed: Iterator[Prefetched]) -> None:
         """Forward and backward of each micro-batch, clip, step. Nothing here waits for the device."""
         micro = []
         for turn in range(self.table.accumulate):

@@ -132,9 +132,7 @@ class RegularizerPiece:
             # torch tells each weight on a line of its own, after one that names the class.
             lines = [line.strip().rstrip(".") for line in str(error).splitlines()[1:]]
             what = f"what this regularizer has learned does not fit it as it is now: {'; '.join(lines)}."
-            remedy = (
-                "Restore what it was made with, such as its encoder's files, or start anew with another run.output_dir."
-            )
+            remedy = "Restore what it was made with, such as its encoder's files, or start again with another run.output_dir."
             raise CheckpointError(Problem(str(file), what, remedy)) from error
 
 

@@ -121,7 +121,7 @@ def find_start(plan: Plan) -> Start:
     changes = compare(state.settings, now)
     refused = [change for change in changes if change.resume == "refuse"]
     if refused:
-        remedy = "Restore it, or start anew with another run.output_dir."
+        remedy = "Restore it, or start again with another run.output_dir."
         words = [f"{each.key} was {_show(each.old)} and is now {_show(each.new)}" for each in refused]
         problems = [Problem("", f"{change}; this cannot change in a resumed run.") for change in words]
         raise CheckpointError([Problem(str(folder), "this checkpoint is of another run.", remedy), *problems])
@@ -207,7 +207,7 @@ def _choose(config: Config) -> tuple[Path | None, list[str]]:
         return folder, []
     folder_or_none, faults = checkpoint.latest(parent)
     if folder_or_none is None and faults:
-        remedy = "Nothing was deleted. Move them away to start anew."
+        remedy = "Nothing was deleted. Move them away to start again."
         problems = [Problem(str(found.folder), f"not a sound checkpoint: {found.reason}.") for found in faults]
         raise CheckpointError([*problems, Problem(str(parent), "no checkpoint here is sound.", remedy)])
     notices = [f"passed over {found.folder}: {found.reason}" for found in faults]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vtrain.contract import Caption, DataError, Filling, Latents, Problem, Role, Text
-from vtrain.data.caching.columns import Column
+from vtrain.data.caching.artifacts import Artifact
 from vtrain.data.caching.encoders import opened
 from vtrain.data.caching.entries import video_key
 from vtrain.data.caching.fill import Unusable, fill_text, fill_windows
@@ -88,7 +88,7 @@ class FilledCaches:
     caches: Caches
 
     def recount(self, survey: Survey) -> Survey:
-        """The survey without what was left out."""
+        """The survey without what was skipped."""
         datasets = []
         for number, found in enumerate(survey.datasets):
             tallies = sorted((shape, tally) for (of, shape), tally in self.index.tallies.items() if of == number)
@@ -158,7 +158,7 @@ _CHANGED = "its file changed while the caches were filled"
 def _index(
     stores: Stores, samples: Iterable[Sample], unusable: Unusable, peers: Peers
 ) -> tuple[Index, dict[str, str]] | None:
-    """The first process makes the index for all, and says what else is left out."""
+    """The first process makes the index for all, and says what else is skipped."""
     if peers.rank:
         return None
     changed: dict[str, str] = {}
@@ -179,19 +179,19 @@ def _index(
         return [stores.text_key(caption, "prompt") for caption in sample.captions]
 
     mask_keys = None if masks is None else _keys(masks)
-    features = {name: _keys(column) for name, column in stores.features.items()}
+    features = {name: _keys(artifact) for name, artifact in stores.features.items()}
     online = any(part.needs().features == "source" for _, part in stores.plan.regularizers)
     return build(usable(), _keys(stores.videos), text_keys, mask_keys, features, sources=online), changed
 
 
-def _keys(column: Column) -> Keys:
-    """The keys of a sample's windows in a column, none where it has none."""
+def _keys(artifact: Artifact) -> Keys:
+    """The keys of a sample's windows in a artifact, none where it has none."""
 
     def keys(sample: Sample) -> list[str]:
-        if not column.covers(sample):
+        if not artifact.covers(sample):
             return []
-        content = column.content(sample)
-        return [column.key(sample, start, content) for start in sample.starts]
+        content = artifact.content(sample)
+        return [artifact.key(sample, start, content) for start in sample.starts]
 
     return keys
 

@@ -1,4 +1,4 @@
-"""What makes the entries of a column of decoded windows: the video codec, a regularizer's encoder, or nothing at all."""
+"""What makes the entries of a artifact of decoded windows: the video codec, a regularizer's encoder, or nothing at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vtrain.contract import Device, FeatureEncoder, PluginError, Problem, VideoCodec, torch_type
-from vtrain.data.caching.columns import Column, FeatureColumn, VideoColumn
+from vtrain.data.caching.artifacts import Artifact, FeatureArtifact, VideoArtifact
 from vtrain.data.decoding.decode import unit_range
 from vtrain.data.decoding.masks import is_empty
 from vtrain.data.sample import Sample
@@ -22,27 +22,27 @@ Raises PluginError for tensors of other shapes than were promised.
 
 
 @contextmanager
-def opened(column: Column, device: str) -> Iterator[EncodeWindows]:
-    """The column's model is in memory for the length of the with block. Raises ModelError."""
-    if isinstance(column, VideoColumn):
-        with column.plan.family.open_video_codec(device) as codec:
-            yield _video(column, codec, device)
-    elif isinstance(column, FeatureColumn):
-        with column.part.open_feature_encoder(device) as encoder:
-            yield _features(column, encoder, device)
+def opened(artifact: Artifact, device: str) -> Iterator[EncodeWindows]:
+    """The artifact's model is in memory for the length of the with block. Raises ModelError."""
+    if isinstance(artifact, VideoArtifact):
+        with artifact.plan.family.open_video_codec(device) as codec:
+            yield _video(artifact, codec, device)
+    elif isinstance(artifact, FeatureArtifact):
+        with artifact.part.open_feature_encoder(device) as encoder:
+            yield _features(artifact, encoder, device)
     else:
         yield _masks
 
 
-def _video(column: VideoColumn, codec: VideoCodec, device: str) -> EncodeWindows:
-    here, sampled = Device.of(device), column.plan.config.cache.latents == "sample"
+def _video(artifact: VideoArtifact, codec: VideoCodec, device: str) -> EncodeWindows:
+    here, sampled = Device.of(device), artifact.plan.config.cache.latents == "sample"
     fault = "This is a fault of the model family's plugin."
 
     def encode(pixels: Sequence[Tensor], sample: Sample) -> list[dict[str, Tensor]]:
         with torch.no_grad():
             latents = codec.encode(unit_range(here.move(torch.stack(list(pixels)))), std=sampled)
         parts = {"mean": latents.mean} | ({} if latents.std is None or not sampled else {"std": latents.std})
-        expected = (len(pixels), *column.plan.family.latent_shape(sample.shape))
+        expected = (len(pixels), *artifact.plan.family.latent_shape(sample.shape))
         if sampled and "std" not in parts:
             what = 'the video codec gave no std, which cache.latents = "sample" needs.'
             raise PluginError(Problem("", what, fault))
@@ -56,16 +56,18 @@ def _video(column: VideoColumn, codec: VideoCodec, device: str) -> EncodeWindows
     return encode
 
 
-def _features(column: FeatureColumn, encoder: FeatureEncoder, device: str) -> EncodeWindows:
-    here, dtype = Device.of(device), torch_type(column.part.feature_dtype)
+def _features(artifact: FeatureArtifact, encoder: FeatureEncoder, device: str) -> EncodeWindows:
+    here, dtype = Device.of(device), torch_type(artifact.part.feature_dtype)
 
     def encode(pixels: Sequence[Tensor], sample: Sample) -> list[dict[str, Tensor]]:
-        grid, _, shape = column.geometry(sample.shape)
+        grid, _, shape = artifact.geometry(sample.shape)
         with torch.no_grad():
             found = encoder.encode(unit_range(here.move(torch.stack(list(pixels)))), grid)
         expected = (len(pixels), *shape)
         if found.shape != expected:
-            what = f"the encoder of {column.name} made features of {tuple(found.shape)} where {expected} were promised."
+            what = (
+                f"the encoder of {artifact.name} made features of {tuple(found.shape)} where {expected} were promised."
+            )
             raise PluginError(Problem("", what, "This is a fault of the regularizer's plugin."))
         return [{"features": each} for each in found.to(dtype).cpu()]
 
@@ -77,7 +79,7 @@ def _masks(masks: Sequence[Tensor], sample: Sample) -> list[dict[str, Tensor]]:
 
 
 def _colour(mask: Tensor) -> str:
-    """As `MaskColumn` names it."""
+    """As `MaskArtifact` names it."""
     if is_empty(mask, invert=False):
         return "black"
     return "white" if is_empty(mask, invert=True) else "mask"

@@ -195,7 +195,7 @@ class Entries:
         return self.folder / key[:2] / f"{key}{SUFFIX}"
 
     def sound(self, key: str) -> bool:
-        """Whether the entry is there, whole and its own: its header and length are looked at, not its numbers."""
+        """Whether the entry is there, whole and its own: its header and length are scanned, not its numbers."""
         return self.layout(key) is not None
 
     def layout(self, key: str) -> Mapping[str, Packed] | None:
@@ -234,7 +234,7 @@ class Entries:
                 aside = set_aside(self.path(key))
                 what = f"the cache entry is damaged ({error}) and was moved to {aside.name}."
                 raise DataError(
-                    Problem(self._name(key), what, "Start the run again: it will be encoded anew.")
+                    Problem(self._name(key), what, "Start the run again: it will be encoded again.")
                 ) from error
         return stacked
 
@@ -280,7 +280,7 @@ class Entries:
 
 
 def set_aside(path: Path) -> Path:
-    """Where a damaged entry now lies; the next filling makes it anew."""
+    """Where a damaged entry now lies; the next filling makes it again."""
     aside = path.with_suffix(DAMAGED)
     with suppress(OSError):
         path.replace(aside)

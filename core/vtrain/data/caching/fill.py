@@ -25,15 +25,15 @@ from vtrain.contract import (
     Text,
     TextEncoder,
 )
-from vtrain.data.caching.columns import Column, FeatureColumn, Layout, MaskColumn, Window, known_key, layout_of
+from vtrain.data.caching.artifacts import Artifact, FeatureArtifact, Layout, MaskArtifact, Window, known_key, layout_of
 from vtrain.data.caching.encoders import EncodeWindows, opened
 from vtrain.data.caching.inventory import Stores
-from vtrain.data.caching.sharing import Claims, Peers, digest64, is_share, together_telling
+from vtrain.data.caching.sharing import Leases, Peers, digest64, is_share, together_telling
 from vtrain.data.decoding.masks import emptiness
 from vtrain.data.decoding.spool import Copies
 from vtrain.data.decoding.video import FileFault
 from vtrain.data.decoding.worker import Decoded, DecodeJob, MaskJob, Workers, available_cpus
-from vtrain.data.sample import Left, Sample
+from vtrain.data.sample import Sample, Skipped
 from vtrain.data.scanning.decisions import settings_key
 from vtrain.data.scanning.ledger import Ledger
 
@@ -87,20 +87,20 @@ def _fill(
 ) -> Generator[Filling, None, int]:
     """Encode the missing captions, batch by batch. done: captions that are there."""
     total, made = done + len(missing), 0
-    with Claims(stores.plan.config.cache.dir) as claims, ExitStack() as stack:
+    with Leases(stores.plan.config.cache.dir) as leases, ExitStack() as stack:
         encoder: TextEncoder | None = None
         while batches:
             left: list[list[str]] = []
             for batch in batches:
-                # What another run has claimed is looked at again later: by then it is there, or that run has ended.
-                free = [key for key in batch if claims.take(key)]
+                # What another run has claimed is scanned again later: by then it is there, or that run has ended.
+                free = [key for key in batch if leases.take(key)]
                 keys = [key for key in free if not stores.text.sound(key)]
                 if keys:
                     encoder = encoder or stack.enter_context(stores.plan.family.open_text_encoder(device))
                     _encode(stores, encoder, missing, keys)
                     made += len(keys)
                 for key in free:
-                    claims.drop(key)
+                    leases.drop(key)
                 if free:
                     done += len(free)
                     yield Filling("text", done, total, made=made)
@@ -164,7 +164,7 @@ def in_batches(
 
 @dataclass
 class Unusable:
-    """files: "<dataset>/<ref id>" -> why that file is left out. windows: of other files, id of the sample -> start -> why."""
+    """files: "<dataset>/<ref id>" -> why that file is skipped. windows: of other files, id of the sample -> start -> why."""
 
     files: dict[str, str] = field(default_factory=dict)
     windows: dict[str, dict[float, str]] = field(default_factory=dict)
@@ -195,31 +195,31 @@ _MOST_DECODERS = 4
 def fill_windows(
     stores: Stores, samples: Iterable[Sample], peers: Peers, device: str
 ) -> Generator[Filling, None, Unusable]:
-    """Make what is missing, column after column, each process its share; a model is opened only if something is missing.
+    """Make what is missing, artifact after artifact, each process its share; a model is opened only if something is missing.
 
     samples: may be gone through more than once. Returns what cannot be used, found by any process. Raises DataError for a
     full disk, and for a bad file where data.on_bad_file is "stop", on all processes.
     """
     unusable = Unusable()
-    for column in stores.columns:
-        work = _ColumnFilling(stores, column, unusable, peers, device)
+    for artifact in stores.artifacts:
+        work = _ArtifactFilling(stores, artifact, unusable, peers, device)
         for found in (yield from together_telling(peers, work.run(samples))):
             unusable |= found
     return unusable
 
 
-class _ColumnFilling:
-    """One process's work on one column: the windows of the files that fall to it.
+class _ArtifactFilling:
+    """One process's work on one artifact: the windows of the files that fall to it.
 
-    out: what earlier columns found that cannot be used. dented: files of which this one found windows that cannot.
+    out: what earlier artifacts found that cannot be used. damaged: files of which this one found windows that cannot.
     unusable, made: windows that cannot be made, and that were.
     """
 
-    def __init__(self, stores: Stores, column: Column, out: Unusable, peers: Peers, device: str) -> None:
-        self.stores, self.column, self.out = stores, column, out
+    def __init__(self, stores: Stores, artifact: Artifact, out: Unusable, peers: Peers, device: str) -> None:
+        self.stores, self.artifact, self.out = stores, artifact, out
         self.peers, self.device = peers, device
         self.decoders = min(_MOST_DECODERS, max(1, available_cpus() // peers.count - 1))
-        self.found, self.dented = Unusable(), set[str]()
+        self.found, self.damaged = Unusable(), set[str]()
         self.unusable, self.made = 0, 0
 
     def run(self, samples: Iterable[Sample]) -> Generator[Filling, None, Unusable]:
@@ -230,13 +230,13 @@ class _ColumnFilling:
             layout = self._layout(window)
             if layout is None:
                 lacking += 1
-                unread += not self.column.content(window[0])
-                missing.add(digest64(self._claim(window)))
+                unread += not self.artifact.content(window[0])
+                missing.add(digest64(self._lease_name(window)))
             else:
                 self._look(window, layout)
-        yield Filling(self.column.stage, count - lacking, count, unread=unread)
+        yield Filling(self.artifact.stage, count - lacking, count, unread=unread)
         if missing:
-            todo = (window for window in self._windows(samples) if digest64(self._claim(window)) in missing)
+            todo = (window for window in self._windows(samples) if digest64(self._lease_name(window)) in missing)
             yield from self._fill(by_shape(todo, self.stores.plan.config.cache.video_batch), count - lacking, count)
         if self.found.windows:
             self._whole_files(samples)
@@ -248,23 +248,23 @@ class _ColumnFilling:
         limit = max(dataset.table.decode_timeout for dataset in self.stores.plan.datasets)
         with (
             Ledger(config.dir) as ledger,
-            Claims(config.dir) as claims,
+            Leases(config.dir) as leases,
             Copies(2 * self.decoders) as copies,
             Workers(self.decoders, limit) as workers,
             ExitStack() as stack,
         ):
-            encoder = _LazyEncoder(lambda: stack.enter_context(opened(self.column, self.device)))
+            encoder = _LazyEncoder(lambda: stack.enter_context(opened(self.artifact, self.device)))
             while done + self.unusable < total:
-                # What another run has claimed is looked at again later: by then it is there, or that run has ended.
+                # What another run has claimed is scanned again later: by then it is there, or that run has ended.
                 busy: list[Window] = []
                 before = done + self.unusable
-                jobs = self._jobs(windows, claims, copies, busy)
+                jobs = self._jobs(windows, leases, copies, busy)
                 with closing(workers.made(jobs, self.decoders + config.video_batch)) as decoded:
                     for batch in in_batches(decoded, config.video_batch):
                         bad = self.unusable
                         self._encode(encoder, ledger, batch)
                         for job, _ in batch:
-                            claims.drop(self._claim((job.sample, job.start)))
+                            leases.drop(self._lease_name((job.sample, job.start)))
                         done += len(batch) - (self.unusable - bad)
                         yield self._standing(done, total)
                 if total - len(busy) > done + self.unusable:  # the rest was there when it was looked at
@@ -275,25 +275,25 @@ class _ColumnFilling:
                 windows = busy
 
     def _standing(self, done: int, total: int) -> Filling:
-        return Filling(self.column.stage, done, total, unusable=self.unusable, made=self.made)
+        return Filling(self.artifact.stage, done, total, unusable=self.unusable, made=self.made)
 
     def _windows(self, samples: Iterable[Sample]) -> Iterator[Window]:
         """This process's share. All windows of a file fall to one process."""
         for sample in samples:
-            if self.column.covers(sample) and is_share(self.peers, f"{sample.place}\0{sample.ref_id}"):
+            if self.artifact.covers(sample) and is_share(self.peers, f"{sample.place}\0{sample.ref_id}"):
                 yield from ((sample, start) for start in self.out.usable(sample))
 
     def _layout(self, window: Window) -> Layout | None:
-        key = known_key(self.column, *window)
-        return None if key is None else layout_of(self.column, window[0], key)
+        key = known_key(self.artifact, *window)
+        return None if key is None else layout_of(self.artifact, window[0], key)
 
-    def _claim(self, window: Window) -> str:
+    def _lease_name(self, window: Window) -> str:
         """What a window is claimed by: its file is not read yet, so it has no key."""
         sample, start = window
-        return self.column.key(sample, start, f"{self.stores.location(sample)}\0{self.column.ref(sample)}")
+        return self.artifact.key(sample, start, f"{self.stores.location(sample)}\0{self.artifact.ref(sample)}")
 
     def _jobs(
-        self, windows: Iterable[Window], claims: Claims, copies: Copies, busy: list[Window]
+        self, windows: Iterable[Window], leases: Leases, copies: Copies, busy: list[Window]
     ) -> Iterator[DecodingJob]:
         """What is still to be made and not being made elsewhere. busy: takes what another run is making.
 
@@ -301,37 +301,37 @@ class _ColumnFilling:
         """
         for window in windows:
             sample, start = window
-            if not claims.take(self._claim(window)):
+            if not leases.take(self._lease_name(window)):
                 busy.append(window)
                 continue
             layout = self._layout(window)
             if layout is not None:
-                claims.drop(self._claim(window))
+                leases.drop(self._lease_name(window))
                 self._look(window, layout)
                 continue
             dataset = self.stores.plan.datasets[sample.place]
             several = len(sample.starts) > 1 or sample.id != sample.file
             backend = copies.of(dataset.backend) if several else dataset.backend
             limit, wanted = dataset.table.decode_timeout, self._wanted(window)
-            if isinstance(self.column, MaskColumn):
-                yield MaskJob(backend, sample, start, self.column.grid(sample.shape), limit, wanted)
+            if isinstance(self.artifact, MaskArtifact):
+                yield MaskJob(backend, sample, start, self.artifact.grid(sample.shape), limit, wanted)
             else:
-                frames = self.column.geometry(sample.shape)[1] if isinstance(self.column, FeatureColumn) else None
+                frames = self.artifact.geometry(sample.shape)[1] if isinstance(self.artifact, FeatureArtifact) else None
                 yield DecodeJob(backend, sample, start, limit, wanted, frames, bool(dataset.decoder))
 
     def _wanted(self, window: Window) -> Callable[[str], bool]:
         """Whether the window of a file with these bytes is not there yet: it may be under another name."""
         sample, start = window
-        return lambda content: layout_of(self.column, sample, self.column.key(sample, start, content)) is None
+        return lambda content: layout_of(self.artifact, sample, self.artifact.key(sample, start, content)) is None
 
     def _encode(self, encoder: _LazyEncoder, ledger: Ledger, batch: Sequence[tuple[DecodingJob, Decoded]]) -> None:
         """Write down what reading the files showed; encode what is to be encoded, and write its entries."""
         for job, decoded in batch:
             if decoded.content is not None:
-                ledger.record_hash(self.stores.location(job.sample), self.column.ref(job.sample), decoded.content)
+                ledger.record_hash(self.stores.location(job.sample), self.artifact.ref(job.sample), decoded.content)
                 if decoded.pixels is None and decoded.fault is None:  # it is there under these bytes
-                    key = self.column.key(job.sample, job.start, decoded.content)
-                    self._look((job.sample, job.start), self.column.entries.layout(key) or {})
+                    key = self.artifact.key(job.sample, job.start, decoded.content)
+                    self._look((job.sample, job.start), self.artifact.entries.layout(key) or {})
             if decoded.fault is not None:
                 self._leave_out(ledger, job.sample, decoded.fault)
         clips = [(job, d.pixels, d.content) for job, d in batch if d.pixels is not None and d.content is not None]
@@ -343,33 +343,33 @@ class _ColumnFilling:
                 reason = f"encodes to {self._noun()} that are not finite"
                 self._leave_out(ledger, job.sample, FileFault(reason, lasting=False))
                 continue
-            key = self.column.key(job.sample, job.start, content)
-            self.column.entries.write(key, parts)
+            key = self.artifact.key(job.sample, job.start, content)
+            self.artifact.entries.write(key, parts)
             self.made += 1
             self._look((job.sample, job.start), parts)
 
     def _noun(self) -> str:
-        return f"features ({self.column.name})" if isinstance(self.column, FeatureColumn) else "numbers"
+        return f"features ({self.artifact.name})" if isinstance(self.artifact, FeatureArtifact) else "numbers"
 
     def _look(self, window: Window, parts: Iterable[str]) -> None:
         """Note a window of which nothing would be trained. parts: names of its entry's tensors."""
         sample, start = window
-        if isinstance(self.column, MaskColumn) and self.column.is_empty(sample, parts):
-            why = emptiness(sample.mask_ref, invert=self.column.inverts(sample))
+        if isinstance(self.artifact, MaskArtifact) and self.artifact.is_empty(sample, parts):
+            why = emptiness(sample.mask_ref, invert=self.artifact.inverts(sample))
             self.found.windows.setdefault(sample.id, {})[start] = why
-            self.dented.add(sample.file)
+            self.damaged.add(sample.file)
 
     def _whole_files(self, samples: Iterable[Sample]) -> None:
-        """Files of which no window is left are left out for good: until they, their masks or the settings change."""
+        """Files of which no window is left are skipped for good: until they, their masks or the settings change."""
         files: dict[str, list[Sample]] = {}
         for sample in samples:
-            if sample.file in self.dented:
+            if sample.file in self.damaged:
                 files.setdefault(sample.file, []).append(sample)
         with Ledger(self.stores.plan.config.cache.dir) as ledger:
             for file, own in files.items():
                 if file not in self.found.files and not any(map(self.found.usable, own)):
                     (why, *_) = self.found.windows[own[0].id].values()
-                    ledger.record_left(self._settings(own[0]), own[0], Left("dropped", "empty mask", why))
+                    ledger.record_skipped(self._settings(own[0]), own[0], Skipped("dropped", "empty mask", why))
                     self.found.files[file] = why
                     for sample in own:
                         del self.found.windows[sample.id]
@@ -383,8 +383,8 @@ class _ColumnFilling:
         self.found.files[sample.file] = fault.reason
         self.unusable += 1
         if fault.lasting:
-            kind = "bad mask" if isinstance(self.column, MaskColumn) else "decoding"
-            ledger.record_left(self._settings(sample), sample, Left("failed", kind, fault.reason))
+            kind = "bad mask" if isinstance(self.artifact, MaskArtifact) else "decoding"
+            ledger.record_skipped(self._settings(sample), sample, Skipped("failed", kind, fault.reason))
         if dataset.table.on_bad_file == "stop":
             place = f"{dataset.backend.location}/{sample.ref_id}"
             remedy = 'Mend or remove the file, or set data.on_bad_file = "skip".'
@@ -392,7 +392,7 @@ class _ColumnFilling:
 
 
 class _LazyEncoder:
-    """The column's model, opened when it is first needed."""
+    """The artifact's model, opened when it is first needed."""
 
     def __init__(self, opening: Callable[[], EncodeWindows]) -> None:
         self._opening, self._encode = opening, list[EncodeWindows]()

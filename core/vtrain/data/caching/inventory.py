@@ -11,7 +11,15 @@ from functools import cached_property
 from pathlib import Path
 
 from vtrain.contract import Caption, DataError, Problem, Role
-from vtrain.data.caching.columns import Column, Contents, FeatureColumn, MaskColumn, VideoColumn, known_key, layout_of
+from vtrain.data.caching.artifacts import (
+    Artifact,
+    Contents,
+    FeatureArtifact,
+    MaskArtifact,
+    VideoArtifact,
+    known_key,
+    layout_of,
+)
 from vtrain.data.caching.entries import DAMAGED, KINDS, PART, SUFFIX, Entries, set_aside, text_key
 from vtrain.data.sample import Sample
 from vtrain.data.scanning.database import HASHES, FileHashes
@@ -21,7 +29,7 @@ from vtrain.plan.records import Plan
 class Stores:
     """The cache folder as this run sees it. Fingerprints are taken at their first use: they hash weights.
 
-    masks, videos, features: the columns, the last by regularizer. masks: None where no dataset has any.
+    masks, videos, features: the artifacts, the last by regularizer. masks: None where no dataset has any.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -31,16 +39,16 @@ class Stores:
         self.text, self.video, self.feature, self.mask = (Entries(folder, kind, compress=compress) for kind in KINDS)
         self._hash_file = FileHashes(folder / HASHES)
         contents = Contents(plan)
-        self.masks = MaskColumn(plan, contents, self.mask) if any(each.masks for each in plan.datasets) else None
-        self.videos = VideoColumn(plan, contents, self.video, self._hash_file)
+        self.masks = MaskArtifact(plan, contents, self.mask) if any(each.masks for each in plan.datasets) else None
+        self.videos = VideoArtifact(plan, contents, self.video, self._hash_file)
         self.features = {
-            name: FeatureColumn(plan, contents, self.feature, self._hash_file, name, part)
+            name: FeatureArtifact(plan, contents, self.feature, self._hash_file, name, part)
             for name, part in plan.regularizers
             if part.needs().features == "cached"
         }
 
     @property
-    def columns(self) -> tuple[Column, ...]:
+    def artifacts(self) -> tuple[Artifact, ...]:
         """In the order in which they are filled: a clip whose mask is empty is not encoded."""
         masks = () if self.masks is None else (self.masks,)
         return (*masks, self.videos, *self.features.values())
@@ -91,19 +99,19 @@ def wanted(stores: Stores, samples: Iterable[Sample], extra: Sequence[tuple[Capt
     found = {"text": _KeySet(text)} | {kind: _KeySet() for kind in KINDS if kind != "text"}
     for sample in samples:
         for start in sample.starts:
-            for column in stores.columns:
-                if not column.covers(sample):
+            for artifact in stores.artifacts:
+                if not artifact.covers(sample):
                     continue
-                key = known_key(column, sample, start)
-                found[column.entries.kind].add(key)
-                if isinstance(column, MaskColumn) and key is not None and _is_empty(column, sample, key):
+                key = known_key(artifact, sample, start)
+                found[artifact.entries.kind].add(key)
+                if isinstance(artifact, MaskArtifact) and key is not None and _is_empty(artifact, sample, key):
                     break  # nothing else is made of this window
     return {kind: Wanted(frozenset(names.keys), names.unread) for kind, names in found.items()}
 
 
-def _is_empty(column: MaskColumn, sample: Sample, key: str) -> bool:
-    layout = layout_of(column, sample, key)
-    return layout is not None and column.is_empty(sample, layout)
+def _is_empty(artifact: MaskArtifact, sample: Sample, key: str) -> bool:
+    layout = layout_of(artifact, sample, key)
+    return layout is not None and artifact.is_empty(sample, layout)
 
 
 @dataclass

@@ -61,14 +61,14 @@ def _set(file: BinaryIO, place: int, kind: int) -> None:
         fcntl.lockf(file, fcntl.LOCK_UN if kind == fcntl.F_UNLCK else fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
 
 
-FILE = "claims"
+FILE = "leases"
 
 
-class Claims(AbstractContextManager["Claims"]):
+class Leases(AbstractContextManager["Leases"]):
     """What this process has claimed in a cache folder. Raises DataError if the folder cannot be written.
 
-    A claim is a lock on one byte of an empty file, far behind its end: it ends with the process, however that ends, and
-    nothing is left to clean up. Claims are a courtesy: where the file system has no locks every claim succeeds, and the
+    A lease is a lock on one byte of an empty file, far behind its end: it ends with the process, however that ends, and
+    nothing is left to clean up. Leases are a courtesy: where the file system has no locks every lease is given, and the
     worst is that something is made twice.
     """
 
@@ -83,7 +83,7 @@ class Claims(AbstractContextManager["Claims"]):
             self._file.close()
 
     def take(self, name: str) -> bool:
-        """Claim what goes by that name; False if another process has it. Never waits."""
+        """Lease what goes by that name; False if another process has it. Never waits."""
         return lock(self._open(), digest64(name) >> 2) != "taken"
 
     def drop(self, name: str) -> None:

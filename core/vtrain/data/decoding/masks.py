@@ -64,7 +64,7 @@ def is_empty(mask: Tensor, *, invert: bool) -> bool:
 
 
 def emptiness(name: str, *, invert: bool) -> str:
-    """Why a clip with an empty mask is left out, and what to do. name: of the mask's file in the dataset."""
+    """Why a clip with an empty mask is skipped, and what to do. name: of the mask's file in the dataset."""
     colour, switch = ("white", "remove invert") if invert else ("black", "set invert = true")
     return (
         f"its mask {name} is {colour} where the clip is used, so nothing of it would be trained: mend or remove the mask, or "

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 PROBE_VERSION = 1
-"""Raised when the same file would be probed otherwise: a ledger of another version is made anew."""
+"""Raised when the same file would be probed otherwise: a ledger of another version is made again."""
 
 _SQUARE = 0.01
 """Pixel aspects this near to 1 count as 1: encoders write such ratios (512/513) when they round a size."""

@@ -55,7 +55,7 @@ class _Times:
 def decode(stream: BinaryIO, sample: Sample, start: float, into: Tensor) -> str:
     """Write uint8 (3, F, h, w), as `decode.decode` does, and return ""; or return why this file is for PyAV.
 
-    That is also what becomes of a file with any fault: `into` is then to be written anew. Raises FileFault for a file that
+    That is also what becomes of a file with any fault: `into` is then to be written again. Raises FileFault for a file that
     cannot be opened.
     """
     try:

@@ -266,7 +266,7 @@ class Workers(AbstractContextManager["Workers"]):
 
         with self._lock:
             if self._closed:
-                raise FileFault("was not looked at: the run ended", lasting=False)
+                raise FileFault("was not read: the run ended", lasting=False)
             if self._idle:
                 return self._idle.pop()
             process = DecodingProcess(self._threads, self._memory)

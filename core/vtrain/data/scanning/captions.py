@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 from vtrain.contract import Caption, DataError, Problem, SupportsCaptions, Words
 from vtrain.contract.specs import did_you_mean, listed
 from vtrain.data.decoding.video import FileFault, faults
-from vtrain.data.sample import Left
+from vtrain.data.sample import Skipped
 from vtrain.plan.records import CaptionsFrom, DatasetPlan
 
 SUFFIX = ".txt"
@@ -144,7 +144,7 @@ def motion_score(value: object) -> int:
     raise FileFault(f"its motion score {str(value)[:40]!r} is no whole number from 0 on: write one such as 30")
 
 
-def choose(ref_id: str, found: Words | Left | None, dataset: DatasetPlan) -> tuple[Caption, ...] | Left:
+def choose(ref_id: str, found: Words | Skipped | None, dataset: DatasetPlan) -> tuple[Caption, ...] | Skipped:
     """A clip's captions under a dataset's settings, or why it has none. caption_prefix stands before each; none is empty.
 
     found: what its caption file, its rows or the backend say of it, None if there is nothing of the kind.
@@ -155,7 +155,7 @@ def choose(ref_id: str, found: Words | Left | None, dataset: DatasetPlan) -> tup
         found = Words((name,) if name else ())
     elif source == "instance_prompt":
         found = Words((table.caption or "",))
-    elif isinstance(found, Left):
+    elif isinstance(found, Skipped):
         return found
     words = found or Words(())
     if words.texts:
@@ -163,7 +163,7 @@ def choose(ref_id: str, found: Words | Left | None, dataset: DatasetPlan) -> tup
     if table.missing_caption == "empty":
         return (Caption("", words.extras),)
     lack = _lack(dataset, there=found is not None)
-    return Left("dropped", "no caption", f'{lack}; add one, or set data.missing_caption = "empty"')
+    return Skipped("dropped", "no caption", f'{lack}; add one, or set data.missing_caption = "empty"')
 
 
 def _lack(dataset: DatasetPlan, *, there: bool) -> str:

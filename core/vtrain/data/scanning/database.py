@@ -57,7 +57,7 @@ def open_database(path: Path, layout: DatabaseTables) -> tuple[sqlite3.Connectio
             raise
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             aside = _move_aside(path)
-            return _connect(path, layout), f"{path} was damaged or not ours ({error}): moved to {aside}, and made anew"
+            return _connect(path, layout), f"{path} was damaged or not ours ({error}): moved to {aside}, and made again"
 
 
 def open_readonly(path: Path) -> sqlite3.Connection:

@@ -11,7 +11,7 @@ from typing import Any
 from vtrain.contract import Caption, ClipShape, Family, FrameRule, Words
 from vtrain.data.decoding.probe import Probe
 from vtrain.data.decoding.video import SLACK
-from vtrain.data.sample import MASK_VERSION, TRANSFORM_VERSION, Left, mask_grid
+from vtrain.data.sample import MASK_VERSION, TRANSFORM_VERSION, Skipped, mask_grid
 from vtrain.data.scanning import captions
 from vtrain.data.scanning.fitting import Fit, decides, fit
 from vtrain.data.scanning.ledger import CLIPS, IMAGE, PAGE, Ledger, marks, probe_of, useless, words_of
@@ -150,25 +150,25 @@ def _insert(ledger: Ledger, query: str, rows: list[tuple[object, ...]]) -> None:
 
 def _outcome(
     ref: str, kind: str, row: Sequence[Any], dataset: DatasetPlan, rule: FrameRule
-) -> tuple[Fit, tuple[Caption, ...]] | Left:
+) -> tuple[Fit, tuple[Caption, ...]] | Skipped:
     fault, probe, words, bad_words, first, last, status, found, why, *mask = row
     if kind not in CLIPS or (kind == IMAGE and not dataset.table.images):
         return useless(ref, kind)
     if why is not None:
-        return Left(status, found, why)  # found in filling
+        return Skipped(status, found, why)  # found in filling
     if probe is None:
-        return Left("failed", "bad file", fault or "was not looked at")
+        return Skipped("failed", "bad file", fault or "was not read")
     fitted = fit(probe_of(probe), dataset, rule, ref)  # type: ignore[arg-type]
-    if isinstance(fitted, Left):
+    if isinstance(fitted, Skipped):
         return fitted
     if (left := _masked(ref, probe_of(probe), mask, dataset)) is not None:
         return left
     chosen = captions.choose(ref, _found(words, bad_words, first, last), dataset)
-    return chosen if isinstance(chosen, Left) else (fitted, chosen)
+    return chosen if isinstance(chosen, Skipped) else (fitted, chosen)
 
 
-def _masked(ref: str, clip: Probe | None, row: Sequence[Any], dataset: DatasetPlan) -> Left | None:
-    """Why a clip is left out for its mask, if so. row: as _Masks.columns."""
+def _masked(ref: str, clip: Probe | None, row: Sequence[Any], dataset: DatasetPlan) -> Skipped | None:
+    """Why a clip is skipped for its mask, if so. row: as _Masks.columns."""
     first, fault, probe, last = row
     if dataset.masks is None or clip is None:
         return None
@@ -176,17 +176,17 @@ def _masked(ref: str, clip: Probe | None, row: Sequence[Any], dataset: DatasetPl
         if dataset.masks.missing == "whole":
             return None
         name = f"{dataset.masks.folder}/{captions.stem(ref)}"
-        return Left("dropped", "no mask", f"it has no mask: {name} with any suffix of an image or a video")
+        return Skipped("dropped", "no mask", f"it has no mask: {name} with any suffix of an image or a video")
     if first != last:
-        return Left("dropped", "two masks", f"it has two masks, {first} and {last}: keep one")
+        return Skipped("dropped", "two masks", f"it has two masks, {first} and {last}: keep one")
     wrong = _bad_mask(clip, first, fault, probe_of(probe))
-    return None if wrong is None else Left("failed", "bad mask", wrong)
+    return None if wrong is None else Skipped("failed", "bad mask", wrong)
 
 
 def _bad_mask(clip: Probe, ref: str, fault: str | None, mask: Probe | None) -> str | None:
     """Why the mask of a clip cannot be used, if so: it is a picture, or a video as long as the clip, of the same aspect."""
     if mask is None:
-        return f"its mask {ref}: {fault or 'was not looked at'}"
+        return f"its mask {ref}: {fault or 'was not read'}"
     apart = mask.duration - clip.duration
     most = max(1 / mask.rate, 1 / clip.rate if apart > 0 else 0)
     if mask.frames > 1 and abs(apart) > most + SLACK:
@@ -200,19 +200,19 @@ def _bad_mask(clip: Probe, ref: str, fault: str | None, mask: Probe | None) -> s
     return None
 
 
-def _found(words: str | None, fault: str | None, first: str | None, last: str | None) -> Words | Left | None:
+def _found(words: str | None, fault: str | None, first: str | None, last: str | None) -> Words | Skipped | None:
     """What the place of captions says of a clip. first, last: its caption files, by name."""
     if first != last:
-        return Left("dropped", "two captions", f"it has two caption files, {first} and {last}: keep one")
+        return Skipped("dropped", "two captions", f"it has two caption files, {first} and {last}: keep one")
     if fault is not None:
-        return Left("dropped", "bad caption", fault)
+        return Skipped("dropped", "bad caption", fault)
     if words is not None and words.startswith('"'):
-        return Left("dropped", "bad caption", json.loads(words))
+        return Skipped("dropped", "bad caption", json.loads(words))
     return words_of(words)
 
 
-def _row(outcome: tuple[Fit, tuple[Caption, ...]] | Left, mask: str) -> tuple[object, ...]:
-    if isinstance(outcome, Left):
+def _row(outcome: tuple[Fit, tuple[Caption, ...]] | Skipped, mask: str) -> tuple[object, ...]:
+    if isinstance(outcome, Skipped):
         return (outcome.status, outcome.kind, outcome.reason, None, None, None, 0, 0, 1.0, None, None, mask)
     fitted, chosen = outcome
     made = [fitted.fps, [[cut.starts, cut.box] for cut in fitted.cuts]]

@@ -72,9 +72,9 @@ _ESCAPE = re.compile(r"\\(?:[nrt\\]|x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")
 class SourceFile:
     """A source file, and what became of it under the settings of one dataset.
 
-    dataset: its id; number: its place in plan.datasets. status: one of STATUSES. kind, reason: why it is left out, or "".
+    dataset: its id; number: its place in plan.datasets. status: one of STATUSES. kind, reason: why it is skipped, or "".
     shape: its bucket. samples, windows: that it gives. stretch: how much wider or higher its picture becomes, at least 1.
-    captions: of each sample; none for a file that is left out. probe: None if it could not be opened or is no clip.
+    captions: of each sample; none for a file that is skipped. probe: None if it could not be opened or is no clip.
     content: SHA-256 of its bytes, "" until they were read.
     """
 

@@ -10,7 +10,7 @@ from vtrain.config.tables import DataTable
 from vtrain.contract import ClipShape, FrameRule, Size
 from vtrain.data.decoding.probe import Probe
 from vtrain.data.decoding.video import available_frames
-from vtrain.data.sample import Box, Left
+from vtrain.data.sample import Box, Skipped
 from vtrain.data.scanning import captions
 from vtrain.data.seeds import derive
 from vtrain.plan.datasets import measure
@@ -148,7 +148,7 @@ def decides(dataset: DatasetPlan, rule: FrameRule) -> list[object]:
     ]  # fmt: skip
 
 
-def fit(source: Probe, dataset: DatasetPlan, rule: FrameRule, ref_id: str = "") -> Fit | Left:
+def fit(source: Probe, dataset: DatasetPlan, rule: FrameRule, ref_id: str = "") -> Fit | Skipped:
     """The clip's bucket: the size of nearest aspect (log distance), and as many frames as rule and length allow.
 
     ref_id: from which crop = "random" takes its places.
@@ -167,7 +167,7 @@ def fit(source: Probe, dataset: DatasetPlan, rule: FrameRule, ref_id: str = "") 
         if available // shortest > _MOST_CUTS:
             return too_long(available, shortest, _MOST_CUTS)
     small = _too_small(source, dataset)
-    if isinstance(small, Left):
+    if isinstance(small, Skipped):
         return small
     size, part = small
     starts = windows(available, frames, video.window, video.windows, dataset.max_frames)
@@ -206,7 +206,7 @@ def _length(available: int, dataset: DatasetPlan, rule: FrameRule) -> int:
     return rule.floor(most - (most - dataset.min_frames) % dataset.table.video.round_to)
 
 
-def _too_small(source: Probe, dataset: DatasetPlan) -> tuple[Size, Box] | Left:
+def _too_small(source: Probe, dataset: DatasetPlan) -> tuple[Size, Box] | Skipped:
     """The bucket's size and the part of the picture for it; or why the picture is too small."""
     table = dataset.table
     own = measure(source.width * source.pixel_aspect, source.height, table.resolution_type)
@@ -252,7 +252,7 @@ def _placed(source: Probe, part: Box, dataset: DatasetPlan, ref_id: str, number:
 # -- why a clip is not used ----------------------------------------------------------------------------------------------
 
 
-def too_short(source: Probe, dataset: DatasetPlan, rule: FrameRule, available: int) -> Left:
+def too_short(source: Probe, dataset: DatasetPlan, rule: FrameRule, available: int) -> Skipped:
     """available: frames after resampling and frame_step."""
     remedies = _remedies(source, dataset, rule, available)
     remedy = f": set {' or '.join(remedies)}" if remedies else f" (the frame rule is {rule}): use a longer clip"
@@ -265,7 +265,7 @@ def too_short(source: Probe, dataset: DatasetPlan, rule: FrameRule, available: i
             else f"{source.frames} in the file"
         )
         taken = f"{_counted(available)}{_every(dataset)} at {dataset.fps:g} fps ({own})"
-    return Left("dropped", "too short", f"{taken}; needs {dataset.min_frames}{remedy}")
+    return Skipped("dropped", "too short", f"{taken}; needs {dataset.min_frames}{remedy}")
 
 
 def _remedies(source: Probe, dataset: DatasetPlan, rule: FrameRule, available: int) -> list[str]:
@@ -285,11 +285,11 @@ def _remedies(source: Probe, dataset: DatasetPlan, rule: FrameRule, available: i
     return found
 
 
-def too_slow(source: Probe, dataset: DatasetPlan, fps: float) -> Left:
+def too_slow(source: Probe, dataset: DatasetPlan, fps: float) -> Skipped:
     """fps: of a window."""
     interval = dataset.table.video.frame_step
     wanted = f"{fps:g} of data.video.fps" + (f" / frame_step ({dataset.fps:g} / {interval})" if interval > 1 else "")
-    return Left(
+    return Skipped(
         "dropped",
         "too slow",
         f"{source.rate:.6g} frames per second in the file, fewer than the {wanted}: frames "
@@ -298,9 +298,9 @@ def too_slow(source: Probe, dataset: DatasetPlan, fps: float) -> Left:
     )
 
 
-def too_long(available: int, length: int, most: int) -> Left:
+def too_long(available: int, length: int, most: int) -> Skipped:
     """length: of a stretch that gives a sample."""
-    return Left(
+    return Skipped(
         "dropped",
         "too long",
         f"{available} frames after resampling would be {available // length} samples of {length}, more than {most}: "
@@ -308,12 +308,12 @@ def too_long(available: int, length: int, most: int) -> Left:
     )
 
 
-def below_least(source: Probe, dataset: DatasetPlan, own: float) -> Left:
+def below_least(source: Probe, dataset: DatasetPlan, own: float) -> Skipped:
     """own: the picture's size in the unit of resolution_type."""
     unit = dataset.table.resolution_type
     words = f"{own:.1f}".removesuffix(".0")
     of = "the edge of a square of its area" if unit == "pixel_area" else "its shorter edge"
-    return Left(
+    return Skipped(
         "dropped",
         "too small",
         f"{source.width}x{source.height} ({words}, {of}) is below data.min_size = {dataset.table.min_size}: "
@@ -321,11 +321,11 @@ def below_least(source: Probe, dataset: DatasetPlan, own: float) -> Left:
     )
 
 
-def too_small(source: Probe, part: Box, size: Size) -> Left:
+def too_small(source: Probe, part: Box, size: Size) -> Skipped:
     """part: what of the picture would be used."""
     picture = Size(source.width, source.height)
     used = "" if picture == (part.width, part.height) else f", of which {part.width}x{part.height} would be used,"
-    return Left(
+    return Skipped(
         "dropped",
         "too small",
         f"{picture}{used} is smaller than its bucket {size}: set data.upscale = true or a smaller data.resolution",

@@ -17,7 +17,7 @@ from typing import Any
 from vtrain.contract import SourceRef, Words
 from vtrain.data.decoding.probe import PROBE_VERSION, Probe
 from vtrain.data.decoding.video import IMAGE_SUFFIXES, SUFFIXES
-from vtrain.data.sample import Left, Sample
+from vtrain.data.sample import Sample, Skipped
 from vtrain.data.scanning.captions import BESIDE
 from vtrain.data.scanning.database import DatabaseTables, database_faults, open_database, open_readonly
 
@@ -65,13 +65,13 @@ def escaped(name: str) -> str:
     return name.encode(errors="backslashreplace").decode()
 
 
-def useless(ref_id: str, kind: str) -> Left:
-    """Why a file that is no clip is left out."""
+def useless(ref_id: str, kind: str) -> Skipped:
+    """Why a file that is no clip is skipped."""
     if kind == MISNAMED:
-        return Left("dropped", "bad name", "its name is not UTF-8: rename it")
+        return Skipped("dropped", "bad name", "its name is not UTF-8: rename it")
     if kind == IMAGE:
-        return Left("dropped", "image", "a single image: set data.images = true to use it as a clip of one frame")
-    return Left("dropped", "not a video", f"not a video: {suffix_of(ref_id) or 'no suffix'}")
+        return Skipped("dropped", "image", "a single image: set data.images = true to use it as a clip of one frame")
+    return Skipped("dropped", "not a video", f"not a video: {suffix_of(ref_id) or 'no suffix'}")
 
 
 FILE = "ledger.sqlite"
@@ -114,7 +114,7 @@ _PROBE = attrgetter(*(field.name for field in fields(Probe)))
 
 _LAYOUT = DatabaseTables(
     application_id=0x76744C31,
-    # Any other tables, fields of a probe or kinds of files are another layout, and are scanned anew.
+    # Any other tables, fields of a probe or kinds of files are another layout, and are scanned again.
     version=zlib.crc32(repr((PROBE_VERSION, _TABLES, [field.name for field in fields(Probe)], KINDS_VERSION)).encode())
     >> 1,
     tables=_TABLES,
@@ -138,7 +138,7 @@ class Source:
 class FileDecision:
     """What became of a file under one dataset's settings.
 
-    status: "used", "dropped" or "failed". shape: "WxH@F", or "". kind, reason: why it is left out, or "".
+    status: "used", "dropped" or "failed". shape: "WxH@F", or "". kind, reason: why it is skipped, or "".
     """
 
     size: int
@@ -208,7 +208,7 @@ class Ledger(AbstractContextManager["Ledger"]):
             for ref, size, version, status, shape, kind, reason in self.rows(query, {"settings": settings})
         }
 
-    def record_left(self, settings: str, sample: Sample, left: Left) -> None:
+    def record_skipped(self, settings: str, sample: Sample, left: Skipped) -> None:
         """Why a file cannot be used as its sample under these settings asks, found when it was read: from the next scan on
         it is used no more, until it changes."""
         with self.transaction() as db:

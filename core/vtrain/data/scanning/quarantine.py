@@ -17,7 +17,7 @@ from vtrain.data.scanning.decisions import settings_key
 from vtrain.data.scanning.ledger import Ledger
 from vtrain.plan.records import DatasetPlan, Plan
 
-# A file with a fault that may pass, such as a storage that did not answer, is looked at again, and not moved.
+# A file with a fault that may pass, such as a storage that did not answer, is scanned again, and not moved.
 _BAD = """
     SELECT file_decision.ref, file_decision.size, file_decision.version, file_decision.reason
     FROM file_decision JOIN decision ON decision = decision.number

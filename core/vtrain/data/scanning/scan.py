@@ -1,6 +1,6 @@
 """The scan: every file of every dataset becomes a sample or is skipped with its reason; so do validation's pictures. No torch.
 
-It streams: a listing is merged with what the ledger knows of the place, what is new is looked at, what changed is
+It streams: a listing is merged with what the ledger knows of the place, what is new is scanned, what changed is
 decided, and the counts are SQLite's. Samples are read from the ledger as they are asked for, never all in memory: nothing
 grows with the number of files but the ledger.
 """

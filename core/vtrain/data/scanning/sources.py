@@ -60,7 +60,7 @@ class Changes:
         self._maybe_write()
 
     def seen(self, ref_id: str, outcome: Probe | Words | FileFault) -> None:
-        """What a file holds, or why it cannot be used. It is looked at again if that may pass."""
+        """What a file holds, or why it cannot be used. It is scanned again if that may pass."""
         fault = outcome.reason if isinstance(outcome, FileFault) else None
         unseen = int(isinstance(outcome, FileFault) and not outcome.lasting)
         probe = probe_text(outcome) if isinstance(outcome, Probe) else None
@@ -292,7 +292,7 @@ def _merge_captions(changes: Changes, dataset: DatasetPlan) -> None:
             raise _unsorted(last, name)
         last = name
         if not is_utf8(name):
-            continue  # such a file is left out for its name
+            continue  # such a file is skipped for its name
         while row is not None and row[0] < name:
             changes.caption(origin, row[0], None)
             row = next(known, None)
@@ -312,7 +312,7 @@ def caption_text(words: Words | FileFault) -> str:
 
 
 def _look(changes: Changes, dataset: DatasetPlan, workers: Workers, count: Callable[[], None] | None) -> None:
-    """Open what was not looked at yet: clips, and the caption files beside them of the sort that the dataset takes."""
+    """Open what was not read yet: clips, and the caption files beside them of the sort that the dataset takes."""
     for kind in CLIPS if dataset.table.images or dataset.masks is not None else (VIDEO,):
         for job, outcome in workers.probed(_jobs(changes, dataset, kind)):
             changes.seen(job.ref.id, outcome)

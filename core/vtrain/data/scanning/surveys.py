@@ -20,7 +20,7 @@ from vtrain.plan.records import DatasetPlan, MasksPlan
 class DatasetSurvey:
     """What a scan found in one dataset.
 
-    files: looked at, captions not counted. samples: clip shape -> number of training samples, repeats not counted.
+    files: scanned, captions not counted. samples: clip shape -> number of training samples, repeats not counted.
     skipped: reason -> (number of files, an example's id), dropped and failed alike. clips: clip shape -> number of files
     that the samples are of; windows: -> number of windows, each encoded once; where either is empty, each sample has one.
     stretch: clip shape -> the most that a picture becomes wider or higher by being squeezed into it, at least 1; empty: none

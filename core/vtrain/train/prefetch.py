@@ -22,7 +22,7 @@ AHEAD = 4
 
 
 @dataclass(frozen=True)
-class Fed:
+class Prefetched:
     """A step's input, on the device, and what is logged of it. sigmas: one, or one per latent frame, for each clip.
 
     waited: seconds for which the step had to wait for it.
@@ -35,7 +35,7 @@ class Fed:
     waited: float = 0.0
 
 
-class Feed:
+class Prefetcher:
     """Gives this process's micro-batches in order.
 
     Noise and level of a sample are drawn by a generator of its own, a pure function of (seed, draw number, purpose), on
@@ -61,14 +61,14 @@ class Feed:
         sigma = torch.cat([level.sigma for level in levels])
         return torch.stack(noise), NoiseLevel(sigma, torch.cat([level.timestep for level in levels]))
 
-    def prepare(self, number: int, step: int) -> Fed:
+    def prepare(self, number: int, step: int) -> Prefetched:
         """The global micro-batch `number`, which optimizer step `step` (zero-based) uses, but for what `complete` moves."""
         with in_background(f"in the prefetcher, reading micro-batch {number}"):
             batch = self.batches.get(number, self.needed(step))
         with in_background(f"in the prefetcher, micro-batch {number} of {', '.join(batch.sample_ids)}"):
             return self._prepared(batch, number, step)
 
-    def _prepared(self, batch: Batch, number: int, step: int) -> Fed:
+    def _prepared(self, batch: Batch, number: int, step: int) -> Prefetched:
         noise, drawn = self.draw(batch)
         level, mask = continued(drawn, batch.mask, batch.first_frame, LatentShape(*noise.shape[1:]))
         given = StepInput(
@@ -81,21 +81,21 @@ class Feed:
             features={name: self.device.pin(each) for name, each in batch.features.items()},
             frames=None if batch.frames is None else self.device.pin(batch.frames),
         )
-        return Fed(given, number, batch.sample_ids, _told(drawn, level))
+        return Prefetched(given, number, batch.sample_ids, _told(drawn, level))
 
-    def complete(self, fed: Fed) -> Fed:
+    def complete(self, fed: Prefetched) -> Prefetched:
         """With features and frames on the device too: the largest of an input, they wait for their step in the host's memory."""
         features = {name: self.device.move(each) for name, each in fed.given.features.items()}
         frames = None if fed.given.frames is None else self.device.move(fed.given.frames)
         return replace(fed, given=replace(fed.given, features=features, frames=frames))
 
-    def stream(self, numbers: Iterator[tuple[int, int]]) -> Generator[Fed]:
+    def stream(self, numbers: Iterator[tuple[int, int]]) -> Generator[Prefetched]:
         """Each (micro-batch number, step), in order, `prepare`d up to AHEAD of them in advance by one thread.
 
         What goes wrong in making one is raised when its turn comes. Closing it ends the thread.
         """
-        with ThreadPoolExecutor(1, thread_name_prefix="feed") as pool:
-            waiting: deque[Future[Fed]] = deque()
+        with ThreadPoolExecutor(1, thread_name_prefix="prefetcher") as pool:
+            waiting: deque[Future[Prefetched]] = deque()
             # As a job, not as the pool's initializer: what is wrong there comes out as BrokenThreadPool.
             pool.submit(self.device.use).result()
             try:
@@ -147,7 +147,7 @@ def _told(drawn: NoiseLevel, level: NoiseLevel) -> list[float | list[float]]:
     ]
 
 
-def _wait(future: Future[Fed]) -> Fed:
+def _wait(future: Future[Prefetched]) -> Prefetched:
     began = time.perf_counter()
     fed = future.result()
     return replace(fed, waited=time.perf_counter() - began)

@@ -12,7 +12,7 @@ import torch
 
 from vtrain.contract import DataError, Device, DeviceError, Latents, NoiseLevel, Problem, Text
 from vtrain.data.batches import Batch
-from vtrain.train.feed import AHEAD, Feed
+from vtrain.train.prefetch import AHEAD, Prefetcher
 from vtrain.train.readings import Reading, _longest_wait
 
 
@@ -37,8 +37,8 @@ class Halves:
         return NoiseLevel(torch.full((n,), 0.5), torch.full((n,), 500.0))
 
 
-def feed(made: Made) -> Feed:
-    return Feed(made, Halves(), 1, Device())  # type: ignore[arg-type]
+def feed(made: Made) -> Prefetcher:
+    return Prefetcher(made, Halves(), 1, Device())  # type: ignore[arg-type]
 
 
 def numbers(count: int) -> Iterator[tuple[int, int]]:
@@ -135,7 +135,7 @@ def test_a_bug_in_the_background_keeps_its_traceback_and_names_the_micro_batch_a
         def draw(self, n: int, generator: torch.Generator) -> NoiseLevel:
             raise ZeroDivisionError("a plugin's")
 
-    stream = Feed(Made(), Broken(), 1, Device()).stream(numbers(3))  # type: ignore[arg-type]
+    stream = Prefetcher(Made(), Broken(), 1, Device()).stream(numbers(3))  # type: ignore[arg-type]
     with pytest.raises(ZeroDivisionError, match="a plugin's") as raised:
         next(stream)
     assert raised.value.__notes__ == ["in the prefetcher, micro-batch 0 of a"]
@@ -162,7 +162,7 @@ def test_masks_features_and_frames_reach_the_step_and_only_what_it_needs_is_read
             frames = torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 1, 2).expand(1, 3, 1, 1, 2)
             return replace(plain, mask=torch.ones(1, 1, 2, 2) / 2, features={"a": torch.ones(1, 2)}, frames=frames)
 
-    steps = Feed(Columns(), Halves(), 1, Device(), lambda step: ["a"] if step < 5 else [])  # type: ignore[arg-type]
+    steps = Prefetcher(Columns(), Halves(), 1, Device(), lambda step: ["a"] if step < 5 else [])  # type: ignore[arg-type]
     fed = steps.prepare(0, 4).given
     assert fed.mask is not None
     assert fed.mask.unique().tolist() == [0.5]

@@ -1,4 +1,4 @@
-"""Columns: what is cached of each window of a clip: its latents, its mask, features for each regularizer that asks for them.
+"""Artifacts: what is cached of each window of a clip: its latents, its mask, features for each regularizer that asks for them.
 
 Each has its files, its keys and its entries. Imports no torch.
 """
@@ -33,7 +33,7 @@ Layout = Mapping[str, Packed]
 """An entry's tensors by name, as its header tells."""
 
 
-class Column(Protocol):
+class Artifact(Protocol):
     """One of what is cached of each window."""
 
     @property
@@ -65,16 +65,16 @@ class Column(Protocol):
         ...
 
 
-def known_key(column: Column, sample: Sample, start: float) -> str | None:
+def known_key(artifact: Artifact, sample: Sample, start: float) -> str | None:
     """The key, None if the file's bytes were not read yet."""
-    content = column.content(sample)
-    return column.key(sample, start, content) if content else None
+    content = artifact.content(sample)
+    return artifact.key(sample, start, content) if content else None
 
 
-def layout_of(column: Column, sample: Sample, key: str) -> Layout | None:
+def layout_of(artifact: Artifact, sample: Sample, key: str) -> Layout | None:
     """Of an entry that is there, whole and fitting, as its header and length tell; None of any other."""
-    layout = column.entries.layout(key)
-    return layout if layout is not None and column.fits(sample, layout) else None
+    layout = artifact.entries.layout(key)
+    return layout if layout is not None and artifact.fits(sample, layout) else None
 
 
 class Contents:
@@ -110,8 +110,8 @@ class _OfClips:
         return transform(self.plan.datasets[sample.place].decoder)
 
 
-class VideoColumn(_OfClips):
-    """Latents of the video codec: "mean", and "std" where they are drawn anew."""
+class VideoArtifact(_OfClips):
+    """Latents of the video codec: "mean", and "std" where they are drawn again."""
 
     stage = "video"
 
@@ -127,7 +127,7 @@ class VideoColumn(_OfClips):
         return True
 
 
-class FeatureColumn(_OfClips):
+class FeatureArtifact(_OfClips):
     """Features of a regularizer's own encoder: "features" (f', h', w', D'), of the frames that tokens stand for."""
 
     def __init__(
@@ -166,7 +166,7 @@ class FeatureColumn(_OfClips):
         return "features" in layout and layout["features"].shape == tuple(expected)
 
 
-class MaskColumn:
+class MaskArtifact:
     """Masks at the grid of the latents, never inverted: fp32 (f, h, w), named after what they are.
 
     "black" and "white": one that trains nothing as it is, or inverted; "mask": any other.

@@ -5,6 +5,9 @@ of the bare loop (bare.py) and of vtrain take turns, and which comes first chang
 its batches in memory; vtrain is the real thing, from a config file: it reads caches, draws noise per sample, logs,
 writes metrics. CPU-seconds count all threads of the process, vtrain's feeding thread too. Peak memory is the maximum
 resident size of a process of its own for each side.
+
+A last row compares vtrain with itself: with listeners (TensorBoard, one that raises, one that hangs, one that prints) and
+without.
 """
 
 from __future__ import annotations
@@ -21,17 +24,25 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from report import Ratio, ratio, say, say_machine, table, write_json
 from workload import BASE, MODELS, MODES, RANK, Model, fill, read_samples, write_config
 
+from vtrain.contract import Event, RunInfo
+
+if TYPE_CHECKING:
+    from vtrain.contract import Tracker
+    from vtrain.run.listeners import Listeners
+
 TIME_LIMITS = {"small": 1.02, "tiny": 1.10}
 MEMORY_LIMIT = 1.05
+LISTENERS_LIMIT = 1.01
 STEPS = {"small": 4, "tiny": 40}
 """Of one block, by default."""
 
@@ -64,9 +75,61 @@ class Memory:
     ratio: Ratio
 
 
+@dataclass(frozen=True)
+class Listening:
+    """A workload's seconds per step without and with listeners, medians over blocks, and their ratio in pairs.
+
+    On the clock: who waits takes no CPU.
+    """
+
+    model: str
+    mode: str
+    without: float
+    listening: float
+    ratio: Ratio
+
+
+class OddTracker:
+    """A tracker that asks for everything and does as it likes with it."""
+
+    events = (Event,)
+
+    def __init__(self, does: Callable[[], None]) -> None:
+        self._does = does
+
+    def start(self, run: RunInfo, saved: Mapping[str, Any]) -> None:
+        pass
+
+    def show(self, event: Event) -> None:
+        self._does()
+
+    def state(self) -> Mapping[str, Any]:
+        return {}
+
+    def finish(self) -> None:
+        pass
+
+
+def odd_listeners(output: Path, sink: TextIO) -> Listeners:
+    """TensorBoard, one that raises, one that hangs, one that prints to `sink`."""
+    from vtrain.run.listeners import Listeners
+    from vtrain_builtin.tensorboard import TENSORBOARD
+
+    trackers: list[tuple[str, str, Tracker]] = [
+        ("0", "tensorboard", TENSORBOARD.build(TENSORBOARD.options())),
+        ("1", "fails", OddTracker(lambda: 1 // 0)),  # type: ignore[arg-type,return-value]
+        ("2", "hangs", OddTracker(lambda: time.sleep(1e6))),
+        ("3", "prints", OddTracker(lambda: print("a line", file=sink))),
+    ]
+    return Listeners(trackers, RunInfo("run", str(output), {}, 0), {})
+
+
 @contextmanager
-def vtrain_block(config: Path) -> Iterator[Block]:
-    """A run as `vtrain run` starts it, without terminal and trackers; each block runs to the next log line."""
+def vtrain_block(config: Path, *, listening: bool = False) -> Iterator[Block]:
+    """A run as `vtrain run` starts it, without a terminal; each block runs to the next log line.
+
+    listening: with listeners, else without any.
+    """
     from vtrain.contract import Logged
     from vtrain.data.caching.caches import fill_caches
     from vtrain.data.scanning.scan import scan
@@ -89,9 +152,13 @@ def vtrain_block(config: Path) -> Iterator[Block]:
     recorder.begin(start.state.step)
     events = trainer.run(Inbox())
 
+    listeners: Listeners | None = None
+
     def block() -> float:
         for event in events:
             assert list(recorder.record(event)) == [], "a file could not be written"
+            if listeners is not None:
+                listeners.show(event)
             if isinstance(event, Logged):
                 break
         assert isinstance(event, Logged)
@@ -99,7 +166,10 @@ def vtrain_block(config: Path) -> Iterator[Block]:
         return statistics.fmean(each.loss for each in event.steps)
 
     try:
-        yield block
+        with Path(os.devnull).open("w", encoding="utf-8") as sink:
+            if listening:
+                listeners = odd_listeners(plan.config.run.output_dir, sink)
+            yield block
     finally:
         events.close()  # type: ignore[attr-defined]
 
@@ -123,10 +193,10 @@ def bare_block(config: Path, model: Model, mode: str, steps: int) -> Iterator[Bl
     yield block
 
 
-def cpu_seconds(block: Block) -> float:
-    before = time.process_time()
+def seconds_of(block: Block, clock: Callable[[], float]) -> float:
+    before = clock()
     loss = block()
-    seconds = time.process_time() - before
+    seconds = clock() - before
     assert loss == loss, "the loss is not a number"
     return seconds
 
@@ -145,10 +215,28 @@ def measure_time(folder: Path, model: Model, mode: str, pairs: int, steps: int) 
             block()
         for pair in range(pairs):
             for side in sorted(blocks, reverse=pair % 2 == 1):
-                seconds[side].append(cpu_seconds(blocks[side]) / steps)
+                seconds[side].append(seconds_of(blocks[side], time.process_time) / steps)
     gc.collect()
     bare, vtrain = (statistics.median(seconds[side]) for side in ("bare", "vtrain"))
     return Timed(model.name, mode, bare, vtrain, ratio(seconds["vtrain"], seconds["bare"], TIME_LIMITS[model.name]))
+
+
+def measure_listeners(folder: Path, model: Model, mode: str, pairs: int, steps: int) -> Listening:
+    """Pairs of blocks in turn, after one block of each to warm up."""
+    seconds: dict[str, list[float]] = {"without": [], "with": []}
+    with ExitStack() as stack:
+        blocks = {}
+        for side in seconds:
+            config = write_config(folder, model, mode, log_every=steps, name=f"listeners-{side}-{model.name}-{mode}")
+            fill(config)
+            blocks[side] = stack.enter_context(vtrain_block(config, listening=side == "with"))
+            blocks[side]()
+        for pair in range(pairs):
+            for side in sorted(blocks, reverse=pair % 2 == 1):
+                seconds[side].append(seconds_of(blocks[side], time.perf_counter) / steps)
+    gc.collect()
+    without, with_them = (statistics.median(seconds[side]) for side in ("without", "with"))
+    return Listening(model.name, mode, without, with_them, ratio(seconds["with"], seconds["without"], LISTENERS_LIMIT))
 
 
 def run_side(folder: Path, model: Model, mode: str, side: str, steps: int) -> int:
@@ -200,6 +288,13 @@ def memory_table(found: list[Memory]) -> str:
     )
 
 
+def listeners_table(found: list[Listening]) -> str:
+    return table(
+        ("model", "trained", "s/step, no listener", "s/step, four listeners", "ratio, 95% interval"),
+        [(each.model, each.mode, f"{each.without:.4f}", f"{each.listening:.4f}", str(each.ratio)) for each in found],
+    )
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=24, help="pairs of blocks for each workload (default: 24)")
@@ -227,6 +322,10 @@ def main() -> None:
         say_machine()
         timed = [measure_time(folder, m, mode, chosen.pairs, chosen.steps or STEPS[m.name]) for m, mode in works]
         say(time_table(timed))
+        listening = [
+            measure_listeners(folder, m, mode, chosen.pairs, chosen.steps or STEPS[m.name]) for m, mode in works[:1]
+        ]
+        say("\n" + listeners_table(listening))
         memory = [
             measure_memory(folder, m, mode, chosen.rss_pairs, chosen.steps or RSS_STEPS)
             for m, mode in works
@@ -234,7 +333,8 @@ def main() -> None:
         ]
         if memory:
             say("\n" + memory_table(memory))
-        write_json(chosen.json, {"time": [asdict(each) for each in timed], "memory": [asdict(each) for each in memory]})
+        found = {"time": timed, "listeners": listening, "memory": memory}
+        write_json(chosen.json, {name: [asdict(each) for each in rows] for name, rows in found.items()})
 
 
 if __name__ == "__main__":

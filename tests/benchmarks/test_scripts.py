@@ -56,7 +56,11 @@ def test_the_step_benchmark_gives_ratios_of_time_and_memory(script: Script, tmp_
     # A process that holds torch and a model has more than 200 MiB, whatever it was started from.
     assert memory["bare"] > 200 << 20
     assert memory["ratio"]["median"] == memory["vtrain"] / memory["bare"]
-    assert text.count("| tiny  | lora    |") == 2
+    (listening,) = numbers["listeners"]
+    assert listening["ratio"]["limit"] == 1.01
+    assert listening["without"] > 0
+    assert listening["listening"] > 0
+    assert text.count("| tiny  | lora    |") == 3
     assert numbers["machine"]["torch"] in text
 
 

@@ -142,6 +142,33 @@ def guidance_backwards() -> None:
     wrap(generate, "guided", guided)
 
 
+def listener_in_the_run() -> None:
+    from vtrain.run.listeners import Listener
+
+    def show(original: Any, self: Any, event: Any) -> None:
+        if isinstance(event, self._wanted):
+            self._tracker.show(event)
+
+    _method(Listener, "show", show)
+
+
+def hanging_listener_unsaid() -> None:
+    from vtrain.run.listeners import Listener
+
+    def join(original: Any, self: Any, until: float) -> None:
+        self.thread.join(0)
+
+    _method(Listener, "join", join)
+
+
+def prints_between_json() -> None:
+    from contextlib import nullcontext
+
+    from vtrain.cli import run
+
+    wrap(run, "redirect_stdout", lambda original, stream: nullcontext())
+
+
 MUTANTS = (
     Mutant(
         "pixels-from-zero",
@@ -196,6 +223,27 @@ MUTANTS = (
         "guidance pushes away from the prompt",
         ("tests/validate/test_parity.py",),
         guidance_backwards,
+    ),
+    Mutant(
+        "listener-in-the-run",
+        "a listener is called by the run itself, so that its failure ends it",
+        (
+            "tests/run/test_listeners.py",
+            "tests/train/test_session.py::test_a_tracker_that_misbehaves_changes_no_bit_and_no_exit_code[fails]",
+        ),
+        listener_in_the_run,
+    ),
+    Mutant(
+        "hanging-listener-unsaid",
+        "a listener that does not finish is not warned of",
+        ("tests/run/test_listeners.py",),
+        hanging_listener_unsaid,
+    ),
+    Mutant(
+        "prints-between-json",
+        "what a listener prints stands between the lines of --json",
+        ("tests/train/test_session.py",),
+        prints_between_json,
     ),
 )
 

@@ -37,12 +37,8 @@ BUSY = 1 << 30
 ON_CPU = "CUDA_VISIBLE_DEVICES= (empty) runs on the CPU instead."
 
 CPU_IS_FULL = "DefaultCPUAllocator: can't allocate memory"
-CARD_IS_FULL = (
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "MPS backend out of memory",
-)
+_STATUS = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+CARD_IS_FULL = ("CUDA error: out of memory", "MPS backend out of memory", *_STATUS)
 NOT_DETERMINISTIC = ("does not have a deterministic implementation", "not deterministic because it uses CuBLAS")
 """How torch words what it raises as a plain RuntimeError."""
 

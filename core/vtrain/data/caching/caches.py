@@ -185,7 +185,7 @@ def _index(
 
 
 def _keys(artifact: Artifact) -> Keys:
-    """The keys of a sample's windows in a artifact, none where it has none."""
+    """The keys of a sample's windows in an artifact, none where it has none."""
 
     def keys(sample: Sample) -> list[str]:
         if not artifact.covers(sample):

@@ -1,18 +1,21 @@
-"""What makes the entries of a artifact of decoded windows: the video codec, a regularizer's encoder, or nothing at all."""
+"""What makes the entries of an artifact of decoded windows: the video codec, a regularizer's encoder, or nothing at all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from vtrain.contract import Device, FeatureEncoder, PluginError, Problem, VideoCodec, torch_type
-from vtrain.data.caching.artifacts import Artifact, FeatureArtifact, VideoArtifact
+from vtrain.contract import ClipShape, Device, FeatureEncoder, PluginError, Problem, VideoCodec, torch_type
+from vtrain.data.caching.artifacts import Artifact, FeatureArtifact, VideoArtifact, Window
 from vtrain.data.decoding.decode import unit_range
 from vtrain.data.decoding.masks import is_empty
+from vtrain.data.decoding.worker import Decoded, DecodeJob, MaskJob
 from vtrain.data.sample import Sample
+
+DecodingJob = DecodeJob | MaskJob
 
 EncodeWindows = Callable[[Sequence[Tensor], Sample], list[dict[str, Tensor]]]
 """What was decoded of windows of one shape, and one of their samples -> the tensors of each one's entry, on the CPU.
@@ -83,3 +86,32 @@ def _colour(mask: Tensor) -> str:
     if is_empty(mask, invert=False):
         return "black"
     return "white" if is_empty(mask, invert=True) else "mask"
+
+
+def by_shape(windows: Iterable[Window], size: int) -> Iterator[Window]:
+    """The same windows in runs of `size` of one shape, and at the end what is left of each; no decoded one is held."""
+    waiting: dict[ClipShape, list[Window]] = {}
+    for window in windows:
+        batch = waiting.setdefault(window[0].shape, [])
+        batch.append(window)
+        if len(batch) == size:
+            yield from waiting.pop(window[0].shape)
+    for batch in waiting.values():
+        yield from batch
+
+
+def in_batches(
+    decoded: Iterable[tuple[DecodingJob, Decoded]], size: int
+) -> Iterator[list[tuple[DecodingJob, Decoded]]]:
+    """Decoded windows of one shape, with at most `size` to encode in each list, nothing held back that need not be."""
+    batch: list[tuple[DecodingJob, Decoded]] = []
+    for job, found in decoded:
+        if batch and batch[0][0].sample.shape != job.sample.shape:
+            yield batch
+            batch = []
+        batch.append((job, found))
+        if sum(other.pixels is not None for _, other in batch) in (0, size):
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -15,7 +15,6 @@ import torch
 
 from vtrain.contract import (
     Caption,
-    ClipShape,
     DataError,
     Filling,
     PluginError,
@@ -26,7 +25,7 @@ from vtrain.contract import (
     TextEncoder,
 )
 from vtrain.data.caching.artifacts import Artifact, FeatureArtifact, Layout, MaskArtifact, Window, known_key, layout_of
-from vtrain.data.caching.encoders import EncodeWindows, opened
+from vtrain.data.caching.encoders import DecodingJob, EncodeWindows, by_shape, in_batches, opened
 from vtrain.data.caching.inventory import Stores
 from vtrain.data.caching.sharing import Leases, Peers, digest64, is_share, together_telling
 from vtrain.data.decoding.masks import emptiness
@@ -128,38 +127,6 @@ def _real(text: Text) -> Iterator[tuple[torch.Tensor, int]]:
             what = "the text encoder's real tokens do not come first."
             raise PluginError(Problem("", what, "This is a fault of the model family's plugin."))
         yield embeds, count
-
-
-DecodingJob = DecodeJob | MaskJob
-
-
-def by_shape(windows: Iterable[Window], size: int) -> Iterator[Window]:
-    """The same windows in runs of `size` of one shape, and at the end what is left of each; no decoded one is held."""
-    waiting: dict[ClipShape, list[Window]] = {}
-    for window in windows:
-        batch = waiting.setdefault(window[0].shape, [])
-        batch.append(window)
-        if len(batch) == size:
-            yield from waiting.pop(window[0].shape)
-    for batch in waiting.values():
-        yield from batch
-
-
-def in_batches(
-    decoded: Iterable[tuple[DecodingJob, Decoded]], size: int
-) -> Iterator[list[tuple[DecodingJob, Decoded]]]:
-    """Decoded windows of one shape, with at most `size` to encode in each list, nothing held back that need not be."""
-    batch: list[tuple[DecodingJob, Decoded]] = []
-    for job, found in decoded:
-        if batch and batch[0][0].sample.shape != job.sample.shape:
-            yield batch
-            batch = []
-        batch.append((job, found))
-        if sum(other.pixels is not None for _, other in batch) in (0, size):
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 @dataclass

@@ -25,15 +25,15 @@ def said(root: Path) -> Any:
 
 
 def kinds(source: str) -> Iterator[str]:
-    """The kinds of reasons that a module leaves files out for."""
+    """The kinds of reasons that a module skips files for."""
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Left":
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Skipped":
             kind = node.args[1]
             if isinstance(kind, ast.Constant):
                 yield str(kind.value)
 
 
-def test_every_reason_to_leave_a_file_out_is_on_the_page(root: Path) -> None:
+def test_every_reason_to_skip_a_file_is_on_the_page(root: Path) -> None:
     found = {kind for file in (root / "core/vtrain/data").rglob("*.py") for kind in kinds(file.read_text())}
     assert {"too short", "bad caption"} <= found
     rows = re.findall(r"^\| ([^|]+) \| ", (root / "docs" / "data.md").read_text(encoding="utf-8"), flags=re.MULTILINE)

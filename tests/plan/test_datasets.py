@@ -239,7 +239,7 @@ def test_masks_are_resolved_with_their_place_in_the_file(plan_of: PlanOf) -> Non
         ("../masks", "a folder in the dataset, such as"),
         (".", "a folder in the dataset, such as"),
         ("a//b", "a folder in the dataset, such as"),
-        ("a/.masks", "files in folders whose names start with a dot are not looked at"),
+        ("a/.masks", "files in folders whose names start with a dot are not read"),
     ],
 )
 def test_a_folder_of_masks_lies_in_the_dataset(plan_of: PlanOf, folder: str, why: str) -> None:

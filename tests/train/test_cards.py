@@ -26,7 +26,7 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
 def test_a_run_uses_its_card_in_each_of_its_threads(folder, within: Run, card_in_ram: Any) -> None:
     within("run", folder.write(train="lora"))
     sets = card_in_ram.threads["set_device"]
-    assert {"MainThread", "feed_0"} <= sets
+    assert {"MainThread", "prefetcher_0"} <= sets
     assert all(call == ("set_device", 0) for call in card_in_ram.calls if call[0] == "set_device")
     assert card_in_ram.pinned >= 6 * 5, "clean, noise, level, and text of each micro-batch"
     seeds = [call for call in card_in_ram.calls if call[0] == "manual_seed"]

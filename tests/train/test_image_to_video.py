@@ -160,10 +160,10 @@ def test_noise_and_levels_stay_what_they_were_and_sigmas_are_told_by_frame(toy: 
             return Batch(number, Latents(clean), text, (4, 9), ("a", "b"), (False, False), self.first_frame)
 
     batches: Any = One()
-    feed = Prefetcher(batches, sampler, 3, Device())
-    plain = feed.prepare(0, 0)
+    prefetcher = Prefetcher(batches, sampler, 3, Device())
+    plain = prefetcher.prepare(0, 0)
     batches.first_frame = (False, True)
-    mixed = feed.prepare(0, 0)
+    mixed = prefetcher.prepare(0, 0)
     assert torch.equal(plain.given.noise, mixed.given.noise)
     assert plain.given.mask is None
     assert plain.given.level.sigma.shape == (2,)

@@ -103,11 +103,11 @@ def test_the_loss_of_a_run_is_the_mean_over_each_clips_white_part(own, within: R
     within("run", config)
     (row,) = own.rows()
     plan, filled = filled_by(config)
-    feed = Prefetcher(Batches(plan, filled.caches, filled.index), plan.sampler, plan.config.run.seed, Device())
+    prefetcher = Prefetcher(Batches(plan, filled.caches, filled.index), plan.sampler, plan.config.run.seed, Device())
     denoiser: Any = plan.family.load_denoiser("cpu", "fp32")
     losses = []
     for micro_batch in range(4):
-        fed = feed.prepare(micro_batch, 0)
+        fed = prefetcher.prepare(micro_batch, 0)
         given = fed.given
         noisy, target = plan.sampler.corrupt(given.clean, given.noise, given.level)
         with torch.no_grad():

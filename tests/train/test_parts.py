@@ -96,13 +96,13 @@ def batch_of(given: StepInput, draws: tuple[int, ...], number: int) -> Batch:
 
 
 def test_noise_and_level_of_a_draw_do_not_depend_on_its_batch(given, sampler) -> None:
-    def feed(size: int) -> Prefetcher:
+    def prefetcher(size: int) -> Prefetcher:
         whole = given(size)
         batches = FakeBatches(lambda n: batch_of(whole, tuple(range(n * size, n * size + size)), n))
         return Prefetcher(batches, sampler, 42, Device())  # type: ignore[arg-type]
 
-    pairs = [feed(2).prepare(n, n) for n in range(3)]
-    singles = [feed(1).prepare(n, n) for n in range(6)]
+    pairs = [prefetcher(2).prepare(n, n) for n in range(3)]
+    singles = [prefetcher(1).prepare(n, n) for n in range(6)]
     assert torch.equal(torch.cat([f.given.noise for f in pairs]), torch.cat([f.given.noise for f in singles]))
     assert [s for f in pairs for s in f.sigmas] == [s for f in singles for s in f.sigmas]
     noise = torch.cat([f.given.noise for f in singles])
@@ -117,8 +117,8 @@ def test_a_stream_gives_what_prepare_gives_in_order_and_its_errors(given, sample
             raise OSError("the disk is gone")
         return batch_of(whole, (number,), number)
 
-    feed = Prefetcher(FakeBatches(batch), sampler, 1, Device())  # type: ignore[arg-type]
-    stream = feed.stream(iter([(n, n) for n in range(6)]))
+    prefetcher = Prefetcher(FakeBatches(batch), sampler, 1, Device())  # type: ignore[arg-type]
+    stream = prefetcher.stream(iter([(n, n) for n in range(6)]))
     got = [next(stream).micro_batch for _ in range(4)]
     assert got == [0, 1, 2, 3]
     with pytest.raises(OSError, match="the disk is gone"):

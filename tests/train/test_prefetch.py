@@ -37,7 +37,7 @@ class Halves:
         return NoiseLevel(torch.full((n,), 0.5), torch.full((n,), 500.0))
 
 
-def feed(made: Made) -> Prefetcher:
+def prefetcher(made: Made) -> Prefetcher:
     return Prefetcher(made, Halves(), 1, Device())  # type: ignore[arg-type]
 
 
@@ -46,7 +46,7 @@ def numbers(count: int) -> Iterator[tuple[int, int]]:
 
 
 def threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("feed")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("prefetcher")]
 
 
 def until(true: Callable[[], bool]) -> None:
@@ -59,7 +59,7 @@ def until(true: Callable[[], bool]) -> None:
 
 def test_batches_are_made_in_one_other_thread_in_order_and_never_further_ahead_than_said() -> None:
     made = Made()
-    stream = feed(made).stream(numbers(20))
+    stream = prefetcher(made).stream(numbers(20))
     for number in range(20):
         fed = next(stream)
         assert fed.micro_batch == number
@@ -70,7 +70,7 @@ def test_batches_are_made_in_one_other_thread_in_order_and_never_further_ahead_t
         assert len(made.asked) == expected
     assert next(stream, None) is None
     assert made.asked == list(range(20))
-    assert made.threads == {"feed_0"}
+    assert made.threads == {"prefetcher_0"}
     assert threads() == []
 
 
@@ -87,7 +87,7 @@ class Clock:
 
 def test_what_a_step_waits_for_is_measured_and_what_is_ready_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each batch takes five seconds to make: the first while it is waited for, the next ones while nobody waits."""
-    from vtrain.train import feed as module
+    from vtrain.train import prefetch as module
 
     clock, go = Clock(), threading.Event()
     monkeypatch.setattr(module, "time", clock)
@@ -97,7 +97,7 @@ def test_what_a_step_waits_for_is_measured_and_what_is_ready_costs_nothing(monke
         clock.now += 5
 
     made = Made(make)
-    stream = feed(made).stream(numbers(AHEAD + 1))
+    stream = prefetcher(made).stream(numbers(AHEAD + 1))
     assert next(stream).waited == 5
     go.set()
     until(lambda: clock.now == 5 * (AHEAD + 1))
@@ -109,7 +109,7 @@ def test_an_error_in_the_background_is_raised_at_its_turn_in_its_own_words() -> 
         if number == 2:
             raise DataError(Problem("cache/x", "the cache entry is damaged."))
 
-    stream = feed(Made(fail)).stream(numbers(9))
+    stream = prefetcher(Made(fail)).stream(numbers(9))
     assert [next(stream).micro_batch, next(stream).micro_batch] == [0, 1]
     with pytest.raises(DataError, match="cache/x: the cache entry is damaged"):
         next(stream)
@@ -126,7 +126,7 @@ def test_a_card_that_cannot_be_used_in_the_background_is_that_error_and_no_broke
 
     monkeypatch.setattr(Device, "use", refuse)
     with pytest.raises(DeviceError, match="cuda:0: the card cannot be opened: it is busy"):
-        next(feed(Made()).stream(numbers(3)))
+        next(prefetcher(Made()).stream(numbers(3)))
     assert threads() == []
 
 
@@ -148,7 +148,7 @@ def test_a_plugin_that_wants_to_end_the_process_from_the_background_does_not_end
         sys.exit(0)
 
     with pytest.raises(RuntimeError, match=r"SystemExit \(0\) was raised in the prefetcher, reading micro-batch 0"):
-        next(feed(Made(leave)).stream(numbers(3)))
+        next(prefetcher(Made(leave)).stream(numbers(3)))
     assert threads() == []
 
 
@@ -182,7 +182,7 @@ def test_closing_leaves_no_thread_and_begins_nothing_new() -> None:
             assert go.wait(60)
 
     made = Made(block)
-    stream = feed(made).stream(numbers(100))
+    stream = prefetcher(made).stream(numbers(100))
     next(stream)
     until(lambda: made.asked == [0, 1, 2])
     threading.Timer(0.1, go.set).start()
@@ -192,12 +192,12 @@ def test_closing_leaves_no_thread_and_begins_nothing_new() -> None:
 
 
 def test_a_keyboard_interrupt_while_waiting_leaves_no_thread(monkeypatch) -> None:
-    from vtrain.train import feed as module
+    from vtrain.train import prefetch as module
 
     def interrupted(future: object) -> None:
         raise KeyboardInterrupt
 
-    stream = feed(Made()).stream(numbers(100))
+    stream = prefetcher(Made()).stream(numbers(100))
     next(stream)
     monkeypatch.setattr(module, "_wait", interrupted)
     with pytest.raises(KeyboardInterrupt):

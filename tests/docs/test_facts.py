@@ -87,4 +87,4 @@ def test_the_plugin_of_the_readme_is_that_of_the_page(every_block: tuple[Any, ..
 
 
 def test_planted_kinds_are_found() -> None:
-    assert list(kinds('Left("dropped", "too odd", "because")')) == ["too odd"]
+    assert list(kinds('Skipped("dropped", "too odd", "because")')) == ["too odd"]

@@ -4,7 +4,7 @@
     python benchmarks/same_bits.py compare OLD NEW     what differs between two such folders; exits with 1 if anything does
 
 The runs: the tiny world (full), the seven real clips (full, then resumed), and LoRA with CREPA, masks and image-to-video.
-Two records compare bit for bit on one machine, with one torch and one number of threads. Times and memory are left out; keys
+Two records compare bit for bit on one machine, with one torch and one number of threads. Times and memory are not compared; keys
 that were renamed since are read under their new names.
 """
 
@@ -200,7 +200,7 @@ def tensors(folder: Path) -> dict[str, str]:
 
 
 def states(folder: Path) -> dict[str, Any]:
-    """Checkpoint -> what its state says, paths of this machine left out."""
+    """Checkpoint -> what its state says, without paths of this machine."""
     found = {}
     for path in sorted(folder.glob("*/state.json")):
         state = json.loads(path.read_text(encoding="utf-8"))
@@ -264,6 +264,9 @@ def compare(old: Path, new: Path) -> int:
 
 def current(record: Any) -> Any:
     """A record with its settings under the keys of today: renamed ones, and tables of free keys, once one value each."""
+    for dataset in record["plan"]["datasets"]:
+        if "left_out" in dataset:
+            dataset["skipped"] = dataset.pop("left_out")
     for state in record["settings"].values():
         leaves: dict[str, Any] = {}
         for key, value in state["settings"].items():

@@ -204,7 +204,7 @@ class PathManifest:
             try:
                 yield self._target(record)
             except ValueError as error:
-                remedy = "Mend or remove the row; paths are relative to the manifest."
+                remedy = "Fix or remove the row; paths are relative to the manifest."
                 wrong.add(f"{record.place}:{record.number}", f"the row {error}.", remedy)
         wrong.stop()
 

@@ -232,7 +232,7 @@ def _words(records: Iterator[Record], named: NamedBy, wrong: WrongRows) -> Itera
         name, where = named.name(record), f"{record.place}:{record.number}"
         texts = caption_texts(record.cells["caption"])
         if texts is None:
-            wrong.add(where, "the caption is no text and no list of texts.", "Mend the row.")
+            wrong.add(where, "the caption is no text and no list of texts.", "Fix the row.")
             continue
         try:
             number = score(record.cells.get("motion_score"))

@@ -67,7 +67,7 @@ def _csv(file: BinaryIO, place: str, choose: Choose, delimiter: str) -> Iterator
     except UnicodeDecodeError as error:
         raise _wrong(place, 0, f"it is not UTF-8 ({error.reason}).", "Save it as UTF-8.") from error
     except csv.Error as error:
-        raise _wrong(place, reader.line_num, f"it is not CSV: {error}.", "Mend the line.") from error
+        raise _wrong(place, reader.line_num, f"it is not CSV: {error}.", "Fix the line.") from error
 
 
 def _json(file: BinaryIO, place: str, choose: Choose) -> Iterator[TableRow]:

@@ -103,7 +103,7 @@ class TarShards:
             except OSError as error:
                 place = f"{self._files.folder.location}/{shard.id}"
                 what = f"the shard cannot be read: {error.strerror or error}."
-                raise DataError(Problem(place, what, "Mend the file, or leave it out of data.path.")) from error
+                raise DataError(Problem(place, what, "Fix the file, or remove it from data.path.")) from error
 
     def open(self, ref: SourceRef) -> BinaryIO:
         """The header before the member is read with it, and has to be the one that was listed. Raises OSError."""

@@ -297,7 +297,7 @@ def test_what_lossy_compression_makes_of_black_hardly_counts_beside_a_disc_of_a_
 
 def test_why_an_empty_mask_is_left_out_names_it_and_says_what_to_do() -> None:
     assert emptiness("masks/a.png", invert=False) == (
-        "its mask masks/a.png is black where the clip is used, so nothing of it would be trained: mend or remove the mask, "
+        "its mask masks/a.png is black where the clip is used, so nothing of it would be trained: fix or remove the mask, "
         "or set invert = true in [data.masks] if it is the other way round"
     )
     assert "masks/a.png is white" in emptiness("masks/a.png", invert=True)

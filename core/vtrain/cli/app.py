@@ -64,7 +64,7 @@ def _run(
 
 @app.command("plan")
 def _plan(config: ConfigFile, json: Json = False) -> None:
-    """Everything the run would do, priced, without loading a weight."""
+    """Everything the run would do, estimated, without loading a weight."""
     with uncollected(collect_first=False):
         from vtrain.cli.plan import plan
 

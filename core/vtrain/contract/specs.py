@@ -279,7 +279,7 @@ def part_or_error(catalog: Catalog, kind: str, name: str, where: str) -> Registe
 
 
 def _mend(failure: Failure) -> str:
-    return f"Mend or remove {failure.distribution}." if failure.distribution else ""
+    return f"Fix or remove {failure.distribution}." if failure.distribution else ""
 
 
 def _alternatives(catalog: Catalog, kind: str, name: str) -> str:

@@ -88,7 +88,7 @@ class SourceFrames:
 
     def _failed(self, sample: Sample, fault: FileFault) -> DataError:
         place = f"{self._plan.datasets[sample.place].backend.location}/{sample.ref_id}"
-        remedy = "Mend the file, or remove it and start the run again."
+        remedy = "Fix the file, or remove it and start the run again."
         return DataError(Problem(place, f"{fault.reason}, and its frames are read at each step.", remedy))
 
 

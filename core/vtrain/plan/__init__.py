@@ -1,1 +1,1 @@
-"""Config and catalog to a plan: built, checked and priced without torch."""
+"""Config and catalog to a plan: built and checked without torch."""

@@ -354,7 +354,7 @@ class _ArtifactFilling:
             ledger.record_skipped(self._settings(sample), sample, Skipped("failed", kind, fault.reason))
         if dataset.table.on_bad_file == "stop":
             place = f"{dataset.backend.location}/{sample.ref_id}"
-            remedy = 'Mend or remove the file, or set data.on_bad_file = "skip".'
+            remedy = 'Fix or remove the file, or set data.on_bad_file = "skip".'
             raise DataError(Problem(place, f"{fault.reason}.", remedy))
 
 

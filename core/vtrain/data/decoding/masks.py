@@ -67,7 +67,7 @@ def emptiness(name: str, *, invert: bool) -> str:
     """Why a clip with an empty mask is skipped, and what to do. name: of the mask's file in the dataset."""
     colour, switch = ("white", "remove invert") if invert else ("black", "set invert = true")
     return (
-        f"its mask {name} is {colour} where the clip is used, so nothing of it would be trained: mend or remove the mask, or "
+        f"its mask {name} is {colour} where the clip is used, so nothing of it would be trained: fix or remove the mask, or "
         f"{switch} in [data.masks] if it is the other way round"
     )
 

@@ -321,7 +321,7 @@ def _csv(dataset: DatasetPlan, path: Path) -> Iterator[CaptionRow]:
     except UnicodeDecodeError as error:
         raise DataError(Problem(str(path), f"the file is not UTF-8 ({error.reason}).", "Save it as UTF-8.")) from error
     except csv.Error as error:
-        raise DataError(Problem(f"{path}:{reader.line_num}", f"not CSV: {error}.", "Mend the line.")) from error
+        raise DataError(Problem(f"{path}:{reader.line_num}", f"not CSV: {error}.", "Fix the line.")) from error
     except OSError as error:
         raise _unreadable(path, error) from error
 

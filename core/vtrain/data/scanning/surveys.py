@@ -248,7 +248,7 @@ def problems(ledger: Ledger, decision: int, dataset: DatasetPlan, found: Dataset
     if dataset.table.on_bad_file == "stop":
         query = "SELECT ref, reason FROM file_decision WHERE decision = :decision AND status = 'failed' ORDER BY ref"
         for ref, reason in ledger.rows(query, {"decision": decision}):
-            remedy = 'Mend or remove the file, or set data.on_bad_file = "skip".'
+            remedy = 'Fix or remove the file, or set data.on_bad_file = "skip".'
             yield Problem(f"{place}/{ref}", f"{reason}.", remedy)
     if not found.files:
         yield Problem(dataset.where, f"dataset {dataset.id}: no file in {place}.")

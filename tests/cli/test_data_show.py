@@ -22,7 +22,7 @@ from vtrain.data.decoding.decode import decode
 from vtrain.data.scanning import files
 from vtrain.data.scanning.files import look, unescaped
 from vtrain.data.scanning.ledger import Ledger
-from vtrain.data.scanning.scan import NotLoadable, torchcodec
+from vtrain.data.scanning.scan import NotLoadable, find_torchcodec
 from vtrain.run.prepare import planned
 
 
@@ -205,7 +205,7 @@ def test_a_clip_whose_frames_are_damaged_is_an_error_and_after_filling_a_failed_
 
 
 def test_what_decoded_a_file_is_told_where_torchcodec_is_asked_for(own: Path, vtrain, shown, make_clip) -> None:
-    if isinstance(found := torchcodec(), NotLoadable):
+    if isinstance(found := find_torchcodec(), NotLoadable):
         pytest.skip(found.what)
     clip = make_clip(own / "messy" / "long.mp4", frames=40, size=(192, 128))
     with av.open(str(clip)) as source, av.open(str(own / "messy" / "flash.flv"), "w") as target:

@@ -17,7 +17,7 @@ from vtrain.data.caching.caches import fill_caches
 from vtrain.data.decoding.process import DecodingProcess
 from vtrain.data.scanning.decisions import settings_key
 from vtrain.data.scanning.ledger import Ledger
-from vtrain.data.scanning.scan import NotLoadable, scan, torchcodec
+from vtrain.data.scanning.scan import NotLoadable, find_torchcodec, scan
 
 MOST_BYTES = 1280 << 20
 """Resident memory that no decoding process may reach. Half of it is torch's."""
@@ -51,7 +51,7 @@ def test_every_damaged_file_is_used_or_named_and_none_does_harm(setup, peaks, de
 
     The time limit per file is far above what any takes; one that reached it would be named with it.
     """
-    name = "" if decoder == "pyav" else torchcodec()
+    name = "" if decoder == "pyav" else find_torchcodec()
     if isinstance(name, NotLoadable):
         pytest.skip(name.what)
     made = runpy.run_path(str(Path(__file__).with_name("corpus.py")))["make"](setup.folder)

@@ -26,9 +26,9 @@ from vtrain.data.decoding.decode import decode
 from vtrain.data.decoding.probe import probe
 from vtrain.data.decoding.video import FileFault
 from vtrain.data.decoding.worker import DecodeJob, Workers
-from vtrain.data.scanning.scan import NotLoadable, scan, torchcodec
+from vtrain.data.scanning.scan import NotLoadable, find_torchcodec, scan
 
-FOUND = torchcodec() if importlib.util.find_spec("torchcodec") else NotLoadable("torchcodec is not installed.", "")
+FOUND = find_torchcodec() if importlib.util.find_spec("torchcodec") else NotLoadable("torchcodec is not installed.", "")
 pytestmark = pytest.mark.skipif(isinstance(FOUND, NotLoadable), reason=getattr(FOUND, "what", "torchcodec loads"))
 
 FORMATS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("test_formats.py"))))
@@ -68,7 +68,7 @@ def test_codecs_give_ffmpegs_pixels_exactly(codec, form, pix_fmt) -> None:
 @pytest.mark.parametrize("pix_fmt", ["yuv420p", "yuv420p10le"])
 def test_matrix_and_range_are_those_that_the_file_states_or_pyav_takes_it(codec, form, pix_fmt) -> None:
     """Full range is taken for limited where the pixel format does not say it: more than 6 levels off on average."""
-    from torchcodec.decoders import VideoDecoder
+    from find_torchcodec.decoders import VideoDecoder
 
     if codec == "libvpx-vp9" and pix_fmt != "yuv420p":
         codec, form = "libsvtav1", "mp4"

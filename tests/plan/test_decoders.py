@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vtrain.contract import ConfigError
-from vtrain.data.scanning.scan import NotLoadable, torchcodec, unusable, with_decoders
+from vtrain.data.scanning.scan import NotLoadable, find_torchcodec, unusable, with_decoders
 
 WITHOUT_FFMPEG = """RuntimeError: Could not load libtorchcodec. Likely causes:
           1. FFmpeg is not properly installed in your environment. We support
@@ -75,10 +75,10 @@ def test_a_dataset_that_asks_for_a_torchcodec_that_does_not_load_is_a_problem_at
 
 def test_a_torchcodec_that_crashes_or_is_of_another_version_is_told(another_torchcodec) -> None:
     another_torchcodec("import os; os.abort()")
-    assert isinstance(crashed := torchcodec(), NotLoadable)
+    assert isinstance(crashed := find_torchcodec(), NotLoadable)
     assert crashed.what == "torchcodec does not load: exit status -6"
     another_torchcodec("__version__, ffmpeg_major_version = '0.14.1+cpu', 7")
-    assert isinstance(newer := torchcodec(), NotLoadable)
+    assert isinstance(newer := find_torchcodec(), NotLoadable)
     assert newer.what == "torchcodec is there in version 0.14.1, and only 0.13 was compared with ffmpeg."
 
 
@@ -94,6 +94,6 @@ def test_a_dataset_bears_name_and_version_of_what_decodes_it(plan_of, another_to
 
 @pytest.mark.skipif(importlib.util.find_spec("torchcodec") is not None, reason="torchcodec is installed here")
 def test_without_torchcodec_that_is_found_out_in_a_process_of_its_own() -> None:
-    found = torchcodec()
+    found = find_torchcodec()
     assert isinstance(found, NotLoadable)
     assert found.what == "torchcodec is not installed."

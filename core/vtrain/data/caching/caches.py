@@ -20,7 +20,7 @@ from vtrain.data.decoding.decode import decode
 from vtrain.data.decoding.video import FileFault, faults
 from vtrain.data.index import Index, Keys, build
 from vtrain.data.sample import TRANSFORM_VERSION, Sample
-from vtrain.data.scanning.scan import REMEDY, of_file, pictures
+from vtrain.data.scanning.scan import PICTURE_REMEDY, picture_file_faults, pictures
 from vtrain.data.scanning.surveys import Survey
 from vtrain.plan.records import Plan
 
@@ -237,10 +237,10 @@ def key_of(stores: Stores, sample: Sample) -> str:
 def _pixels(sample: Sample) -> Tensor:
     """uint8 (3, 1, H, W). Raises FileFault."""
     file = Path(sample.ref_id)
-    with of_file(file), faults("cannot be read"), file.open("rb") as stream:
+    with picture_file_faults(file), faults("cannot be read"), file.open("rb") as stream:
         return decode(stream, sample, 0.0)
 
 
 def _error(plan: Plan, fault: FileFault) -> DataError:
     where = plan.config.where("validation", "images")
-    return DataError(Problem(where, f"{fault.reason}.", REMEDY))
+    return DataError(Problem(where, f"{fault.reason}.", PICTURE_REMEDY))

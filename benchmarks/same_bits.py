@@ -94,6 +94,7 @@ precision = "fp32"
 def prepare(folder: Path) -> dict[str, Path]:
     """Clips, models and configurations below `folder`; name -> configuration."""
     sys.path.insert(0, str(ROOT / "examples" / "world"))
+    import av
     import demo
     import numpy as np
     import torch
@@ -139,8 +140,10 @@ def prepare(folder: Path) -> dict[str, Path]:
         (mixed / "data" / clip.name).symlink_to(clip)
     (mixed / "data" / "masks").mkdir()
     for number, clip in enumerate(sorted((mixed / "data").glob("*.mp4"))[::2]):
-        white = np.zeros((64, 96, 3), dtype=np.uint8)
-        white[:, : 24 * (number % 3 + 1)] = 255
+        with av.open(str(clip)) as container:
+            width, height = container.streams.video[0].width, container.streams.video[0].height
+        white = np.zeros((height, width, 3), dtype=np.uint8)
+        white[:, : width // 4 * (number % 3 + 1)] = 255
         Image.fromarray(white).save(mixed / "data" / "masks" / f"{clip.stem}.png")
     found["mixed"] = mixed / "mixed.toml"
     found["mixed"].write_text(MIXED.replace('path = "clips"', 'path = "data"'), encoding="utf-8")
@@ -215,6 +218,7 @@ def record(folder: Path) -> None:
     """Run everything; `folder`/<name>.json each."""
     for name, config in prepare(folder / "work").items():
         plan = vtrain("plan", "--json", str(config))
+        assert '"status": "failed"' not in vtrain("data", "list", "--json", str(config)), "a clip or a mask is not used"
         vtrain("run", str(config))
         if name == "seven":  # and a resume: the last checkpoint taken away, the same steps again
             resume(config.parent / "run")

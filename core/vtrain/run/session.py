@@ -182,9 +182,14 @@ class Session:
             if warning:
                 yield Warned(warning)
             start = self._start()
-            data = self._data = yield from self._read()
+            found, estimate = yield from self._scanned(estimated=True)
+            assert estimate is not None
+            if self._is_done(start, estimate):
+                yield Ended(start.state.step, estimate.steps, "nothing to do")
+                return
             for notice in start.notices:
                 yield Noted(notice)
+            data = self._data = yield from self._read(found, estimate)
             with self._assembled(start, data) as (trainer, caches):
                 yield from self._begun(trainer, data)
                 yield from self._trained(trainer, caches)
@@ -215,10 +220,20 @@ class Session:
 
         return self.processes.from_first(lambda: find_start(self.plan))
 
-    def _read(self) -> Generator[Event, None, Data]:
-        """Scan, estimate, fill the caches; without the clips that turned out bad in filling it is estimated again."""
-        found, estimate = yield from self._scanned(estimated=True)
-        assert estimate is not None
+    def _is_done(self, start: Start, estimate: Estimate) -> bool:
+        """Whether neither a step nor a video is left to make, so that nothing need be encoded or loaded."""
+        from vtrain.validate.videos import unmade
+
+        step, validation = start.state.step, self.plan.validation
+        if step < estimate.steps or start.folder is None:
+            return False
+        if step > estimate.steps or validation is None:
+            return True
+        output, prompts = self.plan.config.run.output_dir, validation.prompts
+        return not self.processes.from_first(lambda: unmade(output, step, prompts))
+
+    def _read(self, found: Scan, estimate: Estimate) -> Generator[Event, None, Data]:
+        """Fill the caches; without the clips that turned out bad in filling the run is estimated again."""
         filled = yield from self._caches(found)
         yield from self._quarantined()
         survey = found.survey
@@ -361,9 +376,7 @@ class Session:
         validator = Validator(
             made, plan.family, plan.sampler, caches, trainer.denoiser, processes.device, autocast, stopping, pictures
         )
-        return Validation(
-            validator, plan.config.run.output_dir / "samples", processes, partial(self._explained, "validating")
-        )
+        return Validation(validator, plan.config.run.output_dir, processes, partial(self._explained, "validating"))
 
     def _explained(self, doing: Doing) -> AbstractContextManager[None]:
         """A full device is an error with what lowers the memory that this plan takes."""

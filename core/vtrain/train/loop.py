@@ -46,8 +46,16 @@ class Requests(Protocol):
         ...
 
 
-Validate = Callable[[int], Iterator[Event]]
-"""Optimizer steps done -> what happens while videos are generated. Never raises for a video that fails."""
+class Validate(Protocol):
+    """Videos of the model as it is. Never raises for a video that fails."""
+
+    def __call__(self, step: int) -> Iterator[Event]:
+        """step: optimizer steps done. What happens while videos are generated."""
+        ...
+
+    def unmade(self, step: int) -> bool:
+        """Whether videos of this step are still to be made. False on all processes but the first."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,11 @@ class Interval:
 
     def due(self, steps: int, now: float) -> bool:
         """steps: optimizer steps done, >= 1."""
-        return steps % self.steps == 0 if self.steps is not None else now - self.last >= self.seconds
+        return self.falls_on(steps) if self.steps is not None else now - self.last >= self.seconds
+
+    def falls_on(self, steps: int) -> bool:
+        """Whether it is due after this step whatever the clock says."""
+        return self.steps is not None and steps % self.steps == 0
 
     def done(self, now: float) -> None:
         """What was due has been done."""
@@ -124,8 +136,13 @@ class Loop:
     def run(self, checkpoint: CheckpointTable, validate: Interval | None, *, at_start: bool) -> Iterator[Event]:
         """The whole run, or what is left of it."""
         save = Interval(checkpoint.every, self.steps_per_epoch, time.monotonic())
-        if at_start and self.ends.validate and self.first == 0:
-            yield from self.validation(0, validate)
+        due = self.first == self.last or (validate is not None and validate.falls_on(self.first))
+        if self.first == 0:
+            if at_start:
+                yield from self.validation(0, validate)
+        elif due and self.owed(self.first):
+            # It was interrupted after the checkpoint was saved. Nothing of it reaches training, so the run is the same run.
+            yield from self.validation(self.first, validate)
         with closing(self.prefetcher.stream(self.order())) as fed:
             self.restart_clock()
             yield from self.steps(fed, save, validate)
@@ -147,11 +164,15 @@ class Loop:
                 stop = self.processes.any(self.ends.requests.stop)[0]
                 if stop and not (saving or ended):
                     yield from self.checkpoint(done, save, must=True)
-            if stop and not ended:
+            if stop and (not ended or self.owed(done)):
                 yield Ended(done, self.last, "stopped")
                 return
         done = max(self.first, self.last)
-        yield Ended(done, self.last, "finished" if self.first < self.last else "nothing to do")
+        yield Ended(done, self.last, "stopped" if self.first == self.last and self.owed(done) else "finished")
+
+    def owed(self, done: int) -> bool:
+        """Whether videos after this step, at which a validation is due, are still to be made."""
+        return self.ends.validate is not None and self.processes.any(self.ends.validate.unmade(done))[0]
 
     def order(self) -> Iterator[tuple[int, int]]:
         """This process's global micro-batch numbers, with the optimizer step that each belongs to."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from vtrain.data.batches import pad
 from vtrain.data.caching.caches import Caches
 from vtrain.data.caching.sharing import Peers
 from vtrain.plan.records import ValidationPlan
-from vtrain.validate.videos import Strip, read_frames, spread, write_mp4, write_sheet
+from vtrain.validate.videos import Strip, read_frames, samples_folder, spread, unmade, write_mp4, write_sheet
 
 _COLUMNS = 6
 _CELL = 192
@@ -187,21 +187,21 @@ class Validator:
 class Validation:
     """Validations of a run, each as events. It never ends the run: what fails is in the event.
 
-    folder: of all samples. peers: each generates its share. explained: a full device's error, in words that help.
+    output: the run's folder. peers: each generates its share. explained: a full device's error, in words that help.
     """
 
     validator: Validator
-    folder: Path
+    output: Path
     peers: Peers
     explained: Callable[[], AbstractContextManager[None]]
 
     def __call__(self, step: int) -> Iterator[Event]:
         """Generate all prompts after `step` optimizer steps."""
         prompts = self.validator.plan.prompts
-        folder = self.folder / f"step-{step:06d}"
+        folder = samples_folder(self.output, step)
         yield Validating(step, len(prompts))
-        made, failure, interrupted = self._share(folder, list(prompts)[self.peers.rank :: self.peers.count])
-        shares = self.peers.gathered([(made, failure, interrupted)])
+        own = self._share(folder, list(prompts)[self.peers.rank :: self.peers.count])
+        shares = self.peers.gathered([own])
         everything = {name: path for files, _, _ in shares for name, path in files.items()}
         files = {name: everything[name] for name in prompts if name in everything}
         failures = {words for _, words, _ in shares if words}
@@ -213,7 +213,15 @@ class Validation:
             except Exception as error:  # noqa: BLE001 - validation never ends a run
                 failures.add(f"no contact sheet: {type(error).__name__}: {error}")
                 sheet = None
-        yield Validated(step, files, sheet, tuple(sorted(failures)), any(stopped for _, _, stopped in shares))
+        interrupted = any(stopped for _, _, stopped in shares)
+        if interrupted and not self.peers.rank:
+            with suppress(OSError):
+                folder.rmdir()  # if it is empty
+        yield Validated(step, files, sheet, tuple(sorted(failures)), interrupted)
+
+    def unmade(self, step: int) -> bool:
+        """Whether videos of this step are still to be made; the first process looks."""
+        return not self.peers.rank and unmade(self.output, step, self.validator.plan.prompts)
 
     def _strip(self, nickname: str, file: Path) -> Strip:
         plan, frames = self.validator.plan, read_frames(file)

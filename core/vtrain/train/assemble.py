@@ -108,9 +108,11 @@ class Trainer:
                 return Saved(
                     step, folder, tuple(checkpoint.prune(parent, self.plan.config.checkpoint.keep, folder))
                 ), ""
+            # The new checkpoint is whole and has verified: old ones that stay cost disk alone.
             except OSError as error:
                 return Saved(step, folder), f"an older checkpoint could not be deleted: {error}"
 
+        # The pieces in the order in which `checkpoint.write` gathers them on the first process: each may be collective.
         if not self.processes.first:
             for piece in pieces:
                 piece.gather(keep=False)
@@ -130,11 +132,13 @@ def assemble(
     denoiser, base = load_model(plan, start, str(processes.device))
     denoiser.gradient_checkpointing(plan.config.precision.gradient_checkpointing)
     modules = build_regularizers(plan, processes.device)
+    # The first process alone: gigabytes of weights may be hashed, and the hashes are kept in SQLite.
     features = processes.from_first(lambda: feature_marks(plan))
     with ExitStack() as held:  # what is in memory goes again if something below fails
         teachers = open_teachers(plan, str(processes.device), held)
         terms = {name: Term(modules[name], part.needs().taps, teachers.get(name)) for name, part in plan.regularizers}
         step = Step(denoiser, plan.sampler, terms, RunLength(estimate.steps, estimate.steps_per_epoch))
+        # from_pretrained leaves a model in eval mode, in which dropout does nothing.
         step.train()
         named = trained(step)
         part = plan.config.optimizer
@@ -145,6 +149,7 @@ def assemble(
             *(RegularizerPiece(name, module) for name, module in modules.items()),
             OptimizerPiece(optimizer, named, own_keys(part.options)),
         )
+        # After the optimizer is built: its piece fills the state of these very parameters.
         if start.folder is not None:
             checkpoint.load(start.folder, pieces)
         batches = Batches(plan, caches, index)
@@ -164,11 +169,12 @@ def load_model(plan: Plan, start: Start, device: str) -> tuple[Denoiser, str]:
     """The denoiser with its first weights, of the model folder or a checkpoint, with a new adapter under LoRA; the base's mark."""
     config = plan.config
     lora = config.model.table.lora
-    weights = None if lora else start.folder
+    weights = None if lora else start.folder  # a checkpoint of LoRA holds the adapter alone
     denoiser = plan.family.load_denoiser(device, plan.base, weights)
     if lora is None:
         denoiser.module.requires_grad_(True)
         return denoiser, ""
+    # Before the adapter: it renames the modules that it wraps, and its own weights change with each step.
     base = base_mark(denoiser.module)
     if start.folder is not None and base != start.state.base:
         what = f"its adapter was trained on other weights than {plan.config.where('model', 'path')} gives now."
@@ -188,6 +194,7 @@ def build_regularizers(plan: Plan, device: Device) -> dict[str, nn.Module]:
     """Each regularizer's own module, its first weights a function of the run's seed."""
     modules = {}
     for name, regularizer in plan.regularizers:
+        # Seeded and drawn on the CPU, then moved: the same first weights on every device.
         Device().seed(derive(plan.config.run.seed, f"regularizer {name}"))
         module = regularizer.load(dict.fromkeys(regularizer.needs().taps, plan.family.block_width))
         modules[name] = module.to(device.torch)

@@ -119,16 +119,18 @@ def write(parent: Path, step: int, pieces: Sequence[Piece]) -> Path:
     waiting = iter(pieces)
     written: dict[str, list[str]] = {}
     try:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)  # what a killed run left of the same step
         aside.mkdir(parents=True)
         for piece in waiting:
             # No name holds a state that was gathered, so that it is gone from memory before the next one comes.
             written[piece.name] = _write_piece(aside, piece, piece.gather(keep=True))
         _seal(aside, written)
+        # A folder cannot be renamed onto one that is not empty. The old one goes only now that the new one is whole.
         if final.exists():
             shutil.rmtree(final)
         aside.rename(final)
-        _sync(parent)
+        _sync(parent)  # the new name is on the disk only once its folder is
+    # safetensors raises its own error for what the disk refuses, which is no OSError.
     except (OSError, SafetensorError, _IncompleteError) as error:
         for piece in waiting:
             piece.gather(keep=False)  # the other processes do, and would wait for this one
@@ -171,6 +173,7 @@ def _seal(folder: Path, written: Mapping[str, Collection[str]]) -> None:
     content = {"format": FORMAT, "files": entries, "pieces": written}
     manifest.write_text(json.dumps(content, indent=1), encoding="utf-8")
     _sync(manifest)
+    # A file that is synced can still lack its name: that is in its folder.
     for below in {path.parent for path in paths.values()} | {folder}:
         _sync(below)
 
@@ -257,6 +260,7 @@ def _manifest(folder: Path) -> _Manifest:
     unreadable = f"its {MANIFEST} cannot be read"
     try:
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        # Before its fields are looked at: those of another format may be others, and it is not damaged for that.
         if isinstance(content, dict) and content.get("format", FORMAT) != FORMAT:
             raise _UnsoundError(f"its format is {content['format']}, and this vtrain reads {FORMAT}")
         return _Manifest.model_validate(content)
@@ -266,7 +270,7 @@ def _manifest(folder: Path) -> _Manifest:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "all of it"
         raise _UnsoundError(f"{unreadable}: {place}: {first['msg']}") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # JSON that is nested too deep
         raise _UnsoundError(f"{unreadable}: {error}") from None
 
 
@@ -282,7 +286,7 @@ def _compare(folder: Path, listed: Mapping[str, _Entry]) -> None:
     there = _files(folder)
     for name, entry in listed.items():
         path = folder / name
-        if name not in there or not path.is_file():
+        if name not in there or not path.is_file():  # to open a pipe would wait for its writer
             raise _UnsoundError(f"{name} is missing")
         if path.stat().st_size != entry.size:
             raise _UnsoundError(f"{name} has {path.stat().st_size} bytes instead of {entry.size}")
@@ -292,6 +296,7 @@ def _compare(folder: Path, listed: Mapping[str, _Entry]) -> None:
 
 def load(folder: Path, pieces: Sequence[Piece]) -> None:
     """Put the sound checkpoint `folder` into the live objects. Raises CheckpointError if a piece's file is not there."""
+    # Every file is looked for before any piece changes what is live.
     for piece in pieces:
         for name in piece.files:
             if not (folder / name).is_file():
@@ -336,7 +341,7 @@ def prune(parent: Path, keep: int | Literal["all"], newest: Path) -> list[Path]:
     """Delete all but the newest `keep`, once `newest` has verified. Gives what was deleted."""
     saved = [folder for _, folder in steps_saved(parent)]
     gone = saved[:-keep] if keep != "all" else []
-    if not gone or newest in gone:
+    if not gone or newest in gone:  # folders of later steps are there: the new one would go
         return []
     reason = fault(newest)
     if reason is not None:

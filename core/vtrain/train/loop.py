@@ -131,6 +131,7 @@ class Loop:
         self.unread: list[Unread] = []
         self.clock = time.perf_counter()
         for group in optimizer.param_groups:
+            # The file's rate, also in a resumed run: a checkpoint never brings lr or initial_lr.
             group.setdefault("initial_lr", group["lr"])
 
     def run(self, checkpoint: CheckpointTable, validate: Interval | None, *, at_start: bool) -> Iterator[Event]:
@@ -161,6 +162,7 @@ class Loop:
                 yield from self.checkpoint(done, save, must=stop or ended)
             if (validating or ended) and not stop:
                 yield from self.validation(done, validate)
+                # Videos take long: somebody may have asked meanwhile.
                 stop = self.processes.any(self.ends.requests.stop)[0]
                 if stop and not (saving or ended):
                     yield from self.checkpoint(done, save, must=True)
@@ -177,6 +179,7 @@ class Loop:
     def order(self) -> Iterator[tuple[int, int]]:
         """This process's global micro-batch numbers, with the optimizer step that each belongs to."""
         for number in range(self.first, self.last):
+            # Counted over all processes: another number of them, or of accumulated ones, repeats and skips no draw.
             start = self.micro_batch + (number - self.first) * self.per_step
             for turn in range(self.table.accumulate):
                 yield start + turn * self.processes.count + self.processes.rank, number
@@ -194,6 +197,7 @@ class Loop:
             shown = (item.micro_batch, item.sigmas, item.sample_ids)
             micro.append(Measured(*shown, loss, output.flow, metrics, item.waited))
         norm = self.clip(number)
+        # By hand: accelerate's scheduler steps once for each process, and a function of the step has no state to save.
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.factor(number)
         lr = self.optimizer.param_groups[0]["lr"]  # the denoiser's: groups of other rates come after
@@ -210,6 +214,7 @@ class Loop:
         clip = self.table.gradient_clip
         done = number + 1
         norm = None
+        # Clipping by norm takes it anyway; otherwise it is one more pass over all gradients.
         if (done == self.last or done % self.table.log_every == 0) and (clip is None or clip.method == "value"):
             norm = gradient_norm(self.parameters)
         if clip is not None:
@@ -247,6 +252,7 @@ class Loop:
 
     def checkpoint(self, done: int, interval: Interval, *, must: bool) -> Iterator[Event]:
         """Read all flags, then save. A save that fails is told; at the end of a run it is an error."""
+        # Also of steps between two logged ones: no weights are saved while a loss before them is unread.
         yield from self.read()
         self.check_weights(done)
         try:
@@ -255,6 +261,7 @@ class Loop:
             if must:
                 raise
             yield Warned(str(error))
+        # Also after a failure: by the clock it would otherwise be due again at the next step.
         interval.done(time.monotonic())
         self.restart_clock()
 
@@ -270,6 +277,7 @@ class Loop:
 
     def check_weights(self, done: int) -> None:
         """Raises TrainingError if a trained weight is not finite: a gradient can be broken whose loss is not."""
+        # A sum keeps a NaN or infinity: one number for each weight, and one read for all of them.
         sums = torch.stack([parameter.detach().float().sum() for parameter in self.parameters])
         if not bool(sums.isfinite().all()):
             remedy = "They were not saved. Lower the learning rate, or clip the gradient, and start the run again."

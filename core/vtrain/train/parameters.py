@@ -56,6 +56,7 @@ def add_lora(denoiser: Denoiser, table: LoraTable, seed: int, where: str) -> Non
         raise ConfigError(Problem(where, f"no adapter can be added: {error}", "See [model.lora] targets.")) from error
     for name, parameter in denoiser.module.named_parameters():
         if "lora_" in name:
+            # Whatever the base is stored in: bf16 weights at a rate of 1e-4 do not move at all under AdamW (tried).
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
 
@@ -74,6 +75,7 @@ def load_lora_state(module: nn.Module, state: dict[str, Tensor]) -> list[str]:
     expected = {key: value.shape for key, value in lora_state(module).items()}
     odd = [key for key in expected if key not in state or state[key].shape != expected[key]]
     odd += [key for key in state if key not in expected]
+    # Only a state that fits: peft loads with strict=False, and leaves what it lacks as it is.
     if not odd:
         set_peft_model_state_dict(module, state, adapter_name=ADAPTER)
     return sorted(odd)
@@ -87,6 +89,7 @@ def base_mark(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in module.state_dict().items():
         digest.update(f"{name} {tuple(value.shape)}\n".encode())
+        # numpy has no bf16.
         digest.update(value.detach().flatten()[:256].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -105,6 +108,7 @@ def groups(named: Iterable[tuple[str, Tensor]], factors: Mapping[str, float] | N
     for name, parameter in named:
         factor = next((value for start, value in (factors or {}).items() if name.startswith(start)), 1.0)
         found.setdefault((factor, _decays(name, parameter)), []).append((name, parameter))
+    # The denoiser's groups first: the rate that is logged is that of group 0.
     order = sorted(found, key=lambda key: (key[0] != 1.0, key[0], not key[1]))
     return [ParameterGroup(tuple(found[key]), decay=key[1], lr_factor=key[0]) for key in order]
 
@@ -129,6 +133,7 @@ Factor = Callable[[int], float]
 def lr_factor(table: LrScheduleTable, steps: int, steps_per_epoch: float) -> Factor:
     """The schedule over `steps` optimizer steps: warm-up, then the rest of the run, its last step at `end` exactly."""
     warmup = table.warmup.in_steps(steps_per_epoch) or 0 if table.warmup else 0
+    # From the last step of the warm-up, the first at the full rate, to the last step of the run.
     length = steps - 1 - max(warmup - 1, 0)
 
     def factor(step: int) -> float:

@@ -170,6 +170,7 @@ class OptimizerPiece:
     def load(self, folder: Path) -> None:
         """Raises CheckpointError when it cannot be read, or is of other parameters."""
         found, counted = _read(folder)
+        # All of it is compared before anything is changed.
         odd = self._misfits(found, counted)
         if odd:
             more = ", ..." if len(odd) > 5 else ""
@@ -185,6 +186,7 @@ class OptimizerPiece:
         }
         for name, parameter in self.named:
             if name in found:
+                # Not by load_state_dict: that goes by a parameter's number and casts its moments to its type.
                 self.optimizer.state[parameter] = {
                     field: _place(value, field, parameter, id(parameter) in counts_on_device)
                     for field, value in found[name].items()
@@ -208,6 +210,7 @@ class OptimizerPiece:
 
 def _counted(group: Mapping[str, object], own: Collection[str]) -> dict[str, int | float]:
     """Numbers of a group that no configuration gives. What torch's own classes keep there are settings of theirs."""
+    # To Python a bool is an int: a flag such as amsgrad is a setting and no count.
     fixed = {"lr", "initial_lr", *own}
     return {
         key: value

@@ -94,6 +94,7 @@ class Prefetcher:
 
         What goes wrong in making one is raised when its turn comes. Closing it ends the thread.
         """
+        # One thread: source frames are decoded for one at a time (SourceFrames).
         with ThreadPoolExecutor(1, thread_name_prefix="prefetcher") as pool:
             waiting: deque[Future[Prefetched]] = deque()
             # As a job, not as the pool's initializer: what is wrong there comes out as BrokenThreadPool.
@@ -107,7 +108,7 @@ class Prefetcher:
                     yield self.complete(_wait(waiting.popleft()))
             finally:
                 for future in waiting:
-                    future.cancel()
+                    future.cancel()  # the pool, which is left next, waits for all that it has
 
 
 def continued(
@@ -120,6 +121,7 @@ def continued(
     """
     given = torch.tensor(first_frame, dtype=torch.bool)
     if mask is not None and given.any():
+        # invert=False: a batch's masks are inverted already.
         given &= torch.tensor([not is_empty(each[1:], invert=False) for each in mask])
     if not given.any():
         return level, mask

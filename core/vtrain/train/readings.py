@@ -88,6 +88,7 @@ def rows(
     if not unread:
         return ()
     own, norms = fetch(unread)
+    # By number: sums of floats then do not depend on which process had which micro-batch.
     readings: list[Reading] = sorted(processes.gathered(own), key=lambda reading: reading.micro_batch)
     found = []
     before: list[Reading] = []
@@ -141,6 +142,7 @@ def _longest_wait(parts: Sequence[Reading], processes: int) -> float:
     """Seconds that the slowest process waited for the data of a step: the others wait for it."""
     waits = [0.0] * processes
     for part in parts:
+        # Micro-batches are dealt in turn (Loop.order): equal remainders are of one process, whichever that is.
         waits[part.micro_batch % processes] += part.waited
     return max(waits)
 

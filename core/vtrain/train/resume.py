@@ -79,6 +79,7 @@ def _resolved(plan: Plan) -> dict[KeyPath, Value]:
     values: dict[KeyPath, Value] = {("precision", "base"): plan.base}
     lora = plan.config.model.table.lora
     if lora is not None:
+        # As it is used, so that a default that somebody writes out later is no change.
         values["model", "lora", "alpha"] = lora.alpha or float(lora.rank)
     enabled = [number for number, part in enumerate(plan.config.data) if part.table.enabled]
     for number, dataset in zip(enabled, plan.datasets, strict=True):
@@ -206,6 +207,7 @@ def _choose(config: Config) -> tuple[Path | None, list[str]]:
             raise CheckpointError(Problem(str(folder), f"this checkpoint is not sound: {reason}.", "Name another one."))
         return folder, []
     folder_or_none, faults = checkpoint.latest(parent)
+    # Not from step 0 over them: a run that cannot find its checkpoints must not take their place.
     if folder_or_none is None and faults:
         remedy = "Nothing was deleted. Move them away to start again."
         problems = [Problem(str(found.folder), f"not a sound checkpoint: {found.reason}.") for found in faults]

@@ -71,6 +71,7 @@ class Teacher:
         assert isinstance(self.family, SupportsTokenGrid)  # the plan refuses others
         latents = LatentShape(*given.clean.shape[1:])
         grid = self.family.token_grid(latents)
+        # Cached features are made outside autocast, in the encoder's own type: these are the same numbers.
         with torch.no_grad(), Device.of(given.clean).autocast(None):
             if self.codec is None:
                 assert given.frames is not None
@@ -156,6 +157,7 @@ class Step(nn.Module):
     def __init__(self, denoiser: Denoiser, sampler: Sampler, terms: Mapping[str, Term], run: RunLength) -> None:
         """terms: name -> regularizer."""
         super().__init__()
+        # A Denoiser is no nn.Module: this is what DDP, the optimizer and train() find.
         self.denoiser_module = denoiser.module
         self.regularizers = nn.ModuleDict({name: term.module for name, term in terms.items()})
         self.denoiser = denoiser
@@ -219,10 +221,11 @@ class Step(nn.Module):
 
 def flow_loss(prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
     """Squared error, (B,) fp32: the mean over a clip; with a mask (B, f, h, w), weighted by it and divided by its area."""
+    # In fp32 before the difference: what autocast predicts is bf16, with 8 bits of precision.
     error = (prediction.float() - target.float()).square()
     if mask is None:
         return error.flatten(1).mean(1)
-    return (error.mean(1) * mask).flatten(1).sum(1) / mask.flatten(1).sum(1)
+    return (error.mean(1) * mask).flatten(1).sum(1) / mask.flatten(1).sum(1)  # never 0: StepInput.mask
 
 
 def untouched(module: nn.Module) -> Tensor | float:

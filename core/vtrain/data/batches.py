@@ -80,7 +80,7 @@ class SourceFrames:
 
     def _open(self) -> Workers:
         if self._workers is None:
-            free = max(1, available_cpus() // self._plan.processes - 1)
+            free = max(1, available_cpus() // self._plan.processes - 1)  # one core is left to the training process
             count = min(_MOST_DECODERS, self._plan.config.train.batch_size, free)
             limit = max(dataset.table.decode_timeout for dataset in self._plan.datasets)
             self._workers = self._stack.enter_context(Workers(count, limit))
@@ -184,6 +184,7 @@ class Batches:
             read = {name: self._features(name, windows) for name in self._index.features if _read(name, features)}
         text = pad(texts, self._plan.family.text_tokens)
         latents = Latents(drawn(self._plan.config.run.seed, clips, numbers))
+        # Of a single latent frame nothing would be left to train.
         moving = latents.mean.shape[2] > 1
         first_frame = tuple(moving and self._continues(*pair) for pair in zip(samples, numbers, strict=True))
         return Batch(
@@ -210,7 +211,7 @@ class Batches:
         keys = [() if rows is None else rows.keys(sample) for sample, _ in windows]
         if not any(keys):
             return None
-        found = torch.ones(len(windows), *latents)
+        found = torch.ones(len(windows), *latents)  # a clip without a mask trains whole
         for row, (own, (sample, window)) in enumerate(zip(keys, windows, strict=True)):
             if own:
                 masks = self._plan.datasets[int(self._index.datasets[sample])].masks
@@ -219,6 +220,7 @@ class Batches:
 
     def _continues(self, sample: int, draw: int) -> bool:
         """Whether this draw is image-to-video: from the seed, the draw number and its dataset's share alone."""
+        # One number for each draw, whatever the share: a smaller share draws a part of what a larger one does.
         share = self._plan.datasets[int(self._index.datasets[sample])].image_to_video
         return chance(self._plan.config.run.seed, "image_to_video", draw) < share
 

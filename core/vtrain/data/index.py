@@ -146,6 +146,7 @@ def build(
             sources_of.append(_source(sample))
         datasets.append(sample.place)
         buckets.append(shapes.setdefault(sample.shape, len(shapes)))
+    # Numbered by shape and not by whose clip came first: the order's circles derive their seeds from the number.
     place = {shape: number for number, shape in enumerate(sorted(shapes))}
     renumbered = np.array([place[shape] for shape in shapes], dtype=np.int32)
     found = np.array(buckets, dtype=np.int32)

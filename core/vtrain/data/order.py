@@ -22,7 +22,7 @@ import numpy as np
 from vtrain.data.index import Ints
 from vtrain.data.seeds import SEED_BITS, derive
 
-_EPOCHS_KEPT = 2
+_EPOCHS_KEPT = 2  # a batch may begin in one and end in the next
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class _Circle:
     @classmethod
     def thinned(cls, bucket: int, items: Ints, share: Fraction, phase: int) -> _Circle:
         """phase: of 2**SEED_BITS."""
+        # In whole numbers, so that the floor is exact in any epoch, however late.
         divisor = share.denominator << SEED_BITS
         rate = (share.numerator * len(items)) << SEED_BITS
         return cls(bucket, len(items), items, rate, phase * share.denominator, divisor)
@@ -148,6 +149,7 @@ class Order:
     def micro_batches(self, epochs: float) -> int:
         """Micro-batches complete when that many epochs, not always whole, have passed."""
         whole = math.floor(epochs)
+        # 1e-6: (2.3 - 2) * 10 is 2.9999999999999982 in floats.
         rest = math.floor((epochs - whole) * self.length(whole) + 1e-6)
         complete = self.batches_before(whole)
         return complete + (int(np.searchsorted(self._epoch(whole).ends, rest)) if rest else 0)
@@ -195,6 +197,7 @@ class Order:
             before = self.batches_before(epoch)
             if before <= micro_batch < before + len(walk.ends):
                 return epoch, micro_batch - before
+        # Doubled, then halved: a resume far into a run finds its epoch without walking there.
         low, high = 0, 1
         while self.batches_before(high) <= micro_batch:
             low, high = high, 2 * high

@@ -28,6 +28,7 @@ def chance(seed: int, purpose: str, *numbers: int) -> float:
 
 def choice(seed: int, purpose: str, draw: int, count: int) -> int:
     """One of range(count) for a draw, all as likely. Nothing is derived where there is no choice."""
+    # The remainder of one of 2**63: no choice is likelier than another by more than count / 2**63.
     return 0 if count == 1 else derive(seed, purpose, draw) % count
 
 

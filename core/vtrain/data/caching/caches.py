@@ -127,6 +127,7 @@ def fill(
     stores = Stores(plan)
     truncated = yield from fill_text(stores, texts(plan, samples, extra_texts), peers, device)
     unusable = yield from fill_windows(stores, samples, peers, device)
+    # The first process reads the ledger once more, for all: each would see another moment of it.
     index, changed = next(filter(None, together(peers, lambda: _index(stores, samples, unusable, peers))))
     skipped = unusable.reasons() | changed
     if skipped and not len(index):

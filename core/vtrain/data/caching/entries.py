@@ -37,6 +37,7 @@ def text_key(caption: Caption, role: Role, fingerprint: str) -> str:
 
 def transform(decoder: str) -> int | str:
     """Version of how pixels are made. decoder: of the dataset's plan; what another one makes are other pixels."""
+    # PyAV's keys do not name it: entries from before there was a choice keep theirs.
     return f"{TRANSFORM_VERSION}, {decoder}" if decoder else TRANSFORM_VERSION
 
 
@@ -258,12 +259,13 @@ class Entries:
         data = _serialise(key, tensors, compress=self.compress)
         with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            # Not mkstemp, whose files only their owner may read: a cache folder may be shared.
             aside = path.with_name(f".{key[:16]}-{secrets.token_hex(8)}{PART}")
             try:
                 with aside.open("xb") as stream:
                     stream.write(data)
                     stream.flush()
-                    os.fsync(stream.fileno())
+                    os.fsync(stream.fileno())  # before the rename, which may reach the disk first
                 aside.replace(path)
             except BaseException:  # also an interrupt: no half entry stays
                 aside.unlink(missing_ok=True)
@@ -321,6 +323,7 @@ def _whole(file: int, key: str) -> tuple[_Header, int]:
         raise ValueError("its content is not what its name says")
     if header.length != length:
         raise ValueError(f"it has {length} bytes where {header.length} belong")
+    # With the inode's own time of change: that of the content can be set back.
     return header, hash((key, state.st_dev, state.st_ino, length, state.st_mtime_ns, state.st_ctime_ns))
 
 
@@ -349,6 +352,7 @@ def _read_into(parts: Mapping[str, Tensor], header: _Header, file: int, *, check
         data = np.empty(stored.nbytes, dtype=np.uint8) if name in packed else bytes_of(part)
         for begin in range(0, len(data), _PART):
             piece = data[begin : begin + _PART]
+            # Into the batch's own memory: nothing is copied once more.
             if os.preadv(file, [piece.data], at + begin) != len(piece):
                 raise ValueError("it became shorter while it was read")
             crc = checksum(crc, piece) if check else crc

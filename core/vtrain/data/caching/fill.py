@@ -93,6 +93,7 @@ def _fill(
             for batch in batches:
                 # What another run has claimed is scanned again later: by then it is there, or that run has ended.
                 free = [key for key in batch if leases.take(key)]
+                # Looked at again under the lease: another run may have written it since.
                 keys = [key for key in free if not stores.text.sound(key)]
                 if keys:
                     encoder = encoder or stack.enter_context(stores.plan.family.open_text_encoder(device))
@@ -271,6 +272,7 @@ class _ArtifactFilling:
             if not leases.take(self._lease_name(window)):
                 busy.append(window)
                 continue
+            # Looked at again under the lease: another run may have made it since.
             layout = self._layout(window)
             if layout is not None:
                 leases.drop(self._lease_name(window))
@@ -308,6 +310,7 @@ class _ArtifactFilling:
         for (job, _, content), parts in zip(clips, made, strict=True):
             if not all(bool(part.isfinite().all()) for part in parts.values()):
                 reason = f"encodes to {self._noun()} that are not finite"
+                # For this run alone: the file itself may be fine.
                 self._leave_out(ledger, job.sample, FileFault(reason, lasting=False))
                 continue
             key = self.artifact.key(job.sample, job.start, content)
@@ -349,6 +352,7 @@ class _ArtifactFilling:
         dataset = self.stores.plan.datasets[sample.place]
         self.found.files[sample.file] = fault.reason
         self.unusable += 1
+        # What may pass is not written down: the next run tries again.
         if fault.lasting:
             kind = "bad mask" if isinstance(self.artifact, MaskArtifact) else "decoding"
             ledger.record_skipped(self._settings(sample), sample, Skipped("failed", kind, fault.reason))

@@ -84,7 +84,7 @@ def pack(tensor: Tensor) -> tuple[Packed, Tensor]:
     shuffled = compress(data.reshape(-1, tensor.element_size()).T.tobytes())
     smaller = min(plain, shuffled, key=len)
     packed = Packed(names[tensor.dtype], tuple(tensor.shape), smaller is shuffled)
-    return packed, torch.frombuffer(bytearray(smaller), dtype=torch.uint8)
+    return packed, torch.frombuffer(bytearray(smaller), dtype=torch.uint8)  # torch wants memory that may be written to
 
 
 def unpack(packed: Packed, data: Bytes) -> Tensor:
@@ -97,6 +97,7 @@ def unpack(packed: Packed, data: Bytes) -> Tensor:
         raw = ZstdDecompressor().decompress(data.data)
     except ZstdError as error:
         raise ValueError(f"it does not unpack: {error}") from error
+    # Read-only, as bytes are; the copy below is not.
     numbers: Bytes = np.frombuffer(raw, dtype=np.uint8)
     width = _WIDTHS[packed.dtype]
     restored = numbers.reshape(width, -1).T.copy() if packed.shuffled else numbers.copy()

@@ -84,6 +84,7 @@ class Leases(AbstractContextManager["Leases"]):
 
     def take(self, name: str) -> bool:
         """Lease what goes by that name; False if another process has it. Never waits."""
+        # >> 2: an offset in a file is a signed number of 64 bits.
         return lock(self._open(), digest64(name) >> 2) != "taken"
 
     def drop(self, name: str) -> None:
@@ -94,7 +95,7 @@ class Leases(AbstractContextManager["Leases"]):
         # One file for all: a process that closes any handle of a file lets go of all its locks on it.
         if self._file is None:
             make_folder(self._path.parent)
-            self._file = self._path.open("ab")
+            self._file = self._path.open("ab")  # a lock for writing needs a file that is open for it
         return self._file
 
 
@@ -164,6 +165,7 @@ def together_telling(peers: Peers, work: Generator[Y, None, T]) -> Generator[Y, 
 
 
 def _agreed(peers: Peers, result: Any, failure: VtrainError | None) -> list[Any]:
+    # Also after a failure: the others wait for this process's word.
     gathered = peers.gathered([(result, failure)])
     failures: list[VtrainError] = [failure for _, failure in gathered if failure is not None]
     if failures:

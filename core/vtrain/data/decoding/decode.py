@@ -61,6 +61,7 @@ def _decode(stream: BinaryIO, sample: Sample, start: float, pixels: Tensor, *, s
             raise FileFault(f"{fault.reason}, {missing(done, sample)}", lasting=fault.lasting) from fault
         if not seek:
             raise
+    # After a seek nothing could be had, for whatever reason: from the first frame it may.
     if done == 0 and seek:
         return False
     if done < shape.frames:
@@ -83,6 +84,7 @@ def stamped_from(container: InputContainer, video: VideoStream, seek: float | No
     first = next(frames, None)
     if first is None:
         return
+    # Decoded also where the window is sought: a file's times need not start at 0.
     origin = first[0]
     if seek is None or video.time_base is None:
         frames = chain([first], frames)
@@ -129,6 +131,7 @@ def fitted(upright: Picture, sample: Sample) -> Tensor:
         found = f"{upright.shape[1]}x{upright.shape[0]}"
         raise FileFault(f"its picture size changes from {sample.picture} to {found}")
     left, top, width, height = sample.box
+    # torch takes no negative strides, which the view of a mirrored or turned picture has.
     part = np.ascontiguousarray(upright[top : top + height, left : left + width])
     pixels = torch.from_numpy(part).permute(2, 0, 1)[None]
     size = (sample.shape.height, sample.shape.width)

@@ -134,6 +134,7 @@ class _LatentAreas:
         elif picture.shape != self._found:
             before, after = (f"{shape[1]}x{shape[0]}" for shape in (self._found, picture.shape))
             raise FileFault(f"its picture size changes from {before} to {after}")
+        # The mean over a rectangle is one product over its rows and one over its columns.
         average: Numbers = self._rows @ (picture @ _LUMA) @ self._columns.T
         return average
 

@@ -88,6 +88,7 @@ class Conversion:
         The orientation is that of the first frame until the rotation changes: PyAV keeps a frame whose side data were
         asked for until Python's cyclic garbage collection, and a clip's frames would pile up.
         """
+        # Read of each frame: PyAV computes it without keeping side data.
         if frame.rotation != self._rotation:
             self._rotation, self._orientation = frame.rotation, Orientation.of(frame)
         return self._orientation.upright(self.rgb(frame))
@@ -97,7 +98,7 @@ class Conversion:
         found = (frame.format.name, frame.width, frame.height, int(frame.colorspace), int(frame.color_range))
         with faults(f"its pixels ({frame.format.name}, matrix {found[3]} of H.273) cannot be converted to RGB"):
             if self._graph is None or found != self._format:
-                self._graph, self._format = _graph(*found), found
+                self._graph, self._format = _graph(*found), found  # each frame's own matrix and range count
             self._graph.vpush(frame)
             converted = self._graph.vpull()
         return cast("Picture", converted.to_ndarray())

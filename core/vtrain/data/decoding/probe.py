@@ -135,7 +135,7 @@ def _walk(container: InputContainer, video: VideoStream) -> VideoLength:
     count, first, last, end = 0, None, None, None
     for packet in container.demux(video):
         stamp = packet.pts if packet.pts is not None else packet.dts
-        if not packet.size or packet.is_discard or stamp is None:
+        if not packet.size or packet.is_discard or stamp is None:  # PyAV's last packet is empty: it flushes a decoder
             continue
         count += 1
         after = stamp + (packet.duration or 0)

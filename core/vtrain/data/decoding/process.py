@@ -73,6 +73,7 @@ class DecodingProcess:
         self._last_words = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close)
         ours, theirs = socket.socketpair()
         self._channel = Channel(ours)
+        # Closed here once the child has it: a channel ends only when every copy of its other end is closed.
         with theirs:
             command = [sys.executable, *_PROGRAM, str(theirs.fileno()), str(threads), str(memory)]
             self._process = subprocess.Popen(
@@ -81,7 +82,8 @@ class DecodingProcess:
                 stdout=subprocess.DEVNULL,
                 stderr=self._last_words,
                 pass_fds=[theirs.fileno()],
-                process_group=0,
+                process_group=0,  # Ctrl-C goes to the terminal's group: it is the run's to end this
+                # It unpickles what this process imported, from wherever that was.
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
             )
 
@@ -146,6 +148,7 @@ class DecodingProcess:
             message = self._receive(clock)
             if "read" in message:
                 part = _read(stream, *message["read"])
+                # What the decoder says of a file whose bytes did not come is no word on the file.
                 storage_failed |= part.startswith(b"!")
                 self._channel.send(part)
             elif "content" in message:
@@ -197,6 +200,7 @@ def _read(stream: BinaryIO, offset: int, size: int) -> bytes:
         stream.seek(offset)
         return b"=" + stream.read(size)
     except OSError as error:
+        # 5 is EIO: many storages raise an OSError without a number.
         return b"!" + json.dumps([error.errno or 5, error.strerror or str(error)]).encode()
 
 
@@ -212,4 +216,4 @@ def _pixels(file: int, sample: Sample, mask: MaskGrid | None) -> Tensor:
             raise ChannelClosed
         return torch.frombuffer(mmap.mmap(file, length), dtype=kind).view(shape)
     finally:
-        os.close(file)
+        os.close(file)  # the mapping keeps the memory

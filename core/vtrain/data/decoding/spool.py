@@ -102,6 +102,7 @@ class Copies(AbstractContextManager["Copies"]):
     def open(self, backend: DataBackend, ref: SourceRef) -> BinaryIO:
         """The copy, or a file that is local as it is. Raises what the backend raises, and OSError for a full disk."""
         copy = self._copy((backend.location, ref))
+        # Whoever wants the same file waits for the one fetch of it; others go on.
         with copy.lock:
             if copy.path is None:
                 stream = backend.open(ref)
@@ -120,7 +121,7 @@ class Copies(AbstractContextManager["Copies"]):
             if len(self._copies) > self._keep:
                 _, oldest = self._copies.popitem(last=False)
                 if oldest.path is not None:
-                    oldest.path.unlink(missing_ok=True)
+                    oldest.path.unlink(missing_ok=True)  # those who have it open read on
             return copy
 
 

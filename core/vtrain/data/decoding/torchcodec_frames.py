@@ -123,6 +123,7 @@ def _times(container: InputContainer, video: VideoStream) -> _Times:
             raise _Unfit("its edit list cuts frames off")
         if packet.size:
             spans.append(_span(packet, nominal))
+    # Packets come in the order of decoding, which B-frames make another than that of showing.
     spans.sort()
     starts = [time for time, _ in spans]
     if len(set(starts)) != len(starts):
@@ -142,6 +143,7 @@ def _span(packet: Packet[VideoStream], nominal: float) -> tuple[float, float]:
 def _check(frame: VideoFrame) -> None:
     """Whether torchcodec shows such a frame as ffmpeg does. Raises _Unfit."""
     turned = Orientation.of(frame)
+    # Each of the three is a reflection: an odd number of them mirrors the picture, an even one only turns it.
     if (turned.mirror != turned.flip) != turned.transpose:
         raise _Unfit(f"it is {turned}")
     if int(frame.color_range) == _FULL and not frame.format.name.startswith(_OWN_RANGE):

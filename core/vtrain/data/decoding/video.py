@@ -197,6 +197,7 @@ def faults(doing: str, stream: BinaryIO | None = None) -> Iterator[None]:
     """Turn what PyAV and the storage raise into FileFault. stream: of a file whose bytes may tell why ffmpeg refuses it."""
     try:
         yield
+    # Before OSError: some of PyAV's errors are both, and what ffmpeg says of a file lasts.
     except _ffmpeg_error() as error:
         found = _described(stream) if stream is not None else ""
         raise FileFault(f"{doing}: {f'{found} (ffmpeg: {error.strerror})' if found else error.strerror}") from error

@@ -129,6 +129,7 @@ class Workers(AbstractContextManager["Workers"]):
         if self._pool is not None:
             self._pool.terminate()
         with self._lock:
+            # Those that a thread put back meanwhile are closed already.
             left, self._all = self._all, set()
         for process in left:
             process.close()
@@ -252,6 +253,7 @@ class Workers(AbstractContextManager["Workers"]):
         process = self._take()
         try:
             answer = process.run(stream, sample, start, limit_s or self._limit_s, wanted, mask, torchcodec)
+        # Wherever the conversation broke off, this process cannot take another file.
         except BaseException:
             process.kill()
             raise

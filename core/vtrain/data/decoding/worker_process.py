@@ -100,6 +100,7 @@ class Channel:
         return b"".join(parts)
 
     def _some(self, length: int, end: float | None) -> bytes:
+        # Never 0, which makes a socket non-blocking: what it then raises is no TimeoutError.
         self._socket.settimeout(None if end is None else max(1e-3, end - time.monotonic()))
         try:
             part = self._socket.recv(length)
@@ -187,7 +188,7 @@ def main() -> None:
     end, threads, memory = map(int, sys.argv[1:])
     _limit(memory)
     channel = Channel(socket.socket(fileno=end))
-    gc.freeze()
+    gc.freeze()  # what is imported by now is not walked again after each file
     while True:
         gc.collect()  # the last file's frames, of which PyAV makes cycles
         try:
@@ -216,13 +217,14 @@ def _limit(memory: int) -> None:
     _, most = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (memory if most == resource.RLIM_INFINITY else min(memory, most), most))
     if sys.platform == "linux":
+        # A decoder that hangs never reads the channel, and would not notice that the parent is gone.
         ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _file(channel: Channel, job: Job) -> BinaryIO:
     if job.local:
         file = open(channel.receive_file(), "rb")  # noqa: PTH123, SIM115 (a descriptor; the caller closes it)
-        file.seek(0)
+        file.seek(0)  # a handed-over descriptor shares its position with the parent's
         return file
     return cast("BinaryIO", ParentFile(channel, job.size))
 

@@ -53,6 +53,7 @@ def open_database(path: Path, layout: DatabaseTables) -> tuple[sqlite3.Connectio
     with database_faults(path):
         try:
             return _connect(path, layout), None
+        # A DatabaseError too, yet no damage: a database that is locked, or a disk that is full, is left where it is.
         except sqlite3.OperationalError:
             raise
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
@@ -71,11 +72,14 @@ def _connect(path: Path, layout: DatabaseTables) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, check_same_thread=False)
     try:
         if not _is_ours(connection, layout):
+            # Readers of other processes go on while one writes.
             connection.execute("PRAGMA journal_mode = WAL")
+            # Tables and marks in one transaction: tables without our mark would be taken for somebody else's.
             connection.executescript(
                 f"BEGIN; {layout.tables} PRAGMA application_id = {layout.application_id}; "
                 f"PRAGMA user_version = {layout.version}; COMMIT;"
             )
+        # In WAL mode a power cut then costs the last transactions, which are scanned again, and not the database.
         connection.execute("PRAGMA synchronous = NORMAL")
     except BaseException:
         connection.close()
@@ -151,6 +155,7 @@ class FileHashes:
                 row = database.execute(query, stamp).fetchone()
             if row:
                 return str(row[0])
+            # No transaction is open meanwhile: gigabytes may be read.
             sha256 = file_sha256(target)
             with database_faults(self.path), database:
                 database.execute("INSERT OR REPLACE INTO file VALUES (?, ?, ?, ?)", (*stamp, sha256))

@@ -18,6 +18,7 @@ from vtrain.data.scanning.ledger import CLIPS, IMAGE, PAGE, Ledger, marks, probe
 from vtrain.data.scanning.sources import origin_of
 from vtrain.plan.records import DatasetPlan
 
+# old: what only filling can find of a file. It stands, for the same settings, until the file or its mask changes.
 _UNDECIDED = """
     SELECT source.ref, source.kind, source.size, source.version, source.fault, source.probe, {words}, old.status,
         old.kind, old.reason, {mask}
@@ -104,8 +105,10 @@ def _masks(dataset: DatasetPlan, family: Family) -> list[object] | None:
 def decide(ledger: Ledger, place: int, dataset: DatasetPlan, family: Family) -> int:
     """The number of the decision, whose file_decisions are then those of the place as the ledger knows it."""
     settings = settings_key(dataset, family)
+    # Read before the rows: what changes after this has a later number, and is decided next time.
     now = ledger.generation(place)
     with ledger.transaction() as db:
+        # -1 is before every generation: all is decided.
         db.execute("INSERT OR IGNORE INTO decision (settings, place, generation) VALUES (?, ?, -1)", (settings, place))
     number, before = ledger.rows(
         "SELECT number, generation FROM decision WHERE settings = :settings", {"settings": settings}
@@ -206,7 +209,7 @@ def _found(words: str | None, fault: str | None, first: str | None, last: str | 
         return Skipped("dropped", "two captions", f"it has two caption files, {first} and {last}: keep one")
     if fault is not None:
         return Skipped("dropped", "bad caption", fault)
-    if words is not None and words.startswith('"'):
+    if words is not None and words.startswith('"'):  # a reason, as sources.caption_text writes it
         return Skipped("dropped", "bad caption", json.loads(words))
     return words_of(words)
 

@@ -47,6 +47,7 @@ _PROBE = "SELECT probe FROM source WHERE place = :place AND ref = :ref"
 
 _BESIDE = "SELECT kind FROM source WHERE place = :place AND ref IN (SELECT value FROM json_each(:refs))"
 
+# "/" is the character after ".": a range of names, which the index finds, as LIKE would not.
 _OF_STEM = (
     "SELECT ref FROM file_decision WHERE decision = :decision AND ref >= :stem || '.' AND ref < :stem || '/' LIMIT 3"
 )

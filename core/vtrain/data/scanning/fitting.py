@@ -82,6 +82,7 @@ def spread(spare: int, count: int) -> tuple[int, ...]:
     count = min(count, spare + 1)
     if count == 1:
         return (spare // 2,)
+    # number * spare / (count - 1), rounded to the nearest in whole numbers.
     return tuple((2 * number * spare + count - 1) // (2 * (count - 1)) for number in range(count))
 
 
@@ -225,6 +226,7 @@ def _nearest(source: Probe, dataset: DatasetPlan) -> tuple[Size, Box]:
     """
     distances = {size: distance(source, size) for size in dataset.sizes}
     least = min(distances.values())
+    # Logarithms of equal aspects may differ in their last bits.
     near = [size for size in distances if distances[size] <= least + 1e-9]
     if len(near) > 1:
         near.sort(key=lambda size: (size.area, size.width))

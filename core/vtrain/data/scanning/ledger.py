@@ -115,6 +115,7 @@ _PROBE = attrgetter(*(field.name for field in fields(Probe)))
 _LAYOUT = DatabaseTables(
     application_id=0x76744C31,
     # Any other tables, fields of a probe or kinds of files are another layout, and are scanned again.
+    # >> 1: SQLite's user_version is a signed number of 32 bits.
     version=zlib.crc32(repr((PROBE_VERSION, _TABLES, [field.name for field in fields(Probe)], KINDS_VERSION)).encode())
     >> 1,
     tables=_TABLES,
@@ -213,6 +214,7 @@ class Ledger(AbstractContextManager["Ledger"]):
         it is used no more, until it changes."""
         with self.transaction() as db:
             db.execute(
+                # By size and version: a file that was replaced since is not the one that failed.
                 "UPDATE file_decision SET status = ?, kind = ?, reason = ? "
                 "WHERE decision = (SELECT number FROM decision WHERE settings = ?) AND ref = ? AND size = ? AND version = ?",
                 (left.status, left.kind, left.reason, settings, sample.ref_id, sample.size, sample.version),
@@ -252,6 +254,7 @@ def pages(db: sqlite3.Connection, path: Path, query: str, values: Mapping[str, o
     after = ""
     while True:
         with database_faults(path):
+            # By the last name and not by OFFSET, which would count rows that came or went in between.
             rows = db.execute(query, {**values, "after": after, "limit": PAGE}).fetchall()
         yield from rows
         if len(rows) < PAGE:

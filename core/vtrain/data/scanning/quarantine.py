@@ -69,6 +69,7 @@ def quarantine(dataset: DatasetPlan, bad: Iterable[tuple[SourceRef, str]]) -> It
     for ref, reason in bad:
         try:
             file = backend.file(ref)
+            # The folder's place, not the file's own: of a link, the link is moved.
             if not file.parent.resolve().is_relative_to(Path(backend.location).resolve()):
                 raise OSError("it lies outside the dataset, behind a link")
             yield Moved(dataset.id, ref.id, reason, _move(file, folder.joinpath(*_parts(ref.id))))
@@ -92,7 +93,7 @@ def _move(file: Path, wanted: Path) -> Path:
         try:
             file.replace(target)
         except OSError as error:
-            if error.errno != errno.EXDEV:
+            if error.errno != errno.EXDEV:  # only another disk asks for a copy
                 raise
             _carry(file, target)
     except OSError:

@@ -156,6 +156,7 @@ def refresh(ledger: Ledger, dataset: DatasetPlan, workers: Workers, count: Calla
         _merge_shards(changes, backend, count)
     else:
         _merge(changes, backend.refs(), "", count)
+    # Before files are opened: the ledger is asked which.
     changes.write()
     _merge_captions(changes, dataset)
     _look(changes, dataset, workers, count)
@@ -274,6 +275,7 @@ def _list_shard(changes: Changes, backend: SupportsShards, shard: SourceRef, cou
 
 def _forget_shard(changes: Changes, shard: str) -> None:
     _merge(changes, iter(()), f"{shard}/", None)
+    # It may stand there as a bad file of its own.
     changes.gone(shard)
     changes.write()
     with changes.ledger.transaction() as db:

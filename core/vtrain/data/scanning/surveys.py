@@ -140,6 +140,7 @@ def survey(ledger: Ledger, place: int, decision: int, dataset: DatasetPlan, shar
     if kept is None:
         kept = json.dumps(_count(ledger, decision, place, dataset))
         with ledger.transaction() as db:
+            # What failed in filling had kept its cuts for those who went through the samples then (ledger._TABLES).
             db.execute("UPDATE file_decision SET made = NULL WHERE decision = ? AND status != 'used'", (decision,))
             db.execute("UPDATE decision SET statistics = ? WHERE number = ?", (kept, decision))
     files, shapes, skipped, unmatched, masks = json.loads(kept)

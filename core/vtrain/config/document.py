@@ -193,6 +193,7 @@ def _parts(key: Node) -> Iterator[str]:
             if child.type in _KEYS:
                 yield from _parts(child)
     elif key.type == "quoted_key":
+        # Its escapes by TOML's own rules.
         yield next(iter(tomli.loads(f"{_node_text(key)} = 0")), "")
     else:
         yield _node_text(key)

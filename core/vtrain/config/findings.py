@@ -36,6 +36,7 @@ def findings(
     groups: dict[KeyPath, list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
         groups.setdefault(_place(document.tree, path, detail), []).append(detail)
+    # A union reports each of its branches: what is wrong deepest is of the branch that was meant.
     deepest = [
         place
         for place in groups
@@ -199,6 +200,7 @@ def expectation(error: ErrorDetails) -> str:
 def fault(error: ErrorDetails) -> str:
     """What is wrong with a value, the value shown; for errors that are not about its type."""
     sort, context = error["type"], error.get("ctx", {})
+    # Without the value, which is the secret.
     if sort == "value_error" and isinstance(context["error"], HoldsSecret):
         return str(context["error"])
     value = shown(error["input"])

@@ -72,6 +72,7 @@ def renamed(path: KeyPath) -> tuple[KeyPath, Renamed] | None:
     for each in RENAMED:
         end = _end(path, each.old)
         if end is not None:
+            # What stays keeps its numbers: data[1].video.frame_interval is data[1].video.frame_step.
             shared = next(n for n, (old, new) in enumerate(zip(each.old, each.new, strict=False)) if old != new)
             kept = path[: _end(path, each.old[:shared])]
             return (*kept, *each.new[shared:], *path[end:]), each

@@ -29,6 +29,7 @@ def load(path: Path, catalog: Catalog) -> Config:
     for table in TABLES.values():
         held[table.field] = _SPECIAL.get(table.name, Reader.held)(reader, table)
     if reader.found:
+        # A set: a table that several rules look at is reported by each of them.
         raise ConfigError(problem for _, problem in sorted(set(reader.found)))
     return Config(path=document.path, text=document.text, lines=document.lines, **held)
 
@@ -117,6 +118,7 @@ class Reader:
         default: the part if the table names none. None if something is wrong.
         """
         core = table.model
+        # Both are read even where one is wrong, so that all problems come at once.
         own = {key: value for key, value in raw.items() if key in core.model_fields}
         read = self.options(path, core, own)
         registered = self._used(path, table.kind, raw.get("use", default))

@@ -55,7 +55,7 @@ def _plain(schema: Schema) -> Schema:
         choices = [choice for choice in field.get("anyOf", ()) if choice != {"type": "null"}]
         if len(choices) == 1:
             del field["anyOf"]
-            field.update({**choices[0], **field})
+            field.update({**choices[0], **field})  # the field's own words win
         elif choices:
             field["anyOf"] = choices
         if field.get("default", 0) is None or isinstance(field.get("default"), dict):

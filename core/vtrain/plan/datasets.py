@@ -79,13 +79,14 @@ def _bucket(number: int, unit: ResolutionUnit, stride: int, aspect: float) -> Si
     width, height = number * math.sqrt(aspect), number / math.sqrt(aspect)
 
     def error(size: Size) -> tuple[float, int]:
+        # Logarithms, so that twice too large is as wrong as half too small; of two alike, the smaller.
         return abs(math.log(size.area / number**2)) + abs(math.log(size.aspect / aspect)), size.area
 
     return min((Size(*edges) for edges in product(_around(width, stride), _around(height, stride))), key=error)
 
 
 def _nearest(length: float, stride: int) -> int:
-    return max(stride, math.floor(length / stride + 0.5) * stride)
+    return max(stride, math.floor(length / stride + 0.5) * stride)  # halves go up: round() would go to the even one
 
 
 def _around(length: float, stride: int) -> set[int]:

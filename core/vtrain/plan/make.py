@@ -51,6 +51,7 @@ def _make_plan(config: Config, processes: int) -> Plan:
         for found in family.check()
     ]
     problems = _check_precision(config) + _check_training(config) + _check_output(config)
+    # All below asks the model folder, which is not sound.
     if broken:
         raise ConfigError(broken + problems)
     sampler_spec = config.sampler.registered.spec
@@ -114,6 +115,7 @@ def _check_output(config: Config) -> list[Problem]:
             parent = parent.parent
         if not parent.is_dir():
             problems.append(Problem(config.where(*place), f"{parent} is a file, so {folder} cannot be a folder."))
+        # By the effective ids, where the system can ask so: opening a file goes by these.
         elif not os.access(parent, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
             problems.append(
                 Problem(config.where(*place), _unwritable(parent), f"Set {key_text(place)} to another folder.")

@@ -21,7 +21,7 @@ def blame(parts: Sequence[Registered]) -> Iterator[None]:
         raise
     except Exception as error:
         packages = {_package(part): part for part in parts}
-        for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):  # the innermost first
             module = str(frame.f_globals.get("__name__", ""))
             if module.partition(".")[0] in packages:
                 own = [part for part in parts if _package(part) == module.partition(".")[0]]

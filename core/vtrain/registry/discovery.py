@@ -188,7 +188,7 @@ def installed() -> tuple[list[Installed], list[Failure]]:
     seen: set[str] = set()
     for distribution in _declaring():
         name, version = _identity(distribution)
-        if (key := re.sub(r"[-_.]+", "-", name).lower()) in seen:
+        if (key := re.sub(r"[-_.]+", "-", name).lower()) in seen:  # names are equal as PEP 503 has it
             continue
         seen.add(key)
         try:

@@ -69,6 +69,7 @@ class Inbox:
     def watch(self, folder: Path) -> None:
         """Read the control file of a run's output folder from here on; what an earlier run left there is forgotten."""
         self._control = folder / CONTROL
+        # A "stop" that an earlier run left unread would end this one at its first step.
         self._control.unlink(missing_ok=True)
 
     def _read_control(self) -> None:

@@ -40,6 +40,7 @@ class Listener:
         self._queue: queue.Queue[Event | None] = queue.Queue(ROOM)
         self._missed = 0
         self._state: Kept = saved
+        # A daemon: a tracker that never comes back must not keep the process alive.
         self.thread = threading.Thread(target=self._work, name=f"listener {name}", daemon=True)
         self.thread.start()
 
@@ -118,6 +119,7 @@ class Listeners:
 
     def finish(self) -> None:
         """Wait until all have heard everything, but not for ever."""
+        # All are told before any is waited for: they finish beside each other, within one patience.
         until = time.monotonic() + PATIENCE_S
         for each in self._all:
             each.close(until)

@@ -54,6 +54,7 @@ def hold(folder: Path) -> Iterator[str]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # Opened without truncation: whoever is refused reads in it who has the folder.
         file = (folder / FILE).open("a+b", buffering=0)
     except OSError as error:
         raise _unwritable(folder, error) from error
@@ -167,6 +168,7 @@ class Recorder:
                 yield Warned(f"the output folder went away and is made again: {self._folder}")
                 self._restore()
             if isinstance(event, Logged):
+                # On the disk before the checkpoint of that step, from which a resumed run goes on.
                 append(self._folder / METRICS, (asdict(each) for each in self._steps), durable=True)
                 self._steps = ()
             if self._lines:
@@ -188,6 +190,7 @@ def append(path: Path, records: Iterable[Mapping[str, Any]], *, durable: bool) -
             if durable:
                 os.fsync(file.fileno())
         except OSError:
+            # What was written of a line would run into the next one.
             os.truncate(path, before)
             raise
 
@@ -200,7 +203,7 @@ def cut_back(path: Path, kept: Callable[[Mapping[str, Any]], bool]) -> int:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
             keep = kept(json.loads(line))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):  # a line that a killed run did not end
             continue
         if keep:
             lines.append(line if line.endswith("\n") else line + "\n")

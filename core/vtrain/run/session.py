@@ -119,7 +119,7 @@ class Session:
     ) -> None:
         if self._events is not None:
             self._events.close()
-        if error is None or self.processes.count == 1:
+        if error is None or self.processes.count == 1:  # after a failure the others may wait inside a collective
             self.processes.close()
         if not self._process_ends:
             gc.unfreeze()
@@ -165,7 +165,7 @@ class Session:
         yield event
         for warning in troubles:
             if self.processes.first:
-                list(self._recorder.record(warning))
+                list(self._recorder.record(warning))  # what goes wrong with a warning is not warned of in turn
             yield warning
 
     # -- the chapters ------------------------------------------------------------------------------------------------------
@@ -181,6 +181,7 @@ class Session:
         with self._alone() as warning:
             if warning:
                 yield Warned(warning)
+            # Before anything is scanned or encoded: what refuses a resume is said at once.
             start = self._start()
             found, estimate = yield from self._scanned(estimated=True)
             assert estimate is not None

@@ -119,6 +119,7 @@ class Validator:
         """As guided() takes it, on the device."""
         texts = [self.caches.text(Caption(prompt), "prompt") for prompt in prompts]
         if self.plan.guidance > 1:
+            # The negative ones first: so does diffusers, and so guided() cuts the prediction in two.
             texts = [self.caches.text(Caption(self.plan.negative_prompt), "negative")] * len(texts) + texts
         text = pad(texts, self.family.text_tokens)
         return Text(self.device.move(text.embeds), self.device.move(text.mask))
@@ -168,6 +169,7 @@ class Validator:
                 latents |= dict(zip(names, made.chunk(len(names)), strict=True))
         finally:
             module.train(training)
+        # After all latents are solved: the codec is opened once for all of them.
         files = {}
         with self.family.open_video_codec(str(self.device)) as codec, torch.no_grad():
             for nickname in nicknames:

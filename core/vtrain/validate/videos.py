@@ -45,6 +45,7 @@ def write_mp4(path: Path, frames: Tensor, fps: float) -> None:
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         # Without B-frames: x264's choice of them differs from run to run for small pictures (with its assembler code on).
         stream.options = {"crf": _CRF, "preset": "medium", "bf": "0"}
+        # Tagged: of a file that does not say its matrix, players guess it by the size.
         stream.codec_context.colorspace = Colorspace.ITU709
         stream.codec_context.color_primaries = ColorPrimaries.BT709
         stream.codec_context.color_trc = ColorTrc.BT709
@@ -79,7 +80,7 @@ class Strip:
 
 def write_sheet(path: Path, title: Sequence[str], strips: Sequence[Strip], columns: int) -> None:
     """A PNG, written aside and renamed. title: lines. strips: of one frame size, at least one. Raises OSError."""
-    aside = path.with_name(f".{path.name[:200]}.partial")
+    aside = path.with_name(f".{path.name[:200]}.partial")  # a name may be as long as the file system allows
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         _draw(title, strips, columns).save(aside, format="PNG")

@@ -48,6 +48,7 @@ def build_adamw(options: AdamWOptions, groups: Sequence[ParameterGroup]) -> torc
         raise ValueError("an optimizer without a parameter")
     weights = [weight for group in groups for _, weight in group.parameters]
     fused = all(Device.of(weight).kind in FUSED and weight.is_floating_point() for weight in weights)
+    # None and not False: torch then chooses among its other forms itself.
     return torch.optim.AdamW(settings, lr=options.lr, betas=options.betas, eps=options.eps, fused=fused or None)
 
 

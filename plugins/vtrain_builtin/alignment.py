@@ -29,8 +29,9 @@ class LayerAlignment(nn.Module):
 
     def forward(self, view: StepView) -> LossTerm:
         student, teacher = view.taps[self._student], view.taps[self._teacher].detach()
-        cosines = F.cosine_similarity(student.float(), teacher.float(), dim=-1)
+        cosines = F.cosine_similarity(student.float(), teacher.float(), dim=-1)  # under autocast the taps are bf16
         mean = cosines.mean() if view.mask is None else masked_mean(cosines, view.mask)
+        # new_full fills on the device: a number copied there would be waited for.
         return LossTerm(-self._weight * mean, {"cosine": mean.detach(), "weight": mean.new_full((), self._weight)})
 
 

@@ -39,7 +39,8 @@ def in_order(names: Iterable[str]) -> Iterator[str]:
 def sorted_rows(rows: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
     """(key, text) by key, equal keys in the order given; sorted in a temporary file. Any text, lone surrogates too."""
     with closing(sqlite3.connect("", check_same_thread=False)) as database:  # "": a file without a name
-        database.execute("PRAGMA cache_size = -16384")
+        database.execute("PRAGMA cache_size = -16384")  # KiB: what the sort may take of memory
+        # UTF-8 as bytes sorts by code points, and takes the surrogates that stand for other bytes of names.
         database.execute("CREATE TABLE row (key BLOB, number INTEGER PRIMARY KEY, text BLOB)")
         database.executemany(
             "INSERT INTO row (key, text) VALUES (?, ?)",

@@ -72,7 +72,7 @@ class FramesFolder:
     def __init__(self, options: FramesOptions) -> None:
         self._root = str(options.path)
         self._local = LocalFolder(self._root)
-        self._fps = Fraction(options.fps).limit_denominator(1001)
+        self._fps = Fraction(options.fps).limit_denominator(1001)  # 30000 / 1001 comes back exactly
         self.location = f"{self._root} (frames at {self._fps})"
 
     def refs(self) -> Iterator[SourceRef]:
@@ -106,6 +106,7 @@ class FramesFolder:
 
     def _names(self, folder: str) -> Iterator[str]:
         """In a folder, from the root: folders end in "/", clips in NUL."""
+        # NUL marks a clip: no file's name holds it, and it sorts first, so that the clip stands where its name does.
         if not folder and self._holds_images(""):
             yield f"{self._clip_of_root}\0"
         with os.scandir(f"{self._root}/{folder}") as entries:
@@ -221,7 +222,8 @@ def header(codec: bytes, sizes: Sequence[int], fps: Fraction) -> bytes:
     scale, step = fps.numerator, fps.denominator
     length = len(sizes) * step
     start = _box(b"ftyp", b"qt  ", struct.pack(">I", 0), b"qt  ")
-    data = struct.pack(">I4sQ", 1, b"mdat", 16 + sum(sizes))
+    data = struct.pack(">I4sQ", 1, b"mdat", 16 + sum(sizes))  # 1: the length stands behind, in 64 bits
+    # Of fixed width in the header, so that its own value does not move it.
     offset = len(start) + len(_moov(codec, sizes, scale, step, length, 0)) + len(data)
     return start + _moov(codec, sizes, scale, step, length, offset) + data
 

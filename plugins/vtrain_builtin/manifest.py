@@ -270,6 +270,7 @@ class BytesManifest:
                 fault = f"{len(rows)} rows have no id that names a file, the first is row {number}"
             elif len(rows) > 1:
                 fault = f"{len(rows)} rows have this id, the first is row {number}"
+            # The length tells where the shard's id ends: both it and the row's name may hold "/".
             version = f"!{fault}" if fault else f"{digest} {number} {len(shard.id)}"
             yield SourceRef(name, size or int(bool(fault)), version)
 

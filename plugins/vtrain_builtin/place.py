@@ -145,6 +145,7 @@ class Redaction:
         words = [word for part in parts for word in (part.password, part.username, part.query, part.fragment) if word]
         words += [value for part in parts for _, value in parse_qsl(part.query)]
         forms = {form for word in words for form in (word, unquote(word), quote(word, safe=""))}
+        # The longest first: one that is a part of another would leave the rest of it.
         self.words = tuple(sorted((form for form in forms if form), key=len, reverse=True))
 
     def __call__(self, text: str) -> str:
@@ -222,6 +223,7 @@ class Attempts:
                 real = _beneath(error)
                 if _lasts(real) or number == self.retries:
                     tries = 1 if _lasts(real) else number + 1
+                    # Without its cause where there are secrets: that one's text, shown in a traceback, holds them.
                     raise self._told(real, tries) from (None if self.redaction.words else error)
             time.sleep(min(_FIRST_WAIT * 2**number, _LONGEST_WAIT))
         raise AssertionError("a loop of one try or more returns or raises")

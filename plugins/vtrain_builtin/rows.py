@@ -153,6 +153,7 @@ def arrow_errors(place: str) -> Iterator[None]:
     try:
         yield
     except (ArrowException, OSError) as error:
+        # pyarrow raises a bare OSError, without a number, for a file that is damaged.
         if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
             raise  # the storage's own
         text = " ".join(str(error).split())[:300]

@@ -132,12 +132,13 @@ class Storage:
     def _connect(self) -> tuple[FileSystem, str]:
         from fsspec.core import url_to_fs
 
+        # fsspec would otherwise share one instance with all that ask alike, and this one is changed below.
         options: dict[str, Any] = {**self._options.storage_options, "skip_instance_cache": True}
         if self._url.startswith(("s3://", "s3a://")):
             options["config_kwargs"] = {
                 "connect_timeout": self._options.timeout,
                 "read_timeout": self._options.timeout,
-                "retries": {"total_max_attempts": 1},
+                "retries": {"total_max_attempts": 1},  # no tries of botocore's own within one of ours
                 **options.get("config_kwargs", {}),
             }
         url = self._url.partition("?")[0].partition("#")[0] if self._web else self._url
@@ -167,7 +168,7 @@ class Storage:
         """What a folder holds, sorted as ids are; folders end in "/". Raises StorageError."""
         path = self._path(folder)
         listed = self._ask(system, "ls", path if self._web else path.rstrip("/") or path, detail=True)
-        system.invalidate_cache()
+        system.invalidate_cache()  # fsspec keeps all that it has listed
         if (
             not folder
             and [info.get("type") for info in listed] == ["file"]
@@ -239,6 +240,7 @@ class Storage:
 
         from fsspec.asyn import sync
 
+        # All at once for the first try; what fails is asked again by itself.
         first = sync(system.loop, all_of, paths)
         return [
             answer if isinstance(answer, dict) else self._info(name, partial(self._again, system, path))

@@ -96,6 +96,7 @@ class TensorBoard:
         folder = Path(run.output_dir) / "tensorboard"
         self._file = EventFile(folder, self._options.flush_seconds, run.step + 1 if run.step else None)
         config = json.dumps({"run": run.name, **run.config}, indent=2, default=str, ensure_ascii=False)
+        # Indented, it is code to TensorBoard's Markdown.
         self._file.add(text("config", "\n".join("    " + line for line in config.splitlines())), run.step)  # type: ignore[no-untyped-call]
 
     def show(self, event: Event) -> None:

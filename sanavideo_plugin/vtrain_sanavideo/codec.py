@@ -54,6 +54,7 @@ class SanaVideoCodec:
             posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
             mean = (posterior.mode().float() - self._mean) / self._std
             spread = posterior.std.float() / self._std if std else None
+        # Copied outside inference mode: its own tensors may not be saved for a backward pass.
         here = pixels.device
         return Latents(mean=mean.to(here).clone(), std=None if spread is None else spread.to(here).clone())
 
@@ -65,6 +66,7 @@ class SanaVideoCodec:
             vae = self._open()
             stored = latents.to(vae.device, vae.dtype)
             mean, inverse = self._mean.to(stored), 1.0 / self._std.to(stored)
+            # Divided by the inverse, as the pipeline does: times the std would be other last bits.
             pixels: Tensor = vae.decode(stored / inverse + mean, return_dict=False)[0]
         return pixels.float().to(latents.device).clone()
 
@@ -95,7 +97,7 @@ class SanaVideoCodec:
         if height % factor or width % factor:
             raise ValueError(f"{width}x{height}: the Wan VAE takes multiples of {factor}")
         largest = pixels.abs().max().item()
-        if not largest <= 1 + TOLERANCE:
+        if not largest <= 1 + TOLERANCE:  # so written, NaN is refused too
             raise ValueError(f"pixels are in [-1, 1], and one is {largest:g} in size")
 
 

@@ -169,6 +169,7 @@ class CrepaTeacher:
             from torch.nn import functional as F
 
             size = pooled(found.shape[1]), pooled(found.shape[2])
+            # Means in fp32, rounded once to the storage type.
             found = F.adaptive_avg_pool2d(found.float().permute(0, 3, 1, 2), size).permute(0, 2, 3, 1)
         return found.to(torch_type(self._options.precision))
 

@@ -137,6 +137,7 @@ class Dinov2:
         source = self._source
         kind = getattr(transformers, CLASSES[source.config.model_type])
         settings: dict[str, Any] = {"dtype": torch_type(self._precision), "use_safetensors": True}
+        # What does not fit is then in the report, and told below with what is missing; else transformers raises.
         settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "local_files_only": True}
         place = source.weights() if source.file is None else source.file
         if source.file is not None:

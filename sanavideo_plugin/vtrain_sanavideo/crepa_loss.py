@@ -46,6 +46,7 @@ def on_tokens(features: Tensor, height: int, width: int) -> Tensor:
     if features.shape[2:4] == (height, width):
         return features
     batch = features.shape[0]
+    # As pictures: resampled along the flattened tokens, features of a grid that is not square would change their place.
     planes = features.flatten(0, 1).permute(0, 3, 1, 2)
     planes = F.interpolate(planes, size=(height, width), mode="bilinear", align_corners=False, antialias=True)
     resampled: Tensor = planes.permute(0, 2, 3, 1).unflatten(0, (batch, -1))
@@ -171,6 +172,7 @@ class InParts(torch.autograd.Function):
         found, slopes = [], None
         for frames in parts(hidden):
             with torch.enable_grad():
+                # A leaf of its own: each part's graph ends here, and is freed with it.
                 some = hidden[:, frames].detach().requires_grad_()
                 made = part(some, frames)
                 if slopes is None:
@@ -238,6 +240,7 @@ class CrepaLoss(nn.Module):
                 "alignment_loss": found.loss.detach(),
                 "similarity": found.similarity.detach(),
                 "neighbour_similarity": found.neighbours.detach(),
+                # Filled on the device: a number copied there would be waited for.
                 "weight": torch.full_like(found.loss.detach(), weight),
             },
         )
@@ -246,6 +249,7 @@ class CrepaLoss(nn.Module):
         tap = view.taps[self._options.block]
         self._check(tap, view.features)
         assert view.features is not None
+        # Projector and cosines are fp32, which autocast would make bf16 products of.
         with Device.of(tap).autocast(None):
             return align(view.features, tap, self._distances, self._options.temporal_decay, view.mask, self.projector)
 
@@ -264,6 +268,7 @@ class CrepaLoss(nn.Module):
             raise ValueError(f"features {tuple(features.shape)} are not of the clips and frames {wanted}")
 
     def get_extra_state(self) -> Tensor:
+        # The floats of Python bit for bit, so that a resumed run draws the same conclusions.
         return torch.tensor(self._gate.state(), dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:

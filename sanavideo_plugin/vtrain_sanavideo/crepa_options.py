@@ -205,6 +205,7 @@ class SimilarityGate:
 
     def tell(self, step: int, similarity: float) -> None:
         """step: 1-based, the one that the similarity was measured in."""
+        # By steps and not by readings: between two probes many steps pass.
         kept = self._options.smoothing ** (step - self.step)
         self.mean = similarity if self.mean is None else kept * self.mean + (1 - kept) * similarity
         self.step = step

@@ -169,7 +169,7 @@ def _tensors(pickle: bytes) -> Iterator[tuple[str, Shape]]:
         elif inside and isinstance(argument, int) and code.startswith("BININT"):
             numbers.append(argument)
         elif inside and "TUPLE" in code:
-            yield name, tuple(numbers[1:])
+            yield name, tuple(numbers[1:])  # the first number is the offset
             name, inside = "", False
 
 
@@ -269,6 +269,7 @@ class DinoSource(CheckpointSource):
         if content.get("model_type") not in CLASSES:
             what = f"this is no DINOv2 but a {content.get('model_type', 'model of no known type')}."
             raise ModelError(Problem(str(path), what, f"{_ways()}."))
+        # transformers' own default, which a config.json may leave out.
         registers = {"num_register_tokens": 4} if content["model_type"] != "dinov2" else {}
         try:
             config = DinoConfig.model_validate({**registers, **content})

@@ -48,6 +48,7 @@ class SanaVideoDenoiser:
         timestep = level.timestep
         if timestep.ndim == 2:
             grid = self._grid(LatentShape(*noisy.shape[1:]))
+            # For each token, in the order of the patches: (B, f) is refused by the module.
             timestep = timestep.repeat_interleave(grid[1] * grid[2], dim=1)
         prediction: Tensor = self._module(
             noisy,
@@ -79,7 +80,7 @@ class SanaVideoDenoiser:
 
         with init_empty_weights():
             holder: Any = type(self._module).from_config(self._module.config)
-        holder.load_state_dict(dict(state), strict=True, assign=True)
+        holder.load_state_dict(dict(state), strict=True, assign=True)  # assign: nothing is copied
         holder.save_pretrained(folder / TRANSFORMER)
 
     @property
@@ -137,6 +138,7 @@ def load(folder: Path, config: TransformerConfig, device: str, dtype: DType) -> 
     from accelerate import init_empty_weights
     from diffusers.models.transformers.transformer_sana_video import SanaVideoTransformer3DModel
 
+    # Buffers for real: the rotary tables are in no file, and on the meta device they would be lost.
     with init_empty_weights(include_buffers=False):
         module = SanaVideoTransformer3DModel.from_config(SanaVideoTransformer3DModel.load_config(folder))
     fill_module(module, folder, "diffusion_pytorch_model", dtype, device, (SCALE_SHIFT_TABLE,))

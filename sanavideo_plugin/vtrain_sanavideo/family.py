@@ -187,6 +187,7 @@ class SanaVideoFamily:
         folder = self._codec_folder()
         return _digest(
             "sanavideo video 1",
+            # With the class's defaults: a config that spells one out is the same model.
             check.codec_defaults() | check.meaning(check.read_json(folder / "config.json")),
             weight_hashes(folder, STEMS["vae"], hash_file),
             [self._options.vae_precision, self._options.vae_tiling],

@@ -47,6 +47,7 @@ def _unknown(what: str) -> Problem:
 
 def _signature(text: str, owner: str, function: str) -> ast.FunctionDef | None:
     """The method without its body: only these lines are parsed, for a whole file takes a hundred times as long."""
+    # A bracket that closes at the start of a line would end the class for this expression.
     body = re.search(rf"^class {owner}\b.*?(?=^\S|\Z)", text.replace("\n)", "\n )"), flags=re.MULTILINE | re.DOTALL)
     head = re.search(rf"^    def {function}\(", body[0], flags=re.MULTILINE) if body else None
     if body is None or head is None:

@@ -43,7 +43,7 @@ class SanaVideoText:
         self.truncated = 0
         self._model: Gemma2Model | None = model
         self._tokenizer = tokenizer
-        self._tokenizer.padding_side = "right"
+        self._tokenizer.padding_side = "right"  # as encode_prompt sets it
         self._options = options
         self._instruction = instruction
         self._instruction_tokens = len(tokenizer.encode(instruction)) if instruction else 0
@@ -57,6 +57,7 @@ class SanaVideoText:
             raise ValueError("no captions to encode")
         words = [wording(caption, role, self._options, self._instruction) for caption in captions]
         embeds, mask = self._embed(words, self._room(role))
+        # <bos> and the last 299, as encode_prompt selects them: the instruction is read with them and then left out.
         keep = [0, *range(mask.shape[1] - TEXT_TOKENS + 1, mask.shape[1])]
         embeds, mask = embeds[:, keep], mask[:, keep]
         longest = int(mask.sum(dim=1).max())
@@ -84,6 +85,7 @@ class SanaVideoText:
         mask = tokens["attention_mask"]
         with torch.inference_mode():
             embeds = self._model(tokens["input_ids"].to(device), attention_mask=mask.to(device))[0]
+        # Copied outside inference mode, so that they are tensors like any other.
         return embeds.cpu().clone(), mask.bool()
 
 
@@ -102,6 +104,7 @@ def wording(caption: Caption, role: Role, options: SanaVideoOptions, instruction
     if role == "negative":
         return caption.text.lower().strip()
     scored = caption.text if score is None else f"{caption.text} motion score: {score}."
+    # As encode_prompt: the caption is made small, the instruction is not.
     return instruction + scored.lower().strip()
 
 

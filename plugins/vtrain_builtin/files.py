@@ -144,7 +144,7 @@ class NamedFiles:
     def __init__(self, options: PlaceOptions, suffixes: tuple[str, ...], noun: str) -> None:
         self._options, self._suffixes, self._noun = options, suffixes, noun
         path, mark, query = options.path, "", ""
-        if path.startswith(("http://", "https://")):
+        if path.startswith(("http://", "https://")):  # there "?" starts the query, elsewhere it is a wildcard
             path, mark, query = path.partition("?")
         base, self._pattern = split(path.rstrip("/"))
         is_file = "{" in self._pattern or self._pattern.lower().endswith(suffixes)

@@ -96,6 +96,7 @@ class Flow:
 
         if steps < 1:
             raise ValueError(f"a solver takes at least 1 step, not {steps}")
+        # Its ends stay 1 and 0 exactly, so the last step lands on clean.
         grid = shifted(torch.linspace(1, 0, steps + 1, device=noise.device), self._sampling_shift)
         state = noise.float()
         for number in range(steps):

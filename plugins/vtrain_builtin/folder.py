@@ -115,6 +115,7 @@ class LocalFolder:
         """In a folder, from the root: folders end in "/"."""
         with os.scandir(f"{self.location}/{folder}") as entries:
             for entry in entries:
+                # With its "/" a folder sorts as the ids below it do: after "a.mp4", and before "a0.mp4".
                 yield f"{folder}{entry.name}/" if is_folder(entry) else folder + entry.name
 
     def leads_back(self, name: str) -> bool:

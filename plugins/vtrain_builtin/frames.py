@@ -139,6 +139,7 @@ class FramesFolder:
         for image in images:
             seen.update(f"{image.name}/{image.size}/{image.changed}\0".encode(errors="surrogateescape"))
         sizes = [image.size for image in images]
+        # Whichever codec it is: all their names are of four bytes.
         size = sum(sizes) + len(header(b"png ", sizes, self._fps))
         return SourceRef(name, size, f"frames {self._fps} {seen.hexdigest()}")
 

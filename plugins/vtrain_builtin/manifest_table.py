@@ -122,7 +122,7 @@ class Tables:
         if table.version == "missing":
             raise FileNotFoundError(2, "there is no such file")
         with self.files.folder.open(table) as file:
-            at_once = 1 if "bytes" in needed else 1024
+            at_once = 1 if "bytes" in needed else 1024  # a row's bytes are a whole clip
             for number, cells in rows(file, place, choose, at_once):
                 yield Record(table, place, number, dict(zip(keys, cells, strict=True)))
 

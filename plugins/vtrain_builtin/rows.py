@@ -53,6 +53,7 @@ def rows(file: BinaryIO, place: str, choose: Choose, at_once: int = _BATCH) -> I
 
 def _csv(file: BinaryIO, place: str, choose: Choose, delimiter: str) -> Iterator[TableRow]:
     """UTF-8, a first row of names; empty lines are passed over."""
+    # strict: else a quote that is never closed takes the rest of the file for one cell, without an error.
     reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
     try:
         names = [name.strip() for name in next(reader, [])]

@@ -108,7 +108,7 @@ class RemoteFile(SizedFile):
         if not goes_on:
             self._block = self._first
         end = min(self.position + self._block, self.size)
-        self._held = b""
+        self._held = b""  # let go before the next one comes
         began = time.monotonic()
         held = self._fetch(self._start + self.position, self._start + end)
         self._held, self._held_from = held, self.position

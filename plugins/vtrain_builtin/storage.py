@@ -309,6 +309,6 @@ def _ref(name: str, info: Mapping[str, Any]) -> SourceRef:
     """Version: the storage's own tag, or time of change, of a file."""
     size = info.get("size")
     if not isinstance(size, int):
-        return SourceRef(name, 1, _UNKNOWN)
+        return SourceRef(name, 1, _UNKNOWN)  # 0 bytes would be told as an empty file, unopened by a decoder
     version = next((f"{key} {info[key]}" for key in _VERSION_KEYS if info.get(key)), "")
     return SourceRef(name, size, version)

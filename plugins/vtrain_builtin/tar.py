@@ -170,6 +170,7 @@ def members(file: BinaryIO) -> Iterator[Member]:
             yield from _after_the_end(file, at, bool(block))
             return
         try:
+            # As Python gives names of files: bytes that are not UTF-8 become lone surrogates.
             head = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
             size, name = _size(head.size, extra), extra.pop("path", head.name)
             start = at + BLOCK

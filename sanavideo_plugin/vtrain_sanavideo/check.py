@@ -111,7 +111,7 @@ def _weights(folder: Path, stem: str, source: CheckpointSource) -> list[Problem]
         return [Problem(str(folder), "this folder is missing.", "Is the model complete, and in diffusers layout?")]
     problems = weight_problems(folder, stem, may_be_fetched=source.may_fetch())
     pickled = sorted(path.name for path in folder.glob("*.bin"))
-    if problems and pickled:
+    if problems and pickled:  # beside sound safetensors they are not read, and do no harm
         what = f"the weights are pickled ({pickled[0]}), and pickles are not read."
         return [Problem(str(folder), what, "Convert them to safetensors.")]
     return problems

@@ -68,7 +68,7 @@ def imagenet(pictures: Tensor, height: int, width: int) -> Tensor:
         seen = F.interpolate(seen, size=(height, width), mode="bicubic", align_corners=False, antialias=True)
     # Filled there, not copied there: a copy from the host would wait for the device.
     mean, std = (torch.stack([seen.new_full((1, 1), number) for number in numbers]) for numbers in (MEAN, STD))
-    return (seen.clamp(0, 1) - mean) / std
+    return (seen.clamp(0, 1) - mean) / std  # bicubic resampling overshoots at edges
 
 
 class Dinov2:

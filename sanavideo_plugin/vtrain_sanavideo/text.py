@@ -79,6 +79,7 @@ class SanaVideoText:
 
         if self._model is None:
             raise RuntimeError("this text encoder is closed")
+        # Once more without truncation: the call below does not tell what it cut.
         self.truncated += sum(len(ids) > room for ids in self._tokenizer(words)["input_ids"])
         tokens = self._tokenizer(words, padding="max_length", max_length=room, truncation=True, return_tensors="pt")
         device = self._model.device

@@ -72,7 +72,7 @@ def build(
     import torch
 
     folder.mkdir(parents=True, exist_ok=True)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # the caller's random state stays; no card is asked
         Device().seed(seed)
         _write_transformer(folder / "transformer", layers, heads, head_dim, text_width, max_shard_size)
         _write_vae(folder / "vae", vae_dim)

@@ -175,6 +175,7 @@ def _options(
     config: Config, path: KeyPath, options: Options, default: str, within: Resume = "tell"
 ) -> Iterator[ShownValue]:
     """within: the rule of the table around; what it refuses, each of its keys refuses."""
+    # Both are gone through: the fields, since inner tables have rules of their own, and JSON, since that is shown.
     plain = options.model_dump(mode="json")
     for key in type(options).model_fields:
         rule = "refuse" if within == "refuse" else resume_rule(type(options), key)

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field
 
 from vtrain.contract import Duration, LocalPath, Options, Size, fixed, free
 
-Names = Annotated[tuple[str, ...], Field(strict=False)]
+Names = Annotated[tuple[str, ...], Field(strict=False)]  # TOML has lists, which strict models take for no tuple
 
 
 class RunTable(Options):
@@ -218,6 +218,7 @@ class DataTable(Options):
 class CacheTable(Options):
     """[cache]: where encoded text and video are kept. Entries are named by their content, so runs may share a folder."""
 
+    # The default is validated, as any relative path is made to start at the configuration file.
     dir: LocalPath = Field("cache", validate_default=True, description="folder of the ledger and the encoded samples")
     text_batch: int = Field(8, ge=1, description="captions encoded at once")
     video_batch: int = Field(1, ge=1, description="clips encoded at once")

@@ -217,7 +217,7 @@ class Order:
     def _walk(self, epoch: int) -> _Epoch:
         items = self._taken(epoch)
         buckets = self._bucket_of[items]
-        order = np.argsort(buckets, kind="stable").astype(np.int32)
+        order = np.argsort(buckets, kind="stable").astype(np.int32)  # stable: positions stay ascending in each bucket
         sizes = np.bincount(buckets, minlength=self._buckets)
         del buckets
         streams = tuple(np.split(order, np.cumsum(sizes)[:-1]))
@@ -250,4 +250,4 @@ def permutation(seed: int, epoch: int, length: int) -> Ints:
 def shuffled(seed: int, length: int) -> Ints:
     """range(length), sorted by the raw output of a Philox counter, which no numpy release changes."""
     keys = np.random.Philox(key=seed).random_raw(length)
-    return np.argsort(keys, kind="stable").astype(np.int32)
+    return np.argsort(keys, kind="stable").astype(np.int32)  # stable: equal keys have one order, too

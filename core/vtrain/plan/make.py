@@ -71,6 +71,7 @@ def _make_plan(config: Config, processes: int) -> Plan:
         sampler=sampler,
         regularizers=regularizers,
         datasets=made,
+        # What is trained is fp32: an adapter on a bf16 base, or all weights (_check_precision tells why).
         base=config.precision.base or ("bf16" if config.model.table.train == "lora" else "fp32"),
         validation=validation,
         warnings=(*sampler.warnings(), *warnings(config, family), *_said(regularizers)),

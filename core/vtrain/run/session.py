@@ -101,7 +101,7 @@ class Session:
 
             self.processes: Processes = Processes(self.plan.config.precision.mixed, self.plan.base)
             if self.plan.config.run.deterministic:
-                self.processes.device.deterministic()
+                self.processes.device.deterministic()  # before any work: cuBLAS reads its setting once
         if self.processes.count != self.plan.processes:
             what = (
                 f"the launcher announced {self.plan.processes} processes in WORLD_SIZE, "
@@ -122,7 +122,7 @@ class Session:
         if error is None or self.processes.count == 1:  # after a failure the others may wait inside a collective
             self.processes.close()
         if not self._process_ends:
-            gc.unfreeze()
+            gc.unfreeze()  # `uncollected` froze what belongs to this run
             self.processes.device.release()
 
     def __iter__(self) -> Iterator[Event]:

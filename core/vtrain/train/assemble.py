@@ -86,6 +86,7 @@ class Trainer:
                 Prefetcher(self.batches, self.plan.sampler, config.run.seed, self.processes.device, self.step.needed),
                 self.processes,
                 config.train,
+                # Of the step itself: DDP's wrapper has its forward alone.
                 Ends(partial(self.save, also), validate, requests, self.step.observe),
                 first=state.step,
                 last=self.estimate.steps,

@@ -204,7 +204,7 @@ def _files(folder: Path) -> set[str]:
     for place, below, names in os.walk(folder, onerror=_refuse, followlinks=True):
         real = os.path.realpath(place)
         if real in seen:
-            below.clear()
+            below.clear()  # os.walk goes no further here
             continue
         seen.add(real)
         found |= {Path(place, name).relative_to(folder).as_posix() for name in names if _counts(name)}
@@ -241,6 +241,7 @@ def fault(folder: Path) -> str | None:
 def _listed(folder: Path) -> dict[str, _Entry]:
     """The files of the manifest. Raises _UnsoundError when it is none, or leaves out what it should list."""
     manifest = _manifest(folder)
+    # An older vtrain listed what file managers leave, too; it may have changed since.
     listed = {name: entry for name, entry in manifest.files.items() if _counts(name)}
     if not listed or manifest.pieces == {}:
         raise _UnsoundError(f"its {MANIFEST} lists no file")

@@ -193,6 +193,7 @@ class Loop:
             with self.processes.unsynchronised(self.step, when=turn < self.table.accumulate - 1):
                 output: StepOutput = self.step(item.given)
                 (output.loss / self.table.accumulate).backward()  # type: ignore[no-untyped-call]
+            # Numbers alone are kept: the graph and the inputs go before the next micro-batch comes.
             loss, metrics = output.loss.detach(), dict(output.metrics)
             shown = (item.micro_batch, item.sigmas, item.sample_ids)
             micro.append(Measured(*shown, loss, output.flow, metrics, item.waited))

@@ -34,6 +34,7 @@ class Processes:
         notices: what the user should know of the device. Raises DeviceError for one that cannot be used, or a card without bf16.
         """
         rank = int(os.environ.get("LOCAL_RANK", "0"))
+        # A launcher that names the rank alone has started at least so many.
         self.device, self.notices = Device.find(rank, int(os.environ.get("LOCAL_WORLD_SIZE", rank + 1)))
         if "bf16" in (mixed, stored) and not self.device.has_bf16:
             remedy = 'precision.mixed = "no" and precision.base = "fp32"'
@@ -46,6 +47,7 @@ class Processes:
             self.notices = (*self.notices, slow)
         # Without an accelerator it must be told `cpu`, or torchrun starts unsynchronised copies.
         self.accelerator = Accelerator(mixed_precision=mixed, cpu=not self.device.accelerated)
+        # accelerate names the card of a single process without its number.
         placed, ours = self.accelerator.device, self.device.torch
         if placed.type != ours.type or (ours.index is not None and placed.index not in (None, ours.index)):
             what = f"accelerate was set to compute on {placed}, and this process would take {self.device}."

@@ -60,7 +60,7 @@ def fetch(unread: Sequence[Unread]) -> tuple[list[Reading], list[float | None]]:
         part for _, m in micro for part in (m.loss.reshape(1), m.flow, *(v.reshape(1) for v in m.terms.values()))
     ]
     tensors += [step.norm.reshape(1) for step in unread if step.norm is not None]
-    numbers = iter(torch.cat([tensor.float() for tensor in tensors]).tolist())
+    numbers = iter(torch.cat([tensor.float() for tensor in tensors]).tolist())  # the one wait for the device
     readings = [
         Reading(
             step=step,

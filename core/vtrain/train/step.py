@@ -104,6 +104,7 @@ def open_teachers(plan: Plan, device: str, stack: ExitStack) -> Mapping[str, Tea
 
 def _codec(family: Family, decoding: list[Regularizer], device: str, stack: ExitStack) -> VideoCodec:
     codec = stack.enter_context(family.open_video_codec(device))
+    # Only where all allow it: they share the codec.
     if all(part.needs().decoder_only for part in decoding) and isinstance(codec, SupportsDecoderOnly):
         codec.drop_encoder()
     return codec

@@ -72,7 +72,7 @@ def _features(artifact: FeatureArtifact, encoder: FeatureEncoder, device: str) -
                 f"the encoder of {artifact.name} made features of {tuple(found.shape)} where {expected} were promised."
             )
             raise PluginError(Problem("", what, "This is a fault of the regularizer's plugin."))
-        return [{"features": each} for each in found.to(dtype).cpu()]
+        return [{"features": each} for each in found.to(dtype).cpu()]  # the type first: fewer bytes to copy
 
     return encode
 
@@ -110,6 +110,7 @@ def in_batches(
             yield batch
             batch = []
         batch.append((job, found))
+        # 0 to encode: nothing to wait for.
         if sum(other.pixels is not None for _, other in batch) in (0, size):
             yield batch
             batch = []

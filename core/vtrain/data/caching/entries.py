@@ -109,7 +109,7 @@ class _Header:
     @classmethod
     def read(cls, file: int) -> _Header:
         """From the start of a file, given by its descriptor. Raises OSError or ValueError."""
-        data = os.read(file, 8 + _LONGEST_HEADER)
+        data = os.read(file, 8 + _LONGEST_HEADER)  # one call: headers of entries are short
         length = int.from_bytes(data[:8], "little")
         if len(data) < 8 or length > len(data) - 8:
             raise ValueError("it is cut short, or no safetensors file")

@@ -53,7 +53,7 @@ def fill_text(stores: Stores, texts: Texts, peers: Peers, device: str) -> Genera
 
 def _fill_share(stores: Stores, texts: Texts, peers: Peers, device: str) -> Generator[Filling, None, int]:
     missing: dict[str, tuple[Caption, Role]] = {}
-    present: set[int] = set()
+    present: set[int] = set()  # digests: of those that are there only the number is wanted
     for caption, role in texts:
         key = stores.text_key(caption, role)
         if is_share(peers, key) and key not in missing and digest64(key) not in present:
@@ -204,6 +204,7 @@ class _ArtifactFilling:
                 self._look(window, layout)
         yield Filling(self.artifact.stage, count - lacking, count, unread=unread)
         if missing:
+            # Read from the ledger once more: of what is missing only digests were kept.
             todo = (window for window in self._windows(samples) if digest64(self._lease_name(window)) in missing)
             yield from self._fill(by_shape(todo, self.stores.plan.config.cache.video_batch), count - lacking, count)
         if self.found.windows:

@@ -81,6 +81,7 @@ def pack(tensor: Tensor) -> tuple[Packed, Tensor]:
     data = bytes_of(tensor)
     compress = ZstdCompressor(_LEVEL).compress
     plain = compress(data.tobytes())
+    # All first bytes of the numbers, then all second ones ...: the last ones are noise, which then lies apart.
     shuffled = compress(data.reshape(-1, tensor.element_size()).T.tobytes())
     smaller = min(plain, shuffled, key=len)
     packed = Packed(names[tensor.dtype], tuple(tensor.shape), smaller is shuffled)

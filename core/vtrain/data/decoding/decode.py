@@ -136,5 +136,6 @@ def fitted(upright: Picture, sample: Sample) -> Tensor:
     pixels = torch.from_numpy(part).permute(2, 0, 1)[None]
     size = (sample.shape.height, sample.shape.width)
     if pixels.shape[2:] != size:
+        # On bytes: at most 2 of 255 from the exact filter (tests/data/test_decode.py).
         pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)
     return pixels[0]

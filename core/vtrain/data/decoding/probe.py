@@ -97,6 +97,7 @@ def _refuse_jpeg_in_tiff(stream: BinaryIO) -> None:
         if start[:4] in _TIFF:
             stream.seek(int.from_bytes(start[4:], order))
             entries = stream.read(2 + 12 * int.from_bytes(stream.read(2), order))
+            # A short number stands at the start of its field of four bytes, in either byte order.
             tags = {entries[at : at + 2]: entries[at + 8 : at + 10] for at in range(0, len(entries) - 11, 12)}
             if int.from_bytes(tags.get(_COMPRESSION.to_bytes(2, order), b""), order) in _JPEG:
                 raise FileFault("is a TIFF file with JPEG compression; save it with another")

@@ -70,6 +70,7 @@ class DecodingProcess:
     def __init__(self, threads: int, memory: int) -> None:
         self._memory = memory
         self._ended = False
+        # A file: a pipe that nobody reads fills up, and then blocks who writes.
         self._last_words = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close)
         ours, theirs = socket.socketpair()
         self._channel = Channel(ours)

@@ -31,7 +31,7 @@ _CONTAINERS = ("mov", "matroska")
 _OWN_RANGE = ("yuvj", "rgb", "bgr", "gbr", "0rgb", "0bgr", "argb", "abgr")
 """Pixel formats whose range is their own: torchcodec takes all others for limited."""
 
-_FULL = 2
+_FULL = 2  # AVCOL_RANGE_JPEG of ffmpeg
 
 
 class _Unfit(Exception):

@@ -227,6 +227,7 @@ def open_video(stream: BinaryIO, threads: int = 1) -> Iterator[tuple[InputContai
 
     with faults("cannot be read as a video", stream):
         options = {"format_whitelist": _FORMATS, "max_pixels": str(MOST_PIXELS)}
+        # replace: a title that is not UTF-8 is no reason to refuse the film, as PyAV would.
         container = av.open(stream, "r", options=options, metadata_errors="replace", buffer_size=_BUFFER)
     with container:
         moving = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
@@ -237,6 +238,7 @@ def open_video(stream: BinaryIO, threads: int = 1) -> Iterator[tuple[InputContai
         video = moving[0]
         if video.codec_context is None:
             raise FileFault("its codec is unknown to this build of ffmpeg")
+        # What the header claims; the decoder's own limit, below, is for frames that say otherwise.
         if video.codec_context.width * video.codec_context.height > MOST_PIXELS:
             size = f"{video.codec_context.width}x{video.codec_context.height}"
             raise FileFault(f"claims a picture of {size}; at most {MOST_PIXELS} pixels are decoded")

@@ -124,6 +124,7 @@ class Workers(AbstractContextManager["Workers"]):
         with self._lock:
             self._closed = True
             processes = list(self._all)
+        # The threads that wait for them see their channels end.
         for process in processes:
             process.kill()
         if self._pool is not None:
@@ -267,7 +268,7 @@ class Workers(AbstractContextManager["Workers"]):
         from vtrain.data.decoding.process import DecodingProcess
 
         with self._lock:
-            if self._closed:
+            if self._closed:  # a process started now would outlive the with block
                 raise FileFault("was not read: the run ended", lasting=False)
             if self._idle:
                 return self._idle.pop()

@@ -310,6 +310,7 @@ def _csv(dataset: DatasetPlan, path: Path) -> Iterator[CaptionRow]:
     """UTF-8, a first row of names, commas (tabs in a .tsv)."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
+            # strict: else a quote that is never closed takes the rest of the file for one cell, without an error.
             reader = csv.reader(stream, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
             names = [name.strip() for name in next(reader, [])]
             file, caption = (names.index(name) for name in _columns(dataset, path, names))

@@ -69,6 +69,7 @@ _MASKED = _Masks(
     columns=f"mask.ref, mask.fault, mask.probe, (SELECT max(ref) {_OF_A_CLIP})",
     joined=f"""LEFT JOIN source mask ON mask.place = source.place AND mask.ref = (SELECT min(ref) {_OF_A_CLIP})
     LEFT JOIN file_decision masked ON masked.decision = :decision AND masked.ref = source.ref""",
+    # IS NOT: the mask of a clip may be gone, and is NULL then.
     changed=f"""(source.generation > :generation OR (SELECT max(generation) {_OF_A_CLIP}) > :generation
         OR (masked.mask != '' AND masked.mask IS NOT mask.ref) OR masked.kind = 'two masks')
         AND NOT (source.ref > :masks || '/' AND source.ref < :masks || '0')""",

@@ -79,6 +79,7 @@ FILE = "ledger.sqlite"
 PAGE = 1000
 """Rows that are read, or written in one transaction, at once."""
 
+# source_unseen is partial: what is to be opened is found without a walk over all files that are known.
 _TABLES = """
     CREATE TABLE place (number INTEGER PRIMARY KEY, location TEXT UNIQUE NOT NULL, generation INTEGER NOT NULL);
     CREATE TABLE shard (place INTEGER, ref TEXT, size INTEGER, version TEXT, PRIMARY KEY (place, ref)) WITHOUT ROWID;

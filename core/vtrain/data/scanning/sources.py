@@ -173,6 +173,7 @@ def origin_of(dataset: DatasetPlan) -> str:
 
 def _merge(changes: Changes, listed: Iterator[SourceRef], shard: str, count: Callable[[], None] | None) -> None:
     """shard: the prefix of all ids that are listed, "" for a whole place."""
+    # Both come in the order of code points (SQLite compares UTF-8 byte by byte), so neither is ever held as a whole.
     known = _known(changes, shard)
     row, last = next(known, None), ""
     misnamed: dict[str, SourceRef] = {}

@@ -56,7 +56,7 @@ class EventFile:
         self._path = self._folder / name
         self._file = self._path.open("ab")
         self._records, self._flushed = RecordWriter(self._file), time.monotonic()
-        self._write(file_version="brain.Event:2")
+        self._write(file_version="brain.Event:2")  # the first record of every event file
         self._file.flush()
 
     def add(self, summary: object, step: int) -> None:

@@ -45,6 +45,7 @@ class CheckpointSource:
                 raise ModelError(Problem(self.name, "there is no such model folder.", "Correct [model] path."))
             return Path(self.name)
         patterns = ("*.json", "*/*.json", "tokenizer/*")
+        # The cache first: a hub that cannot be reached is waited for, about 28 s.
         cached = self._snapshot(patterns, self.revision, offline=True)
         if cached is not None and self._has_configs(cached):
             return cached

@@ -64,7 +64,7 @@ class SourceFrames:
         for job, decoded in self._open().decoded(jobs, ahead=len(jobs)):
             if decoded.pixels is None or decoded.fault is not None:
                 raise self._failed(job.sample, decoded.fault or FileFault("was not decoded", lasting=False))
-            if decoded.content != job.sample.content:
+            if decoded.content != job.sample.content:  # its latents are of the file as it was
                 raise self._failed(job.sample, FileFault("its file changed since its latents were encoded"))
             parts.append(decoded.pixels)
         return torch.stack(parts)

@@ -209,6 +209,7 @@ def cut_back(path: Path, kept: Callable[[Mapping[str, Any]], bool]) -> int:
             lines.append(line if line.endswith("\n") else line + "\n")
         else:
             dropped += 1
+    # Aside, then renamed: a crash leaves the old file or the new one.
     aside = path.with_suffix(".jsonl.partial")
     aside.write_text("".join(lines), encoding="utf-8")
     aside.replace(path)

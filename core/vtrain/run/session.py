@@ -145,6 +145,7 @@ class Session:
             with blame(self.plan.config.parts()):
                 for event in self._chapters():
                     yield from self._passed(event)
+        # Not BaseException: a generator that is closed may yield nothing more.
         except Exception as error:
             problems = error.problems if isinstance(error, VtrainError) else ()
             lines = tuple(filter(None, (" ".join(filter(None, (p.where, p.what, p.remedy))) for p in problems)))

@@ -43,6 +43,7 @@ def add_lora(denoiser: Denoiser, table: LoraTable, seed: int, where: str) -> Non
     if not isinstance(denoiser, SupportsLora):
         raise ConfigError(Problem(where, "this family has no adapters.", 'Use train = "full".'))
     names = [name for name, _ in denoiser.module.named_modules()]
+    # peft is content if one target of several matches.
     for target in table.targets or ():
         if not any(name == target or name.endswith(f".{target}") for name in names):
             raise ConfigError(

@@ -226,6 +226,7 @@ def flow_loss(prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor
     error = (prediction.float() - target.float()).square()
     if mask is None:
         return error.flatten(1).mean(1)
+    # By each clip's own area: one with a small mask counts as much as any other.
     return (error.mean(1) * mask).flatten(1).sum(1) / mask.flatten(1).sum(1)  # never 0: StepInput.mask
 
 

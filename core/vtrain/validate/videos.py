@@ -54,7 +54,7 @@ def write_mp4(path: Path, frames: Tensor, fps: float) -> None:
             rgb = av.VideoFrame.from_ndarray(picture, format="rgb24")
             yuv = rgb.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
             container.mux(stream.encode(yuv))
-        container.mux(stream.encode(None))
+        container.mux(stream.encode(None))  # what the encoder still holds back
     aside.replace(path)
 
 

@@ -67,7 +67,7 @@ class Caches:
 
     def mask_entry(self, key: str) -> Tensor:
         """(f, h, w) fp32 in [0, 1], 1 where the mask is white, by its key."""
-        (mask,) = self._stores.mask.read(key).values()
+        (mask,) = self._stores.mask.read(key).values()  # whichever its name: black, white or mask
         return mask
 
 

@@ -22,7 +22,7 @@ if sys.platform != "win32":
 
 Outcome = Literal["ours", "taken", "no locks"]
 
-_TAKEN = (errno.EACCES, errno.EAGAIN)
+_TAKEN = (errno.EACCES, errno.EAGAIN)  # POSIX lets a system say either
 
 
 def lock(file: BinaryIO, place: int) -> Outcome:

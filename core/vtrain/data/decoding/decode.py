@@ -113,7 +113,7 @@ def _stamped(container: InputContainer, video: VideoStream) -> Iterator[Stamped]
 def _whole(container: InputContainer, video: VideoStream) -> Iterator[VideoFrame]:
     """All frames. Raises FileFault where the file has a packet that is cut short or marked as damaged."""
     for packet in container.demux(video):
-        if packet.is_corrupt:
+        if packet.is_corrupt:  # ffmpeg only marks it, and decodes what it can
             raise FileFault("holds a damaged or cut packet")
         yield from cast("Iterable[VideoFrame]", packet.decode())
 

@@ -41,6 +41,7 @@ def hashed(stream: BinaryIO, most: int = MOST) -> Iterator[tuple[str, BinaryIO]]
         if _state(stream) != before:
             raise FileFault("changed while it was read", lasting=False)
         return
+    # Decoding seeks: without a copy, what it comes back to would be fetched again.
     with cast("BinaryIO", tempfile.SpooledTemporaryFile(max_size=IN_MEMORY)) as copy:
         digest, length = hashlib.sha256(), 0
         with faults("cannot be fetched"):

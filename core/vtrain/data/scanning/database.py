@@ -113,7 +113,7 @@ def _move_aside(path: Path) -> Path:
 HASHES = "hashes.sqlite"
 
 _LAYOUT = DatabaseTables(
-    application_id=0x76744831,
+    application_id=0x76744831,  # "vtH1"
     version=1,
     tables="CREATE TABLE IF NOT EXISTS file (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, sha256 TEXT);",
 )

@@ -160,6 +160,7 @@ def fit(source: Probe, dataset: DatasetPlan, rule: FrameRule, ref_id: str = "") 
     frames = _length(available, dataset, rule)
     if frames == 0:
         return too_short(source, dataset, rule, available)
+    # By the own rate: a last frame that is shown for long makes no clip slower.
     slow = dataset.fps is not None and source.own_rate < fps * _SAME_RATE
     if frames > 1 and slow and not video.repeat_frames:
         return too_slow(source, dataset, fps)

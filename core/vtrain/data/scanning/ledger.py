@@ -114,7 +114,7 @@ samples count alike.
 _PROBE = attrgetter(*(field.name for field in fields(Probe)))
 
 _LAYOUT = DatabaseTables(
-    application_id=0x76744C31,
+    application_id=0x76744C31,  # "vtL1"
     # Any other tables, fields of a probe or kinds of files are another layout, and are scanned again.
     # >> 1: SQLite's user_version is a signed number of 32 bits.
     version=zlib.crc32(repr((PROBE_VERSION, _TABLES, [field.name for field in fields(Probe)], KINDS_VERSION)).encode())

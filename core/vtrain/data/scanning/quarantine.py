@@ -88,7 +88,7 @@ def _parts(ref_id: str) -> tuple[str, ...]:
 def _move(file: Path, wanted: Path) -> Path:
     """Raises OSError; the file is then where it was."""
     wanted.parent.mkdir(parents=True, exist_ok=True)
-    target = _reserved(wanted)
+    target = _reserved(wanted)  # first: a rename writes over whatever has that name
     try:
         try:
             file.replace(target)

@@ -144,6 +144,7 @@ class Loop:
         elif due and self.owed(self.first):
             # It was interrupted after the checkpoint was saved. Nothing of it reaches training, so the run is the same run.
             yield from self.validation(self.first, validate)
+        # Its thread ends also where nobody takes another event, or one is raised.
         with closing(self.prefetcher.stream(self.order())) as fed:
             self.restart_clock()
             yield from self.steps(fed, save, validate)

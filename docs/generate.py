@@ -75,7 +75,9 @@ def tables() -> Iterator[str]:
         yield f"## `{table.header}`\n"
         about = (model.__doc__ or "").strip().split(": ", 1)[-1] if model.model_fields else ""
         absent = f" A file without one gets `{table.default}`; `{table.name} = []` is none."
-        needed = "Required." if table.required else "Optional."
+        parts = [part for part in parts_of(found, table) if part.spec.name == table.default and not table.many]
+        lacking = any(option.required for part in parts for option in describe(part.spec.options))
+        needed = "Required." if table.required or lacking else "Optional."
         yield f"{needed}{f' {about[:1].upper()}{about[1:]}' if about else ''}{absent if table.default and table.many else ''}\n"
         yield from grid(HEADS, [*([use_row(table, found)] if table.kind else []), *option_rows(model)])
         for part in parts_of(found, table):

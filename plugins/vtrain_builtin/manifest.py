@@ -262,11 +262,12 @@ class BytesManifest:
     def _members(self, shard: SourceRef) -> Iterator[SourceRef]:
         needed = {"bytes": self._column, **self._named_by.columns}
         found = ((self._name(record), _row(record)) for record in self._tables.of(shard, needed, {}))
-        named = ((name or f"{shard.id}/(without an id){self._options.suffix}", row) for name, row in found)
+        unnamed = f"{shard.id}/(without an id){self._options.suffix}"
+        named = ((name or unnamed, row) for name, row in found)
         for name, same in groupby(sorted_rows(named), key=itemgetter(0)):
             rows = [json.loads(row) for _, row in same]
             number, size, digest, fault = rows[0]
-            if "(without an id)" in name:
+            if name == unnamed:
                 fault = f"{len(rows)} rows have no id that names a file, the first is row {number}"
             elif len(rows) > 1:
                 fault = f"{len(rows)} rows have this id, the first is row {number}"

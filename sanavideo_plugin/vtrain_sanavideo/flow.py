@@ -42,6 +42,8 @@ class Solver(Protocol):
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device) -> None: ...
 
+    def set_begin_index(self, begin_index: int) -> None: ...
+
     def step(
         self, model_output: Tensor, timestep: Tensor, sample: Tensor, *, return_dict: bool
     ) -> tuple[Tensor, ...]: ...
@@ -113,6 +115,9 @@ class SanaVideoFlow:
             raise ValueError(f"a solver takes at least 1 step, not {steps}")
         solver = self._solver()
         solver.set_timesteps(steps, device=noise.device)
+        # Else the first step's number is looked up by its timestep, which fails where rounding makes two of them equal: DPM++
+        # at 150, 200 and 300 steps.
+        solver.set_begin_index(0)
         state = noise.float()
         for number, timestep in enumerate(solver.timesteps):
             sigma = solver.sigmas[number].to(state.device).float()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import replace
 
+import pytest
 from rich.console import Console
 
-from vtrain.cli.terminal import Terminal, numbers
-from vtrain.contract import Filling, StepMetrics
+from vtrain.cli.terminal import Terminal, TrainingLines, numbers
+from vtrain.contract import Filling, Logged, StepMetrics, Stepped
 
 ROW = StepMetrics(3, 0.3, 1.25, 1.5, 1e-3, 0.5, [], [], 0.1, 0.0, 2**30)
 
@@ -20,7 +22,31 @@ def test_a_loss_of_several_terms_is_shown_with_each_of_them_apart() -> None:
 
 def test_a_flow_loss_alone_is_shown_once() -> None:
     assert "flow_loss" not in numbers(ROW, 10, 0.1)
-    assert numbers(ROW, 10, 0.1).endswith("left 0:00:01  1.0 GiB")
+    assert numbers(ROW, 10, 0.1).endswith("left 0:00:01  memory 1.0 GiB")
+
+
+def test_where_the_line_is_short_what_matters_least_goes_first() -> None:
+    row = replace(ROW, terms={"crepa/loss": -0.25})
+    shown = [numbers(row, 10, 0.1, width) for width in (200, 80, 50, 26, 5)]
+    assert shown[0] == numbers(row, 10, 0.1)
+    assert shown[1] == "loss 1.2500  flow_loss 1.5  lr 1.00e-03  norm 0.5  0.1 s/step  left 0:00:01"
+    assert shown[2] == "loss 1.2500  lr 1.00e-03  0.1 s/step  left 0:00:01"
+    assert shown[3:] == ["loss 1.2500  left 0:00:01", "loss 1.2500"]
+
+
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_the_live_line_has_its_step_and_what_is_left_at_any_width(width: int) -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=width, force_terminal=True, color_system=None, legacy_windows=False)
+    training = TrainingLines(console, 300, 0)
+    training.show(Stepped(67))
+    training.show(Logged((replace(ROW, step=67, seconds=0.06),)))
+    training.stop()
+    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue()).replace("\r", "\n").strip().splitlines()[-1]
+    assert "67/300" in last
+    assert "left 0:00:14" in last
+    assert "…" not in last
+    assert len(last) <= width
 
 
 def lines(*standings: Filling) -> list[str]:

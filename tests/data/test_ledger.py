@@ -1,6 +1,11 @@
 """The ledger's file: damaged, foreign, and where none can be."""
 
+from __future__ import annotations
+
 import sqlite3
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -88,3 +93,18 @@ def test_a_ledger_that_cannot_be_opened_is_an_error_and_is_left_alone(setup, mak
     with pytest.raises(DataError, match="cannot be read or written"):
         scan(setup.plan())
     assert (setup.cache / FILE).is_dir()
+
+
+def test_several_runs_may_begin_in_one_new_folder(tmp_path: Path) -> None:
+    for number in range(20):
+        folder, ready = tmp_path / str(number), threading.Barrier(4)
+
+        def begin(folder: Path = folder, ready: threading.Barrier = ready) -> None:
+            ready.wait()
+            with Ledger(folder) as ledger:
+                assert ledger.rows("SELECT count(*) FROM place", {}) == [(0,)]
+
+        with ThreadPoolExecutor(4) as pool:
+            for future in [pool.submit(begin) for _ in range(4)]:
+                future.result()
+        assert [path.name for path in folder.glob("*damaged*")] == []

@@ -110,7 +110,7 @@ def test_the_rendered_plan_says_what_was_counted(plan_of: PlanOf) -> None:
     assert rows["data: clips/files"] == "19 scanned, 16 used"
     assert rows["data: clips/skipped: 3"] == "too short  (such as x.mp4)"
     assert rows["buckets/96x64@9"] == "6"
-    assert rows["validation/videos"] == "1 every 4 steps (2 times) and at the end"
+    assert rows["validation/videos"] == "1 every 4 steps and at the end: 2 times"
     assert as_json(plan, survey(), made)["steps"] == 8
 
 

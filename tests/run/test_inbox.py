@@ -60,7 +60,7 @@ def test_a_call_asks_without_a_signal_and_another_word_is_refused() -> None:
     assert (inbox.take(), inbox.take(), inbox.stop) == ((True, False), (False, False), False)
     inbox.ask("stop")
     assert (inbox.stop, inbox.signal) == (True, None)
-    with pytest.raises(ValueError, match='stop, save, validate; not "pause"'):
+    with pytest.raises(ValueError, match='stop, save, validate, not to "pause"'):
         inbox.ask("pause")
 
 
@@ -74,7 +74,7 @@ def test_the_control_file_asks_once_is_deleted_and_its_odd_words_are_told(tmp_pa
     assert control.exists(), "whoever writes it has only opened it"
     control.write_text("validate save\nfly\n")
     assert inbox.take() == (True, True)
-    assert inbox.complaints() == ['the control file asked for "fly"; a run knows stop, save, validate']
+    assert inbox.complaints() == ['the control file asked for "fly"; its words are stop, save, validate']
     assert (inbox.complaints(), inbox.take(), control.exists()) == ([], (False, False), False)
     control.write_text("stop")
     inbox.take()

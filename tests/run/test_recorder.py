@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -100,3 +103,26 @@ def test_a_write_that_fails_half_way_leaves_the_file_as_it_was(tmp_path: Path, m
     monkeypatch.setattr("os.fsync", lost)
     assert len(record(recorder, logged(2))) == 1
     assert (tmp_path / METRICS).read_bytes() == before
+
+
+def test_a_disk_that_fills_up_within_a_line_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    """A limit on file size makes the kernel refuse the rest of a write, as a full disk does."""
+    script = """
+    import resource, signal, sys
+    from pathlib import Path
+    from vtrain.run.output import append
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    file = Path(sys.argv[1])
+    append(file, [{"step": 1}], durable=False)
+    for room in (30, 5000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+        try:
+            append(file, [{"step": 2, "text": "x" * 9000}], durable=True)
+        except OSError:
+            print("failed")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    append(file, [{"step": 2}], durable=True)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / METRICS)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "failed\nfailed\n"
+    assert lines(tmp_path / METRICS) == [{"step": 1}, {"step": 2}]

@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from vtrain.contract import CheckpointError
 from vtrain.train import checkpoint
 from vtrain.train.checkpoint import State
+from vtrain.train.pieces import RegularizerPiece
 
 
 @dataclass(frozen=True)
@@ -399,3 +401,13 @@ class CountedFile:
 
     def __exit__(self, *error: object) -> None:
         self.file.close()
+
+
+def test_all_files_have_the_rights_of_any_new_file(tmp_path: Path) -> None:
+    """safetensors makes its own readable by their owner alone."""
+    folder = checkpoint.write(tmp_path, 1, [RegularizerPiece("w", nn.Linear(2, 2)), *PIECES])
+    (tmp_path / "new").touch()
+    expected = (tmp_path / "new").stat().st_mode
+    assert {path.name: path.stat().st_mode for path in folder.rglob("*") if path.is_file()} == {
+        path.name: expected for path in folder.rglob("*") if path.is_file()
+    }

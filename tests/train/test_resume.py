@@ -58,7 +58,7 @@ def test_a_killed_and_resumed_run_is_the_same_run_bit_for_bit(
         assert torch.equal(value, got[name]), name
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_saves_and_ends_cleanly_and_the_run_goes_on_from_there(
     folder, another, within: Run, start: Start, number: signal.Signals, code: int
 ) -> None:
@@ -78,8 +78,21 @@ def test_a_signal_saves_and_ends_cleanly_and_the_run_goes_on_from_there(
     shorter = {**settings, "steps": done + 3}
     folder.write(**shorter)
     printed = within("run", folder.config).stdout
-    assert f"changed since: train.steps: 300 -> {done + 3}" in printed
+    assert f"changed since the checkpoint: train.steps: 300 -> {done + 3}" in printed
     assert [row["step"] for row in folder.rows()] == list(range(1, done + 4))
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_run_whose_output_nobody_reads_any_more_saves_and_ends(folder, start: Start, options: list[str]) -> None:
+    """As `vtrain run config.toml | head` does."""
+    process = start("run", *options, folder.write(steps=300, save=1000, log_every=5))
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    process.stdout = None
+    assert process.wait(60) == 128 + signal.SIGPIPE
+    (saved,) = (folder.output / "checkpoints").iterdir()
+    assert 0 < int(saved.name.removeprefix("step-")) < 300
 
 
 def test_a_run_in_the_background_of_a_script_ignores_ctrl_c_and_saves_at_sigterm(folder, start: Start) -> None:
@@ -102,18 +115,18 @@ def test_changes_that_may_be_made_are_applied_and_shown(folder, within: Run) -> 
     within("run", folder.config)
     folder.write(steps=6, lr=5e-4, log_every=1)
     printed = within("run", folder.config).stdout
-    assert "changed since: optimizer.lr: 0.001 -> 0.0005" in printed
-    assert "changed since: train.steps: 3 -> 6" in printed
+    assert "changed since the checkpoint: optimizer.lr: 0.001 -> 0.0005" in printed
+    assert "changed since the checkpoint: train.steps: 3 -> 6" in printed
     assert max(row["lr"] for row in folder.rows()[3:]) <= 5e-4
 
 
 @pytest.mark.parametrize(
     ("before", "after", "key"),
     [
-        ({"train": "lora"}, {"train": "lora", "rank": 8}, "model.lora.rank was 4 and is now 8"),
-        ({}, {"train": "lora"}, 'model.train was "full" and is now "lora"'),
-        ({"batch_size": 2}, {"batch_size": 1}, "train.batch_size was 2 and is now 1"),
-        ({}, {"more": SMOOTH}, 'regularizer[0].use was absent and is now "toy-smooth"'),
+        ({"train": "lora"}, {"train": "lora", "rank": 8}, "model.lora.rank: was 4 and is now 8"),
+        ({}, {"train": "lora"}, 'model.train: was "full" and is now "lora"'),
+        ({"batch_size": 2}, {"batch_size": 1}, "train.batch_size: was 2 and is now 1"),
+        ({}, {"more": SMOOTH}, 'regularizer[0].use: was absent and is now "toy-smooth"'),
     ],
 )
 def test_changes_that_would_make_it_another_run_are_refused(
@@ -131,7 +144,7 @@ def test_another_model_is_refused(folder, within: Run) -> None:
     within("run", folder.write(steps=3))
     text = folder.config.read_text().replace('use = "toy"', 'use = "toy"\nwidth = 48')
     folder.config.write_text(text)
-    assert "model.width was 32 and is now 48" in within("run", folder.config, check=2).stderr
+    assert "model.width: was 32 and is now 48" in within("run", folder.config, check=2).stderr
 
 
 def test_a_flipped_byte_in_the_newest_checkpoint_is_named_and_the_one_before_is_used(
@@ -223,7 +236,9 @@ def test_a_run_of_before_keys_were_renamed_is_resumed_and_nothing_has_changed(fo
     reseal(file.parent)
     printed = within("run", folder.write(steps=4, more=SMOOTH + gradient)).stdout
     assert "resuming from" in printed
-    assert [line for line in printed.splitlines() if "changed since" in line] == ["changed since: train.steps: 3 -> 4"]
+    assert [line for line in printed.splitlines() if "changed since" in line] == [
+        "changed since the checkpoint: train.steps: 3 -> 4"
+    ]
 
 
 def reseal(folder: Path) -> None:
@@ -283,7 +298,7 @@ def test_a_changed_dataset_is_told_and_the_run_goes_on(folder, within: Run, tmp_
     (clips / "clip_4.mp4").unlink()
     folder.config.write_text(folder.config.read_text().replace("steps = 3\n", "steps = 5\n", 1))
     printed = within("run", folder.config).stdout
-    assert "the data changed since: 5 samples," in printed
+    assert "the data changed since the checkpoint: 5 samples," in printed
     assert "-> 4 samples," in printed
     assert len(folder.rows()) == 5
 

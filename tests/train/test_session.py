@@ -21,8 +21,10 @@ from vtrain.contract import (
     Event,
     Failed,
     Filled,
+    Filling,
     Logged,
     Planned,
+    Problem,
     Saved,
     Scanned,
     Started,
@@ -34,6 +36,7 @@ from vtrain.contract import (
 )
 from vtrain.contract.events import from_json
 from vtrain.run import listeners
+from vtrain.train import checkpoint
 
 VALIDATION = """
 [validation]
@@ -242,7 +245,7 @@ def test_a_request_from_the_program_or_the_control_file_is_done_at_the_end_of_th
                 session.ask("stop")
     assert [event.step for event in events if isinstance(event, Saved)] == [1, 4]
     assert [event.step for event in events if isinstance(event, Validated)] == [2]
-    assert warnings_of(events) == ['the control file asked for "and"; a run knows stop, save, validate']
+    assert warnings_of(events) == ['the control file asked for "and"; its words are stop, save, validate']
     assert events[-1] == Ended(4, 6, "stopped")
     assert session.signal is None
 
@@ -270,6 +273,7 @@ def test_an_error_is_the_last_event_and_then_raised(folder) -> None:
     assert isinstance(events[-1], Failed)
     assert events[-1].error == "TrainingError"
     assert "not finite" in events[-1].problems[0]
+    assert ": " in events[-1].problems[0], "the place, as the terminal has it"
     last = json.loads((folder.output / "events.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     assert last["event"] == "failed"
 
@@ -305,3 +309,60 @@ def test_what_a_tracker_keeps_goes_with_the_checkpoint(folder, within, install_p
     within("run", folder.write(steps=6, log_every=1, more=tracker))
     state = json.loads((folder.output / "checkpoints" / "step-000006" / "trackers.json").read_text(encoding="utf-8"))
     assert state["0 counts"]["seen"] > 6, "it went on counting"
+
+
+def test_a_validation_that_was_interrupted_is_made_when_the_run_resumes(folder, another) -> None:
+    """Also the last one, of a run that has nothing else to do."""
+    config = folder.write(more=VALIDATION)
+    for step in (3, 6):
+        with api.run(config) as session:
+            events = []
+            for event in session:
+                events.append(event)
+                if isinstance(event, Validating) and event.step == step:
+                    session.ask("stop")
+        assert events[-1] == Ended(step, 6, "stopped")
+        assert [event.interrupted for event in events if isinstance(event, Validated)][-1]
+        assert not (folder.output / "samples" / f"step-{step:06d}").exists()
+    events = events_of(config)
+    assert [event.step for event in events if isinstance(event, Validated)] == [6]
+    assert events[-1] == Ended(6, 6, "finished")
+    straight = another()
+    events_of(straight.write(more=VALIDATION))
+    same(folder, straight, 6)
+    for step in (3, 6):
+        one, other = (each.output / "samples" / f"step-{step:06d}" / "one.mp4" for each in (folder, straight))
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_run_that_has_nothing_to_do_encodes_and_loads_nothing(folder) -> None:
+    config = folder.write(more=VALIDATION)
+    events_of(config)
+    config.write_text(config.read_text().replace(str(folder.cache), str(folder.output.parent / "empty")))
+    events = events_of(config)
+    assert events[-1] == Ended(6, 6, "nothing to do")
+    assert not any(isinstance(event, Filling | Filled | Started) for event in events)
+
+
+def test_a_stop_during_a_validation_saves_again_where_the_save_before_it_failed(
+    folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, fails = checkpoint.write, [True]
+
+    def write(parent: Path, step: int, pieces: Any) -> Path:
+        if fails and fails.pop():
+            for piece in pieces:
+                piece.gather(keep=False)
+            raise CheckpointError(Problem(str(parent), "no room."))
+        return real(parent, step, pieces)
+
+    monkeypatch.setattr(checkpoint, "write", write)
+    with api.run(folder.write(more=VALIDATION)) as session:
+        events = []
+        for event in session:
+            events.append(event)
+            if isinstance(event, Validating):
+                session.ask("stop")
+    assert any("no room" in text for text in warnings_of(events))
+    assert [event.step for event in events if isinstance(event, Saved)] == [3]
+    assert events[-1] == Ended(3, 6, "stopped")

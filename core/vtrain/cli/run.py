@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import signal
 import sys
 import time
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 from vtrain import api
 from vtrain.cli.terminal import Terminal
 from vtrain.contract.events import VERSION, Event, as_json
 
+CLOSED = (errno.EPIPE, errno.EIO)
+"""A pipe that nobody reads, a terminal that is gone."""
+
 
 def run(config: Path, as_json_lines: bool = False) -> None:
-    """Train as `config` says. Exits with 0 at the last step, 130 or 143 after Ctrl-C or SIGTERM, everything saved."""
+    """Train as `config` says. Exits with 0 at the last step.
+
+    With 128 and the signal's number after Ctrl-C, SIGTERM and SIGHUP, and as for SIGPIPE where nobody reads standard output any
+    more; everything is saved then.
+    """
     terminal = Terminal(quiet=as_json_lines)
-    lines = sys.stdout
+    lines, unread = sys.stdout, False
     # What a plugin prints must not stand between the lines of JSON.
     with (
         redirect_stdout(sys.stderr if as_json_lines else lines),
@@ -24,11 +34,23 @@ def run(config: Path, as_json_lines: bool = False) -> None:
         terminal.following(session),
     ):
         for event in session:
-            if as_json_lines and session.processes.first:
-                print(_line(event), file=lines, flush=True)
-            terminal.show(event)
-    if session.signal is not None:
-        sys.exit(128 + session.signal)
+            try:
+                if as_json_lines and session.processes.first and not unread:
+                    print(_line(event), file=lines, flush=True)
+                terminal.show(event)
+            except OSError as error:
+                if error.errno not in CLOSED:
+                    raise
+                unread = True
+                terminal.mute()
+                with suppress(OSError):  # else Python fails to flush it at its end
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), lines.fileno())
+                session.ask("stop")
+    if unread:
+        with suppress(OSError):
+            sys.stderr.write("nobody reads standard output any more: saved and stopped; the same command resumes\n")
+    if session.signal is not None or unread:
+        sys.exit(128 + (session.signal or signal.SIGPIPE))
 
 
 def _line(event: Event) -> str:

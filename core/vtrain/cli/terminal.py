@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -32,16 +34,27 @@ from vtrain.contract import (
     StepMetrics,
     Stepped,
     Validated,
+    Validating,
     Warned,
 )
 from vtrain.estimate.estimate import bytes_text
+from vtrain.estimate.render import counted
 
 if TYPE_CHECKING:
     from vtrain.run.session import Session
 
 KEPT = "interrupted; what is cached or saved is whole, and the same command resumes from it"
+WIDE = 120
+"""Letters of a terminal's line from which on a bar and a clock stand beside the numbers."""
 NAMED, REASONS = 20, 10
 """Files that are shown by name, and reasons that are shown with their number, where there are more."""
+
+
+class _Console(Console):
+    """rich's own ends the process where nobody reads any more, which would lose what was trained."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 class Terminal:
@@ -50,15 +63,20 @@ class Terminal:
     def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
         """console: where it is shown; else standard output."""
         self._quiet = quiet
-        self.console = console or Console(quiet=quiet, soft_wrap=True, highlight=False)
+        self.console = console or _Console(quiet=quiet, soft_wrap=True, highlight=False)
         self._filling = FillingLines(self.console)
         self._training: TrainingLines | None = None
         self._moved = Counter[bool]()
         self._output = Path()
 
+    def mute(self) -> None:
+        """Nobody reads any more: say nothing from here on."""
+        self._quiet = self.console.quiet = True
+
     def heard(self) -> None:
-        """Ctrl-C or SIGTERM: said at once, for the step may take a while."""
-        self.say("stopping after this step; what is done will be saved")
+        """A signal that asks to stop: said at once, for the step may take a while."""
+        with suppress(OSError):  # SIGHUP comes when the terminal is gone, and training must not end in here
+            self.say("stopping after this step; what is done will be saved")
 
     @contextmanager
     def following(self, session: Session) -> Iterator[None]:
@@ -75,7 +93,7 @@ class Terminal:
             self._stop_bars()
 
     def show(self, event: Event) -> None:
-        """One event. Scanned and Validating say nothing that is not in the plan's words or in what follows."""
+        """One event. Scanned says nothing that is not in the plan's words."""
         if not isinstance(event, Quarantined):
             self._sum_up_moved()
         match event:
@@ -97,6 +115,8 @@ class Terminal:
                     self._training = TrainingLines(self.console, event.steps, event.step)
             case Saved():
                 self.say(f"saved {event.folder}" + (f", {len(event.deleted)} older deleted" if event.deleted else ""))
+            case Validating():
+                self.say(f"validating: {counted(event.videos, 'video')}")
             case Validated():
                 self._validated(event)
             case Warned():
@@ -151,7 +171,7 @@ class Terminal:
         for failure in event.failures:
             self._warn(f"validation at step {event.step} failed, training continues: {failure}")
         if event.interrupted:
-            self.say(f"validation at step {event.step} was left unfinished, as asked")
+            self.say(f"validation at step {event.step} stopped: its videos are made when the run resumes")
 
 
 def _ending(event: Ended) -> str:
@@ -176,18 +196,26 @@ def excluded(files: Mapping[str, str]) -> Iterator[str]:
             yield f"  {count}  {reason}"
 
 
-def numbers(row: StepMetrics, steps: int, seconds: float) -> str:
-    """One line: loss, what it is made of, learning rate, gradient norm, s/step, time left, memory. seconds: smoothed, per step.
+def numbers(row: StepMetrics, steps: int, seconds: float, width: int | None = None) -> str:
+    """One line: loss, what it is made of, learning rate, gradient norm, s/step, training time left, memory.
 
-    The share of the step in which it waited for its data is shown where it is 1% or more.
+    seconds: smoothed, per step. The share of the step in which it waited for its data is shown where it is 1% or more.
+    width: letters that there is room for; what matters least goes first.
     """
-    parts = {"flow_loss": row.flow_loss, **row.terms} if row.terms else {}
-    terms = "".join(f"  {name} {value:.4g}" for name, value in parts.items())
-    norm = f"  norm {row.grad_norm:.3g}" if row.grad_norm is not None else ""
-    left = timedelta(seconds=round((steps - row.step) * seconds))
-    waiting = f"  waiting for data {row.data_wait / row.seconds:.0%}" if row.data_wait >= 0.01 * row.seconds > 0 else ""
-    pace = f"{seconds:.3g} s/step{waiting}  left {left}"
-    return f"loss {row.loss:.4f}{terms}  lr {row.lr:.2e}{norm}  {pace}  {bytes_text(row.memory)}"
+    waiting = row.data_wait >= 0.01 * row.seconds > 0
+    terms = {"flow_loss": row.flow_loss, **row.terms} if row.terms else {}
+    # (what is shown, how soon it goes where room is short)
+    parts = [(f"loss {row.loss:.4f}", 0)]
+    parts += [(f"{name} {value:.4g}", 5) for name, value in terms.items()]
+    parts.append((f"lr {row.lr:.2e}", 3))
+    parts += [(f"norm {row.grad_norm:.3g}", 4)] if row.grad_norm is not None else []
+    parts.append((f"{seconds:.3g} s/step", 2))
+    parts += [(f"waiting for data {row.data_wait / row.seconds:.0%}", 4)] if waiting else []
+    parts.append((f"left {timedelta(seconds=round((steps - row.step) * seconds))}", 1))
+    parts.append((f"memory {bytes_text(row.memory)}", 6))
+    while width is not None and len(parts) > 1 and len("  ".join(text for text, _ in parts)) > width:
+        parts.remove(max(reversed(parts), key=lambda part: part[1]))
+    return "  ".join(text for text, _ in parts)
 
 
 class TrainingLines:
@@ -196,15 +224,14 @@ class TrainingLines:
     def __init__(self, console: Console, steps: int, done: int) -> None:
         self._console, self._steps = console, steps
         self._pace: float | None = None
+        self._room = 0
         self._bar: Progress | None = None
         if console.is_terminal:
-            columns = (
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=24),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[numbers]}"),
-            )
+            # rich would shorten the counter and the clock first.
+            self._room = console.width - len("step ") - 2 * len(str(steps)) - len("/ ")
+            bar = (BarColumn(bar_width=24), TimeElapsedColumn()) if console.width >= WIDE else ()
+            self._room -= len("0:00:00 ") + 25 if bar else 0
+            columns = (TextColumn("step"), MofNCompleteColumn(), *bar, TextColumn("{task.fields[numbers]}"))
             self._bar = Progress(*columns, console=console)
             self._task = self._bar.add_task(
                 "step", total=steps, completed=done, numbers="waiting for the first numbers"
@@ -223,7 +250,7 @@ class TrainingLines:
             return
         newest = event.steps[-1]
         self._pace = newest.seconds if self._pace is None else 0.7 * self._pace + 0.3 * newest.seconds
-        text = numbers(newest, self._steps, self._pace)
+        text = numbers(newest, self._steps, self._pace, self._room if self._bar is not None else None)
         if self._bar is not None:
             self._bar.update(self._task, completed=newest.step, numbers=escape(text))
         else:

@@ -48,7 +48,9 @@ def read(path: Path) -> Document:
         raise ConfigError(Problem(str(path), "arrays or tables are nested too deeply to read.")) from None
     if not tree:
         raise ConfigError(
-            Problem(str(path), "the file has no tables.", "A run needs [run], [model], [[data]] and [train].")
+            Problem(
+                str(path), "the file has no tables.", "A run needs [run], [model], [[data]], [train] and [optimizer]."
+            )
         )
     return Document(path, text, tree, _lines(tree, positions(text)))
 
@@ -58,7 +60,7 @@ def _fault(text: str, error: tomli.TOMLDecodeError) -> str:
     again = repeated(text, error.lineno) if error.msg.startswith(("Cannot overwrite", "Cannot declare")) else None
     if again is not None:
         name = ".".join(key for key in again[0] if isinstance(key, str))
-        return f'"{name}" stands already on line {again[1]}'
+        return f'"{name}" is already on line {again[1]}'
     what = "a text in quotes does not end on its line" if error.msg == r"Illegal character '\n'" else error.msg
     key = re.match(r"\s*([A-Za-z0-9_.-]+)\s*=", "".join(text.split("\n")[error.lineno - 1 : error.lineno]))
     beside = f' at "{key[1]}"' if key else ""

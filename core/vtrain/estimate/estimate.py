@@ -66,6 +66,7 @@ def make_estimate(plan: Plan, survey: Survey) -> Estimate:
     steps = config.train.steps or max(1, math.ceil(per_epoch * (config.train.epochs or 0) - 1e-9))
     every = config.checkpoint.every.in_steps(per_epoch)
     validate_every = config.validation.every.in_steps(per_epoch) if config.validation else None
+    at_start = bool(config.validation and config.validation.at_start)
     return Estimate(
         steps=steps,
         steps_per_epoch=per_epoch,
@@ -74,7 +75,7 @@ def make_estimate(plan: Plan, survey: Survey) -> Estimate:
         video_bytes=sum(_latent_bytes(plan, bucket.shape) * bucket.windows for bucket in survey.table()),
         checkpoint_bytes=_checkpoint_bytes(plan),
         checkpoints=math.ceil(steps / every) if every else None,
-        validations=steps // validate_every if validate_every else None,
+        validations=math.ceil(steps / validate_every) + at_start if validate_every else None,
         warnings=plan.warnings + _pointed_out(config, steps, per_epoch),
         feature_bytes=feature_bytes(plan, survey),
         mask_bytes=mask_bytes(plan, survey),

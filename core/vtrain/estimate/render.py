@@ -77,9 +77,9 @@ def _validation(plan: Plan, estimate: Estimate) -> tuple[tuple[str, str], ...]:
     table, made = plan.config.validation, plan.validation
     if table is None or made is None:
         return (("videos", "none: no [validation]"),)
-    times = f"{estimate.validations} times" if estimate.validations is not None else "timed"
+    times = f": {counted(estimate.validations, 'time')}" if estimate.validations is not None else ""
     return (
-        ("videos", f"{len(made.prompts)} every {table.every} ({times}) and at the end"),
+        ("videos", f"{len(made.prompts)} every {table.every} and at the end{times}"),
         ("each", f"{made.shape} at {made.fps:g} fps, {made.steps} solver steps, guidance {made.guidance:g}"),
     )
 
@@ -168,7 +168,7 @@ def dataset_rows(dataset: DatasetPlan, found: DatasetSurvey, *, alone: bool) -> 
         for shape, count in sorted(found.samples.items()):
             yield f"bucket {shape}", counted(count, "sample")
     for reason, (count, example) in sorted(found.skipped.items(), key=lambda item: (-item[1][0], item[0])):
-        yield f"skipped: {count}", f"{reason}  (such as {example})"
+        yield f"skipped: {count}", f"{reason}  ({'such as ' if count > 1 else ''}{example})"
     if found.skipped:
         yield "all of them", "`vtrain data list CONFIG --dropped --failed`"
     if dataset.table.on_bad_file == "move":

@@ -1,8 +1,9 @@
 """Everything that people ask of a run while it trains, in one place that is read at the end of each step.
 
-A request comes by a signal, by the control file in the output folder, or by a call. Ctrl-C and SIGTERM: the first asks the
-run to save and end; a second Ctrl-C, a second or more later, ends it at once. A signal that the process was started to ignore
-stays ignored: a shell starts what a script puts in the background so that the terminal's Ctrl-C does not reach it.
+A request comes by a signal, by the control file in the output folder, or by a call. Ctrl-C, SIGTERM and SIGHUP (the terminal
+was closed): the first asks the run to save and end; a second Ctrl-C, a second or more later, ends it at once. A signal that
+the process was started to ignore stays ignored: a shell starts what a script puts in the background so that the terminal's
+Ctrl-C does not reach it, and nohup so that the terminal's end does not.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from types import FrameType
 CONTROL = "control"
 """File in the output folder: words that ask something of the run, deleted when they were read."""
 WORDS = ("stop", "save", "validate")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()))
 ONE_PRESS = 1.0
 """Seconds within which several signals are one wish."""
 
@@ -44,7 +46,7 @@ class Inbox:
     def ask(self, word: str) -> None:
         """One of WORDS. From any thread. Raises ValueError for another."""
         if word not in WORDS:
-            raise ValueError(f'a run is asked to {", ".join(WORDS)}; not "{word}"')
+            raise ValueError(f'a run can be asked to {", ".join(WORDS)}, not to "{word}"')
         if word == "stop" and not self._stop:
             self._stop, self._since = True, time.monotonic()
             self._heard()
@@ -87,11 +89,11 @@ class Inbox:
             if word in WORDS:
                 self.ask(word)
             else:
-                self._complaints.append(f'the control file asked for "{word}"; a run knows {", ".join(WORDS)}')
+                self._complaints.append(f'the control file asked for "{word}"; its words are {", ".join(WORDS)}')
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Catch those of the two signals that are not ignored, for the length of the with block. Of the main thread only.
+        """Catch those of the signals that are not ignored, for the length of the with block. Of the main thread only.
 
         A launcher passes on the Ctrl-C that its processes got from the terminal too: two at once are one.
         """
@@ -103,7 +105,8 @@ class Inbox:
             elif number == signal.SIGINT and time.monotonic() - self._since > ONE_PRESS:
                 raise KeyboardInterrupt
 
-        caught = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+        # None: a handler that was not set from Python, which could not be put back.
+        caught = [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
         before = {number: signal.signal(number, ask) for number in caught}
         try:
             yield

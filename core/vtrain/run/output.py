@@ -182,11 +182,13 @@ class Recorder:
 
 def append(path: Path, records: Iterable[Mapping[str, Any]], *, durable: bool) -> None:
     """Add a line for each record. durable: synced to the disk. Raises OSError, the file then being as it was."""
-    with path.open("ab") as file:
+    data = memoryview("".join(json.dumps(record) + "\n" for record in records).encode())
+    # Without a buffer: what it still held would be written when the file is closed, after the truncation.
+    with path.open("ab", buffering=0) as file:
         before = file.tell()
         try:
-            file.write("".join(json.dumps(record) + "\n" for record in records).encode())
-            file.flush()
+            while data:
+                data = data[file.write(data) :]
             if durable:
                 os.fsync(file.fileno())
         except OSError:

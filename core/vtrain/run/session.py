@@ -147,9 +147,8 @@ class Session:
                     yield from self._passed(event)
         # Not BaseException: a generator that is closed may yield nothing more.
         except Exception as error:
-            problems = error.problems if isinstance(error, VtrainError) else ()
-            lines = tuple(filter(None, (" ".join(filter(None, (p.where, p.what, p.remedy))) for p in problems)))
-            yield from self._passed(Failed(type(error).__name__, lines or (str(error),)))
+            lines = tuple(map(str, error.problems)) if isinstance(error, VtrainError) else (str(error),)
+            yield from self._passed(Failed(type(error).__name__, lines))
             raise
         finally:
             if self._listeners is not None:
@@ -391,8 +390,8 @@ def _changes(trainer: Trainer) -> Iterator[str]:
     if start.folder is None:
         return
     if start.state.data != trainer.data:
-        yield f"the data changed since: {start.state.data} -> {trainer.data}; from here on the order is the new data's"
+        yield f"the data changed since the checkpoint: {start.state.data} -> {trainer.data}; the order is the new data's from here"
     for name, mark in trainer.features.items():
         if start.state.features.get(name, mark) != mark:
             what = "its encoder's weights or an option that shapes them changed"
-            yield f"the features of {name} are others since: {what}; training continues from what it has learned"
+            yield f"the features of {name} changed since the checkpoint: {what}; training continues from what it has learned"

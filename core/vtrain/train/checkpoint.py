@@ -10,7 +10,9 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -108,6 +110,15 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
+def _share(folder: Path) -> None:
+    """Give all files the rights of any new file: safetensors makes its own readable by their owner alone."""
+    rights = stat.S_IMODE(folder.stat().st_mode) & 0o666  # a folder's, less the right to enter it
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with suppress(OSError):  # some file systems have no rights
+                path.chmod(rights)
+
+
 def write(parent: Path, step: int, pieces: Sequence[Piece]) -> Path:
     """Make the checkpoint of `step` below `parent`. One piece after the other is gathered and written.
 
@@ -124,6 +135,7 @@ def write(parent: Path, step: int, pieces: Sequence[Piece]) -> Path:
         for piece in waiting:
             # No name holds a state that was gathered, so that it is gone from memory before the next one comes.
             written[piece.name] = _write_piece(aside, piece, piece.gather(keep=True))
+        _share(aside)
         _seal(aside, written)
         # A folder cannot be renamed onto one that is not empty. The old one goes only now that the new one is whole.
         if final.exists():

@@ -129,6 +129,7 @@ class Loop:
         self.steps_per_epoch = steps_per_epoch
         self.per_step = table.accumulate * processes.count
         self.unread: list[Unread] = []
+        self.saved = 0
         self.clock = time.perf_counter()
         for group in optimizer.param_groups:
             # The file's rate, also in a resumed run: a checkpoint never brings lr or initial_lr.
@@ -165,7 +166,7 @@ class Loop:
                 yield from self.validation(done, validate)
                 # Videos take long: somebody may have asked meanwhile.
                 stop = self.processes.any(self.ends.requests.stop)[0]
-                if stop and not (saving or ended):
+                if stop and self.saved != done:
                     yield from self.checkpoint(done, save, must=True)
             if stop and (not ended or self.owed(done)):
                 yield Ended(done, self.last, "stopped")
@@ -259,6 +260,7 @@ class Loop:
         self.check_weights(done)
         try:
             yield from self.ends.save(done, self.micro_batch + (done - self.first) * self.per_step)
+            self.saved = done
         except CheckpointError as error:
             if must:
                 raise

@@ -122,13 +122,17 @@ def find_start(plan: Plan) -> Start:
     changes = compare(state.settings, now)
     refused = [change for change in changes if change.resume == "refuse"]
     if refused:
-        remedy = "Restore it, or start again with another run.output_dir."
-        words = [f"{each.key} was {_show(each.old)} and is now {_show(each.new)}" for each in refused]
-        problems = [Problem("", f"{change}; this cannot change in a resumed run.") for change in words]
-        raise CheckpointError([Problem(str(folder), "this checkpoint is of another run.", remedy), *problems])
+        remedy = "Set it back, or choose another run.output_dir."
+        words = {each.key: f"was {_show(each.old)} and is now {_show(each.new)}" for each in refused}
+        raise CheckpointError(
+            Problem(key, f"{change}; this cannot change in a run that resumes from {folder}.", remedy)
+            for key, change in words.items()
+        )
     notices.append(f"resuming from {folder} (step {state.step})")
     reported = [change for change in changes if change.resume == "tell"]
-    notices += [f"changed since: {each.key}: {_show(each.old)} -> {_show(each.new)}" for each in reported]
+    notices += [
+        f"changed since the checkpoint: {each.key}: {_show(each.old)} -> {_show(each.new)}" for each in reported
+    ]
     return Start(folder, state, tuple(notices))
 
 

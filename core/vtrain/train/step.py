@@ -1,4 +1,4 @@
-"""One training step as one module: draw, corrupt, predict with taps, flow loss, regularizers with their teachers."""
+"""One training step as one module: corrupt, predict with taps, flow loss, regularizers with their teachers."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ from vtrain.plan.records import Plan
 def tapped(denoiser: Denoiser, blocks: Iterable[int], latents: LatentShape) -> Iterator[dict[int, Tensor]]:
     """Collect the outputs of `blocks`, folded to (B, f, h, w, D) and in the graph, while the with block runs.
 
-    The hooks sit on whole blocks: under non-reentrant checkpointing such a hook fires once, in the graph, while hooks on
-    inner modules would fire again in the recomputation.
+    The hooks sit on whole blocks, outside of what non-reentrant checkpointing wraps, so that what they collect is in the
+    graph. They are gone before a backward pass recomputes anything.
     """
     taps: dict[int, Tensor] = {}
 
@@ -112,12 +112,13 @@ def _codec(family: Family, decoding: list[Regularizer], device: str, stack: Exit
 
 @dataclass(frozen=True)
 class StepInput:
-    """A micro-batch with its draws, on the training device. clean, noise: (B, C, f, h, w) fp32. step: steps done so far.
+    """A micro-batch with its draws, on the training device; features and frames wait for their step on the host.
 
-    mask: (B, f, h, w) fp32 in [0, 1], how much each latent counts in the flow loss, somewhere above 0 in every clip; None:
-    all count alike. features: regularizer -> (B, f', h', w', D') of the clean frames, from the cache, in the type in which they
-    are stored. frames: uint8 (B, 3, f, H, W), the source's frame for each frame of tokens, for teachers that run at each step.
-    Several inputs wait for their step, so both are kept small: in fp32 they would be twice and four times that.
+    clean, noise: (B, C, f, h, w) fp32. step: steps done so far. mask: (B, f, h, w) fp32 in [0, 1], how much each latent counts
+    in the flow loss, somewhere above 0 in every clip; None: all count alike. features: regularizer -> (B, f', h', w', D') of
+    the clean frames, from the cache, in the type in which they are stored. frames: uint8 (B, 3, f, H, W), the source's frame
+    for each frame of tokens, for teachers that run at each step. Several inputs wait for their step, so both are kept small:
+    in fp32 they would be twice and four times that.
     """
 
     clean: Tensor

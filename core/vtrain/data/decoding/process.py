@@ -172,7 +172,10 @@ class DecodingProcess:
 
     def _receive(self, clock: _Clock) -> dict[str, Any]:
         began = time.monotonic()
-        message = json.loads(self._channel.receive(_LONGEST_ANSWER, clock.left))
+        try:
+            message = json.loads(self._channel.receive(_LONGEST_ANSWER, clock.left))
+        except ValueError:  # what a broken decoder wrote there costs its file, not the run
+            message = None
         clock.spent += time.monotonic() - began
         if not isinstance(message, dict):
             raise ChannelClosed

@@ -75,10 +75,17 @@ def _connect(path: Path, layout: DatabaseTables) -> sqlite3.Connection:
             # Readers of other processes go on while one writes.
             connection.execute("PRAGMA journal_mode = WAL")
             # Tables and marks in one transaction: tables without our mark would be taken for somebody else's.
-            connection.executescript(
-                f"BEGIN; {layout.tables} PRAGMA application_id = {layout.application_id}; "
+            script = (
+                f"BEGIN IMMEDIATE; {layout.tables} PRAGMA application_id = {layout.application_id}; "
                 f"PRAGMA user_version = {layout.version}; COMMIT;"
             )
+            try:
+                connection.executescript(script)
+            except sqlite3.OperationalError:
+                connection.rollback()
+                # Another run that starts in the same folder was first.
+                if not _is_ours(connection, layout):
+                    raise
         # In WAL mode a power cut then costs the last transactions, which are scanned again, and not the database.
         connection.execute("PRAGMA synchronous = NORMAL")
     except BaseException:

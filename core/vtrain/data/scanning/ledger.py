@@ -125,7 +125,7 @@ _LAYOUT = DatabaseTables(
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A file as the ledger knows it. kind: as `listing.kind_of` says. fault: why it cannot be used, else None."""
+    """A file as the ledger knows it. kind: as `kind_of` says. fault: why it cannot be used, else None."""
 
     size: int
     version: str
@@ -202,7 +202,7 @@ class Ledger(AbstractContextManager["Ledger"]):
         }
 
     def file_decisions(self, settings: str) -> dict[str, FileDecision]:
-        """Ref id -> file_decision, under one dataset's settings; all of them in memory."""
+        """Ref id -> decision, under one dataset's settings; all of them in memory."""
         query = """SELECT ref, size, version, status, width || 'x' || height || '@' || frames, kind, reason
             FROM file_decision JOIN decision ON decision = number WHERE settings = :settings"""
         return {
@@ -221,6 +221,7 @@ class Ledger(AbstractContextManager["Ledger"]):
                 (left.status, left.kind, left.reason, settings, sample.ref_id, sample.size, sample.version),
             )
             db.execute("UPDATE decision SET statistics = NULL WHERE settings = ?", (settings,))
+            db.execute("DELETE FROM texts")  # its captions may be no other file's
 
     def record_hash(self, location: str, ref: SourceRef, sha256: str) -> None:
         """The hash of the bytes that were read of a file."""

@@ -100,6 +100,19 @@ def test_an_output_folder_below_a_file_is_refused(plan_of: PlanOf, tmp_path: Pat
     assert text.count("is a file, so") == 2
 
 
+@pytest.mark.parametrize(("output", "inside"), [("clips/out", True), ("clips", True), ("clips-out", False)])
+def test_an_output_folder_among_the_clips_is_refused(
+    plan_of: PlanOf, tmp_path: Path, output: str, inside: bool
+) -> None:
+    """Its videos would be clips of the next run."""
+    run = f'output_dir = "{output}"'
+    if inside:
+        text = refused(plan_of, run=run)
+        assert f"{tmp_path / output} lies in the dataset {tmp_path / 'clips'}, where its sample videos would be" in text
+    else:
+        plan_of(run=run)
+
+
 def test_an_output_folder_without_permission_is_refused(plan_of: PlanOf) -> None:
     """Root may write anywhere, so as root the check runs with another effective user."""
     own = os.geteuid()

@@ -58,7 +58,7 @@ def _make_plan(config: Config, processes: int) -> Plan:
     assert isinstance(sampler_spec, SamplerSpec)
     sampler = sampler_spec.build(config.sampler.options, family.scheduler_config())
     made = datasets(config, family, problems)
-    problems += training_problems(config, family, made)
+    problems += [*training_problems(config, family, made), *_check_samples(config, made)]
     clips = _longest(family, made)
     regularizers = _regularizers(config, family, clips, problems)
     validation = _validation(config, family, problems)
@@ -127,6 +127,20 @@ def _check_output(config: Config) -> list[Problem]:
             Problem(config.where("run", "resume"), f'no checkpoint folder {resume_path(config)}; or "latest", "never".')
         )
     return problems
+
+
+def _check_samples(config: Config, made: tuple[DatasetPlan, ...]) -> list[Problem]:
+    """A run that writes its videos among its clips would train on them the next time."""
+    output = config.run.output_dir.resolve()
+    return [
+        Problem(
+            config.where("run", "output_dir"),
+            f"{output} lies in the dataset {each.backend.location}, where its sample videos would be taken for clips.",
+            "Set run.output_dir to a folder beside it.",
+        )
+        for each in made
+        if "://" not in each.backend.location and output.is_relative_to(Path(each.backend.location).resolve())
+    ]
 
 
 def _unwritable(folder: Path) -> str:

@@ -268,7 +268,7 @@ def compare(old: Path, new: Path) -> int:
 
 def current(record: Any) -> Any:
     """A record with its settings under the keys of today: renamed ones, and tables of free keys, once one value each."""
-    for dataset in record["plan"]["datasets"]:
+    for dataset in record.get("plan", {}).get("datasets", ()):
         if "left_out" in dataset:
             dataset["skipped"] = dataset.pop("left_out")
     for state in record["settings"].values():

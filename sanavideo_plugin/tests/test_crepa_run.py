@@ -215,7 +215,7 @@ def test_a_resumed_run_with_another_encoder_in_the_same_place_is_told_so(
     other = launch("other", resume="whole/checkpoints/step-000006")
     assert other.returncode == 0, other.stderr
     assert "features (crepa): 0 of 6 cached, 6 to do" in other.stdout
-    assert "the features of crepa are others since: its encoder's weights" in other.stdout
+    assert "the features of crepa changed since the checkpoint: its encoder's weights" in other.stdout
 
 
 def test_two_processes_are_one_with_twice_the_accumulation(train: Train, whole: list[Row]) -> None:

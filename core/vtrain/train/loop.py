@@ -172,7 +172,8 @@ class Loop:
                 yield Ended(done, self.last, "stopped")
                 return
         done = max(self.first, self.last)
-        yield Ended(done, self.last, "stopped" if self.first == self.last and self.owed(done) else "finished")
+        stopped = self.processes.any(self.ends.requests.stop)[0] and self.owed(done)
+        yield Ended(done, self.last, "stopped" if stopped else "finished")
 
     def owed(self, done: int) -> bool:
         """Whether videos after this step, at which a validation is due, are still to be made."""

@@ -115,11 +115,11 @@ def odd_listeners(output: Path, sink: TextIO) -> Listeners:
     from vtrain.run.listeners import Listeners
     from vtrain_builtin.tensorboard import TENSORBOARD
 
-    trackers: list[tuple[str, str, Tracker]] = [
-        ("0", "tensorboard", TENSORBOARD.build(TENSORBOARD.options())),
-        ("1", "fails", OddTracker(lambda: 1 // 0)),  # type: ignore[arg-type,return-value]
-        ("2", "hangs", OddTracker(lambda: time.sleep(1e6))),
-        ("3", "prints", OddTracker(lambda: print("a line", file=sink))),
+    trackers: list[tuple[str, str, Callable[[], Tracker]]] = [
+        ("0", "tensorboard", lambda: TENSORBOARD.build(TENSORBOARD.options())),
+        ("1", "fails", lambda: OddTracker(lambda: 1 // 0)),  # type: ignore[arg-type,return-value]
+        ("2", "hangs", lambda: OddTracker(lambda: time.sleep(1e6))),
+        ("3", "prints", lambda: OddTracker(lambda: print("a line", file=sink))),
     ]
     return Listeners(trackers, RunInfo("run", str(output), {}, 0), {})
 

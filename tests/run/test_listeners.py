@@ -43,9 +43,13 @@ class Notes:
         self._note("finish")
 
 
+def built(*trackers: Notes) -> list[tuple[str, str, Callable[[], Notes]]]:
+    return [(f"k{number}", f"t{number}", lambda it=tracker: it) for number, tracker in enumerate(trackers)]
+
+
 def follow(*trackers: Notes, events: tuple[Event, ...] = (Stepped(1), LOGGED, Validated(1, {}, None))) -> list[str]:
     """Show a run's events to trackers; what was warned of."""
-    listeners = Listeners([(f"k{n}", f"t{n}", tracker) for n, tracker in enumerate(trackers)], INFO, {"k0": {"id": 7}})
+    listeners = Listeners(built(*trackers), INFO, {"k0": {"id": 7}})
     for event in events:
         listeners.show(event)
     listeners.finish()
@@ -65,7 +69,7 @@ def test_a_tracker_gets_what_it_asks_for_in_order_in_a_thread_of_its_own() -> No
 
 def test_what_a_tracker_wants_kept_is_given_to_it_again() -> None:
     one, other = Notes(), Notes()
-    listeners = Listeners([("k0", "t0", one), ("k1", "t1", other)], INFO, {"k0": {"id": 7}})
+    listeners = Listeners(built(one, other), INFO, {"k0": {"id": 7}})
     listeners.show(LOGGED)
     listeners.finish()
     assert (one.saved, other.saved) == ({"id": 7}, {})
@@ -111,16 +115,45 @@ def test_a_tracker_that_hangs_is_waited_for_only_so_long(monkeypatch: pytest.Mon
     assert good.calls == ALL
 
 
+def test_one_that_hangs_with_a_full_queue_costs_no_other_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chapter, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(chapter, "ROOM", 2)
+    go = threading.Event()
+    good = Notes()
+    warned = follow(Notes(lambda call: assert_waits(go)), good, events=(LOGGED,) * 2 + (Stepped(1),) * 9)
+    go.set()
+    assert good.calls == ["start", "Logged", "Logged", "finish"]
+    assert warned == ["t0 did not finish within 0.3 seconds; its last numbers may be missing"]
+
+
+@pytest.mark.parametrize("fault", ["build", "events"])
+def test_a_tracker_that_cannot_be_built_or_asks_for_no_events_is_warned_of(fault: str) -> None:
+    good, odd = Notes(), Notes()
+    odd.events = ("Logged",)  # type: ignore[assignment]
+
+    def build() -> Notes:
+        if fault == "build":
+            raise ModuleNotFoundError("no wandb")
+        return odd
+
+    listeners = Listeners([("k0", "t0", build), *built(good)], INFO, {})
+    listeners.show(LOGGED)
+    listeners.finish()
+    assert good.calls == ["start", "Logged", "finish"]
+    (warned,) = listeners.warnings()
+    assert warned.startswith("t0 could not be built and hears nothing: ")
+
+
 def test_a_tracker_that_is_too_slow_misses_events_which_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chapter, "ROOM", 3)
     go = threading.Event()
     slow = Notes(lambda call: assert_waits(go) if call == "start" else None)
-    listeners = Listeners([("k", "t", slow)], INFO, {})
+    listeners = Listeners(built(slow), INFO, {})
     for _ in range(10):
         listeners.show(LOGGED)
     go.set()
     listeners.finish()
-    assert list(listeners.warnings()) == ["t was too slow: 7 events were not passed to it"]
+    assert list(listeners.warnings()) == ["t0 was too slow: 7 events were not passed to it"]
     assert slow.calls == ["start", "Logged", "Logged", "Logged", "finish"]
 
 

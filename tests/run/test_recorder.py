@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from vtrain.contract import Event, Filling, Logged, Noted, Saved, StepMetrics, Stepped, Warned
+from vtrain.contract import Event, Filling, Logged, Noted, Saved, StepMetrics, Stepped, Validated, Validating, Warned
 from vtrain.contract.events import VERSION, from_json
 from vtrain.run import output as chapter
-from vtrain.run.output import EVENTS, METRICS, Recorder
+from vtrain.run.output import EVENTS, METRICS, Recorder, hold, validation_owed
 
 
 def logged(*steps: int) -> Logged:
@@ -126,3 +126,50 @@ def test_a_disk_that_fills_up_within_a_line_leaves_the_file_as_it_was(tmp_path: 
     command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / METRICS)]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "failed\nfailed\n"
     assert lines(tmp_path / METRICS) == [{"step": 1}, {"step": 2}]
+
+
+def test_metrics_that_could_not_be_written_are_with_the_next_event(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder(tmp_path)
+    recorder.begin(0)
+    with monkeypatch.context() as full:
+        full.setattr(chapter, "append", _refuse)
+        assert len(record(recorder, logged(1, 2))) == 1
+    assert record(recorder, Noted("the last event")) == []
+    assert [line["step"] for line in lines(tmp_path / METRICS)] == [1, 2]
+
+
+def _refuse(*_: object, **__: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_another_folder_of_that_name_is_not_the_runs_own(tmp_path: Path) -> None:
+    folder, restored = tmp_path / "out", list[Path]()
+    with hold(folder):
+        recorder = Recorder(folder, lambda: restored.append(folder))
+        recorder.begin(0)
+        assert record(recorder, Noted("before")) == []
+        folder.rename(tmp_path / "moved")
+        folder.mkdir()
+        (warned,) = record(recorder, Noted("after"))
+        assert "went away" in warned.text
+        assert restored == [folder]
+        assert record(recorder, Noted("later")) == []
+
+
+@pytest.mark.parametrize(
+    ("told", "due", "owed"),
+    [
+        ([], True, True),
+        ([], False, False),
+        ([Validating(2, 1)], False, True),
+        ([Validating(2, 1), Validated(2, {}, None, (), interrupted=True)], False, True),
+        ([Validating(2, 1), Validated(2, {}, None, ("no room",))], True, False),
+        ([Validating(2, 1), Validated(2, {}, None), Validating(4, 1)], True, False),
+    ],
+)
+def test_a_validation_is_owed_until_it_was_ended(tmp_path: Path, told: list[Event], due: bool, owed: bool) -> None:
+    assert not validation_owed(tmp_path, 2, due), "of a run that recorded nothing, nothing is known"
+    run(tmp_path, 0, Noted("begun"), *told)
+    assert validation_owed(tmp_path, 2, due) is owed

@@ -87,12 +87,21 @@ def test_a_run_whose_output_nobody_reads_any_more_saves_and_ends(folder, start: 
     """As `vtrain run config.toml | head` does."""
     process = start("run", *options, folder.write(steps=300, save=1000, log_every=5))
     assert process.stdout is not None
-    process.stdout.readline()
+    next(line for line in process.stdout if line.startswith("step ") or '"logged"' in line)
     process.stdout.close()
     process.stdout = None
     assert process.wait(60) == 128 + signal.SIGPIPE
     (saved,) = (folder.output / "checkpoints").iterdir()
     assert 0 < int(saved.name.removeprefix("step-")) < 300
+
+
+def test_a_run_whose_output_nobody_reads_from_the_start_trains_nothing(folder, start: Start) -> None:
+    process = start("run", folder.write(steps=300, save=1000))
+    assert process.stdout is not None
+    process.stdout.close()
+    process.stdout = None
+    assert process.wait(60) == 128 + signal.SIGPIPE
+    assert not (folder.output / "checkpoints").exists()
 
 
 def test_a_run_in_the_background_of_a_script_ignores_ctrl_c_and_saves_at_sigterm(folder, start: Start) -> None:

@@ -10,18 +10,21 @@ import json
 import queue
 import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from vtrain.contract import CheckpointError, Event, Problem, RunInfo, Tracker
+from vtrain.config import Config
+from vtrain.contract import CheckpointError, Event, Problem, RunInfo, Tracker, TrackerSpec
 from vtrain.train.checkpoint import State
 
 PATIENCE_S = 60.0
 """Seconds that the end of a run waits for all listeners together."""
+_LOOK_S = 0.01
 ROOM = 1024
 """Events that may wait for a listener."""
 
@@ -34,9 +37,12 @@ class Listener:
     """One tracker at work. key: what its state is kept under. name: as warnings call it."""
 
     def __init__(self, key: str, name: str, tracker: Tracker, info: RunInfo, saved: Kept, warn: deque[str]) -> None:
+        """Raises what the tracker raises when it is asked for its events; TypeError if they are none."""
         self.key, self.name, self._tracker, self._warn = key, name, tracker, warn
         self._info, self._saved = info, saved
         self._wanted = tuple(tracker.events)
+        if odd := [each for each in self._wanted if not (isinstance(each, type) and issubclass(each, Event))]:
+            raise TypeError(f"its events are no types of events: {odd}")
         self._queue: queue.Queue[Event | None] = queue.Queue(ROOM)
         self._missed = 0
         self._state: Kept = saved
@@ -56,10 +62,12 @@ class Listener:
         """What it wants to be given when the run is resumed, as of the last event that it has dealt with."""
         return self._state
 
-    def close(self, until: float) -> None:
-        """There are no more events; waits for room to say so, but not beyond `until` on the monotonic clock."""
-        with suppress(queue.Full):  # it is still busy, and waited for below
-            self._queue.put(None, timeout=max(0.0, until - time.monotonic()))
+    def close(self) -> bool:
+        """There are no more events: whether there was room to say so. Never waits."""
+        with suppress(queue.Full):
+            self._queue.put_nowait(None)
+            return True
+        return False
 
     def join(self, until: float) -> None:
         """Wait until it has dealt with everything, but not beyond `until`."""
@@ -87,17 +95,35 @@ class Listener:
         self._state = json.loads(json.dumps(dict(self._tracker.state())))
 
 
+Built = tuple[str, str, Callable[[], Tracker]]
+"""What a tracker's state is kept under, its name in warnings, and what builds it."""
+
+
+def trackers(config: Config) -> Iterator[Built]:
+    """Those of [[tracker]]. A state is kept under the tracker's name, and its number among those of that name."""
+    seen = Counter[str]()
+    for part in config.trackers:
+        spec = part.registered.spec
+        assert isinstance(spec, TrackerSpec)
+        seen[spec.name] += 1
+        key = spec.name if seen[spec.name] == 1 else f"{spec.name} {seen[spec.name]}"
+        name = f"tracker {key} ({part.registered.distribution} {part.registered.version})"
+        yield key, name, partial(spec.build, part.options)
+
+
 class Listeners:
-    """All of them. trackers: what each one's state is kept under, its name, itself.
+    """All of them. One that cannot be built is warned of. saved: by the same key, what its state was at the checkpoint that
+    is resumed from."""
 
-    saved: by the same key, what its state was at the checkpoint that is resumed from.
-    """
-
-    def __init__(self, trackers: Sequence[tuple[str, str, Tracker]], info: RunInfo, saved: Mapping[str, Kept]) -> None:
+    def __init__(self, trackers: Iterable[Built], info: RunInfo, saved: Mapping[str, Kept]) -> None:
         self._warnings: deque[str] = deque()
-        self._all = [
-            Listener(key, name, tracker, info, saved.get(key, {}), self._warnings) for key, name, tracker in trackers
-        ]
+        self._all: list[Listener] = []
+        self._finished = False
+        for key, name, build in trackers:
+            try:
+                self._all.append(Listener(key, name, build(), info, saved.get(key, {}), self._warnings))
+            except Exception as error:  # noqa: BLE001 - no listener ends a run
+                self._warnings.append(f"{name} could not be built and hears nothing: {type(error).__name__}: {error}")
 
     def show(self, event: Event) -> None:
         for each in self._all:
@@ -118,11 +144,14 @@ class Listeners:
             yield self._warnings.popleft()
 
     def finish(self) -> None:
-        """Wait until all have heard everything, but not for ever."""
-        # All are told before any is waited for: they finish beside each other, within one patience.
-        until = time.monotonic() + PATIENCE_S
-        for each in self._all:
-            each.close(until)
+        """Wait until all have heard everything, but not for ever. A second time there is nothing to wait for."""
+        if self._finished:
+            return
+        self._finished = True
+        # All hear of the end before any is waited for: they finish beside each other, within one patience.
+        until, busy = time.monotonic() + PATIENCE_S, self._all
+        while (busy := [each for each in busy if not each.close()]) and time.monotonic() < until:
+            time.sleep(_LOOK_S)
         for each in self._all:
             each.join(until)
 

@@ -78,6 +78,15 @@ def hold(folder: Path) -> Iterator[str]:
             yield f"{folder} is on a file system without locks: nothing keeps a second run out of this output folder"
 
 
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Of the lock in a folder: its device and number there, None where there is none."""
+    try:
+        found = (folder / FILE).stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def _sign(file: BinaryIO) -> None:
     since = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since})
@@ -139,6 +148,7 @@ class Recorder:
         self.session = 0
         self._lines: list[dict[str, Any]] = []
         self._steps: tuple[StepMetrics, ...] = ()
+        self._held: tuple[int, int] | None = None
 
     def begin(self, step: int) -> int:
         """Cut both files back to `step` and open a session. Gives how many later steps were cut off. Raises OSError."""
@@ -151,6 +161,7 @@ class Recorder:
 
         cut_back(self._folder / EVENTS, kept)
         self.session = max(sessions) + 1
+        self._held = _identity(self._folder)
         return dropped
 
     def record(self, event: Event) -> Iterator[Warned]:
@@ -164,10 +175,12 @@ class Recorder:
         if not self.session:
             return
         try:
-            if not self._folder.is_dir():
+            # Another folder of that name is not the one that this run holds, with its files in it.
+            if not self._folder.is_dir() or _identity(self._folder) != self._held:
                 yield Warned(f"the output folder went away and is made again: {self._folder}")
                 self._restore()
-            if isinstance(event, Logged):
+                self._held = _identity(self._folder)
+            if self._steps:
                 # On the disk before the checkpoint of that step, from which a resumed run goes on.
                 append(self._folder / METRICS, (asdict(each) for each in self._steps), durable=True)
                 self._steps = ()
@@ -178,6 +191,22 @@ class Recorder:
         except OSError as error:
             kind = "metrics" if isinstance(event, Logged) else "events"
             yield Warned(f"{kind} could not be written and are kept for the next time: {error}")
+
+
+def validation_owed(folder: Path, step: int, due: bool) -> bool:
+    """Whether a validation after `step` is still to be made, by what events.jsonl says: one that was begun and not ended, or
+    one that is due there and was not begun. Where nothing was recorded, none."""
+    if not (folder / EVENTS).exists():
+        return False
+    owed = due
+    for line in (folder / EVENTS).read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+            if record.get("step") == step and record["event"] in ("validating", "validated"):
+                owed = record["event"] == "validating" or bool(record["interrupted"])
+        except (ValueError, KeyError, TypeError, AttributeError):  # a line that a killed run did not end
+            continue
+    return owed
 
 
 def append(path: Path, records: Iterable[Mapping[str, Any]], *, durable: bool) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from vtrain.contract import (
     CheckpointError,
@@ -32,7 +32,6 @@ from vtrain.contract import (
     RunInfo,
     Scanned,
     Started,
-    TrackerSpec,
     VtrainError,
     Warned,
 )
@@ -44,8 +43,8 @@ from vtrain.estimate.render import counted, sections
 from vtrain.registry.blame import blame
 from vtrain.run.collector import uncollected
 from vtrain.run.inbox import Inbox
-from vtrain.run.listeners import Listeners, saved_states
-from vtrain.run.output import Recorder, hold, write_run_files
+from vtrain.run.listeners import Listeners, saved_states, trackers
+from vtrain.run.output import Recorder, hold, validation_owed, write_run_files
 from vtrain.run.prepare import extra_texts, planned
 
 if TYPE_CHECKING:
@@ -117,13 +116,15 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._events is not None:
-            self._events.close()
-        if error is None or self.processes.count == 1:  # after a failure the others may wait inside a collective
-            self.processes.close()
-        if not self._process_ends:
-            gc.unfreeze()  # `uncollected` froze what belongs to this run
-            self.processes.device.release()
+        try:
+            if self._events is not None:
+                self._events.close()
+        finally:
+            if error is None or self.processes.count == 1:  # after a failure the others may wait inside a collective
+                self.processes.close()
+            if not self._process_ends:
+                gc.unfreeze()  # `uncollected` froze what belongs to this run
+                self.processes.device.release()
 
     def __iter__(self) -> Iterator[Event]:
         return self
@@ -149,12 +150,21 @@ class Session:
         except Exception as error:
             lines = tuple(map(str, error.problems)) if isinstance(error, VtrainError) else (str(error),)
             yield from self._passed(Failed(type(error).__name__, lines))
+            yield from self._listeners_end()
             raise
+        else:
+            yield from self._listeners_end()
         finally:
             if self._listeners is not None:
                 self._listeners.finish()
-        for text in self._listeners.warnings() if self._listeners is not None else ():
-            yield from self._passed(Warned(text))
+            self._lock.close()
+
+    def _listeners_end(self) -> Iterator[Event]:
+        """Wait for all listeners; what went wrong with them."""
+        if self._listeners is not None:
+            self._listeners.finish()
+            for text in self._listeners.warnings():
+                yield from self._passed(Warned(text))
 
     def _passed(self, event: Event) -> Iterator[Event]:
         """Recorded, shown, given; and what went wrong in doing so."""
@@ -166,6 +176,8 @@ class Session:
         for warning in troubles:
             if self.processes.first:
                 list(self._recorder.record(warning))  # what goes wrong with a warning is not warned of in turn
+            if self._listeners is not None:
+                self._listeners.show(warning)
             yield warning
 
     # -- the chapters ------------------------------------------------------------------------------------------------------
@@ -178,22 +190,24 @@ class Session:
             yield from self._caches(found)
             yield from self._quarantined()
             return
-        with self._alone() as warning:
-            if warning:
-                yield Warned(warning)
-            # Before anything is scanned or encoded: what refuses a resume is said at once.
-            start = self._start()
-            found, estimate = yield from self._scanned(estimated=True)
-            assert estimate is not None
-            if self._is_done(start, estimate):
-                yield Ended(start.state.step, estimate.steps, "nothing to do")
-                return
-            for notice in start.notices:
-                yield Noted(notice)
-            data = self._data = yield from self._read(found, estimate)
-            with self._assembled(start, data) as (trainer, caches):
-                yield from self._begun(trainer, data)
-                yield from self._trained(trainer, caches)
+        if warning := self._alone():
+            yield Warned(warning)
+        # Before anything is scanned or encoded: what refuses a resume is said at once.
+        start = self._start()
+        found, estimate = yield from self._scanned(estimated=True)
+        assert estimate is not None
+        if self._is_done(start, estimate):
+            yield Ended(start.state.step, estimate.steps, "nothing to do")
+            return
+        for notice in start.notices:
+            yield Noted(notice)
+        data = self._data = yield from self._read(found, estimate)
+        if self.processes.any(self._inbox.stop)[0]:  # asked for while the caches filled
+            yield Ended(start.state.step, data.estimate.steps, "stopped")
+            return
+        with self._assembled(start, data) as (trainer, caches):
+            yield from self._begun(trainer, data)
+            yield from self._trained(trainer, caches)
 
     def _introduced(self) -> Iterator[Event]:
         config, processes = self.plan.config, self.processes
@@ -204,16 +218,23 @@ class Session:
         for notice in dict.fromkeys(processes.gathered(list(processes.notices))):
             yield Warned(notice)
 
-    @contextmanager
-    def _alone(self) -> Iterator[str]:
-        """The first process holds the output folder. Raises CheckpointError on all if another run does."""
-        with self._lock:
-            yield self.processes.from_first(lambda: self._lock.enter_context(hold(self.plan.config.run.output_dir)))
+    def _alone(self) -> str:
+        """The first process holds the output folder, to the end of the stream. Gives a warning, "" for none.
+
+        Raises CheckpointError on all if another run has it.
+        """
+        return self.processes.from_first(lambda: self._lock.enter_context(hold(self.plan.config.run.output_dir)))
 
     def _restore(self) -> None:
-        """Make the output folder again that somebody deleted or moved. Raises OSError or CheckpointError."""
+        """Make the output folder again that somebody deleted or moved.
+
+        Raises OSError where it cannot be written; CheckpointError if another run has it, which ends this one.
+        """
         assert self._data is not None
-        self._lock.enter_context(hold(self.plan.config.run.output_dir))
+        try:
+            self._lock.enter_context(hold(self.plan.config.run.output_dir))
+        except CheckpointError as error:
+            raise error.__cause__ if isinstance(error.__cause__, OSError) else error from error
         write_run_files(self.plan, self._data.survey, self._data.estimate)
 
     def _start(self) -> Start:
@@ -223,15 +244,13 @@ class Session:
 
     def _is_done(self, start: Start, estimate: Estimate) -> bool:
         """Whether neither a step nor a video is left to make, so that nothing need be encoded or loaded."""
-        from vtrain.validate.videos import unmade
-
         step, validation = start.state.step, self.plan.validation
         if step < estimate.steps or start.folder is None:
             return False
         if step > estimate.steps or validation is None:
             return True
-        output, prompts = self.plan.config.run.output_dir, validation.prompts
-        return not self.processes.from_first(lambda: unmade(output, step, prompts))
+        output = self.plan.config.run.output_dir
+        return not self.processes.from_first(lambda: validation_owed(output, step, due=True))
 
     def _read(self, found: Scan, estimate: Estimate) -> Generator[Event, None, Data]:
         """Fill the caches; without the clips that turned out bad in filling the run is estimated again."""
@@ -314,16 +333,15 @@ class Session:
         from vtrain.train.resume import settings
 
         start, steps = trainer.start, data.estimate.steps
-        for text in _changes(trainer):
+        for text in trainer.changes():
             yield Noted(text)
-        if start.state.step < steps:
-            for text in self.processes.from_first(lambda: self._cut_back(data, start.state.step)):
-                yield Noted(text)
+        for text in self.processes.from_first(lambda: self._cut_back(data, start.state.step)):
+            yield Noted(text)
         values = {key: setting.value for key, setting in settings(self.plan).items()}
-        trackers, saved = list(self._trackers()), self.processes.from_first(lambda: saved_states(start.folder))
+        saved = self.processes.from_first(lambda: saved_states(start.folder))
         if self.processes.first:
             info = RunInfo(self.plan.config.run.name, str(self.plan.config.run.output_dir), values, start.state.step)
-            self._listeners = Listeners(trackers, info, saved)
+            self._listeners = Listeners(trackers(self.plan.config), info, saved)
         yield Started(self._recorder.session, start.state.step, steps, start.folder, values)
 
     def _cut_back(self, data: Data, step: int) -> list[str]:
@@ -343,20 +361,13 @@ class Session:
             said.append(f"{counted(dropped, 'later step')} {'was' if dropped == 1 else 'were'} cut from metrics.jsonl")
         return said
 
-    def _trackers(self) -> Iterator[tuple[str, str, Any]]:
-        """(what its state is kept under, name, tracker) of each [[tracker]]."""
-        for number, part in enumerate(self.plan.config.trackers):
-            spec, registered = part.registered.spec, part.registered
-            assert isinstance(spec, TrackerSpec)
-            name = f"tracker {spec.name} ({registered.distribution} {registered.version})"
-            yield f"{number} {spec.name}", name, spec.build(part.options)
-
     def _trained(self, trainer: Trainer, caches: Caches) -> Iterator[Event]:
         """Every step, with what is due between them."""
         validate = self._validation(trainer, caches)
         with self._inbox.listening() if self._signals else nullcontext(), self._explained("training"):
             also = [self._listeners.piece] if self._listeners is not None and self.plan.config.trackers else []
-            for event in trainer.run(self._inbox, validate, also):
+            owed = partial(validation_owed, self.plan.config.run.output_dir)
+            for event in trainer.run(self._inbox, validate, also, owed):
                 if isinstance(event, Ended):
                     self.signal = self._inbox.signal if event.reason == "stopped" else None
                     event = replace(event, signal=self.signal)
@@ -377,21 +388,10 @@ class Session:
         validator = Validator(
             made, plan.family, plan.sampler, caches, trainer.denoiser, processes.device, autocast, stopping, pictures
         )
-        return Validation(validator, plan.config.run.output_dir, processes, partial(self._explained, "validating"))
+        return Validation(
+            validator, plan.config.run.output_dir / "samples", processes, partial(self._explained, "validating")
+        )
 
     def _explained(self, doing: Doing) -> AbstractContextManager[None]:
         """A full device is an error with what lowers the memory that this plan takes."""
         return self.processes.device.explained(doing, remedies(self.plan, doing))
-
-
-def _changes(trainer: Trainer) -> Iterator[str]:
-    """What a resumed run stands on, where it is not what it was."""
-    start = trainer.start
-    if start.folder is None:
-        return
-    if start.state.data != trainer.data:
-        yield f"the data changed since the checkpoint: {start.state.data} -> {trainer.data}; the order is the new data's from here"
-    for name, mark in trainer.features.items():
-        if start.state.features.get(name, mark) != mark:
-            what = "its encoder's weights or an option that shapes them changed"
-            yield f"the features of {name} changed since the checkpoint: {what}; training continues from what it has learned"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -72,8 +72,17 @@ class Trainer:
     pieces: tuple[Piece, ...]
     held: ExitStack
 
-    def run(self, requests: Requests, validate: Validate | None = None, also: Sequence[Piece] = ()) -> Iterator[Event]:
-        """Train to the last step, or until it is asked to stop. also: pieces that others keep in the checkpoints."""
+    def run(
+        self,
+        requests: Requests,
+        validate: Validate | None = None,
+        also: Sequence[Piece] = (),
+        owed: Callable[[int, bool], bool] = lambda done, due: False,
+    ) -> Iterator[Event]:
+        """Train to the last step, or until it is asked to stop. also: pieces that others keep in the checkpoints.
+
+        owed: as `Ends` has it.
+        """
         config, state, per_epoch = self.plan.config, self.start.state, self.estimate.steps_per_epoch
         table = config.validation
         interval = Interval(table.every, per_epoch, time.monotonic()) if table else None
@@ -87,7 +96,7 @@ class Trainer:
                 self.processes,
                 config.train,
                 # Of the step itself: DDP's wrapper has its forward alone.
-                Ends(partial(self.save, also), validate, requests, self.step.observe),
+                Ends(partial(self.save, also), validate, requests, self.step.observe, owed),
                 first=state.step,
                 last=self.estimate.steps,
                 micro_batch=state.micro_batch,
@@ -95,6 +104,18 @@ class Trainer:
                 seed=config.run.seed,
             )
             yield from loop.run(config.checkpoint, interval, at_start=table.at_start if table else False)
+
+    def changes(self) -> Iterator[str]:
+        """What a resumed run stands on, where it is not what it was."""
+        before = self.start.state
+        if self.start.folder is None:
+            return
+        if before.data != self.data:
+            yield f"the data changed since the checkpoint: {before.data} -> {self.data}; the order is the new data's from here"
+        for name, mark in self.features.items():
+            if before.features.get(name, mark) != mark:
+                what = "its encoder's weights or an option that shapes them changed"
+                yield f"the features of {name} changed since the checkpoint: {what}; training continues from what it has learned"
 
     def save(self, also: Sequence[Piece], step: int, micro_batch: int) -> Iterator[Event]:
         """Write the checkpoint of `step` on the first process and let old ones go. Raises CheckpointError on all."""

@@ -46,22 +46,15 @@ class Requests(Protocol):
         ...
 
 
-class Validate(Protocol):
-    """Videos of the model as it is. Never raises for a video that fails."""
-
-    def __call__(self, step: int) -> Iterator[Event]:
-        """step: optimizer steps done. What happens while videos are generated."""
-        ...
-
-    def unmade(self, step: int) -> bool:
-        """Whether videos of this step are still to be made. False on all processes but the first."""
-        ...
+Validate = Callable[[int], Iterator[Event]]
+"""Optimizer steps done -> what happens while videos are generated. Never raises for a video that fails."""
 
 
 @dataclass(frozen=True)
 class Ends:
     """What the loop calls at its edges. save: steps done, next micro-batch -> what happens while a checkpoint is written.
 
+    owed: optimizer steps done, whether a validation is due there -> whether one is still to be made. The first process asks.
     observe: a step's numbers when they are read, steps in order, and whether conclusions may be drawn from them.
     """
 
@@ -69,6 +62,7 @@ class Ends:
     validate: Validate | None
     requests: Requests
     observe: Callable[[StepMetrics, bool], None] = lambda row, decide: None
+    owed: Callable[[int, bool], bool] = lambda done, due: False
 
 
 class Interval:
@@ -139,12 +133,12 @@ class Loop:
         """The whole run, or what is left of it."""
         save = Interval(checkpoint.every, self.steps_per_epoch, time.monotonic())
         due = self.first == self.last or (validate is not None and validate.falls_on(self.first))
-        if self.first == 0:
-            if at_start:
-                yield from self.validation(0, validate)
-        elif due and self.owed(self.first):
-            # It was interrupted after the checkpoint was saved. Nothing of it reaches training, so the run is the same run.
+        # One that was interrupted after its checkpoint was saved. Nothing of it reaches training: the run is the same run.
+        if at_start if self.first == 0 else self.owed(self.first, due=due):
             yield from self.validation(self.first, validate)
+            if self.first < self.last and self.processes.any(self.ends.requests.stop)[0]:
+                yield Ended(self.first, self.last, "stopped")
+                return
         # Its thread ends also where nobody takes another event, or one is raised.
         with closing(self.prefetcher.stream(self.order())) as fed:
             self.restart_clock()
@@ -168,16 +162,18 @@ class Loop:
                 stop = self.processes.any(self.ends.requests.stop)[0]
                 if stop and self.saved != done:
                     yield from self.checkpoint(done, save, must=True)
-            if stop and (not ended or self.owed(done)):
+            if stop and (not ended or self.owed(done, due=True)):
                 yield Ended(done, self.last, "stopped")
                 return
         done = max(self.first, self.last)
-        stopped = self.processes.any(self.ends.requests.stop)[0] and self.owed(done)
+        stopped = self.processes.any(self.ends.requests.stop)[0] and self.owed(done, due=True)
         yield Ended(done, self.last, "stopped" if stopped else "finished")
 
-    def owed(self, done: int) -> bool:
-        """Whether videos after this step, at which a validation is due, are still to be made."""
-        return self.ends.validate is not None and self.processes.any(self.ends.validate.unmade(done))[0]
+    def owed(self, done: int, *, due: bool) -> bool:
+        """Whether a validation after this step is still to be made, the same on every process."""
+        if self.ends.validate is None:
+            return False
+        return self.processes.any(self.processes.first and self.ends.owed(done, due))[0]
 
     def order(self) -> Iterator[tuple[int, int]]:
         """This process's global micro-batch numbers, with the optimizer step that each belongs to."""

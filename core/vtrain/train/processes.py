@@ -51,6 +51,7 @@ class Processes:
         placed, ours = self.accelerator.device, self.device.torch
         if placed.type != ours.type or (ours.index is not None and placed.index not in (None, ours.index)):
             what = f"accelerate was set to compute on {placed}, and this process would take {self.device}."
+            AcceleratorState._reset_state(reset_partial_state=True)  # or the next run of this process could not choose
             remedy = "Unset ACCELERATE_USE_CPU and ACCELERATE_TORCH_DEVICE; CUDA_VISIBLE_DEVICES chooses cards."
             raise DeviceError(Problem("", what, remedy))
         self.count: int = self.accelerator.num_processes

@@ -33,7 +33,7 @@ from vtrain.data.batches import pad
 from vtrain.data.caching.caches import Caches
 from vtrain.data.caching.sharing import Peers
 from vtrain.plan.records import ValidationPlan
-from vtrain.validate.videos import Strip, read_frames, samples_folder, spread, unmade, write_mp4, write_sheet
+from vtrain.validate.videos import Strip, read_frames, spread, write_mp4, write_sheet
 
 _COLUMNS = 6
 _CELL = 192
@@ -189,18 +189,18 @@ class Validator:
 class Validation:
     """Validations of a run, each as events. It never ends the run: what fails is in the event.
 
-    output: the run's folder. peers: each generates its share. explained: a full device's error, in words that help.
+    folder: of all samples. peers: each generates its share. explained: a full device's error, in words that help.
     """
 
     validator: Validator
-    output: Path
+    folder: Path
     peers: Peers
     explained: Callable[[], AbstractContextManager[None]]
 
     def __call__(self, step: int) -> Iterator[Event]:
         """Generate all prompts after `step` optimizer steps."""
         prompts = self.validator.plan.prompts
-        folder = samples_folder(self.output, step)
+        folder = self.folder / f"step-{step:06d}"
         yield Validating(step, len(prompts))
         own = self._share(folder, list(prompts)[self.peers.rank :: self.peers.count])
         shares = self.peers.gathered([own])
@@ -220,10 +220,6 @@ class Validation:
             with suppress(OSError):
                 folder.rmdir()  # if it is empty
         yield Validated(step, files, sheet, tuple(sorted(failures)), interrupted)
-
-    def unmade(self, step: int) -> bool:
-        """Whether videos of this step are still to be made; the first process looks."""
-        return not self.peers.rank and unmade(self.output, step, self.validator.plan.prompts)
 
     def _strip(self, nickname: str, file: Path) -> Strip:
         plan, frames = self.validator.plan, read_frames(file)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -24,16 +24,6 @@ _CRF = "18"
 _LINE = 16
 _NARROWEST = 64
 """Pixels that a frame's note needs."""
-
-
-def samples_folder(output: Path, step: int) -> Path:
-    """Where the videos of the validation after `step` optimizer steps are: <nickname>.mp4 each."""
-    return output / "samples" / f"step-{step:06d}"
-
-
-def unmade(output: Path, step: int, nicknames: Iterable[str]) -> bool:
-    """Whether a validation is not there as a whole: it was interrupted, or never begun."""
-    return any(not (samples_folder(output, step) / f"{name}.mp4").exists() for name in nicknames)
 
 
 def write_mp4(path: Path, frames: Tensor, fps: float) -> None:

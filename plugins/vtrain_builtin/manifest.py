@@ -45,7 +45,7 @@ _SECRET = "?"
 
 @dataclass(frozen=True)
 class Target:
-    """A file that a row names. place: an absolute path or a URL. fault: why it cannot be told which, or ""."""
+    """A file that a row names. place: an absolute path or a URL. fault: why it is not known which, or ""."""
 
     id: str
     place: str

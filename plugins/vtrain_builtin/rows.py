@@ -244,7 +244,7 @@ class TableCells:
         return data
 
     def forget(self, name: str) -> None:
-        """Open the file anew: it has changed."""
+        """Open the file again: it has changed."""
         with self._lock:
             stale = [reader for reader in self._idle if reader.name == name]
             self._idle = [reader for reader in self._idle if reader.name != name]

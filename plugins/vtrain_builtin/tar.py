@@ -134,7 +134,7 @@ def _version(member: Member, shard: SourceRef) -> str:
     """Where the bytes are, and the shard's own version; or what is wrong with the member."""
     if member.fault:
         return f"!{member.fault}\n{shard.version}"
-    # With the shard's own: the members of a shard that was written anew are other files.
+    # With the shard's own: the members of a shard that was written again are other files.
     return f"@{member.start}+{member.size} {member.header} {len(shard.id)} {shard.size} {shard.version}"
 
 

@@ -38,14 +38,13 @@ class EventFile:
     traceback, and whoever logs on waits for it for ever. A tracker has a thread of its own already.
     """
 
-    def __init__(self, folder: Path, flush_seconds: float, purge_step: int | None) -> None:
+    def __init__(self, folder: Path, flush_seconds: float, purge_step: int) -> None:
         """purge_step: what other files of the folder say of this step and later ones is hidden."""
         self._folder, self._flush_seconds = folder, flush_seconds
         self._open()
-        if purge_step is not None:
-            from tensorboard.compat.proto.event_pb2 import SessionLog
+        from tensorboard.compat.proto.event_pb2 import SessionLog
 
-            self._write(step=purge_step, session_log=SessionLog(status=SessionLog.START))
+        self._write(step=purge_step, session_log=SessionLog(status=SessionLog.START))
 
     def _open(self) -> None:
         from tensorboard.summary.writer.record_writer import RecordWriter
@@ -60,7 +59,7 @@ class EventFile:
         self._file.flush()
 
     def add(self, summary: object, step: int) -> None:
-        """A protocol buffer as torch.utils.tensorboard.summary makes them. A file that was deleted is begun anew."""
+        """A protocol buffer as torch.utils.tensorboard.summary makes them. A file that was deleted is begun again."""
         if not self._path.exists():
             self._file.close()
             self._open()
@@ -94,7 +93,8 @@ class TensorBoard:
         from torch.utils.tensorboard.summary import text
 
         folder = Path(run.output_dir) / "tensorboard"
-        self._file = EventFile(folder, self._options.flush_seconds, run.step + 1 if run.step else None)
+        # From step 0 too: a run that was killed before its first checkpoint starts again, and has a curve there already.
+        self._file = EventFile(folder, self._options.flush_seconds, run.step + 1 if run.step else 0)
         config = json.dumps({"run": run.name, **run.config}, indent=2, default=str, ensure_ascii=False)
         # Indented, it is code to TensorBoard's Markdown.
         self._file.add(text("config", "\n".join("    " + line for line in config.splitlines())), run.step)  # type: ignore[no-untyped-call]
@@ -117,13 +117,19 @@ class TensorBoard:
             file.add(scalar(name, value), step)  # type: ignore[no-untyped-call]
 
     def videos(self, step: int, files: Mapping[str, Path]) -> None:
-        """Raises PyAV's errors for a file that is no video."""
+        """One that is gone, or no video, is named in place of its stills."""
+        from av.error import FFmpegError
         from torch.utils.tensorboard.summary import image, text
 
         file = self._started()
         for name, video in files.items():
-            file.add(image(f"samples/{name}", film_strip(video, self._options.stills), dataformats="HWC"), step)  # type: ignore[no-untyped-call]
-            file.add(text(f"samples/{name}/file", f"`{video}`"), step)  # type: ignore[no-untyped-call]
+            words = f"`{video}`"
+            try:
+                strip = film_strip(video, self._options.stills)
+                file.add(image(f"samples/{name}", strip, dataformats="HWC"), step)  # type: ignore[no-untyped-call]
+            except (OSError, ValueError, FFmpegError) as error:
+                words += f" cannot be read: {error}"
+            file.add(text(f"samples/{name}/file", words), step)  # type: ignore[no-untyped-call]
 
     def finish(self) -> None:
         if self._file is not None:

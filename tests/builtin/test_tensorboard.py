@@ -101,13 +101,19 @@ def test_a_high_video_is_scaled_down(tmp_path: Path) -> None:
     assert film_strip(file, 8).shape == (240, 160, 3)
 
 
-def test_a_file_that_is_no_video_raises(tmp_path: Path) -> None:
+def test_a_video_that_is_none_or_gone_is_named_and_the_rest_is_shown(tmp_path: Path) -> None:
     (tmp_path / "no.mp4").write_bytes(b"not a video")
     tracker = TensorBoard(TensorBoardOptions())
     tracker.start(run_info(tmp_path), {})
-    with pytest.raises(av.FFmpegError):
-        tracker.videos(1, {"no": tmp_path / "no.mp4"})
+    tracker.videos(1, {"no": tmp_path / "no.mp4", "gone": tmp_path / "gone.mp4"})
+    tracker.scalars(1, {"loss": 2.0})
     tracker.finish()
+    found = read(tmp_path)
+    assert [event.value for event in found.Scalars("loss")] == [2.0]
+    assert "samples/gone/file/text_summary" in found.Tags()["tensors"]
+    for name in ("no", "gone"):
+        (words,) = found.Tensors(f"samples/{name}/file/text_summary")
+        assert b"cannot be read" in words.tensor_proto.string_val[0]
 
 
 def test_numbers_before_start_are_an_error_and_finish_may_come_twice(tmp_path: Path) -> None:

@@ -214,6 +214,6 @@ def test_many_files_that_fail_in_filling_are_counted_by_reason() -> None:
     lines = out.getvalue().splitlines()
     assert lines[0] == "skipped: clips/000.mp4: is\\x1b[2J gone"
     assert lines[20:] == [
-        "skipped: 70 more; `vtrain data list CONFIG --failed` names them. Of all:", "  60  [b]torn[/b]",
+        "skipped: 70 more; `vtrain data list CONFIG --failed` names them. Reasons of all:", "  60  [b]torn[/b]",
         "  30  is\\x1b[2J gone",
     ]  # fmt: skip

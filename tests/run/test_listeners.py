@@ -94,7 +94,7 @@ def test_a_tracker_that_fails_is_named_once_with_its_reason_and_the_others_get_e
     at: Callable[[str], None], words: str
 ) -> None:
     bad, good = Notes(at), Notes()
-    assert follow(bad, good) == [f"t0 failed and hears nothing more: {words}"]
+    assert follow(bad, good) == [f"t0 failed and is off for the rest of the run: {words}"]
     assert good.calls == ALL
 
 
@@ -102,7 +102,7 @@ def test_a_state_that_is_no_json_is_the_trackers_failure(monkeypatch: pytest.Mon
     bad = Notes()
     monkeypatch.setattr(bad, "state", lambda: {"socket": object()})
     (warned,) = follow(bad)
-    assert "t0 failed and hears nothing more: TypeError" in warned
+    assert "t0 failed and is off for the rest of the run: TypeError" in warned
 
 
 def test_a_tracker_that_hangs_is_waited_for_only_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +141,7 @@ def test_a_tracker_that_cannot_be_built_or_asks_for_no_events_is_warned_of(fault
     listeners.finish()
     assert good.calls == ["start", "Logged", "finish"]
     (warned,) = listeners.warnings()
-    assert warned.startswith("t0 could not be built and hears nothing: ")
+    assert warned.startswith("t0 could not be built and is off: ")
 
 
 def test_a_tracker_that_is_too_slow_misses_events_which_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:

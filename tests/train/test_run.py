@@ -98,7 +98,7 @@ def test_a_failing_validation_is_told_and_training_goes_on(folder, within: Run) 
     folder.output.mkdir()
     (folder.output / "samples").write_text("in the way", encoding="utf-8")
     printed = within("run", folder.config).stdout
-    assert "WARNING: validation at step 3 failed, training continues" in printed
+    assert "WARNING: validation at step 3 failed" in printed
     assert "step 6 of 6: all steps are done" in printed
 
 

@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -405,3 +406,24 @@ def test_a_run_that_makes_an_owed_validation_alone_records_it(folder) -> None:
     lines = [json.loads(line) for line in (folder.output / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     second = [line["event"] for line in lines if line["session"] == 2]
     assert {"started", "validating", "validated", "ended"} <= set(second)
+
+
+@pytest.mark.parametrize("way", ["call", "control file"])
+def test_a_stop_that_is_asked_for_while_the_caches_fill_ends_before_anything_is_loaded(folder, way: str) -> None:
+    events = []
+    with api.run(folder.write()) as session:
+        for event in session:
+            events.append(event)
+            if isinstance(event, Filled):
+                if way == "call":
+                    session.ask("stop")
+                else:
+                    (folder.output / "control").write_text("stop")
+    assert events[-1] == Ended(0, 6, "stopped")
+    assert not any(isinstance(event, Started) for event in events)
+
+
+def test_signals_are_for_the_main_thread(folder) -> None:
+    config = folder.write()
+    with ThreadPoolExecutor(1) as pool, pytest.raises(RuntimeError, match="main thread only"):
+        pool.submit(lambda: api.run(config, signals=True).__enter__()).result()

@@ -142,10 +142,10 @@ class Terminal:
 
     def _filled(self, event: Filled) -> None:
         if event.truncated:
-            self.say(f"captions too long for the text encoder, which lost their end: {event.truncated}")
+            self.say(f"{counted(event.truncated, 'caption')} cut off at the text encoder's limit")
         if event.duplicate_example:
             example = " and ".join(event.duplicate_example)
-            self.say(f"{event.duplicates} samples are copies of another, byte for byte (such as {example})")
+            self.say(f"{counted(event.duplicates, 'sample')} with the same bytes as another (such as {example})")
         for line in excluded(event.excluded):
             self.say(line)
 
@@ -169,9 +169,9 @@ class Terminal:
             if path is not None:
                 self.say(f"wrote {path}")
         for failure in event.failures:
-            self._warn(f"validation at step {event.step} failed, training continues: {failure}")
+            self._warn(f"validation at step {event.step} failed: {failure}")
         if event.interrupted:
-            self.say(f"validation at step {event.step} stopped: its videos are made when the run resumes")
+            self.say(f"validation at step {event.step} stopped; it is made when the run resumes")
 
 
 def _ending(event: Ended) -> str:
@@ -191,7 +191,7 @@ def excluded(files: Mapping[str, str]) -> Iterator[str]:
     for file, reason in named[:NAMED]:
         yield f"skipped: {file}: {reason}"
     if len(named) > NAMED:
-        yield f"skipped: {len(named) - NAMED} more; `vtrain data list CONFIG --failed` names them. Of all:"
+        yield f"skipped: {len(named) - NAMED} more; `vtrain data list CONFIG --failed` names them. Reasons of all:"
         for reason, count in Counter(files.values()).most_common(REASONS):
             yield f"  {count}  {reason}"
 

@@ -60,7 +60,7 @@ RENAMED = (
     Renamed(
         ("data", "video", "frame_interval"),
         ("data", "video", "frame_step"),
-        "Two things were called so. To take every n-th frame, as it did here: frame_step = n. To round the lengths of clips "
+        "This key had two meanings. To take every n-th frame, as it did here: frame_step = n. To round the lengths of clips "
         "down to steps of n frames, so that there are fewer buckets, as SimpleTuner's frame_interval does: round_to = n.",
     ),
 )

@@ -110,7 +110,10 @@ def _folder(info: ValidationInfo) -> Path:
 def _local_path(value: object, info: ValidationInfo) -> Path:
     if not isinstance(value, str | Path) or not str(value):
         raise ValueError("a path is a text that is not empty")
-    return _folder(info) / Path(value).expanduser()
+    try:
+        return _folder(info) / Path(value).expanduser()
+    except RuntimeError as error:
+        raise ValueError("there is no such user, so no home folder to start from") from error
 
 
 def _model_source(value: object, info: ValidationInfo) -> str:

@@ -90,7 +90,7 @@ def parse_header(text: bytes) -> tuple[dict[str, StoredTensor], Mapping[str, str
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Of a safetensors file. Raises ValueError, in words that go on "this weight file ...", if it is not whole or not one."""
+    """Of a safetensors file. Raises ValueError, in words that follow "this weight file", if it is not whole or not one."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -102,7 +102,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
             raise ValueError("is not a safetensors file") from error
     end = max((tensor.end for tensor in tensors.values()), default=0)
     if size < 8 + length + end:
-        raise ValueError(f"is truncated: its header speaks of {8 + length + end} bytes and it has {size}")
+        raise ValueError(f"is truncated: its header promises {8 + length + end} bytes and it has {size}")
     return tensors
 
 

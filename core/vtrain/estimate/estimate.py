@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -136,7 +137,9 @@ def _pointed_out(config: Config, steps: int, per_epoch: float) -> tuple[str, ...
     found = []
     warmup = config.lr_schedule.warmup.in_steps(per_epoch) if config.lr_schedule.warmup else None
     if warmup is not None and warmup >= steps:
-        found.append(f"lr_schedule.warmup is {warmup} steps and the run {steps}: the full rate is never held")
+        found.append(
+            f"lr_schedule.warmup is {warmup} steps and the run {steps}: the learning rate never gets past its warm-up"
+        )
     if config.validation is not None:
         every = config.validation.every.in_steps(per_epoch)
         if every is not None and every > steps:
@@ -200,7 +203,11 @@ class _RoomNeeded:
 
 def _held(folder: Path) -> int:
     """Bytes of all files below a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    size = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # another run may rename or delete meanwhile
+            size += path.stat().st_size if path.is_file() else 0
+    return size
 
 
 def _existing(folder: Path) -> Path:

@@ -112,7 +112,8 @@ def _check_output(config: Config) -> list[Problem]:
     problems = []
     for place, folder in ((("run", "output_dir"), config.run.output_dir), (("cache", "dir"), config.cache.dir)):
         parent = folder
-        while not parent.exists() and parent != parent.parent:
+        # Not Path.exists, which raises for what lies in a folder that one may not enter.
+        while not os.path.exists(parent) and parent != parent.parent:  # noqa: PTH110
             parent = parent.parent
         if not parent.is_dir():
             problems.append(Problem(config.where(*place), f"{parent} is a file, so {folder} cannot be a folder."))

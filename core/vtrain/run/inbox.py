@@ -11,8 +11,9 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from types import FrameType
 
 CONTROL = "control"
@@ -34,7 +35,9 @@ class Inbox:
         self._control: Path | None = None
         self.signal: signal.Signals | None = None
         self._stop, self._since = False, 0.0
-        self._save = self._validate = False
+        # Not two flags: what is asked between their reading and their clearing would be lost. A put from a signal's handler
+        # in the middle of a get is safe here, and would wait for itself behind a lock.
+        self._asked: SimpleQueue[str] = SimpleQueue()
         self.validates = True
         self._complaints: list[str] = []
 
@@ -50,18 +53,19 @@ class Inbox:
         if word == "stop" and not self._stop:
             self._stop, self._since = True, time.monotonic()
             self._heard()
-        self._save = self._save or word == "save"
         if word == "validate" and not self.validates:
             self._complaints.append("a validation was asked for, and the configuration has no [validation]")
-        elif word == "validate":
-            self._validate = True
+        elif word != "stop":
+            self._asked.put(word)
 
     def take(self) -> tuple[bool, bool]:
         """(save, validate): whether a checkpoint or a validation was asked for since the last call."""
-        self._read_control()
-        asked = self._save, self._validate
-        self._save = self._validate = False
-        return asked
+        self.look()
+        words = set[str]()
+        with suppress(Empty):
+            while True:
+                words.add(self._asked.get_nowait())
+        return "save" in words, "validate" in words
 
     def complaints(self) -> list[str]:
         """What was asked since the last call and cannot be done."""
@@ -74,15 +78,17 @@ class Inbox:
         # A "stop" that an earlier run left unread would end this one at its first step.
         self._control.unlink(missing_ok=True)
 
-    def _read_control(self) -> None:
-        """One look at a name that is usually not there: microseconds a step."""
+    def look(self) -> None:
+        """Read the control file. One look at a name that is usually not there: microseconds a step."""
         if self._control is None:
             return
+        aside = self._control.with_name(f".{CONTROL}.read")
         try:
-            words = self._control.read_text(encoding="utf-8", errors="replace").split()
-            if not words:
+            if not self._control.stat().st_size:
                 return  # whoever writes it has only opened it
-            self._control.unlink()
+            self._control.rename(aside)  # what is written from here on is another file, and not deleted unread
+            words = aside.read_text(encoding="utf-8", errors="replace").split()
+            aside.unlink()
         except OSError:
             return
         for word in words:

@@ -88,7 +88,7 @@ class Listener:
                 self._keep()
             self._tracker.finish()
         except BaseException as error:  # noqa: BLE001 - SystemExit too: it would end this thread without a word
-            self._warn.append(f"{self.name} failed and hears nothing more: {type(error).__name__}: {error}")
+            self._warn.append(f"{self.name} failed and is off for the rest of the run: {type(error).__name__}: {error}")
 
     def _keep(self) -> None:
         """A copy that nobody changes while a checkpoint is written. Raises TypeError for what is not JSON."""
@@ -123,7 +123,7 @@ class Listeners:
             try:
                 self._all.append(Listener(key, name, build(), info, saved.get(key, {}), self._warnings))
             except Exception as error:  # noqa: BLE001 - no listener ends a run
-                self._warnings.append(f"{name} could not be built and hears nothing: {type(error).__name__}: {error}")
+                self._warnings.append(f"{name} could not be built and is off: {type(error).__name__}: {error}")
 
     def show(self, event: Event) -> None:
         for each in self._all:

@@ -75,7 +75,7 @@ def hold(folder: Path) -> Iterator[str]:
                 raise _unwritable(folder, error) from error
             yield ""
         else:
-            yield f"{folder} is on a file system without locks: nothing keeps a second run out of this output folder"
+            yield f"{folder} is on a file system without locks: make sure that no other run uses it"
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
@@ -181,7 +181,7 @@ class Recorder:
                 self._restore()
                 self._held = _identity(self._folder)
             if self._steps:
-                # On the disk before the checkpoint of that step, from which a resumed run goes on.
+                # On the disk before the checkpoint of that step, from which a resumed run starts.
                 append(self._folder / METRICS, (asdict(each) for each in self._steps), durable=True)
                 self._steps = ()
             if self._lines:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vtrain.config import load
-from vtrain.contract import Caption, Role
+from vtrain.contract import Caption, ConfigError, Problem, Role
 from vtrain.data.scanning.scan import Scan, scan, with_decoders
 from vtrain.estimate.estimate import Estimate, check_room, make_estimate
 from vtrain.plan.make import make_plan
@@ -32,8 +32,11 @@ def planned(path: Path) -> Plan:
 
     No data file is opened: that is the scan's. Raises ConfigError, ModelError or PluginError with all problems.
     """
-    config = load(path, discover())
-    return with_decoders(make_plan(config, int(os.environ.get("WORLD_SIZE", "1"))))
+    said = os.environ.get("WORLD_SIZE") or "1"
+    if not said.isdecimal() or not int(said):
+        what = f'the environment variable WORLD_SIZE is "{said}", which is no number of processes.'
+        raise ConfigError(Problem("", what, "Start several processes with torchrun, or unset it."))
+    return with_decoders(make_plan(load(path, discover()), int(said)))
 
 
 def prepare(path: Path, on_file: Callable[[int], None] | None = None) -> Prepared:
@@ -41,10 +44,15 @@ def prepare(path: Path, on_file: Callable[[int], None] | None = None) -> Prepare
     with uncollected(collect_first=False):
         plan = planned(path)
     with blame(plan.config.parts()):
-        found = scan(plan, on_file)
+        return Prepared(plan, *scanned(plan, on_file))
+
+
+def scanned(plan: Plan, on_file: Callable[[int], None] | None = None) -> tuple[Scan, Estimate]:
+    """Every source file looked at, and what a run amounts to, with room for it. Raises DataError, ConfigError."""
+    found = scan(plan, on_file)
     estimate = make_estimate(plan, found.survey)
     check_room(plan, estimate)
-    return Prepared(plan, found, estimate)
+    return found, estimate
 
 
 def extra_texts(plan: Plan) -> list[tuple[Caption, Role]]:

@@ -7,6 +7,7 @@ the consumer. Closed in the middle, everything that is on the disk is whole, and
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -38,14 +39,14 @@ from vtrain.contract import (
 from vtrain.data.scanning.quarantine import move_bad
 from vtrain.data.scanning.scan import Scan, scan
 from vtrain.data.scanning.surveys import Survey
-from vtrain.estimate.estimate import Doing, Estimate, check_room, make_estimate, remedies
+from vtrain.estimate.estimate import Doing, Estimate, make_estimate, remedies
 from vtrain.estimate.render import counted, sections
 from vtrain.registry.blame import blame
 from vtrain.run.collector import uncollected
 from vtrain.run.inbox import Inbox
 from vtrain.run.listeners import Listeners, saved_states, trackers
 from vtrain.run.output import Recorder, hold, validation_owed, write_run_files
-from vtrain.run.prepare import extra_texts, planned
+from vtrain.run.prepare import extra_texts, planned, scanned
 
 if TYPE_CHECKING:
     from vtrain.data.caching.caches import Caches, FilledCaches
@@ -94,6 +95,8 @@ class Session:
         self.signal: int | None = None
 
     def __enter__(self) -> Session:
+        if self._signals and threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("signals=True works in the main thread only: Python gives signals to no other")
         with uncollected():
             self.plan = planned(self._path)
             from vtrain.train.processes import Processes
@@ -192,6 +195,7 @@ class Session:
             return
         if warning := self._alone():
             yield Warned(warning)
+        self.processes.from_first(lambda: self._inbox.watch(self.plan.config.run.output_dir))
         # Before anything is scanned or encoded: what refuses a resume is said at once.
         start = self._start()
         found, estimate = yield from self._scanned(estimated=True)
@@ -202,6 +206,7 @@ class Session:
         for notice in start.notices:
             yield Noted(notice)
         data = self._data = yield from self._read(found, estimate)
+        self._inbox.look()
         if self.processes.any(self._inbox.stop)[0]:  # asked for while the caches filled
             yield Ended(start.state.step, data.estimate.steps, "stopped")
             return
@@ -268,14 +273,9 @@ class Session:
     def _scanned(self, *, estimated: bool) -> Generator[Event, None, tuple[Scan, Estimate | None]]:
         """Look at every source file. estimated: also estimate the run, and check that there is room for it."""
 
-        def look() -> tuple[Scan, Estimate | None]:
-            found = scan(self.plan)
-            estimate = make_estimate(self.plan, found.survey) if estimated else None
-            if estimate is not None:
-                check_room(self.plan, estimate)
-            return found, estimate
-
-        found, estimate = self.processes.from_first(look)
+        found, estimate = self.processes.from_first(
+            lambda: scanned(self.plan) if estimated else (scan(self.plan), None)
+        )
         for message in found.messages:
             yield Noted(message)
         yield Scanned(tuple(
@@ -353,10 +353,9 @@ class Session:
             write_run_files(self.plan, data.survey, data.estimate)
             dropped = self._recorder.begin(step)
             moved = checkpoint.set_aside(output / "checkpoints", step)
-            self._inbox.watch(output)
         except OSError as error:
             raise CheckpointError(Problem(str(output), f"the output folder cannot be written: {error}.")) from error
-        said = [f"a later checkpoint was left behind as {folder}" for folder in moved]
+        said = [f"a later checkpoint was renamed to {folder}" for folder in moved]
         if dropped:
             said.append(f"{counted(dropped, 'later step')} {'was' if dropped == 1 else 'were'} cut from metrics.jsonl")
         return said

@@ -115,7 +115,7 @@ class Trainer:
         for name, mark in self.features.items():
             if before.features.get(name, mark) != mark:
                 what = "its encoder's weights or an option that shapes them changed"
-                yield f"the features of {name} changed since the checkpoint: {what}; training continues from what it has learned"
+                yield f"the features of {name} changed since the checkpoint: {what}; training continues with its saved weights"
 
     def save(self, also: Sequence[Piece], step: int, micro_batch: int) -> Iterator[Event]:
         """Write the checkpoint of `step` on the first process and let old ones go. Raises CheckpointError on all."""

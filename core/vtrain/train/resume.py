@@ -216,7 +216,7 @@ def _choose(config: Config) -> tuple[Path | None, list[str]]:
         remedy = "Nothing was deleted. Move them away to start again."
         problems = [Problem(str(found.folder), f"not a sound checkpoint: {found.reason}.") for found in faults]
         raise CheckpointError([*problems, Problem(str(parent), "no checkpoint here is sound.", remedy)])
-    notices = [f"passed over {found.folder}: {found.reason}" for found in faults]
+    notices = [f"skipped the damaged checkpoint {found.folder}: {found.reason}" for found in faults]
     if folder_or_none is None:
         notices.append("no checkpoint yet: starting from step 0")
     return folder_or_none, notices

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from vtrain.contract import DataError, Problem
 
-_BUSY_SECONDS = 30.0
+_BUSY_SECONDS, _AGAIN_S = 30.0, 0.05
 
 
 @dataclass(frozen=True)
@@ -72,26 +73,35 @@ def _connect(path: Path, layout: DatabaseTables) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, check_same_thread=False)
     try:
         if not _is_ours(connection, layout):
-            # Readers of other processes go on while one writes.
-            connection.execute("PRAGMA journal_mode = WAL")
-            # Tables and marks in one transaction: tables without our mark would be taken for somebody else's.
-            script = (
-                f"BEGIN IMMEDIATE; {layout.tables} PRAGMA application_id = {layout.application_id}; "
-                f"PRAGMA user_version = {layout.version}; COMMIT;"
-            )
-            try:
-                connection.executescript(script)
-            except sqlite3.OperationalError:
-                connection.rollback()
-                # Another run that starts in the same folder was first.
-                if not _is_ours(connection, layout):
-                    raise
+            _make(connection, layout)
         # In WAL mode a power cut then costs the last transactions, which are scanned again, and not the database.
         connection.execute("PRAGMA synchronous = NORMAL")
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+def _make(connection: sqlite3.Connection, layout: DatabaseTables) -> None:
+    """Its tables, in a file that was empty a moment ago: another run that starts in the same folder may be doing the same."""
+    until = time.monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            # Readers of other processes continue while one writes. SQLite does not wait for others here, as it does elsewhere.
+            connection.execute("PRAGMA journal_mode = WAL")
+            # Tables and marks in one transaction: tables without our mark would be taken for somebody else's.
+            connection.executescript(
+                f"BEGIN IMMEDIATE; {layout.tables} PRAGMA application_id = {layout.application_id}; "
+                f"PRAGMA user_version = {layout.version}; COMMIT;"
+            )
+            return
+        except sqlite3.OperationalError as error:
+            connection.rollback()
+            if _is_ours(connection, layout):
+                return  # the other was first
+            if "locked" not in str(error) or time.monotonic() > until:
+                raise
+            time.sleep(_AGAIN_S)
 
 
 def _is_ours(connection: sqlite3.Connection, layout: DatabaseTables) -> bool:

@@ -329,6 +329,9 @@ def test_a_validation_that_was_interrupted_is_made_when_the_run_resumes(folder, 
     events = events_of(config)
     assert [event.step for event in events if isinstance(event, Validated)] == [6]
     assert events[-1] == Ended(6, 6, "finished")
+    lines = [json.loads(line) for line in (folder.output / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    third = [line["event"] for line in lines if line["session"] == 3]
+    assert {"started", "validating", "validated", "ended"} <= set(third)
     straight = another()
     events_of(straight.write(more=VALIDATION))
     same(folder, straight, 6)
@@ -394,18 +397,6 @@ def test_a_last_validation_that_fails_ends_a_finished_run_once(folder, monkeypat
     assert [event.failures for event in events if isinstance(event, Validated)] == [("ValueError: no codec",)] * 2
     assert events[-1] == Ended(6, 6, "finished")
     assert events_of(config)[-1] == Ended(6, 6, "nothing to do")
-
-
-def test_a_run_that_makes_an_owed_validation_alone_records_it(folder) -> None:
-    config = folder.write(more=VALIDATION)
-    with api.run(config) as session:
-        for event in session:
-            if isinstance(event, Validating) and event.step == 6:
-                session.ask("stop")
-    events_of(config)
-    lines = [json.loads(line) for line in (folder.output / "events.jsonl").read_text(encoding="utf-8").splitlines()]
-    second = [line["event"] for line in lines if line["session"] == 2]
-    assert {"started", "validating", "validated", "ended"} <= set(second)
 
 
 @pytest.mark.parametrize("way", ["call", "control file"])

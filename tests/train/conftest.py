@@ -141,10 +141,15 @@ def decoding() -> Iterator[Workers]:
 
 
 @pytest.fixture
-def within(monkeypatch: pytest.MonkeyPatch, decoding: Workers) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """As `vtrain`, called in this process, with one that decodes for all tests: each new one would import torch anew."""
+def one_decoder(monkeypatch: pytest.MonkeyPatch, decoding: Workers) -> None:
+    """Runs in this process have one that decodes for all tests: each new one would import its libraries again."""
     for module in (scan, filling, frames):
         monkeypatch.setattr(module, "Workers", lambda count, limit_s: nullcontext(decoding))
+
+
+@pytest.fixture
+def within(monkeypatch: pytest.MonkeyPatch, one_decoder: None) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """As `vtrain`, called in this process."""
 
     def run(*arguments: str | Path, check: int | None = 0) -> subprocess.CompletedProcess[str]:
         monkeypatch.setattr("sys.argv", ["vtrain", *map(str, arguments)])

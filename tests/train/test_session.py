@@ -40,6 +40,8 @@ from vtrain.run import listeners
 from vtrain.train import checkpoint
 from vtrain.validate import generate
 
+pytestmark = pytest.mark.usefixtures("one_decoder")
+
 VALIDATION = """
 [validation]
 every = "3 steps"

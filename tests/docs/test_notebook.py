@@ -97,8 +97,9 @@ def whole(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Pa
     return done.stdout, folder / "output"
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_notebook_runs_from_its_first_cell_to_its_last(whole: tuple[str, Path]) -> None:
+    """Slow (15 seconds, 29 with the next): the tiny world's checkpoint, clips, a run with its videos, in a fresh process."""
     said, output = whole
     assert "finished: step 4 of 4" in said
     assert [row["step"] for row in rows(output)] == [1, 2, 3, 4]
@@ -106,11 +107,12 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(whole: tuple[str, Pat
         assert (output / "run" / name).stat().st_size > 5000
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_notebook_that_is_interrupted_leaves_all_whole_and_resumes_to_the_same_metrics(
     root: Path, whole: tuple[str, Path], tmp_path: Path
 ) -> None:
-    """Ctrl-C leaves the loop: the output folder is free at once, the last checkpoint is sound, the cell can be run again."""
+    """Slow, as above. Ctrl-C leaves the loop: the output folder is free at once, the last checkpoint is sound, the cell can
+    be run again."""
     _, output = whole
     again = tmp_path / "again"
     shutil.copytree(output, again, ignore=shutil.ignore_patterns("run"))

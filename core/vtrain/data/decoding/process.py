@@ -128,8 +128,7 @@ class DecodingProcess:
         clock = _Clock(limit_s)
         try:
             self._channel.send(pickle.dumps(Job(size, local, sample, start, mask, torchcodec)))
-            if "begun" not in self._receive(_Clock(_START_S)):
-                raise ChannelClosed
+            self._await("begun")
             if local:
                 self._channel.send_file(stream.fileno())
             return self._converse(stream, sample, mask, clock, wanted)
@@ -153,9 +152,11 @@ class DecodingProcess:
                 storage_failed |= part.startswith(b"!")
                 self._channel.send(part)
             elif "content" in message:
-                self._channel.send(b"decode" if wanted(message["content"]) else b"leave")
-            elif "left" in message:
-                return Answer()
+                if not wanted(message["content"]):
+                    self._channel.send(b"leave")
+                    return Answer()
+                self._channel.send(b"decode")
+                self._await("ready")
             elif "probe" in message:
                 return Answer(probe=tuple(message["probe"]))
             elif "pixels" in message and sample is not None:
@@ -169,6 +170,11 @@ class DecodingProcess:
                 return Answer(fault=FileFault(message["fault"], lasting=message["lasting"] and not storage_failed))
             else:
                 raise ChannelClosed
+
+    def _await(self, word: str) -> None:
+        """Until the process has imported what it needs, in time that is not the file's. Raises ChannelClosed."""
+        if word not in self._receive(_Clock(_START_S)):
+            raise ChannelClosed
 
     def _receive(self, clock: _Clock) -> dict[str, Any]:
         began = time.monotonic()

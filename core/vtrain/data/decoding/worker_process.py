@@ -195,15 +195,13 @@ def main() -> None:
             job = pickle.loads(channel.receive(_LONGEST))  # noqa: S301 (from the parent, which started this process)
         except ChannelClosed:
             return
-        if job.sample is not None:
-            _import_decode(job.torchcodec)
         _say(channel, begun=True)
         with _file(channel, job) as stream:
             _answer(channel, job, stream, threads)
 
 
 def _import_decode(torchcodec: bool) -> None:
-    """With torch, and seconds that are not the file's."""
+    """With torch: seconds, and not for files whose pixels nobody wants."""
     for module in ("vtrain.data.decoding.decode", *(("torchcodec.decoders",) if torchcodec else ())):
         if module not in sys.modules:
             importlib.import_module(module)
@@ -244,24 +242,22 @@ def _answer(channel: Channel, job: Job, stream: BinaryIO, threads: int) -> None:
 
 def _decode(channel: Channel, job: Job, sample: Sample, stream: BinaryIO, threads: int) -> None:
     """Tell the content's hash; if the parent then wants the pixels, decode into a memory file and hand it over."""
-    import torch
-
-    torch.set_num_threads(min(torch.get_num_threads(), threads))
     file = _memory_file()
     try:
         with hashed(stream) as (content, copy):
             _say(channel, content=content)
             if channel.receive(_LONGEST) != b"decode":
-                _say(channel, left=True)
                 return
-            unfit = _write(file, job, sample, copy)
+            _import_decode(job.torchcodec)
+            _say(channel, ready=True)
+            unfit = _write(file, job, sample, copy, threads)
         _say(channel, pixels=True, unfit=unfit)
         channel.send_file(file)
     finally:
         os.close(file)
 
 
-def _write(file: int, job: Job, sample: Sample, stream: BinaryIO) -> str:
+def _write(file: int, job: Job, sample: Sample, stream: BinaryIO, threads: int) -> str:
     """Put the window's pixels, uint8 (3, F, h, w), or its mask, fp32 (f, h, w), into a memory file.
 
     Returns why a file that was for torchcodec is decoded by PyAV, or "". Raises FileFault.
@@ -270,6 +266,7 @@ def _write(file: int, job: Job, sample: Sample, stream: BinaryIO) -> str:
 
     from vtrain.data.decoding.masks import latent_mask
 
+    torch.set_num_threads(min(torch.get_num_threads(), threads))
     shape = (3, *sample.shape) if job.mask is None else (len(job.mask.spans), *job.mask[1:])
     kind = torch.uint8 if job.mask is None else torch.float32
     length = math.prod(shape) * kind.itemsize

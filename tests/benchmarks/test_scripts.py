@@ -86,7 +86,7 @@ def test_the_startup_benchmark_compares_commands_and_says_of_which_install(scrip
     assert ("vtrain's bytecode: kept\n" in text) == numbers["bytecode"]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_gpu_benchmark_runs_on_a_cpu_with_a_tiny_model(script_here: Script) -> None:
     text, numbers = script_here("gpu_sana2b.py", "--device", "cpu", "--tiny", "--blocks", "2", "--steps", "1")
     assert [(setup["mode"], setup["clip"]) for setup in numbers["setups"]] == [("lora", "64x64x9"), ("full", "64x64x9")]

@@ -59,7 +59,7 @@ def run_block(block: Any, folder: Path, run: Run, arguments: tuple[Path, ...]) -
     return "" if done.returncode == 0 else done.stdout + done.stderr
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_every_python_block_of_a_page_runs(
     python_page: Path,
     every_block: tuple[Any, ...],
@@ -69,6 +69,7 @@ def test_every_python_block_of_a_page_runs(
     installed_from: Install,
     run_python: Run,
 ) -> None:
+    """Slow (4 to 15 seconds a page): most blocks are processes that import torch and diffusers, and some train."""
     folder = installed_from(python_page, tmp_path)
     short_demo(prepared, folder)
     arguments = (prepared / "demo-output" / "tiny-checkpoint", checkpoint)
@@ -92,10 +93,11 @@ def test_a_planted_conformance_test_that_fails_or_tests_nothing_is_found(
         assert run_block(make_block("python", text, "file=test_planted.py"), tmp_path, run_python, ()) != ""
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_tracker_of_the_page_writes_its_table_and_keeps_its_id_when_the_run_is_resumed(
     root: Path, prepared: Path, tmp_path: Path, installed_from: Install, run_python: Run
 ) -> None:
+    """Slow (10 seconds): two runs, each a process that imports torch and diffusers."""
     folder = installed_from(root / "docs" / "events.md", tmp_path)
     config = short_demo(prepared, folder)
     text = config.read_text(encoding="utf-8") + '\n[[tracker]]\nuse = "table"\n'

@@ -83,12 +83,11 @@ def test_a_signal_saves_and_ends_cleanly_and_the_run_goes_on_from_there(
     assert [row["step"] for row in folder.rows()] == list(range(1, done + 4))
 
 
-@pytest.mark.parametrize("options", [[], ["--json"]])
-def test_a_run_whose_output_nobody_reads_any_more_saves_and_ends(folder, start: Start, options: list[str]) -> None:
+def test_a_run_whose_output_nobody_reads_any_more_saves_and_ends(folder, start: Start) -> None:
     """As `vtrain run config.toml | head` does."""
-    process = start("run", *options, folder.write(steps=300, save=1000, log_every=5))
+    process = start("run", folder.write(steps=300, save=1000, log_every=5))
     assert process.stdout is not None
-    next(line for line in process.stdout if line.startswith("step ") or '"logged"' in line)
+    next(line for line in process.stdout if line.startswith("step "))
     process.stdout.close()
     process.stdout = None
     assert process.wait(60) == 128 + signal.SIGPIPE
@@ -97,7 +96,7 @@ def test_a_run_whose_output_nobody_reads_any_more_saves_and_ends(folder, start: 
 
 
 def test_a_run_whose_output_nobody_reads_from_the_start_trains_nothing(folder, start: Start) -> None:
-    process = start("run", folder.write(steps=300, save=1000))
+    process = start("run", "--json", folder.write(steps=300, save=1000))
     assert process.stdout is not None
     process.stdout.close()
     process.stdout = None

@@ -59,4 +59,7 @@ ADAMW = OptimizerSpec(
     build=build_adamw,
     pure_bf16=False,
     state_bytes=8.0,
+    # A step moves each weight by about lr, whatever its gradient's size, and a model's weights are of the order of 0.01 to 1.
+    usual_lr=(1e-7, 1e-2),
+    sensible_lr=1.0,
 )

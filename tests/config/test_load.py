@@ -147,6 +147,13 @@ def test_a_missing_file_and_a_folder_are_errors(tmp_path: Path, catalog: Catalog
 @pytest.mark.parametrize(
     ("table", "text", "where", "what", "remedy"),
     [
+        (
+            "x",
+            "[validation]\nevery = '5 steps'\nprompts = { a = 'b' }\nclip_score = true",
+            4,
+            "there is no validation.clip_score.",
+            "CLIP compares single pictures with their captions: it sees no motion",
+        ),
         ("train", "[train]\nsteps = 1\nstesp = 1", 3, "unknown key train.stesp.", 'Did you mean "steps"?'),
         (
             "run",

@@ -73,6 +73,18 @@ def test_a_path_that_is_no_text_is_refused(value: object) -> None:
         Places.model_validate({"here": value})
 
 
+def test_a_path_is_told_without_dots_unless_a_link_makes_it_another_place(tmp_path: Path) -> None:
+    def read(value: str) -> Path:
+        return Places.model_validate({"here": value}, context={"folder": tmp_path / "a" / ".." / "b"}).here
+
+    (tmp_path / "b").mkdir()
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    (tmp_path / "b" / "link").symlink_to(tmp_path / "far" / "away")
+    assert read("x") == tmp_path / "b" / "x"
+    assert read("../c/./x") == tmp_path / "c" / "x"
+    assert read("link/../x").resolve() == tmp_path / "far" / "x", "not beside the link"
+
+
 def test_a_model_is_a_hub_id_unless_such_a_folder_exists(tmp_path: Path) -> None:
     def read(value: str) -> str:
         return Places.model_validate({"here": "x", "model": value}, context={"folder": tmp_path}).model

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sqlite3
-import threading
-from concurrent.futures import ThreadPoolExecutor
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -95,16 +96,46 @@ def test_a_ledger_that_cannot_be_opened_is_an_error_and_is_left_alone(setup, mak
     assert (setup.cache / FILE).is_dir()
 
 
-def test_several_runs_may_begin_in_one_new_folder(tmp_path: Path) -> None:
-    for number in range(20):
-        folder, ready = tmp_path / str(number), threading.Barrier(4)
+BEGIN = """
+import sys, time
+from pathlib import Path
+from vtrain.data.scanning.database import FileHashes, HASHES
+from vtrain.data.scanning.ledger import Ledger
 
-        def begin(folder: Path = folder, ready: threading.Barrier = ready) -> None:
-            ready.wait()
-            with Ledger(folder) as ledger:
-                assert ledger.rows("SELECT count(*) FROM place", {}) == [(0,)]
+folders = [Path(each) for each in sys.argv[1:]]
+print("ready", flush=True)
+start = float(sys.stdin.readline())
+for number, folder in enumerate(folders):
+    time.sleep(max(0, start + 0.02 * number - time.time()))
+    with Ledger(folder) as ledger:
+        assert ledger.rows("SELECT count(*) FROM place", {}) == [(0,)]
+        if ledger.message:
+            print(ledger.message, flush=True)
+    assert len(FileHashes(folder / HASHES)(Path(__file__ if "__file__" in globals() else sys.executable))) == 64
+"""
 
-        with ThreadPoolExecutor(4) as pool:
-            for future in [pool.submit(begin) for _ in range(4)]:
-                future.result()
-        assert [path.name for path in folder.glob("*damaged*")] == []
+
+def test_eight_processes_begin_in_new_folders_at_once(tmp_path: Path) -> None:
+    """In every second folder lies a ledger that is none: one of them moves it aside, once."""
+    folders = [tmp_path / f"{number:02}" for number in range(20)]
+    for folder in folders[::2]:
+        folder.mkdir()
+        (folder / FILE).write_bytes(b"not a database, " * 500)
+    command = [sys.executable, "-c", BEGIN, *map(str, folders)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, **pipes) for _ in range(8)]  # type: ignore[call-overload]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    start = time.time() + 0.2
+    done = []
+    for process in processes:
+        process.stdin.write(f"{start}\n")
+        process.stdin.flush()
+    for process in processes:
+        done.append(process.communicate(timeout=100))
+    assert [error for _, error in done if error] == []
+    for number, folder in enumerate(folders):
+        aside = [path.name for path in folder.glob(f"{FILE}.damaged-?")]
+        assert aside == ([f"{FILE}.damaged-1"] if number % 2 == 0 else []), folder
+    told = [line for out, _ in done for line in out.splitlines() if "moved to" in line]
+    assert len(told) == 10

@@ -45,6 +45,18 @@ def test_a_size_is_width_by_height(plan_of: PlanOf) -> None:
     assert (plan.validation.shape.width, plan.validation.shape.height) == (96, 64)
 
 
+@pytest.mark.parametrize(
+    ("size", "generated"),
+    [("96x64", "96x64"), ("100x64", "96x64"), ("70x62", "64x64"), ("640x960", "640x960"), ("62x200", "64x96")],
+)
+def test_a_size_of_videos_off_the_stride_is_generated_at_the_nearest_bucket(
+    plan_of: PlanOf, size: str, generated: str
+) -> None:
+    made = plan_of(validation=VALIDATION + f'size = "{size}"').validation
+    assert made is not None
+    assert (str(made.size), str(made.shape.size)) == (size, generated)
+
+
 def refused(plan_of: PlanOf, **tables: str) -> str:
     with pytest.raises(ConfigError) as caught:
         plan_of(**tables)
@@ -55,7 +67,7 @@ def test_all_problems_between_tables_come_at_once_each_with_its_line(plan_of: Pl
     text = refused(
         plan_of,
         data='use = "folder"\npath = "clips"\nresolution = ["65x64", "96x60"]\n[data.video]\nframes = 10\nmin_frames = 13',
-        validation=VALIDATION + 'size = "100x64"\nframes = 8',
+        validation=VALIDATION + 'size = "101x64"\nframes = 8',
         precision='base = "bf16"',
         lr_schedule='warmup = "5 min"',
         more='[[regularizer]]\nuse = "toy-smooth"\nblock = 3',
@@ -66,7 +78,7 @@ def test_all_problems_between_tables_come_at_once_each_with_its_line(plan_of: Pl
         "config.toml:9: 96x60: width and height must be multiples of",
         "config.toml:11: frames = 10: the family takes 4k+1 frames. Use 9 or 13.",
         "config.toml:12: min_frames = 13 is more than frames = 10.",
-        "config.toml:21: 100x64: width and height must be multiples of",
+        'config.toml:21: 101x64: width and height of a video are even. For example "100x64".',
         "config.toml:22: frames = 8: the family takes 4k+1 frames. Use 5 or 9.",
         'config.toml:24: full training of bf16 weights with optimizer "adamw"',
         'config.toml:26: lr_schedule.warmup needs "steps" or "epochs"',
@@ -113,6 +125,58 @@ def test_an_output_folder_among_the_clips_is_refused(
         plan_of(run=run)
 
 
+def test_what_is_in_the_way_of_anything_that_a_run_writes_is_found_before_it_starts(
+    plan_of: PlanOf, tmp_path: Path
+) -> None:
+    for name in ("out/checkpoints", "cache/video", "bad"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x", encoding="utf-8")
+    (tmp_path / "out" / "samples").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "out" / "metrics.jsonl").mkdir()
+    data = 'use = "folder"\npath = "clips"\non_bad_file = "move"\nquarantine = "bad/files"'
+    tables = {"run": 'output_dir = "out"', "cache": 'dir = "cache"', "data": data}
+    text = refused(plan_of, **tables, validation=VALIDATION)
+    for words in (
+        f"{tmp_path}/out/checkpoints is a file where a folder has to be",
+        f"{tmp_path}/out/samples is a link to nothing where a folder has to be",
+        f"{tmp_path}/out/metrics.jsonl is no file, and the run writes one of that name",
+        f"{tmp_path}/cache/video is a file where a folder has to be",
+        f"{tmp_path}/bad is a file, so {tmp_path}/bad/files cannot be made",
+    ):
+        assert words in text
+    assert text.count("config.toml:") == 5
+    assert "samples" not in refused(plan_of, **tables), "without videos nothing is written there"
+
+
+@pytest.mark.parametrize(
+    ("lr", "refuses", "warns"),
+    [("100", True, False), ("1.5", True, False), ("0.5", False, True), ("1e-12", False, True), ("1e-4", False, False)],
+)
+def test_a_learning_rate_beyond_the_usual_is_warned_of_and_one_beyond_the_sensible_refused(
+    plan_of: PlanOf, lr: str, refuses: bool, warns: bool
+) -> None:
+    optimizer = f'use = "adamw"\nlr = {lr}'
+    if refuses:
+        text = refused(plan_of, optimizer=optimizer)
+        assert (
+            f"optimizer.lr = {float(lr):g}: above 1 adamw destroys what the model knows. Usual are 1e-07 to 0.01."
+            in text
+        )
+    else:
+        assert any("optimizer.lr" in warning for warning in plan_of(optimizer=optimizer).warnings) is warns
+
+
+def test_what_nothing_fills_in_is_pointed_out_where_it_stands(plan_of: PlanOf) -> None:
+    prompts = 'every = "5 steps"\nprompts = { a = "a <token> cat", b = "2 < 3 > 1" }\nnegative_prompt = "<bad>"'
+    data = 'use = "folder"\npath = "clips"\ncaption_prefix = "<style>, "'
+    found = [text for text in plan_of(validation=prompts, data=data).warnings if "fills in" in text]
+    assert [text.split(",")[0] for text in found] == [
+        'data[0].caption_prefix holds "<style>"',
+        'validation.prompts.a holds "<token>"',
+        'validation.negative_prompt holds "<bad>"',
+    ]
+
+
 def test_an_output_folder_without_permission_is_refused(plan_of: PlanOf) -> None:
     """Root may write anywhere, so as root the check runs with another effective user."""
     own = os.geteuid()
@@ -151,8 +215,8 @@ def test_folders_on_a_read_only_file_system_are_told_as_such_and_what_to_set(
     text = str(caught.value)
     assert text.count("lies on a read-only file system.") == 2
     assert "no permission" not in text
-    assert "Set run.output_dir to another folder." in text
-    assert "Set cache.dir to another folder." in text
+    assert "Set run.output_dir to another folder, or" in text
+    assert "Set cache.dir to another folder, or" in text
 
 
 def test_a_tap_on_the_last_block_is_fine(plan_of: PlanOf) -> None:

@@ -12,8 +12,9 @@ import pytest
 
 from vtrain.contract import Event, Filling, Logged, Noted, Saved, StepMetrics, Stepped, Validated, Validating, Warned
 from vtrain.contract.events import VERSION, from_json
+from vtrain.plan.records import EVENTS, METRICS
 from vtrain.run import output as chapter
-from vtrain.run.output import EVENTS, METRICS, Recorder, hold, validation_owed
+from vtrain.run.output import Recorder, hold, validation_owed
 
 
 def logged(*steps: int) -> Logged:

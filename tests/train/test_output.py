@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import subprocess
 import sys
@@ -67,6 +68,22 @@ def test_on_a_file_system_without_locks_a_run_warns_and_goes_on(
     assert "WARNING" in printed
     assert "without locks" in printed
     assert len(folder.rows()) == 3
+
+
+def test_a_disk_that_takes_nothing_is_told_before_anything_is_done(
+    folder, within: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    within("cache", "fill", folder.write(steps=3))
+    monkeypatch.setattr(output_lock.os, "fsync", full)
+    done = within("run", folder.config, check=2)
+    assert f"{folder.path}: nothing can be written there: No space left on device." in done.stderr
+    assert f"{folder.cache}: nothing can be written there: No space left on device." in done.stderr
+    assert "Set run.output_dir to another folder, or free space." in done.stderr
+    assert not folder.output.exists()
+    assert not list(folder.path.glob(".vtrain*"))
 
 
 def test_who_holds_it_is_written_anew_by_each(tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ frames = 9
 steps = 2
 prompts = { one = "gradient" }
 """
+DIVERGES = "1e-3\nweight_decay = 1e38"
 TRACKERS = """
     import sys
     import time
@@ -268,7 +269,7 @@ def test_an_error_is_the_last_event_and_then_raised(folder) -> None:
     events: list[Event] = []
 
     def run() -> None:
-        with api.run(folder.write(lr=1e38)) as session:
+        with api.run(folder.write(lr=DIVERGES)) as session:
             for event in session:
                 events.append(event)
 

@@ -7,6 +7,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ import pytest
 import torch
 
 from vtrain.config.tables import LoraTable
-from vtrain.contract import Device, Text
+from vtrain.contract import Device, Size, Text
 from vtrain.data.batches import pad
 from vtrain.data.caching.caches import Caches, fill_caches
 from vtrain.plan.records import Plan
 from vtrain.train.parameters import add_lora
 from vtrain.validate.generate import Interrupted, Validator, texts
+from vtrain.validate.videos import read_frames
 
 LATENT_TOLERANCE = 1e-4
 """Largest difference of latents, whose values are about 1, after six solver steps in fp32 with guidance 5."""
@@ -72,6 +74,13 @@ def test_text_is_padded_with_zeros_that_the_mask_leaves_out() -> None:
 def test_generation_stops_when_asked(plan: Plan) -> None:
     with pytest.raises(Interrupted):
         validator(plan, stop=True).latents("A big grey Rabbit in a meadow")
+
+
+def test_a_video_has_the_size_that_was_asked_for_also_off_the_stride(plan: Plan, tmp_path: Path) -> None:
+    assert plan.validation is not None
+    asked = replace(plan, validation=replace(plan.validation, size=Size(70, 38), steps=1))
+    files = validator(asked).videos(tmp_path, ["rabbit"])
+    assert {frame.shape for frame in read_frames(files["rabbit"])} == {(38, 70, 3)}
 
 
 def test_no_dropout_is_left_on_while_videos_are_generated(plan: Plan, tmp_path: Path) -> None:

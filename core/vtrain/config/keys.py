@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 KeyPath = tuple[str | int, ...]
@@ -65,6 +66,14 @@ RENAMED = (
     ),
 )
 """The one table of keys renamed. A file that says the old name is told the new one; a checkpoint's settings are read by it."""
+
+
+_CLIP = (
+    "CLIP compares single pictures with their captions: it sees no motion, and with a video model it is no measure of "
+    "progress. Look at the videos and, for a number, at the loss."
+)
+ON_PURPOSE: Mapping[str, str] = {"clip_score": _CLIP, "evaluation_type": _CLIP}
+"""Names that people look for, in any table, and that there are none of on purpose -> why."""
 
 
 def renamed(path: KeyPath) -> tuple[KeyPath, Renamed] | None:

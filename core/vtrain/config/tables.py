@@ -272,7 +272,11 @@ class ValidationTable(Options):
         "image-to-video, from this picture",
     )
     negative_prompt: str = Field("", description="guidance's other side")
-    size: Size | None = Field(None, description='"WxH"; absent: the family\'s default')
+    size: Size | None = Field(
+        None,
+        description='"WxH", even; absent: the family\'s default. One that the family cannot generate, whose edges are no '
+        "multiples of its stride, is made of its nearest bucket, resized and cut",
+    )
     frames: int | None = Field(None, ge=1, description="absent: the family's default")
     fps: float | None = Field(
         None, gt=0, le=240, description="playing speed of the files; absent: the family's default"

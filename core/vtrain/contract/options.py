@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import dataclass
 from decimal import Decimal
@@ -107,11 +108,17 @@ def _folder(info: ValidationInfo) -> Path:
     return Path(context["folder"]) if isinstance(context, dict) and "folder" in context else Path.cwd()
 
 
+def normal(path: Path) -> Path:
+    """Without "." and "..", where the shorter path leads to the same place: behind a link "link/.." is another folder."""
+    short = Path(os.path.normpath(path))
+    return short if short == path or os.path.realpath(short) == os.path.realpath(path) else path
+
+
 def _local_path(value: object, info: ValidationInfo) -> Path:
     if not isinstance(value, str | Path) or not str(value):
         raise ValueError("a path is a text that is not empty")
     try:
-        return _folder(info) / Path(value).expanduser()
+        return normal(_folder(info) / Path(value).expanduser())
     except RuntimeError as error:
         raise ValueError("there is no such user, so no home folder to start from") from error
 

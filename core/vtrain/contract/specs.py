@@ -75,12 +75,16 @@ class OptimizerSpec(Spec):
 
     pure_bf16: whether it moves bf16 weights rightly (stochastic rounding, Kahan summation).
     state_bytes: bytes of state per trained parameter, for the plan.
+    usual_lr: lowest and highest learning rate of usual training; beyond it the plan warns. sensible_lr: above it nothing is
+    learned, which is an error. None: any.
     """
 
     kind: ClassVar[str] = "optimizer"
     build: Callable[[Any, Sequence[ParameterGroup]], torch.optim.Optimizer]
     pure_bf16: bool = False
     state_bytes: float = 8.0
+    usual_lr: tuple[float, float] | None = None
+    sensible_lr: float | None = None
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from vtrain.contract import ClipShape, Section, SupportsFrameLevels
+from vtrain.contract import ClipShape, Family, Section, SupportsFrameLevels
 from vtrain.data.scanning.surveys import Bucket, DatasetSurvey, Survey
 from vtrain.estimate.estimate import Estimate, bytes_text, feature_words
 from vtrain.estimate.estimate import section as memory_section
 from vtrain.plan.make import frames_text, two_latent_frames
-from vtrain.plan.records import DatasetPlan, MasksPlan, Plan
+from vtrain.plan.records import DatasetPlan, MasksPlan, Plan, ValidationPlan
 
 
 def sections(plan: Plan, survey: Survey, estimate: Estimate) -> tuple[Section, ...]:
@@ -81,6 +81,15 @@ def _validation(plan: Plan, estimate: Estimate) -> tuple[tuple[str, str], ...]:
     return (
         ("videos", f"{len(made.prompts)} every {table.every} and at the end{times}"),
         ("each", f"{made.shape} at {made.fps:g} fps, {made.steps} solver steps, guidance {made.guidance:g}"),
+        *((("resized", _resized(plan.family, made)),) if made.size != made.shape.size else ()),
+    )
+
+
+def _resized(family: Family, made: ValidationPlan) -> str:
+    """Of a size that the family cannot generate."""
+    return (
+        f"to {made.size}: edges of this model family are multiples of {family.pixel_stride}, and {made.shape.size} is its "
+        "nearest bucket; what is beyond the aspect is cut off"
     )
 
 

@@ -136,6 +136,19 @@ def check_size(where: str, size: Size, stride: int) -> list[Problem]:
     return [Problem(where, f"{size}: width and height must be multiples of {stride}.", f'The nearest is "{near}".')]
 
 
+def nearest_size(family: Family, wanted: Size) -> Size:
+    """The size itself if the family generates it, else the bucket of its sets that is nearest in aspect and area."""
+    stride = family.pixel_stride
+    if not (wanted.width % stride or wanted.height % stride):
+        return wanted
+
+    def distance(size: Size) -> float:
+        # Logarithms: see _bucket.
+        return abs(math.log(size.aspect / wanted.aspect)) + abs(math.log(size.area / wanted.area))
+
+    return min((size for sizes in family.resolutions().values() for size in sizes), key=distance)
+
+
 def pointed_out(family: Family, table: DataTable) -> tuple[str, ...]:
     """What of a number in `resolution` is probably not meant."""
     number, named = table.resolution, family.resolutions()
@@ -364,5 +377,3 @@ class _Checks:
             if folder.is_relative_to(place) or place.is_relative_to(folder):
                 what = f"the quarantine {folder} and the dataset {place} lie in each other."
                 yield self._problem("quarantine", what, "Choose a folder outside the dataset.")
-            elif folder.exists() and not folder.is_dir():
-                yield self._problem("quarantine", f"{folder} is a file.", "Choose a folder.")

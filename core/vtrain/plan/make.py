@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from vtrain.config.keys import key_text
+from vtrain.config.keys import KeyPath, key_text
 from vtrain.config.record import Config
 from vtrain.contract import (
     ClipShape,
@@ -19,6 +20,7 @@ from vtrain.contract import (
     Regularizer,
     RegularizerSpec,
     SamplerSpec,
+    Size,
     SupportsCheck,
     SupportsFeatures,
     SupportsFrameLevels,
@@ -26,8 +28,19 @@ from vtrain.contract import (
     TokenGrid,
 )
 from vtrain.contract.specs import did_you_mean, listed
-from vtrain.plan.datasets import check_frames, check_size, datasets, token_grid, warnings
-from vtrain.plan.records import DatasetPlan, Plan, ValidationPlan
+from vtrain.plan.datasets import check_frames, datasets, nearest_size, token_grid, warnings
+from vtrain.plan.records import (
+    CACHED,
+    CHECKPOINTS,
+    CONFIG,
+    EVENTS,
+    METRICS,
+    PLAN,
+    SAMPLES,
+    DatasetPlan,
+    Plan,
+    ValidationPlan,
+)
 from vtrain.registry.blame import blame
 
 
@@ -74,7 +87,7 @@ def _make_plan(config: Config, processes: int) -> Plan:
         # What is trained is fp32: an adapter on a bf16 base, or all weights (_check_precision tells why).
         base=config.precision.base or ("bf16" if config.model.table.train == "lora" else "fp32"),
         validation=validation,
-        warnings=(*sampler.warnings(), *warnings(config, family), *_said(regularizers)),
+        warnings=(*sampler.warnings(), *_unusual(config), *warnings(config, family), *_said(regularizers)),
     )
 
 
@@ -105,29 +118,106 @@ def _check_training(config: Config) -> list[Problem]:
     timed = 'needs "steps" or "epochs": a schedule in seconds would not be the same run twice.'
     if config.lr_schedule.warmup is not None and config.lr_schedule.warmup.unit == "seconds":
         problems.append(Problem(config.where("lr_schedule", "warmup"), f"lr_schedule.warmup {timed}"))
+    spec, lr = _learning_rate(config)
+    if spec.sensible_lr is not None and lr > spec.sensible_lr:
+        what = f"optimizer.lr = {lr:g}: above {spec.sensible_lr:g} {spec.name} destroys what the model knows."
+        problems.append(Problem(config.where("optimizer", "lr"), what, _usual(spec)))
     return problems
 
 
+def _learning_rate(config: Config) -> tuple[OptimizerSpec, float]:
+    spec = config.optimizer.registered.spec
+    assert isinstance(spec, OptimizerSpec)
+    return spec, float(config.optimizer.options.model_dump()["lr"])  # of every optimizer: `fault_of` asks for it
+
+
+def _usual(spec: OptimizerSpec) -> str:
+    return "" if spec.usual_lr is None else "Usual are {:g} to {:g}.".format(*spec.usual_lr)
+
+
+_TOKEN = re.compile(r"<[^<>\s]{1,64}>")
+
+
+def _unusual(config: Config) -> Iterator[str]:
+    """What of the optimizer and of texts is allowed and probably not meant."""
+    spec, lr = _learning_rate(config)
+    if spec.usual_lr is not None and not spec.usual_lr[0] <= lr <= spec.usual_lr[1]:
+        yield f"optimizer.lr = {lr:g} is far from what {spec.name} is usually trained with. {_usual(spec)}"
+    texts: dict[str, str] = {}
+    for number, part in enumerate(config.data):
+        if part.table.enabled:
+            named = (("caption", part.table.caption or ""), ("caption_prefix", part.table.caption_prefix))
+            texts |= {key_text(("data", number, key)): text for key, text in named}
+    if config.validation is not None:
+        texts |= {key_text(("validation", "prompts", name)): text for name, text in config.validation.prompts.items()}
+        texts["validation.negative_prompt"] = config.validation.negative_prompt
+    for key, text in texts.items():
+        if found := _TOKEN.search(text):
+            yield f'{key} holds "{found[0]}", which nothing fills in: the model is given it as it stands'
+
+
+def written_folders(config: Config) -> Iterator[tuple[KeyPath, Path]]:
+    """Every folder that a run writes into, with the key that says where; those inside another one if they are there."""
+    names = (CHECKPOINTS, SAMPLES) if config.validation is not None else (CHECKPOINTS,)
+    roots: tuple[tuple[KeyPath, Path, tuple[str, ...]], ...] = (
+        (("run", "output_dir"), config.run.output_dir, names),
+        (("cache", "dir"), config.cache.dir, CACHED),
+    )
+    for key, root, inside in roots:
+        yield key, root
+        yield from ((key, root / name) for name in inside if os.path.lexists(root / name))
+    for number, part in enumerate(config.data):
+        if part.table.enabled and part.table.on_bad_file == "move" and part.table.quarantine is not None:
+            yield ("data", number, "quarantine"), part.table.quarantine
+
+
 def _check_output(config: Config) -> list[Problem]:
+    """Everything that the run will write can be written, as far as names and rights tell."""
+    files = [config.run.output_dir / name for name in (CONFIG, PLAN, METRICS, EVENTS)]
+    found = [(key, _unwritable(folder)) for key, folder in written_folders(config)]
+    found += [(("run", "output_dir"), _unwritable_file(file)) for file in files]
     problems = []
-    for place, folder in ((("run", "output_dir"), config.run.output_dir), (("cache", "dir"), config.cache.dir)):
-        parent = folder
-        # Not Path.exists, which raises for what lies in a folder that one may not enter.
-        while not os.path.exists(parent) and parent != parent.parent:  # noqa: PTH110
-            parent = parent.parent
-        if not parent.is_dir():
-            problems.append(Problem(config.where(*place), f"{parent} is a file, so {folder} cannot be a folder."))
-        # By the effective ids, where the system can ask so: opening a file goes by these.
-        elif not os.access(parent, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
-            problems.append(
-                Problem(config.where(*place), _unwritable(parent), f"Set {key_text(place)} to another folder.")
-            )
+    for key, fault in dict.fromkeys((key, fault) for key, fault in found if fault):
+        remedy = f"Set {key_text(key)} to another folder, or make this one writable."
+        problems.append(Problem(config.where(*key), fault, remedy))
     resume = config.run.resume
     if resume not in ("latest", "never") and not resume_path(config).is_dir():
         problems.append(
             Problem(config.where("run", "resume"), f'no checkpoint folder {resume_path(config)}; or "latest", "never".')
         )
     return problems
+
+
+def _unwritable(folder: Path) -> str:
+    """Why a folder cannot be made, or written into; "" if it can."""
+    parent = folder
+    # Not Path.exists, which raises for what lies in a folder that one may not enter; a link to nothing is there, too.
+    while not os.path.lexists(parent) and parent != parent.parent:
+        parent = parent.parent
+    if not parent.is_dir():
+        what = "a link to nothing" if parent.is_symlink() and not parent.exists() else "a file"
+        return f"{parent} is {what}" + (
+            " where a folder has to be." if parent == folder else f", so {folder} cannot be made."
+        )
+    return _forbidden(parent, os.W_OK | os.X_OK)
+
+
+def _unwritable_file(file: Path) -> str:
+    """Why a file that is there cannot be written; "" if it can, or is not there."""
+    if not os.path.lexists(file):
+        return ""
+    if file.exists() and not file.is_file():
+        return f"{file} is no file, and the run writes one of that name."
+    return _forbidden(file, os.W_OK) if file.exists() else f"{file} is a link to nothing."
+
+
+def _forbidden(path: Path, rights: int) -> str:
+    # By the effective ids, where the system can ask so: opening a file goes by these.
+    if os.access(path, rights, effective_ids=os.access in os.supports_effective_ids):
+        return ""
+    if os.statvfs(path).f_flag & os.ST_RDONLY:
+        return f"{path} lies on a read-only file system."
+    return f"no permission to write {'in' if path.is_dir() else 'to'} {path}."
 
 
 def _check_samples(config: Config, made: tuple[DatasetPlan, ...]) -> list[Problem]:
@@ -142,12 +232,6 @@ def _check_samples(config: Config, made: tuple[DatasetPlan, ...]) -> list[Proble
         for each in made
         if "://" not in each.backend.location and output.is_relative_to(Path(each.backend.location).resolve())
     ]
-
-
-def _unwritable(folder: Path) -> str:
-    if os.statvfs(folder).f_flag & os.ST_RDONLY:
-        return f"{folder} lies on a read-only file system."
-    return f"no permission to write in {folder}."
 
 
 def resume_path(config: Config) -> Path:
@@ -216,19 +300,29 @@ def _validation(config: Config, family: Family, problems: list[Problem]) -> Vali
         return None
     size = table.size or family.default_size
     frames = table.frames or family.default_frames
-    problems += check_size(config.where("validation", "size"), size, family.pixel_stride)
+    problems += _odd(config.where("validation", "size"), size)
+    generated = nearest_size(family, size)
     problems += check_frames(config, family.frame_rule, ("validation", "frames"), frames)
     problems += picture_problems(config, family, frames)
     return ValidationPlan(
         prompts=table.prompts,
         negative_prompt=table.negative_prompt,
-        shape=ClipShape(frames, size.height, size.width),
+        shape=ClipShape(frames, generated.height, generated.width),
+        size=size,
         fps=table.fps or family.default_fps,
         guidance=table.guidance,
         steps=table.steps,
         seed=table.seed,
         images=table.images,
     )
+
+
+def _odd(where: str, size: Size) -> list[Problem]:
+    """Files of videos are yuv420p, which has a sample of colour for two pixels each way."""
+    if not (size.width % 2 or size.height % 2):
+        return []
+    near = Size(*(max(2, length - length % 2) for length in size))
+    return [Problem(where, f"{size}: width and height of a video are even.", f'For example "{near}".')]
 
 
 # -- image to video ------------------------------------------------------------------------------------------------------

@@ -16,6 +16,14 @@ from vtrain.contract import ClipShape, DataBackend, DType, Family, Regularizer, 
 CaptionsFrom = Literal["textfile", "filename", "instance_prompt", "csv", "parquet", "json", "backend"]
 
 
+CHECKPOINTS, SAMPLES = "checkpoints", "samples"
+CONFIG, PLAN, METRICS, EVENTS = "config.toml", "plan.json", "metrics.jsonl", "events.jsonl"
+"""What a run leaves in its output folder: folders, and files."""
+
+CACHED = ("text", "video", "mask", "features")
+"""Folders of entries in the cache folder."""
+
+
 @dataclass(frozen=True)
 class MasksPlan:
     """[data.masks]. folder: of the dataset, in which masks have their clips' names, "/"-separated, no "/" at its ends.
@@ -64,11 +72,13 @@ class DatasetPlan:
 
 @dataclass(frozen=True)
 class ValidationPlan:
-    """[validation] with every default resolved. shape: what is generated. images: nickname -> the file with its first picture."""
+    """[validation] with every default resolved. shape: what is generated. size: to which that is resized, its own or another.
+    images: nickname -> the file with its first picture."""
 
     prompts: Mapping[str, str]
     negative_prompt: str
     shape: ClipShape
+    size: Size
     fps: float
     guidance: float
     steps: int

@@ -13,12 +13,14 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from vtrain.config.keys import key_text
+from vtrain.config.record import Config
 from vtrain.contract import (
     CheckpointError,
     Event,
@@ -36,7 +38,8 @@ from vtrain.data.scanning.database import HASHES, FileHashes
 from vtrain.data.scanning.surveys import Survey
 from vtrain.estimate import render
 from vtrain.estimate.estimate import Estimate
-from vtrain.plan.records import Plan
+from vtrain.plan.make import written_folders
+from vtrain.plan.records import CONFIG, EVENTS, METRICS, PLAN, Plan
 from vtrain.train.resume import settings
 
 FILE = ".lock"
@@ -108,11 +111,42 @@ def _holder(file: BinaryIO) -> str:
         return "a process that has just begun"
 
 
+def try_writing(config: Config) -> None:
+    """Write a file and delete it, wherever the run will write: rights do not tell of a full disk, a quota, a broken share.
+
+    Raises CheckpointError with all places where it fails.
+    """
+    problems = {}
+    for key, folder in written_folders(config):
+        place = next(each for each in (folder, *folder.parents) if each.exists())
+        test = place / f".vtrain-write-test-{os.getpid()}"
+        try:
+            with test.open("xb") as file:
+                file.write(b"-")
+                os.fsync(file.fileno())
+        except OSError as error:
+            what = f"nothing can be written there: {error.strerror or error}."
+            problems[key, place] = Problem(str(place), what, f"Set {key_text(key)} to another folder, or free space.")
+        finally:
+            with suppress(OSError):
+                test.unlink(missing_ok=True)
+    if problems:
+        raise CheckpointError(problems.values())
+
+
+@contextmanager
+def occupied(config: Config) -> Iterator[str]:
+    """The output folder, held as by `hold`, once everything that the run will write can be. Raises CheckpointError."""
+    try_writing(config)
+    with hold(config.run.output_dir) as warning:
+        yield warning
+
+
 def write_run_files(plan: Plan, survey: Survey, estimate: Estimate) -> None:
     """config.toml, verbatim, and plan.json: resolved values, parts with their versions, fingerprints. Raises OSError."""
     output = plan.config.run.output_dir
     output.mkdir(parents=True, exist_ok=True)
-    (output / "config.toml").write_text(plan.config.text, encoding="utf-8")
+    (output / CONFIG).write_text(plan.config.text, encoding="utf-8")
     hash_file = FileHashes(plan.config.cache.dir / HASHES)
     fingerprints = {
         "text": plan.family.text_fingerprint(hash_file),
@@ -129,11 +163,7 @@ def write_run_files(plan: Plan, survey: Survey, estimate: Estimate) -> None:
         "settings": {key: setting.value for key, setting in settings(plan).items()},
         "fingerprints": fingerprints,
     }
-    (output / "plan.json").write_text(json.dumps(whole, indent=2), encoding="utf-8")
-
-
-METRICS = "metrics.jsonl"
-EVENTS = "events.jsonl"
+    (output / PLAN).write_text(json.dumps(whole, indent=2), encoding="utf-8")
 
 
 class Recorder:

@@ -41,11 +41,12 @@ from vtrain.data.scanning.scan import Scan, scan
 from vtrain.data.scanning.surveys import Survey
 from vtrain.estimate.estimate import Doing, Estimate, make_estimate, remedies
 from vtrain.estimate.render import counted, sections
+from vtrain.plan.records import CHECKPOINTS, SAMPLES
 from vtrain.registry.blame import blame
 from vtrain.run.collector import uncollected
 from vtrain.run.inbox import Inbox
 from vtrain.run.listeners import Listeners, saved_states, trackers
-from vtrain.run.output import Recorder, hold, validation_owed, write_run_files
+from vtrain.run.output import Recorder, hold, occupied, validation_owed, write_run_files
 from vtrain.run.prepare import extra_texts, planned, scanned
 
 if TYPE_CHECKING:
@@ -226,9 +227,9 @@ class Session:
     def _alone(self) -> str:
         """The first process holds the output folder, to the end of the stream. Gives a warning, "" for none.
 
-        Raises CheckpointError on all if another run has it.
+        Raises CheckpointError on all if another run has it, or if something cannot be written.
         """
-        return self.processes.from_first(lambda: self._lock.enter_context(hold(self.plan.config.run.output_dir)))
+        return self.processes.from_first(lambda: self._lock.enter_context(occupied(self.plan.config)))
 
     def _restore(self) -> None:
         """Make the output folder again that somebody deleted or moved.
@@ -352,7 +353,7 @@ class Session:
         try:
             write_run_files(self.plan, data.survey, data.estimate)
             dropped = self._recorder.begin(step)
-            moved = checkpoint.set_aside(output / "checkpoints", step)
+            moved = checkpoint.set_aside(output / CHECKPOINTS, step)
         except OSError as error:
             raise CheckpointError(Problem(str(output), f"the output folder cannot be written: {error}.")) from error
         said = [f"a later checkpoint was renamed to {folder}" for folder in moved]
@@ -388,7 +389,7 @@ class Session:
             made, plan.family, plan.sampler, caches, trainer.denoiser, processes.device, autocast, stopping, pictures
         )
         return Validation(
-            validator, plan.config.run.output_dir / "samples", processes, partial(self._explained, "validating")
+            validator, plan.config.run.output_dir / SAMPLES, processes, partial(self._explained, "validating")
         )
 
     def _explained(self, doing: Doing) -> AbstractContextManager[None]:

@@ -30,7 +30,7 @@ from vtrain.data.index import Index
 from vtrain.data.scanning.database import HASHES, FileHashes
 from vtrain.data.seeds import derive
 from vtrain.estimate.estimate import Estimate
-from vtrain.plan.records import Plan
+from vtrain.plan.records import CHECKPOINTS, Plan
 from vtrain.train import checkpoint
 from vtrain.train.checkpoint import Piece
 from vtrain.train.loop import Ends, Interval, Loop, Requests, Validate
@@ -124,7 +124,7 @@ class Trainer:
         pieces = (*self.pieces, *also, CountersPiece(state), ConfigPiece(self.plan.config.text))
 
         def write() -> tuple[Saved, str]:
-            parent = self.plan.config.run.output_dir / "checkpoints"
+            parent = self.plan.config.run.output_dir / CHECKPOINTS
             folder = checkpoint.write(parent, step, pieces)
             try:
                 return Saved(

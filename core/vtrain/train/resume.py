@@ -12,7 +12,7 @@ from vtrain.config.keys import KeyPath, as_called_now, key_path, key_text
 from vtrain.config.record import TABLES, Config, Value, rule_when_gone, show
 from vtrain.contract import CheckpointError, Problem, Resume
 from vtrain.plan.make import resume_path
-from vtrain.plan.records import Plan
+from vtrain.plan.records import CHECKPOINTS, Plan
 from vtrain.train import checkpoint
 
 STATE = "state.json"
@@ -90,7 +90,7 @@ def _resolved(plan: Plan) -> dict[KeyPath, Value]:
         values["data", number, "video", "fps"] = dataset.fps
     made = plan.validation
     if made is not None:
-        values["validation", "size"] = str(made.shape.size)
+        values["validation", "size"] = str(made.size)
         values["validation", "frames"] = made.shape.frames
         values["validation", "fps"] = made.fps
     return values
@@ -198,7 +198,7 @@ def _show(value: object) -> str:
 
 
 def _choose(config: Config) -> tuple[Path | None, list[str]]:
-    parent = config.run.output_dir / "checkpoints"
+    parent = config.run.output_dir / CHECKPOINTS
     if config.run.resume == "never":
         if checkpoint.steps_saved(parent):
             what = 'resume = "never", and the folder holds checkpoints of an earlier run.'

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
 from vtrain.contract import (
     Caption,
@@ -25,6 +26,7 @@ from vtrain.contract import (
     Predict,
     Role,
     Sampler,
+    Size,
     Text,
     Validated,
     Validating,
@@ -45,6 +47,22 @@ def to_frames(pixels: Tensor) -> Tensor:
     """pixels (3, F, H, W) in [-1, 1] -> uint8 (F, H, W, 3), rounded as diffusers' VideoProcessor does."""
     scaled = (pixels.float() / 2 + 0.5).clamp(0, 1).mul(255).round()
     return scaled.to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu()
+
+
+def fitted(pixels: Tensor, size: Size) -> Tensor:
+    """pixels (3, F, H, W), scaled to cover `size` and cut to it around the middle: (3, F, h, w).
+
+    As diffusers' VideoProcessor.resize_and_crop_tensor, by which its pipelines leave their buckets, but antialiased where
+    it makes smaller.
+    """
+    height, width = pixels.shape[2:]
+    if (width, height) == size:
+        return pixels
+    scale = max(size.height / height, size.width / width)
+    covering = max(size.height, round(height * scale)), max(size.width, round(width * scale))
+    frames = functional.interpolate(pixels.transpose(0, 1).float(), covering, mode="bilinear", antialias=True)
+    top, left = (covering[0] - size.height) // 2, (covering[1] - size.width) // 2
+    return frames[:, :, top : top + size.height, left : left + size.width].transpose(0, 1)
 
 
 class Interrupted(Exception):
@@ -175,7 +193,7 @@ class Validator:
             for nickname in nicknames:
                 files[nickname] = folder / f"{nickname}.mp4"
                 pixels = codec.decode(self.device.move(latents[nickname]))
-                write_mp4(files[nickname], to_frames(pixels[0]), self.plan.fps)
+                write_mp4(files[nickname], to_frames(fitted(pixels[0], self.plan.size)), self.plan.fps)
         return files
 
     def _batches(self, nicknames: list[str], together: int) -> Iterator[list[str]]:

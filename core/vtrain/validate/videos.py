@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -70,7 +71,8 @@ class Strip:
 
 def write_sheet(path: Path, title: Sequence[str], strips: Sequence[Strip], columns: int) -> None:
     """A PNG, written aside and renamed. title: lines. strips: of one frame size, at least one. Raises OSError."""
-    aside = path.with_name(f".{path.name[:200]}.partial")  # a name may be as long as the file system allows
+    # Of two processes that draw the same sheet each has its own. A name may be as long as the file system allows.
+    aside = path.with_name(f".{path.name[:200]}-{secrets.token_hex(4)}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         _draw(title, strips, columns).save(aside, format="PNG")

@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import re
 import sqlite3
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
 from vtrain.contract import DataError, Problem
+
+if sys.platform != "win32":
+    import fcntl
 
 _BUSY_SECONDS, _AGAIN_S = 30.0, 0.05
 
@@ -31,7 +35,7 @@ def database_faults(path: Path) -> Iterator[None]:
     """Turn SQLite's errors and the storage's into DataError."""
     try:
         yield
-    except sqlite3.Error as error:
+    except (sqlite3.Error, OSError) as error:
         remedy = {
             "database is locked": "Another run uses this cache folder: let it finish.",
             "database or disk is full": "Free space on the disk.",
@@ -57,9 +61,30 @@ def open_database(path: Path, layout: DatabaseTables) -> tuple[sqlite3.Connectio
         # A DatabaseError too, yet no damage: a database that is locked, or a disk that is full, is left where it is.
         except sqlite3.OperationalError:
             raise
-        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-            aside = _move_aside(path)
-            return _connect(path, layout), f"{path} was damaged or not ours ({error}): moved to {aside}, and made again"
+        except (sqlite3.DatabaseError, UnicodeDecodeError):
+            with _alone(path):
+                return _made_again(path, layout)
+
+
+def _made_again(path: Path, layout: DatabaseTables) -> tuple[sqlite3.Connection, str | None]:
+    """As open_database, in place of one that was damaged a moment ago."""
+    try:
+        return _connect(path, layout), None  # another process was here before this one
+    except sqlite3.OperationalError:
+        raise
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+        aside = _move_aside(path)
+        return _connect(path, layout), f"{path} was damaged or not ours ({error}): moved to {aside}, and made again"
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Wait until no other process makes this database again: it would take the new one for the damaged one."""
+    with path.with_name(f".{path.name}.lock").open("ab") as file:
+        if sys.platform != "win32":
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def open_readonly(path: Path) -> sqlite3.Connection:

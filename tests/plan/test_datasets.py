@@ -128,7 +128,7 @@ BAD = {
     'on_bad_file = "move"\nquarantine = "clips/bad"': "2: the quarantine {folder}/clips/bad and the dataset {folder}/clips "
     "lie in each other. Choose a folder outside the dataset.",
     'on_bad_file = "move"\nquarantine = "."': "2: the quarantine {folder} and the dataset",
-    'on_bad_file = "move"\nquarantine = "config.toml"': "2: {folder}/config.toml is a file.",
+    'on_bad_file = "move"\nquarantine = "config.toml"': "2: {folder}/config.toml is a file where a folder has to be.",
     "[data.video]\nwindows = 3": '2: windows has no meaning without window = "random". Remove it, or set window =',
     "[data.video]\nround_to = 4": '2: round_to has no meaning without bucket_by = "resolution_frames". Remove it, or',
     "[data.video]\nmax_frames = 8": "2: max_frames = 8 is less than frames = 9: no clip could have them. Set it to 9 or more",

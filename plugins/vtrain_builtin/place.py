@@ -19,7 +19,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from pydantic import BeforeValidator, Field, JsonValue, PlainSerializer, TypeAdapter, ValidationInfo, model_validator
 
-from vtrain.contract import DataError, HoldsSecret, LocalPath, Options, Problem, without_secrets
+from vtrain.contract import DataError, HoldsSecret, LocalPath, Location, Options, Problem, without_secrets
 
 _LOCAL = TypeAdapter[Path](LocalPath)
 _SECRET = re.compile(
@@ -87,7 +87,7 @@ def _hidden(value: JsonValue) -> JsonValue:
 _told = PlainSerializer(_hidden, when_used="json")
 """JSON is what is shown and kept of a value."""
 
-PlacePath = Annotated[str, BeforeValidator(_place), _told]
+PlacePath = Annotated[str, BeforeValidator(_place), _told, Location()]
 """An absolute local path, or a URL as it was written. Relative paths start at the configuration file."""
 
 

@@ -272,4 +272,6 @@ class CrepaLoss(nn.Module):
         return torch.tensor(self._gate.state(), dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
+        if state.shape != (4,):
+            raise ValueError(f"the running mean of the similarity is four numbers, not {tuple(state.shape)}")
         self._gate.restore(*state.tolist())

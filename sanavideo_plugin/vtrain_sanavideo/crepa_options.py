@@ -235,7 +235,10 @@ class SimilarityGate:
         return float(self.mean is not None), self.mean or 0.0, float(self.step), float(self.shut)
 
     def restore(self, told: float, mean: float, step: float, shut: float) -> None:
-        """Take over what `state` gave."""
+        """Take over what `state` gave. Raises ValueError for what it cannot give."""
+        if told not in (0, 1) or shut not in (0, 1) or not abs(mean) < 1.01 or step < 0 or not float(step).is_integer():
+            numbers = f"{told:g}, {mean:g}, {step:g}, {shut:g}"
+            raise ValueError(f"the running mean of the similarity cannot be restored from {numbers}")
         self.mean = mean if told else None
         self.step, self.shut = int(step), bool(shut)
 

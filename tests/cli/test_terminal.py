@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from vtrain.cli.terminal import Terminal, TrainingLines, numbers
-from vtrain.contract import Filling, Logged, StepMetrics, Stepped
+from vtrain.contract import Ended, Filling, Logged, Started, StepMetrics, Stepped
 
 ROW = StepMetrics(3, 0.3, 1.25, 1.5, 1e-3, 0.5, [], [], 0.1, 0.0, 2**30)
 
@@ -47,6 +47,25 @@ def test_the_live_line_has_its_step_and_what_is_left_at_any_width(width: int) ->
     assert "left 0:00:14" in last
     assert "…" not in last
     assert len(last) <= width
+
+
+@pytest.mark.parametrize(
+    ("resume", "told"),
+    [
+        ("latest", "stopped as asked; the same command resumes\n"),
+        ("never", 'stopped as asked; to resume, set run.resume = "latest"\n'),
+        (
+            "step-000003",
+            'stopped as asked; to resume, set run.resume = "latest" (the same command starts again from step-000003)\n',
+        ),
+    ],
+)
+def test_how_a_run_that_was_stopped_is_resumed_goes_by_where_it_started(resume: str, told: str) -> None:
+    out = io.StringIO()
+    terminal = Terminal(Console(file=out, width=200))
+    terminal.show(Started(1, 3, 9, None, {"run.resume": resume}))
+    terminal.show(Ended(5, 9, "stopped"))
+    assert f"step 5 of 9: {told}" in out.getvalue()
 
 
 def lines(*standings: Filling) -> list[str]:

@@ -6,14 +6,29 @@ import json
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from vtrain.contract import Event, Filling, Logged, Noted, Saved, StepMetrics, Stepped, Validated, Validating, Warned
+from vtrain.contract import (
+    CheckpointError,
+    Event,
+    Filling,
+    Logged,
+    Noted,
+    Saved,
+    StepMetrics,
+    Stepped,
+    Validated,
+    Validating,
+    Warned,
+)
 from vtrain.contract.events import VERSION, from_json
 from vtrain.plan.records import EVENTS, METRICS
 from vtrain.run import output as chapter
+from vtrain.run.lines import RECORDS, Records
 from vtrain.run.output import Recorder, hold, validation_owed
 
 
@@ -32,7 +47,7 @@ def record(recorder: Recorder, *events: Event) -> list[Warned]:
 def run(folder: Path, step: int, *events: Event) -> int:
     """A session from `step`; how many later steps were cut off."""
     recorder = Recorder(folder)
-    dropped = recorder.begin(step)
+    dropped, _ = recorder.begin(step)
     assert record(recorder, *events) == []
     return dropped
 
@@ -47,6 +62,127 @@ def test_both_files_are_cut_back_to_the_checkpoint_and_torn_lines_go(tmp_path: P
     assert lines_of(tmp_path / METRICS)[:2] == before[:2]
     assert [line["step"] for line in lines(tmp_path / METRICS)] == [1, 2, 3]
     assert [(line["session"], line["step"]) for line in lines(tmp_path / EVENTS)] == [(1, 2), (2, 3)]
+
+
+def checkpoint(folder: Path, *steps: int) -> Records:
+    """What a checkpoint says after a session of these steps."""
+    recorder = Recorder(folder)
+    recorder.begin(0)
+    assert record(recorder, Noted("begun"), *(logged(step) for step in steps)) == []
+    return recorder.records()
+
+
+def edit(path: Path, *changes: tuple[str, str]) -> None:
+    text = path.read_text(encoding="utf-8")
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new, 1)
+    path.write_text(text, encoding="utf-8")
+
+
+def test_records_that_nobody_touched_are_as_they_were_and_those_of_a_resumed_run_say_the_same(tmp_path: Path) -> None:
+    """Seconds and memory apart: they are measured."""
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    for folder in (straight, resumed):
+        folder.mkdir()
+    expected = checkpoint(straight, 1, 2, 3)
+    before = checkpoint(resumed, 1, 2)
+    run(resumed, 2, logged(3))  # not saved: done again below
+    recorder = Recorder(resumed)
+    assert recorder.begin(2, before) == (1, [])
+    record(recorder, Logged(tuple(replace(row, seconds=9.0) for row in logged(3).steps)))
+    assert recorder.records().files[METRICS] == expected.files[METRICS]
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (lambda folder: (folder / METRICS).unlink(), ["metrics.jsonl lacks steps 1 to 4"]),
+        (lambda folder: (folder / METRICS).write_text(""), ["metrics.jsonl lacks steps 1 to 4"]),
+        (lambda folder: cut_line(folder / METRICS, 1), ["metrics.jsonl lacks step 2"]),
+        (lambda folder: edit(folder / METRICS, ('"step": 1,', '"step": 9,')), ["metrics.jsonl lacks step 1"]),
+        (
+            lambda folder: edit(folder / METRICS, ('"loss": 0.5', '"loss": 0.1')),
+            ["metrics.jsonl does not say what it said"],
+        ),
+        (
+            lambda folder: edit(folder / METRICS, ('"step": 3', '"step": 2')),
+            ["metrics.jsonl lacks step 3", "1 line not of"],
+        ),
+        (
+            lambda folder: edit(folder / METRICS, ('"step": 3', '"step": -3')),
+            ["metrics.jsonl lacks step 3", "1 line not of"],
+        ),
+        (
+            lambda folder: edit(folder / METRICS, ('"step": 3', '"step": true')),
+            ["metrics.jsonl lacks step 3", "1 line not"],
+        ),
+        (
+            lambda folder: edit(folder / METRICS, ('{"step": 3', "\x00")),
+            ["metrics.jsonl lacks step 3", "1 line not of"],
+        ),
+        (lambda folder: (folder / EVENTS).unlink(), ["events.jsonl lacks 1 line that it had"]),
+        (lambda folder: edit(folder / EVENTS, ("begun", "ended")), ["events.jsonl does not say what it said"]),
+        (
+            lambda folder: edit(folder / EVENTS, ('"session": 1', '"session": 0')),
+            ["events.jsonl: 1 line not of", "lacks 1"],
+        ),
+    ],
+)
+def test_what_became_of_the_records_since_the_checkpoint_is_said_once(
+    tmp_path: Path, harm: Callable[[Path], object], told: list[str]
+) -> None:
+    before = checkpoint(tmp_path, 1, 2, 3, 4)
+    harm(tmp_path)
+    recorder = Recorder(tmp_path)
+    _, faults = recorder.begin(4, before)
+    assert len(faults) == len(told), faults
+    assert all(words in fault for words, fault in zip(told, faults, strict=True)), faults
+    assert recorder.session == 2
+    steps = [line["step"] for line in lines(tmp_path / METRICS)] if (tmp_path / METRICS).exists() else []
+    assert steps == sorted(set(steps)), "in order, each once"
+    assert Recorder(tmp_path).begin(4, recorder.records()) == (0, []), "a gap is said once"
+
+
+def test_a_file_with_odd_lines_is_kept_as_it_was(tmp_path: Path) -> None:
+    before = checkpoint(tmp_path, 1, 2)
+    edit(tmp_path / METRICS, ('{"step": 1', 'my notes\n{"step": 1'))
+    text = (tmp_path / METRICS).read_text(encoding="utf-8")
+    _, (fault,) = Recorder(tmp_path).begin(2, before)
+    assert fault.endswith("removed; as it was: " + str(tmp_path / "metrics.jsonl.as-found-1"))
+    assert (tmp_path / "metrics.jsonl.as-found-1").read_text(encoding="utf-8") == text
+    assert [line["step"] for line in lines(tmp_path / METRICS)] == [1, 2]
+
+
+def test_without_a_word_of_the_checkpoint_a_gap_is_said_all_the_same(tmp_path: Path) -> None:
+    checkpoint(tmp_path, 1, 2, 3, 4, 5, 6, 7)
+    cut_line(tmp_path / METRICS, 3)
+    cut_line(tmp_path / METRICS, 0)
+    assert Recorder(tmp_path).begin(7)[1] == ["metrics.jsonl lacks steps 1 and 4"]
+    assert Recorder(tmp_path).begin(7, whole_file=False)[1] == []
+
+
+def cut_line(path: Path, number: int) -> None:
+    kept = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join(kept[:number] + kept[number + 1 :]), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{"session": -1, "files": {}}', "session is -1: "),
+        (
+            '{"session": 1, "files": {"metrics.jsonl": {"lines": true, "sha256": "a"}}}',
+            "files.metrics.jsonl.lines is true: ",
+        ),
+        ("{", "cannot be read"),
+    ],
+)
+def test_what_a_checkpoint_says_of_the_records_is_checked(tmp_path: Path, text: str, told: str) -> None:
+    assert Records.read(tmp_path) is None
+    (tmp_path / RECORDS).write_text(text, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=rf"records\.json: {told}"):
+        Records.read(tmp_path)
 
 
 def lines_of(path: Path) -> list[str]:
@@ -111,7 +247,7 @@ def test_a_disk_that_fills_up_within_a_line_leaves_the_file_as_it_was(tmp_path: 
     script = """
     import resource, signal, sys
     from pathlib import Path
-    from vtrain.run.output import append
+    from vtrain.run.lines import append
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     file = Path(sys.argv[1])
     append(file, [{"step": 1}], durable=False)

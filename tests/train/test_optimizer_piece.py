@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -110,6 +112,48 @@ def test_state_of_another_shape_or_other_names_is_refused(tmp_path: Path) -> Non
     renamed = [(f"other.{name}", p) for name, p in module.named_parameters()]
     with pytest.raises(CheckpointError, match="other parameters"):
         load_optimizer(tmp_path, optimizer, renamed)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda stored: stored.update(groups=5), '"groups" is no list of tables'),
+        (lambda stored: stored.update(groups=[[1]]), '"groups" is no list of tables'),
+        (lambda stored: stored.update(state=[]), '"state" is no table'),
+        (lambda stored: stored["groups"][0].update(k=float("nan")), r"groups\[0\]\.k is NaN, which is no number"),
+        (lambda stored: stored["groups"][0].update(k=True), r"groups\[0\]\.k is true, which is no number"),
+        (lambda stored: stored["groups"][0].update(betas=3), r"groups\[0\]\.betas is 3, and it is no count"),
+        (lambda stored: stored["groups"][0].update(params=3), r"groups\[0\]\.params is 3, and it is no count"),
+        (
+            lambda stored: stored["state"].update({"0.bias::step": -2}),
+            "0.bias::step is -2, which is no number of steps",
+        ),
+        (lambda stored: stored["state"].update({"0.bias::step": "x"}), '0.bias::step is "x", which is no number'),
+        (lambda stored: stored["state"].update({"0.bias::d": float("nan")}), "0.bias::d is not a number"),
+    ],
+)
+def test_numbers_that_an_optimizer_cannot_have_kept_are_refused(tmp_path: Path, change: Any, told: str) -> None:
+    module = model()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+    train(module, optimizer, 1)
+    save_optimizer(tmp_path, optimizer, list(module.named_parameters()))
+    stored = json.loads((tmp_path / SCALARS).read_text(encoding="utf-8"))
+    change(stored)
+    (tmp_path / SCALARS).write_text(json.dumps(stored), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=rf"optimizer\.json: .*{told}"):
+        load_optimizer(tmp_path, optimizer, list(module.named_parameters()))
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+
+
+def test_a_learning_rate_in_a_checkpoint_is_not_taken(tmp_path: Path) -> None:
+    module = model()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    save_optimizer(tmp_path, optimizer, list(module.named_parameters()))
+    stored = json.loads((tmp_path / SCALARS).read_text(encoding="utf-8"))
+    stored["groups"][0] |= {"lr": 9.0, "initial_lr": 9.0}
+    (tmp_path / SCALARS).write_text(json.dumps(stored), encoding="utf-8")
+    load_optimizer(tmp_path, optimizer, list(module.named_parameters()))
+    assert optimizer.param_groups[0]["lr"] == 0.1
 
 
 class Hostile:

@@ -139,6 +139,12 @@ def test_an_adapter_or_a_regularizer_that_does_not_fit_is_refused_by_name(toy: A
         AdapterPiece(large, {}).load(tmp_path)
     with pytest.raises(CheckpointError, match=r"r\.safetensors: what this regularizer has learned .* size mismatch"):
         RegularizerPiece("r", nn.Linear(3, 4)).load(tmp_path)
+    broken = nn.Linear(3, 2)
+    nn.init.constant_(broken.bias, float("nan"))
+    piece = RegularizerPiece("r", broken)
+    piece.write(tmp_path, piece.gather(keep=True))
+    with pytest.raises(CheckpointError, match=r"r\.safetensors: bias has numbers that are not finite"):
+        piece.load(tmp_path)
     (tmp_path / "regularizers" / "r.safetensors").write_bytes(b"torn")
     with pytest.raises(CheckpointError, match=r"r\.safetensors: cannot be read"):
         RegularizerPiece("r", nn.Linear(3, 2)).load(tmp_path)
@@ -148,6 +154,47 @@ def test_where_the_run_stands_is_read_back_as_it_was_written(tmp_path: Path) -> 
     piece = CountersPiece(COUNTERS)
     piece.write(tmp_path, piece.gather(keep=True))
     assert read_state(tmp_path) == COUNTERS
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"step": -5}, ["step is -5: input should be greater than or equal to 0"]),
+        ({"step": True}, ["step is true: input should be a valid integer"]),
+        ({"step": 3.0}, ["step is 3.0: input should be a valid integer"]),
+        ({"step": float("nan")}, ["step is NaN: input should be a valid integer"]),
+        ({"step": 10**30}, ["step is 1000000000000000000000000000000: input should be"]),
+        ({"step": 4, "micro_batch": 8}, ["step is 4, and the folder is that of step 3."]),
+        ({"micro_batch": 2}, ["micro_batch is 2, and 3 steps have taken one each at least."]),
+        ({"step": "3", "micro_batch": -1}, ['step is "3": ', "micro_batch is -1: "]),
+        ({"settings": None}, ["settings is null: "]),
+        ({"settings": {"train..[": 1}}, ['settings: "train..[" is no key.']),
+        ({"features": {"crepa": 1}}, ["features.crepa is 1: "]),
+        ({"data": 5, "base": None, "folder": 7}, ["data is 5: ", "base is null: ", "folder is 7: "]),
+        ({"more": 1}, ["more is 1: extra inputs are not permitted"]),
+    ],
+)
+def test_a_state_that_cannot_be_is_refused_with_each_field_that_is_wrong(
+    tmp_path: Path, change: dict[str, object], told: list[str]
+) -> None:
+    folder = tmp_path / "step-000003"
+    folder.mkdir()
+    CountersPiece(COUNTERS).write(folder, State(values=vars(COUNTERS)))
+    text = (folder / "state.json").read_text(encoding="utf-8")
+    (folder / "state.json").write_text(json.dumps(json.loads(text) | change), encoding="utf-8")
+    with pytest.raises(CheckpointError) as caught:
+        read_state(folder)
+    assert len(caught.value.problems) == len(told)
+    for problem, words in zip(caught.value.problems, told, strict=True):
+        assert str(problem).startswith(f"{folder / 'state.json'}: {words}")
+        assert "Name another checkpoint in run.resume" in str(problem)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", '{"step": 3}', "[]", '"\ud800"', ""])
+def test_a_state_that_is_no_state_is_an_error_that_names_the_file(tmp_path: Path, text: str) -> None:
+    (tmp_path / "state.json").write_text(text, encoding="utf-8", errors="replace")
+    with pytest.raises(CheckpointError, match=r"state\.json: "):
+        read_state(tmp_path)
 
 
 @pytest.mark.parametrize("base", ["fp32", "bf16"])

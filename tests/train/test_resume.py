@@ -14,8 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from vtrain.contract import CheckpointError
+from vtrain.run.prepare import planned
+from vtrain.train.resume import Start, find_start
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
-Start = Callable[..., subprocess.Popen[str]]
+Begin = Callable[..., subprocess.Popen[str]]
 SMOOTH = '\n[[regularizer]]\nuse = "toy-smooth"\nblock = 1\nweight = 0.1\n'
 
 
@@ -30,7 +34,7 @@ def wait(true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("train", ["full", "lora"])
 def test_a_killed_and_resumed_run_is_the_same_run_bit_for_bit(
-    folder, another, vtrain: Run, within: Run, start: Start, train: str
+    folder, another, vtrain: Run, within: Run, start: Begin, train: str
 ) -> None:
     """Kill -9 somewhere after the first checkpoint, within an accumulation or not: weights, optimizer and numbers agree.
 
@@ -60,7 +64,7 @@ def test_a_killed_and_resumed_run_is_the_same_run_bit_for_bit(
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_saves_and_ends_cleanly_and_the_run_goes_on_from_there(
-    folder, another, within: Run, start: Start, number: signal.Signals, code: int
+    folder, another, within: Run, start: Begin, number: signal.Signals, code: int
 ) -> None:
     """SIGTERM: below, in the background."""
     settings = {"steps": 300, "save": 1000, "log_every": 5}
@@ -83,7 +87,7 @@ def test_a_signal_saves_and_ends_cleanly_and_the_run_goes_on_from_there(
     assert [row["step"] for row in folder.rows()] == list(range(1, done + 4))
 
 
-def test_a_run_whose_output_nobody_reads_any_more_saves_and_ends(folder, start: Start) -> None:
+def test_a_run_whose_output_nobody_reads_any_more_saves_and_ends(folder, start: Begin) -> None:
     """As `vtrain run config.toml | head` does."""
     process = start("run", folder.write(steps=300, save=1000, log_every=5))
     assert process.stdout is not None
@@ -95,7 +99,7 @@ def test_a_run_whose_output_nobody_reads_any_more_saves_and_ends(folder, start: 
     assert 0 < int(saved.name.removeprefix("step-")) < 300
 
 
-def test_a_run_whose_output_nobody_reads_from_the_start_trains_nothing(folder, start: Start) -> None:
+def test_a_run_whose_output_nobody_reads_from_the_start_trains_nothing(folder, start: Begin) -> None:
     process = start("run", "--json", folder.write(steps=300, save=1000))
     assert process.stdout is not None
     process.stdout.close()
@@ -104,7 +108,7 @@ def test_a_run_whose_output_nobody_reads_from_the_start_trains_nothing(folder, s
     assert not (folder.output / "checkpoints").exists()
 
 
-def test_a_run_in_the_background_of_a_script_ignores_ctrl_c_and_saves_at_sigterm(folder, start: Start) -> None:
+def test_a_run_in_the_background_of_a_script_ignores_ctrl_c_and_saves_at_sigterm(folder, start: Begin) -> None:
     process = start("run", folder.write(steps=3000, save=10_000, log_every=1), background=True)
     steps = folder.output / "metrics.jsonl"
     wait(steps.exists, process)
@@ -194,6 +198,15 @@ def without_pieces(checkpoint: Path, *skipped: str) -> None:
     path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
+def change_state(checkpoint: Path, change: Callable[[dict], object]) -> None:
+    """Change what its state says, and the manifest with it."""
+    file = checkpoint / "state.json"
+    state = json.loads(file.read_text(encoding="utf-8"))
+    change(state)
+    file.write_text(json.dumps(state), encoding="utf-8")
+    reseal(checkpoint)
+
+
 @pytest.mark.parametrize("train", ["full", "lora"])
 def test_a_checkpoint_from_before_pieces_were_listed_goes_on_to_the_same_run(
     folder, another, within: Run, train: str
@@ -202,8 +215,13 @@ def test_a_checkpoint_from_before_pieces_were_listed_goes_on_to_the_same_run(
     within("run", straight.write(train=train, more=SMOOTH))
     shutil.copytree(straight.output, folder.output)
     shutil.rmtree(folder.output / "checkpoints" / "step-000006")
-    without_pieces(folder.output / "checkpoints" / "step-000003")
-    assert "resuming from" in within("run", folder.write(train=train, more=SMOOTH)).stdout
+    older = folder.output / "checkpoints" / "step-000003"
+    without_pieces(older, "samples.npz", "records.json")
+    change_state(older, lambda state: [state.pop(key) for key in ("encoders", "folder")])
+    printed = within("run", folder.write(train=train, more=SMOOTH)).stdout
+    assert "resuming from" in printed
+    assert "the checkpoint" not in printed, "nothing changed"
+    assert "WARNING" not in printed
     expected, got = straight.tensors(6), folder.tensors(6)
     assert expected.keys() == got.keys()
     assert all(torch.equal(value, got[name]) for name, value in expected.items())
@@ -232,17 +250,18 @@ def test_a_run_of_before_keys_were_renamed_is_resumed_and_nothing_has_changed(fo
     """Of before: other names, [validation.prompts] as one value, regularizers by their name instead of their place."""
     gradient = "\n[train.gradient_clip]\nmax = 1.0\n[data.video]\nframe_step = 1\n"
     within("run", folder.write(steps=3, more=SMOOTH + gradient))
-    file = folder.output / "checkpoints" / "step-000003" / "state.json"
-    state = json.loads(file.read_text(encoding="utf-8"))
-    old = {
-        key.replace("train.gradient_clip", "train.clip")
-        .replace("video.frame_step", "video.frame_interval")
-        .replace("regularizer[0]", "regularizer.toy-smooth"): value
-        for key, value in state["settings"].items()
-    }
-    assert {"train.clip.max", "data[0].video.frame_interval", "regularizer.toy-smooth.use"} <= old.keys()
-    file.write_text(json.dumps({**state, "settings": old}), encoding="utf-8")
-    reseal(file.parent)
+
+    def as_before(state: dict) -> None:
+        old = {
+            key.replace("train.gradient_clip", "train.clip")
+            .replace("video.frame_step", "video.frame_interval")
+            .replace("regularizer[0]", "regularizer.toy-smooth"): value
+            for key, value in state["settings"].items()
+        }
+        assert {"train.clip.max", "data[0].video.frame_interval", "regularizer.toy-smooth.use"} <= old.keys()
+        state["settings"] = old
+
+    change_state(folder.output / "checkpoints" / "step-000003", as_before)
     printed = within("run", folder.write(steps=4, more=SMOOTH + gradient)).stdout
     assert "resuming from" in printed
     assert [line for line in printed.splitlines() if "changed since" in line] == [
@@ -276,9 +295,14 @@ def test_never_refuses_a_folder_that_holds_checkpoints(folder, within: Run) -> N
 def test_an_earlier_checkpoint_can_be_named_and_later_ones_are_left_behind(folder, within: Run) -> None:
     within("run", folder.write(steps=6))
     first = folder.rows()
+    text = folder.config.read_text()
+    folder.config.write_text(text.replace("seed = 7", 'seed = 7\nresume = "step-000009"'))
+    refused = within("run", folder.config, check=2).stderr
+    assert f"In {folder.output / 'checkpoints'} there are step-000003, step-000006." in refused
     named = folder.output / "checkpoints" / "step-000003"
-    folder.config.write_text(folder.config.read_text().replace("seed = 7", f'seed = 7\nresume = "{named}"'))
+    folder.config.write_text(text.replace("seed = 7", 'seed = 7\nresume = "step-000003"'))
     printed = within("run", folder.config).stdout
+    assert f"resuming from {named} (step 3)" in printed
     assert "step-000006.left-behind-1" in printed
     assert folder.rows() == first
     assert sorted(p.name for p in (folder.output / "checkpoints").iterdir()) == [
@@ -296,20 +320,103 @@ def test_a_checkpoint_that_does_not_exist_is_an_error_before_training(folder, wi
     assert not folder.output.exists()
 
 
-def test_a_changed_dataset_is_told_and_the_run_goes_on(folder, within: Run, tmp_path: Path) -> None:
+def test_a_state_that_cannot_be_is_refused_though_its_manifest_fits(folder, within: Run) -> None:
+    within("run", folder.write(steps=3))
+    named = folder.output / "checkpoints" / "step-000003"
+    change_state(named, lambda state: state.update(step=-5))
+    done = within("run", folder.write(steps=6), check=2)
+    assert f"{named / 'state.json'}: step is -5: input should be greater than or equal to 0." in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_changed_in_the_data_and_the_records_is_told_and_the_run_goes_on(
+    folder, within: Run, tmp_path: Path
+) -> None:
+    """A clip less, one more, one with other bytes, one with another caption; and a line less of metrics.jsonl."""
     clips = tmp_path / "own"
-    clips.mkdir()
-    for source in sorted((tmp_path / "clips").iterdir()):
-        (clips / source.name).write_bytes(source.read_bytes())
+    shutil.copytree(tmp_path / "clips", clips)
     folder.write(steps=3)
     folder.config.write_text(folder.config.read_text().replace('"clips"', '"own"'))
     within("run", folder.config)
     (clips / "clip_4.mp4").unlink()
+    shutil.copy(clips / "clip_1.mp4", clips / "clip_3.mp4")
+    (clips / "clip_0.txt").write_text("another gradient", encoding="utf-8")
+    shutil.copy(clips / "clip_2.mp4", clips / "clip_5.mp4")
+    (clips / "clip_5.txt").write_text("one more", encoding="utf-8")
+    metrics = folder.output / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[::2]))
     folder.config.write_text(folder.config.read_text().replace("steps = 3\n", "steps = 5\n", 1))
     printed = within("run", folder.config).stdout
-    assert "the data changed since the checkpoint: 5 samples," in printed
-    assert "-> 4 samples," in printed
-    assert len(folder.rows()) == 5
+    data = (
+        "the data changed since the checkpoint: 1 sample added (own/clip_5.mp4); 1 sample removed (own/clip_4.mp4); "
+        "1 sample with other bytes (own/clip_3.mp4); 1 sample with other captions (own/clip_0.mp4). "
+        "Training continues with it as it is, in the new data's order"
+    )
+    assert data in printed
+    assert "WARNING: metrics.jsonl lacks step 2" in printed
+    assert [row["step"] for row in folder.rows()] == [1, 3, 4, 5]
+    resumed = json.loads((folder.output / "plan.json").read_text(encoding="utf-8"))["resumed"]
+    assert resumed["step"] == 3
+    assert resumed["changes"] == [
+        "changed since the checkpoint: train.steps: 3 -> 5", data, "metrics.jsonl lacks step 2",
+    ]  # fmt: skip
+
+
+def test_a_project_that_was_moved_goes_on_to_the_same_run(folder, within: Run, tmp_path: Path) -> None:
+    """Configuration, clips, cache, model and output together; the model's path is spelt another way there."""
+    from vtrain_toy.family import TOY
+
+    project, moved = tmp_path / "project", tmp_path / "elsewhere" / "deeper"
+    project.mkdir()
+    shutil.copytree(tmp_path / "clips", project / "clips")
+    denoiser = TOY.build(TOY.options.model_validate({"init_seed": 1})).load_denoiser("cpu", "fp32")
+    denoiser.save(project / "weights", denoiser.module.state_dict())
+    here = type(folder)(project, Path("cache"))
+    here.write(train="lora")
+    here.config.write_text(here.config.read_text().replace('use = "toy"', 'use = "toy"\npath = "weights"'))
+    within("run", here.config)
+    expected, rows = here.tensors(6), here.rows()
+    shutil.copytree(project, moved)
+    shutil.rmtree(project)
+    there = type(folder)(moved, Path("cache"))
+    shutil.rmtree(there.output / "checkpoints" / "step-000006")
+    there.config.write_text(there.config.read_text().replace('"weights"', '"clips/../weights"'))
+    printed = within("run", there.config).stdout
+    assert f"resuming from {there.output / 'checkpoints' / 'step-000003'} (step 3)" in printed
+    assert "the checkpoint:" not in printed, "nothing changed"
+    assert "WARNING" not in printed
+    assert there.rows() == rows
+    got = there.tensors(6)
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(value, got[name]) for name, value in expected.items())
+
+
+def test_another_place_of_the_model_is_taken_where_its_encoders_are_the_same(
+    folder, within: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Full training: the denoiser's weights are the checkpoint's own."""
+    from vtrain_toy.family import TOY, ToyFamily
+
+    def start() -> Start:
+        return find_start(planned(folder.config))
+
+    within("run", folder.write(steps=3))
+    denoiser = TOY.build(TOY.options.model_validate({})).load_denoiser("cpu", "fp32")
+    denoiser.save(tmp_path / "weights", denoiser.module.state_dict())
+    folder.config.write_text(folder.config.read_text().replace('use = "toy"', 'use = "toy"\npath = "weights"'))
+    key = "changed since the checkpoint: model.path: absent -> "
+    assert start().changes == (f'{key}"{tmp_path / "weights"}"',)
+    with monkeypatch.context() as patch:
+        patch.setattr(ToyFamily, "video_fingerprint", lambda family, hash_file: "another")
+        patch.setattr(ToyFamily, "scheduler_config", lambda family: {"shift": 5})
+        with pytest.raises(
+            CheckpointError, match=r"video codec and the scheduler's configuration are others; this cannot"
+        ):
+            start()
+    saved = folder.output / "checkpoints" / "step-000003"
+    change_state(saved, lambda state: state.pop("encoders"))
+    with pytest.raises(CheckpointError, match=r"model\.path: was absent and is now .*weights\"; this cannot change"):
+        start()
 
 
 def test_an_adapter_does_not_go_on_upon_other_weights_at_the_same_place(folder, within: Run, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def run(config: Path, as_json_lines: bool = False) -> None:
                 session.ask("stop")
     if unread:
         with suppress(OSError):
-            sys.stderr.write("nobody reads standard output any more: saved and stopped; the same command resumes\n")
+            sys.stderr.write(f"nobody reads standard output any more: saved and stopped; {terminal.again}\n")
     if session.signal is not None or unread:
         sys.exit(128 + (session.signal or signal.SIGPIPE))
 

@@ -43,7 +43,8 @@ from vtrain.estimate.render import counted
 if TYPE_CHECKING:
     from vtrain.run.session import Session
 
-KEPT = "interrupted; what is cached or saved is whole, and the same command resumes from it"
+KEPT = "interrupted; what is cached or saved is whole"
+SAME = "the same command resumes"
 WIDE = 120
 """Letters of a terminal's line from which on a bar and a clock stand beside the numbers."""
 NAMED, REASONS = 20, 10
@@ -61,13 +62,14 @@ class Terminal:
     """Shows the events of a session. Silent on processes beside the first."""
 
     def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
-        """console: where it is shown; else standard output."""
+        """console: where it is shown; else standard output. again: how to resume the run."""
         self._quiet = quiet
         self.console = console or _Console(quiet=quiet, soft_wrap=True, highlight=False)
         self._filling = FillingLines(self.console)
         self._training: TrainingLines | None = None
         self._moved = Counter[bool]()
         self._output = Path()
+        self.again = SAME
 
     def mute(self) -> None:
         """Nobody reads any more: say nothing from here on."""
@@ -87,7 +89,7 @@ class Terminal:
             yield
         except KeyboardInterrupt:
             self._stop_bars()
-            self.say(KEPT)
+            self.say(f"{KEPT}; {self.again}")
             raise
         finally:
             self._stop_bars()
@@ -111,6 +113,7 @@ class Terminal:
             case Quarantined():
                 self._quarantined(event)
             case Started():
+                self.again = _again(str(event.settings.get("run.resume", "latest")))
                 if event.step < event.steps:
                     self._training = TrainingLines(self.console, event.steps, event.step)
             case Saved():
@@ -125,7 +128,7 @@ class Terminal:
                 self.say(event.text)
             case Ended():
                 self._stop_bars()
-                self.say(_ending(event))
+                self.say(_ending(event, self.again))
                 self.say(f"output: {self._output}")
 
     def say(self, text: str, style: str | None = None) -> None:
@@ -174,9 +177,17 @@ class Terminal:
             self.say(f"validation at step {event.step} stopped; it is made when the run resumes")
 
 
-def _ending(event: Ended) -> str:
+def _again(resume: str) -> str:
+    """How to resume a run that has begun. resume: its [run].resume."""
+    if resume == "latest":
+        return SAME
+    same = "" if resume == "never" else f" (the same command starts again from {resume})"
+    return f'to resume, set run.resume = "latest"{same}'
+
+
+def _ending(event: Ended, again: str) -> str:
     if event.reason == "stopped":
-        return f"step {event.step} of {event.steps}: stopped as asked; the same command resumes"
+        return f"step {event.step} of {event.steps}: stopped as asked; {again}"
     if event.reason == "nothing to do":
         return f"nothing to do: train.steps is {event.steps} and the checkpoint is at {event.step}"
     return f"step {event.step} of {event.steps}: all steps are done"

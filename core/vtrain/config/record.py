@@ -20,7 +20,7 @@ from vtrain.config.tables import (
     TrainTable,
     ValidationTable,
 )
-from vtrain.contract import Options, Registered, Resume, resume_rule
+from vtrain.contract import Options, Registered, Resume, is_location, resume_rule
 
 TableT = TypeVar("TableT", bound=Options)
 Value = str | int | float | bool | list[Any] | None
@@ -139,12 +139,16 @@ TABLES: Mapping[str, Table] = {table.name: table for table in _tables(Config)}
 
 @dataclass(frozen=True)
 class ShownValue:
-    """One value. key: "data[0].video.frames"; origin: "config.toml:12", "default", "default of adamw" ...; resume: its rule."""
+    """One value. key: "data[0].video.frames"; origin: "config.toml:12", "default", "default of adamw" ...; resume: its rule.
+
+    location: whether it says where something is.
+    """
 
     key: str
     value: Value
     origin: str
     resume: Resume
+    location: bool = False
 
 
 def show(config: Config) -> tuple[ShownValue, ...]:
@@ -179,20 +183,21 @@ def _options(
     plain = options.model_dump(mode="json")
     for key in type(options).model_fields:
         rule = "refuse" if within == "refuse" else resume_rule(type(options), key)
-        yield from _value(config, (*path, key), dict(options)[key], plain[key], default, rule)
+        location = is_location(type(options), key)
+        yield from _value(config, (*path, key), dict(options)[key], plain[key], default, rule, location)
 
 
 def _value(
-    config: Config, path: KeyPath, value: object, plain: Any, default: str, rule: Resume
+    config: Config, path: KeyPath, value: object, plain: Any, default: str, rule: Resume, location: bool
 ) -> Iterator[ShownValue]:
     """A value, or one row for each key where it is a table. plain: the same as JSON."""
     if isinstance(value, Options):
         yield from _options(config, path, value, default, rule)
     elif isinstance(plain, Mapping):
         for key, inner in plain.items():
-            yield from _value(config, (*path, key), inner, inner, default, rule)
+            yield from _value(config, (*path, key), inner, inner, default, rule, location)
     else:
-        yield ShownValue(key_text(path), plain, _origin(config, path, default), rule)
+        yield ShownValue(key_text(path), plain, _origin(config, path, default), rule, location)
 
 
 def _origin(config: Config, path: KeyPath, default: str) -> str:

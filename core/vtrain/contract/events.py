@@ -66,6 +66,10 @@ class StepMetrics:
         return values | dict(self.terms) | measured
 
 
+MEASURED = ("seconds", "data_wait", "memory")
+"""Fields of StepMetrics that differ between runs."""
+
+
 @dataclass(frozen=True)
 class DatasetStatistics:
     """What was found in one dataset. id: its name. files: source files. clips: those that are used. excluded: reason -> number of

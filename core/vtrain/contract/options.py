@@ -102,6 +102,24 @@ def resume_rule(options: type[Options], field: str) -> Resume:
     return cast(Resume, extra.get("resume", "tell")) if isinstance(extra, dict) else "tell"
 
 
+@dataclass(frozen=True)
+class Location:
+    """Marks a type of options that say where something is: at a resume what lies there is compared, not how the path is spelt.
+
+    That of a family or a regularizer which is `fixed` may change where its fingerprints stay the same.
+    """
+
+
+def is_location(options: type[Options], field: str) -> bool:
+    """Whether `field`, or what it is a table or a list of, is marked with a `Location`."""
+    info = options.model_fields[field]
+    return _marked((*info.metadata, info.annotation))
+
+
+def _marked(parts: tuple[object, ...]) -> bool:
+    return any(isinstance(each, Location) or _marked(get_args(each)) for each in parts)
+
+
 def _folder(info: ValidationInfo) -> Path:
     """The folder that relative paths start from: the configuration file's own."""
     context = info.context
@@ -131,10 +149,12 @@ def _model_source(value: object, info: ValidationInfo) -> str:
     return str(local) if looks_local else value
 
 
-LocalPath = Annotated[Path, BeforeValidator(_local_path), Field(strict=False), WithJsonSchema({"type": "string"})]
+LocalPath = Annotated[
+    Path, BeforeValidator(_local_path), Field(strict=False), WithJsonSchema({"type": "string"}), Location()
+]
 """A file or folder; relative paths start at the configuration file's folder, "~" is the home folder. Becomes absolute."""
 
-ModelSource = Annotated[str, BeforeValidator(_model_source)]
+ModelSource = Annotated[str, BeforeValidator(_model_source), Location()]
 """A folder, or a hub id "owner/name" if no such folder exists. A folder becomes an absolute path."""
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,9 @@ Keys = Callable[[Sample], Sequence[str]]
 
 _KEY = 32
 """Bytes of a key: a SHA-256."""
+
+CONTENTS = ("file", "cut", "captions", "mask")
+"""What `Index.contents` marks of a sample: its file's bytes, what is taken of them, its captions, what its mask gives."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +69,7 @@ class Index:
     tallies: (number of a dataset, shape) -> what there is. masks: keys of the windows' masks, none for a sample without;
     None if no dataset has any. features: regularizer -> keys of the windows' features. sources: what is needed to decode
     the windows again, as JSON; None unless that is asked for. A draw's choice of a window goes for all of them.
+    contents: (samples, CONTENTS) checksums of what they are made of, whatever encodes it; enough to see that one changed.
     """
 
     shapes: tuple[ClipShape, ...]
@@ -77,6 +82,7 @@ class Index:
     masks: Rows | None = None
     features: Mapping[str, Rows] = field(default_factory=dict)
     sources: Rows | None = None
+    contents: np.ndarray[Any, np.dtype[np.uint32]] = field(default_factory=lambda: np.zeros((0, 4), np.uint32))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -129,7 +135,7 @@ def build(
     video, text, masks = _KeyRows(video_keys), _KeyRows(text_keys), _KeyRows(mask_keys or (lambda sample: ()))
     features = {name: _KeyRows(keys) for name, keys in (feature_keys or {}).items()}
     columns = [video, text, *([masks] if mask_keys else []), *features.values()]
-    datasets, buckets = array("i"), array("i")
+    datasets, buckets, contents = array("i"), array("i"), array("I")
     shapes: dict[ClipShape, int] = {}
     tallies: dict[tuple[int, ClipShape], ShapeCount] = {}
     before: tuple[int, str] | None = None
@@ -142,6 +148,7 @@ def build(
         names.append(sample.id.encode())
         for column in columns:
             column.append(sample)
+        contents.extend(_contents(sample, mask_keys))
         if sources:
             sources_of.append(_source(sample))
         datasets.append(sample.place)
@@ -161,7 +168,17 @@ def build(
         masks.rows() if mask_keys else None,
         {name: column.rows() for name, column in features.items()},
         sources_of.rows() if sources else None,
+        np.array(contents, dtype=np.uint32).reshape(-1, len(CONTENTS)),
     )
+
+
+def _contents(sample: Sample, mask_keys: Keys | None) -> Iterator[int]:
+    """The CRC-32 of each of CONTENTS."""
+    cut = (*sample.shape, sample.fps, sample.starts, *sample.box)
+    captions = [(caption.text, sorted(caption.extras.items())) for caption in sample.captions]
+    # No encoder goes into a mask's keys.
+    for part in (sample.content, cut, captions, mask_keys(sample) if mask_keys else ()):
+        yield zlib.crc32(repr(part).encode())
 
 
 def _source(sample: Sample) -> bytes:

@@ -43,6 +43,9 @@ from vtrain.plan.records import (
 )
 from vtrain.registry.blame import blame
 
+CHECKPOINT = re.compile(r"step-(\d{6,})")
+"""The name of a checkpoint's folder."""
+
 
 def make_plan(config: Config, processes: int = 1) -> Plan:
     """Build every part that the config names and check the whole. processes: how many train together.
@@ -182,9 +185,11 @@ def _check_output(config: Config) -> list[Problem]:
         problems.append(Problem(config.where(*key), fault, remedy))
     resume = config.run.resume
     if resume not in ("latest", "never") and not resume_path(config).is_dir():
-        problems.append(
-            Problem(config.where("run", "resume"), f'no checkpoint folder {resume_path(config)}; or "latest", "never".')
+        what = (
+            f'resume: no checkpoint folder "{resume}", neither in {config.path.parent} nor in {_checkpoints(config)}.'
         )
+        remedy = f'{checkpoints_there(config)} Or "latest", "never".'
+        problems.append(Problem(config.where("run", "resume"), what, remedy))
     return problems
 
 
@@ -235,8 +240,26 @@ def _check_samples(config: Config, made: tuple[DatasetPlan, ...]) -> list[Proble
 
 
 def resume_path(config: Config) -> Path:
-    """The checkpoint that [run].resume names, when it is neither "latest" nor "never"."""
-    return config.path.parent / Path(config.run.resume).expanduser()
+    """The checkpoint that [run].resume names, when it is neither "latest" nor "never": a path, or the name of one of the run's
+    own. A relative path starts at the configuration file, as all do."""
+    named = Path(os.path.expanduser(config.run.resume))  # noqa: PTH111 (Path's raises for a user that there is not)
+    beside, own = config.path.parent / named, _checkpoints(config) / named
+    return own if own.is_dir() and not beside.is_dir() else beside
+
+
+def _checkpoints(config: Config) -> Path:
+    return config.run.output_dir / CHECKPOINTS
+
+
+def checkpoints_there(config: Config, most: int = 6) -> str:
+    """A sentence that names the run's newest checkpoints. most: of them that are named."""
+    folder = _checkpoints(config)
+    names = [path.name for path in folder.iterdir() if CHECKPOINT.fullmatch(path.name)] if folder.is_dir() else []
+    if not names:
+        return f"There is none in {folder}."
+    newest = sorted(names, key=lambda name: int(name.removeprefix("step-")))[-most:]
+    more = f" and {len(names) - most} earlier" if len(names) > most else ""
+    return f"In {folder} there are {', '.join(newest)}{more}."
 
 
 Clips = tuple[tuple[ClipShape, TokenGrid | None], ...]

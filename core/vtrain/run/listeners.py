@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from vtrain.config import Config
-from vtrain.contract import CheckpointError, Event, Problem, RunInfo, Tracker, TrackerSpec
+from vtrain.contract import Event, RunInfo, Tracker, TrackerSpec
+from vtrain.contract.specs import listed
+from vtrain.train import checkpoint
 from vtrain.train.checkpoint import State
 
 PATIENCE_S = 60.0
@@ -182,8 +184,9 @@ def saved_states(folder: Path | None) -> Mapping[str, Kept]:
     """
     if folder is None or not (folder / FILE).exists():
         return {}
-    try:
-        found: Mapping[str, Kept] = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        return {str(key): dict(state) for key, state in found.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(Problem(str(folder / FILE), f"cannot be read: {error}.")) from error
+    found = checkpoint.read_json(folder / FILE)
+    if not isinstance(found, dict):
+        raise checkpoint.misread(folder / FILE, "is no table of trackers.")
+    if odd := [key for key, state in found.items() if not isinstance(state, dict)]:
+        raise checkpoint.misread(folder / FILE, f"what is kept of {listed(odd)} is no table.")
+    return found

@@ -2,7 +2,8 @@
 
 metrics.jsonl has a line for each optimizer step, events.jsonl one for each other event. The recorder is part of the run,
 not a listener: lines are on the disk before anybody else hears of the event, and before the checkpoint of that step. Both
-files are cut back to the checkpoint when a run is resumed, so that a step stands in them once.
+files are cut back to the checkpoint when a run is resumed, so that a step stands in them once. The checkpoint says how many
+lines they had and what these said, so that what became of them since is noticed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -26,6 +27,7 @@ from vtrain.contract import (
     Event,
     Filling,
     Logged,
+    Noted,
     Problem,
     StepMetrics,
     Stepped,
@@ -38,9 +40,12 @@ from vtrain.data.scanning.database import HASHES, FileHashes
 from vtrain.data.scanning.surveys import Survey
 from vtrain.estimate import render
 from vtrain.estimate.estimate import Estimate
+from vtrain.estimate.render import counted
 from vtrain.plan.make import written_folders
-from vtrain.plan.records import CONFIG, EVENTS, METRICS, PLAN, Plan
-from vtrain.train.resume import settings
+from vtrain.plan.records import CHECKPOINTS, CONFIG, EVENTS, METRICS, PLAN, Plan
+from vtrain.run.lines import UNREAD, Chain, Records, append, cut_back, gaps, whole
+from vtrain.train import checkpoint
+from vtrain.train.resume import Start, settings
 
 FILE = ".lock"
 """Holds who has the folder. It stays when a run ends: that it is there means nothing, that it is locked does."""
@@ -142,8 +147,11 @@ def occupied(config: Config) -> Iterator[str]:
         yield warning
 
 
-def write_run_files(plan: Plan, survey: Survey, estimate: Estimate) -> None:
-    """config.toml, verbatim, and plan.json: resolved values, parts with their versions, fingerprints. Raises OSError."""
+def write_run_files(plan: Plan, survey: Survey, estimate: Estimate, resumed: Mapping[str, Any] | None = None) -> None:
+    """config.toml, verbatim, and plan.json: resolved values, parts with their versions, fingerprints. Raises OSError.
+
+    resumed: what the run resumes from and what changed since; None for a new run.
+    """
     output = plan.config.run.output_dir
     output.mkdir(parents=True, exist_ok=True)
     (output / CONFIG).write_text(plan.config.text, encoding="utf-8")
@@ -162,6 +170,7 @@ def write_run_files(plan: Plan, survey: Survey, estimate: Estimate) -> None:
         **render.as_json(plan, survey, estimate),
         "settings": {key: setting.value for key, setting in settings(plan).items()},
         "fingerprints": fingerprints,
+        "resumed": resumed,
     }
     (output / PLAN).write_text(json.dumps(whole, indent=2), encoding="utf-8")
 
@@ -169,30 +178,52 @@ def write_run_files(plan: Plan, survey: Survey, estimate: Estimate) -> None:
 class Recorder:
     """Writes a run's events into its output folder. Until `begin` they are kept: a run that never starts leaves nothing.
 
-    session: how often the folder was started, this time counted; 0 until `begin`.
+    session: how often the folder was started, this time counted; 0 until `begin`. chains: of each file, what it says.
     """
 
     def __init__(self, folder: Path, restore: Callable[[], None] = lambda: None) -> None:
         """restore: called when the folder went away under the run; makes it again."""
         self._folder, self._restore = folder, restore
         self.session = 0
+        self.chains = {METRICS: Chain(), EVENTS: Chain()}
         self._lines: list[dict[str, Any]] = []
         self._steps: tuple[StepMetrics, ...] = ()
         self._held: tuple[int, int] | None = None
 
-    def begin(self, step: int) -> int:
-        """Cut both files back to `step` and open a session. Gives how many later steps were cut off. Raises OSError."""
-        dropped = cut_back(self._folder / METRICS, lambda line: int(line["step"]) <= step)
-        sessions = [0]
+    def begin(self, step: int, before: Records | None = None, *, whole_file: bool = True) -> tuple[int, list[str]]:
+        """Cut both files back to `step` and open a session. Raises OSError.
 
-        def kept(line: Mapping[str, Any]) -> bool:
-            sessions.append(int(line["session"]))
-            return int(line.get("step", 0)) <= step
+        Gives how many later steps were cut off, and what is wrong with the files. before: what the checkpoint says of them.
+        whole_file: whether all steps to `step` should be there where no checkpoint says how many were.
+        """
+        known = before.files if before is not None else {}
+        steps, sessions = [0], [before.session if before is not None else 0]
 
-        cut_back(self._folder / EVENTS, kept)
+        def kept_step(line: Mapping[str, Any]) -> bool:
+            found = whole(line["step"], least=1)
+            if found <= step:
+                if found <= steps[-1]:
+                    raise ValueError("a step that is there already")
+                steps.append(found)
+            return found <= step
+
+        def kept_event(line: Mapping[str, Any]) -> bool:
+            sessions.append(whole(line["session"], least=1))
+            return whole(line.get("step", 0)) <= step
+
+        metrics = cut_back(self._folder / METRICS, kept_step, self.chains[METRICS], known.get(METRICS))
+        events = cut_back(self._folder / EVENTS, kept_event, self.chains[EVENTS], known.get(EVENTS))
+        expected = known[METRICS].lines if METRICS in known else step * whole_file
+        missing = gaps(steps, step) if len(steps) - 1 < expected else ""
+        faults = [f"{METRICS} lacks {missing}"] if missing else []
+        faults += [*metrics.faults(METRICS, told=bool(missing)), *events.faults(EVENTS)]
         self.session = max(sessions) + 1
         self._held = _identity(self._folder)
-        return dropped
+        return metrics.dropped, faults
+
+    def records(self) -> Records:
+        """What the next checkpoint says of the files."""
+        return Records(session=self.session, files={name: chain.written() for name, chain in self.chains.items()})
 
     def record(self, event: Event) -> Iterator[Warned]:
         """Write an event down. A file that cannot be written is warned of, its lines kept for the next time."""
@@ -212,15 +243,48 @@ class Recorder:
                 self._held = _identity(self._folder)
             if self._steps:
                 # On the disk before the checkpoint of that step, from which a resumed run starts.
-                append(self._folder / METRICS, (asdict(each) for each in self._steps), durable=True)
+                self._append(METRICS, [asdict(each) for each in self._steps], durable=True)
                 self._steps = ()
             if self._lines:
                 heading = {"version": VERSION, "session": self.session}
-                append(self._folder / EVENTS, ({**heading, **line} for line in self._lines), durable=False)
+                self._append(EVENTS, [{**heading, **line} for line in self._lines], durable=False)
                 self._lines = []
         except OSError as error:
             kind = "metrics" if isinstance(event, Logged) else "events"
             yield Warned(f"{kind} could not be written and are kept for the next time: {error}")
+
+    def _append(self, name: str, lines: list[dict[str, Any]], *, durable: bool) -> None:
+        append(self._folder / name, lines, durable=durable)
+        for line in lines:
+            self.chains[name].add(line)
+
+
+def open_records(
+    recorder: Recorder, plan: Plan, survey: Survey, estimate: Estimate, start: Start, resumed: Mapping[str, Any] | None
+) -> list[Noted | Warned]:
+    """Begin a session where the run starts; what was said of later steps goes, and later checkpoints are renamed.
+
+    resumed: as `write_run_files` has it; what is wrong with the records is added. Raises CheckpointError.
+    """
+    output, step = plan.config.run.output_dir, start.state.step
+    checkpoints = output / CHECKPOINTS
+    own = start.folder is not None and start.folder.parent.resolve() == checkpoints.resolve()
+    before = Records.read(start.folder) if own else None
+    told: list[Noted | Warned] = []
+    try:
+        dropped, faults = recorder.begin(step, before, whole_file=own)
+        more = {"changes": [*resumed["changes"], *faults]} if resumed is not None else {}
+        write_run_files(plan, survey, estimate, None if resumed is None else {**resumed, **more})
+        told += [
+            Noted(f"a later checkpoint was renamed to {folder}") for folder in checkpoint.set_aside(checkpoints, step)
+        ]
+    except OSError as error:
+        raise _unwritable(output, error) from error
+    if dropped:
+        told.append(Noted(f"{counted(dropped, 'later step')} {'was' if dropped == 1 else 'were'} cut from {METRICS}"))
+    if start.folder is not None and not own:
+        told.append(Noted(f"{METRICS} begins at step {step + 1}; earlier steps are beside {start.folder.parent}"))
+    return told + [Warned(fault) for fault in faults]
 
 
 def validation_owed(folder: Path, step: int, due: bool) -> bool:
@@ -234,44 +298,6 @@ def validation_owed(folder: Path, step: int, due: bool) -> bool:
             record = json.loads(line)
             if record.get("step") == step and record["event"] in ("validating", "validated"):
                 owed = record["event"] == "validating" or bool(record["interrupted"])
-        except (ValueError, KeyError, TypeError, AttributeError):  # a line that a killed run did not end
+        except UNREAD:  # a line that a killed run did not end
             continue
     return owed
-
-
-def append(path: Path, records: Iterable[Mapping[str, Any]], *, durable: bool) -> None:
-    """Add a line for each record. durable: synced to the disk. Raises OSError, the file then being as it was."""
-    data = memoryview("".join(json.dumps(record) + "\n" for record in records).encode())
-    # Without a buffer: what it still held would be written when the file is closed, after the truncation.
-    with path.open("ab", buffering=0) as file:
-        before = file.tell()
-        try:
-            while data:
-                data = data[file.write(data) :]
-            if durable:
-                os.fsync(file.fileno())
-        except OSError:
-            # What was written of a line would run into the next one.
-            os.truncate(path, before)
-            raise
-
-
-def cut_back(path: Path, kept: Callable[[Mapping[str, Any]], bool]) -> int:
-    """Drop the lines that are not to be kept, and torn ones. Gives how many whole lines were dropped. Raises OSError."""
-    if not path.exists():
-        return 0
-    lines, dropped = [], 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        try:
-            keep = kept(json.loads(line))
-        except (ValueError, KeyError, TypeError):  # a line that a killed run did not end
-            continue
-        if keep:
-            lines.append(line if line.endswith("\n") else line + "\n")
-        else:
-            dropped += 1
-    # Aside, then renamed: a crash leaves the old file or the new one.
-    aside = path.with_suffix(".jsonl.partial")
-    aside.write_text("".join(lines), encoding="utf-8")
-    aside.replace(path)
-    return dropped

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from vtrain.contract import (
     CheckpointError,
@@ -40,18 +40,20 @@ from vtrain.data.scanning.quarantine import move_bad
 from vtrain.data.scanning.scan import Scan, scan
 from vtrain.data.scanning.surveys import Survey
 from vtrain.estimate.estimate import Doing, Estimate, make_estimate, remedies
-from vtrain.estimate.render import counted, sections
-from vtrain.plan.records import CHECKPOINTS, SAMPLES
+from vtrain.estimate.render import sections
+from vtrain.plan.records import SAMPLES
 from vtrain.registry.blame import blame
 from vtrain.run.collector import uncollected
 from vtrain.run.inbox import Inbox
+from vtrain.run.lines import RecordsPiece
 from vtrain.run.listeners import Listeners, saved_states, trackers
-from vtrain.run.output import Recorder, hold, occupied, validation_owed, write_run_files
+from vtrain.run.output import Recorder, hold, occupied, open_records, validation_owed, write_run_files
 from vtrain.run.prepare import extra_texts, planned, scanned
 
 if TYPE_CHECKING:
     from vtrain.data.caching.caches import Caches, FilledCaches
     from vtrain.train.assemble import Trainer
+    from vtrain.train.checkpoint import Piece
     from vtrain.train.processes import Processes
     from vtrain.train.resume import Start
     from vtrain.validate.generate import Validation
@@ -93,6 +95,7 @@ class Session:
         self._listeners: Listeners | None = None
         self._lock = ExitStack()
         self._data: Data | None = None
+        self._resumed: dict[str, Any] | None = None
         self.signal: int | None = None
 
     def __enter__(self) -> Session:
@@ -204,7 +207,7 @@ class Session:
         if self._is_done(start, estimate):
             yield Ended(start.state.step, estimate.steps, "nothing to do")
             return
-        for notice in start.notices:
+        for notice in (*start.notices, *start.changes):
             yield Noted(notice)
         data = self._data = yield from self._read(found, estimate)
         self._inbox.look()
@@ -241,7 +244,7 @@ class Session:
             self._lock.enter_context(hold(self.plan.config.run.output_dir))
         except CheckpointError as error:
             raise error.__cause__ if isinstance(error.__cause__, OSError) else error from error
-        write_run_files(self.plan, self._data.survey, self._data.estimate)
+        write_run_files(self.plan, self._data.survey, self._data.estimate, self._resumed)
 
     def _start(self) -> Start:
         from vtrain.train.resume import find_start
@@ -334,10 +337,7 @@ class Session:
         from vtrain.train.resume import settings
 
         start, steps = trainer.start, data.estimate.steps
-        for text in trainer.changes():
-            yield Noted(text)
-        for text in self.processes.from_first(lambda: self._cut_back(data, start.state.step)):
-            yield Noted(text)
+        yield from self.processes.from_first(lambda: self._opened(trainer, data))
         values = {key: setting.value for key, setting in settings(self.plan).items()}
         saved = self.processes.from_first(lambda: saved_states(start.folder))
         if self.processes.first:
@@ -345,27 +345,20 @@ class Session:
             self._listeners = Listeners(trackers(self.plan.config), info, saved)
         yield Started(self._recorder.session, start.state.step, steps, start.folder, values)
 
-    def _cut_back(self, data: Data, step: int) -> list[str]:
-        """Open the records at the step that the run starts from; what was said of later ones."""
-        from vtrain.train import checkpoint
-
-        output = self.plan.config.run.output_dir
-        try:
-            write_run_files(self.plan, data.survey, data.estimate)
-            dropped = self._recorder.begin(step)
-            moved = checkpoint.set_aside(output / CHECKPOINTS, step)
-        except OSError as error:
-            raise CheckpointError(Problem(str(output), f"the output folder cannot be written: {error}.")) from error
-        said = [f"a later checkpoint was renamed to {folder}" for folder in moved]
-        if dropped:
-            said.append(f"{counted(dropped, 'later step')} {'was' if dropped == 1 else 'were'} cut from metrics.jsonl")
-        return said
+    def _opened(self, trainer: Trainer, data: Data) -> list[Noted | Warned]:
+        """Open the records at the step that the run starts from; what is not as it was at the checkpoint."""
+        start, changes = trainer.start, list(trainer.changes())
+        if start.folder is not None:
+            texts = [*start.changes, *(each.text for each in changes)]
+            self._resumed = {"checkpoint": str(start.folder), "step": start.state.step, "changes": texts}
+        return changes + open_records(self._recorder, self.plan, data.survey, data.estimate, start, self._resumed)
 
     def _trained(self, trainer: Trainer, caches: Caches) -> Iterator[Event]:
         """Every step, with what is due between them."""
         validate = self._validation(trainer, caches)
         with self._inbox.listening() if self._signals else nullcontext(), self._explained("training"):
-            also = [self._listeners.piece] if self._listeners is not None and self.plan.config.trackers else []
+            also: list[Piece] = [RecordsPiece(self._recorder.records)]
+            also += [self._listeners.piece] if self._listeners is not None and self.plan.config.trackers else []
             owed = partial(validation_owed, self.plan.config.run.output_dir)
             for event in trainer.run(self._inbox, validate, also, owed):
                 if isinstance(event, Ended):

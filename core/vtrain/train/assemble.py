@@ -16,22 +16,22 @@ from vtrain.contract import (
     Denoiser,
     Device,
     Event,
+    Noted,
     OptimizerSpec,
     Options,
     Problem,
     RunLength,
     Saved,
-    SupportsFeatures,
     Warned,
 )
 from vtrain.data.batches import Batches
 from vtrain.data.caching.caches import Caches
 from vtrain.data.index import Index
-from vtrain.data.scanning.database import HASHES, FileHashes
 from vtrain.data.seeds import derive
 from vtrain.estimate.estimate import Estimate
 from vtrain.plan.records import CHECKPOINTS, Plan
 from vtrain.train import checkpoint
+from vtrain.train.changes import Samples, SamplesPiece, data_changes, encoder_changes
 from vtrain.train.checkpoint import Piece
 from vtrain.train.loop import Ends, Interval, Loop, Requests, Validate
 from vtrain.train.parameters import add_lora, base_mark, groups, lora_settings, lr_factor, own_rates, trained
@@ -45,7 +45,7 @@ from vtrain.train.pieces import (
 )
 from vtrain.train.prefetch import Prefetcher
 from vtrain.train.processes import Processes
-from vtrain.train.resume import RunState, Start, settings
+from vtrain.train.resume import RunState, Start, encoder_marks, feature_marks, settings
 from vtrain.train.step import Step, Term, open_teachers
 
 
@@ -53,8 +53,8 @@ from vtrain.train.step import Step, Term, open_teachers
 class Trainer:
     """A run ready to go. denoiser, step: the model as trained and what wraps it.
 
-    base, data, features: marks of what it stands on, as in RunState. pieces: what a checkpoint keeps of it.
-    held: what stays in memory beside them until the run ends: teachers that run at each step.
+    base, data, features, encoders: marks of what it stands on, as in RunState. pieces: what a checkpoint keeps of it and loads.
+    samples: what it keeps of the data. held: what stays in memory beside them until the run ends: teachers that run at each step.
     """
 
     plan: Plan
@@ -66,10 +66,12 @@ class Trainer:
     denoiser: Denoiser
     base: str
     features: Mapping[str, str]
+    encoders: Mapping[str, str]
     step: Step
     optimizer: torch.optim.Optimizer
     named: list[tuple[str, Tensor]]
     pieces: tuple[Piece, ...]
+    samples: SamplesPiece
     held: ExitStack
 
     def run(
@@ -105,31 +107,32 @@ class Trainer:
             )
             yield from loop.run(config.checkpoint, interval, at_start=table.at_start if table else False)
 
-    def changes(self) -> Iterator[str]:
-        """What a resumed run stands on, where it is not what it was."""
-        before = self.start.state
-        if self.start.folder is None:
+    def changes(self) -> Iterator[Noted | Warned]:
+        """What a resumed run stands on, where it is not what it was. Raises CheckpointError if the checkpoint does not say."""
+        before, folder = self.start.state, self.start.folder
+        if folder is None:
             return
-        if before.data != self.data:
-            yield f"the data changed since the checkpoint: {before.data} -> {self.data}; the order is the new data's from here"
+        yield from data_changes(before.data, self.data, Samples.read(folder), Samples.of(self.samples.index))
+        yield from encoder_changes(before.encoders, self.encoders)
         for name, mark in self.features.items():
             if before.features.get(name, mark) != mark:
                 what = "its encoder's weights or an option that shapes them changed"
-                yield f"the features of {name} changed since the checkpoint: {what}; training continues with its saved weights"
+                text = f"the features of {name} changed since the checkpoint: {what}"
+                yield Noted(f"{text}; training continues with its saved weights")
 
     def save(self, also: Sequence[Piece], step: int, micro_batch: int) -> Iterator[Event]:
         """Write the checkpoint of `step` on the first process and let old ones go. Raises CheckpointError on all."""
         values = {key: setting.value for key, setting in settings(self.plan).items()}
-        state = RunState(step, micro_batch, values, self.data, self.base, self.features)
-        pieces = (*self.pieces, *also, CountersPiece(state), ConfigPiece(self.plan.config.text))
+        config = self.plan.config
+        marks = (self.data, self.base, self.features, self.encoders)
+        state = RunState(step, micro_batch, values, *marks, str(config.path.parent))
+        pieces = (*self.pieces, *also, self.samples, CountersPiece(state), ConfigPiece(config.text))
 
         def write() -> tuple[Saved, str]:
-            parent = self.plan.config.run.output_dir / CHECKPOINTS
+            parent = config.run.output_dir / CHECKPOINTS
             folder = checkpoint.write(parent, step, pieces)
             try:
-                return Saved(
-                    step, folder, tuple(checkpoint.prune(parent, self.plan.config.checkpoint.keep, folder))
-                ), ""
+                return Saved(step, folder, tuple(checkpoint.prune(parent, config.checkpoint.keep, folder))), ""
             # The new checkpoint is whole and has verified: old ones that stay cost disk alone.
             except OSError as error:
                 return Saved(step, folder), f"an older checkpoint could not be deleted: {error}"
@@ -155,7 +158,7 @@ def assemble(
     denoiser.gradient_checkpointing(plan.config.precision.gradient_checkpointing)
     modules = build_regularizers(plan, processes.device)
     # The first process alone: gigabytes of weights may be hashed, and the hashes are kept in SQLite.
-    features = processes.from_first(lambda: feature_marks(plan))
+    features, encoders = processes.from_first(lambda: (feature_marks(plan), encoder_marks(plan)))
     with ExitStack() as held:  # what is in memory goes again if something below fails
         teachers = open_teachers(plan, str(processes.device), held)
         terms = {name: Term(modules[name], part.needs().taps, teachers.get(name)) for name, part in plan.regularizers}
@@ -177,8 +180,8 @@ def assemble(
         batches = Batches(plan, caches, index)
         held.callback(batches.close)
         return Trainer(
-            plan, estimate, start, index.mark(), batches, processes, denoiser, base, features, step, optimizer, named,
-            pieces, held.pop_all(),
+            plan, estimate, start, index.mark(), batches, processes, denoiser, base, features, encoders, step, optimizer,
+            named, pieces, SamplesPiece(index), held.pop_all(),
         )  # fmt: skip
 
 
@@ -221,13 +224,3 @@ def build_regularizers(plan: Plan, device: Device) -> dict[str, nn.Module]:
         module = regularizer.load(dict.fromkeys(regularizer.needs().taps, plan.family.block_width))
         modules[name] = module.to(device.torch)
     return modules
-
-
-def feature_marks(plan: Plan) -> dict[str, str]:
-    """Regularizer -> fingerprint of its features, of those that read some. Raises ModelError."""
-    hash_file = FileHashes(plan.config.cache.dir / HASHES)
-    return {
-        name: part.feature_fingerprint(hash_file)
-        for name, part in plan.regularizers
-        if part.needs().features is not None and isinstance(part, SupportsFeatures)
-    }

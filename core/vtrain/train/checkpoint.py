@@ -15,20 +15,23 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 from safetensors import SafetensorError
 
 from vtrain.contract import CheckpointError, Problem
 from vtrain.estimate.estimate import bytes_text
+from vtrain.plan.make import CHECKPOINT
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
 MANIFEST = "MANIFEST.json"
 FORMAT = 1
-NAME = re.compile(r"step-(\d{6,})")
 PARTIAL = ".partial"
 CHUNK = 1 << 22
 LEFT_BY_FILE_MANAGERS = re.compile(r"\.DS_Store|\._.*|\.directory|Thumbs\.db|desktop\.ini", re.IGNORECASE)
@@ -86,12 +89,16 @@ class Fault:
 
 
 class _Entry(BaseModel):
-    size: int
-    sha256: str
+    model_config = ConfigDict(strict=True)
+
+    size: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
 class _Manifest(BaseModel):
     """files: path in the folder, with / -> its content. pieces: name -> paths of its files; None before vtrain wrote it."""
+
+    model_config = ConfigDict(strict=True)
 
     format: int
     files: dict[str, _Entry]
@@ -104,6 +111,35 @@ class _UnsoundError(Exception):
 
 class _IncompleteError(Exception):
     """A piece did not write what it should."""
+
+
+def misread(file: Path, *faults: str) -> CheckpointError:
+    """A sound checkpoint's file says what it cannot say."""
+    remedy = "Name another checkpoint in run.resume, or move this one away."
+    return CheckpointError(Problem(str(file), fault, remedy) for fault in faults)
+
+
+def read_json(file: Path) -> Any:
+    """What a checkpoint's file says. Raises CheckpointError if it cannot be read."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # JSON that is nested too deep
+        raise misread(file, f"cannot be read: {error}.") from error
+
+
+def read_model(file: Path, model: type[ModelT]) -> ModelT:
+    """The same as a model, all of whose fields are checked. Raises CheckpointError with each that is wrong."""
+    try:
+        return model.model_validate(read_json(file))
+    except ValidationError as error:
+        raise misread(file, *(f"{_misfit(found)}." for found in error.errors())) from error
+
+
+def _misfit(found: ErrorDetails) -> str:
+    """In one line."""
+    shown, message = json.dumps(found["input"], default=str), found["msg"]
+    what = "" if found["type"] == "missing" or len(shown) > 60 else f" is {shown}"
+    return f"{'.'.join(map(str, found['loc'])) or 'all of it'}{what}: {message[0].lower()}{message[1:]}"
 
 
 def checkpoint_name(step: int) -> str:
@@ -280,9 +316,7 @@ def _manifest(folder: Path) -> _Manifest:
     except FileNotFoundError:
         raise _UnsoundError(f"it has no {MANIFEST}, so it was never finished") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "all of it"
-        raise _UnsoundError(f"{unreadable}: {place}: {first['msg']}") from None
+        raise _UnsoundError(f"{unreadable}: {_misfit(error.errors()[0])}") from None
     except (OSError, ValueError, RecursionError) as error:  # JSON that is nested too deep
         raise _UnsoundError(f"{unreadable}: {error}") from None
 
@@ -323,7 +357,7 @@ def steps_saved(parent: Path) -> list[tuple[int, Path]]:
     """(step, folder) of all finished-looking checkpoints, oldest first. Nothing is verified."""
     if not parent.is_dir():
         return []
-    found = [(NAME.fullmatch(path.name), path) for path in parent.iterdir()]
+    found = [(CHECKPOINT.fullmatch(path.name), path) for path in parent.iterdir()]
     return sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
 
 

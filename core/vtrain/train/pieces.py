@@ -6,10 +6,11 @@ Tensors go into safetensors, all else into JSON and text: nothing is ever pickle
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from safetensors import SafetensorError
@@ -17,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vtrain.contract import CheckpointError, Denoiser, Problem, SupportsLora
-from vtrain.train.checkpoint import State
+from vtrain.train.checkpoint import State, misread, read_json
 from vtrain.train.parameters import load_lora_state, lora_state
-from vtrain.train.resume import STATE, RunState, write_state
+from vtrain.train.resume import MOST, STATE, RunState, write_state
 
 CONFIG = "config.toml"
 TENSORS = "optimizer.safetensors"
@@ -125,9 +126,16 @@ class RegularizerPiece:
     def load(self, folder: Path) -> None:
         file = folder / self.files[0]
         try:
-            self.module.load_state_dict(load_file(file))
+            found = load_file(file)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(Problem(str(file), f"cannot be read: {error}.")) from error
+            raise misread(file, f"cannot be read: {error}.") from error
+        for name, _ in self.module.named_parameters():
+            if name in found and not bool(found[name].isfinite().all()):
+                raise misread(file, f"{name} has numbers that are not finite.")
+        try:
+            self.module.load_state_dict(found)
+        except ValueError as error:  # of a state of its own, such as a running mean
+            raise misread(file, f"{error}.") from error
         except RuntimeError as error:
             # torch tells each weight on a line of its own, after one that names the class.
             lines = [line.strip().rstrip(".") for line in str(error).splitlines()[1:]]
@@ -171,13 +179,15 @@ class OptimizerPiece:
         """Raises CheckpointError when it cannot be read, or is of other parameters."""
         found, counted = _read(folder)
         # All of it is compared before anything is changed.
+        if faults := [*_state_faults(found), *self._group_faults(counted)]:
+            raise misread(folder / SCALARS, f"{'; '.join(faults[:5])}.")
         odd = self._misfits(found, counted)
         if odd:
             more = ", ..." if len(odd) > 5 else ""
             what = f"the optimizer's state is of other parameters ({', '.join(odd[:5])}{more})."
             raise CheckpointError(Problem(str(folder), what))
         for group, numbers in zip(self.optimizer.param_groups, counted, strict=True):
-            group.update({key: value for key, value in numbers.items() if key not in self.own})
+            group.update(_counted(numbers, self.own))
         counts_on_device = {
             id(parameter)
             for group in self.optimizer.param_groups
@@ -200,6 +210,15 @@ class OptimizerPiece:
             for key, value in self.optimizer.state.get(parameter, {}).items()
         }
 
+    def _group_faults(self, counted: list[dict[str, Any]]) -> Iterator[str]:
+        """What is stored as a count of a group and can be none: a count is a number, where the group now has none or another."""
+        for at, (numbers, group) in enumerate(zip(counted, self.optimizer.param_groups, strict=False)):
+            for key, value in numbers.items():
+                if not _is_number(value) or math.isnan(value):
+                    yield f"groups[{at}].{key} is {json.dumps(value)}, which is no number"
+                elif key in group and group[key] is not None and not _is_number(group[key]):
+                    yield f"groups[{at}].{key} is {value}, and it is no count of this optimizer"
+
     def _misfits(self, found: Mapping[str, Mapping[str, object]], counted: list[dict[str, Any]]) -> list[str]:
         """What is stored for parameters that there are not, or not in this shape."""
         odd = sorted(found.keys() - {name for name, _ in self.named})
@@ -210,23 +229,42 @@ class OptimizerPiece:
 
 def _counted(group: Mapping[str, object], own: Collection[str]) -> dict[str, int | float]:
     """Numbers of a group that no configuration gives. What torch's own classes keep there are settings of theirs."""
-    # To Python a bool is an int: a flag such as amsgrad is a setting and no count.
     fixed = {"lr", "initial_lr", *own}
-    return {
-        key: value
-        for key, value in group.items()
-        if key not in fixed and isinstance(value, int | float) and not isinstance(value, bool)
-    }
+    return {key: value for key, value in group.items() if key not in fixed and _is_number(value)}
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    # To Python a bool is an int: a flag such as amsgrad is a setting and no count.
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _state_faults(found: Mapping[str, Mapping[str, object]]) -> Iterator[str]:
+    """Single numbers of parameters' states that can be none: not finite, or a count of steps below 0."""
+    for name, state in found.items():
+        for field, value in state.items():
+            number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+            if field == "step" and not isinstance(number, Tensor) and not _is_number(number):
+                yield f"{name}{MARK}{field} is {json.dumps(number)}, which is no number"
+            elif isinstance(number, float) and math.isnan(number):
+                yield f"{name}{MARK}{field} is not a number"
+            elif field == "step" and isinstance(number, int | float) and not 0 <= number <= MOST:
+                yield f"{name}{MARK}{field} is {number:g}, which is no number of steps"
 
 
 def _read(folder: Path) -> tuple[dict[str, dict[str, object]], list[dict[str, Any]]]:
     """Parameter -> part of its state -> value; and what each group counted."""
+    stored = read_json(folder / SCALARS)
     try:
-        stored = json.loads((folder / SCALARS).read_text(encoding="utf-8"))
-        values: dict[str, object] = {**load_file(folder / TENSORS), **stored["state"]}
-        counted = [dict(group) for group in stored["groups"]]
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        raise CheckpointError(Problem(str(folder), f"the optimizer's state cannot be read: {error}.")) from error
+        tensors = load_file(folder / TENSORS)
+    except (OSError, SafetensorError) as error:
+        raise misread(folder / TENSORS, f"cannot be read: {error}.") from error
+    table = stored if isinstance(stored, dict) else {}
+    scalars, counted = table.get("state"), table.get("groups")
+    if not isinstance(scalars, dict):
+        raise misread(folder / SCALARS, '"state" is no table.')
+    if not isinstance(counted, list) or not all(isinstance(group, dict) for group in counted):
+        raise misread(folder / SCALARS, '"groups" is no list of tables.')
+    values: dict[str, object] = {**tensors, **scalars}
     found: dict[str, dict[str, object]] = {}
     for key, value in values.items():
         name, _, field = key.rpartition(MARK)

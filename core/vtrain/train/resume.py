@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
+from typing import Annotated, TypeGuard
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from vtrain.config.keys import KeyPath, as_called_now, key_path, key_text
 from vtrain.config.record import TABLES, Config, Value, rule_when_gone, show
-from vtrain.contract import CheckpointError, Problem, Resume
-from vtrain.plan.make import resume_path
+from vtrain.contract import CheckpointError, Problem, Resume, SupportsFeatures
+from vtrain.data.sample import TRANSFORM_VERSION
+from vtrain.data.scanning.database import HASHES, FileHashes
+from vtrain.plan.make import CHECKPOINT, checkpoints_there, resume_path
 from vtrain.plan.records import CHECKPOINTS, Plan
 from vtrain.train import checkpoint
+from vtrain.train.checkpoint import misread, read_model
 
 STATE = "state.json"
+MOST = 2**48
+"""Steps and micro-batches: no run has as many."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A resolved value of the configuration, and what another one means at a resume."""
+    """A resolved value of the configuration, and what another one means at a resume. location: it says where something is."""
 
     value: Value
     resume: Resume
+    location: bool = False
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,10 @@ class Change:
     old: object
     new: Value
     resume: Resume
+    location: bool = False
+
+    def __str__(self) -> str:
+        return f"changed since the checkpoint: {self.key}: {_show(self.old)} -> {_show(self.new)}"
 
 
 @dataclass(frozen=True)
@@ -42,7 +57,9 @@ class RunState:
 
     step: optimizer steps done. micro_batch: the next global one. settings: key -> value. data: names the samples and
     their shapes (`Index.mark`). base: names the weights under an adapter (`base_mark`), "" when all weights are trained.
-    features: regularizer -> fingerprint of the features that it learns from, of those that read some.
+    features: regularizer -> fingerprint of the features that it learns from, of those that read some. encoders: marks of
+    what makes clips and captions latents and embeddings (`encoder_marks`). folder: the configuration file's, absolute. The
+    last two are empty in checkpoints of before.
     """
 
     step: int
@@ -51,15 +68,37 @@ class RunState:
     data: str
     base: str
     features: Mapping[str, str] = field(default_factory=dict)
+    encoders: Mapping[str, str] = field(default_factory=dict)
+    folder: str = ""
+
+
+Count = Annotated[int, Field(ge=0, le=MOST)]
+
+
+class _Stored(BaseModel):
+    """The fields of a RunState as a file may have them."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    step: Count
+    micro_batch: Count
+    settings: dict[str, JsonValue]
+    data: str
+    base: str
+    features: dict[str, str] = {}
+    encoders: dict[str, str] = {}
+    folder: str = ""
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins. folder: the checkpoint it goes on from, None for a new run. notices: to tell the user."""
+    """Where a run begins. folder: the checkpoint it goes on from, None for a new run. notices: to tell the user. changes:
+    settings that are not what they were, which the user is told too."""
 
     folder: Path | None
     state: RunState
     notices: tuple[str, ...]
+    changes: tuple[str, ...] = ()
 
 
 def settings(plan: Plan) -> dict[str, Setting]:
@@ -72,7 +111,7 @@ def settings(plan: Plan) -> dict[str, Setting]:
 
 def declared(config: Config) -> dict[str, Setting]:
     """Every value of the file or its default, with its resume rule; None where the plan decides."""
-    return {row.key: Setting(row.value, row.resume) for row in show(config) if row.key not in TABLES}
+    return {row.key: Setting(row.value, row.resume, row.location) for row in show(config) if row.key not in TABLES}
 
 
 def _resolved(plan: Plan) -> dict[KeyPath, Value]:
@@ -96,12 +135,53 @@ def _resolved(plan: Plan) -> dict[KeyPath, Value]:
     return values
 
 
+def encoder_marks(plan: Plan) -> dict[str, str]:
+    """What makes clips and captions what training reads -> its fingerprint. Raises ModelError, DataError."""
+    hash_file = FileHashes(plan.config.cache.dir / HASHES)
+    scheduler = json.dumps(dict(plan.family.scheduler_config()), sort_keys=True, default=str)
+    return {
+        "text": plan.family.text_fingerprint(hash_file),
+        "video": plan.family.video_fingerprint(hash_file),
+        "scheduler": hashlib.sha256(scheduler.encode()).hexdigest(),
+        "transform": str(TRANSFORM_VERSION),
+    }
+
+
+ENCODERS: Mapping[str, str] = {"text": "text encoder", "video": "video codec", "scheduler": "scheduler's configuration"}
+"""Of `encoder_marks`, what a model folder holds beside the denoiser."""
+
+
+def feature_marks(plan: Plan) -> dict[str, str]:
+    """Regularizer -> fingerprint of its features, of those that read some. Raises ModelError."""
+    hash_file = FileHashes(plan.config.cache.dir / HASHES)
+    return {
+        name: part.feature_fingerprint(hash_file)
+        for name, part in plan.regularizers
+        if part.needs().features is not None and isinstance(part, SupportsFeatures)
+    }
+
+
 def read_state(folder: Path) -> RunState:
-    """Raises CheckpointError when the state cannot be read."""
-    try:
-        return RunState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(Problem(str(folder / STATE), f"cannot be read: {error}.")) from error
+    """Raises CheckpointError when the state cannot be read, or says what it cannot say."""
+    file = folder / STATE
+    state = RunState(**dict(read_model(file, _Stored)))
+    if faults := list(_state_faults(state, folder)):
+        raise misread(file, *faults)
+    return state
+
+
+def _state_faults(state: RunState, folder: Path) -> Iterator[str]:
+    """What in it contradicts itself, or its folder's name."""
+    named = CHECKPOINT.match(folder.name)
+    if named is not None and int(named[1]) != state.step:
+        yield f"step is {state.step}, and the folder is that of step {int(named[1])}."
+    if state.micro_batch < state.step:
+        yield f"micro_batch is {state.micro_batch}, and {state.step} steps have taken one each at least."
+    for key in state.settings:
+        try:
+            key_path(key)
+        except ValueError:
+            yield f"settings: {json.dumps(key)} is no key."
 
 
 def write_state(folder: Path, state: RunState) -> None:
@@ -119,21 +199,71 @@ def find_start(plan: Plan) -> Start:
     if folder is None:
         return Start(None, RunState(0, 0, values, "", ""), tuple(notices))
     state = read_state(folder)
-    changes = compare(state.settings, now)
-    refused = [change for change in changes if change.resume == "refuse"]
-    if refused:
+    changes, moved = compare(state.settings, now), Moved.of(state, plan.config)
+    refused = [(each.key, _refused(plan, state, each, moved)) for each in changes if each.resume == "refuse"]
+    if any(why for _, why in refused):
         remedy = "Set it back, or choose another run.output_dir."
-        words = {each.key: f"was {_show(each.old)} and is now {_show(each.new)}" for each in refused}
         raise CheckpointError(
-            Problem(key, f"{change}; this cannot change in a run that resumes from {folder}.", remedy)
-            for key, change in words.items()
+            Problem(key, f"{why}; this cannot change in a run that resumes from {folder}.", remedy)
+            for key, why in refused
+            if why
         )
     notices.append(f"resuming from {folder} (step {state.step})")
-    reported = [change for change in changes if change.resume == "tell"]
-    notices += [
-        f"changed since the checkpoint: {each.key}: {_show(each.old)} -> {_show(each.new)}" for each in reported
-    ]
-    return Start(folder, state, tuple(notices))
+    reported = (each for each in changes if each.resume != "free" and not (each.location and moved.alike(each)))
+    return Start(folder, state, tuple(notices), tuple(map(str, reported)))
+
+
+def _refused(plan: Plan, state: RunState, change: Change, moved: Moved) -> str:
+    """Why a setting that may not change has; "" for another place with the same model or encoder in it, by its fingerprints.
+
+    Of a model the denoiser is not looked at: a checkpoint has all its weights, or the mark of those under its adapter.
+    """
+    what = f"was {_show(change.old)} and is now {_show(change.new)}"
+    if not change.location:
+        return what
+    table, *rest = key_path(change.key)
+    words, before, now = ENCODERS, state.encoders, {}
+    if table == "regularizer":
+        name = next((name for at, (name, _) in enumerate(plan.regularizers) if at == rest[0]), "")
+        words, before = {name: "encoder"}, state.features
+    if words.keys() <= before.keys():
+        now = encoder_marks(plan) if table == "model" else feature_marks(plan)
+    if not words.keys() <= now.keys():  # nothing says what was there, or what is
+        return "" if moved.alike(change) else what
+    odd = [word for key, word in words.items() if before[key] != now[key]]
+    return f"{what}, where the {' and the '.join(odd)} {'are others' if odd[1:] else 'is another'}" if odd else ""
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Where a project was and where it is now."""
+
+    old: str
+    new: str
+
+    @classmethod
+    def of(cls, state: RunState, config: Config) -> Moved:
+        """By the configuration file's folder, or, in a checkpoint of before, by the output folder."""
+        if state.folder:
+            return cls(state.folder, str(config.path.parent))
+        output = str(config.run.output_dir)
+        was = state.settings.get("run.output_dir")
+        return cls(was if isinstance(was, str) else output, output)
+
+    def alike(self, change: Change) -> bool:
+        """Whether the same way leads to both places, from where the project was and from where it is."""
+        if not (_is_path(change.old) and _is_path(change.new)):
+            return False
+        return os.path.relpath(change.old, self.old) == os.path.relpath(change.new, self.new)
+
+
+def _is_path(value: object) -> TypeGuard[str]:
+    """Whether it is a place on this machine, as options have it: no hub id and no URL."""
+    return isinstance(value, str) and Path(value).is_absolute() and "\0" not in value
+
+
+def _same_place(old: object, new: object) -> bool:
+    return _is_path(old) and _is_path(new) and os.path.realpath(old) == os.path.realpath(new)
 
 
 def compare(old: Mapping[str, object], new: Mapping[str, Setting]) -> list[Change]:
@@ -145,8 +275,9 @@ def compare(old: Mapping[str, object], new: Mapping[str, Setting]) -> list[Chang
     changes = []
     for key in sorted({*before, *new}):
         setting = new.get(key) or Setting(None, rule_when_gone(key_path(key)))
-        if before.get(key) != setting.value:
-            changes.append(Change(key, before.get(key), setting.value, setting.resume))
+        was = before.get(key)
+        if was != setting.value and not (setting.location and _same_place(was, setting.value)):
+            changes.append(Change(key, was, setting.value, setting.resume, setting.location))
     return changes
 
 
@@ -179,7 +310,9 @@ def _numbers(table: str, old: Mapping[KeyPath, object], new: Mapping[str, Settin
     now = {part: int(path[1]) for path, part in paths.items()}
     gone = count(len(now))
     return {
-        path[1]: now[str(part)] if part in now else next(gone) for path, part in old.items() if _names_part(path, table)
+        path[1]: now[str(part)] if str(part) in now else next(gone)
+        for path, part in old.items()
+        if _names_part(path, table)
     }
 
 
@@ -208,7 +341,8 @@ def _choose(config: Config) -> tuple[Path | None, list[str]]:
         folder = resume_path(config)
         reason = checkpoint.fault(folder)
         if reason is not None:
-            raise CheckpointError(Problem(str(folder), f"this checkpoint is not sound: {reason}.", "Name another one."))
+            remedy = f"Name another one. {checkpoints_there(config)}"
+            raise CheckpointError(Problem(str(folder), f"this checkpoint is not sound: {reason}.", remedy))
         return folder, []
     folder_or_none, faults = checkpoint.latest(parent)
     # Not from step 0 over them: a run that cannot find its checkpoints must not take their place.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import time
 from dataclasses import replace
 
 import pytest
@@ -151,6 +152,21 @@ def lines(*standings: Filling) -> list[str]:
     for each in standings:
         terminal.show(each)
     return [line.split("  ")[0].rstrip() for line in out.getvalue().splitlines()]
+
+
+@pytest.mark.parametrize("width", [60, 80, 160])
+def test_filling_shows_its_counter_at_any_width_and_what_is_left_at_80(width: int) -> None:
+    out, console = console_of(width)
+    terminal = Terminal(console)
+    terminal.show(Filling("features (crepa)", 0, 123_456, unread=500))
+    filling = terminal._filling
+    filling.paces["features (crepa)"] = replace(filling.paces["features (crepa)"], began=time.monotonic() - 5000)
+    terminal.show(Filling("features (crepa)", 9000, 123_456))
+    filling.bar.refresh()
+    filling.stop()
+    assert re.search(r"encoding features \(crepa\) +9000/123456 ", last_line(out))
+    assert "left 17:" in last_line(out)
+    assert ("1.8 clips/s" in last_line(out)) is (width > 60)
 
 
 def test_clips_that_cannot_be_used_are_not_told_as_cached() -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from vtrain import api
-from vtrain.cli.report import print_json, print_table, say
+from vtrain.cli.report import looking, print_json, print_table, say
 from vtrain.cli.terminal import Terminal
 from vtrain.contract import ConfigError, Problem
 from vtrain.data.caching import inventory
@@ -39,18 +39,19 @@ def fill(path: Path) -> None:
 def status(path: Path, as_json: bool) -> None:
     """What of a run's entries is there. Raises what planning and scanning raise."""
     plan = planned(path)
+    folder = plan.config.cache.dir
+    if not as_json:
+        say(f"cache: {folder}")  # what follows takes seconds
     with blame(plan.config.parts()):
         wanted = _wanted(plan)
-    folder = plan.config.cache.dir
     found = [inventory.take(Entries(folder, kind), kind, wanted[kind]) for kind in KINDS]
     found.append(inventory.take_databases(folder))
     if as_json:
         print_json({"folder": str(folder), **{each.kind: asdict(each) for each in found}})
         return
-    say(f"cache: {folder}")
     heads = ("entries", "wanted", "present", "bytes", "missing", "damaged", "stale", "leftovers", "other files")
     used = [each for each in found if each.kind in ("text", "video") or each.wanted or _has_files(each)]
-    print_table(heads, [_row(each) for each in used])
+    print_table(heads, [_row(each) for each in used], turned=True)
     _explain(found)
 
 
@@ -87,15 +88,16 @@ def prune(paths: Sequence[Path], yes: bool) -> None:
     if len(folders) > 1:
         what = f"they have caches of their own: {', '.join(map(str, folders))}."
         raise ConfigError(Problem(", ".join(map(str, paths)), what, "Give those that share one folder."))
+    folder = next(iter(folders))
+    say(f"cache: {folder}")  # what follows takes seconds
     each: list[dict[str, Wanted]] = []
     for plan in plans:
         with blame(plan.config.parts()):
             each.append(_wanted(plan))
         check_all_read(each[-1], str(plan.config.path))
-    folder, wanted = next(iter(folders)), union(each)
+    wanted = union(each)
     found = [file for kind in KINDS for file in inventory.prunable(Entries(folder, kind), wanted[kind])]
     found += inventory.databases(folder)
-    say(f"cache: {folder}")
     say(_amounts(found))
     if not found:
         return
@@ -184,7 +186,8 @@ def _wanted(plan: Plan) -> dict[str, Wanted]:
     from vtrain.data.caching.caches import keys
     from vtrain.data.caching.inventory import Stores, wanted
 
-    scanned = scan(plan)
+    with looking() as on_file:
+        scanned = scan(plan, on_file)
     for message in scanned.messages:
         say(message, err=True)
     stores = Stores(plan)

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import typer
 from rich.cells import cell_len, set_cell_size
-from rich.console import Console
 
-from vtrain.cli.report import columns, folded, one_line, print_table, say
+from vtrain.cli.report import columns, folded, looking, one_line, print_table, say
 from vtrain.contract import ConfigError, DataError, Problem
 from vtrain.contract.specs import did_you_mean, listed
 from vtrain.data.scanning.files import STATUSES, Count, Files, SourceFile, look
@@ -25,9 +24,6 @@ _NAME = 40
 
 _WORDS = 60
 """Columns for a caption where lines are not those of a terminal."""
-
-_EVERY = 100
-"""Files between one sign of progress and the next."""
 
 
 def list_files(path: Path, statuses: Sequence[str], dataset: str | None, as_json: bool, limit: int | None) -> None:
@@ -61,13 +57,7 @@ def check_dataset(plan: Plan, dataset: str) -> None:
 
 def looked(plan: Plan, dataset: str | None = None) -> Files:
     """Scan; on a terminal it is shown how far that is."""
-    console = Console(stderr=True, highlight=False)
-    with console.status("looking at the files") as status, blame(plan.config.parts()):
-
-        def on_file(done: int) -> None:
-            if done % _EVERY == 0:
-                status.update(f"looking at the files: {done}")
-
+    with looking() as on_file, blame(plan.config.parts()):
         files = look(plan, dataset, on_file)
     for message in files.messages:
         say(message, err=True)

@@ -138,13 +138,9 @@ class FillingLines:
         self.processes = 1
         self.paces: dict[str, Pace] = {}
         self.said = 0.0
-        columns = (
-            TextColumn("{task.description}"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=24),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[pace]}"),
-        )
+        # On a narrow terminal rich would shorten the counter first.
+        bar = (MofNCompleteColumn(), BarColumn(bar_width=24), TimeElapsedColumn()) if console.width >= WIDE else ()
+        columns = (TextColumn("{task.description}"), *bar, TextColumn("{task.fields[pace]}"))
         self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
         self.tasks: dict[str, TaskID] = {}
 
@@ -160,10 +156,11 @@ class FillingLines:
             self.say(f"{stage}: {now.done} of {total} cached{_to_do(now)}{self._whose()}")
             if over < total:
                 words = escape(f"encoding {stage}")
-                self.tasks[stage] = self.bar.add_task(words, total=total, completed=over, pace="")
+                pace = escape(self.beside(stage, over, total, ""))
+                self.tasks[stage] = self.bar.add_task(words, total=total, completed=over, pace=pace)
             return
         pace = self.paces[stage].words(over, total, time.monotonic(), self.UNITS.get(stage, "clips"))
-        self.bar.update(self.tasks[stage], completed=over, pace=escape(pace))
+        self.bar.update(self.tasks[stage], completed=over, pace=escape(self.beside(stage, over, total, pace)))
         late = time.monotonic() - self.said > self.LINE_EVERY
         if over == total or (late and not self.console.is_terminal):
             there = now.done - now.made > self.paces[stage].found
@@ -171,6 +168,14 @@ class FillingLines:
             unusable = f", {now.unusable} cannot be used" if now.unusable else ""
             if made or unusable or not self.console.is_terminal:
                 self.say(f"{stage}: {now.done} of {total} cached{made}{unusable}  {pace}")
+
+    def beside(self, stage: str, over: int, total: int, pace: str) -> str:
+        """What stands beside the stage's name: on a narrow terminal the counter too, and of the pace what fits."""
+        if self.console.width >= WIDE:
+            return pace
+        parts: list[Part] = [(f"{over}/{total}", 0)]
+        parts += [(words, 1 if words.startswith("left ") else 2) for words in pace.split("  ") if words]
+        return fitting(parts, self.console.width - len(f"encoding {stage} "))
 
     def _whose(self) -> str:
         return f" (the first process's share of {self.processes})" if self.processes > 1 else ""

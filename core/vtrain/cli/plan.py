@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from vtrain import api
-from vtrain.cli.report import bold, columns, folded, print_json, print_table, say, visible
+from vtrain.cli.report import bold, columns, folded, looking, print_json, print_table, say, visible
 from vtrain.config import json_schema, load, show
 from vtrain.config.findings import shown
 from vtrain.contract import Section
@@ -41,7 +41,8 @@ def show_config(path: Path, as_json: bool) -> None:
 
 def plan(config: Path, as_json_text: bool) -> None:
     """Print the plan of `config`. Raises what `prepare` raises. Without rich, whose console takes as long as a scan."""
-    prepared = api.plan(config)
+    with looking() as on_file:
+        prepared = api.plan(config, on_file)
     if as_json_text:
         print(json.dumps(as_json(prepared.plan, prepared.scan.survey, prepared.estimate), indent=2))  # noqa: T201
         return

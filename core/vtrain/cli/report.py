@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import zip_longest
 from textwrap import wrap
 from typing import TYPE_CHECKING, TextIO
@@ -21,6 +22,9 @@ _NARROW = 30
 """Columns of a terminal that words need to stand beside other cells."""
 _PADDED = 40
 """Columns of a file that a cell is padded to: one long one would push what follows in every row far to the right."""
+
+_EVERY = 100
+"""Files between one sign of progress and the next."""
 
 
 def visible(text: str) -> str:
@@ -74,6 +78,26 @@ def say(text: str, *, err: bool = False) -> None:
     typer.echo("\n".join(folded(one_line(text), width, rest="  ")), err=err)
 
 
+@contextmanager
+def looking() -> Iterator[Callable[[int], None] | None]:
+    """For the length of a scan: what to call with the number of files so far, shown on a terminal's line that goes at the end."""
+    if not sys.stderr.isatty() or os.environ.get("TERM") in ("dumb", "unknown"):
+        yield None
+        return
+
+    def show(done: int) -> None:
+        if done % _EVERY == 0:
+            sys.stderr.write(f"\r\x1b[2Klooking at the files{f': {done}' if done else ''}")
+            sys.stderr.flush()
+
+    try:
+        show(0)
+        yield show
+    finally:
+        sys.stderr.write("\r\x1b[2K")
+        sys.stderr.flush()
+
+
 def report_error(error: VtrainError) -> None:
     """Every problem on stderr: where, what, remedy."""
     count, width = len(error.problems), columns(sys.stderr)
@@ -91,8 +115,11 @@ def print_json(value: object) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def print_table(heads: Cells, rows: Sequence[Cells]) -> None:
-    """Columns. On a terminal as wide as it is; into a file or a pipe every row is one line, without colour."""
+def print_table(heads: Cells, rows: Sequence[Cells], *, turned: bool = False) -> None:
+    """Columns. On a terminal as wide as it is; into a file or a pipe every row is one line, without colour.
+
+    turned: where a terminal is too narrow, a row is a column: for tables of many numbers and few rows.
+    """
     clean = [[visible(cell).replace("\n", " ") for cell in row] for row in rows]
     width = columns(sys.stdout)
     if width is None:
@@ -100,6 +127,8 @@ def print_table(heads: Cells, rows: Sequence[Cells]) -> None:
         for row in [heads, *clean]:
             typer.echo(_row(row, widths))
         return
+    if turned and sum(max(map(len, column)) + 2 for column in zip(heads, *clean, strict=True)) > width:
+        heads, *clean = (list(cells) for cells in zip(heads, *clean, strict=True))
     title, *lines = table_lines(heads, clean, width)
     typer.echo("\n".join(map(bold, title)))
     for each in lines:

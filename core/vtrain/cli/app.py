@@ -44,8 +44,8 @@ def _version(wanted: bool) -> None:
 
 def _say_at_once(config: Path) -> None:
     """What happens in the seconds that follow: torch is imported before anything else can be said."""
-    if os.environ.get("RANK", "0") == "0" and config.is_file():
-        with suppress(OSError):  # nobody reads: what comes next finds out, and saves
+    with suppress(OSError):  # a file that may not be read, or nobody who reads: what comes next says so
+        if os.environ.get("RANK", "0") == "0" and config.is_file():
             typer.echo(f"{config}: loading torch, then looking at every file")
 
 

@@ -39,9 +39,13 @@ def install(session: nox.Session, *more: str, extras: str = "") -> None:
     session.install("-q", "-c", CONSTRAINTS, "-e", f".{extras}", "-e", "./sanavideo_plugin", *more)
 
 
+INSTALLING = "installing torch, diffusers and vtrain first: the first time minutes, by your network; later seconds"
+
+
 @nox.session
 def demo(session: nox.Session) -> None:
     """A model of random weights learns to make what the prompt says; a judge reads it back from the pixels."""
+    session.log(f"{INSTALLING}. Then the demo: four to six minutes on two cores")
     install(session, extras="[plot]")
     session.run("python", "examples/world/demo.py", *session.posargs)
 
@@ -49,6 +53,7 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def clips(session: nox.Session) -> None:
     """Seven real clips through everything, with a model too small to learn them; about a minute."""
+    session.log(f"{INSTALLING}. Then about a minute")
     install(session, extras="[plot]")
     session.run("python", "examples/demo.py", *session.posargs)
 

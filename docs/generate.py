@@ -13,6 +13,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from vtrain.config import TABLES, Option, Table, describe
+from vtrain.config.schema import REFUSED
 from vtrain.contract import Catalog, DatasetStatistics, Options, Registered, Section, StepMetrics
 from vtrain.contract.events import EVENTS
 from vtrain.contract.specs import NOUNS
@@ -23,7 +24,6 @@ ENTRY_POINTS = ("builtin", "sanavideo")
 """The plugins of this repository; whatever else is installed is not documented here."""
 
 PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-NOTE = " (may not change when a run is resumed)"
 
 
 def catalog() -> Catalog:
@@ -53,7 +53,7 @@ def grid(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str]:
 def option_rows(options: type[Options]) -> Iterator[tuple[str, ...]]:
     for option in describe(options):
         default = "required" if option.required else f"`{option.default}`" if option.default else "absent"
-        meaning = option.meaning.removesuffix(NOTE)
+        meaning = option.meaning.removesuffix(REFUSED)
         yield f"`{option.key}`", option.type, default, option.limits, meaning, option.resume
 
 
@@ -102,7 +102,7 @@ def rules() -> Iterator[tuple[str, Option]]:
 
 
 def rule_grid(rule: str) -> Iterator[str]:
-    rows = [(f"`{key}`", option.meaning.removesuffix(NOTE)) for key, option in rules() if option.resume == rule]
+    rows = [(f"`{key}`", option.meaning.removesuffix(REFUSED)) for key, option in rules() if option.resume == rule]
     yield from grid(("key", "meaning"), rows)
 
 

@@ -45,6 +45,11 @@ def main() -> int:
     )
     output = parser.parse_args().output.resolve()
     checkpoint, run = output / "tiny-checkpoint", output / "run"
+    print(
+        "Seven real clips through everything: scanning, encoding, 300 steps of training, videos, checkpoints. The model is\n"
+        "too small to learn them. It takes about a minute; Ctrl-C saves, and the same command resumes.",
+        flush=True,
+    )
     if not (checkpoint / "model_index.json").exists():
         print(f"making a tiny checkpoint in the real format: {checkpoint}", flush=True)
         tiny.build(checkpoint)

@@ -24,14 +24,15 @@ if TYPE_CHECKING:
     from vtrain.run.session import Session
 
 
-def plan(config: Path | str) -> Prepared:
+def plan(config: Path | str, on_file: Callable[[int], None] | None = None) -> Prepared:
     """Everything a run would do, without loading a weight: the plan, what was found in the data, the estimate. Imports no torch.
 
+    on_file: called with the number of files that were looked at so far.
     Raises ConfigError, ModelError, PluginError or DataError with every problem found.
     """
     from vtrain.run.prepare import prepare
 
-    return prepare(Path(config))
+    return prepare(Path(config), on_file)
 
 
 def run(

@@ -70,10 +70,10 @@ def write_config(source: Path, target: Path, changes: Mapping[str, str]) -> Path
 def make_inputs(output: Path, clips: int) -> None:
     """Clips and checkpoint, unless they are there."""
     if len(list((output / "clips").glob("*.txt"))) < clips:
-        print(f"drawing {clips} clips: {output / 'clips'}", flush=True)
+        print(f"\n1. drawing {clips} clips of 9 frames and their captions: {output / 'clips'}", flush=True)
         world.write_clips(output / "clips", world.clips(clips, seed=0))
     if not (output / "checkpoint" / "model_index.json").exists():
-        print(f"making the checkpoint: {output / 'checkpoint'}", flush=True)
+        print(f"\n2. making a checkpoint of 4.9 M random weights: {output / 'checkpoint'}", flush=True)
         checkpoint.build(output / "checkpoint")
 
 
@@ -104,6 +104,18 @@ def train(config: Path) -> int:
     return code
 
 
+def introduction(length: Length) -> str:
+    """What is going to happen, and how long that takes."""
+    minutes = {WHOLE: "four to six", SHORT: "two to four"}.get(length)
+    time = f"It takes {minutes} minutes on two cores; Ctrl-C saves, and the same command resumes.\n" if minutes else ""
+    return (
+        'A model of random weights learns to make what the prompt says, such as "a red circle moves left".\n'
+        f"{time}Four parts: clips (seconds), a checkpoint (seconds), `vtrain run` (nearly all of the time: it encodes\n"
+        f"the clips, trains {length.steps} steps, and makes videos and a checkpoint every {length.every}), and a judge\n"
+        "(half a minute) that reads colour, shape and direction back from the pixels."
+    )
+
+
 def judged(plan: Plan, prompts: int, scratch: Path) -> tuple[dict[int, evaluate.Accuracy], list[evaluate.Answer]]:
     """Accuracy of every checkpoint, and all answers of the last one."""
     curve, found = {}, []
@@ -131,15 +143,18 @@ def main() -> int:
     length = Length(chosen.steps, chosen.steps // 2) if chosen.steps else length
     output, begun = chosen.output.resolve(), time.monotonic()
     output.mkdir(parents=True, exist_ok=True)
+    print(introduction(length), flush=True)
     make_inputs(output, chosen.clips)
     changes = {**moved(output), **length.changes, **precision()}
     config = write_config(HERE / "world.toml", output / "world.toml", changes)
+    print(f"\n3. vtrain run {config}", flush=True)
     started = time.monotonic()
     if (code := train(config)) != 0:
         return code
     trained = time.monotonic()
     plan = planned(config)
     run = plan.config.run.output_dir
+    print("\n4. judging: each checkpoint makes videos of prompts, and their words are read from the pixels", flush=True)
     curve, last = judged(plan, chosen.prompts, run / "judged")
     seconds = {"vtrain run": trained - started, "all": time.monotonic() - begun}
     result = {

@@ -100,6 +100,7 @@ def main() -> int:
     checkpoint = evaluate.newest(planned(trained / "world.toml").config.run.output_dir)
     folder = trained / "lora"
     folder.mkdir(exist_ok=True)
+    print("20 clips of purple, 200 steps of LoRA on the demo's model; then a judge, before and after", flush=True)
     config = prepare(trained, checkpoint, folder)
     if (code := demo.train(config)) != 0:
         return code

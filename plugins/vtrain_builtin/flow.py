@@ -6,7 +6,7 @@ x_s = (1 - s) x0 + s e and target v = e - x0 (Liu et al., arXiv 2209.03003). Tra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -92,6 +92,14 @@ class Flow:
         self, predict: Predict, noise: Tensor, steps: int, on_step: Callable[[int, Tensor], None] | None = None
     ) -> Tensor:
         """Euler from 1 to 0 on `steps` intervals; the state is fp32. Raises ValueError for steps < 1."""
+        state = noise
+        for number, state in enumerate(self.solving(predict, noise, steps), start=1):
+            if on_step is not None:
+                on_step(number, state)
+        return state
+
+    def solving(self, predict: Predict, noise: Tensor, steps: int) -> Iterator[Tensor]:
+        """SupportsStepwise."""
         import torch
 
         if steps < 1:
@@ -102,9 +110,7 @@ class Flow:
         for number in range(steps):
             here = self._at(grid[number].expand(len(state)))
             state = state + (grid[number + 1] - grid[number]) * predict(state, here).float()
-            if on_step is not None:
-                on_step(number + 1, state)
-        return state
+            yield state
 
 
 FLOW = SamplerSpec(

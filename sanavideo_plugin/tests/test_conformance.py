@@ -30,6 +30,26 @@ class TestSampler(SamplerTests):
         return FLOW.build(FLOW.options(), family.scheduler_config())
 
 
+def sampled_by(name: str, **settings: object) -> Sampler:
+    """With another scheduler that a checkpoint may carry."""
+    return FLOW.build(FLOW.options(), {"_class_name": name, **settings})
+
+
+class TestEulerSampler(SamplerTests):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def sampler(cls) -> Sampler:
+        return sampled_by("FlowMatchEulerDiscreteScheduler", shift=8.0)
+
+
+class TestUniPCSampler(SamplerTests):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def sampler(cls) -> Sampler:
+        flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 8.0}
+        return sampled_by("UniPCMultistepScheduler", **flow)
+
+
 class TestFamilySpec(SpecTests):
     table: Mapping[str, object] = {"path": "owner/name"}
 

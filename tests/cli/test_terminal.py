@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import re
+import time
 from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
-from vtrain.cli.terminal import Terminal, TrainingLines, numbers
-from vtrain.contract import Ended, Filling, Logged, Started, StepMetrics, Stepped
+from vtrain.cli.live import TrainingLines, generating, numbers
+from vtrain.cli.terminal import Terminal
+from vtrain.contract import Ended, Filling, Generating, Logged, Noted, Started, StepMetrics, Stepped, Validated
 
 ROW = StepMetrics(3, 0.3, 1.25, 1.5, 1e-3, 0.5, [], [], 0.1, 0.0, 2**30)
 
@@ -34,15 +36,109 @@ def test_where_the_line_is_short_what_matters_least_goes_first() -> None:
     assert shown[3:] == ["loss 1.2500  left 0:00:01", "loss 1.2500"]
 
 
+def last_line(out: io.StringIO) -> str:
+    """What stands on the live line at the end."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue()).replace("\r", "\n").strip().splitlines()[-1]
+
+
+def console_of(width: int) -> tuple[io.StringIO, Console]:
+    out = io.StringIO()
+    return out, Console(file=out, width=width, force_terminal=True, color_system=None, legacy_windows=False)
+
+
+def test_80_columns_have_loss_rate_and_time_left_of_a_long_run_with_a_term() -> None:
+    out, console = console_of(80)
+    training = TrainingLines(console, 400_000, 0)
+    terms = {"crepa/loss": -0.25, "crepa/similarity": 0.5, "crepa/weight": 0.5}
+    training.show(Logged((replace(ROW, step=12_345, seconds=6.5, terms=terms),)))
+    training.stop()
+    assert last_line(out) == "step  12345/400000 loss 1.2500  lr 1.00e-03  6.5 s/step  left 29 days, 3:55:58"
+
+
+def test_a_validation_shows_which_video_and_which_solver_step_and_then_the_numbers_again() -> None:
+    out, console = console_of(80)
+    terminal = Terminal(console)
+    terminal.show(Started(1, 60, 300, None, {}))
+    terminal.show(Stepped(67))
+    terminal.show(Logged((replace(ROW, step=67),)))
+    terminal.show(Generating(67, "solving", 1, 3, 0, 50))
+    terminal.show(Generating(67, "solving", 2, 3, 12, 50))
+    assert terminal._training is not None
+    bar = terminal._training._bar
+    assert bar is not None
+    bar.refresh()
+    assert last_line(out).startswith("step  67/300 validating  video 2 of 3  solver step 12 of 50  decoding in ")
+    terminal.show(Validated(67, {}, None))
+    bar.refresh()
+    assert "67/300 loss 1.2500" in last_line(out)
+    bar.stop()
+
+
+def test_what_a_validation_shows_fits() -> None:
+    now = Generating(67, "solving", 2, 3, 10, 50)
+    whole = "validating  video 2 of 3  solver step 10 of 50  decoding in 0:01:30"
+    assert generating(now, 60) == whole
+    assert generating(now, 60, 50) == "video 2 of 3  solver step 10 of 50"
+    assert generating(now, 60, 20) == "video 2 of 3"
+    assert generating(replace(now, stage="decoding", solved=50), 60) == "validating  decoding video 2 of 3"
+    assert "decoding in" not in generating(Generating(67, "solving", 1, 3, 0, 50), 0)
+
+
+def test_into_a_file_a_validation_says_now_and_then_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    training = TrainingLines(Console(file=out, width=200), 300, 0)
+    for solved in range(3):
+        training.show(Generating(67, "solving", 1, 1, solved, 50))
+    assert out.getvalue() == ""
+    monkeypatch.setattr(TrainingLines, "LINE_EVERY", -1.0)
+    training.show(Generating(67, "solving", 1, 1, 3, 50))
+    assert out.getvalue().startswith("step 67/300  validating  video 1 of 1  solver step 3 of 50")
+
+
+def ending(event: Ended) -> list[str]:
+    out = io.StringIO()
+    Terminal(Console(file=out, width=200)).show(event)
+    return out.getvalue().splitlines()[2:]
+
+
+def test_failed_validations_are_told_again_at_the_end() -> None:
+    failed = dict.fromkeys((100, 200, 300, 400, 500), ("no room",)) | {500: ("no codec", "no room")}
+    assert ending(Ended(500, 500, "finished", None, failed, last_validation_failed=True)) == [
+        "WARNING: validation at step 500 failed: no codec",
+        "WARNING: validation at steps 500, 400, 300 and 2 before failed: no room",
+        "WARNING: the same command makes the videos of step 500 again",
+    ]
+    each_its_own = {step: (f"no {step}",) for step in range(1, 31)}
+    shown = ending(Ended(500, 500, "finished", None, each_its_own))
+    assert shown[0] == "WARNING: validation at step 30 failed: no 30"
+    assert shown[10:] == ["WARNING: 20 more of them: events.jsonl in the output folder has all"]
+    assert ending(Ended(500, 500, "finished", None, {100: ("no room",)})) == [
+        "WARNING: validation at step 100 failed: no room"
+    ]
+    assert ending(Ended(500, 500, "finished")) == []
+
+
+def test_a_terminal_breaks_a_text_between_words_and_a_pipe_not_at_all() -> None:
+    text = "a text " * 30 + "/a/path/" + "folder/" * 20
+    out, console = console_of(40)
+    Terminal(console).show(Noted(text))
+    lines = out.getvalue().splitlines()
+    assert " ".join(out.getvalue().split()) == " ".join(text.split())
+    assert all(len(line) < 40 or "/" in line for line in lines)
+    assert len(lines) > 5
+    piped = io.StringIO()
+    Terminal(Console(file=piped, width=40, soft_wrap=True)).show(Noted(text))
+    assert piped.getvalue() == f"{text}\n"
+
+
 @pytest.mark.parametrize("width", [80, 100, 140])
 def test_the_live_line_has_its_step_and_what_is_left_at_any_width(width: int) -> None:
-    out = io.StringIO()
-    console = Console(file=out, width=width, force_terminal=True, color_system=None, legacy_windows=False)
+    out, console = console_of(width)
     training = TrainingLines(console, 300, 0)
     training.show(Stepped(67))
     training.show(Logged((replace(ROW, step=67, seconds=0.06),)))
     training.stop()
-    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue()).replace("\r", "\n").strip().splitlines()[-1]
+    last = last_line(out)
     assert "67/300" in last
     assert "left 0:00:14" in last
     assert "…" not in last
@@ -75,6 +171,21 @@ def lines(*standings: Filling) -> list[str]:
     for each in standings:
         terminal.show(each)
     return [line.split("  ")[0].rstrip() for line in out.getvalue().splitlines()]
+
+
+@pytest.mark.parametrize("width", [60, 80, 160])
+def test_filling_shows_its_counter_at_any_width_and_what_is_left_at_80(width: int) -> None:
+    out, console = console_of(width)
+    terminal = Terminal(console)
+    terminal.show(Filling("features (crepa)", 0, 123_456, unread=500))
+    filling = terminal._filling
+    filling.paces["features (crepa)"] = replace(filling.paces["features (crepa)"], began=time.monotonic() - 5000)
+    terminal.show(Filling("features (crepa)", 9000, 123_456))
+    filling.bar.refresh()
+    filling.stop()
+    assert re.search(r"encoding features \(crepa\) +9000/123456 ", last_line(out))
+    assert "left 17:" in last_line(out)
+    assert ("1.8 clips/s" in last_line(out)) is (width > 60)
 
 
 def test_clips_that_cannot_be_used_are_not_told_as_cached() -> None:

@@ -13,6 +13,7 @@ import pytest
 import vtrain.contract
 import vtrain.testing
 from vtrain.cli.app import app
+from vtrain.cli.run import UNVALIDATED
 from vtrain.contract import HOOK_SPECS, VtrainError
 from vtrain.data.decoding.video import SUFFIXES
 from vtrain_sanavideo.geometry import OFFICIAL_480P
@@ -67,6 +68,8 @@ def test_the_classes_of_errors_are_the_codes(root: Path) -> None:
     classes = {name for name in vars(vtrain.contract) if name.endswith("Error")} - {VtrainError.__name__}
     assert set(re.findall(r"^\| `(\w+Error)` \|", text, flags=re.MULTILINE)) == classes
     assert VtrainError.exit_code == 2
+    codes = re.findall(r"^\| ([\d, ]+) \|", text, flags=re.MULTILINE)
+    assert codes[:3] == ["0", str(VtrainError.exit_code), str(UNVALIDATED)]
 
 
 def test_the_changelog_names_every_command(root: Path) -> None:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from vtrain.contract import ClipShape, ConfigError, Size
+from vtrain.contract import ClipShape, ConfigError, Problem, Size
 from vtrain.plan.make import make_plan
 from vtrain.plan.records import Plan
+from vtrain_builtin.flow import Flow
 
 PlanOf = Callable[..., Plan]
 VALIDATION = 'every = "5 steps"\nprompts = { a = "b" }\n'
@@ -61,6 +62,19 @@ def refused(plan_of: PlanOf, **tables: str) -> str:
     with pytest.raises(ConfigError) as caught:
         plan_of(**tables)
     return str(caught.value)
+
+
+def test_a_number_of_steps_that_the_sampler_cannot_solve_is_a_problem_with_its_line(
+    plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check_steps(_: Flow, steps: int) -> list[Problem]:
+        return [Problem("", "its levels are 8.", "Set 8 or less.")] if steps > 8 else []
+
+    monkeypatch.setattr(Flow, "check_steps", check_steps, raising=False)
+    text = refused(plan_of, validation=VALIDATION + "steps = 9")
+    assert text.endswith("config.toml:17: flow cannot solve 9 steps: its levels are 8. Set 8 or less.")
+    assert "cannot solve 50 steps" in refused(plan_of, validation=VALIDATION)
+    assert plan_of(validation=VALIDATION + "steps = 8").validation is not None
 
 
 def test_all_problems_between_tables_come_at_once_each_with_its_line(plan_of: PlanOf) -> None:

@@ -302,11 +302,11 @@ def test_another_folder_of_that_name_is_not_the_runs_own(tmp_path: Path) -> None
         ([], False, False),
         ([Validating(2, 1)], False, True),
         ([Validating(2, 1), Validated(2, {}, None, (), interrupted=True)], False, True),
-        ([Validating(2, 1), Validated(2, {}, None, ("no room",))], True, False),
+        ([Validating(2, 1), Validated(2, {}, None, ("no room",))], False, True),
         ([Validating(2, 1), Validated(2, {}, None), Validating(4, 1)], True, False),
     ],
 )
-def test_a_validation_is_owed_until_it_was_ended(tmp_path: Path, told: list[Event], due: bool, owed: bool) -> None:
+def test_a_validation_is_owed_until_it_was_made(tmp_path: Path, told: list[Event], due: bool, owed: bool) -> None:
     assert not validation_owed(tmp_path, 2, due), "of a run that recorded nothing, nothing is known"
     run(tmp_path, 0, Noted("begun"), *told)
     assert validation_owed(tmp_path, 2, due) is owed

@@ -101,6 +101,15 @@ def writing_noise(self: Flow, predict: Any, start: Tensor, steps: int, on_step: 
     return start.copy_(Flow.solve(self, predict, start, steps, on_step))
 
 
+def one_too_few(self: Flow, predict: Any, start: Tensor, steps: int, on_step: Any = None) -> Tensor:
+    """As diffusers at 150 steps, where it looks up the first step by its timestep and finds the second."""
+    return Flow.solve(self, predict, start, steps - (steps == 150), on_step)
+
+
+def all_at_once(self: Flow, predict: Any, start: Tensor, steps: int) -> Iterator[Tensor]:
+    yield from list(Flow.solving(self, predict, start, steps))
+
+
 SAMPLERS: Mapping[str, Callable[[], Subject]] = {
     "test_drawn_levels_are_fp32_in_the_unit_range": lambda: sampler(draw=wide_draw),
     "test_draws_come_from_the_generator_alone": lambda: sampler(draw=global_draw),
@@ -112,6 +121,9 @@ SAMPLERS: Mapping[str, Callable[[], Subject]] = {
     "test_a_perfect_denoiser_is_solved": lambda: clips(solve=wrong_sign),
     "test_predict_is_told_the_level_of_its_input": lambda: clips(solve=wrong_level),
     "test_solving_goes_from_noise_to_clean_in_so_many_calls": lambda: started(solve=extra_call),
+    "test_any_number_of_steps_is_solved_or_refused_before": lambda: sampler(solve=one_too_few) | {"number": 150},
+    "test_numbers_of_steps_are_refused_in_words": lambda: sampler(check_steps=lambda self, steps: ("too many",)),
+    "test_steps_one_by_one_are_what_solve_computes": lambda: started(solving=all_at_once),
     "test_on_step_counts_the_steps_done": lambda: started(solve=counting_from_zero),
     "test_solving_is_repeatable_and_keeps_its_noise": lambda: started(solve=writing_noise),
     "test_descriptions_are_texts": lambda: sampler(describe=lambda self: (("shift", 1.0),)),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +18,7 @@ import torch
 from vtrain.contract import TrainingError
 from vtrain.train.loop import Loop
 from vtrain.train.readings import Reading, check_finite
+from vtrain.validate.generate import Validator
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 VALIDATION = """
@@ -33,6 +37,9 @@ DIVERGES = "1e-3\nweight_decay = 1e38"
 def test_a_loss_that_is_not_finite_stops_and_names_the_samples_and_saves_nothing_of_it(folder, within: Run) -> None:
     done = within("run", folder.write(steps=40, save=5, lr=DIVERGES, log_every=10), check=2)
     assert "not finite; samples: clips/clip_" in done.stderr
+    broken = re.search(r"step (\d+): ", done.stderr)
+    assert broken is not None
+    assert [row["step"] for row in folder.rows()] == list(range(1, int(broken[1]))), "finite ones are kept"
     assert "Traceback" not in done.stderr
     assert not list((folder.output / "checkpoints").glob("step-*"))
 
@@ -100,9 +107,24 @@ def test_a_failing_validation_is_told_and_training_goes_on(folder, within: Run) 
     folder.write(more=VALIDATION, steps=6)
     folder.output.mkdir()
     (folder.output / "samples").write_text("in the way", encoding="utf-8")
-    printed = within("run", folder.config).stdout
+    printed = within("run", folder.config, check=3).stdout
     assert "WARNING: validation at step 3 failed" in printed
     assert "step 6 of 6: all steps are done" in printed
+    assert [line.partition(" failed: ")[0].removeprefix("WARNING: ") for line in printed.splitlines()[-3:]] == [
+        "validation at step 6", "validation at step 3", "the same command makes the videos of step 6 again",
+    ]  # fmt: skip
+
+
+def test_a_signal_has_the_exit_code_also_where_the_last_validation_failed(
+    folder, within: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise ValueError("no codec")
+
+    monkeypatch.setattr(Validator, "solving", fail)
+    printed = within("run", folder.write(more=VALIDATION, steps=6), check=128 + signal.SIGTERM).stdout
+    assert printed.splitlines()[-1] == "WARNING: validation at step 3 failed: ValueError: no codec"
 
 
 def test_a_failing_tracker_is_told_once_and_training_goes_on(folder, within: Run) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import equal
+from torch import equal, is_grad_enabled
 
 from vtrain import api
 from vtrain.contract import (
@@ -23,6 +23,7 @@ from vtrain.contract import (
     Failed,
     Filled,
     Filling,
+    Generating,
     Logged,
     Planned,
     Problem,
@@ -35,7 +36,7 @@ from vtrain.contract import (
     Validating,
     Warned,
 )
-from vtrain.contract.events import from_json
+from vtrain.contract.events import as_json, from_json
 from vtrain.run import listeners
 from vtrain.train import checkpoint
 from vtrain.validate import generate
@@ -131,9 +132,15 @@ def test_a_run_is_an_iterator_of_events_in_the_order_of_its_chapters(folder) -> 
     assert [event.step for event in events if isinstance(event, Saved)] == [3, 6]
     assert [event.step for event in events if isinstance(event, Validating | Validated)] == [3, 3, 6, 6]
     assert events[-1] == Ended(6, 6, "finished")
+    shares = [(e.step, e.stage, e.video, e.videos, e.solved) for e in events if isinstance(e, Generating)]
+    assert shares == [
+        (step, *how)
+        for step in (3, 6)
+        for how in (("solving", 1, 1, 0), ("solving", 1, 1, 1), ("solving", 1, 1, 2), ("decoding", 1, 1, 2))
+    ]
     lines = [json.loads(line) for line in (folder.output / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     read = [from_json(line) for line in lines]
-    kept = [event for event in events if type(event).__name__ not in ("Stepped", "Logged", "Filling")]
+    kept = [event for event in events if type(event).__name__ not in ("Stepped", "Logged", "Filling", "Generating")]
     assert [type(event) for event in read] == [type(event) for event in kept]
     assert read[-1] == kept[-1]
 
@@ -390,16 +397,43 @@ def test_a_stop_while_an_owed_validation_is_made_trains_no_step(folder) -> None:
     assert [event.step for event in events_of(config) if isinstance(event, Validated)] == [3, 6]
 
 
-def test_a_last_validation_that_fails_ends_a_finished_run_once(folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise ValueError("no codec")
+def fail(*_: object, **__: object) -> None:
+    raise ValueError("no codec")
 
-    config = folder.write(more=VALIDATION)
-    monkeypatch.setattr(generate.Validator, "latents", fail)
-    events = events_of(config)
-    assert [event.failures for event in events if isinstance(event, Validated)] == [("ValueError: no codec",)] * 2
-    assert events[-1] == Ended(6, 6, "finished")
+
+def test_a_last_validation_that_fails_is_told_at_the_end_and_made_again_by_the_same_command(
+    folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, why = folder.write(more=VALIDATION), ("ValueError: no codec",)
+    with monkeypatch.context() as broken:
+        broken.setattr(generate.Validator, "solving", fail)
+        for steps in ((3, 6), (6,)):
+            events = events_of(config)
+            assert [event.failures for event in events if isinstance(event, Validated)] == [why] * len(steps)
+            failed = dict.fromkeys(steps, why)
+            assert events[-1] == Ended(6, 6, "finished", None, failed, last_validation_failed=True)
+    assert events_of(config)[-1] == Ended(6, 6, "finished")
+    assert (folder.output / "samples" / "step-000006" / "one.mp4").exists()
     assert events_of(config)[-1] == Ended(6, 6, "nothing to do")
+
+
+def test_a_validation_that_failed_before_others_is_told_at_the_end_and_the_last_did_not_fail(
+    folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = []
+    with api.run(folder.write(more=VALIDATION)) as session, monkeypatch.context() as broken:
+        broken.setattr(generate.Validator, "solving", fail)
+        for event in session:
+            events.append(event)
+            if isinstance(event, Validated):
+                broken.undo()
+    assert events[-1] == Ended(6, 6, "finished", None, {3: ("ValueError: no codec",)})
+    assert from_json(json.loads(json.dumps(as_json(events[-1])))) == events[-1]
+
+
+def test_whoever_takes_events_while_videos_are_generated_is_not_without_gradients(folder) -> None:
+    with api.run(folder.write(more=VALIDATION)) as session:
+        assert all(is_grad_enabled() for event in session if isinstance(event, Generating))
 
 
 @pytest.mark.parametrize("way", ["call", "control file"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Optional
@@ -40,6 +42,13 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _say_at_once(config: Path) -> None:
+    """What happens in the seconds that follow: torch is imported before anything else can be said."""
+    with suppress(OSError):  # a file that may not be read, or nobody who reads: what comes next says so
+        if os.environ.get("RANK", "0") == "0" and config.is_file():
+            typer.echo(f"{config}: loading torch, then looking at every file")
+
+
 @app.callback()
 def _options(
     version: Annotated[
@@ -57,6 +66,8 @@ def _run(
     ] = False,
 ) -> None:
     """Train."""
+    if not json:
+        _say_at_once(config)
     from vtrain.cli.run import run
 
     run(config, json)
@@ -114,6 +125,7 @@ def _config_show(config: ConfigFile, json: Json = False) -> None:
 @cache.command("fill")
 def _cache_fill(config: ConfigFile) -> None:
     """Encode what a run would encode, without training; start it with torchrun to share the work."""
+    _say_at_once(config)
     from vtrain.cli.cache import fill
 
     fill(config)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from vtrain import api
-from vtrain.cli.report import print_json, print_table, visible
+from vtrain.cli.report import looking, print_json, print_table, say
 from vtrain.cli.terminal import Terminal
 from vtrain.contract import ConfigError, Problem
 from vtrain.data.caching import inventory
@@ -39,18 +39,19 @@ def fill(path: Path) -> None:
 def status(path: Path, as_json: bool) -> None:
     """What of a run's entries is there. Raises what planning and scanning raise."""
     plan = planned(path)
+    folder = plan.config.cache.dir
+    if not as_json:
+        say(f"cache: {folder}")  # what follows takes seconds
     with blame(plan.config.parts()):
         wanted = _wanted(plan)
-    folder = plan.config.cache.dir
     found = [inventory.take(Entries(folder, kind), kind, wanted[kind]) for kind in KINDS]
     found.append(inventory.take_databases(folder))
     if as_json:
         print_json({"folder": str(folder), **{each.kind: asdict(each) for each in found}})
         return
-    typer.echo(visible(f"cache: {folder}"))
     heads = ("entries", "wanted", "present", "bytes", "missing", "damaged", "stale", "leftovers", "other files")
     used = [each for each in found if each.kind in ("text", "video") or each.wanted or _has_files(each)]
-    print_table(heads, [_row(each) for each in used])
+    print_table(heads, [_row(each) for each in used], turned=True)
     _explain(found)
 
 
@@ -70,9 +71,9 @@ def _row(found: Inventory) -> tuple[str, ...]:
 def _explain(found: Sequence[Inventory]) -> None:
     """What to do about it."""
     if any(each.missing or each.damaged.count for each in found):
-        typer.echo("missing and damaged entries are made by `vtrain cache fill` or the next run")
+        say("missing and damaged entries are made by `vtrain cache fill` or the next run")
     if any(each.stale.count or each.leftovers.count for each in found):
-        typer.echo("stale: not used by this configuration, perhaps by another; `vtrain cache prune` deletes them")
+        say("stale: not used by this configuration, perhaps by another; `vtrain cache prune` deletes them")
 
 
 def prune(paths: Sequence[Path], yes: bool) -> None:
@@ -87,20 +88,21 @@ def prune(paths: Sequence[Path], yes: bool) -> None:
     if len(folders) > 1:
         what = f"they have caches of their own: {', '.join(map(str, folders))}."
         raise ConfigError(Problem(", ".join(map(str, paths)), what, "Give those that share one folder."))
+    folder = next(iter(folders))
+    say(f"cache: {folder}")  # what follows takes seconds
     each: list[dict[str, Wanted]] = []
     for plan in plans:
         with blame(plan.config.parts()):
             each.append(_wanted(plan))
         check_all_read(each[-1], str(plan.config.path))
-    folder, wanted = next(iter(folders)), union(each)
+    wanted = union(each)
     found = [file for kind in KINDS for file in inventory.prunable(Entries(folder, kind), wanted[kind])]
     found += inventory.databases(folder)
-    typer.echo(visible(f"cache: {folder}"))
-    typer.echo(_amounts(found))
+    say(_amounts(found))
     if not found:
         return
     if not yes:
-        typer.echo("nothing was deleted; --yes deletes them. Configurations that share the folder must be given too.")
+        say("nothing was deleted; --yes deletes them. Configurations that share the folder must be given too.")
         return
     _delete(found)
 
@@ -127,11 +129,11 @@ def _delete(found: Sequence[CacheFile]) -> None:
     try:
         kept = inventory.delete(found, count)
     except KeyboardInterrupt:
-        typer.echo(f"interrupted; {done['files']} of {len(found)} are deleted, the others are as they were", err=True)
+        say(f"interrupted; {done['files']} of {len(found)} are deleted, the others are as they were", err=True)
         raise
-    typer.echo(f"deleted {done['files']} files, {bytes_text(done['bytes'])}")
+    say(f"deleted {done['files']} files, {bytes_text(done['bytes'])}")
     for path, reason in kept:
-        typer.echo(visible(f"could not be deleted: {path}: {reason}"), err=True)
+        say(f"could not be deleted: {path}: {reason}", err=True)
     if kept:
         raise typer.Exit(2)
 
@@ -158,25 +160,23 @@ def verify(path: Path, as_json: bool) -> None:
         try:
             counts, damaged, unread = inventory.verify(folder, count)
         except KeyboardInterrupt:
-            typer.echo(
-                f"interrupted; {done['entries']} entries were read, and damaged ones among them moved aside", err=True
-            )
+            say(f"interrupted; {done['entries']} entries were read, and damaged ones among them moved aside", err=True)
             raise
     if as_json:
         found = [{"path": str(each.path), "reason": each.reason, "moved_to": str(each.aside)} for each in damaged]
         cannot = [{"path": str(path), "reason": reason} for path, reason in unread]
         print_json({"folder": str(folder), "read": counts, "damaged": found, "unreadable": cannot})
     else:
-        typer.echo(visible(f"cache: {folder}"))
+        say(f"cache: {folder}")
         for each in damaged:
-            typer.echo(visible(f"damaged: {each.path}: {each.reason}; moved to {each.aside.name}"))
+            say(f"damaged: {each.path}: {each.reason}; moved to {each.aside.name}")
         for path, reason in unread:
-            typer.echo(visible(f"cannot be read: {path}: {reason}"))
+            say(f"cannot be read: {path}: {reason}")
         read = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count or kind in ("text", "video"))
         sound = sum(counts.values()) - len(damaged)
-        typer.echo(f"{read} entries read, {sound} sound, {len(damaged)} damaged")
+        say(f"{read} entries read, {sound} sound, {len(damaged)} damaged")
         if damaged:
-            typer.echo("`vtrain cache fill` or the next run makes the damaged ones again")
+            say("`vtrain cache fill` or the next run makes the damaged ones again")
     if damaged or unread:
         raise typer.Exit(2)
 
@@ -186,9 +186,10 @@ def _wanted(plan: Plan) -> dict[str, Wanted]:
     from vtrain.data.caching.caches import keys
     from vtrain.data.caching.inventory import Stores, wanted
 
-    scanned = scan(plan)
+    with looking() as on_file:
+        scanned = scan(plan, on_file)
     for message in scanned.messages:
-        typer.echo(visible(message), err=True)
+        say(message, err=True)
     stores = Stores(plan)
     found = wanted(stores, scanned.samples, extra_texts(plan))
     pictures = frozenset(bytes.fromhex(key) for key in keys(stores).values())

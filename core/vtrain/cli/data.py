@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from textwrap import wrap
 
 import typer
 from rich.cells import cell_len, set_cell_size
-from rich.console import Console
 
-from vtrain.cli.report import one_line, print_table
+from vtrain.cli.report import columns, folded, looking, one_line, print_table, say
 from vtrain.contract import ConfigError, DataError, Problem
 from vtrain.contract.specs import did_you_mean, listed
 from vtrain.data.scanning.files import STATUSES, Count, Files, SourceFile, look
@@ -27,9 +24,6 @@ _NAME = 40
 
 _WORDS = 60
 """Columns for a caption where lines are not those of a terminal."""
-
-_EVERY = 100
-"""Files between one sign of progress and the next."""
 
 
 def list_files(path: Path, statuses: Sequence[str], dataset: str | None, as_json: bool, limit: int | None) -> None:
@@ -63,16 +57,10 @@ def check_dataset(plan: Plan, dataset: str) -> None:
 
 def looked(plan: Plan, dataset: str | None = None) -> Files:
     """Scan; on a terminal it is shown how far that is."""
-    console = Console(stderr=True, highlight=False)
-    with console.status("looking at the files") as status, blame(plan.config.parts()):
-
-        def on_file(done: int) -> None:
-            if done % _EVERY == 0:
-                status.update(f"looking at the files: {done}")
-
+    with looking() as on_file, blame(plan.config.parts()):
         files = look(plan, dataset, on_file)
     for message in files.messages:
-        typer.echo(one_line(message), err=True)
+        say(message, err=True)
     return files
 
 
@@ -113,27 +101,26 @@ def _table(files: Files, rows: Iterable[SourceFile]) -> int:
     widths = [files.widths(each) for each in files.datasets]
     bucket = max([len("bucket"), *(width for width, _ in widths)])
     name = min(_NAME, max([len("file"), *(width for _, width in widths)]))
-    several, terminal = len(files.datasets) > 1, sys.stdout.isatty()
-    columns = shutil.get_terminal_size().columns
+    several, width = len(files.datasets) > 1, columns(sys.stdout)
     shown = 0
 
     def lines() -> Iterator[str]:
         nonlocal shown
         head = f"{'status':7}  {'bucket':{bucket}}  windows  {'size':>9}  frames     fps  "
-        yield head + ("file" if terminal else f"{'file':{name}}  caption or reason")
+        yield head + (f"{'file':{name}}  caption or reason" if width is None else "file")
         for file in rows:
             shown += 1
             own = one_line(file.name if several else file.ref.id)
             shape = "-" if file.shape is None else str(file.shape)
             start = f"{file.status:7}  {shape:{bucket}}  {file.windows or '-':>7}  {_source(file)}  "
-            if terminal:
-                yield start + own
-                yield from wrap(
-                    _detail(file, columns - 6), columns - 1, initial_indent="    ", subsequent_indent="    "
-                )
-            else:
+            if width is None:
                 padded = set_cell_size(own, name) if cell_len(own) < name else own
                 yield f"{start}{padded}  {_detail(file, _WORDS)}".rstrip()
+                continue
+            beside = len(start) + cell_len(own) < width
+            yield start + own if beside else start.rstrip()
+            for text in ("" if beside else own, _detail(file, width - 6)):
+                yield from folded(text, width, "    ", "    ") if text else ()
 
     _write(lines())
     return shown
@@ -172,15 +159,17 @@ def _totals(files: Files, shown: int, statuses: Sequence[str]) -> None:
         number = {status: sum(each.files for each in counts if each.status == status) for status in STATUSES}
         total = sum(number.values())
         of_each = ", ".join(f"{number[status]} {status}" for status in STATUSES)
-        typer.echo(f"\n{one_line(dataset)}: {total} file{'s' if total != 1 else ''}: {of_each}")
+        typer.echo()
+        say(f"{dataset}: {total} file{'s' if total != 1 else ''}: {of_each}")
         skipped = [each for each in counts if each.status != "used" and each.status in statuses]
         if skipped:
             print_table(("files", "skipped", "such as"), [_count(each) for each in skipped])
         for note in files.notes(dataset):
-            typer.echo(one_line(note))
+            say(note)
     listed = sum(each.files for dataset in files.datasets for each in files.counts(dataset) if each.status in statuses)
     if shown < listed:
-        typer.echo(f"\n{shown} of {listed} are listed: --limit")
+        typer.echo()
+        say(f"{shown} of {listed} are listed: --limit")
 
 
 def _count(count: Count) -> tuple[str, str, str]:

@@ -30,7 +30,7 @@ from vtrain.cli.data_facts import (
     state_of,
     stretch_text,
 )
-from vtrain.cli.report import one_line
+from vtrain.cli.report import one_line, say
 from vtrain.contract import Caption, DataError, Device, Problem, Role, SupportsWording
 from vtrain.data.caching.inventory import DROPPED, Stores
 from vtrain.data.decoding.video import FileFault
@@ -125,7 +125,7 @@ def show_file(path: Path, name: str, asked: Asked, as_json: bool) -> None:
     else:
         show_facts(plan, file, samples, mask, windows, texts)
         if target is not None:
-            typer.echo(one_line(f"contact sheet: {target}"))
+            say(f"contact sheet: {target}")
     if faults := dict.fromkeys(fault for window in windows for fault in window.faults):
         raise DataError(Problem(file.name, f"{fault}.") for fault in faults)
 
@@ -283,11 +283,11 @@ def _reconstruct(
 
     sound = [(number, window) for number, window in enumerate(windows) if window.state == SOUND]
     if not sound:
-        typer.echo("--decode: no entry of this file is cached; `vtrain cache fill` makes them", err=True)
+        say("--decode: no entry of this file is cached; `vtrain cache fill` makes them", err=True)
         return
     device, notices = Device.find()
     for notice in notices:
-        typer.echo(f"WARNING: {notice}", err=True)
+        say(f"WARNING: {notice}", err=True)
     lower = ("CUDA_VISIBLE_DEVICES= (empty), which decodes on the CPU",)
     explained = device.explained("decoding cached latents", lower)
     with explained, plan.family.open_video_codec(str(device)) as codec, torch.no_grad():

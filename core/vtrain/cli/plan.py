@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 import typer
 
 from vtrain import api
-from vtrain.cli.report import bold, print_json, print_table, visible
+from vtrain.cli.report import bold, columns, folded, looking, print_json, print_table, say, visible
 from vtrain.config import json_schema, load, show
 from vtrain.config.findings import shown
 from vtrain.contract import Section
@@ -39,34 +41,56 @@ def show_config(path: Path, as_json: bool) -> None:
 
 def plan(config: Path, as_json_text: bool) -> None:
     """Print the plan of `config`. Raises what `prepare` raises. Without rich, whose console takes as long as a scan."""
-    prepared = api.plan(config)
+    with looking() as on_file:
+        prepared = api.plan(config, on_file)
     if as_json_text:
         print(json.dumps(as_json(prepared.plan, prepared.scan.survey, prepared.estimate), indent=2))  # noqa: T201
         return
     for message in prepared.scan.messages:
-        typer.echo(message)
-    for line, is_title in _lines(sections(prepared.plan, prepared.scan.survey, prepared.estimate)):
+        say(message)
+    found = sections(prepared.plan, prepared.scan.survey, prepared.estimate)
+    for line, is_title in section_lines(found, columns(sys.stdout)):
         typer.echo(bold(line) if is_title else line)
 
 
 def show_sections(console: Console, parts: Iterable[Section]) -> None:
-    """Sections on a console. Lines are as long as they are: no path is cut or wrapped."""
+    """Sections on a console; into a file or a pipe, lines are as long as they are."""
     from rich.markup import escape
 
-    for line, is_title in _lines(parts):
+    for line, is_title in section_lines(parts, console.width if console.is_terminal else None):
         console.print(escape(line), style="bold" if is_title else None, soft_wrap=True, highlight=False)
 
 
-def _lines(parts: Iterable[Section]) -> Iterator[tuple[str, bool]]:
-    """(line, whether it is a title): a title a section, its rows in columns."""
+def section_lines(parts: Iterable[Section], width: int | None) -> Iterator[tuple[str, bool]]:
+    """(line, whether it is a title): a title a section, its rows in columns. width: of a terminal, None for none.
+
+    There, texts go on below themselves, and a table's heads stand in several lines; no word is broken.
+    """
     for section in parts:
         yield visible(section.title), True
-        widths = [max(map(len, column)) for column in zip(*section.rows, strict=True)]
-        for row in section.rows:
-            # Columns of a table hold numbers, which stand under each other on the right.
-            rest = [
-                cell.rjust(width) if section.table else cell.ljust(width)
-                for cell, width in zip(row[1:], widths[1:], strict=True)
-            ]
-            line = visible("  ".join((row[0].ljust(widths[0]), *rest)).rstrip()).replace("\n", "\\n")
-            yield f"  {line}", False
+        rows = [[visible(cell).replace("\n", "\\n") for cell in row] for row in section.rows]
+        lines = _table(rows, width) if section.table else _texts(rows, width)
+        yield from ((f"  {line}".rstrip(), False) for line in lines)
+
+
+def _texts(rows: Sequence[Sequence[str]], width: int | None) -> Iterator[str]:
+    """(label, text ...) rows."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [cell.ljust(size) for cell, size in zip(row[:-1], widths, strict=False)]
+        start = "".join(f"{cell}  " for cell in cells)
+        yield from folded(row[-1], width and width - 2, start, " " * len(start))
+
+
+def _table(rows: Sequence[Sequence[str]], width: int | None) -> Iterator[str]:
+    """Rows of numbers, which stand under each other on the right; the first has the columns' names."""
+    heads = [[name] for name in rows[0]]
+    if width is not None and sum(max(map(len, column)) + 2 for column in zip(*rows, strict=True)) >= width:
+        heads = [wrap(name, max(map(len, (*name.split(), *cells)))) for name, *cells in zip(*rows, strict=True)]
+    most = max(map(len, heads))
+    names = zip(*([""] * (most - len(head)) + head for head in heads), strict=True)
+    whole = [*names, *rows[1:]]
+    widths = [max(map(len, column)) for column in zip(*whole, strict=True)]
+    for row in whole:
+        rest = (cell.rjust(size) for cell, size in zip(row[1:], widths[1:], strict=True))
+        yield "  ".join((row[0].ljust(widths[0]), *rest))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from vtrain.cli.report import print_json, print_table, visible
+from vtrain.cli.report import print_json, print_table, say
 from vtrain.contract import KINDS, Catalog, ConfigError, Failure, PluginError, Problem, Registered
 from vtrain.contract.specs import did_you_mean, listed, origin
 from vtrain.registry import discover
@@ -61,11 +61,13 @@ def show_plugin(name: str, kind: str | None, as_json: bool) -> None:
     for index, (part, options) in enumerate(described):
         if index:
             typer.echo()
-        typer.echo(visible(f"{part.spec.kind} {name}, from {origin(part)}: {part.spec.summary}"))
+        say(f"{part.spec.kind} {name}, from {origin(part)}: {part.spec.summary}")
         _print_options(options)
 
 
 def _print_options(options: Sequence[Option]) -> None:
+    from vtrain.config.schema import REFUSED
+
     if not options:
         typer.echo("It takes no options.")
         return
@@ -76,7 +78,7 @@ def _print_options(options: Sequence[Option]) -> None:
             "required" if option.required else option.default or "absent",
             option.limits,
             option.resume,
-            option.meaning,
+            option.meaning.removesuffix(REFUSED),  # `resume` says it
         )
         for option in options
     ]

@@ -13,20 +13,22 @@ from pathlib import Path
 
 from vtrain import api
 from vtrain.cli.terminal import Terminal
-from vtrain.contract.events import VERSION, Event, as_json
+from vtrain.contract.events import VERSION, Ended, Event, as_json
 
+UNVALIDATED = 3
+"""Exit code of a run that ended as it should, all saved, without the videos of its last validation."""
 CLOSED = (errno.EPIPE, errno.EIO)
 """A pipe that nobody reads, a terminal that is gone."""
 
 
 def run(config: Path, as_json_lines: bool = False) -> None:
-    """Train as `config` says. Exits with 0 at the last step.
+    """Train as `config` says. Exits with 0 at the end; with UNVALIDATED if the last validation failed.
 
     With 128 and the signal's number after Ctrl-C, SIGTERM and SIGHUP, and as for SIGPIPE where nobody reads standard output any
     more; everything is saved then.
     """
     terminal = Terminal(quiet=as_json_lines)
-    lines, unread = sys.stdout, False
+    lines, unread, unvalidated = sys.stdout, False, False
     # What a plugin prints must not stand between the lines of JSON.
     with (
         redirect_stdout(sys.stderr if as_json_lines else lines),
@@ -34,6 +36,7 @@ def run(config: Path, as_json_lines: bool = False) -> None:
         terminal.following(session),
     ):
         for event in session:
+            unvalidated |= isinstance(event, Ended) and event.last_validation_failed
             try:
                 if as_json_lines and session.processes.first and not unread:
                     print(_line(event), file=lines, flush=True)
@@ -51,6 +54,8 @@ def run(config: Path, as_json_lines: bool = False) -> None:
             sys.stderr.write(f"nobody reads standard output any more: saved and stopped; {terminal.again}\n")
     if session.signal is not None or unread:
         sys.exit(128 + (session.signal or signal.SIGPIPE))
+    if unvalidated:
+        sys.exit(UNVALIDATED)
 
 
 def _line(event: Event) -> str:

@@ -15,6 +15,9 @@ from vtrain.contract.specs import NOUNS, origin
 
 Schema = dict[str, Any]
 
+REFUSED = " (may not change when a run is resumed)"
+"""Ends the description of an option that a resumed run refuses, for editors, which do not show `resume`."""
+
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 
 
@@ -63,7 +66,7 @@ def _plain(schema: Schema) -> Schema:
         field.pop("title", None)
         field.setdefault("resume", "tell")
         if field["resume"] == "refuse":
-            field["description"] = f"{field.get('description', '')} (may not change when a run is resumed)".strip()
+            field["description"] = f"{field.get('description', '')}{REFUSED}".strip()
     return schema
 
 

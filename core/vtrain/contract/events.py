@@ -213,6 +213,23 @@ class Validating:
 
 
 @dataclass(frozen=True)
+class Generating:
+    """How far this process's share of a validation's videos is.
+
+    step: optimizer steps done by then. stage: "solving", after each solver step where the sampler tells them, else before
+    each video; "decoding", before each video, once all are solved. video: number of the one at work, from 1. videos: how many
+    this process generates. solved: solver steps of it that are done. solver_steps: how many it takes.
+    """
+
+    step: int
+    stage: Literal["solving", "decoding"]
+    video: int
+    videos: int
+    solved: int
+    solver_steps: int
+
+
+@dataclass(frozen=True)
 class Validated:
     """Videos were generated.
 
@@ -246,13 +263,17 @@ class Ended:
     """The run is over, and everything is saved.
 
     step: optimizer steps done. steps: of the whole run. reason: "finished", all steps are done; "stopped", as asked; "nothing to
-    do", all steps were done already. signal: number of the signal that asked for it.
+    do", all steps were done already. signal: number of the signal that asked for it. failed_validations: optimizer steps done by
+    then -> why, of the validations since the run was started that failed. last_validation_failed: whether the newest is one of
+    them.
     """
 
     step: int
     steps: int
     reason: Literal["finished", "stopped", "nothing to do"]
     signal: int | None = None
+    failed_validations: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    last_validation_failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -276,6 +297,7 @@ Event = (
     | Logged
     | Saved
     | Validating
+    | Generating
     | Validated
     | Noted
     | Warned

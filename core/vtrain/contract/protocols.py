@@ -256,6 +256,24 @@ class Sampler(Protocol):
 
 
 @runtime_checkable
+class SupportsStepwise(Protocol):
+    """A sampler that gives each solver step on its own, so that a run can tell how far a video is, and stop in between."""
+
+    def solving(self, predict: Predict, noise: Tensor, steps: int) -> Iterator[Tensor]:
+        """*torch* What `solve` computes, bit for bit: the latents after each step, the last of which are clean."""
+        ...
+
+
+@runtime_checkable
+class SupportsStepCheck(Protocol):
+    """A sampler that cannot solve in every number of steps from 1 to 1000. One without it can, which the kit tries."""
+
+    def check_steps(self, steps: int) -> Sequence[Problem]:
+        """Why `solve` cannot take so many steps; nothing where it can. Problems need no `where`."""
+        ...
+
+
+@runtime_checkable
 class SupportsTokenGrid(Protocol):
     """A family that knows the grid of its tokens before its denoiser is loaded."""
 

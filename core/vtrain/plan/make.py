@@ -19,11 +19,13 @@ from vtrain.contract import (
     Problem,
     Regularizer,
     RegularizerSpec,
+    Sampler,
     SamplerSpec,
     Size,
     SupportsCheck,
     SupportsFeatures,
     SupportsFrameLevels,
+    SupportsStepCheck,
     SupportsTokenGrid,
     TokenGrid,
 )
@@ -77,7 +79,7 @@ def _make_plan(config: Config, processes: int) -> Plan:
     problems += [*training_problems(config, family, made), *_check_samples(config, made)]
     clips = _longest(family, made)
     regularizers = _regularizers(config, family, clips, problems)
-    validation = _validation(config, family, problems)
+    validation = _validation(config, family, sampler, problems)
     if problems:
         raise ConfigError(sorted(problems, key=_place))
     return Plan(
@@ -317,7 +319,7 @@ def _regularizers(
     return tuple(built)
 
 
-def _validation(config: Config, family: Family, problems: list[Problem]) -> ValidationPlan | None:
+def _validation(config: Config, family: Family, sampler: Sampler, problems: list[Problem]) -> ValidationPlan | None:
     table = config.validation
     if table is None:
         return None
@@ -327,6 +329,7 @@ def _validation(config: Config, family: Family, problems: list[Problem]) -> Vali
     generated = nearest_size(family, size)
     problems += check_frames(config, family.frame_rule, ("validation", "frames"), frames)
     problems += picture_problems(config, family, frames)
+    problems += step_problems(config, sampler, table.steps)
     return ValidationPlan(
         prompts=table.prompts,
         negative_prompt=table.negative_prompt,
@@ -346,6 +349,14 @@ def _odd(where: str, size: Size) -> list[Problem]:
         return []
     near = Size(*(max(2, length - length % 2) for length in size))
     return [Problem(where, f"{size}: width and height of a video are even.", f'For example "{near}".')]
+
+
+def step_problems(config: Config, sampler: Sampler, steps: int) -> Iterator[Problem]:
+    """Why the sampler cannot generate in so many solver steps."""
+    if isinstance(sampler, SupportsStepCheck):
+        for fault in sampler.check_steps(steps):
+            what = f"{config.sampler.registered.spec.name} cannot solve {steps} steps: {fault.what}"
+            yield Problem(config.where("validation", "steps"), what, fault.remedy or "Set another validation.steps.")
 
 
 # -- image to video ------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,14 +24,17 @@ from vtrain.config.keys import key_text
 from vtrain.config.record import Config
 from vtrain.contract import (
     CheckpointError,
+    Ended,
     Event,
     Filling,
+    Generating,
     Logged,
     Noted,
     Problem,
     StepMetrics,
     Stepped,
     SupportsFeatures,
+    Validated,
     Warned,
 )
 from vtrain.contract.events import VERSION, as_json
@@ -227,7 +230,8 @@ class Recorder:
 
     def record(self, event: Event) -> Iterator[Warned]:
         """Write an event down. A file that cannot be written is warned of, its lines kept for the next time."""
-        if isinstance(event, Stepped | Filling):  # a line a step would repeat metrics.jsonl, one a clip is noise
+        # A line a step would repeat metrics.jsonl; one a clip or a solver step is noise.
+        if isinstance(event, Stepped | Filling | Generating):
             return
         if isinstance(event, Logged):
             self._steps += event.steps
@@ -288,8 +292,8 @@ def open_records(
 
 
 def validation_owed(folder: Path, step: int, due: bool) -> bool:
-    """Whether a validation after `step` is still to be made, by what events.jsonl says: one that was begun and not ended, or
-    one that is due there and was not begun. Where nothing was recorded, none."""
+    """Whether a validation after `step` is still to be made, by what events.jsonl says: one that was begun and not ended, one
+    that failed, or one that is due there and was not begun. Where nothing was recorded, none."""
     if not (folder / EVENTS).exists():
         return False
     owed = due
@@ -297,7 +301,26 @@ def validation_owed(folder: Path, step: int, due: bool) -> bool:
         try:
             record = json.loads(line)
             if record.get("step") == step and record["event"] in ("validating", "validated"):
-                owed = record["event"] == "validating" or bool(record["interrupted"])
+                owed = record["event"] == "validating" or bool(record["interrupted"] or record["failures"])
         except UNREAD:  # a line that a killed run did not end
             continue
     return owed
+
+
+class FailedValidations:
+    """Those of a session that failed, for its end."""
+
+    def __init__(self) -> None:
+        self._steps: dict[int, tuple[str, ...]] = {}
+        self._last = False
+
+    def look(self, event: Validated) -> None:
+        """One that was interrupted without a failure is made when the run resumes."""
+        if event.failures:
+            self._steps[event.step] = event.failures
+        elif not event.interrupted:
+            self._steps.pop(event.step, None)
+        self._last = bool(event.failures)
+
+    def told(self, event: Ended) -> Ended:
+        return replace(event, failed_validations=dict(self._steps), last_validation_failed=self._last)

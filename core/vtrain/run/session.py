@@ -33,6 +33,7 @@ from vtrain.contract import (
     RunInfo,
     Scanned,
     Started,
+    Validated,
     VtrainError,
     Warned,
 )
@@ -47,7 +48,15 @@ from vtrain.run.collector import uncollected
 from vtrain.run.inbox import Inbox
 from vtrain.run.lines import RecordsPiece
 from vtrain.run.listeners import Listeners, saved_states, trackers
-from vtrain.run.output import Recorder, hold, occupied, open_records, validation_owed, write_run_files
+from vtrain.run.output import (
+    FailedValidations,
+    Recorder,
+    hold,
+    occupied,
+    open_records,
+    validation_owed,
+    write_run_files,
+)
 from vtrain.run.prepare import extra_texts, planned, scanned
 
 if TYPE_CHECKING:
@@ -355,15 +364,17 @@ class Session:
 
     def _trained(self, trainer: Trainer, caches: Caches) -> Iterator[Event]:
         """Every step, with what is due between them."""
-        validate = self._validation(trainer, caches)
+        validate, failed = self._validation(trainer, caches), FailedValidations()
         with self._inbox.listening() if self._signals else nullcontext(), self._explained("training"):
             also: list[Piece] = [RecordsPiece(self._recorder.records)]
             also += [self._listeners.piece] if self._listeners is not None and self.plan.config.trackers else []
             owed = partial(validation_owed, self.plan.config.run.output_dir)
             for event in trainer.run(self._inbox, validate, also, owed):
+                if isinstance(event, Validated):
+                    failed.look(event)
                 if isinstance(event, Ended):
                     self.signal = self._inbox.signal if event.reason == "stopped" else None
-                    event = replace(event, signal=self.signal)
+                    event = failed.told(replace(event, signal=self.signal))
                 yield event
                 for complaint in self._inbox.complaints():
                     yield Warned(complaint)

@@ -94,13 +94,15 @@ HEAVY = ("torch", "diffusers", "transformers", "accelerate")
 
 PROBE = """
 import importlib, json, sys
-from vtrain.contract import HOOK_SPECS
+from vtrain.contract import HOOK_SPECS, SupportsStepCheck
 module, heavy, tables = sys.argv[1], set(json.loads(sys.argv[2])), json.loads(sys.argv[3])
 entry = importlib.import_module(module)
 specs = {(spec.kind, spec.name): spec for hook in HOOK_SPECS for spec in getattr(entry, hook, tuple)()}
 for kind, name, table in tables:
     spec = specs[kind, name]
-    spec.build(spec.options.model_validate(table), *([{}] if kind == "sampler" else []))
+    part = spec.build(spec.options.model_validate(table), *([{}] if kind == "sampler" else []))
+    if isinstance(part, SupportsStepCheck):
+        part.check_steps(50)
 print(json.dumps(sorted(heavy & sys.modules.keys())))
 """
 """Run in a process of its own: which heavy modules registration, and building the given parts, import."""

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vtrain.contract import ClipShape, Device, LatentShape, NoiseLevel, Sampler, Text
+from vtrain.contract import (
+    ClipShape,
+    Device,
+    LatentShape,
+    NoiseLevel,
+    Problem,
+    Sampler,
+    SupportsStepCheck,
+    SupportsStepwise,
+    Text,
+)
 
 
 def required(fixture: str, meaning: str) -> NoReturn:
@@ -54,6 +64,11 @@ def gap(found: Tensor, wanted: Tensor) -> float:
 def digest(file: Path) -> str:
     """A HashFile: of the file's bytes."""
     return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
+
+
+STEPS = (1, 2, 140, 150, 200, 300, 999, 1000)
+"""Numbers of solver steps that every sampler is tried with: the ends of what a configuration may ask for, and numbers at which
+the timesteps of 1000 levels are no whole ones, or two are the same one when they are rounded."""
 
 
 class SamplerTests:
@@ -176,6 +191,48 @@ class SamplerTests:
         assert sigmas[0] > 0.9
         assert sigmas == sorted(sigmas, reverse=True)
         assert len(set(sigmas)) == self.steps
+
+    @pytest.mark.parametrize("number", STEPS)
+    def test_any_number_of_steps_is_solved_or_refused_before(self, sampler: Sampler, number: int) -> None:
+        """Each of 1 to 1000 steps ends at the clean clip; those that `check_steps` (SupportsStepCheck) refuses are not tried."""
+        if isinstance(sampler, SupportsStepCheck) and sampler.check_steps(number):
+            return
+        shape = (1, self.latents.channels, 1, 2, 2)
+        clean, start, sigmas = noise(shape, 1), noise(shape, 2), list[float]()
+
+        def perfect(noisy: Tensor, level: NoiseLevel) -> Tensor:
+            sigmas.append(float(level.sigma.max()))
+            return sampler.corrupt(clean, start, level)[1]
+
+        solved = sampler.solve(perfect, start, number)
+        assert len(sigmas) == number, f"{number} steps took {len(sigmas)} predictions"
+        assert sigmas == sorted(sigmas, reverse=True), f"with {number} steps, levels rise"
+        # Each step rounds once.
+        limit = max(self.tolerance, 1e-3)
+        assert gap(solved, clean) <= limit, f"with {number} steps it is off by {gap(solved, clean):.1e}"
+
+    def test_numbers_of_steps_are_refused_in_words(self, sampler: Sampler) -> None:
+        """check_steps (SupportsStepCheck) gives problems, none for the number of steps that this kit solves with."""
+        if isinstance(sampler, SupportsStepCheck):
+            assert not sampler.check_steps(self.steps), f"it refuses {self.steps} steps: set `steps` of the kit"
+            found = [problem for number in STEPS for problem in sampler.check_steps(number)]
+            assert all(isinstance(problem, Problem) and problem.what for problem in found)
+
+    def test_steps_one_by_one_are_what_solve_computes(self, sampler: Sampler, start: Tensor) -> None:
+        """solving (SupportsStepwise) gives the latents after each step, the same bits as solve, and predicts only when asked."""
+        if not isinstance(sampler, SupportsStepwise):
+            return
+        calls = list[int]()
+
+        def predict(noisy: Tensor, level: NoiseLevel) -> Tensor:
+            calls.append(1)
+            return noisy * 0.1
+
+        whole = sampler.solve(lambda noisy, level: noisy * 0.1, start, self.steps)
+        seen = [(len(calls), state) for state in sampler.solving(predict, start, self.steps)]
+        done = [number for number, _ in seen]
+        assert done == list(range(1, self.steps + 1)), f"after each step it had predicted {done} times"
+        assert torch.equal(seen[-1][1], whole)
 
     def test_on_step_counts_the_steps_done(self, sampler: Sampler, start: Tensor) -> None:
         """on_step is called after each step with 1, 2 ... steps and the latents; the last are the result."""

@@ -227,11 +227,14 @@ class Loop:
         unread, self.unread = self.unread, []
         if unread:
             seconds = (time.perf_counter() - self.clock) / len(unread)
-            found = rows(unread, self.processes, self.steps_per_epoch, seconds, self.processes.device.peak())
+            found, broken = rows(unread, self.processes, self.steps_per_epoch, seconds, self.processes.device.peak())
             for row in found:
                 # At other steps reading is a matter of chance: a signal, a checkpoint.
                 self.ends.observe(row, row.step % self.table.log_every == 0)
-            yield Logged(found)
+            if found:
+                yield Logged(found)
+            if broken is not None:
+                raise broken
             self.clock = time.perf_counter()
 
     def agreed(self, done: int, save: Interval, validate: Interval | None) -> tuple[bool, bool, bool]:
@@ -280,9 +283,11 @@ class Loop:
         """Raises TrainingError if a trained weight is not finite: a gradient can be broken whose loss is not."""
         # A sum keeps a NaN or infinity: one number for each weight, and one read for all of them.
         sums = torch.stack([parameter.detach().float().sum() for parameter in self.parameters])
-        if not bool(sums.isfinite().all()):
+        if self.processes.any(not bool(sums.isfinite().all()))[0]:
             remedy = "They were not saved. Lower the learning rate, or clip the gradient, and start the run again."
-            raise TrainingError(Problem(f"step {done}", "the weights are not finite.", remedy))
+            error = TrainingError(Problem(f"step {done}", "the weights are not finite.", remedy))
+            error.reported = not self.processes.first
+            raise error
 
     def restart_clock(self) -> None:
         """Seconds per step and peak memory are those of training, not of what was done in between."""

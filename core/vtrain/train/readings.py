@@ -79,22 +79,26 @@ def fetch(unread: Sequence[Unread]) -> tuple[list[Reading], list[float | None]]:
 
 def rows(
     unread: Sequence[Unread], processes: Processes, steps_per_epoch: float, seconds: float, memory: int
-) -> tuple[StepMetrics, ...]:
-    """Metrics of steps, over all processes. seconds: per step.
+) -> tuple[tuple[StepMetrics, ...], TrainingError | None]:
+    """Metrics of steps, over all processes, the same on each. seconds: per step.
 
-    Raises TrainingError, naming the samples, at the first step with a number that is not finite. The step before it is
-    named too if nobody took the norm of its gradient: a loss can be finite whose gradient is not.
+    With an error that names the samples, metrics end before the first step with a number that is not finite. The step before
+    it is named too if nobody took the norm of its gradient: a loss can be finite whose gradient is not.
     """
-    if not unread:
-        return ()
-    own, norms = fetch(unread)
+    shares: list[tuple[list[Reading], list[float | None]]] = processes.gathered([fetch(unread)])
     # By number: sums of floats then do not depend on which process had which micro-batch.
-    readings: list[Reading] = sorted(processes.gathered(own), key=lambda reading: reading.micro_batch)
-    found = []
+    readings = sorted((each for own, _ in shares for each in own), key=lambda reading: reading.micro_batch)
+    found: list[StepMetrics] = []
     before: list[Reading] = []
-    for step, norm in zip(unread, norms, strict=True):
+    for step, *norms in zip(unread, *(norms for _, norms in shares), strict=True):
         parts = [reading for reading in readings if reading.step == step.step]
-        check_finite(step.step, parts, norm, before)
+        # That of all gradients together is the same everywhere, unless something is broken.
+        norm = next((each for each in norms if each is not None and not math.isfinite(each)), norms[0])
+        try:
+            check_finite(step.step, parts, norm, before)
+        except TrainingError as error:
+            error.reported = not processes.first
+            return tuple(found), error
         before = parts if norm is None else []
         found.append(
             StepMetrics(
@@ -112,7 +116,7 @@ def rows(
                 terms={name: _mean([part.terms[name] for part in parts]) for name in parts[0].terms},
             )
         )
-    return tuple(found)
+    return tuple(found), None
 
 
 def check_finite(step: int, parts: Sequence[Reading], norm: float | None, before: Sequence[Reading] = ()) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +23,13 @@ from vtrain.contract import (
     DeviceError,
     Event,
     Family,
+    Generating,
     NoiseLevel,
     Predict,
     Role,
     Sampler,
     Size,
+    SupportsStepwise,
     Text,
     Validated,
     Validating,
@@ -147,9 +150,14 @@ class Validator:
 
         first: (B, C, 1, h, w), the clean first frame of each; what is solved then is the others.
         """
-        count = len(prompts)
+        ((_, made),) = deque(self.solving(prompts, first), maxlen=1)
+        return made.cpu()
+
+    def solving(self, prompts: Sequence[str], first: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
+        """`latents`, on the device, as they are after each solver step, with the steps done; after the last alone where the
+        sampler is no SupportsStepwise. Raises Interrupted."""
         guess = guided(self.denoiser, self.text(prompts), self.plan.guidance)
-        noise = self.device.move(self.start()).repeat(count, 1, 1, 1, 1)
+        noise = self.device.move(self.start()).repeat(len(prompts), 1, 1, 1, 1)
         if first is not None:
             first, noise = self.device.move(first), noise[:, :, 1:]
             guess = after(first, guess)
@@ -159,21 +167,48 @@ class Validator:
             with self.autocast():
                 return guess(noisy, level)
 
-        def on_step(_done: int, _latents: Tensor) -> None:
-            if self.stopping():
-                raise Interrupted
+        states = self._states(predict, noise)
+        while True:
+            with torch.no_grad():  # not across a yield, where it would hold for whoever takes the next step
+                found = next(states, None)
+            if found is None:
+                return
+            done, solved = found
+            yield done, solved if first is None else torch.cat([first, solved], 2)
+            self._stop_if_asked()
 
-        with torch.no_grad():
-            solved = self.sampler.solve(predict, noise, self.plan.steps, on_step)
-            return solved.cpu() if first is None else torch.cat([first, solved], 2).cpu()
+    def _states(self, predict: Predict, noise: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Solver steps done, and the latents then."""
+        if isinstance(self.sampler, SupportsStepwise):
+            yield from enumerate(self.sampler.solving(predict, noise, self.plan.steps), start=1)
+        else:
+            steps = self.plan.steps
+            yield steps, self.sampler.solve(predict, noise, steps, lambda _done, _latents: self._stop_if_asked())
+
+    def _stop_if_asked(self) -> None:
+        if self.stopping():
+            raise Interrupted
 
     def videos(self, folder: Path, nicknames: list[str], together: int = 1) -> dict[str, Path]:
         """Generate and write `folder`/<nickname>.mp4 for some of the prompts. The module is as before afterwards.
 
         together: prompts in one batch. More is faster with a small model, and changes the last bits.
         """
+        work = self.generating(folder, nicknames, together)
+        try:
+            while True:
+                next(work)
+        except StopIteration as end:
+            made: dict[str, Path] = end.value
+            return made
+
+    def generating(
+        self, folder: Path, nicknames: list[str], together: int = 1, step: int = 0
+    ) -> Generator[Generating, None, dict[str, Path]]:
+        """`videos`, and how far they are. step: of the events."""
         if not nicknames:
             return {}
+        steps, count = self.plan.steps, len(nicknames)
         folder.mkdir(parents=True, exist_ok=True)
         module = self.denoiser.module
         training = module.training
@@ -181,18 +216,25 @@ class Validator:
         try:
             latents: dict[str, Tensor] = {}
             for names in self._batches(nicknames, together):
+                number = len(latents) + 1
+                yield Generating(step, "solving", number, count, 0, steps)
                 given = [self.pictures[name] for name in names if name in self.pictures]
-                prompts = (self.plan.prompts[name] for name in names)
-                made = self.latents(*prompts, first=torch.cat(given) if given else None)
-                latents |= dict(zip(names, made.chunk(len(names)), strict=True))
+                prompts = [self.plan.prompts[name] for name in names]
+                made: list[Tensor] = []
+                for done, latest in self.solving(prompts, torch.cat(given) if given else None):
+                    made = [latest]
+                    yield Generating(step, "solving", number, count, done, steps)
+                latents |= dict(zip(names, made[0].cpu().chunk(len(names)), strict=True))
         finally:
             module.train(training)
         # After all latents are solved: the codec is opened once for all of them.
         files = {}
-        with self.family.open_video_codec(str(self.device)) as codec, torch.no_grad():
-            for nickname in nicknames:
+        with self.family.open_video_codec(str(self.device)) as codec:
+            for number, nickname in enumerate(nicknames, start=1):
+                yield Generating(step, "decoding", number, count, steps, steps)
                 files[nickname] = folder / f"{nickname}.mp4"
-                pixels = codec.decode(self.device.move(latents[nickname]))
+                with torch.no_grad():
+                    pixels = codec.decode(self.device.move(latents[nickname]))
                 write_mp4(files[nickname], to_frames(fitted(pixels[0], self.plan.size)), self.plan.fps)
         return files
 
@@ -220,19 +262,19 @@ class Validation:
         prompts = self.validator.plan.prompts
         folder = self.folder / f"step-{step:06d}"
         yield Validating(step, len(prompts))
-        own = self._share(folder, list(prompts)[self.peers.rank :: self.peers.count])
+        own = yield from self._share(step, folder, list(prompts)[self.peers.rank :: self.peers.count])
         shares = self.peers.gathered([own])
         everything = {name: path for files, _, _ in shares for name, path in files.items()}
         files = {name: everything[name] for name in prompts if name in everything}
-        failures = {words for _, words, _ in shares if words}
-        sheet = None
+        sheet, fault = None, ""
         if files and not self.peers.rank:
             try:
                 sheet = folder / "sheet.png"
                 write_sheet(sheet, (), [self._strip(name, file) for name, file in files.items()], _COLUMNS)
             except Exception as error:  # noqa: BLE001 - validation never ends a run
-                failures.add(f"no contact sheet: {type(error).__name__}: {error}")
-                sheet = None
+                sheet, fault = None, f"no contact sheet: {type(error).__name__}: {error}"
+        # All have the same failures, of which the exit code tells.
+        failures = {words for words in (*(words for _, words, _ in shares), *self.peers.gathered([fault])) if words}
         interrupted = any(stopped for _, _, stopped in shares)
         if interrupted and not self.peers.rank:
             with suppress(OSError):
@@ -249,11 +291,13 @@ class Validation:
             label, np.stack([np.asarray(each) for each in small]), [f"{pick / plan.fps:.2f} s" for pick in picks]
         )
 
-    def _share(self, folder: Path, nicknames: list[str]) -> tuple[dict[str, Path], str, bool]:
+    def _share(
+        self, step: int, folder: Path, nicknames: list[str]
+    ) -> Generator[Event, None, tuple[dict[str, Path], str, bool]]:
         """(files, why there are no others, whether the run was asked to stop before they were made)."""
         try:
             with self.explained():
-                return self.validator.videos(folder, nicknames), "", False
+                return (yield from self.validator.generating(folder, nicknames, step=step)), "", False
         except Interrupted:
             return {}, "", True
         except DeviceError as error:

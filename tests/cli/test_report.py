@@ -43,6 +43,13 @@ def test_short_values_stay_beside_where_most_of_a_column_fits() -> None:
     assert len(lines[-1]) > 2
 
 
+def test_one_long_value_pushes_what_follows_only_so_far_on_a_wide_terminal() -> None:
+    rows = [("prompt", "a fox " * 40, "config.toml:3"), ("steps", "7", "default")]
+    _, prompt, steps = table_lines(("key", "value", "origin"), rows, 300)
+    assert len(prompt) == 4
+    assert steps == [f"steps   7{' ' * 61}default"]
+
+
 def test_into_a_file_a_long_cell_pushes_its_own_row_alone(capsys: pytest.CaptureFixture[str]) -> None:
     print_table(("key", "value", "origin"), [("a", "x" * 150, "default"), ("b", "true", "default")])
     lines = capsys.readouterr().out.splitlines()

@@ -11,13 +11,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from vtrain.contract import TrainingError
 from vtrain.train.loop import Loop
-from vtrain.train.readings import Reading, check_finite
+from vtrain.train.readings import Measured, Reading, Unread, check_finite, rows
 from vtrain.validate.generate import Validator
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -46,6 +47,33 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_samples_and_saves_nothing
 
 def reading(flow: list[float], loss: float) -> Reading:
     return Reading(5, 10, loss, flow, {}, [0.5] * len(flow), tuple(f"clip {n}" for n in range(len(flow))))
+
+
+class Second:
+    """Of two processes the second, its peer's numbers being its own."""
+
+    first, count = False, 2
+
+    def gathered(self, values: list[Any]) -> list[Any]:
+        return values
+
+
+def test_what_was_finite_before_is_kept_and_one_process_alone_reports_the_error() -> None:
+    unread = [
+        Unread(step, (Measured(step, [0.5], ("clip",), torch.tensor(loss), torch.tensor([loss]), {}),), 1e-3, None)
+        for step, loss in ((1, 1.5), (2, math.nan))
+    ]
+    processes: Any = Second()
+    found, error = rows(unread, processes, 10.0, 0.1, 0)
+    assert [(row.step, row.loss) for row in found] == [(1, 1.5)]
+    assert error is not None
+    assert "step 2: the loss is not finite" in str(error)
+    assert error.reported
+    processes.first = True
+    assert rows(unread[:1], processes, 10.0, 0.1, 0)[1] is None
+    again = rows(unread, processes, 10.0, 0.1, 0)[1]
+    assert again is not None
+    assert not again.reported
 
 
 def test_the_clip_whose_own_loss_is_not_finite_is_the_one_named() -> None:

@@ -20,6 +20,8 @@ Cells = Sequence[str]
 
 _NARROW = 30
 """Columns of a terminal that words need to stand beside other cells."""
+_WIDEST = 60
+"""Columns of a terminal that words take where other cells follow."""
 _PADDED = 40
 """Columns of a file that a cell is padded to: one long one would push what follows in every row far to the right."""
 
@@ -144,6 +146,7 @@ def table_lines(heads: Cells, rows: Sequence[Cells], width: int) -> Iterator[lis
     from rich.cells import cell_len
 
     widths = [max(map(cell_len, column)) for column in zip(heads, *rows, strict=True)]
+    widths = [*(min(_WIDEST, each) for each in widths[:-1]), widths[-1]]
 
     def room() -> int:
         """What the columns that are beside each other leave of a line; negative where they are too long."""

@@ -312,6 +312,17 @@ def test_the_change_of_aspect_is_known_where_the_picture_is_squeezed() -> None:
     assert placed(anamorphic, dataset(crop="none")).stretch == pytest.approx(1)
 
 
+def test_what_a_crop_takes_away_is_known_and_nothing_is_where_the_picture_is_squeezed() -> None:
+    assert placed(clip(width=704, height=352), dataset()).cropped == pytest.approx(1 - 640 / 704)
+    portrait = placed(clip(width=720, height=1280), dataset())
+    assert portrait.cropped == pytest.approx(1 - 396 / 1280)
+    assert portrait.aspect == pytest.approx(720 / 1280)
+    assert placed(clip(width=720, height=1280), dataset(crop="none")).cropped == 0
+    reduced = dataset(max_size=500, downsample_to=960, resolution_type="pixel")
+    assert placed(clip(width=1920, height=1056), reduced).cropped == pytest.approx(1 - 704 * 387 / (1920 * 1056))
+    assert placed(clip(width=704, height=352, aspect=640 / 704), dataset()).aspect == pytest.approx(640 / 352)
+
+
 def test_the_area_and_the_shorter_edge_measure_a_picture() -> None:
     assert measure(832, 480, "pixel") == 480
     assert measure(640, 360, "pixel_area") == 480

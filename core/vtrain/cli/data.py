@@ -100,6 +100,7 @@ def as_record(file: SourceFile) -> dict[str, object]:
         "samples": file.samples,
         "windows": file.windows,
         "stretch": file.stretch,
+        "cropped": file.cropped,
         "source": source,
         "captions": [{"text": caption.text, **dict(caption.extras)} for caption in file.captions],
         "bytes": file.ref.size,

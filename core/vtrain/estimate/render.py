@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from vtrain.contract import ClipShape, Section, SupportsFrameLevels
+from vtrain.data.scanning.misfits import Loss
 from vtrain.data.scanning.surveys import Bucket, DatasetSurvey, Survey
 from vtrain.estimate.estimate import Estimate, bytes_text, feature_words
 from vtrain.estimate.estimate import section as memory_section
@@ -131,6 +132,7 @@ def as_json(plan: Plan, survey: Survey, estimate: Estimate) -> dict[str, object]
                 "notes": list(found.notes),
                 "skipped": {reason: {"files": n, "example": e} for reason, (n, e) in found.skipped.items()},
                 "repeats": found.repeats,
+                "misfits": {"clips": found.misfits.clips, "worst": [list(each) for each in found.misfits.worst]},
             }
             for found in survey.datasets
         ],
@@ -230,9 +232,9 @@ def _masks(masks: MasksPlan) -> str:
 
 
 def buckets_section(plan: Plan, survey: Survey) -> Section:
-    """The table of buckets; a column for the change of aspect where pictures are squeezed."""
+    """The table of buckets; with how much of the pictures is cropped away, or stretched, where any is."""
     table, epoch, batch = survey.table(), survey.epoch, plan.config.train.batch_size
-    stretched = any(bucket.stretch > 1 for bucket in table)
+    losses = [head for head, text in _LOSSES.items() if any(text(bucket.loss) for bucket in table)]
     rows = [
         (
             str(bucket.shape),
@@ -241,12 +243,27 @@ def buckets_section(plan: Plan, survey: Survey) -> Section:
             f"{bucket.samples / batch:.4g}",
             "x".join(map(str, plan.family.latent_shape(bucket.shape))),
             f"{100 * bucket.samples / epoch:.1f}%",
-            *([f"{100 * (bucket.stretch - 1):.1f}%"] if stretched else []),
+            *(_LOSSES[head](bucket.loss) or "-" for head in losses),
+            *([bucket.loss.worst or "-"] if losses else []),
         )
         for bucket in table
     ]
-    heads = (*HEADS, *(["aspect changed by at most"] if stretched else []))
+    heads = (*HEADS, *losses, *(["the most"] if losses else []))
     return Section("buckets", (heads, *rows) if rows else (), table=True)
+
+
+def _percent(mean: float, most: float) -> str:
+    """Of shares; "" where the most is none that can be written."""
+    return f"{100 * mean:.1f}%, at most {100 * most:.1f}%" if most >= _LEAST else ""
+
+
+_LEAST = 0.0005
+"""A share that is written as more than 0.0%."""
+
+_LOSSES: Mapping[str, Callable[[Loss], str]] = {
+    "cropped": lambda loss: _percent(loss.cropped_mean, loss.cropped),
+    "stretched": lambda loss: _percent(loss.stretch_mean - 1, loss.stretch - 1),
+}
 
 
 def buckets_json(plan: Plan, survey: Survey) -> list[dict[str, object]]:
@@ -263,7 +280,11 @@ def _bucket_json(plan: Plan, survey: Survey, bucket: Bucket) -> dict[str, object
         "batches_per_epoch": bucket.samples / plan.config.train.batch_size,
         "latent_shape": list(plan.family.latent_shape(bucket.shape)),
         "share": bucket.samples / survey.epoch,
-        "stretch": bucket.stretch,
+        "stretch": bucket.loss.stretch,
+        "stretch_mean": bucket.loss.stretch_mean,
+        "cropped": bucket.loss.cropped,
+        "cropped_mean": bucket.loss.cropped_mean,
+        "worst": bucket.loss.worst or None,
     }
 
 

@@ -82,7 +82,7 @@ TOLD = ("csv", "parquet", "backend")
 _ASPECT = 0.02
 """A mask may be this much wider or higher than its clip: sizes are whole."""
 
-_COLUMNS = 16
+_COLUMNS = 18
 
 
 def settings_key(dataset: DatasetPlan, family: Family) -> str:
@@ -217,12 +217,12 @@ def _found(words: str | None, fault: str | None, first: str | None, last: str | 
 
 def _row(outcome: tuple[Fit, tuple[Caption, ...]] | Skipped, mask: str) -> tuple[object, ...]:
     if isinstance(outcome, Skipped):
-        return (outcome.status, outcome.kind, outcome.reason, None, None, None, 0, 0, 1.0, None, None, mask)
+        return (outcome.status, outcome.kind, outcome.reason, None, None, None, 0, 0, 1.0, 0.0, None, None, None, mask)
     fitted, chosen = outcome
     made = [fitted.fps, [[cut.starts, cut.box] for cut in fitted.cuts]]
     texts = [[caption.text, dict(caption.extras)] for caption in chosen]
     return (
         "used", "", "", *fitted.shape, len(fitted.cuts), sum(len(cut.starts) for cut in fitted.cuts), fitted.stretch,
-        json.dumps(made, separators=(",", ":")),
+        fitted.cropped, fitted.aspect, json.dumps(made, separators=(",", ":")),
         json.dumps(texts, ensure_ascii=False, separators=(",", ":")), mask,
     )  # fmt: skip

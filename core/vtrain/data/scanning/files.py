@@ -25,7 +25,7 @@ from vtrain.plan.records import DatasetPlan, Plan
 STATUSES = ("used", "dropped", "failed")
 
 _COLUMNS = """SELECT file_decision.ref, file_decision.size, file_decision.version, status, file_decision.kind, reason,
-    frames, height, width, samples, windows, stretch, captions, probe, sha256 FROM file_decision
+    frames, height, width, samples, windows, stretch, cropped, captions, probe, sha256 FROM file_decision
     LEFT JOIN source ON source.place = :place AND source.ref = file_decision.ref
     WHERE decision = :decision"""
 
@@ -75,6 +75,7 @@ class SourceFile:
 
     dataset: its id; number: its place in plan.datasets. status: one of STATUSES. kind, reason: why it is skipped, or "".
     shape: its bucket. samples, windows: that it gives. stretch: how much wider or higher its picture becomes, at least 1.
+    cropped: the share of it that is cropped away.
     captions: of each sample; none for a file that is skipped. probe: None if it could not be opened or is no clip.
     content: SHA-256 of its bytes, "" until they were read.
     """
@@ -89,6 +90,7 @@ class SourceFile:
     samples: int
     windows: int
     stretch: float
+    cropped: float
     captions: tuple[Caption, ...]
     probe: Probe | None
     content: str
@@ -222,12 +224,12 @@ def _of(found: ScannedDataset) -> dict[str, object]:
 
 def _file(found: ScannedDataset, row: Sequence[Any]) -> SourceFile:
     ref, size, version, status, kind, reason, *shape = row[:9]
-    samples, windows, stretch, captions, probe, content = row[9:]
+    samples, windows, stretch, cropped, captions, probe, content = row[9:]
     return SourceFile(
         dataset=found.id, number=found.number, ref=SourceRef(ref, size, version), status=status, kind=kind, reason=reason,
         shape=ClipShape(*shape) if status == "used" else None, samples=samples, windows=windows, stretch=stretch,
-        captions=tuple(Caption(text, extras) for text, extras in json.loads(captions or "[]")), probe=probe_of(probe),
-        content=content or "",
+        cropped=cropped, captions=tuple(Caption(text, extras) for text, extras in json.loads(captions or "[]")),
+        probe=probe_of(probe), content=content or "",
     )  # fmt: skip
 
 

@@ -103,7 +103,7 @@ def windows(
     return tuple(tuple(piece + start for start in chosen) for piece in pieces)
 
 
-FIT_VERSION = 3
+FIT_VERSION = 4
 """Raised when the arithmetic here changes, so that file_decisions in the ledger are not mistaken for current ones."""
 
 _SAME_RATE = 0.99
@@ -128,13 +128,16 @@ class Cut:
 class Fit:
     """A clip's place in its dataset. shape: its bucket. fps: frames a second of a window. cuts: its samples.
 
-    stretch: how much wider or higher the picture becomes by being squeezed into the bucket, at least 1.
+    stretch: how much wider or higher the picture becomes by being squeezed into the bucket, at least 1. cropped: the share of
+    its area that is cropped away. aspect: of the picture as it is shown, width by height.
     """
 
     shape: ClipShape
     fps: float
     cuts: tuple[Cut, ...]
     stretch: float = 1.0
+    cropped: float = 0.0
+    aspect: float = 1.0
 
 
 def decides(dataset: DatasetPlan, rule: FrameRule) -> list[object]:
@@ -181,6 +184,8 @@ def fit(source: Probe, dataset: DatasetPlan, rule: FrameRule, ref_id: str = "") 
             for number, each in enumerate(starts, start=1)
         ),
         stretch=stretch(source, part, size) if dataset.table.crop == "none" else 1.0,
+        cropped=1 - part.width * part.height / (source.width * source.height),
+        aspect=source.width * source.pixel_aspect / source.height,
     )
 
 

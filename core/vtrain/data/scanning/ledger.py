@@ -99,8 +99,8 @@ _TABLES = """
     CREATE TABLE file_decision (
         decision INTEGER, ref TEXT, size INTEGER NOT NULL, version TEXT NOT NULL, status TEXT NOT NULL,
         kind TEXT NOT NULL, reason TEXT NOT NULL, frames INTEGER, height INTEGER, width INTEGER,
-        samples INTEGER NOT NULL, windows INTEGER NOT NULL, stretch REAL NOT NULL, made TEXT, captions TEXT,
-        mask TEXT NOT NULL, PRIMARY KEY (decision, ref)
+        samples INTEGER NOT NULL, windows INTEGER NOT NULL, stretch REAL NOT NULL, cropped REAL NOT NULL,
+        aspect REAL, made TEXT, captions TEXT, mask TEXT NOT NULL, PRIMARY KEY (decision, ref)
     ) WITHOUT ROWID;
     CREATE TABLE texts (decisions TEXT PRIMARY KEY, generations TEXT NOT NULL, count INTEGER NOT NULL) WITHOUT ROWID;
 """

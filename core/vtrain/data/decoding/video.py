@@ -94,6 +94,8 @@ def _of_boxes(stream: BinaryIO, size: int, head: bytes) -> str:
         )
     if cut and kinds[-1] == b"moov":
         return "the file ends within its index (moov): an unfinished download or recording?"
+    if cut and kinds[-1] == b"moof":
+        return "the file ends within a fragment (moof): an unfinished download or recording?"
     return ""
 
 

@@ -267,11 +267,8 @@ def too_short(source: Probe, dataset: DatasetPlan, rule: FrameRule, available: i
     if dataset.fps is None:
         taken = f"{_counted(available)}{_every(dataset)} ({source.frames} in the file)"
     else:
-        own = (
-            f"{source.frames} at the file's {source.rate:.6g}"
-            if source.duration > 0
-            else f"{source.frames} in the file"
-        )
+        at_rate = f"at the file's {source.own_rate:.6g}{source.on_average}" if source.duration > 0 else "in the file"
+        own = f"{source.frames} {at_rate}"
         taken = f"{_counted(available)}{_every(dataset)} at {dataset.fps:g} fps ({own})"
     return Skipped("dropped", "too short", f"{taken}; needs {dataset.min_frames}{remedy}")
 
@@ -283,13 +280,13 @@ def _remedies(source: Probe, dataset: DatasetPlan, rule: FrameRule, available: i
         found.append(f"data.video.min_frames = {least}")
     if source.frames == 1:
         return found
-    fps = dataset.fps or source.rate
+    fps = dataset.fps or source.own_rate
     smaller = range(interval - 1, 0, -1)
     if enough := next((n for n in smaller if available_frames(source.duration, fps / n) >= dataset.min_frames), 0):
         found.append(f"data.video.frame_step = {enough}")
-    own = available_frames(source.duration, source.rate / interval)
-    if own >= dataset.min_frames and source.rate > fps:
-        found.append(f"data.video.fps = {source.rate:.6g}")
+    own = available_frames(source.duration, source.own_rate / interval)
+    if own >= dataset.min_frames and source.own_rate > fps:
+        found.append(f"data.video.fps = {source.own_rate:.6g}")
     return found
 
 
@@ -300,8 +297,8 @@ def too_slow(source: Probe, dataset: DatasetPlan, fps: float) -> Skipped:
     return Skipped(
         "dropped",
         "too slow",
-        f"{source.rate:.6g} frames per second in the file, fewer than the {wanted}: frames "
-        f"would be repeated; set data.video.fps to {math.floor(source.rate * interval * 1000) / 1000:g} or less, or "
+        f"{source.own_rate:.6g} frames per second in the file{source.on_average}, fewer than the {wanted}: frames "
+        f"would be repeated; set data.video.fps to {math.floor(source.own_rate * interval * 1000) / 1000:g} or less, or "
         "data.video.repeat_frames = true",
     )
 

@@ -333,7 +333,7 @@ def test_every_setting_that_moves_a_fit_is_among_those_that_decide(tmp_path: Pat
     changes: list[dict[str, Any]] = [
         {"sizes": (Size(64, 64),)}, {"frames": 13, "min_frames": 13}, {"min_frames": 1}, {"fps": None}, {"max_frames": 40},
         {"crop": "random"}, {"crop": "none"}, {"upscale": True}, {"min_size": 3}, {"max_size": 3}, {"downsample_to": 3},
-        {"resolution_type": "pixel"}, {"captions": "filename"}, {"caption": "x"}, {"caption_prefix": "x"},
+        {"resolution_type": "pixel"}, {"captions": "filename"}, {"caption": "x"}, {"caption_per": "line"}, {"caption_prefix": "x"},
         {"captions_file": tmp_path / "x.csv"}, {"file_column": "x"}, {"caption_column": "x"}, {"missing_caption": "empty"},
         *({"video": {key: value}} for key, value in (
             ("window", "all"), ("windows", 3), ("frame_step", 2), ("repeat_frames", True), ("round_to", 4),

@@ -14,6 +14,7 @@ import pytest
 from vtrain.contract import Caption, ClipShape, Words
 from vtrain.data.caching.caches import fill_caches
 from vtrain.data.decoding.decode import decode
+from vtrain.data.scanning.files import look
 from vtrain.data.scanning.misfits import Misfits
 from vtrain.data.scanning.scan import scan
 from vtrain.plan.records import MasksPlan
@@ -158,6 +159,26 @@ def beside(setup, name: str, data: object) -> None:
 
 def texts(setup, **table) -> dict[str, list[Caption]]:
     return {sample.ref_id: list(sample.captions) for sample in samples(setup, **table)}
+
+
+def test_text_files_of_several_lines_are_pointed_out_until_somebody_says_what_a_file_is(setup, make_video) -> None:
+    prose = "A woman in a red coat walks along the pier while\nthe sun sets behind the harbour."
+    for name, text in (("a", "a cat\na dog"), ("b", prose), ("c", prose), ("d", '{\n"caption": "a cat"\n}')):
+        setup.add(f"{name}.mp4", make_video(), caption=text)
+    assert [text.text for text in texts(setup)["d.mp4"]] == ["{", '"caption": "a cat"', "}"]
+    json_files, prose_files = survey(setup).doubts
+    assert json_files.startswith("1 caption file holds JSON (such as d.txt): rename to .json and set data.captions =")
+    assert prose_files.startswith("2 caption files look like one text over several lines (such as b.txt), ")
+    assert 'set data.caption_per = "file"' in prose_files
+    assert look(setup.plan()).notes("clips") == (json_files, prose_files)
+    for said in ("line", "file"):
+        assert survey(setup, caption_per=said).doubts == ()
+    whole = texts(setup, caption_per="file")
+    assert whole["b.mp4"] == [Caption(prose.replace("\n", " "))]
+    assert whole["a.mp4"] == [Caption("a cat a dog")]
+    # Two datasets of one place, each with its own rule.
+    plan = setup.plan(setup.dataset("lines", caption_per="line"), setup.dataset("files", caption_per="file"))
+    assert [len(sample.captions) for sample in scan(plan).samples] == [1, 1, 1, 1, 2, 2, 2, 3]
 
 
 def test_sidecars_give_captions_and_motion_scores(setup, make_video) -> None:

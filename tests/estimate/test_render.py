@@ -14,7 +14,7 @@ from rich.console import Console
 from vtrain.cli.plan import show_sections
 from vtrain.cli.report import bold
 from vtrain.contract import ClipShape
-from vtrain.data.scanning.misfits import Loss
+from vtrain.data.scanning.misfits import Loss, Misfits
 from vtrain.data.scanning.surveys import DatasetSurvey, Survey
 from vtrain.estimate.estimate import make_estimate
 from vtrain.estimate.render import as_json, buckets_json, buckets_section, dataset_rows, sections
@@ -97,6 +97,13 @@ def test_programs_get_the_same_numbers(plan_of: PlanOf) -> None:
     assert whole["datasets"][0]["misfits"] == {"clips": 0, "worst": []}
 
 
+def test_what_is_probably_not_meant_of_the_data_is_a_warning(plan_of: PlanOf) -> None:
+    found = survey(doubts=("2 caption files look odd",), misfits=Misfits(2, (("tall.mp4", 0.58),), ((0.5, 2),)))
+    warnings = make_estimate(plan_of(), found).warnings
+    assert warnings[0] == "2 caption files look odd"
+    assert warnings[1].startswith("2 of 5 clips lose more than a third of the picture to the crop (tall.mp4 58%); ")
+
+
 def test_files_samples_and_passes_are_told_apart(plan_of: PlanOf) -> None:
     assert rows(plan_of(), survey())["files"] == "9 scanned, 5 used as 8 samples, 2 passes an epoch"
     assert rows(plan_of(), survey(notes=("odd",)))["note"] == "odd"
@@ -145,6 +152,7 @@ def test_titles_are_bold_where_the_terminal_can(monkeypatch: pytest.MonkeyPatch,
         ('captions = "json"\nmissing_caption = "empty"', "a .json beside each clip, empty where there is none"),
         ('captions = "instance_prompt"\ncaption = "a film"', '"a film" for all'),
         ('captions = "filename"\ncaption_prefix = "film: "', 'the file\'s name, after "film: "'),
+        ('caption_per = "file"', "a .txt beside each clip, a caption a file"),
         ('captions = "csv"\ncaptions_file = "all.csv"', "{folder}/all.csv"),
     ],
 )

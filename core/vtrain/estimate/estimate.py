@@ -78,7 +78,7 @@ def make_estimate(plan: Plan, survey: Survey) -> Estimate:
         checkpoint_bytes=_checkpoint_bytes(plan),
         checkpoints=math.ceil(steps / every) if every else None,
         validations=math.ceil(steps / validate_every) + at_start if validate_every else None,
-        warnings=(*plan.warnings, *_misfits(plan, survey), *_pointed_out(config, steps, per_epoch)),
+        warnings=(*plan.warnings, *_of_data(plan, survey), *_pointed_out(config, steps, per_epoch)),
         feature_bytes=feature_bytes(plan, survey),
         mask_bytes=mask_bytes(plan, survey),
     )
@@ -150,11 +150,13 @@ def _pointed_out(config: Config, steps: int, per_epoch: float) -> tuple[str, ...
     return tuple(found)
 
 
-def _misfits(plan: Plan, survey: Survey) -> Iterator[str]:
+def _of_data(plan: Plan, survey: Survey) -> Iterator[str]:
+    """What of the files is probably not meant."""
     for dataset, found in zip(plan.datasets, survey.datasets, strict=True):
+        name = f"{dataset.id}: " if len(plan.datasets) > 1 else ""
+        yield from (f"{name}{doubt}" for doubt in found.doubts)
         if found.misfits.clips:
             clips = sum(map(found.clips_of, found.samples))
-            name = f"{dataset.id}: " if len(plan.datasets) > 1 else ""
             yield f"{name}{misfits.pointed_out(plan.family, dataset, found.misfits, clips)}"
 
 

@@ -212,7 +212,7 @@ def _picture(dataset: DatasetPlan) -> str:
 def _captions(dataset: DatasetPlan) -> str:
     table = dataset.table
     words = {
-        "textfile": "a .txt beside each clip, a caption a line",
+        "textfile": f"a .txt beside each clip, a caption a {table.caption_per or 'line'}",
         "json": "a .json beside each clip",
         "filename": "the file's name",
         "instance_prompt": f'"{table.caption}" for all',

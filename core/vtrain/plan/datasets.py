@@ -331,6 +331,12 @@ class _Checks:
         elif table.caption is None:
             what = 'captions = "instance_prompt" needs the key "caption".'
             yield self._problem("captions", what, 'Add, for example: caption = "a cartoon in black and white"')
+        if table.captions not in (None, "textfile") or (
+            table.captions is None and isinstance(backend, SupportsCaptions)
+        ):
+            yield from self._pointless(
+                "caption_per", 'captions = "textfile"', 'Set captions = "textfile", or remove it.'
+            )
         if table.captions in ("csv", "parquet"):
             yield from self._caption_file()
             return

@@ -19,7 +19,7 @@ from vtrain.data.scanning.captions import BESIDE, stem
 from vtrain.data.scanning.database import database_faults, open_readonly
 from vtrain.data.scanning.ledger import Ledger, escaped, pages, probe_of
 from vtrain.data.scanning.scan import Samples, ScannedDataset, decided, ledger_messages
-from vtrain.data.scanning.surveys import DISTINCT, caption_notes, unmatched_captions
+from vtrain.data.scanning.surveys import DISTINCT, caption_doubt, caption_looks, caption_notes, unmatched_captions
 from vtrain.plan.records import DatasetPlan, Plan
 
 STATUSES = ("used", "dropped", "failed")
@@ -145,9 +145,10 @@ class Files:
         return found
 
     def notes(self, dataset: str) -> tuple[str, ...]:
-        """What else is worth knowing: captions without a clip."""
+        """What else is worth knowing: captions without a clip, and what looks as if it were no caption."""
         plan, found = self.datasets[dataset]
-        return caption_notes(unmatched_captions(self._all, found.place, plan))
+        doubts = (caption_doubt(*each) for each in caption_looks(self._all, found.decision, plan))
+        return (*caption_notes(unmatched_captions(self._all, found.place, plan)), *doubts)
 
     def widths(self, dataset: str) -> tuple[int, int]:
         """Letters of the longest bucket and of the longest ref id."""

@@ -100,15 +100,16 @@ _TABLES = """
         decision INTEGER, ref TEXT, size INTEGER NOT NULL, version TEXT NOT NULL, status TEXT NOT NULL,
         kind TEXT NOT NULL, reason TEXT NOT NULL, frames INTEGER, height INTEGER, width INTEGER,
         samples INTEGER NOT NULL, windows INTEGER NOT NULL, stretch REAL NOT NULL, cropped REAL NOT NULL,
-        aspect REAL, made TEXT, captions TEXT, mask TEXT NOT NULL, PRIMARY KEY (decision, ref)
+        aspect REAL, made TEXT, captions TEXT, mask TEXT NOT NULL, looks TEXT NOT NULL, PRIMARY KEY (decision, ref)
     ) WITHOUT ROWID;
     CREATE TABLE texts (decisions TEXT PRIMARY KEY, generations TEXT NOT NULL, count INTEGER NOT NULL) WITHOUT ROWID;
 """
 """source: unseen is 1 for a file that was not opened yet, or could not be for a reason that may pass. words: of a caption
 file. dataset_caption: captions that do not stand in a file of their own. file_decision: made is how a file's samples are
-cut, as JSON; captions are those of each of its samples; samples and windows are how many there are. decision: statistics is
-what a scan counted of it. A file that failed in filling keeps `made` until the next scan, so that those who go through the
-samples count alike.
+cut, as JSON; captions are those of each of its samples; samples and windows are how many there are; stretch, cropped and
+aspect are its Fit's; looks is what its caption file looks like (captions.looks_like). decision: statistics is what a scan
+counted of it. A file that failed in filling keeps `made` until the next scan, so that those who go through the samples count
+alike.
 """
 
 _PROBE = attrgetter(*(field.name for field in fields(Probe)))

@@ -323,6 +323,19 @@ def test_what_a_crop_takes_away_is_known_and_nothing_is_where_the_picture_is_squ
     assert placed(clip(width=704, height=352, aspect=640 / 704), dataset()).aspect == pytest.approx(640 / 352)
 
 
+def test_a_variable_rate_is_one_number_and_called_an_average() -> None:
+    """20 frames in 2 s, of which the last is shown for a second: 19 a second, and not 10."""
+    variable = Probe("h264", 640, 360, 1.0, 20, 2.0, 1.0, "", True)
+    words = left(variable, dataset(fps=25.0, frames=5))
+    assert words == (
+        "too slow: 19 frames per second in the file on average, fewer than the 25 of data.video.fps: frames would be "
+        "repeated; set data.video.fps to 19 or less, or data.video.repeat_frames = true"
+    )
+    assert "(20 at the file's 19 on average)" in left(variable, dataset(fps=8.0, frames=33))
+    assert isinstance(fit(variable, dataset(fps=19.0, frames=5), RULE), Fit), "as the remedy says"
+    assert variable.own_rate == 19
+
+
 def test_the_area_and_the_shorter_edge_measure_a_picture() -> None:
     assert measure(832, 480, "pixel") == 480
     assert measure(640, 360, "pixel_area") == 480

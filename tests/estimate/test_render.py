@@ -17,7 +17,7 @@ from vtrain.contract import ClipShape
 from vtrain.data.scanning.misfits import Loss, Misfits
 from vtrain.data.scanning.surveys import DatasetSurvey, Survey
 from vtrain.estimate.estimate import make_estimate
-from vtrain.estimate.render import as_json, buckets_json, buckets_section, dataset_rows, sections
+from vtrain.estimate.render import as_json, buckets_json, buckets_section, dataset_rows, losses_section, sections
 from vtrain.plan.records import Plan
 
 PlanOf = Callable[..., Plan]
@@ -48,14 +48,17 @@ def test_the_table_counts_clips_windows_batches_and_shares(plan_of: PlanOf) -> N
     )
 
 
-def test_what_is_cropped_or_stretched_has_a_column_and_the_worst_clip_is_named(plan_of: PlanOf) -> None:
-    losses = {WIDE: Loss(0.58, 0.12, worst="tall.mp4")}
-    heads, wide, square = buckets_section(plan_of(), survey(losses=losses)).rows
-    assert heads[-2:] == ("cropped", "the most")
-    assert (wide[-2:], square[-2:]) == (("12.0%, at most 58.0%", "tall.mp4"), ("-", "-"))
-    losses = {SQUARE: Loss(stretch=2.37, stretch_mean=1.1, worst="tall.mp4")}
-    heads, wide, square = buckets_section(plan_of(), survey(losses=losses)).rows
-    assert (heads[-2:], square[-2:]) == (("stretched", "the most"), ("10.0%, at most 137.0%", "tall.mp4"))
+def test_what_is_cropped_or_stretched_is_told_of_each_bucket_with_the_worst_clip(plan_of: PlanOf) -> None:
+    losses = {WIDE: Loss(0.58, 0.12, worst="tall.mp4"), SQUARE: Loss(stretch=2.37, stretch_mean=1.1, worst="b.mp4")}
+    assert losses_section(survey(losses=losses)).rows == (
+        ("96x64@5", "cropped by 12.0% on average, at most 58.0% (tall.mp4)"),
+        ("64x64@9", "stretched by 10.0% on average, at most 137.0% (b.mp4)"),
+    )
+    small = survey(losses={WIDE: Loss(0.009, 0.001, worst="a.mp4")})
+    assert losses_section(small).rows == (), "whole pixels"
+    plan = plan_of()
+    titles = [part.title for part in sections(plan, small, make_estimate(plan, small))]
+    assert "pictures" not in titles
 
 
 def test_buckets_of_several_datasets_are_counted_together(plan_of: PlanOf) -> None:

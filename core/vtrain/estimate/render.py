@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 
 from vtrain.contract import ClipShape, Section, SupportsFrameLevels
-from vtrain.data.scanning.misfits import Loss
 from vtrain.data.scanning.surveys import Bucket, DatasetSurvey, Survey
 from vtrain.estimate.estimate import Estimate, bytes_text, feature_words
 from vtrain.estimate.estimate import section as memory_section
@@ -26,6 +25,7 @@ def sections(plan: Plan, survey: Survey, estimate: Estimate) -> tuple[Section, .
             for dataset, found in zip(plan.datasets, survey.datasets, strict=True)
         ),
         buckets_section(plan, survey),
+        losses_section(survey),
         Section("run", _run(plan, estimate)),
         *(Section(f"regularizer: {name}", tuple(part.describe())) for name, part in plan.regularizers),
         Section("validation", (*_validation(plan, estimate), *picture_rows(plan))),
@@ -232,9 +232,8 @@ def _masks(masks: MasksPlan) -> str:
 
 
 def buckets_section(plan: Plan, survey: Survey) -> Section:
-    """The table of buckets; with how much of the pictures is cropped away, or stretched, where any is."""
+    """The table of buckets."""
     table, epoch, batch = survey.table(), survey.epoch, plan.config.train.batch_size
-    losses = [head for head, text in _LOSSES.items() if any(text(bucket.loss) for bucket in table)]
     rows = [
         (
             str(bucket.shape),
@@ -243,27 +242,30 @@ def buckets_section(plan: Plan, survey: Survey) -> Section:
             f"{bucket.samples / batch:.4g}",
             "x".join(map(str, plan.family.latent_shape(bucket.shape))),
             f"{100 * bucket.samples / epoch:.1f}%",
-            *(_LOSSES[head](bucket.loss) or "-" for head in losses),
-            *([bucket.loss.worst or "-"] if losses else []),
         )
         for bucket in table
     ]
-    heads = (*HEADS, *losses, *(["the most"] if losses else []))
-    return Section("buckets", (heads, *rows) if rows else (), table=True)
+    return Section("buckets", (HEADS, *rows) if rows else (), table=True)
 
 
-def _percent(mean: float, most: float) -> str:
-    """Of shares; "" where the most is none that can be written."""
-    return f"{100 * mean:.1f}%, at most {100 * most:.1f}%" if most >= _LEAST else ""
+_LEAST = 0.01
+"""A loss of less than this is of no interest: edges are whole numbers of pixels."""
 
 
-_LEAST = 0.0005
-"""A share that is written as more than 0.0%."""
-
-_LOSSES: Mapping[str, Callable[[Loss], str]] = {
-    "cropped": lambda loss: _percent(loss.cropped_mean, loss.cropped),
-    "stretched": lambda loss: _percent(loss.stretch_mean - 1, loss.stretch - 1),
-}
+def losses_section(survey: Survey) -> Section:
+    """How much of the pictures of each bucket is cropped away or stretched, and the clip that loses most."""
+    rows = []
+    for bucket in survey.table():
+        loss = bucket.loss
+        shares = {"cropped": (loss.cropped_mean, loss.cropped), "stretched": (loss.stretch_mean - 1, loss.stretch - 1)}
+        found = [
+            f"{name} by {100 * mean:.1f}% on average, at most {100 * most:.1f}%"
+            for name, (mean, most) in shares.items()
+            if most >= _LEAST
+        ]
+        if found:
+            rows.append((str(bucket.shape), f"{'; '.join(found)} ({loss.worst})"))
+    return Section("pictures", tuple(rows))
 
 
 def buckets_json(plan: Plan, survey: Survey) -> list[dict[str, object]]:

@@ -20,6 +20,9 @@ PROBE_VERSION = 2
 _SQUARE = 0.01
 """Pixel aspects this near to 1 count as 1: encoders write such ratios (512/513) when they round a size."""
 
+_HEAD = 32
+"""Bytes that tell what a picture is."""
+
 _TIFF = (b"II*\0", b"MM\0*")
 _COMPRESSION = 259
 _JPEG = (6, 7)
@@ -73,7 +76,7 @@ def probe(stream: BinaryIO) -> Probe:
     """
     from vtrain.data.decoding.pixels import Orientation
 
-    size = _refuse_jpeg_in_tiff(stream)
+    size = _refuse_pictures(stream)
     with open_video(stream) as (container, video):
         check_index(container, video, size)
         length = _still(container) or _header(video)
@@ -103,16 +106,20 @@ def _first_frame(container: InputContainer, video: VideoStream) -> VideoFrame:
     return frame
 
 
-def _refuse_jpeg_in_tiff(stream: BinaryIO) -> int:
-    """The file's size. Raises FileFault for a TIFF file compressed with JPEG: ffmpeg makes a black picture of it, without an
-    error."""
+def _refuse_pictures(stream: BinaryIO) -> int:
+    """The file's size. Raises FileFault for pictures of which ffmpeg makes something else: of an animated WebP nothing, of an
+    animated AVIF one frame, of a TIFF compressed with JPEG a black picture."""
     with faults("cannot be read"):
         size = stream.seek(0, io.SEEK_END)
         stream.seek(0)
-        start = stream.read(8)
+        start = stream.read(_HEAD)
+        if start[:4] == b"RIFF" and start[8:16] == b"WEBPVP8X" and start[20:] and start[20] & 2:
+            raise FileFault("is an animated WebP, which is not read: save it as MP4 or GIF")
+        if start[4:12] == b"ftypavis":
+            raise FileFault("is an animated AVIF, which is not read: save it as MP4 or GIF")
         order: Literal["little", "big"] = "little" if start[:2] == b"II" else "big"
         if start[:4] in _TIFF:
-            stream.seek(int.from_bytes(start[4:], order))
+            stream.seek(int.from_bytes(start[4:8], order))
             entries = stream.read(2 + 12 * int.from_bytes(stream.read(2), order))
             # A short number stands at the start of its field of four bytes, in either byte order.
             tags = {entries[at : at + 2]: entries[at + 8 : at + 10] for at in range(0, len(entries) - 11, 12)}

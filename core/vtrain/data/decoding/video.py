@@ -154,7 +154,7 @@ def on_screen(frames: Iterable[tuple[float, float, FrameT]], times: Sequence[flo
 
 SUFFIXES = frozenset(
     (".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".m2v", ".ts", ".m2ts", ".mts", ".wmv",
-     ".flv", ".ogv", ".gif")
+     ".flv", ".ogv", ".gif", ".apng")
 )  # fmt: skip
 """Lower-case suffixes of files that are taken for videos."""
 

@@ -31,6 +31,13 @@ _KINDS = {
     **BESIDE,
 }
 
+_ANIMATED = {
+    ".webp": " (an animated WebP is not read: save it as MP4 or GIF)",
+    ".png": " (an animated PNG: of all its frames)",
+}
+_UNREAD = frozenset((".avif", ".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".exr", ".tga", ".dng"))
+"""Lower-case suffixes of pictures that are no clips."""
+
 KINDS_VERSION = tuple(sorted(_KINDS.items()))
 """What decides over kinds: a ledger holds them."""
 
@@ -70,7 +77,13 @@ def useless(ref_id: str, kind: str) -> Skipped:
     if kind == MISNAMED:
         return Skipped("dropped", "bad name", "its name is not UTF-8: rename it")
     if kind == IMAGE:
-        return Skipped("dropped", "image", "a single image: set data.images = true to use it as a clip of one frame")
+        more = _ANIMATED.get(suffix_of(ref_id), "")
+        reason = f"a single image: set data.images = true to use it as a clip of one frame{more}"
+        return Skipped("dropped", "image", reason)
+    if suffix_of(ref_id) in _UNREAD:
+        name = suffix_of(ref_id)[1:].upper()
+        reason = f"an image that is not read ({name}): save it as PNG or JPEG, an animated one as MP4 or GIF"
+        return Skipped("dropped", "image", reason)
     return Skipped("dropped", "not a video", f"not a video: {suffix_of(ref_id) or 'no suffix'}")
 
 

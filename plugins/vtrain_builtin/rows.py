@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from threading import Lock
 from typing import Any, BinaryIO
 
@@ -15,7 +16,7 @@ from vtrain_builtin.files import Folder
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 
-_LONGEST_LINE = 16 << 20
+_LONGEST_LINE, _LONGEST_HEADER = 16 << 20, 1 << 16
 _BATCH = 1024
 LARGEST_GROUP = 1 << 30
 """Bytes of the columns that are read, in one row group of a Parquet file that holds clips."""
@@ -52,10 +53,15 @@ def rows(file: BinaryIO, place: str, choose: Choose, at_once: int = _BATCH) -> I
 
 
 def _csv(file: BinaryIO, place: str, choose: Choose, delimiter: str) -> Iterator[TableRow]:
-    """UTF-8, a first row of names; empty lines are passed over."""
-    # strict: else a quote that is never closed takes the rest of the file for one cell, without an error.
-    reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
+    """UTF-8, a first row of names, by which another delimiter is known; empty lines are passed over."""
+    text = io.TextIOWrapper(file, "utf-8-sig", newline="")
+    reader = csv.reader(text)
     try:
+        header = text.readline(_LONGEST_HEADER)
+        if delimiter not in header:
+            delimiter = max((delimiter, ";", "\t", ",", "|"), key=header.count)
+        # strict: else a quote that is never closed takes the rest of the file for one cell, without an error.
+        reader = csv.reader(chain([header] if header else [], text), delimiter=delimiter, strict=True)
         names = [name.strip() for name in next(reader, [])]
         wanted = [names.index(name) for name in choose(names, True)]
         for cells in reader:

@@ -167,6 +167,13 @@ def test_a_manifest_that_is_not_there_is_an_error(tmp_path: Path) -> None:
         assert problems(manifest(tmp_path / path).refs())
 
 
+@pytest.mark.parametrize(("name", "delimiter"), [("t.csv", ";"), ("t.csv", "\t"), ("t.csv", "|"), ("t.tsv", ",")])
+def test_what_separates_columns_is_known_by_the_first_row(clips: Path, name: str, delimiter: str) -> None:
+    table = write(clips / name, delimiter.join(("path", "caption")), delimiter.join(("a.mp4", '"a ball, red; round"')))
+    assert list(manifest(table).captions()) == [("a.mp4", Words(("a ball, red; round",)))]
+    assert [ref.id for ref in manifest(table).refs()] == ["a.mp4"]
+
+
 def test_csv_takes_quotes_line_breaks_and_a_byte_order_mark(clips: Path) -> None:
     (clips / "t.csv").write_bytes('\ufeffpath,caption\r\na.mp4,"a ""red""\nball, é"\r\n\r\n'.encode())
     assert list(manifest(clips / "t.csv").captions()) == [("a.mp4", Words(('a "red" ball, é',)))]

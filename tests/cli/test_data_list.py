@@ -51,7 +51,7 @@ def test_every_file_is_listed_with_its_fate(world: Path, listed) -> None:
     assert (row["bucket"], row["samples"], row["windows"]) == ("96x64@9", 1, 1)
     assert row["source"] == {
         "codec": "h264", "width": 192, "height": 128, "pixel_aspect": 1.0, "turned": "", "frames": 40, "fps": 8.0,
-        "seconds": 5.0,
+        "variable": False, "seconds": 5.0,
     }  # fmt: skip
     assert row["captions"] == [{"text": "the caption of 'long'"}]
     gone = next(row for row in rows if row["file"] == "gone.mp4")

@@ -341,6 +341,14 @@ def video_bytes(
         return Path(target.name).read_bytes()
 
 
+@pytest.fixture(scope="session")
+def undecodable() -> bytes:
+    """Of a sound header, with zeros for the pictures of its second half, which only decoding finds."""
+    data = video_bytes(frames=48, options={"movflags": "faststart"})
+    half = int(len(data) * 0.6)
+    return data[:half] + bytes(len(data) - half)
+
+
 def audio_bytes() -> bytes:
     target = io.BytesIO()
     with av.open(target, "w", format="mp4") as container:

@@ -32,9 +32,8 @@ def standings(setup) -> list[tuple[int, int, int, int, int]]:
     return [(now.done, now.total, now.unusable, now.unread, now.made) for now in told if now.stage == "video"]
 
 
-def test_what_cannot_be_used_is_counted_apart_from_what_is_cached(three, make_video) -> None:
-    data = make_video(frames=48, options={"movflags": "faststart"})
-    three.add("cut.mp4", data[: int(len(data) * 0.6)], "cut")
+def test_what_cannot_be_used_is_counted_apart_from_what_is_cached(three, undecodable) -> None:
+    three.add("bad.mp4", undecodable, "bad")
     told = standings(three)
     assert told[0] == (0, 4, 0, 4, 0)
     assert told[-1] == (3, 4, 1, 0, 3)
@@ -264,24 +263,24 @@ def test_an_interrupt_leaves_whole_entries_and_they_are_kept(three) -> None:
     assert [p for p in three.cache.rglob("*") if p.suffix == ".part"] == []
 
 
-def test_a_truncated_clip_is_left_out_with_its_reason_now_and_at_the_next_start(three, make_video) -> None:
-    data = make_video(frames=48, options={"movflags": "faststart"})
-    three.add("cut.mp4", data[: int(len(data) * 0.6)], "cut")
+def test_a_clip_that_does_not_decode_is_left_out_with_its_reason_now_and_at_the_next_start(
+    three, make_video, undecodable
+) -> None:
+    three.add("bad.mp4", undecodable, "bad")
     filled = fill(three)
     assert [sample.ref_id for sample in trained_on(filled)] == ["0.mp4", "1.mp4", "2.mp4"]
     (reason,) = filled.skipped.values()
-    assert list(filled.skipped) == ["clips/cut.mp4"]
+    assert list(filled.skipped) == ["clips/bad.mp4"]
     assert "of 17 frames could be decoded" in reason
     again = scan(three.plan()).survey.datasets[0].skipped
-    assert again == {reason: (1, "cut.mp4")}
-    three.add("cut.mp4", data, "cut")  # mended
+    assert again == {reason: (1, "bad.mp4")}
+    three.add("bad.mp4", make_video(frames=48), "bad")  # mended
     assert len(trained_on(fill(three))) == 4
 
 
-def test_a_truncated_clip_stops_the_run_if_asked(three, make_video) -> None:
-    data = make_video(frames=48, options={"movflags": "faststart"})
-    three.add("cut.mp4", data[: int(len(data) * 0.6)], "cut")
-    with pytest.raises(DataError, match=r"cut\.mp4: .*of 17 frames could be decoded"):
+def test_a_clip_that_does_not_decode_stops_the_run_if_asked(three, undecodable) -> None:
+    three.add("bad.mp4", undecodable, "bad")
+    with pytest.raises(DataError, match=r"bad\.mp4: .*of 17 frames could be decoded"):
         fill(three, three.dataset(on_bad_file="stop"))
 
 
@@ -296,10 +295,9 @@ def test_a_clip_that_vanishes_after_the_scan_is_left_out_but_not_for_ever(three)
     assert len(trained_on(fill(three))) == 3
 
 
-def test_no_clip_that_decodes_is_an_error_with_the_reasons(setup, make_video) -> None:
-    data = make_video(frames=48, options={"movflags": "faststart"})
-    setup.add("cut.mp4", data[: int(len(data) * 0.6)])
-    with pytest.raises(DataError, match=r"clips/cut\.mp4: "):
+def test_no_clip_that_decodes_is_an_error_with_the_reasons(setup, undecodable) -> None:
+    setup.add("bad.mp4", undecodable)
+    with pytest.raises(DataError, match=r"clips/bad\.mp4: "):
         fill(setup)
 
 

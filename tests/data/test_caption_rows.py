@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from vtrain.config.tables import DataTable
 from vtrain.contract import DataError, Size, Words
 from vtrain.data.decoding.video import FileFault
-from vtrain.data.scanning.captions import caption_rows
+from vtrain.data.scanning.caption_rows import caption_rows
 from vtrain.plan.records import DatasetPlan
 
 Found = list[tuple[str, Words | str]]
@@ -64,6 +64,34 @@ def test_other_columns_a_byte_order_mark_tabs_and_windows_line_ends(of_csv: Call
     assert of_csv(text, name="captions.tsv", file_column="clip", caption_column="Text") == [
         ("a.mp4", Words(("a, b",))),
         ("b.mp4", Words(("c",))),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "delimiter", "columns"),
+    [
+        ("captions.csv", ";", ("file", "caption")),
+        ("captions.csv", "\t", ("file", "caption")),
+        ("captions.csv", "|", ("file", "caption")),
+        ("captions.tsv", ",", ("file", "caption")),
+        ("captions.csv", ";", ("file", '"caption"', "seen, by")),
+    ],
+)
+def test_what_separates_columns_is_known_by_the_first_row(
+    of_csv: Callable[..., Found], name: str, delimiter: str, columns: tuple[str, ...]
+) -> None:
+    rows = [columns, ("a.mp4", '"a ball, red; a\tlawn|"'), ("b.mp4", "x")]
+    assert of_csv("".join(delimiter.join(row) + "\n" for row in rows), name=name) == [
+        ("a.mp4", Words(("a ball, red; a lawn|",))),
+        ("b.mp4", Words(("x",))),
+    ]
+
+
+def test_a_column_that_is_not_there_is_told_of_a_file_that_is_separated_by_semicolons(
+    of_csv: Callable[..., Found],
+) -> None:
+    assert refused(of_csv, "file;text\na.mp4;x\n") == [
+        'captions.csv: there is no column "caption". Set data.caption_column to one of its columns: "file", "text".'
     ]
 
 

@@ -16,7 +16,7 @@ from vtrain.config.tables import DataTable
 from vtrain.contract import Caption, Size, Words
 from vtrain.data.decoding.video import FileFault
 from vtrain.data.sample import Skipped
-from vtrain.data.scanning.captions import choose, from_file, from_name, from_sidecar, read
+from vtrain.data.scanning.captions import choose, from_file, from_name, from_sidecar, looks_like, read
 from vtrain.plan.records import DatasetPlan
 
 
@@ -34,28 +34,79 @@ def sidecar(data: object) -> Words:
     ("data", "texts"),
     [
         (b"one\ntwo\n", ("one", "two")),
-        (b"\xef\xbb\xbf  one \r\n\r\n\t\ntwo", ("one", "two")),
+        (b"\n\n  one \n\n", ("one",)),
+        (b"\xef\xbb\xbf  one \r\n\r\n\t\ntwo", ("one", "", "two")),
         (b"", ()),
         (b" \n\t\n", ()),
         ("ein Mädchen".encode(), ("ein Mädchen",)),
     ],
 )
 def test_each_line_of_a_text_file_that_is_not_blank_is_a_caption(data: bytes, texts: tuple[str, ...]) -> None:
-    assert from_file(io.BytesIO(data)) == Words(texts)
+    found = from_file(io.BytesIO(data))
+    assert found == Words(texts), "with what tells paragraphs"
+    chosen = choose("a.mp4", found, dataset(missing_caption="empty"))
+    assert chosen == (tuple(Caption(text) for text in texts if text) or (Caption(""),))
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"A ball rolls\nover   the lawn.\n\nIt is red.\n", "A ball rolls over the lawn. It is red."),
+        (b'{\n  "a": 1\n}', '{ "a": 1 }'),
+        (b"a\n" * 2000, " ".join("a" * 2000)),
+        (b"one", "one"),
+        (b" \n ", None),
+    ],
+)
+def test_a_text_file_is_one_caption_where_the_settings_say_so(data: bytes, text: str | None) -> None:
+    chosen = choose("a.mp4", from_file(io.BytesIO(data)), dataset(caption_per="file", caption_prefix="film: "))
+    assert chosen == (Caption(f"film: {text}"),) if text is not None else isinstance(chosen, Skipped)
+
+
+RUNS_ON = "A woman in a red coat walks along the pier while the sun\nsets behind the harbour and gulls circle above."
+LONG = "The camera moves slowly over a table with an old map on it. " * 3
+
+
+@pytest.mark.parametrize(
+    ("text", "looks"),
+    [
+        (RUNS_ON, "prose"),
+        (f"{LONG}\n\n{LONG}", "prose"),
+        (f"{LONG}\n{LONG}", "prose"),
+        ('{\n "caption": "a cat"\n}', "json"),
+        ('{"caption": "a cat"}', "json"),
+        ('["a cat", "a dog"]', "json"),
+        ("a cat", ""),
+        ("a cat\na dog", ""),
+        ("A cat sleeps.\n\nA cat lies in the sun.", ""),
+        ("[sks] a cat", ""),
+        ("{a|b} cat}", ""),
+        (LONG, ""),
+        # Captions of one long sentence each.
+        ("\n".join([f"a wide shot of a harbour {'with boats ' * 12}at dawn"] * 3), "prose"),
+        ("\n".join([f"A wide shot of a harbour {'with boats ' * 12}at dawn"] * 3), ""),
+        ("", ""),
+    ],
+)
+def test_text_that_looks_like_one_caption_over_several_lines_is_known(text: str, looks: str) -> None:
+    lines = from_file(io.BytesIO(text.encode())).texts
+    assert looks_like(lines, dataset()) == looks
+    for said in ({"caption_per": "line"}, {"caption_per": "file"}, {"captions": "json"}):
+        assert looks_like(lines, dataset(**said)) == "", "somebody said what it is"
 
 
 @given(lines=st.lists(st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Zl", "Zp"]))))
 def test_a_text_file_gives_back_the_lines_that_were_written(lines: list[str]) -> None:
     found = from_file(io.BytesIO("\n".join(lines).encode()))
     first = lines[:1] and lines[0].removeprefix("\ufeff")
-    assert found.texts == tuple(line.strip() for line in ([first, *lines[1:]] if lines else []) if line.strip())
+    told = tuple(line.strip() for line in ([first, *lines[1:]] if lines else []) if line.strip())
+    assert tuple(filter(None, found.texts)) == told
 
 
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
         (b"x" * (1 << 20) + b"y", "its caption file is larger than 1 MiB"),
-        (b"a\n" * 1001, "its caption file has 1001 captions, more than 1000: put a caption on one line"),
         (b"caf\xe9", "its caption file is not UTF-8 (byte 3): save it as UTF-8"),
     ],
 )
@@ -113,7 +164,6 @@ def test_a_whole_motion_score_is_the_same_however_it_is_written() -> None:
         ({"motion_score": "fast"}, "its motion score 'fast' is no whole number from 0 on: write one such as 30"),
         ('{"motion_score": NaN}', "its motion score 'nan' is no whole number from 0 on: write one such as 30"),
         ('{"motion_score": 1e999}', "its motion score 'inf' is no whole number from 0 on: write one such as 30"),
-        ({"captions": ["a"] * 1001}, "its caption file has 1001 captions, more than 1000: put a caption on one line"),
     ],
 )
 def test_a_sidecar_that_cannot_be_used_has_its_reason(data: object, reason: str) -> None:
@@ -209,3 +259,16 @@ def test_what_lacks_is_said(table: dict[str, Any], found: Words | None, lack: st
 def test_a_bad_caption_file_is_told_and_not_taken_for_a_missing_one() -> None:
     bad = Skipped("dropped", "bad caption", "its caption file is not JSON")
     assert choose("a.mp4", bad, dataset(captions="json", missing_caption="empty")) == bad
+
+
+@pytest.mark.parametrize(
+    ("captions", "remedy"),
+    [
+        ("textfile", 'put a caption on one line, or set data.caption_per = "file" for one caption of all lines'),
+        ("json", "keep fewer"),
+    ],
+)
+def test_too_many_captions_of_a_clip_are_a_bad_caption_with_what_to_do(captions: str, remedy: str) -> None:
+    chosen = choose("a.mp4", Words(("a",) * 1001), dataset(captions=captions))
+    reason = f"its caption file has 1001 captions, more than 1000: {remedy}"
+    assert chosen == Skipped("dropped", "bad caption", reason)

@@ -238,11 +238,10 @@ def test_features_of_another_shape_than_promised_are_a_fault_of_the_plugin(three
         fill(three)
 
 
-def test_a_clip_that_cannot_be_decoded_is_left_out_once(three, watched, make_video) -> None:
-    data = make_video(frames=48, options={"movflags": "faststart"})
-    three.add("cut.mp4", data[: int(len(data) * 0.6)], "cut")
+def test_a_clip_that_cannot_be_decoded_is_left_out_once(three, watched, undecodable) -> None:
+    three.add("bad.mp4", undecodable, "bad")
     filled = fill(three)
-    assert list(filled.skipped) == ["clips/cut.mp4"]
+    assert list(filled.skipped) == ["clips/bad.mp4"]
     assert watched.clips == 3
 
 

@@ -312,6 +312,30 @@ def test_the_change_of_aspect_is_known_where_the_picture_is_squeezed() -> None:
     assert placed(anamorphic, dataset(crop="none")).stretch == pytest.approx(1)
 
 
+def test_what_a_crop_takes_away_is_known_and_nothing_is_where_the_picture_is_squeezed() -> None:
+    assert placed(clip(width=704, height=352), dataset()).cropped == pytest.approx(1 - 640 / 704)
+    portrait = placed(clip(width=720, height=1280), dataset())
+    assert portrait.cropped == pytest.approx(1 - 396 / 1280)
+    assert portrait.aspect == pytest.approx(720 / 1280)
+    assert placed(clip(width=720, height=1280), dataset(crop="none")).cropped == 0
+    reduced = dataset(max_size=500, downsample_to=960, resolution_type="pixel")
+    assert placed(clip(width=1920, height=1056), reduced).cropped == pytest.approx(1 - 704 * 387 / (1920 * 1056))
+    assert placed(clip(width=704, height=352, aspect=640 / 704), dataset()).aspect == pytest.approx(640 / 352)
+
+
+def test_a_variable_rate_is_one_number_and_called_an_average() -> None:
+    """20 frames in 2 s, of which the last is shown for a second: 19 a second, and not 10."""
+    variable = Probe("h264", 640, 360, 1.0, 20, 2.0, 1.0, "", True)
+    words = left(variable, dataset(fps=25.0, frames=5))
+    assert words == (
+        "too slow: 19 frames per second in the file on average, fewer than the 25 of data.video.fps: frames would be "
+        "repeated; set data.video.fps to 19 or less, or data.video.repeat_frames = true"
+    )
+    assert "(20 at the file's 19 on average)" in left(variable, dataset(fps=8.0, frames=33))
+    assert isinstance(fit(variable, dataset(fps=19.0, frames=5), RULE), Fit), "as the remedy says"
+    assert variable.own_rate == 19
+
+
 def test_the_area_and_the_shorter_edge_measure_a_picture() -> None:
     assert measure(832, 480, "pixel") == 480
     assert measure(640, 360, "pixel_area") == 480
@@ -322,7 +346,7 @@ def test_every_setting_that_moves_a_fit_is_among_those_that_decide(tmp_path: Pat
     changes: list[dict[str, Any]] = [
         {"sizes": (Size(64, 64),)}, {"frames": 13, "min_frames": 13}, {"min_frames": 1}, {"fps": None}, {"max_frames": 40},
         {"crop": "random"}, {"crop": "none"}, {"upscale": True}, {"min_size": 3}, {"max_size": 3}, {"downsample_to": 3},
-        {"resolution_type": "pixel"}, {"captions": "filename"}, {"caption": "x"}, {"caption_prefix": "x"},
+        {"resolution_type": "pixel"}, {"captions": "filename"}, {"caption": "x"}, {"caption_per": "line"}, {"caption_prefix": "x"},
         {"captions_file": tmp_path / "x.csv"}, {"file_column": "x"}, {"caption_column": "x"}, {"missing_caption": "empty"},
         *({"video": {key: value}} for key, value in (
             ("window", "all"), ("windows", 3), ("frame_step", 2), ("repeat_frames", True), ("round_to", 4),

@@ -102,3 +102,22 @@ def test_an_animated_png_is_a_clip_of_its_frames() -> None:
     images[0].save(target, "PNG", save_all=True, append_images=images[1:], duration=40)
     found = probe(io.BytesIO(target.getvalue()))
     assert (found.codec, found.frames, found.duration) == ("apng", 5, pytest.approx(0.2))
+
+
+def test_an_animated_picture_that_is_not_read_is_called_so_and_not_shown_as_one_frame() -> None:
+    frames = [Image.fromarray(scene() // (k + 1)) for k in range(3)]
+    target = io.BytesIO()
+    frames[0].save(target, "WEBP", save_all=True, append_images=frames[1:], duration=100)
+    avif = b"\0\0\0\x20ftypavis\0\0\0\0avifavis" + bytes(100)
+    for data, name in ((target.getvalue(), "WebP"), (avif, "AVIF")):
+        with pytest.raises(FileFault, match=rf"^is an animated {name}, which is not read: save it as MP4 or GIF$"):
+            probe(io.BytesIO(data))
+
+
+@pytest.mark.parametrize("form", ["GIF", "PNG"])
+def test_an_animated_gif_or_png_has_its_frames(form) -> None:
+    frames = [Image.fromarray(scene() // (k + 1)) for k in range(3)]
+    target = io.BytesIO()
+    frames[0].save(target, form, save_all=True, append_images=frames[1:], duration=100)
+    found = probe(io.BytesIO(target.getvalue()))
+    assert (found.frames, found.duration) == (3, pytest.approx(0.3))

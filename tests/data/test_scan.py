@@ -78,6 +78,20 @@ def test_bad_files_are_left_out_each_with_its_reason(good, make_video, audio_onl
     }
 
 
+def test_pictures_are_called_what_they_are_with_what_to_do(good) -> None:
+    for suffix in ("jpg", "png", "webp", "avif", "HEIC"):
+        good.add(f"a.{suffix}", b"x", caption=None)
+    one = "a single image: set data.images = true to use it as a clip of one frame"
+    unread = "an image that is not read ({}): save it as PNG or JPEG, an animated one as MP4 or GIF"
+    assert skipped(good) == {
+        one: (1, "a.jpg"),
+        f"{one} (an animated PNG: of all its frames)": (1, "a.png"),
+        f"{one} (an animated WebP is not read: save it as MP4 or GIF)": (1, "a.webp"),
+        unread.format("AVIF"): (1, "a.avif"),
+        unread.format("HEIC"): (1, "a.HEIC"),
+    }
+
+
 def test_too_short_gives_both_counts_and_remedies_that_work(setup, make_video) -> None:
     setup.add("short.mp4", make_video(frames=81, fps=24))
     with pytest.raises(DataError) as caught:

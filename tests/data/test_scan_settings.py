@@ -11,9 +11,11 @@ import av
 import numpy as np
 import pytest
 
-from vtrain.contract import Caption, Words
+from vtrain.contract import Caption, ClipShape, Words
 from vtrain.data.caching.caches import fill_caches
 from vtrain.data.decoding.decode import decode
+from vtrain.data.scanning.files import look
+from vtrain.data.scanning.misfits import Misfits
 from vtrain.data.scanning.scan import scan
 from vtrain.plan.records import MasksPlan
 from vtrain_builtin.folder import LocalFolder
@@ -124,12 +126,31 @@ def test_the_pixels_of_a_reduced_clip_are_resampled_once_from_its_own(setup, mak
     assert np.abs(pixels[:, 0].numpy() - halved).mean() < 1
 
 
-def test_the_largest_change_of_aspect_is_told_of_each_bucket(setup, make_video) -> None:
-    setup.add("a.mp4", make_video(size=(160, 64)))
-    setup.add("b.mp4", make_video(size=(128, 64)))
-    (stretch,) = survey(setup, crop="none").stretch.values()
-    assert stretch == pytest.approx(160 / 128)
-    assert survey(setup, crop="center").stretch == {}
+@pytest.mark.parametrize(("crop", "of_a", "of_c"), [("none", 0.25, 3.0), ("center", 0.2, 0.75)])
+def test_a_survey_says_what_the_pictures_of_a_bucket_lose_and_counts_those_that_lose_much(
+    setup, make_video, crop: str, of_a: float, of_c: float
+) -> None:
+    for name, size in (("a", (160, 64)), ("b", (128, 64)), ("c", (128, 256)), ("d", (128, 256))):
+        setup.add(f"{name}.mp4", make_video(size=size))
+    found = survey(setup, crop=crop)
+    ((shape, loss),) = found.losses.items()
+    mean = (of_a + 2 * of_c) / 4
+    cropped = (loss.cropped, loss.cropped_mean)
+    stretched = (loss.stretch - 1, loss.stretch_mean - 1)
+    assert shape == ClipShape(17, 64, 128)
+    assert (cropped if crop == "center" else stretched) == pytest.approx((of_c, mean))
+    assert (stretched if crop == "center" else cropped) == (0, 0)
+    assert loss.worst in ("c.mp4", "d.mp4")
+    assert found.misfits == Misfits(2, (("c.mp4", pytest.approx(of_c)), ("d.mp4", pytest.approx(of_c))), ((0.5, 2),))
+    again = survey(setup, crop=crop)
+    assert (again.losses, again.misfits) == (found.losses, found.misfits), "as the ledger kept it"
+
+
+def test_pictures_of_their_buckets_aspect_lose_nothing(setup, make_video) -> None:
+    setup.add("a.mp4", make_video(size=(256, 128)))
+    for crop in ("none", "center"):
+        found = survey(setup, crop=crop)
+        assert (found.losses, found.misfits) == ({}, Misfits())
 
 
 def beside(setup, name: str, data: object) -> None:
@@ -138,6 +159,26 @@ def beside(setup, name: str, data: object) -> None:
 
 def texts(setup, **table) -> dict[str, list[Caption]]:
     return {sample.ref_id: list(sample.captions) for sample in samples(setup, **table)}
+
+
+def test_text_files_of_several_lines_are_pointed_out_until_somebody_says_what_a_file_is(setup, make_video) -> None:
+    prose = "A woman in a red coat walks along the pier while\nthe sun sets behind the harbour."
+    for name, text in (("a", "a cat\na dog"), ("b", prose), ("c", prose), ("d", '{\n"caption": "a cat"\n}')):
+        setup.add(f"{name}.mp4", make_video(), caption=text)
+    assert [text.text for text in texts(setup)["d.mp4"]] == ["{", '"caption": "a cat"', "}"]
+    json_files, prose_files = survey(setup).doubts
+    assert json_files.startswith("1 caption file holds JSON (such as d.txt): rename to .json and set data.captions =")
+    assert prose_files.startswith("2 caption files look like one text over several lines (such as b.txt), ")
+    assert 'set data.caption_per = "file"' in prose_files
+    assert look(setup.plan()).notes("clips") == (json_files, prose_files)
+    for said in ("line", "file"):
+        assert survey(setup, caption_per=said).doubts == ()
+    whole = texts(setup, caption_per="file")
+    assert whole["b.mp4"] == [Caption(prose.replace("\n", " "))]
+    assert whole["a.mp4"] == [Caption("a cat a dog")]
+    # Two datasets of one place, each with its own rule.
+    plan = setup.plan(setup.dataset("lines", caption_per="line"), setup.dataset("files", caption_per="file"))
+    assert [len(sample.captions) for sample in scan(plan).samples] == [1, 1, 1, 1, 2, 2, 2, 3]
 
 
 def test_sidecars_give_captions_and_motion_scores(setup, make_video) -> None:

@@ -14,12 +14,14 @@ from rich.console import Console
 from vtrain.cli.plan import show_sections
 from vtrain.cli.report import bold
 from vtrain.contract import ClipShape
+from vtrain.data.scanning.misfits import Loss, Misfits
 from vtrain.data.scanning.surveys import DatasetSurvey, Survey
 from vtrain.estimate.estimate import make_estimate
-from vtrain.estimate.render import as_json, buckets_json, buckets_section, dataset_rows, sections
+from vtrain.estimate.render import as_json, buckets_json, buckets_section, dataset_rows, losses_section, sections
 from vtrain.plan.records import Plan
 
 PlanOf = Callable[..., Plan]
+LOSS = Loss(stretch=1.5, stretch_mean=1.5, worst="a.mp4")
 SQUARE, WIDE = ClipShape(9, 64, 64), ClipShape(5, 64, 96)
 
 
@@ -46,17 +48,27 @@ def test_the_table_counts_clips_windows_batches_and_shares(plan_of: PlanOf) -> N
     )
 
 
-def test_the_change_of_aspect_has_a_column_where_pictures_are_squeezed(plan_of: PlanOf) -> None:
-    heads, wide, square = buckets_section(plan_of(), survey(stretch={WIDE: 1.0625})).rows
-    assert (heads[-1], wide[-1], square[-1]) == ("aspect changed by at most", "6.2%", "0.0%")
+def test_what_is_cropped_or_stretched_is_told_of_each_bucket_with_the_worst_clip(plan_of: PlanOf) -> None:
+    losses = {WIDE: Loss(0.58, 0.12, worst="tall.mp4"), SQUARE: Loss(stretch=2.37, stretch_mean=1.1, worst="b.mp4")}
+    assert losses_section(survey(losses=losses)).rows == (
+        ("96x64@5", "cropped by 12.0% on average, at most 58.0% (tall.mp4)"),
+        ("64x64@9", "stretched by 10.0% on average, at most 137.0% (b.mp4)"),
+    )
+    small = survey(losses={WIDE: Loss(0.009, 0.001, worst="a.mp4")})
+    assert losses_section(small).rows == (), "whole pixels"
+    plan = plan_of()
+    titles = [part.title for part in sections(plan, small, make_estimate(plan, small))]
+    assert "pictures" not in titles
 
 
 def test_buckets_of_several_datasets_are_counted_together(plan_of: PlanOf) -> None:
-    one, two = survey().datasets[0], survey(stretch={WIDE: 1.5}, samples={WIDE: 1}, clips={}, windows={}).datasets[0]
+    one, two = survey().datasets[0], survey(losses={WIDE: LOSS}, samples={WIDE: 1}, clips={}, windows={}).datasets[0]
     both = Survey((one, two), texts=3)
     wide, square = both.table()
-    assert (wide.clips, wide.windows, wide.samples, wide.stretch) == (3, 6, 12, 1.5)
-    assert (square.clips, square.windows, square.samples, square.stretch) == (3, 12, 6, 1.0)
+    assert (wide.clips, wide.windows, wide.samples) == (3, 6, 12)
+    # Of three clips in it one is half as wide again.
+    assert wide.loss == Loss(stretch=1.5, stretch_mean=pytest.approx(3.5 / 3), worst="a.mp4")
+    assert (square.clips, square.windows, square.samples, square.loss) == (3, 12, 6, Loss())
 
 
 def test_every_window_is_cached_and_no_repeat(plan_of: PlanOf) -> None:
@@ -73,17 +85,26 @@ def prod(numbers: tuple[int, ...]) -> int:
 
 
 def test_programs_get_the_same_numbers(plan_of: PlanOf) -> None:
-    plan, found = plan_of(train="steps = 10\nbatch_size = 4"), survey(stretch={WIDE: 1.0625}, notes=("a note",))
+    plan, found = plan_of(train="steps = 10\nbatch_size = 4"), survey(losses={WIDE: LOSS}, notes=("a note",))
     wide, square = buckets_json(plan, found)
     assert wide == {
         "bucket": "96x64@5", "clips": 2, "windows": 5, "samples_per_epoch": 10, "batches_per_epoch": 2.5,
-        "latent_shape": list(plan.family.latent_shape(WIDE)), "share": 0.625, "stretch": 1.0625,
+        "latent_shape": list(plan.family.latent_shape(WIDE)), "share": 0.625, "stretch": 1.5,
+        "stretch_mean": 1.5, "cropped": 0.0, "cropped_mean": 0.0, "worst": "a.mp4",
     }  # fmt: skip
     assert square["share"] == 0.375
     whole = json.loads(json.dumps(as_json(plan, found, make_estimate(plan, found))))
     assert whole["buckets"] == [wide, square]
     assert (whole["datasets"][0]["clips"], whole["datasets"][0]["windows"]) == (5, 17)
     assert whole["datasets"][0]["notes"] == ["a note"]
+    assert whole["datasets"][0]["misfits"] == {"clips": 0, "worst": []}
+
+
+def test_what_is_probably_not_meant_of_the_data_is_a_warning(plan_of: PlanOf) -> None:
+    found = survey(doubts=("2 caption files look odd",), misfits=Misfits(2, (("tall.mp4", 0.58),), ((0.5, 2),)))
+    warnings = make_estimate(plan_of(), found).warnings
+    assert warnings[0] == "2 caption files look odd"
+    assert warnings[1].startswith("2 of 5 clips lose more than a third of the picture to the crop (tall.mp4 58%); ")
 
 
 def test_files_samples_and_passes_are_told_apart(plan_of: PlanOf) -> None:
@@ -134,6 +155,7 @@ def test_titles_are_bold_where_the_terminal_can(monkeypatch: pytest.MonkeyPatch,
         ('captions = "json"\nmissing_caption = "empty"', "a .json beside each clip, empty where there is none"),
         ('captions = "instance_prompt"\ncaption = "a film"', '"a film" for all'),
         ('captions = "filename"\ncaption_prefix = "film: "', 'the file\'s name, after "film: "'),
+        ('caption_per = "file"', "a .txt beside each clip, a caption a file"),
         ('captions = "csv"\ncaptions_file = "all.csv"', "{folder}/all.csv"),
     ],
 )

@@ -90,6 +90,8 @@ def vars_of(spec: DataBackendSpec) -> dict[str, object]:
 GOOD = [
     'captions = "instance_prompt"\ncaption = "a film"',
     'caption_prefix = "film: "',
+    'caption_per = "file"',
+    'captions = "textfile"\ncaption_per = "line"',
     "min_size = 10",
     "max_size = 10\ndownsample_to = 10\nmin_size = 10",
     'resolution_type = "pixel"\nmin_size = 10',
@@ -110,6 +112,7 @@ def test_keys_that_belong_together_are_taken(plan_of: PlanOf, rows: str) -> None
 BAD = {
     'captions = "instance_prompt"': '1: captions = "instance_prompt" needs the key "caption". Add, for example: caption =',
     'caption = "x"': '1: caption has no meaning without captions = "instance_prompt".',
+    'captions = "json"\ncaption_per = "file"': '2: caption_per has no meaning without captions = "textfile".',
     'captions = "backend"': '1: captions = "backend": the data backend "folder" has no captions of its own.',
     'captions = "csv"': '1: captions = "csv" needs the key "captions_file". Add, for example: captions_file = "captions.csv"',
     'captions_file = "x.csv"': '1: captions_file has no meaning without captions = "csv" or "parquet".',

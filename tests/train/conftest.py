@@ -209,10 +209,10 @@ def write_clip(path: Path, width: int, height: int, frames: int, seed: int) -> N
 
 
 @pytest.fixture
-def cut_off() -> Callable[[Path], None]:
-    """Take the last tenth of a clip's pictures away; its header and all frames before are sound."""
+def spoil_end() -> Callable[[Path], None]:
+    """Make zeros of the last tenth of a clip's pictures; its header and all frames before are sound."""
 
-    def cut(clip: Path) -> None:
+    def spoil(clip: Path) -> None:
         with (
             av.open(str(clip)) as source,
             av.open(str(clip.with_suffix(".mov")), "w", options={"movflags": "faststart"}) as copy,
@@ -223,10 +223,11 @@ def cut_off() -> Callable[[Path], None]:
                     packet.stream = stream
                     copy.mux(packet)
         data = clip.with_suffix(".mov").read_bytes()
-        clip.write_bytes(data[: len(data) - (len(data) - data.index(b"mdat")) // 10])
+        tenth = (len(data) - data.index(b"mdat")) // 10
+        clip.write_bytes(data[:-tenth] + bytes(tenth))
         clip.with_suffix(".mov").unlink()
 
-    return cut
+    return spoil
 
 
 @pytest.fixture(scope="session")

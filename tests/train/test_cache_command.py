@@ -61,8 +61,8 @@ def test_processes_share_the_filling_and_all_wait_for_all(own, vtrain: Run, with
 
 
 @pytest.mark.long
-def test_an_error_in_filling_is_told_once_by_two_processes(own, vtrain: Run, cut_off: Callable[[Path], None]) -> None:
-    cut_off(own.path / "clips" / "clip_1.mp4")
+def test_an_error_in_filling_is_told_once_by_two_processes(own, vtrain: Run, spoil_end: Callable[[Path], None]) -> None:
+    spoil_end(own.path / "clips" / "clip_1.mp4")
     config = own.write(steps=2, save=2, batch_size=1)
     config.write_text(config.read_text().replace('path = "clips"\n', 'path = "clips"\non_bad_file = "stop"\n'))
     failed = vtrain("run", config, processes=2, check=None)

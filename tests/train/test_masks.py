@@ -170,12 +170,12 @@ def test_only_the_white_half_of_clips_is_learned(own, within: Run) -> None:
 
 @pytest.mark.long
 def test_two_processes_fill_and_train_with_masks_and_features_as_one_does(
-    own, vtrain: Run, within: Run, tmp_path_factory, cut_off: Callable[[Path], None]
+    own, vtrain: Run, within: Run, tmp_path_factory, spoil_end: Callable[[Path], None]
 ) -> None:
     """A black mask and a clip whose last frames are missing among them: all processes train without these two."""
     for number, white in enumerate((0.5, 0.25, 0.0, 0.75)):
         add_image(own.path / f"clips/masks/clip_{number}.png", (96, 64) if number % 2 else (64, 64), white)
-    cut_off(own.path / "clips/clip_4.mp4")
+    spoil_end(own.path / "clips/clip_4.mp4")
     settings = {"steps": 4, "batch_size": 1, "log_every": 1, "more": MASKS + COLOURS}
 
     def written(cache: str, accumulate: int) -> Any:

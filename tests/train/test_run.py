@@ -133,8 +133,9 @@ def test_validation_writes_a_playable_video_and_a_sheet(folder, within: Run) -> 
 
 def test_a_failing_validation_is_told_and_training_goes_on(folder, within: Run) -> None:
     folder.write(more=VALIDATION, steps=6)
-    folder.output.mkdir()
-    (folder.output / "samples").write_text("in the way", encoding="utf-8")
+    (folder.output / "samples").mkdir(parents=True)
+    for step in (3, 6):
+        (folder.output / "samples" / f"step-{step:06d}").write_text("in the way", encoding="utf-8")
     printed = within("run", folder.config, check=3).stdout
     assert "WARNING: validation at step 3 failed" in printed
     assert "step 6 of 6: all steps are done" in printed

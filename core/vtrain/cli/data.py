@@ -76,6 +76,7 @@ def as_record(file: SourceFile) -> dict[str, object]:
             "turned": file.probe.turned,
             "frames": file.probe.frames,
             "fps": file.probe.own_rate if file.probe.duration > 0 else None,
+            "variable": file.probe.variable,
             "seconds": file.probe.duration,
         }
     return {
@@ -88,6 +89,7 @@ def as_record(file: SourceFile) -> dict[str, object]:
         "samples": file.samples,
         "windows": file.windows,
         "stretch": file.stretch,
+        "cropped": file.cropped,
         "source": source,
         "captions": [{"text": caption.text, **dict(caption.extras)} for caption in file.captions],
         "bytes": file.ref.size,
@@ -127,10 +129,14 @@ def _table(files: Files, rows: Iterable[SourceFile]) -> int:
 
 
 def _source(file: SourceFile) -> str:
-    """Size, frames and rate of the source."""
+    """Size, frames and rate of the source; "~" before one that is an average."""
     if file.probe is None:
         return f"{'-':>9}  {'-':>6}  {'-':>6}"
-    rate = f"{file.probe.own_rate:.5g}" if file.probe.frames > 1 and file.probe.duration > 0 else "-"
+    rate = (
+        f"{'~' if file.probe.variable else ''}{file.probe.own_rate:.5g}"
+        if file.probe.frames > 1 and file.probe.duration > 0
+        else "-"
+    )
     return f"{f'{file.probe.width}x{file.probe.height}':>9}  {file.probe.frames:>6}  {rate:>6}"
 
 

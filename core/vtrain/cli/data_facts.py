@@ -225,7 +225,11 @@ def _about(
         if probe.pixel_aspect != 1:
             shown = round(probe.width * probe.pixel_aspect)
             yield "pixels", f"{probe.pixel_aspect:.4g} times as wide as high: shown as {shown}x{probe.height}"
-        rate = f", {probe.own_rate:.6g} frames per second" if probe.frames > 1 and probe.duration > 0 else ""
+        rate = (
+            f", {probe.own_rate:.6g} frames per second{probe.on_average}"
+            if probe.frames > 1 and probe.duration > 0
+            else ""
+        )
         yield "length", f"{probe.frames} frame{'s' if probe.frames != 1 else ''}{rate}, {probe.duration:.3f} s"
     if file.status != "used":
         yield file.status, f"{file.kind}: {file.reason}" if file.kind != file.reason else file.reason

@@ -141,9 +141,14 @@ class DataTable(Options):
     enabled: bool = Field(True, description="false leaves the dataset out")
     captions: Literal["textfile", "filename", "instance_prompt", "csv", "parquet", "json", "backend"] | None = Field(
         None,
-        description="textfile: the .txt of the same name, a caption a line; filename: the file's stem, _ and - as "
+        description="textfile: the .txt of the same name; filename: the file's stem, _ and - as "
         "spaces; instance_prompt: `caption` for every clip; csv, parquet: from captions_file; json: the .json of the "
         'same name; backend: those the data backend has. Absent: "backend" where it has some, else "textfile"',
+    )
+    caption_per: Literal["line", "file"] | None = Field(
+        None,
+        description='captions = "textfile": each line of a .txt is a caption, or the file is one, its lines joined; absent: '
+        '"line", and the plan points out files that look like one text or like JSON',
     )
     caption: str | None = Field(
         None, min_length=1, description='captions = "instance_prompt": the caption of every clip'

@@ -113,6 +113,7 @@ RESERVED_KEYS: Mapping[str, frozenset[str]] = {
             "enabled",
             "captions",
             "caption",
+            "caption_per",
             "caption_prefix",
             "captions_file",
             "file_column",

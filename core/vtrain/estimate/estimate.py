@@ -22,6 +22,7 @@ from vtrain.contract import (
     Section,
     SupportsFeatures,
 )
+from vtrain.data.scanning import misfits
 from vtrain.data.scanning.surveys import Survey
 from vtrain.plan.datasets import token_grid
 from vtrain.plan.records import Plan
@@ -77,7 +78,7 @@ def make_estimate(plan: Plan, survey: Survey) -> Estimate:
         checkpoint_bytes=_checkpoint_bytes(plan),
         checkpoints=math.ceil(steps / every) if every else None,
         validations=math.ceil(steps / validate_every) + at_start if validate_every else None,
-        warnings=plan.warnings + _pointed_out(config, steps, per_epoch),
+        warnings=(*plan.warnings, *_of_data(plan, survey), *_pointed_out(config, steps, per_epoch)),
         feature_bytes=feature_bytes(plan, survey),
         mask_bytes=mask_bytes(plan, survey),
     )
@@ -147,6 +148,16 @@ def _pointed_out(config: Config, steps: int, per_epoch: float) -> tuple[str, ...
     if config.train.gradient_clip is None:
         found.append("no gradient clipping (train.gradient_clip is absent)")
     return tuple(found)
+
+
+def _of_data(plan: Plan, survey: Survey) -> Iterator[str]:
+    """What of the files is probably not meant."""
+    for dataset, found in zip(plan.datasets, survey.datasets, strict=True):
+        name = f"{dataset.id}: " if len(plan.datasets) > 1 else ""
+        yield from (f"{name}{doubt}" for doubt in found.doubts)
+        if found.misfits.clips:
+            clips = sum(map(found.clips_of, found.samples))
+            yield f"{name}{misfits.pointed_out(plan.family, dataset, found.misfits, clips)}"
 
 
 def check_room(plan: Plan, estimate: Estimate) -> None:

@@ -25,6 +25,7 @@ def sections(plan: Plan, survey: Survey, estimate: Estimate) -> tuple[Section, .
             for dataset, found in zip(plan.datasets, survey.datasets, strict=True)
         ),
         buckets_section(plan, survey),
+        losses_section(survey),
         Section("run", _run(plan, estimate)),
         *(Section(f"regularizer: {name}", tuple(part.describe())) for name, part in plan.regularizers),
         Section("validation", (*_validation(plan, estimate), *picture_rows(plan))),
@@ -140,6 +141,7 @@ def as_json(plan: Plan, survey: Survey, estimate: Estimate) -> dict[str, object]
                 "notes": list(found.notes),
                 "skipped": {reason: {"files": n, "example": e} for reason, (n, e) in found.skipped.items()},
                 "repeats": found.repeats,
+                "misfits": {"clips": found.misfits.clips, "worst": [list(each) for each in found.misfits.worst]},
             }
             for found in survey.datasets
         ],
@@ -219,7 +221,7 @@ def _picture(dataset: DatasetPlan) -> str:
 def _captions(dataset: DatasetPlan) -> str:
     table = dataset.table
     words = {
-        "textfile": "a .txt beside each clip, a caption a line",
+        "textfile": f"a .txt beside each clip, a caption a {table.caption_per or 'line'}",
         "json": "a .json beside each clip",
         "filename": "the file's name",
         "instance_prompt": f'"{table.caption}" for all',
@@ -239,9 +241,8 @@ def _masks(masks: MasksPlan) -> str:
 
 
 def buckets_section(plan: Plan, survey: Survey) -> Section:
-    """The table of buckets; a column for the change of aspect where pictures are squeezed."""
+    """The table of buckets."""
     table, epoch, batch = survey.table(), survey.epoch, plan.config.train.batch_size
-    stretched = any(bucket.stretch > 1 for bucket in table)
     rows = [
         (
             str(bucket.shape),
@@ -250,12 +251,30 @@ def buckets_section(plan: Plan, survey: Survey) -> Section:
             f"{bucket.samples / batch:.4g}",
             "x".join(map(str, plan.family.latent_shape(bucket.shape))),
             f"{100 * bucket.samples / epoch:.1f}%",
-            *([f"{100 * (bucket.stretch - 1):.1f}%"] if stretched else []),
         )
         for bucket in table
     ]
-    heads = (*HEADS, *(["aspect changed by at most"] if stretched else []))
-    return Section("buckets", (heads, *rows) if rows else (), table=True)
+    return Section("buckets", (HEADS, *rows) if rows else (), table=True)
+
+
+_LEAST = 0.01
+"""A loss of less than this is of no interest: edges are whole numbers of pixels."""
+
+
+def losses_section(survey: Survey) -> Section:
+    """How much of the pictures of each bucket is cropped away or stretched, and the clip that loses most."""
+    rows = []
+    for bucket in survey.table():
+        loss = bucket.loss
+        shares = {"cropped": (loss.cropped_mean, loss.cropped), "stretched": (loss.stretch_mean - 1, loss.stretch - 1)}
+        found = [
+            f"{name} by {100 * mean:.1f}% on average, at most {100 * most:.1f}%"
+            for name, (mean, most) in shares.items()
+            if most >= _LEAST
+        ]
+        if found:
+            rows.append((str(bucket.shape), f"{'; '.join(found)} ({loss.worst})"))
+    return Section("pictures", tuple(rows))
 
 
 def buckets_json(plan: Plan, survey: Survey) -> list[dict[str, object]]:
@@ -272,7 +291,11 @@ def _bucket_json(plan: Plan, survey: Survey, bucket: Bucket) -> dict[str, object
         "batches_per_epoch": bucket.samples / plan.config.train.batch_size,
         "latent_shape": list(plan.family.latent_shape(bucket.shape)),
         "share": bucket.samples / survey.epoch,
-        "stretch": bucket.stretch,
+        "stretch": bucket.loss.stretch,
+        "stretch_mean": bucket.loss.stretch_mean,
+        "cropped": bucket.loss.cropped,
+        "cropped_mean": bucket.loss.cropped_mean,
+        "worst": bucket.loss.worst or None,
     }
 
 

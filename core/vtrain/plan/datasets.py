@@ -64,11 +64,13 @@ def buckets(number: int, unit: ResolutionUnit, stride: int) -> tuple[Size, ...]:
     pixel_area: the multiples around the exact size that come nearest in area and aspect. pixel: the shorter edge is the
     multiple nearest to `number`.
     """
-    found = []
-    for width, height in ASPECTS:
-        long, short = _bucket(number, unit, stride, max(width, height) / min(width, height))
-        found.append(Size(long, short) if width >= height else Size(short, long))
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(size_near(number, unit, stride, *aspect) for aspect in ASPECTS))
+
+
+def size_near(number: int, unit: ResolutionUnit, stride: int, width: float, height: float) -> Size:
+    """The one of those of the aspect width to height."""
+    long, short = _bucket(number, unit, stride, max(width, height) / min(width, height))
+    return Size(long, short) if width >= height else Size(short, long)
 
 
 def _bucket(number: int, unit: ResolutionUnit, stride: int, aspect: float) -> Size:
@@ -342,6 +344,12 @@ class _Checks:
         elif table.caption is None:
             what = 'captions = "instance_prompt" needs the key "caption".'
             yield self._problem("captions", what, 'Add, for example: caption = "a cartoon in black and white"')
+        if table.captions not in (None, "textfile") or (
+            table.captions is None and isinstance(backend, SupportsCaptions)
+        ):
+            yield from self._pointless(
+                "caption_per", 'captions = "textfile"', 'Set captions = "textfile", or remove it.'
+            )
         if table.captions in ("csv", "parquet"):
             yield from self._caption_file()
             return

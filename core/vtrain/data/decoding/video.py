@@ -94,6 +94,8 @@ def _of_boxes(stream: BinaryIO, size: int, head: bytes) -> str:
         )
     if cut and kinds[-1] == b"moov":
         return "the file ends within its index (moov): an unfinished download or recording?"
+    if cut and kinds[-1] == b"moof":
+        return "the file ends within a fragment (moof): an unfinished download or recording?"
     return ""
 
 
@@ -152,7 +154,7 @@ def on_screen(frames: Iterable[tuple[float, float, FrameT]], times: Sequence[flo
 
 SUFFIXES = frozenset(
     (".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".m2v", ".ts", ".m2ts", ".mts", ".wmv",
-     ".flv", ".ogv", ".gif")
+     ".flv", ".ogv", ".gif", ".apng")
 )  # fmt: skip
 """Lower-case suffixes of files that are taken for videos."""
 

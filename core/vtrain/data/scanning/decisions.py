@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from vtrain.contract import Caption, ClipShape, Family, FrameRule, Words
 from vtrain.data.decoding.probe import Probe
@@ -82,7 +82,7 @@ TOLD = ("csv", "parquet", "backend")
 _ASPECT = 0.02
 """A mask may be this much wider or higher than its clip: sizes are whole."""
 
-_COLUMNS = 16
+_COLUMNS = 19
 
 
 def settings_key(dataset: DatasetPlan, family: Family) -> str:
@@ -146,15 +146,21 @@ def _decide_rows(
     _insert(ledger, insert, rows)
 
 
+class _Used(NamedTuple):
+    """A clip's place, its captions, and what its caption file looks like (captions.looks_like)."""
+
+    fit: Fit
+    captions: tuple[Caption, ...]
+    looks: str
+
+
 def _insert(ledger: Ledger, query: str, rows: list[tuple[object, ...]]) -> None:
     with ledger.transaction() as db:
         db.executemany(query, rows)
     rows.clear()
 
 
-def _outcome(
-    ref: str, kind: str, row: Sequence[Any], dataset: DatasetPlan, rule: FrameRule
-) -> tuple[Fit, tuple[Caption, ...]] | Skipped:
+def _outcome(ref: str, kind: str, row: Sequence[Any], dataset: DatasetPlan, rule: FrameRule) -> _Used | Skipped:
     fault, probe, words, bad_words, first, last, status, found, why, *mask = row
     if kind not in CLIPS or (kind == IMAGE and not dataset.table.images):
         return useless(ref, kind)
@@ -168,7 +174,10 @@ def _outcome(
     if (left := _masked(ref, probe_of(probe), mask, dataset)) is not None:
         return left
     chosen = captions.choose(ref, _found(words, bad_words, first, last), dataset)
-    return chosen if isinstance(chosen, Skipped) else (fitted, chosen)
+    if isinstance(chosen, Skipped):
+        return chosen
+    lines = words_of(words) if dataset.captions == "textfile" else None
+    return _Used(fitted, chosen, "" if lines is None else captions.looks_like(lines.texts, dataset))
 
 
 def _masked(ref: str, clip: Probe | None, row: Sequence[Any], dataset: DatasetPlan) -> Skipped | None:
@@ -215,14 +224,30 @@ def _found(words: str | None, fault: str | None, first: str | None, last: str | 
     return words_of(words)
 
 
-def _row(outcome: tuple[Fit, tuple[Caption, ...]] | Skipped, mask: str) -> tuple[object, ...]:
+def _row(outcome: _Used | Skipped, mask: str) -> tuple[object, ...]:
     if isinstance(outcome, Skipped):
-        return (outcome.status, outcome.kind, outcome.reason, None, None, None, 0, 0, 1.0, None, None, mask)
-    fitted, chosen = outcome
+        return (
+            outcome.status,
+            outcome.kind,
+            outcome.reason,
+            None,
+            None,
+            None,
+            0,
+            0,
+            1.0,
+            0.0,
+            None,
+            None,
+            None,
+            mask,
+            "",
+        )
+    fitted, chosen, looks = outcome
     made = [fitted.fps, [[cut.starts, cut.box] for cut in fitted.cuts]]
     texts = [[caption.text, dict(caption.extras)] for caption in chosen]
     return (
         "used", "", "", *fitted.shape, len(fitted.cuts), sum(len(cut.starts) for cut in fitted.cuts), fitted.stretch,
-        json.dumps(made, separators=(",", ":")),
-        json.dumps(texts, ensure_ascii=False, separators=(",", ":")), mask,
+        fitted.cropped, fitted.aspect, json.dumps(made, separators=(",", ":")),
+        json.dumps(texts, ensure_ascii=False, separators=(",", ":")), mask, looks,
     )  # fmt: skip

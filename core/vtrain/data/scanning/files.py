@@ -19,13 +19,13 @@ from vtrain.data.scanning.captions import BESIDE, stem
 from vtrain.data.scanning.database import database_faults, open_readonly
 from vtrain.data.scanning.ledger import Ledger, escaped, pages, probe_of
 from vtrain.data.scanning.scan import Samples, ScannedDataset, decided, ledger_messages
-from vtrain.data.scanning.surveys import DISTINCT, caption_notes, unmatched_captions
+from vtrain.data.scanning.surveys import DISTINCT, caption_doubt, caption_looks, caption_notes, unmatched_captions
 from vtrain.plan.records import DatasetPlan, Plan
 
 STATUSES = ("used", "dropped", "failed")
 
 _COLUMNS = """SELECT file_decision.ref, file_decision.size, file_decision.version, status, file_decision.kind, reason,
-    frames, height, width, samples, windows, stretch, captions, probe, sha256 FROM file_decision
+    frames, height, width, samples, windows, stretch, cropped, captions, probe, sha256 FROM file_decision
     LEFT JOIN source ON source.place = :place AND source.ref = file_decision.ref
     WHERE decision = :decision"""
 
@@ -75,6 +75,7 @@ class SourceFile:
 
     dataset: its id; number: its place in plan.datasets. status: one of STATUSES. kind, reason: why it is skipped, or "".
     shape: its bucket. samples, windows: that it gives. stretch: how much wider or higher its picture becomes, at least 1.
+    cropped: the share of it that is cropped away.
     captions: of each sample; none for a file that is skipped. probe: None if it could not be opened or is no clip.
     content: SHA-256 of its bytes, "" until they were read.
     """
@@ -89,6 +90,7 @@ class SourceFile:
     samples: int
     windows: int
     stretch: float
+    cropped: float
     captions: tuple[Caption, ...]
     probe: Probe | None
     content: str
@@ -143,9 +145,10 @@ class Files:
         return found
 
     def notes(self, dataset: str) -> tuple[str, ...]:
-        """What else is worth knowing: captions without a clip."""
+        """What else is worth knowing: captions without a clip, and what looks as if it were no caption."""
         plan, found = self.datasets[dataset]
-        return caption_notes(unmatched_captions(self._all, found.place, plan))
+        doubts = (caption_doubt(*each) for each in caption_looks(self._all, found.decision, plan))
+        return (*caption_notes(unmatched_captions(self._all, found.place, plan)), *doubts)
 
     def widths(self, dataset: str) -> tuple[int, int]:
         """Letters of the longest bucket and of the longest ref id."""
@@ -222,12 +225,12 @@ def _of(found: ScannedDataset) -> dict[str, object]:
 
 def _file(found: ScannedDataset, row: Sequence[Any]) -> SourceFile:
     ref, size, version, status, kind, reason, *shape = row[:9]
-    samples, windows, stretch, captions, probe, content = row[9:]
+    samples, windows, stretch, cropped, captions, probe, content = row[9:]
     return SourceFile(
         dataset=found.id, number=found.number, ref=SourceRef(ref, size, version), status=status, kind=kind, reason=reason,
         shape=ClipShape(*shape) if status == "used" else None, samples=samples, windows=windows, stretch=stretch,
-        captions=tuple(Caption(text, extras) for text, extras in json.loads(captions or "[]")), probe=probe_of(probe),
-        content=content or "",
+        cropped=cropped, captions=tuple(Caption(text, extras) for text, extras in json.loads(captions or "[]")),
+        probe=probe_of(probe), content=content or "",
     )  # fmt: skip
 
 

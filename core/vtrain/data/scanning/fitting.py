@@ -103,7 +103,7 @@ def windows(
     return tuple(tuple(piece + start for start in chosen) for piece in pieces)
 
 
-FIT_VERSION = 3
+FIT_VERSION = 4
 """Raised when the arithmetic here changes, so that file_decisions in the ledger are not mistaken for current ones."""
 
 _SAME_RATE = 0.99
@@ -128,13 +128,16 @@ class Cut:
 class Fit:
     """A clip's place in its dataset. shape: its bucket. fps: frames a second of a window. cuts: its samples.
 
-    stretch: how much wider or higher the picture becomes by being squeezed into the bucket, at least 1.
+    stretch: how much wider or higher the picture becomes by being squeezed into the bucket, at least 1. cropped: the share of
+    its area that is cropped away. aspect: of the picture as it is shown, width by height.
     """
 
     shape: ClipShape
     fps: float
     cuts: tuple[Cut, ...]
     stretch: float = 1.0
+    cropped: float = 0.0
+    aspect: float = 1.0
 
 
 def decides(dataset: DatasetPlan, rule: FrameRule) -> list[object]:
@@ -181,6 +184,8 @@ def fit(source: Probe, dataset: DatasetPlan, rule: FrameRule, ref_id: str = "") 
             for number, each in enumerate(starts, start=1)
         ),
         stretch=stretch(source, part, size) if dataset.table.crop == "none" else 1.0,
+        cropped=1 - part.width * part.height / (source.width * source.height),
+        aspect=source.width * source.pixel_aspect / source.height,
     )
 
 
@@ -262,11 +267,8 @@ def too_short(source: Probe, dataset: DatasetPlan, rule: FrameRule, available: i
     if dataset.fps is None:
         taken = f"{_counted(available)}{_every(dataset)} ({source.frames} in the file)"
     else:
-        own = (
-            f"{source.frames} at the file's {source.rate:.6g}"
-            if source.duration > 0
-            else f"{source.frames} in the file"
-        )
+        at_rate = f"at the file's {source.own_rate:.6g}{source.on_average}" if source.duration > 0 else "in the file"
+        own = f"{source.frames} {at_rate}"
         taken = f"{_counted(available)}{_every(dataset)} at {dataset.fps:g} fps ({own})"
     return Skipped("dropped", "too short", f"{taken}; needs {dataset.min_frames}{remedy}")
 
@@ -278,13 +280,13 @@ def _remedies(source: Probe, dataset: DatasetPlan, rule: FrameRule, available: i
         found.append(f"data.video.min_frames = {least}")
     if source.frames == 1:
         return found
-    fps = dataset.fps or source.rate
+    fps = dataset.fps or source.own_rate
     smaller = range(interval - 1, 0, -1)
     if enough := next((n for n in smaller if available_frames(source.duration, fps / n) >= dataset.min_frames), 0):
         found.append(f"data.video.frame_step = {enough}")
-    own = available_frames(source.duration, source.rate / interval)
-    if own >= dataset.min_frames and source.rate > fps:
-        found.append(f"data.video.fps = {source.rate:.6g}")
+    own = available_frames(source.duration, source.own_rate / interval)
+    if own >= dataset.min_frames and source.own_rate > fps:
+        found.append(f"data.video.fps = {source.own_rate:.6g}")
     return found
 
 
@@ -295,8 +297,8 @@ def too_slow(source: Probe, dataset: DatasetPlan, fps: float) -> Skipped:
     return Skipped(
         "dropped",
         "too slow",
-        f"{source.rate:.6g} frames per second in the file, fewer than the {wanted}: frames "
-        f"would be repeated; set data.video.fps to {math.floor(source.rate * interval * 1000) / 1000:g} or less, or "
+        f"{source.own_rate:.6g} frames per second in the file{source.on_average}, fewer than the {wanted}: frames "
+        f"would be repeated; set data.video.fps to {math.floor(source.own_rate * interval * 1000) / 1000:g} or less, or "
         "data.video.repeat_frames = true",
     )
 

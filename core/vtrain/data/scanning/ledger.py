@@ -31,6 +31,13 @@ _KINDS = {
     **BESIDE,
 }
 
+_ANIMATED = {
+    ".webp": " (an animated WebP is not read: save it as MP4 or GIF)",
+    ".png": " (an animated PNG: of all its frames)",
+}
+_UNREAD = frozenset((".avif", ".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".exr", ".tga", ".dng"))
+"""Lower-case suffixes of pictures that are no clips."""
+
 KINDS_VERSION = tuple(sorted(_KINDS.items()))
 """What decides over kinds: a ledger holds them."""
 
@@ -70,7 +77,13 @@ def useless(ref_id: str, kind: str) -> Skipped:
     if kind == MISNAMED:
         return Skipped("dropped", "bad name", "its name is not UTF-8: rename it")
     if kind == IMAGE:
-        return Skipped("dropped", "image", "a single image: set data.images = true to use it as a clip of one frame")
+        more = _ANIMATED.get(suffix_of(ref_id), "")
+        reason = f"a single image: set data.images = true to use it as a clip of one frame{more}"
+        return Skipped("dropped", "image", reason)
+    if suffix_of(ref_id) in _UNREAD:
+        name = suffix_of(ref_id)[1:].upper()
+        reason = f"an image that is not read ({name}): save it as PNG or JPEG, an animated one as MP4 or GIF"
+        return Skipped("dropped", "image", reason)
     return Skipped("dropped", "not a video", f"not a video: {suffix_of(ref_id) or 'no suffix'}")
 
 
@@ -99,16 +112,17 @@ _TABLES = """
     CREATE TABLE file_decision (
         decision INTEGER, ref TEXT, size INTEGER NOT NULL, version TEXT NOT NULL, status TEXT NOT NULL,
         kind TEXT NOT NULL, reason TEXT NOT NULL, frames INTEGER, height INTEGER, width INTEGER,
-        samples INTEGER NOT NULL, windows INTEGER NOT NULL, stretch REAL NOT NULL, made TEXT, captions TEXT,
-        mask TEXT NOT NULL, PRIMARY KEY (decision, ref)
+        samples INTEGER NOT NULL, windows INTEGER NOT NULL, stretch REAL NOT NULL, cropped REAL NOT NULL,
+        aspect REAL, made TEXT, captions TEXT, mask TEXT NOT NULL, looks TEXT NOT NULL, PRIMARY KEY (decision, ref)
     ) WITHOUT ROWID;
     CREATE TABLE texts (decisions TEXT PRIMARY KEY, generations TEXT NOT NULL, count INTEGER NOT NULL) WITHOUT ROWID;
 """
 """source: unseen is 1 for a file that was not opened yet, or could not be for a reason that may pass. words: of a caption
 file. dataset_caption: captions that do not stand in a file of their own. file_decision: made is how a file's samples are
-cut, as JSON; captions are those of each of its samples; samples and windows are how many there are. decision: statistics is
-what a scan counted of it. A file that failed in filling keeps `made` until the next scan, so that those who go through the
-samples count alike.
+cut, as JSON; captions are those of each of its samples; samples and windows are how many there are; stretch, cropped and
+aspect are its Fit's; looks is what its caption file looks like (captions.looks_like). decision: statistics is what a scan
+counted of it. A file that failed in filling keeps `made` until the next scan, so that those who go through the samples count
+alike.
 """
 
 _PROBE = attrgetter(*(field.name for field in fields(Probe)))

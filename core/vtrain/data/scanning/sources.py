@@ -12,7 +12,8 @@ from vtrain.data.decoding.probe import Probe
 from vtrain.data.decoding.video import FileFault, faults
 from vtrain.data.decoding.worker import ProbeJob, Workers
 from vtrain.data.scanning import captions
-from vtrain.data.scanning.captions import BESIDE, caption_rows, stem
+from vtrain.data.scanning.caption_rows import caption_rows
+from vtrain.data.scanning.captions import BESIDE, stem
 from vtrain.data.scanning.ledger import (
     CLIPS,
     MISNAMED,

@@ -9,9 +9,10 @@ from fractions import Fraction
 from typing import Any
 
 from vtrain.contract import ClipShape, Problem
-from vtrain.data.scanning.captions import BESIDE, stem
+from vtrain.data.scanning.captions import BESIDE, JSON, SIDECAR, SUFFIX, stem
 from vtrain.data.scanning.decisions import TOLD
 from vtrain.data.scanning.ledger import Ledger, marks
+from vtrain.data.scanning.misfits import NO_LOSS, NO_MISFITS, Loss, Misfits, find_misfits, joined, misfits_of
 from vtrain.data.scanning.sources import origin_of
 from vtrain.plan.records import DatasetPlan, MasksPlan
 
@@ -23,8 +24,9 @@ class DatasetSurvey:
     files: scanned, captions not counted. samples: clip shape -> number of training samples, repeats not counted.
     skipped: reason -> (number of files, an example's id), dropped and failed alike. clips: clip shape -> number of files
     that the samples are of; windows: -> number of windows, each encoded once; where either is empty, each sample has one.
-    stretch: clip shape -> the most that a picture becomes wider or higher by being squeezed into it, at least 1; empty: none
-    does. notes: what else is worth knowing, such as caption rows without a clip. share: the part of it that an epoch takes.
+    losses: clip shape -> what pictures lose in it, where any does; misfits: the clips that lose much. notes: what else is worth
+    knowing, such as caption rows without a clip. doubts: what of its captions is probably not meant. share: the part of it that
+    an epoch takes.
     """
 
     id: str
@@ -34,8 +36,10 @@ class DatasetSurvey:
     repeats: int
     clips: Mapping[ClipShape, int] = field(default_factory=dict)
     windows: Mapping[ClipShape, int] = field(default_factory=dict)
-    stretch: Mapping[ClipShape, float] = field(default_factory=dict)
+    losses: Mapping[ClipShape, Loss] = field(default_factory=dict)
+    misfits: Misfits = NO_MISFITS
     notes: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
     share: Fraction = Fraction(1)
 
     def clips_of(self, shape: ClipShape) -> int:
@@ -51,15 +55,14 @@ class DatasetSurvey:
 class Bucket:
     """What all datasets have of one shape.
 
-    clips, windows: files, and windows to encode. samples: in an epoch, repeats counted. stretch: the most that a picture
-    becomes wider or higher in it, at least 1.
+    clips, windows: files, and windows to encode. samples: in an epoch, repeats counted. loss: of their pictures.
     """
 
     shape: ClipShape
     clips: int
     windows: int
     samples: int
-    stretch: float
+    loss: Loss = NO_LOSS
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Survey:
                 clips=sum(found.clips_of(shape) for found in self.datasets),
                 windows=sum(found.windows_of(shape) for found in self.datasets),
                 samples=round(samples),
-                stretch=max(found.stretch.get(shape, 1.0) for found in self.datasets),
+                loss=joined([(found.losses.get(shape, NO_LOSS), found.clips_of(shape)) for found in self.datasets]),
             )
             for shape, samples in sorted(self.buckets().items())
         )
@@ -110,8 +113,14 @@ _KINDS = """SELECT kind, count(*), count(DISTINCT reason), reason, min(ref) FROM
 _REASONS = """SELECT reason, count(*), min(ref) FROM file_decision
     WHERE decision = :decision AND status != 'used' AND kind = :kind GROUP BY reason"""
 
-_SHAPES = """SELECT frames, height, width, sum(samples), count(*), sum(windows), max(stretch) FROM file_decision
+# SQLite takes ref, cropped and stretch, which stand in no aggregate, from the row that has the maximum. Of the two at most one
+# is a loss in a dataset.
+_SHAPES = """SELECT frames, height, width, sum(samples), count(*), sum(windows), cropped, avg(cropped), stretch, avg(stretch), ref,
+    max(cropped + stretch) FROM file_decision
     WHERE decision = :decision AND status = 'used' GROUP BY frames, height, width ORDER BY frames, height, width"""
+
+_LOOKS = """SELECT looks, count(*), min(ref) FROM file_decision
+    WHERE decision = :decision AND status = 'used' AND looks != '' GROUP BY looks ORDER BY looks"""
 
 _UNMATCHED = """SELECT count(*), min(name) FROM dataset_caption WHERE place = :place AND origin = :origin
     AND NOT EXISTS (SELECT 1 FROM source WHERE source.place = dataset_caption.place AND source.ref = dataset_caption.name
@@ -143,18 +152,21 @@ def survey(ledger: Ledger, place: int, decision: int, dataset: DatasetPlan, shar
             # What failed in filling had kept its cuts for those who went through the samples then (ledger._TABLES).
             db.execute("UPDATE file_decision SET made = NULL WHERE decision = ? AND status != 'used'", (decision,))
             db.execute("UPDATE decision SET statistics = ? WHERE number = ?", (kept, decision))
-    files, shapes, skipped, unmatched, masks = json.loads(kept)
-    rows = [(ClipShape(*row[:3]), *row[3:]) for row in shapes]
+    files, shapes, skipped, unmatched, masks, misfits, looks = json.loads(kept)
+    rows = [(ClipShape(*row[:3]), *row[3:6]) for row in shapes]
+    losses = {ClipShape(*row[:3]): Loss(*row[6:11]) for row in shapes if row[11] > 1}
     return DatasetSurvey(
         id=dataset.id,
         files=files,
-        samples={shape: samples for shape, samples, _, _, _ in rows},
+        samples={shape: samples for shape, samples, _, _ in rows},
         skipped={reason: (count, example) for reason, count, example in skipped},
         repeats=dataset.table.repeats,
-        clips={shape: clips for shape, _, clips, _, _ in rows},
-        windows={shape: windows for shape, _, _, windows, _ in rows},
-        stretch={shape: stretch for shape, _, _, _, stretch in rows if stretch > 1},
+        clips={shape: clips for shape, _, clips, _ in rows},
+        windows={shape: windows for shape, _, _, windows in rows},
+        losses=losses,
+        misfits=misfits_of(misfits),
         notes=_notes(dataset, unmatched, masks),
+        doubts=tuple(caption_doubt(*each) for each in looks),
         share=share,
     )
 
@@ -198,6 +210,27 @@ def caption_notes(unmatched: Some) -> tuple[str, ...]:
     return (f"{_many(unmatched, 'caption')} without a clip (such as {unmatched[1]})",) if unmatched[0] else ()
 
 
+def caption_looks(rows: Query, decision: int, dataset: DatasetPlan) -> list[tuple[str, int, str]]:
+    """(what text files look like that are probably no caption a line, how many, a clip), where nobody said what a file is."""
+    said = dataset.captions != "textfile" or dataset.table.caption_per is not None
+    return [] if said else rows(_LOOKS, {"decision": decision})
+
+
+def caption_doubt(looks: str, count: int, example: str) -> str:
+    """In words, with what to do."""
+    files = f"{count} caption file{'s' if count != 1 else ''}"
+    such = f"such as {stem(example)}{SUFFIX}"
+    if looks == JSON:
+        does = "holds" if count == 1 else "hold"
+        remedy = f'rename to {SIDECAR} and set data.captions = "json", or set data.caption_per if that is meant'
+        return f"{files} {does} JSON ({such}): {remedy}"
+    does = "looks" if count == 1 else "look"
+    return (
+        f"{files} {does} like one text over several lines ({such}), and each line is a caption now: "
+        'set data.caption_per = "file", or "line" if that is meant'
+    )
+
+
 def _many(some: Sequence[Any], noun: str) -> str:
     return f"{some[0]} {noun}{'s' if some[0] != 1 else ''}"
 
@@ -214,7 +247,15 @@ def _count(ledger: Ledger, decision: int, place: int, dataset: DatasetPlan) -> l
     skipped.sort(key=lambda row: row[2])
     unmatched = unmatched_captions(ledger.rows, place, dataset)
     masks = None if dataset.masks is None else _count_masks(ledger, decision, place, dataset.masks)
-    return [files, ledger.rows(_SHAPES, values), skipped, unmatched, masks]
+    return [
+        files,
+        ledger.rows(_SHAPES, values),
+        skipped,
+        unmatched,
+        masks,
+        find_misfits(ledger, decision),
+        caption_looks(ledger.rows, decision, dataset),
+    ]
 
 
 def _count_masks(ledger: Ledger, decision: int, place: int, masks: MasksPlan) -> list[Some]:

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 import vtrain
+from vtrain.cli.report import report_error
+from vtrain.contract import ConfigError, Problem
 
 Vtrain = Callable[..., "subprocess.CompletedProcess[str]"]
 InstallPlugin = Callable[..., Path]
@@ -247,3 +249,15 @@ import sys; sys.argv = ['vtrain', 'fail']; app.main()
         "      Repair it.",
         "  second",
     ]
+
+
+def test_of_many_problems_the_first_twenty_are_shown_and_the_rest_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    error = ConfigError(Problem("", f"number {n}", "remedy") for n in range(51))
+    report_error(error)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "51 errors:"
+    assert lines[1:-1] == [text for n in range(20) for text in (f"  number {n}", "      remedy")]
+    assert lines[-1] == "  and 31 more"
+    assert str(error).count("number") == 51, "the library, events and JSON have all"
+    report_error(ConfigError(error.problems[:20]))
+    assert "more" not in capsys.readouterr().err

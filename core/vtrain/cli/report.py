@@ -35,15 +35,21 @@ def bold(text: str) -> str:
     return text if os.environ.get("TERM") in ("dumb", "unknown") else typer.style(text, bold=True)
 
 
+SHOWN = 20
+"""Problems that are shown in full; more than that nobody reads at once."""
+
+
 def report_error(error: VtrainError) -> None:
-    """Every problem on stderr: where, what, remedy."""
+    """The problems on stderr: where, what, remedy; the first of many, and how many more there are."""
     count = len(error.problems)
     title = "error:" if count == 1 else f"{count} errors:"
     lines = [typer.style(title, fg="red", bold=True)]
-    for problem in error.problems:
+    for problem in error.problems[:SHOWN]:
         place = f"{problem.where}: " if problem.where else ""
         lines += _indented(f"{place}{problem.what}", "  ")
         lines += _indented(problem.remedy, "      ")
+    if count > SHOWN:
+        lines.append(f"  and {count - SHOWN} more")
     typer.echo("\n".join(lines), err=True)
 
 

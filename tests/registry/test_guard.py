@@ -6,13 +6,14 @@ import ctypes
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from vtrain.registry import discover, trials
-from vtrain.registry.guard import in_time
+from vtrain.registry.guard import in_time, stdout_on_stderr
 
 InstallPlugin = Callable[..., Path]
 
@@ -43,6 +44,31 @@ def test_stdout_is_what_it_was_after_an_import_that_fails(
 ) -> None:
     install_plugin("broken", "1 / 0")
     discover(["broken"])
+    subprocess.run(["echo", "from a program"], check=True)
+    assert capfd.readouterr().out == "from a program\n"
+
+
+def test_threads_that_plan_at_once_leave_stdout_as_it_was(capfd: pytest.CaptureFixture[str]) -> None:
+    """Each would restore what the other had put there."""
+    first_is_in, second_is_in, first_left = threading.Event(), threading.Event(), threading.Event()
+
+    def first() -> None:
+        with stdout_on_stderr():
+            first_is_in.set()
+            second_is_in.wait(0.2)  # which waits for this one, so the time passes
+        first_left.set()
+
+    def second() -> None:
+        first_is_in.wait()
+        with stdout_on_stderr():
+            second_is_in.set()
+            first_left.wait(5)
+
+    threads = [threading.Thread(target=each) for each in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     subprocess.run(["echo", "from a program"], check=True)
     assert capfd.readouterr().out == "from a program\n"
 

@@ -98,7 +98,7 @@ def format_of(keys: Iterable[str]) -> Format | None:
 def problem_of(where: str, keys: Iterable[str]) -> Problem | None:
     """What is wrong with a file that another trainer reads; None if it may be one of ours."""
     found = format_of(keys)
-    return found and Problem(where, f"this is {found.name}, not of vtrain.", found.remedy)
+    return None if found is None else Problem(where, f"this is {found.name}, not of vtrain.", found.remedy)
 
 
 _JSON = re.compile(r"\s*(\{|\[\s*\{|\[\s*\n)")

@@ -35,26 +35,31 @@ def in_time(limit: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, signal.SIG_DFL if before is None else before)
 
 
+_ALONE = threading.RLock()
+"""Held while standard output is another: two threads that took turns would each restore what the other had put there."""
+
+
 @contextmanager
 def stdout_on_stderr() -> Iterator[None]:
     """What is written to standard output inside goes to standard error, also by C libraries and by child processes."""
-    _flush()
-    loaded = set(sys.modules)
-    try:
-        kept = os.dup(1)
-    except OSError:  # there is none
-        kept = -1
-    try:
-        if kept >= 0:
-            _redirect(kept)
-        with redirect_stdout(sys.stderr):
-            yield
-    finally:
+    with _ALONE:
         _flush()
-        if kept >= 0:
-            _flush_c(sys.modules.keys() - loaded)
-            os.dup2(kept, 1)
-            os.close(kept)
+        loaded = set(sys.modules)
+        try:
+            kept = os.dup(1)
+        except OSError:  # there is none
+            kept = -1
+        try:
+            if kept >= 0:
+                _redirect(kept)
+            with redirect_stdout(sys.stderr):
+                yield
+        finally:
+            _flush()
+            if kept >= 0:
+                _flush_c(sys.modules.keys() - loaded)
+                os.dup2(kept, 1)
+                os.close(kept)
 
 
 def _redirect(kept: int) -> None:

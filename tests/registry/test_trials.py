@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,9 +36,9 @@ def good(name: str, first: str = "pass") -> str:
 
 @pytest.fixture(autouse=True)
 def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Imports have a second, and what comes of them is remembered in a folder of its own."""
+    """Imports have two seconds, and what comes of them is remembered in a folder of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
-    monkeypatch.setenv("VTRAIN_PLUGIN_TIMEOUT", "1")
+    monkeypatch.setenv("VTRAIN_PLUGIN_TIMEOUT", "2")
     return tmp_path / "caches" / "vtrain"
 
 
@@ -66,40 +67,47 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> Trials:
     return made
 
 
+LEAVES = "import os, sys; sys.stderr.write('no device here\\n\\n'); sys.stderr.flush(); os._exit(0)"
 FATAL = {
     "hangs": good("hangs", "import time; time.sleep(600)"),
-    "leaves": "import os, sys; sys.stderr.write('no device here\\n\\n'); sys.stderr.flush(); os._exit(0)",
     "crashes": "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
     "stays": "import threading, time; threading.Thread(target=time.sleep, args=(600,)).start()\n" + good("stays"),
 }
-LATER = "VTRAIN_PLUGIN_TIMEOUT=2 vtrain plugins list"
+LATER = "VTRAIN_PLUGIN_TIMEOUT=4 vtrain plugins list"
 REASONS = {
-    "hangs": f"its import takes longer than 1 s. To give it more time: {LATER}",
+    "hangs": f"its import takes longer than 2 s. To give it more time: {LATER}",
     "leaves": f"it ends Python, with exit code 0, when it is imported and says: no device here. To try it again: {LATER}",
     "crashes": f"it crashes Python, by SIGSEGV, when it is imported. To try it again: {LATER}",
-    "stays": "after its import Python does not end within 1 s: a thread that it started keeps running. "
+    "stays": "after its import Python does not end within 2 s: a thread that it started keeps running. "
     f"To give it more time: {LATER}",
 }
 
 
 def test_plugins_that_hang_end_or_crash_python_are_rows_that_name_them_and_others_register(
-    install_plugin: InstallPlugin, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    install_plugin: InstallPlugin, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     for name, source in FATAL.items():
         install_plugin(name, source)
+    started = tmp_path / "started"
+    starts = f"import subprocess; open({str(started)!r}, 'w').write(str(subprocess.Popen(['sleep', '600']).pid))"
+    install_plugin("leaves", f"{starts}\n{LEAVES}")
     install_plugin("well", good("well"))
     monkeypatch.setattr(trials, "NOTICE_S", 0.3)
-    names = [*FATAL, "well"]
+    names = [*REASONS, "well"]
     catalog = discover(names)
     rows = [each for each in catalog.failures if each.entry_point in names]
     assert {row.entry_point: row.reason for row in rows} == REASONS
     assert all((row.distribution, row.version) == (row.entry_point, "1.0") for row in rows)
     assert catalog.find("tracker", "well") is not None
     said = capfd.readouterr().err
-    assert 'waiting up to 1 s for plugin "hangs" of hangs 1.0 to be imported (VTRAIN_PLUGIN_TIMEOUT)\n' in said
+    assert 'waiting up to 2 s for plugin "hangs" of hangs 1.0 to be imported (VTRAIN_PLUGIN_TIMEOUT)\n' in said
 
     monkeypatch.setattr(trials, "tried_apart", lambda plugins, limit: [None for _ in plugins])
     assert discover(names).failures == catalog.failures, "remembered"
+    state, end = Path(f"/proc/{started.read_text()}/stat"), time.monotonic() + 60
+    while state.exists() and " Z " not in state.read_text():
+        assert time.monotonic() < end, "what a plugin started goes with its trial"
+        time.sleep(0.01)
 
 
 def test_what_came_through_is_tried_again_when_a_file_of_it_changes(

@@ -140,10 +140,8 @@ def _begin(plugin: Installed, limit: float, held: ExitStack) -> _Trial | None:
 
 
 def _end(process: Popen[bytes]) -> None:
-    """Of a process that has not ended: kill it, and all that it started."""
-    if process.poll() is not None:
-        return
-    with suppress(OSError):  # it has just ended
+    """Kill a process that has not ended, and all that it started and left behind."""
+    with suppress(OSError):  # there is nothing
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 

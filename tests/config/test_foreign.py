@@ -99,7 +99,8 @@ def test_a_few_foreign_keys_in_a_file_of_ours_are_told_one_by_one(problems: Prob
     assert [each.what for each in problems(good)] == [f"unknown key {key}." for key in keys]
 
 
-def test_toml_with_a_fault_stays_toml(problems: Problems) -> None:
-    (found,) = problems("# a: b\n[run]\nname: 'a'\n")
+@pytest.mark.parametrize("text", ["# a: b\n[run]\nname: 'a'\n", "\n\nname: 'a'\n[run]\n", "\n\nname: 'a'\nseed = 1\n"])
+def test_toml_with_a_fault_stays_toml(problems: Problems, text: str) -> None:
+    (found,) = problems(text)
     assert found.where == "config.toml:3"
     assert found.what.startswith("not TOML: Expected '=' after a key")

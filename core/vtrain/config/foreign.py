@@ -104,13 +104,13 @@ def problem_of(where: str, keys: Iterable[str]) -> Problem | None:
 _JSON = re.compile(r"\s*(\{|\[\s*\{|\[\s*\n)")
 _JSON_KEY = re.compile(r'"([\w-]+)"\s*:')
 _YAML_LINE = re.compile(r"(- )?[\w-]+:( |$)")
+_TOML_LINE = re.compile(r"\s*(\[|[\w.-]+\s*=)")
 
 
 def language_problem(where: str, text: str) -> Problem | None:
     """What is wrong with a text that is no TOML, if it is JSON or YAML; both need not be sound. None for others."""
     if _JSON.match(text):
         return problem_of(where, _JSON_KEY.findall(text)) or Problem(where, "this is JSON, not TOML.", _ONE_FILE)
-    first = next(
-        (line for line in text.splitlines() if line.strip() and not line.lstrip().startswith(("#", "---"))), ""
-    )
-    return Problem(where, "this is YAML, not TOML.", _ONE_FILE) if _YAML_LINE.match(first) else None
+    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith(("#", "---"))]
+    is_yaml = bool(lines) and _YAML_LINE.match(lines[0]) and not any(map(_TOML_LINE.match, lines))
+    return Problem(where, "this is YAML, not TOML.", _ONE_FILE) if is_yaml else None

@@ -122,8 +122,8 @@ def _begin(plugin: Installed, limit: float, held: ExitStack) -> _Trial | None:
     import tempfile
 
     named = (plugin.entry.name, plugin.entry.value, plugin.entry.group, plugin.distribution, plugin.version, f"{limit}")
-    path = json.dumps([os.fspath(folder) for folder in sys.path])
     try:
+        path = json.dumps([os.fspath(folder) for folder in sys.path])
         said, errors = (held.enter_context(tempfile.TemporaryFile()) for _ in range(2))  # noqa: SIM115
         process = subprocess.Popen(
             [sys.executable, "-c", _CHILD, path, *named],
@@ -133,7 +133,11 @@ def _begin(plugin: Installed, limit: float, held: ExitStack) -> _Trial | None:
             env={**os.environ, LIMIT: "0"},
             start_new_session=True,  # so that what hangs goes with all that it started
         )
-    except (OSError, ValueError):  # no memory for it, no folder for the files, a name with a null byte
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+    ):  # no memory, no folder for the files, a null byte in a name, an odd sys.path
         return None
     held.callback(_end, process)
     return _Trial(plugin, process, said, errors, time.monotonic())

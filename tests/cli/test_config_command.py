@@ -10,6 +10,9 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from vtrain.cli.plan import show_config
+from vtrain.run.prepare import planned
+
 Python = Callable[..., "subprocess.CompletedProcess[str]"]
 
 FAMILY = """
@@ -96,3 +99,48 @@ def test_the_schema_of_all_installed_parts_is_valid_and_takes_the_example(
     schema = json.loads(run("config", "schema").stdout)
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.Draft202012Validator(schema).validate(tomli.loads(GOOD))
+
+
+NOISY = """
+import os
+from pydantic import Field, field_validator
+from vtrain.contract import Needs, Options, RegularizerSpec, hookimpl
+
+class NoisyOptions(Options):
+    weight: float = Field(1.0, description="how much")
+
+    @field_validator("weight")
+    @classmethod
+    def _says(cls, value):
+        print("noise of a validator")
+        os.write(1, b"noise past Python")
+        return value
+
+class Noisy:
+    def __init__(self, options):
+        print("noise of build")
+
+    def needs(self):
+        return Needs()
+
+@hookimpl
+def vtrain_regularizers():
+    return [RegularizerSpec("noisy", "prints", NoisyOptions, Noisy)]
+"""
+
+
+def test_what_the_code_of_a_part_prints_does_not_reach_stdout(
+    install_plugin: Callable[..., Path], file: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    install_plugin("noisy", NOISY)
+    file.write_text(
+        GOOD.replace('use = "drum"\npath = "m"', 'use = "toy"') + '[[regularizer]]\nuse = "noisy"\nweight = 2.0\n'
+    )
+    show_config(file, as_json=True)
+    out, err = capfd.readouterr()
+    assert ("regularizer[0].use", "noisy") in [(row["key"], row["value"]) for row in json.loads(out)]
+    assert "noise of a validator" in err
+    planned(file)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "noise of build" in err

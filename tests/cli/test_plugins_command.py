@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 import vtrain
+from vtrain.cli.report import report_error
+from vtrain.contract import ConfigError, Problem
 
 Vtrain = Callable[..., "subprocess.CompletedProcess[str]"]
 InstallPlugin = Callable[..., Path]
@@ -105,6 +107,26 @@ def test_the_list_as_json_has_the_same_rows(vtrain_command: Vtrain, drum: Path, 
     }
     (failure,) = [each for each in listing["failures"] if each["entry_point"] == "noisy"]
     assert failure["reason"].startswith("ZeroDivisionError: division by zero")
+
+
+def test_the_list_as_json_is_whole_beside_plugins_that_end_python_or_write_past_it(
+    vtrain_command: Vtrain, install_plugin: InstallPlugin, tmp_path: Path
+) -> None:
+    """As users run it, plugins being tried in processes of their own."""
+    leaves = install_plugin("leaves", "import os; os._exit(0)")
+    noisy = install_plugin("noisy", "import os; os.write(1, b'this must not land in the JSON')" + DRUM)
+    settings = {
+        "VTRAIN_PLUGINS": "leaves,noisy",
+        "VTRAIN_PLUGIN_TIMEOUT": "",
+        "XDG_CACHE_HOME": str(tmp_path / "caches"),
+    }
+    done = vtrain_command("plugins", "list", "--json", path=(leaves, noisy), env=settings)
+    assert done.returncode == 0
+    listing = json.loads(done.stdout)
+    assert {part["distribution"] for part in listing["parts"]} == {"noisy"}
+    (failure,) = [each for each in listing["failures"] if each["entry_point"] == "leaves"]
+    assert failure["reason"].startswith("it ends Python, with exit code 0, when it is imported.")
+    assert len(list((tmp_path / "caches" / "vtrain").iterdir())) == 1
 
 
 def test_the_allow_list_is_read_from_the_environment(vtrain_command: Vtrain, drum: Path) -> None:
@@ -227,3 +249,15 @@ import sys; sys.argv = ['vtrain', 'fail']; app.main()
         "      Repair it.",
         "  second",
     ]
+
+
+def test_of_many_problems_the_first_twenty_are_shown_and_the_rest_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    error = ConfigError(Problem("", f"number {n}", "remedy") for n in range(51))
+    report_error(error)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "51 errors:"
+    assert lines[1:-1] == [text for n in range(20) for text in (f"  number {n}", "      remedy")]
+    assert lines[-1] == "  and 31 more"
+    assert str(error).count("number") == 51, "the library, events and JSON have all"
+    report_error(ConfigError(error.problems[:20]))
+    assert "more" not in capsys.readouterr().err

@@ -137,6 +137,65 @@ def test_a_file_that_is_no_toml_is_an_error_with_its_line(
     assert told in caught.value.problems[0].what
 
 
+@pytest.mark.parametrize(
+    ("line", "literal"),
+    [
+        (r'path = "C:\users\me"', r"path = 'C:\users\me'"),
+        (r'path = "C:\Users\\me" # a comment', r"path = 'C:\Users\me'"),
+        (r'path = "D:\clips\"', r"path = 'D:\clips\'"),
+        (r'path = "D:\temp\"', r"path = 'D:\temp\'"),
+        (r'path = "\\server\me"', r"path = '\\server\me'"),
+        (r'path = "clips\me"', r"path = 'clips\me'"),
+        (r'files = ["C:\a", "C:\b"]', r"'C:\a'"),
+    ],
+)
+def test_a_windows_path_in_double_quotes_is_told_with_single_quotes_to_copy(
+    problems: Problems, line: str, literal: str
+) -> None:
+    found = only(problems(f"[run]\n{line}\n"))
+    assert found.where == "config.toml:2"
+    key = line.split(" ")[0]
+    assert found.what.startswith(f'not TOML: a backslash in double quotes begins an escape at "{key}" (column ')
+    assert found.remedy == f"Single quotes keep backslashes: {literal}"
+
+
+@pytest.mark.parametrize("line", [r'token = "ab\dc"', r"""path = "C:\it's" """])
+def test_a_backslash_in_what_is_no_path_is_told_without_the_value(problems: Problems, line: str) -> None:
+    found = only(problems(f"[run]\n{line}\n"))
+    assert found.remedy == "Write the text in single quotes, which keep backslashes, or each backslash twice."
+
+
+@pytest.mark.parametrize(
+    ("typed", "what", "literal"),
+    [
+        (r'"C:\temp\new"', r'a tab, which "\t" in double quotes is', r"'C:\temp\new'"),
+        (r'"C:\\x\new"', r'a line break, which "\n" in double quotes is', r"'C:\x\new'"),
+        (r'"C:\runs"', r'a carriage return, which "\r" in double quotes is', r"'C:\runs'"),
+        (r'"clips\best"', r'a backspace, which "\b" in double quotes is', r"'clips\best'"),
+        (r'"\\server\fast"', r'a form feed, which "\f" in double quotes is', r"'\\server\fast'"),
+        (r'"a\u0000b"', r'a control character, which "\u0000" in double quotes is', r"'a\u0000b'"),
+    ],
+)
+def test_a_path_with_a_control_character_is_an_error(
+    problems: Problems, good: Tables, typed: str, what: str, literal: str
+) -> None:
+    """It is valid TOML, in which a Windows path has become another."""
+    good["run"] = f"[run]\noutput_dir = {typed}\nresume = {typed}\n"
+    good["model"] = good["model"].replace('"model"', typed)
+    good["data"] += f"captions_file = {typed}\nmasks = {{ folder = {typed} }}\n"
+    good["validation"] = f'[validation]\nevery = "1 steps"\nprompts = {{ a = "a" }}\nimages = {{ a = {typed} }}\n'
+    found = problems(good)
+    keys = ["run.output_dir", "run.resume", "model.path", "data[0].captions_file", "data[0].masks.folder"]
+    assert [each.what for each in found] == [f"{key}: no path holds {what}." for key in (*keys, "validation.images.a")]
+    names = ["output_dir", "resume", "path", "captions_file", "folder", "a"]
+    assert [each.remedy for each in found] == [f"Single quotes keep backslashes: {name} = {literal}" for name in names]
+
+
+def test_a_path_with_a_quote_too_is_told_with_each_backslash_twice(problems: Problems, good: Tables) -> None:
+    good["data"] += r'''captions_file = "C:\temp's"''' + "\n"
+    assert only(problems(good)).remedy == r'''Write each backslash twice: captions_file = "C:\\temp's"'''
+
+
 def test_a_missing_file_and_a_folder_are_errors(tmp_path: Path, catalog: Catalog) -> None:
     with pytest.raises(ConfigError, match="there is no such file"):
         load(tmp_path / "none.toml", catalog)

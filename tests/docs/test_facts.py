@@ -14,6 +14,7 @@ import vtrain.contract
 import vtrain.testing
 from vtrain.cli.app import app
 from vtrain.cli.run import UNVALIDATED
+from vtrain.config.foreign import FORMATS
 from vtrain.contract import HOOK_SPECS, VtrainError
 from vtrain.data.decoding.video import SUFFIXES
 from vtrain_sanavideo.geometry import OFFICIAL_480P
@@ -70,6 +71,24 @@ def test_the_classes_of_errors_are_the_codes(root: Path) -> None:
     assert VtrainError.exit_code == 2
     codes = re.findall(r"^\| ([\d, ]+) \|", text, flags=re.MULTILINE)
     assert codes[:3] == ["0", str(VtrainError.exit_code), str(UNVALIDATED)]
+
+
+def table(text: str) -> list[tuple[list[str], list[str]]]:
+    """Of each row of a page's tables: the code in its first cell, and in its second."""
+    rows = re.findall(r"^\| ([^|]*`[^|]*) \| ([^|]*) \|", text, flags=re.MULTILINE)
+    return [(re.findall(r"`([^`]+)`", first), re.findall(r"`([^`]+)`", second)) for first, second in rows]
+
+
+def test_the_table_of_simpletuners_keys_has_all_that_a_file_is_known_by_and_only_keys_that_are_here(root: Path) -> None:
+    rows = table((root / "docs" / "simpletuner.md").read_text(encoding="utf-8"))
+    assert FORMATS[0].keys <= {key for first, _ in rows for key in first}
+    said = {key for _, second in rows for key in second} - {"[[data]]"}
+    resume = (root / "docs" / "resume.md").read_text(encoding="utf-8")
+    assert len(said) > 40
+    assert [
+        key for key in said if not re.search(rf"^\| `{re.escape(key)}(?: \(\w+\))?` \|", resume, re.MULTILINE)
+    ] == []
+    assert all((root / name).exists() for each in FORMATS for name in re.findall(r"docs/\w+\.md", each.remedy))
 
 
 def test_the_changelog_names_every_command(root: Path) -> None:

@@ -19,6 +19,7 @@ from vtrain.config.findings import shown
 from vtrain.contract import Section
 from vtrain.estimate.render import as_json, sections
 from vtrain.registry import discover
+from vtrain.registry.guard import stdout_on_stderr
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,7 +32,8 @@ def print_schema() -> None:
 
 def show_config(path: Path, as_json: bool) -> None:
     """Every resolved value with its origin. Raises ConfigError."""
-    rows = show(load(path, discover()))
+    with stdout_on_stderr():  # options of plugins are made, whose code may print
+        rows = show(load(path, discover()))
     if as_json:
         print_json([asdict(row) for row in rows])
         return

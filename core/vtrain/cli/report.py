@@ -100,16 +100,22 @@ def looking() -> Iterator[Callable[[int], None] | None]:
         sys.stderr.flush()
 
 
+SHOWN = 20
+"""Problems that are shown in full; more than that nobody reads at once."""
+
+
 def report_error(error: VtrainError) -> None:
-    """Every problem on stderr: where, what, remedy."""
+    """The problems on stderr: where, what, remedy; the first of many, and how many more there are."""
     count, width = len(error.problems), columns(sys.stderr)
     title = "error:" if count == 1 else f"{count} errors:"
     lines = [typer.style(title, fg="red", bold=True)]
-    for problem in error.problems:
+    for problem in error.problems[:SHOWN]:
         place = f"{problem.where}: " if problem.where else ""
         for text, margin in ((f"{place}{problem.what}", "  "), (problem.remedy, "      ")):
             for line in visible(text).splitlines():
                 lines += folded(line, width, margin, margin)
+    if count > SHOWN:
+        lines.append(f"  and {count - SHOWN} more")
     typer.echo("\n".join(lines), err=True)
 
 

@@ -12,6 +12,7 @@ import tomli
 import tree_sitter_toml
 from tree_sitter import Language, Node, Parser
 
+from vtrain.config.foreign import language_problem, problem_of
 from vtrain.config.keys import KeyPath
 from vtrain.contract import ConfigError, Problem
 
@@ -38,12 +39,12 @@ class Document:
 
 
 def read(path: Path) -> Document:
-    """Read a TOML file. Raises ConfigError: no such file, a folder, not UTF-8, empty, or not TOML (with the line)."""
+    """Read a TOML file. Raises ConfigError: no such file, a folder, not UTF-8, empty, not TOML (with the line), not ours."""
     text = _read_text(path)
     try:
         tree = tomli.loads(text)
     except tomli.TOMLDecodeError as error:
-        raise ConfigError(Problem(f"{path}:{error.lineno}", f"not TOML: {_fault(text, error)}.")) from None
+        raise ConfigError(language_problem(str(path), text) or _fault(path, text, error)) from None
     except RecursionError:
         raise ConfigError(Problem(str(path), "arrays or tables are nested too deeply to read.")) from None
     if not tree:
@@ -52,19 +53,47 @@ def read(path: Path) -> Document:
                 str(path), "the file has no tables.", "A run needs [run], [model], [[data]], [train] and [optimizer]."
             )
         )
+    foreign = problem_of(str(path), [str(key[-1]) for key in paths(tree) if isinstance(key[-1], str)])
+    if foreign is not None:
+        raise ConfigError(foreign)
     return Document(path, text, tree, _lines(tree, positions(text)))
 
 
-def _fault(text: str, error: tomli.TOMLDecodeError) -> str:
-    """What is wrong on a line, with the key that stands there; values, which may be secret, are not repeated."""
+def _fault(path: Path, text: str, error: tomli.TOMLDecodeError) -> Problem:
+    """What is wrong on a line, with the key that stands there; values, which may be secret, are not repeated, paths apart."""
+    where, line = f"{path}:{error.lineno}", "".join(text.split("\n")[error.lineno - 1 : error.lineno])
     again = repeated(text, error.lineno) if error.msg.startswith(("Cannot overwrite", "Cannot declare")) else None
     if again is not None:
-        name = ".".join(key for key in again[0] if isinstance(key, str))
-        return f'"{name}" is already on line {again[1]}'
-    what = "a text in quotes does not end on its line" if error.msg == r"Illegal character '\n'" else error.msg
-    key = re.match(r"\s*([A-Za-z0-9_.-]+)\s*=", "".join(text.split("\n")[error.lineno - 1 : error.lineno]))
-    beside = f' at "{key[1]}"' if key else ""
-    return f"{what}{beside} (column {error.colno})"
+        twice = ".".join(key for key in again[0] if isinstance(key, str))
+        return Problem(where, f'not TOML: "{twice}" is already on line {again[1]}.')
+    key = re.match(r"\s*([A-Za-z0-9_.-]+)\s*=", line)
+    name = f' at "{key[1]}"' if key else ""
+    beside = f"{name} (column {error.colno})"
+    open_ended = error.msg == r"Illegal character '\n'"
+    if error.msg in _BAD_ESCAPES or (open_ended and re.search(r'\\"\s*(#.*)?$', line)):
+        what = f"not TOML: a backslash in double quotes begins an escape{beside}."
+        return Problem(where, what, _without_escapes(line, error.colno))
+    what = "a text in quotes does not end on its line" if open_ended else error.msg
+    return Problem(where, f"not TOML: {what}{beside}.")
+
+
+_BAD_ESCAPES = ("Unescaped '\\' in a string", "Invalid hex value", "Escaped character is not a Unicode scalar value")
+
+
+def _without_escapes(line: str, column: int) -> str:
+    """How to write the text in double quotes around a column (1-based) of a line, or before it, if it is a path."""
+    key = re.match(r'\s*([A-Za-z0-9_.-]+)\s*=\s*"', line)
+    start = f"{key[1]} = " if key else ""
+    found = [each[1] for each in re.finditer(r'"([^"]*)"', line) if each.start() < column and "\\" in each[1]]
+    text = found[-1] if found else ""
+    if not re.search(r"(path|dir|file|folder) = $", start) and not re.match(r"[A-Za-z]:|\.{0,2}[\\/]|~", text):
+        text = ""
+    if not text or "'" in text:
+        return "Write the text in single quotes, which keep backslashes, or each backslash twice."
+    meant = text.replace("\\\\", "\\")
+    if text.startswith("\\\\"):  # of a server, where two are meant
+        meant = "\\\\" + meant.lstrip("\\")
+    return f"Single quotes keep backslashes: {start}'{meant}'"
 
 
 def _read_text(path: Path) -> str:

@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 from vtrain.config.document import Document
 from vtrain.config.keys import ON_PURPOSE, KeyPath, key_text, renamed
-from vtrain.contract import HoldsSecret, Options, Problem, without_secrets
+from vtrain.contract import HoldsControlCharacter, HoldsSecret, Options, Problem, without_secrets
 from vtrain.contract.specs import did_you_mean, listed
 
 Found = tuple[int, Problem]
@@ -84,8 +84,18 @@ def _finding(
     texts = list(dict.fromkeys(fault(each) for each in details if not expectation(each)))
     if expected:
         texts.insert(0, f"expected {' or '.join(expected)}, got {shown(detail['input'])}")
-    hint = did_you_mean(str(detail["input"]), _choices(detail)) if detail["type"] == "literal_error" else ""
-    return problem(document, place, f"{key_text(place)}: {'; or '.join(texts)}.", hint)
+    return problem(document, place, f"{key_text(place)}: {'; or '.join(texts)}.", _hint(place, detail))
+
+
+def _hint(place: KeyPath, detail: ErrorDetails) -> str:
+    if detail["type"] == "literal_error":
+        return did_you_mean(str(detail["input"]), _choices(detail))
+    error = detail.get("ctx", {}).get("error")
+    if not isinstance(error, HoldsControlCharacter):
+        return ""
+    key = "" if isinstance(place[-1], int) else f"{key_text(place[-1:])} = "
+    words = "Single quotes keep backslashes" if error.literal.startswith("'") else "Write each backslash twice"
+    return f"{words}: {key}{error.literal}"
 
 
 def unknown_key(document: Document, place: KeyPath, keys: Sequence[str]) -> Found:
@@ -202,8 +212,8 @@ def expectation(error: ErrorDetails) -> str:
 def fault(error: ErrorDetails) -> str:
     """What is wrong with a value, the value shown; for errors that are not about its type."""
     sort, context = error["type"], error.get("ctx", {})
-    # Without the value, which is the secret.
-    if sort == "value_error" and isinstance(context["error"], HoldsSecret):
+    # Without the value, which is the secret, or stands in the remedy.
+    if sort == "value_error" and isinstance(context["error"], HoldsSecret | HoldsControlCharacter):
         return str(context["error"])
     value = shown(error["input"])
     if sort in _LIMITS:

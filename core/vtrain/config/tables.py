@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from vtrain.contract import Duration, LocalPath, Options, Size, fixed, free
+from vtrain.contract import Duration, LocalPath, Options, Size, check_path_text, fixed, free
 
 Names = Annotated[tuple[str, ...], Field(strict=False)]  # TOML has lists, which strict models take for no tuple
 
@@ -20,7 +20,7 @@ class RunTable(Options):
     name: str = Field("run", min_length=1, max_length=100, description="name of the run, shown by trackers")
     output_dir: LocalPath = Field(description="folder for checkpoints, samples, plan and metrics")
     seed: int = fixed(42, ge=0, lt=2**63, description="seed from which order, noise and dropout are derived")
-    resume: str = free(
+    resume: Annotated[str, AfterValidator(check_path_text)] = free(
         "latest",
         min_length=1,
         description='"latest": resume from the newest sound checkpoint, or start; "never": start, in an empty folder; '
@@ -113,7 +113,7 @@ class VideoTable(Options):
 
 def _inner_folder(folder: str) -> str:
     """A folder in a dataset, "/"-separated, without a "/" at its ends. Raises ValueError."""
-    parts = folder.strip("/").split("/")
+    parts = check_path_text(folder).strip("/").split("/")
     if folder.startswith("/") or not all(parts) or {".", ".."} & set(parts):
         raise ValueError('a folder in the dataset, such as "masks" or "extra/masks"')
     if any(part.startswith(".") for part in parts):

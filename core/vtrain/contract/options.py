@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -35,6 +36,29 @@ _URL = re.compile(
 
 class HoldsSecret(ValueError):
     """A validator of options raises it for a value that holds a secret: its words are told, the value is not."""
+
+
+class HoldsControlCharacter(ValueError):
+    """A path holds one, as a Windows path in double quotes does. literal: the path as it was meant, for the file."""
+
+    def __init__(self, path: str, char: str) -> None:
+        name, typed = _CONTROL.get(char, "a control character"), json.dumps(char)[1:-1]
+        super().__init__(f'no path holds {name}, which "{typed}" in double quotes is')
+        meant = json.dumps(path, ensure_ascii=False)[1:-1].replace("\\\\", "\\").replace('\\"', '"')
+        if path[:1] == "\\" != path[1:2]:  # of a server: two were typed
+            meant = f"\\{meant}"
+        self.literal = f"'{meant}'" if "'" not in meant else json.dumps(meant, ensure_ascii=False)
+
+
+_CONTROL = {"\t": "a tab", "\n": "a line break", "\r": "a carriage return", "\b": "a backspace", "\f": "a form feed"}
+
+
+def check_path_text(text: str) -> str:
+    """The same text. Raises HoldsControlCharacter."""
+    for char in text:
+        if ord(char) < 32 or ord(char) == 127:
+            raise HoldsControlCharacter(text, char)
+    return text
 
 
 def without_secrets(text: str) -> str:
@@ -135,6 +159,7 @@ def normal(path: Path) -> Path:
 def _local_path(value: object, info: ValidationInfo) -> Path:
     if not isinstance(value, str | Path) or not str(value):
         raise ValueError("a path is a text that is not empty")
+    check_path_text(str(value))
     try:
         return normal(_folder(info) / Path(value).expanduser())
     except RuntimeError as error:

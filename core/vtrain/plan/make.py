@@ -12,6 +12,7 @@ from vtrain.config.record import Config
 from vtrain.contract import (
     ClipShape,
     ConfigError,
+    DType,
     Family,
     FamilySpec,
     OptimizerSpec,
@@ -89,11 +90,16 @@ def _make_plan(config: Config, processes: int) -> Plan:
         sampler=sampler,
         regularizers=regularizers,
         datasets=made,
-        # What is trained is fp32: an adapter on a bf16 base, or all weights (_check_precision tells why).
-        base=config.precision.base or ("bf16" if config.model.table.train == "lora" else "fp32"),
+        base=config.precision.base or base_of(config.model.table.train),
         validation=validation,
         warnings=(*sampler.warnings(), *_unusual(config), *warnings(config, family), *_said(regularizers)),
     )
+
+
+def base_of(train: str) -> DType:
+    """Storage type of the denoiser where the file says none. What is trained is fp32: an adapter on a bf16 base, or all
+    weights (_check_precision tells why)."""
+    return "bf16" if train == "lora" else "fp32"
 
 
 def _place(problem: Problem) -> tuple[str, int, Problem]:

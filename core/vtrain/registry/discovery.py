@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import re
-import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import Distribution, EntryPoint, distributions
 from types import ModuleType
@@ -29,6 +28,8 @@ from vtrain.contract import (
     Spec,
 )
 from vtrain.contract.specs import did_you_mean, listed, origin
+from vtrain.registry.guard import in_time, stdout_on_stderr
+from vtrain.registry.trials import BEGUN, CAME_THROUGH, faults, limit_s
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
@@ -229,15 +230,18 @@ ALLOW = "VTRAIN_PLUGINS"
 def discover(allow: Sequence[str] | None = None) -> Catalog:
     """All parts of all installed plugins. allow: entry points that may be used; None: as VTRAIN_PLUGINS says.
 
-    Plugins that are not allowed, or speak another API version, are reported without being imported. What plugins
-    print while they are imported goes to stderr, so that stdout stays the command's own.
+    Plugins that are not allowed, or speak another API version, are reported without being imported; so are those whose
+    import hangs, ends or crashes the process that tries it. What plugins print while they are imported goes to stderr,
+    so that stdout stays the command's own. Raises ConfigError if VTRAIN_PLUGIN_TIMEOUT is no number.
     """
     names = _allowed() if allow is None else list(allow)
     plugins, failures = installed()
+    refusals = [_refusal(plugin, names) for plugin in plugins]
+    tried = iter(faults([plugin for plugin, refusal in zip(plugins, refusals, strict=True) if not refusal]))
     parts: list[Registered] = []
-    for plugin in plugins:
-        refusal = _refusal(plugin, names)
-        found, failed = ([], [plugin.failure(refusal)]) if refusal else _load(plugin)
+    for plugin, refusal in zip(plugins, refusals, strict=True):
+        fault = refusal or next(tried)
+        found, failed = ([], [plugin.failure(fault)]) if fault else _load(plugin, limit_s())
         parts += found
         failures += failed
     known = [plugin.entry.name for plugin in plugins]
@@ -263,10 +267,22 @@ def _refusal(plugin: Installed, allow: Sequence[str] | None) -> str:
     return ""
 
 
-def _load(plugin: Installed) -> tuple[list[Registered], list[Failure]]:
-    """Import one plugin and ask it what it registers."""
+def trial(name: str, value: str, group: str, distribution: str, version: str, limit: str) -> None:
+    """What a process that tries a plugin does: what `discover` does with it, and say that this was survived.
+
+    Then Python ends as it always does, so that a thread which keeps it from ending is noticed too. limit: seconds after
+    which the process is killed; it ends itself a little later where nobody is left to kill it.
+    """
+    faulthandler.dump_traceback_later(float(limit) + 10, exit=True)
+    os.write(1, BEGUN)
+    _load(Installed(EntryPoint(name, value, group), API_VERSION, distribution, version), 0.0)
+    os.write(1, CAME_THROUGH)
+
+
+def _load(plugin: Installed, limit: float) -> tuple[list[Registered], list[Failure]]:
+    """Import one plugin and ask it what it registers, in `limit` seconds; 0: however long it takes."""
     try:
-        with redirect_stdout(sys.stderr):
+        with stdout_on_stderr(), in_time(limit):
             loaded = plugin.entry.load()
             return registrations(plugin, loaded)
     except KeyboardInterrupt:

@@ -15,6 +15,7 @@ from vtrain.plan.make import make_plan
 from vtrain.plan.records import Plan
 from vtrain.registry import discover
 from vtrain.registry.blame import blame
+from vtrain.registry.guard import stdout_on_stderr
 from vtrain.run.collector import uncollected
 
 
@@ -36,7 +37,8 @@ def planned(path: Path) -> Plan:
     if not said.isdecimal() or not int(said):
         what = f'the environment variable WORLD_SIZE is "{said}", which is no number of processes.'
         raise ConfigError(Problem("", what, "Start several processes with torchrun, or unset it."))
-    return with_decoders(make_plan(load(path, discover()), int(said)))
+    with stdout_on_stderr():  # parts are built, and what their code prints must not stand in a command's JSON
+        return with_decoders(make_plan(load(path, discover()), int(said)))
 
 
 def prepare(path: Path, on_file: Callable[[int], None] | None = None) -> Prepared:

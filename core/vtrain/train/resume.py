@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
-from typing import Annotated, TypeGuard
+from typing import Annotated, Any, TypeGuard
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
@@ -18,7 +18,7 @@ from vtrain.config.record import TABLES, Config, Value, rule_when_gone, show
 from vtrain.contract import CheckpointError, Problem, Resume, SupportsFeatures
 from vtrain.data.sample import TRANSFORM_VERSION
 from vtrain.data.scanning.database import HASHES, FileHashes
-from vtrain.plan.make import CHECKPOINT, checkpoints_there, resume_path
+from vtrain.plan.make import CHECKPOINT, base_of, checkpoints_there, resume_path
 from vtrain.plan.records import CHECKPOINTS, Plan
 from vtrain.train import checkpoint
 from vtrain.train.checkpoint import misread, read_model
@@ -199,7 +199,7 @@ def find_start(plan: Plan) -> Start:
     if folder is None:
         return Start(None, RunState(0, 0, values, "", ""), tuple(notices))
     state = read_state(folder)
-    changes, moved = compare(state.settings, now), Moved.of(state, plan.config)
+    changes, moved = counted_once(compare(state.settings, now), plan.config), Moved.of(state, plan.config)
     refused = [(each.key, _refused(plan, state, each, moved)) for each in changes if each.resume == "refuse"]
     if any(why for _, why in refused):
         remedy = "Set it back, or choose another run.output_dir."
@@ -279,6 +279,46 @@ def compare(old: Mapping[str, object], new: Mapping[str, Setting]) -> list[Chang
         if was != setting.value and not (setting.location and _same_place(was, setting.value)):
             changes.append(Change(key, was, setting.value, setting.resume, setting.location))
     return changes
+
+
+def counted_once(changes: Sequence[Change], config: Config) -> list[Change]:
+    """Without those that come with another of them, and go when it is set back: alpha with rank, options with their part."""
+    found = {key_path(change.key): change for change in changes}
+    return [change for path, change in found.items() if not _comes_along(path, change, found, config)]
+
+
+def _comes_along(path: KeyPath, change: Change, others: Mapping[KeyPath, Change], config: Config) -> bool:
+    def counts(parent: KeyPath) -> bool:
+        """Whether it has changed, and is reported as strictly."""
+        return parent != path and parent in others and others[parent].resume in ("refuse", change.resume)
+
+    # Keys that one side does not have. Of changes that are taken all are told: an error is corrected, a notice only read.
+    above = ("model", "train") if path[:2] == ("model", "lora") else _use(path)
+    if change.resume == "refuse" and None in (change.old, change.new) and counts(above):
+        return True
+    if path in config.lines:
+        return False
+    if path[0] == "sampler" and counts(("model", "use")):  # the family's own
+        return True
+    for child, source, derive in _DERIVED:
+        parent = (*path[: -len(child)], *source)
+        if path[-len(child) :] == child and counts(parent) and others[parent].old is not None:
+            return derive(others[parent].old) == change.old
+    return False
+
+
+def _use(path: KeyPath) -> KeyPath:
+    """The key of the part that an option is of."""
+    return (*path[: 2 if len(path) > 1 and isinstance(path[1], int) else 1], "use")
+
+
+_DERIVED: tuple[tuple[KeyPath, KeyPath, Callable[[Any], object]], ...] = (
+    (("model", "lora", "alpha"), ("model", "lora", "rank"), float),
+    (("precision", "base"), ("model", "train"), base_of),
+    (("video", "min_frames"), ("video", "frames"), lambda frames: frames),
+    (("id",), ("path",), lambda path: Path(path).name),
+)
+"""What the plan makes of another key where the file does not say it: key, the other key, how."""
 
 
 def _as_written_now(old: Mapping[str, object], new: Mapping[str, Setting]) -> dict[str, object]:

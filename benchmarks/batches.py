@@ -156,7 +156,7 @@ def waiting(folder: Path, model: str, mode: str, blocks: int, steps: int) -> Wai
     """What a run's own metrics say, its first block left out: its first batch is waited for."""
     from step import vtrain_block
 
-    from vtrain.plan.records import METRICS
+    from vtrain.plan.places import METRICS
 
     config = write_config(folder, MODELS[model], mode, steps, name=f"wait-{model}-{mode}")
     with vtrain_block(config) as take:

@@ -26,7 +26,7 @@ from vtrain.contract import (
     Warned,
 )
 from vtrain.contract.events import VERSION, from_json
-from vtrain.plan.records import EVENTS, METRICS
+from vtrain.plan.places import EVENTS, METRICS
 from vtrain.run import output as chapter
 from vtrain.run.lines import RECORDS, Records
 from vtrain.run.output import Recorder, hold, validation_owed

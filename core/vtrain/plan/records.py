@@ -16,14 +16,6 @@ from vtrain.contract import ClipShape, DataBackend, DType, Family, Regularizer, 
 CaptionsFrom = Literal["textfile", "filename", "instance_prompt", "csv", "parquet", "json", "backend"]
 
 
-CHECKPOINTS, SAMPLES = "checkpoints", "samples"
-CONFIG, PLAN, METRICS, EVENTS = "config.toml", "plan.json", "metrics.jsonl", "events.jsonl"
-"""What a run leaves in its output folder: folders, and files."""
-
-CACHED = ("text", "video", "mask", "features")
-"""Folders of entries in the cache folder."""
-
-
 @dataclass(frozen=True)
 class MasksPlan:
     """[data.masks]. folder: of the dataset, in which masks have their clips' names, "/"-separated, no "/" at its ends.

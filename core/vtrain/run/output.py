@@ -44,8 +44,8 @@ from vtrain.data.scanning.surveys import Survey
 from vtrain.estimate import render
 from vtrain.estimate.estimate import Estimate
 from vtrain.estimate.render import counted
-from vtrain.plan.make import written_folders
-from vtrain.plan.records import CHECKPOINTS, CONFIG, EVENTS, METRICS, PLAN, Plan
+from vtrain.plan.places import CHECKPOINTS, CONFIG, EVENTS, METRICS, PLAN, written_folders
+from vtrain.plan.records import Plan
 from vtrain.run.lines import UNREAD, Chain, Records, append, cut_back, gaps, whole
 from vtrain.train import checkpoint
 from vtrain.train.resume import Start, settings

@@ -42,7 +42,7 @@ from vtrain.data.scanning.scan import Scan, scan
 from vtrain.data.scanning.surveys import Survey
 from vtrain.estimate.estimate import Doing, Estimate, make_estimate, remedies
 from vtrain.estimate.render import sections
-from vtrain.plan.records import SAMPLES
+from vtrain.plan.places import SAMPLES
 from vtrain.registry.blame import blame
 from vtrain.run.collector import uncollected
 from vtrain.run.inbox import Inbox

@@ -29,7 +29,8 @@ from vtrain.data.caching.caches import Caches
 from vtrain.data.index import Index
 from vtrain.data.seeds import derive
 from vtrain.estimate.estimate import Estimate
-from vtrain.plan.records import CHECKPOINTS, Plan
+from vtrain.plan.places import CHECKPOINTS
+from vtrain.plan.records import Plan
 from vtrain.train import checkpoint
 from vtrain.train.changes import Samples, SamplesPiece, data_changes, encoder_changes
 from vtrain.train.checkpoint import Piece

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 
 from vtrain.contract import CheckpointError, Problem
 from vtrain.estimate.estimate import bytes_text
-from vtrain.plan.make import CHECKPOINT
+from vtrain.plan.places import CHECKPOINT
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,8 +18,9 @@ from vtrain.config.record import TABLES, Config, Value, rule_when_gone, show
 from vtrain.contract import CheckpointError, Problem, Resume, SupportsFeatures
 from vtrain.data.sample import TRANSFORM_VERSION
 from vtrain.data.scanning.database import HASHES, FileHashes
-from vtrain.plan.make import CHECKPOINT, base_of, checkpoints_there, resume_path
-from vtrain.plan.records import CHECKPOINTS, Plan
+from vtrain.plan.make import base_of
+from vtrain.plan.places import CHECKPOINT, CHECKPOINTS, checkpoints_there, resume_path
+from vtrain.plan.records import Plan
 from vtrain.train import checkpoint
 from vtrain.train.checkpoint import misread, read_model
 

@@ -180,3 +180,16 @@ def test_what_trackers_had_kept_is_an_error_where_it_cannot_be_that(tmp_path: Pa
     (tmp_path / "trackers.json").write_text(text, encoding="utf-8")
     with pytest.raises(CheckpointError, match=rf"trackers\.json: {told}"):
         saved_states(tmp_path)
+
+
+def test_what_a_tracker_warns_of_is_a_warning_with_its_name_and_it_goes_on() -> None:
+    class Worried(Notes):
+        def warnings(self) -> list[str]:
+            return ["earlier numbers are gone"] if self.calls == ["start"] else []
+
+    tracker = Worried()
+    listeners = Listeners([("notes", "tracker notes", lambda: tracker)], INFO, {})
+    listeners.show(LOGGED)
+    listeners.finish()
+    assert list(listeners.warnings()) == ["tracker notes: earlier numbers are gone"]
+    assert tracker.calls[-1] == "finish"

@@ -9,7 +9,8 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +84,8 @@ class TensorBoard:
     def __init__(self, options: TensorBoardOptions) -> None:
         self._options = options
         self._file: EventFile | None = None
+        self._folder = Path()
+        self._warnings: list[str] = []
 
     @property
     def events(self) -> tuple[type[Event], ...]:
@@ -92,7 +95,8 @@ class TensorBoard:
         """On resume, what an earlier process logged after `run.step` is hidden."""
         from torch.utils.tensorboard.summary import text
 
-        folder = Path(run.output_dir) / "tensorboard"
+        folder = self._folder = Path(run.output_dir) / "tensorboard"
+        self._warnings += lost(folder, saved)
         # From step 0 too: a run that was killed before its first checkpoint starts again, and has a curve there already.
         self._file = EventFile(folder, self._options.flush_seconds, run.step + 1 if run.step else 0)
         config = json.dumps({"run": run.name, **run.config}, indent=2, default=str, ensure_ascii=False)
@@ -107,7 +111,12 @@ class TensorBoard:
             self.videos(event.step, event.files)
 
     def state(self) -> Mapping[str, Any]:
-        return {}
+        """The event files that there are, and their sizes: all that a resumed run looks for."""
+        return {"files": sizes(self._folder)}
+
+    def warnings(self) -> Sequence[str]:
+        said, self._warnings = self._warnings, []
+        return said
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         from torch.utils.tensorboard.summary import scalar
@@ -140,6 +149,30 @@ class TensorBoard:
         if self._file is None:
             raise RuntimeError("a tracker takes numbers between start and finish only")
         return self._file
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Name of each event file -> bytes of it that are on the disk."""
+    found = {}
+    for path in folder.glob("events.out.tfevents.*"):
+        with suppress(OSError):  # somebody deletes it at this moment
+            found[path.name] = path.stat().st_size
+    return found
+
+
+def lost(folder: Path, saved: Mapping[str, Any]) -> list[str]:
+    """What is not there any more of the event files that there were at the checkpoint, in words. saved: its `state` then."""
+    files = saved.get("files", {})
+    if not isinstance(files, dict) or not all(
+        type(size) is int and Path(name).name == name for name, size in files.items()
+    ):
+        return ["what the checkpoint says of its event files cannot be read"]
+    there = sizes(folder)
+    gone = [name for name, size in files.items() if there.get(name, -1) < size]
+    if not gone:
+        return []
+    what = f"{len(gone)} of {len(files)} event files of earlier steps"
+    return [f"{what} {'is' if len(gone) == 1 else 'are'} gone from {folder}, or cut: its curves lack steps"]
 
 
 def film_strip(file: Path, stills: int) -> np.ndarray:

@@ -204,6 +204,19 @@ def test_a_resumed_run_remembers_the_mean_and_whether_it_is_shut(tmp_path: Path,
             assert [straight.active(step, RUN) for step in range(11)] == [resumed.active(s, RUN) for s in range(11)]
 
 
+@pytest.mark.parametrize(
+    "numbers",
+    [(2.0, 0.5, 3.0, 0.0), (1.0, float("nan"), 3.0, 0.0), (1.0, 7.0, 3.0, 0.0), (1.0, 0.5, -3.0, 0.0),
+     (1.0, 0.5, float("inf"), 0.0), (1.0, 0.5, 2.5, 0.0), (1.0, 0.5, 3.0, 0.5), (1.0, 0.5, 3.0)],
+)  # fmt: skip
+def test_a_state_that_cannot_be_is_not_taken_over(numbers: tuple[float, ...]) -> None:
+    module = loss_of(threshold=0.5)
+    before = module.get_extra_state()
+    with pytest.raises(ValueError, match="running mean of the similarity"):
+        module.set_extra_state(torch.tensor(numbers, dtype=torch.float64))
+    assert torch.equal(module.get_extra_state(), before)
+
+
 def test_a_fresh_state_comes_back_as_fresh(tmp_path: Path) -> None:
     module, other = loss_of(threshold=0.5), loss_of(threshold=0.5)
     other.observe(7, {"similarity": 0.9}, decide=True)

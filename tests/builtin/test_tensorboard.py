@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,37 @@ def test_a_resumed_run_hides_what_came_after_its_step(tmp_path: Path) -> None:
             tracker.scalars(step, {"loss": value})
         tracker.finish()
     assert {event.step: event.value for event in read(tmp_path).Scalars("loss")} == {1: 1.0, 2: 2.0, 3: 30.0, 4: 40.0}
+
+
+def resumed(folder: Path, saved: object) -> list[str]:
+    """What a tracker warns of that is started with what another had kept."""
+    tracker = TensorBoard(TensorBoardOptions())
+    tracker.start(run_info(folder, step=5), saved)  # type: ignore[arg-type]
+    tracker.finish()
+    said = list(tracker.warnings())
+    assert list(tracker.warnings()) == [], "once"
+    return said
+
+
+def test_event_files_that_are_gone_or_cut_since_the_checkpoint_are_warned_of(tmp_path: Path) -> None:
+    tracker = TensorBoard(TensorBoardOptions(flush_seconds=1e-6))
+    tracker.start(run_info(tmp_path), {})
+    tracker.scalars(1, {"loss": 1.0})
+    saved = json.loads(json.dumps(tracker.state()))
+    tracker.scalars(2, {"loss": 1.0})
+    tracker.finish()
+    assert list(tracker.warnings()) == []
+    assert resumed(tmp_path, saved) == []
+    (file,) = (tmp_path / "tensorboard" / name for name in saved["files"])
+    file.write_bytes(file.read_bytes()[:20])
+    words = (
+        f"1 of 1 event files of earlier steps is gone from {tmp_path / 'tensorboard'}, or cut: its curves lack steps"
+    )
+    assert resumed(tmp_path, saved) == [words]
+    file.unlink()
+    assert resumed(tmp_path, saved) == [words]
+    for odd in ([1], {"a": True}, {"../a": 1}, {"a": -1.5}):
+        assert resumed(tmp_path, {"files": odd}) == ["what the checkpoint says of its event files cannot be read"]
 
 
 def test_a_video_is_shown_as_a_strip_with_its_path(tmp_path: Path, clip: Path) -> None:

@@ -10,7 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, ValidationError
 
-from vtrain.contract import Duration, FrameRule, LocalPath, ModelSource, Options, Size, fixed, free, resume_rule
+from vtrain.contract import (
+    Duration,
+    FrameRule,
+    LocalPath,
+    ModelSource,
+    Options,
+    Size,
+    fixed,
+    free,
+    is_location,
+    resume_rule,
+)
 
 
 class Places(Options):
@@ -19,6 +30,27 @@ class Places(Options):
     here: LocalPath = fixed(description="a folder")
     model: ModelSource = Field("owner/name", description="a model")
     note: str = free("", description="a note")
+
+
+class Inner(Options):
+    """A table in a table."""
+
+    folder: LocalPath | None = Field(None, description="a folder")
+
+
+class Kinds(Options):
+    """Fields that say where something is, and fields that do not."""
+
+    maybe: LocalPath | None = Field(None, description="a file or none")
+    several: dict[str, LocalPath] = Field({}, description="files by name")
+    listed: tuple[ModelSource, ...] = Field((), description="models")
+    text: str = Field("/a/b", description="a text that looks like a path")
+    inner: Inner = Field(Inner(), description="has a path of its own")
+
+
+def test_a_type_that_says_where_something_is_is_told_wherever_it_stands() -> None:
+    assert [name for name in Places.model_fields if is_location(Places, name)] == ["here", "model"]
+    assert [name for name in Kinds.model_fields if is_location(Kinds, name)] == ["maybe", "several", "listed"]
 
 
 def test_an_option_without_a_description_is_refused_when_its_class_is_defined() -> None:

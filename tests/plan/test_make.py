@@ -13,6 +13,7 @@ import pytest
 
 from vtrain.contract import ClipShape, ConfigError, Problem, Size
 from vtrain.plan.make import make_plan
+from vtrain.plan.places import resume_path
 from vtrain.plan.records import Plan
 from vtrain_builtin.flow import Flow
 
@@ -264,3 +265,27 @@ def test_planning_imports_no_torch(tmp_path: Path) -> None:
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_checkpoint_is_named_by_a_path_from_the_file_or_as_one_of_the_runs_own(
+    plan_of: PlanOf, tmp_path: Path
+) -> None:
+    own = tmp_path / "out" / "checkpoints"
+    for step in (*range(1, 9), 1_000_000):
+        (own / f"step-{step:06d}").mkdir(parents=True)
+    (own / "step-000010.partial").mkdir()
+
+    def named(resume: str) -> Path:
+        return resume_path(plan_of(run=f'output_dir = "out"\nresume = "{resume}"').config)
+
+    assert named("step-000003") == own / "step-000003"
+    assert named("step-000003/") == own / "step-000003"
+    assert named("out/checkpoints/step-000004") == own / "step-000004"
+    (tmp_path / "step-000003").mkdir()
+    assert named("step-000003") == tmp_path / "step-000003", "beside the file comes first, as ever"
+    text = refused(plan_of, run='output_dir = "out"\nresume = "step-000011"')
+    assert f'no checkpoint folder "step-000011", neither in {tmp_path} nor in {own}' in text
+    there = "step-000004, step-000005, step-000006, step-000007, step-000008, step-1000000 and 3 earlier."
+    assert f"In {own} there are {there}" in text
+    nobody = refused(plan_of, run='output_dir = "empty"\nresume = "~nobody-at-all/step"')
+    assert f"There is none in {tmp_path / 'empty' / 'checkpoints'}." in nobody

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vtrain.contract import Event, Logged, Noted, RunInfo, StepMetrics, Stepped, Validated
+from vtrain.contract import CheckpointError, Event, Logged, Noted, RunInfo, StepMetrics, Stepped, Validated
 from vtrain.run import listeners as chapter
-from vtrain.run.listeners import Listeners
+from vtrain.run.listeners import Listeners, saved_states
 
 INFO = RunInfo("run", "/out", {}, 0)
 LOGGED = Logged((StepMetrics(1, 0.1, 2.0, 2.0, 1e-3, None, [0.5], ["a"], 0.1, 0.0, 1),))
@@ -165,3 +166,30 @@ def test_nothing_is_passed_that_was_not_asked_for() -> None:
 
 def assert_waits(go: threading.Event) -> None:
     assert go.wait(60)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[]", "is no table of trackers"),
+        ('{"paper": 5}', 'what is kept of "paper" is no table'),
+        ("{", "cannot be read"),
+    ],
+)
+def test_what_trackers_had_kept_is_an_error_where_it_cannot_be_that(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "trackers.json").write_text(text, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=rf"trackers\.json: {told}"):
+        saved_states(tmp_path)
+
+
+def test_what_a_tracker_warns_of_is_a_warning_with_its_name_and_it_goes_on() -> None:
+    class Worried(Notes):
+        def warnings(self) -> list[str]:
+            return ["earlier numbers are gone"] if self.calls == ["start"] else []
+
+    tracker = Worried()
+    listeners = Listeners([("notes", "tracker notes", lambda: tracker)], INFO, {})
+    listeners.show(LOGGED)
+    listeners.finish()
+    assert list(listeners.warnings()) == ["tracker notes: earlier numbers are gone"]
+    assert tracker.calls[-1] == "finish"

@@ -1,4 +1,4 @@
-"""What became of the data and the encoders between a checkpoint and its resume, in words."""
+"""What became of the data between a checkpoint and its resume, in words."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vtrain.contract import CheckpointError, ClipShape, Noted, Size, Warned
+from vtrain.contract import CheckpointError, ClipShape, Size
 from vtrain.data.index import Index, build
 from vtrain.data.sample import Box, Sample
-from vtrain.train.changes import FILE, Samples, SamplesPiece, data_changes, encoder_changes
-
-MARKS = {"text": "a", "video": "b", "scheduler": "c", "transform": "2"}
+from vtrain.train.changes import FILE, Samples, SamplesPiece, data_changes
 
 
 def index(**contents: str) -> Index:
@@ -69,16 +67,6 @@ def test_a_checkpoint_of_before_tells_by_its_mark_alone() -> None:
     new = Samples.of(index(a="1"))
     assert told(None, new) == []
     assert "2 samples, ab -> 1 sample, cd" in told(None, new, "2 samples, ab", "1 sample, cd")[0]
-
-
-def test_other_encoders_are_told_as_what_they_are() -> None:
-    assert list(encoder_changes({}, MARKS)) == []
-    assert list(encoder_changes(MARKS, MARKS)) == []
-    codec, transform = encoder_changes(MARKS, MARKS | {"video": "x", "transform": "3"})
-    assert isinstance(codec, Warned)
-    assert "the video codec, or an option that shapes it, changed since the checkpoint: clips are encoded" in codec.text
-    assert isinstance(transform, Noted)
-    assert "this vtrain cuts and scales clips otherwise" in transform.text
 
 
 def harmed(folder: Path, **arrays: np.ndarray) -> None:

@@ -145,6 +145,18 @@ def test_an_adapter_or_a_regularizer_that_does_not_fit_is_refused_by_name(toy: A
     piece.write(tmp_path, piece.gather(keep=True))
     with pytest.raises(CheckpointError, match=r"r\.safetensors: bias has numbers that are not finite"):
         piece.load(tmp_path)
+
+    class Remembering(nn.Linear):
+        def get_extra_state(self) -> Tensor:
+            return torch.zeros(1)
+
+        def set_extra_state(self, state: Tensor) -> None:
+            raise ValueError("its mean cannot be restored from 7")
+
+    piece = RegularizerPiece("r", Remembering(3, 2))
+    piece.write(tmp_path, piece.gather(keep=True))
+    with pytest.raises(CheckpointError, match=r"r\.safetensors: its mean cannot be restored from 7\."):
+        piece.load(tmp_path)
     (tmp_path / "regularizers" / "r.safetensors").write_bytes(b"torn")
     with pytest.raises(CheckpointError, match=r"r\.safetensors: cannot be read"):
         RegularizerPiece("r", nn.Linear(3, 2)).load(tmp_path)

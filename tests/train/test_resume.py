@@ -409,7 +409,9 @@ def test_what_changed_in_the_data_and_the_records_is_told_and_the_run_goes_on(
     ]  # fmt: skip
 
 
-def test_a_project_that_was_moved_goes_on_to_the_same_run(folder, within: Run, tmp_path: Path) -> None:
+def test_a_project_that_was_moved_goes_on_to_the_same_run(
+    folder, within: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Configuration, clips, cache, model and output together; the model's path is spelt another way there."""
     from vtrain_toy.family import TOY
 
@@ -421,7 +423,9 @@ def test_a_project_that_was_moved_goes_on_to_the_same_run(folder, within: Run, t
     here = type(folder)(project, Path("cache"))
     here.write(train="lora")
     here.config.write_text(here.config.read_text().replace('use = "toy"', 'use = "toy"\npath = "weights"'))
-    within("run", here.config)
+    monkeypatch.chdir(project)
+    within("run", "config.toml")
+    monkeypatch.chdir(tmp_path)
     expected, rows = here.tensors(6), here.rows()
     shutil.copytree(project, moved)
     shutil.rmtree(project)
@@ -441,7 +445,7 @@ def test_a_project_that_was_moved_goes_on_to_the_same_run(folder, within: Run, t
 def test_another_place_of_the_model_is_taken_where_its_encoders_are_the_same(
     folder, within: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Full training: the denoiser's weights are the checkpoint's own."""
+    """Other encoders are refused there, and told at the same place. The denoiser's weights are the checkpoint's own."""
     from vtrain_toy.family import TOY, ToyFamily
 
     def start() -> Start:
@@ -461,7 +465,17 @@ def test_another_place_of_the_model_is_taken_where_its_encoders_are_the_same(
         ):
             start()
     saved = folder.output / "checkpoints" / "step-000003"
-    change_state(saved, lambda state: state.pop("encoders"))
+    where = json.dumps(str(tmp_path / "weights"))
+    change_state(saved, lambda state: state["settings"].update({"model.path": json.loads(where)}))
+    with monkeypatch.context() as patch:
+        patch.setattr(ToyFamily, "video_fingerprint", lambda family, hash_file: "another")
+        patch.setattr("vtrain.train.resume.TRANSFORM_VERSION", 99)
+        codec, transform = start().warnings
+    assert (
+        "the video codec, or an option that shapes it, changed since the checkpoint: clips are encoded again" in codec
+    )
+    assert "this vtrain cuts and scales clips otherwise" in transform
+    change_state(saved, lambda state: [state["settings"].update({"model.path": None}), state.pop("encoders")])
     with pytest.raises(CheckpointError, match=r"model\.path: was absent and is now .*weights\"; this cannot change"):
         start()
 

@@ -24,7 +24,7 @@ class RunTable(Options):
         "latest",
         min_length=1,
         description='"latest": resume from the newest sound checkpoint, or start; "never": start, in an empty folder; '
-        "otherwise the path of a checkpoint",
+        "otherwise the path of a checkpoint, or the name of one of this run, such as step-000500",
     )
     deterministic: bool = Field(
         False,

@@ -382,3 +382,12 @@ class Tracker(Protocol):
     def finish(self) -> None:
         """The last event has been shown."""
         ...
+
+
+@runtime_checkable
+class SupportsWarnings(Protocol):
+    """Of a Tracker: it tells what went wrong with it and it survived."""
+
+    def warnings(self) -> Sequence[str]:
+        """Such as earlier numbers that are gone; each once. Asked for after `start` and after each event."""
+        ...

@@ -52,9 +52,7 @@ def output_problems(config: Config) -> list[Problem]:
         problems.append(Problem(config.where(*key), fault, remedy))
     resume = config.run.resume
     if resume not in ("latest", "never") and not resume_path(config).is_dir():
-        what = (
-            f'resume: no checkpoint folder "{resume}", neither in {config.path.parent} nor in {_checkpoints(config)}.'
-        )
+        what = f'resume: no checkpoint folder "{resume}", neither in {_folder(config)} nor in {_checkpoints(config)}.'
         remedy = f'{checkpoints_there(config)} Or "latest", "never".'
         problems.append(Problem(config.where("run", "resume"), what, remedy))
     return problems
@@ -110,8 +108,13 @@ def resume_path(config: Config) -> Path:
     """The checkpoint that [run].resume names, when it is neither "latest" nor "never": a path, or the name of one of the run's
     own. A relative path starts at the configuration file, as all do."""
     named = Path(os.path.expanduser(config.run.resume))  # noqa: PTH111 (Path's raises for a user that there is not)
-    beside, own = config.path.parent / named, _checkpoints(config) / named
+    beside, own = _folder(config) / named, _checkpoints(config) / named
     return own if own.is_dir() and not beside.is_dir() else beside
+
+
+def _folder(config: Config) -> Path:
+    """The configuration file's, absolute."""
+    return config.path.parent.absolute()
 
 
 def _checkpoints(config: Config) -> Path:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from vtrain.config import Config
-from vtrain.contract import Event, RunInfo, Tracker, TrackerSpec
+from vtrain.contract import Event, RunInfo, SupportsWarnings, Tracker, TrackerSpec
 from vtrain.contract.specs import listed
 from vtrain.train import checkpoint
 from vtrain.train.checkpoint import State
@@ -47,6 +47,7 @@ class Listener:
             raise TypeError(f"its events are no types of events: {odd}")
         self._queue: queue.Queue[Event | None] = queue.Queue(ROOM)
         self._missed = 0
+        self._warns = tracker if isinstance(tracker, SupportsWarnings) else None
         self._state: Kept = saved
         # A daemon: a tracker that never comes back must not keep the process alive.
         self.thread = threading.Thread(target=self._work, name=f"listener {name}", daemon=True)
@@ -93,8 +94,10 @@ class Listener:
             self._warn.append(f"{self.name} failed and is off for the rest of the run: {type(error).__name__}: {error}")
 
     def _keep(self) -> None:
-        """A copy that nobody changes while a checkpoint is written. Raises TypeError for what is not JSON."""
+        """A copy that nobody changes while a checkpoint is written; and what it warns of. Raises TypeError for what is not JSON."""
         self._state = json.loads(json.dumps(dict(self._tracker.state())))
+        if self._warns is not None:
+            self._warn.extend(f"{self.name}: {text}" for text in self._warns.warnings())
 
 
 Built = tuple[str, str, Callable[[], Tracker]]

@@ -218,6 +218,8 @@ class Session:
             return
         for notice in (*start.notices, *start.changes):
             yield Noted(notice)
+        for warning in start.warnings:
+            yield Warned(warning)
         data = self._data = yield from self._read(found, estimate)
         self._inbox.look()
         if self.processes.any(self._inbox.stop)[0]:  # asked for while the caches filled
@@ -358,9 +360,9 @@ class Session:
         """Open the records at the step that the run starts from; what is not as it was at the checkpoint."""
         start, changes = trainer.start, list(trainer.changes())
         if start.folder is not None:
-            texts = [*start.changes, *(each.text for each in changes)]
+            texts = [*start.changes, *start.warnings, *(each.text for each in changes)]
             self._resumed = {"checkpoint": str(start.folder), "step": start.state.step, "changes": texts}
-        return changes + open_records(self._recorder, self.plan, data.survey, data.estimate, start, self._resumed)
+        return [*changes, *open_records(self._recorder, self.plan, data.survey, data.estimate, start, self._resumed)]
 
     def _trained(self, trainer: Trainer, caches: Caches) -> Iterator[Event]:
         """Every step, with what is due between them."""

@@ -32,7 +32,7 @@ from vtrain.estimate.estimate import Estimate
 from vtrain.plan.places import CHECKPOINTS
 from vtrain.plan.records import Plan
 from vtrain.train import checkpoint
-from vtrain.train.changes import Samples, SamplesPiece, data_changes, encoder_changes
+from vtrain.train.changes import Samples, SamplesPiece, data_changes
 from vtrain.train.checkpoint import Piece
 from vtrain.train.loop import Ends, Interval, Loop, Requests, Validate
 from vtrain.train.parameters import add_lora, base_mark, groups, lora_settings, lr_factor, own_rates, trained
@@ -108,13 +108,12 @@ class Trainer:
             )
             yield from loop.run(config.checkpoint, interval, at_start=table.at_start if table else False)
 
-    def changes(self) -> Iterator[Noted | Warned]:
-        """What a resumed run stands on, where it is not what it was. Raises CheckpointError if the checkpoint does not say."""
+    def changes(self) -> Iterator[Noted]:
+        """The data and features of a resumed run, where they are not what they were. Raises CheckpointError."""
         before, folder = self.start.state, self.start.folder
         if folder is None:
             return
         yield from data_changes(before.data, self.data, Samples.read(folder), Samples.of(self.samples.index))
-        yield from encoder_changes(before.encoders, self.encoders)
         for name, mark in self.features.items():
             if before.features.get(name, mark) != mark:
                 what = "its encoder's weights or an option that shapes them changed"
@@ -126,7 +125,7 @@ class Trainer:
         values = {key: setting.value for key, setting in settings(self.plan).items()}
         config = self.plan.config
         marks = (self.data, self.base, self.features, self.encoders)
-        state = RunState(step, micro_batch, values, *marks, str(config.path.parent))
+        state = RunState(step, micro_batch, values, *marks, str(config.path.parent.absolute()))
         pieces = (*self.pieces, *also, self.samples, CountersPiece(state), ConfigPiece(config.text))
 
         def write() -> tuple[Saved, str]:

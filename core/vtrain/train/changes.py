@@ -1,13 +1,14 @@
-"""What a resumed run stands on beside what it stood on at the checkpoint: its samples, and what encodes them.
+"""What became of a run's samples between a checkpoint and its resume.
 
-The samples are in each checkpoint, as their names and checksums: about 20 bytes for each of a large dataset.
+They are in each checkpoint, as their names and checksums: about 20 bytes for each of a large dataset. What encodes them is no
+part of it: another encoder is another matter (`vtrain.train.resume`).
 """
 
 from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
@@ -16,11 +17,10 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from vtrain.contract import Noted, Warned
+from vtrain.contract import Noted
 from vtrain.data.index import CONTENTS, Index
 from vtrain.estimate.render import counted
 from vtrain.train.checkpoint import State, misread
-from vtrain.train.resume import ENCODERS
 
 FILE = "samples.npz"
 _UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
@@ -128,21 +128,3 @@ def _different(old: Samples, new: Samples) -> Iterator[tuple[str, list[bytes]]]:
         ("at another place in the order", ranks != np.arange(len(kept))),
     ):
         yield what, [new.names[number] for number in kept[changed]]
-
-
-_AGAIN = {
-    "text": "captions are encoded again, and the model is given other embeddings than it was trained on",
-    "video": "clips are encoded again, and the model is given other latents than it was trained on",
-    "scheduler": "training and validation go by the new one",
-}
-
-
-def encoder_changes(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[Noted | Warned]:
-    """Where `encoder_marks` are others. A checkpoint of before has none."""
-    for key, word in ENCODERS.items():
-        if before.get(key, now[key]) != now[key]:
-            yield Warned(f"the {word}, or an option that shapes it, changed since the checkpoint: {_AGAIN[key]}")
-    if before.get("transform", now["transform"]) != now["transform"]:
-        yield Noted(
-            "this vtrain cuts and scales clips otherwise than the one that wrote the checkpoint: they are encoded again"
-        )

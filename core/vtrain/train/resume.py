@@ -93,13 +93,14 @@ class _Stored(BaseModel):
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins. folder: the checkpoint it goes on from, None for a new run. notices: to tell the user. changes:
-    settings that are not what they were, which the user is told too."""
+    """Where a run begins. folder: the checkpoint it goes on from, None for a new run. notices: to tell the user. changes: what is
+    not as it was, to tell too; warnings: the same, of what is hardly meant."""
 
     folder: Path | None
     state: RunState
     notices: tuple[str, ...]
     changes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def settings(plan: Plan) -> dict[str, Setting]:
@@ -150,6 +151,22 @@ def encoder_marks(plan: Plan) -> dict[str, str]:
 
 ENCODERS: Mapping[str, str] = {"text": "text encoder", "video": "video codec", "scheduler": "scheduler's configuration"}
 """Of `encoder_marks`, what a model folder holds beside the denoiser."""
+
+
+_AFTER = {
+    "text": "captions are encoded again, and the model gets other embeddings than so far",
+    "video": "clips are encoded again, and the model gets other latents than so far",
+    "scheduler": "training and validation go by the new one",
+}
+
+
+def _encoder_changes(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
+    """Where `encoder_marks` are others, at the same place, and what follows."""
+    for key, word in ENCODERS.items():
+        if before.get(key, now[key]) != now[key]:
+            yield f"the {word}, or an option that shapes it, changed since the checkpoint: {_AFTER[key]}"
+    if before.get("transform", now["transform"]) != now["transform"]:
+        yield "this vtrain cuts and scales clips otherwise than the one of the checkpoint: they are encoded again"
 
 
 def feature_marks(plan: Plan) -> dict[str, str]:
@@ -211,7 +228,8 @@ def find_start(plan: Plan) -> Start:
         )
     notices.append(f"resuming from {folder} (step {state.step})")
     reported = (each for each in changes if each.resume != "free" and not (each.location and moved.alike(each)))
-    return Start(folder, state, tuple(notices), tuple(map(str, reported)))
+    warnings = tuple(_encoder_changes(state.encoders, encoder_marks(plan))) if state.encoders else ()
+    return Start(folder, state, tuple(notices), tuple(map(str, reported)), warnings)
 
 
 def _refused(plan: Plan, state: RunState, change: Change, moved: Moved) -> str:
@@ -246,7 +264,7 @@ class Moved:
     def of(cls, state: RunState, config: Config) -> Moved:
         """By the configuration file's folder, or, in a checkpoint of before, by the output folder."""
         if state.folder:
-            return cls(state.folder, str(config.path.parent))
+            return cls(state.folder, str(config.path.parent.absolute()))
         output = str(config.run.output_dir)
         was = state.settings.get("run.output_dir")
         return cls(was if isinstance(was, str) else output, output)

@@ -112,7 +112,7 @@ def introduction(length: Length) -> str:
         'A model of random weights learns to make what the prompt says, such as "a red circle moves left".\n'
         f"{time}Four parts: clips (seconds), a checkpoint (seconds), `vtrain run` (nearly all of the time: it encodes\n"
         f"the clips, trains {length.steps} steps, and makes videos and a checkpoint every {length.every}), and a judge\n"
-        "(half a minute) that reads colour, shape and direction back from the pixels."
+        "that reads colour, shape and direction back from the pixels."
     )
 
 

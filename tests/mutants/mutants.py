@@ -124,11 +124,11 @@ def latents_not_normalised() -> None:
 def dropout_in_validation() -> None:
     from vtrain.validate.generate import Validator
 
-    def latents(original: Any, self: Any, *prompts: str) -> Any:
+    def solving(original: Any, self: Any, *given: Any) -> Any:
         self.denoiser.module.train()
-        return original(self, *prompts)
+        return original(self, *given)
 
-    _method(Validator, "latents", latents)
+    _method(Validator, "solving", solving)
 
 
 def guidance_backwards() -> None:

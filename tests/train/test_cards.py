@@ -153,7 +153,7 @@ def test_a_card_too_full_for_validation_is_a_warning_with_what_lowers_it(
 ) -> None:
     monkeypatch.setattr("vtrain_toy.codec.ToyCodec.decode", full)
     more = '\n[validation]\nevery = "3 steps"\nsize = "64x64"\nframes = 9\nsteps = 2\nprompts = { one = "gradient" }\n'
-    printed = " ".join(within("run", folder.write(more=more)).stdout.split())
+    printed = " ".join(within("run", folder.write(more=more), check=3).stdout.split())
     assert "validation at step 3 failed: this machine's memory: out of memory while validating" in printed
     assert "validation.size" in printed
 

@@ -10,12 +10,15 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from vtrain.cli.app import main
 from vtrain.contract import TrainingError
 from vtrain.train.loop import Loop
 from vtrain.train.readings import Measured, Reading, Unread, check_finite, rows
@@ -227,6 +230,17 @@ def test_ctrl_c_while_caches_fill_keeps_what_is_whole_and_says_so(folder, within
     assert "interrupted; what is cached or saved is whole" in done.stdout
     assert len(list((tmp_path / "own-cache" / "video").rglob("*.safetensors"))) == 1
     assert "video: 1 of 5 cached, 4 to read or encode" in within("run", folder.config).stdout
+
+
+def test_the_first_line_comes_before_anything_is_imported_or_read(folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.write()
+    monkeypatch.setitem(sys.modules, "vtrain.cli.run", None)  # its import fails
+    for command in (("run",), ("run", "--json")):
+        monkeypatch.setattr("sys.argv", ["vtrain", *command, str(folder.config)])
+        with redirect_stdout(StringIO()) as out, pytest.raises(ImportError):
+            main()
+        said = f"{folder.config}: loading torch, then looking at every file\n"
+        assert out.getvalue() == ("" if "--json" in command else said)
 
 
 def test_plan_json_holds_the_resolved_run_and_every_part_with_its_version(folder, within: Run) -> None:

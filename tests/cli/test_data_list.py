@@ -9,9 +9,12 @@ import re
 import subprocess
 import sys
 import tracemalloc
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -71,6 +74,24 @@ def test_a_file_is_one_line_in_a_pipe_and_what_files_say_moves_no_cursor(world: 
     assert re.search(r"^1 +too short +short\.mp4: 4 frames at 8 fps .*min_frames = 1$", counts, flags=re.MULTILINE)
     of_reasons = re.findall(r"^(\d+) +\w", counts, flags=re.MULTILINE)
     assert sum(map(int, of_reasons)) == 12
+
+
+def test_a_variable_rate_is_the_same_number_in_the_row_and_in_the_reason(own: Path, vtrain) -> None:
+    """10 frames at 10 a second, then 10 at 4 a second."""
+    with av.open(str(own / "messy" / "wild.mp4"), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        stream.codec_context.time_base, stream.options = Fraction(1, 1000), {"bf": "0"}
+        for k in range(20):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 10 * k, dtype=np.uint8), format="rgb24")
+            frame.pts, frame.time_base = 100 * min(k, 10) + 250 * max(0, k - 10), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    text = vtrain("data", "list", own / "config.toml").stdout
+    average = 19 / (1 + 9 * 0.25)
+    assert re.search(rf"^dropped .* 20  ~{average:.4g}  wild\.mp4", text, flags=re.MULTILINE)
+    assert f"{average:.6g} frames per second in the file on average, fewer than" in text
+    assert "on average" not in text.replace("in the file on average", "", 1).split("wild.mp4")[0]
 
 
 @pytest.mark.parametrize(

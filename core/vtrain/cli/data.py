@@ -132,11 +132,9 @@ def _source(file: SourceFile) -> str:
     """Size, frames and rate of the source; "~" before one that is an average."""
     if file.probe is None:
         return f"{'-':>9}  {'-':>6}  {'-':>6}"
-    rate = (
-        f"{'~' if file.probe.variable else ''}{file.probe.own_rate:.5g}"
-        if file.probe.frames > 1 and file.probe.duration > 0
-        else "-"
-    )
+    rate = "-"
+    if file.probe.frames > 1 and file.probe.duration > 0:
+        rate = f"~{file.probe.own_rate:.4g}" if file.probe.variable else f"{file.probe.own_rate:.5g}"
     return f"{f'{file.probe.width}x{file.probe.height}':>9}  {file.probe.frames:>6}  {rate:>6}"
 
 

@@ -39,8 +39,8 @@ def check_index(container: InputContainer, video: VideoStream, size: int) -> Non
     if not ends or max(ends) <= size:
         return
     if len(ends) == video.frames:
-        raise _cut_off(f"{sum(end <= size for end in ends)} of {len(ends)} frames are there")
-    raise _cut_off(f"{size} of at least {max(ends)} bytes are there")
+        raise _cut_off(f", {sum(end <= size for end in ends)} of {len(ends)} frames are there")
+    raise _cut_off(f", {size} of at least {max(ends)} bytes are there")
 
 
 def check_walked(stream: BinaryIO, container: InputContainer, video: VideoStream, walked: Walked) -> None:
@@ -50,29 +50,29 @@ def check_walked(stream: BinaryIO, container: InputContainer, video: VideoStream
         stream.seek(0)
         lack = _lack(stream, size, container, video, walked)
     if not lack and walked.half:
-        lack = f"the last of its {walked.frames} frames is not whole"
+        lack = f" within the last of its {walked.frames} frames"
     if lack:
         raise _cut_off(lack)
 
 
 def _lack(stream: BinaryIO, size: int, container: InputContainer, video: VideoStream, walked: Walked) -> str:
-    """In words; "" for a file that has what it states."""
+    """In words, to stand behind "is cut off"; "" for a file that has what it states."""
     match container.format.name:
         case "gif":
-            return "" if size > _MOST_GIF or _gif_is_whole(stream.read()) else "it ends within a picture"
+            return "" if size > _MOST_GIF or _gif_is_whole(stream.read()) else " within a picture"
         case "mpegts":
-            return "it ends within a packet" if _ts_rest(stream, size) else ""
+            return " within a packet" if _ts_rest(stream, size) else ""
         case "ogg":
-            return "" if _ogg_is_whole(stream, size) else "it ends within a page"
+            return "" if _ogg_is_whole(stream, size) else " within a page"
         case "apng":
             stated = _apng_frames(stream)
-            return f"{walked.frames} of {stated} frames are there" if walked.frames < stated else ""
+            return f", {walked.frames} of {stated} frames are there" if walked.frames < stated else ""
         case "avi" if video.time_base:
             # Its header counts a frame that is only shown longer each time.
             length = float(video.frames * video.time_base)
             return _shorter(walked.end, length, walked) if _riff_end(stream, size) > size else ""
         case "mpeg":
-            return "" if _ps_is_whole(stream, size) else "it ends within a packet"
+            return "" if _ps_is_whole(stream, size) else " within a packet"
         case "asf":
             stated, length = _asf_stated(stream)
             return _shorter(walked.all_end, length, walked) if stated > size else ""
@@ -81,9 +81,8 @@ def _lack(stream: BinaryIO, size: int, container: InputContainer, video: VideoSt
         case name if name.startswith("matroska"):
             return _matroska_lack(stream, size, container, video, walked)
         case name if name.startswith("mov") and not video.frames and video.duration and video.time_base:
-            return _shorter(
-                walked.end, float(video.duration * video.time_base), walked, frames=2
-            )  # by an index of fragments
+            length = float(video.duration * video.time_base)  # of all fragments, where an index at the start has them
+            return _shorter(walked.end, length, walked, frames=2)
     return ""
 
 
@@ -96,7 +95,7 @@ def _matroska_lack(stream: BinaryIO, size: int, container: InputContainer, video
         return _shorter(walked.end, own, walked)
     if length := _length(container):
         return _shorter(walked.all_end, length, walked)
-    return f"{size} of {stated} bytes are there"
+    return f", {size} of {stated} bytes are there"
 
 
 def _length(container: InputContainer) -> float:
@@ -107,11 +106,11 @@ def _length(container: InputContainer) -> float:
 def _shorter(end: float, stated: float, walked: Walked, frames: float = 0.5) -> str:
     """end, stated: seconds. frames: by which a stated length may be off; bytes that are missing too allow less."""
     slack = max(frames * walked.end / walked.frames, 0.02 * stated if frames > 1 else 0)
-    return f"{end:.3f} of {stated:.3f} s are there" if end < stated - slack else ""
+    return f", {end:.3f} of {stated:.3f} s are there" if end < stated - slack else ""
 
 
 def _cut_off(what: str) -> FileFault:
-    return FileFault(f"is cut off, {what}: an unfinished download, copy or recording?")
+    return FileFault(f"is cut off{what}: an unfinished download, copy or recording?")
 
 
 # -- what containers state -----------------------------------------------------------------------------------------------

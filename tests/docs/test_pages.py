@@ -16,7 +16,7 @@ import pytest
 from vtrain.config import load
 from vtrain.contract.events import EVENTS
 from vtrain.registry import discover
-from vtrain.train.resume import declared
+from vtrain.train.settings import declared
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 CODE = re.compile(r"`([^`\n]+)`")

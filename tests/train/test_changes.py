@@ -11,7 +11,7 @@ import pytest
 from vtrain.contract import CheckpointError, ClipShape, Size
 from vtrain.data.index import Index, build
 from vtrain.data.sample import Box, Sample
-from vtrain.train.changes import FILE, Samples, SamplesPiece, data_changes
+from vtrain.train.changes import FILE, SampleMarks, SamplesPiece, data_changes
 
 
 def index(**contents: str) -> Index:
@@ -24,14 +24,14 @@ def index(**contents: str) -> Index:
     return build(samples, lambda sample: ["00" * 32], lambda sample: ["00" * 32])
 
 
-def told(old: Samples | None, new: Samples, before: str = "m", now: str = "m") -> list[str]:
+def told(old: SampleMarks | None, new: SampleMarks, before: str = "m", now: str = "m") -> list[str]:
     return [each.text for each in data_changes(before, now, old, new)]
 
 
-def saved(folder: Path, of: Index) -> Samples:
+def saved(folder: Path, of: Index) -> SampleMarks:
     piece = SamplesPiece(of)
     piece.write(folder, piece.gather(keep=True))
-    found = Samples.read(folder)
+    found = SampleMarks.read(folder)
     assert found is not None
     return found
 
@@ -39,18 +39,18 @@ def saved(folder: Path, of: Index) -> Samples:
 def test_samples_are_read_back_as_they_were_and_then_nothing_changed(tmp_path: Path) -> None:
     for of in (index(a="1", b="2", täglich="3"), index()):
         found = saved(tmp_path, of)
-        assert found.names == Samples.of(of).names
+        assert found.names == SampleMarks.of(of).names
         assert np.array_equal(found.contents, of.contents)
-        assert told(found, Samples.of(of)) == []
+        assert told(found, SampleMarks.of(of)) == []
 
 
 def test_what_keeps_its_order_and_what_does_not_is_told_apart(tmp_path: Path) -> None:
     before = saved(tmp_path, index(a="1", b="2", c="3"))
     words = "the data changed since the checkpoint: "
-    assert told(before, Samples.of(index(a="1", b="x", c="y"))) == [
+    assert told(before, SampleMarks.of(index(a="1", b="x", c="y"))) == [
         words + "2 samples with other bytes (first: b). Training continues with it as it is, in the same order"
     ]
-    assert told(before, Samples.of(index(c="3", a="1")), now="n") == [
+    assert told(before, SampleMarks.of(index(c="3", a="1")), now="n") == [
         words + "1 sample removed (b); 2 samples at another place in the order (first: c). "
         "Training continues with it as it is, in the new data's order"
     ]
@@ -59,12 +59,12 @@ def test_what_keeps_its_order_and_what_does_not_is_told_apart(tmp_path: Path) ->
 def test_a_mask_that_was_cut_as_its_clip_was_is_not_told_beside_it() -> None:
     names = [b"a", b"b"]
     old, new = np.zeros((2, 4), np.uint32), np.array([[0, 1, 0, 1], [0, 0, 0, 1]], np.uint32)
-    (text,) = told(Samples(names, old), Samples(names, new))
+    (text,) = told(SampleMarks(names, old), SampleMarks(names, new))
     assert "1 sample cut or scaled otherwise (a); 1 sample with another mask (b)" in text
 
 
 def test_a_checkpoint_of_before_tells_by_its_mark_alone() -> None:
-    new = Samples.of(index(a="1"))
+    new = SampleMarks.of(index(a="1"))
     assert told(None, new) == []
     assert "2 samples, ab -> 1 sample, cd" in told(None, new, "2 samples, ab", "1 sample, cd")[0]
 
@@ -96,10 +96,10 @@ def test_samples_that_cannot_be_are_an_error_and_no_pickle_is_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     harmed(tmp_path)
-    assert Samples.read(tmp_path) is not None
+    assert SampleMarks.read(tmp_path) is not None
     harmed(tmp_path, **arrays)
     with pytest.raises(CheckpointError, match=r"samples\.npz: cannot be read"):
-        Samples.read(tmp_path)
+        SampleMarks.read(tmp_path)
     assert not (tmp_path / "planted").exists()
 
 
@@ -107,4 +107,4 @@ def test_samples_that_cannot_be_are_an_error_and_no_pickle_is_run(
 def test_a_torn_file_of_samples_is_an_error(tmp_path: Path, data: bytes) -> None:
     (tmp_path / FILE).write_bytes(data)
     with pytest.raises(CheckpointError, match=r"samples\.npz: cannot be read"):
-        Samples.read(tmp_path)
+        SampleMarks.read(tmp_path)

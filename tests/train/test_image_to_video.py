@@ -18,7 +18,7 @@ from vtrain.plan.make import make_plan
 from vtrain.registry import discover
 from vtrain.train.loop import Loop
 from vtrain.train.prefetch import Prefetcher, continued
-from vtrain.train.resume import Setting, settings
+from vtrain.train.settings import Setting, settings
 from vtrain.train.step import Step, StepInput, flow_loss
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

@@ -17,7 +17,8 @@ import torch
 
 from vtrain.contract import CheckpointError
 from vtrain.run.prepare import planned
-from vtrain.train.resume import Start, compare, counted_once, find_start, settings
+from vtrain.train.resume import Start, find_start
+from vtrain.train.settings import compare, counted_once, settings
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Begin = Callable[..., subprocess.Popen[str]]

@@ -70,7 +70,7 @@ UNREAD = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 @dataclass(frozen=True)
-class Cut:
+class CutBack:
     """What became of a file's lines. dropped: whole ones that were not to be kept. odd: whole ones that are none of the run's,
     or come twice or too late. aside: the file with them, None where there were none. lacks: lines that a checkpoint knows of and
     that are gone; edited: whether others say something else than they did."""
@@ -93,7 +93,7 @@ class Cut:
 
 def cut_back(
     path: Path, kept: Callable[[Mapping[str, Any]], bool], chain: Chain | None = None, before: Written | None = None
-) -> Cut:
+) -> CutBack:
     """Drop the lines that are not to be kept, and a torn last one. Raises OSError.
 
     kept: raises one of UNREAD for a line that cannot stand there. chain: all that stay are added to it. before: what the file
@@ -101,7 +101,7 @@ def cut_back(
     """
     chain = chain or Chain()
     if not path.exists():
-        return Cut(lacks=before.lines if before is not None else 0)
+        return CutBack(lacks=before.lines if before is not None else 0)
     dropped, odd, edited = 0, 0, False
     aside = path.with_suffix(".jsonl.partial")
     with path.open("rb") as lines, aside.open("wb") as file:
@@ -123,7 +123,7 @@ def cut_back(
         path.rename(kept_as)
     # Aside, then renamed: a crash leaves the old file or the new one.
     aside.replace(path)
-    return Cut(dropped, odd, kept_as, max(0, before.lines - chain.lines) if before is not None else 0, edited)
+    return CutBack(dropped, odd, kept_as, max(0, before.lines - chain.lines) if before is not None else 0, edited)
 
 
 def _spare(path: Path) -> Path:

@@ -48,7 +48,8 @@ from vtrain.plan.places import CHECKPOINTS, CONFIG, EVENTS, METRICS, PLAN, writt
 from vtrain.plan.records import Plan
 from vtrain.run.lines import UNREAD, Chain, Records, append, cut_back, gaps, whole
 from vtrain.train import checkpoint
-from vtrain.train.resume import Start, settings
+from vtrain.train.resume import Start
+from vtrain.train.settings import settings
 
 FILE = ".lock"
 """Holds who has the folder. It stays when a run ends: that it is there means nothing, that it is locked does."""
@@ -314,13 +315,14 @@ class FailedValidations:
         self._steps: dict[int, tuple[str, ...]] = {}
         self._last = False
 
-    def look(self, event: Validated) -> None:
-        """One that was interrupted without a failure is made when the run resumes."""
-        if event.failures:
-            self._steps[event.step] = event.failures
-        elif not event.interrupted:
-            self._steps.pop(event.step, None)
-        self._last = bool(event.failures)
-
-    def told(self, event: Ended) -> Ended:
-        return replace(event, failed_validations=dict(self._steps), last_validation_failed=self._last)
+    def told(self, event: Event) -> Event:
+        """The event; an end with what failed before it. One that was interrupted without a failure is made when the run resumes."""
+        if isinstance(event, Ended):
+            return replace(event, failed_validations=dict(self._steps), last_validation_failed=self._last)
+        if isinstance(event, Validated):
+            if event.failures:
+                self._steps[event.step] = event.failures
+            elif not event.interrupted:
+                self._steps.pop(event.step, None)
+            self._last = bool(event.failures)
+        return event

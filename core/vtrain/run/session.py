@@ -33,7 +33,6 @@ from vtrain.contract import (
     RunInfo,
     Scanned,
     Started,
-    Validated,
     VtrainError,
     Warned,
 )
@@ -345,7 +344,7 @@ class Session:
 
     def _begun(self, trainer: Trainer, data: Data) -> Iterator[Event]:
         """Make the output folder what the start says, now that everything has loaded. Raises CheckpointError if that fails."""
-        from vtrain.train.resume import settings
+        from vtrain.train.settings import settings
 
         start, steps = trainer.start, data.estimate.steps
         yield from self.processes.from_first(lambda: self._opened(trainer, data))
@@ -372,12 +371,10 @@ class Session:
             also += [self._listeners.piece] if self._listeners is not None and self.plan.config.trackers else []
             owed = partial(validation_owed, self.plan.config.run.output_dir)
             for event in trainer.run(self._inbox, validate, also, owed):
-                if isinstance(event, Validated):
-                    failed.look(event)
                 if isinstance(event, Ended):
                     self.signal = self._inbox.signal if event.reason == "stopped" else None
-                    event = failed.told(replace(event, signal=self.signal))
-                yield event
+                    event = replace(event, signal=self.signal)
+                yield failed.told(event)
                 for complaint in self._inbox.complaints():
                     yield Warned(complaint)
 

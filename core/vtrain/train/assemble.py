@@ -32,7 +32,7 @@ from vtrain.estimate.estimate import Estimate
 from vtrain.plan.places import CHECKPOINTS
 from vtrain.plan.records import Plan
 from vtrain.train import checkpoint
-from vtrain.train.changes import Samples, SamplesPiece, data_changes
+from vtrain.train.changes import SampleMarks, SamplesPiece, data_changes
 from vtrain.train.checkpoint import Piece
 from vtrain.train.loop import Ends, Interval, Loop, Requests, Validate
 from vtrain.train.parameters import add_lora, base_mark, groups, lora_settings, lr_factor, own_rates, trained
@@ -46,7 +46,8 @@ from vtrain.train.pieces import (
 )
 from vtrain.train.prefetch import Prefetcher
 from vtrain.train.processes import Processes
-from vtrain.train.resume import RunState, Start, encoder_marks, feature_marks, settings
+from vtrain.train.resume import RunState, Start, encoder_marks, feature_marks
+from vtrain.train.settings import settings
 from vtrain.train.step import Step, Term, open_teachers
 
 
@@ -113,7 +114,7 @@ class Trainer:
         before, folder = self.start.state, self.start.folder
         if folder is None:
             return
-        yield from data_changes(before.data, self.data, Samples.read(folder), Samples.of(self.samples.index))
+        yield from data_changes(before.data, self.data, SampleMarks.read(folder), SampleMarks.of(self.samples.index))
         for name, mark in self.features.items():
             if before.features.get(name, mark) != mark:
                 what = "its encoder's weights or an option that shapes them changed"

@@ -27,14 +27,14 @@ _UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib
 
 
 @dataclass(frozen=True, eq=False)
-class Samples:
+class SampleMarks:
     """Of each, in their order. names: ids, UTF-8. contents: as those of an Index."""
 
     names: list[bytes]
     contents: np.ndarray[Any, np.dtype[np.uint32]]
 
     @classmethod
-    def of(cls, index: Index) -> Samples:
+    def of(cls, index: Index) -> SampleMarks:
         return cls([index.names[number] for number in range(len(index))], index.contents)
 
     @classmethod
@@ -87,7 +87,7 @@ class SamplesPiece:
         """Nothing: `data_changes` reads it."""
 
 
-def data_changes(before: str, now: str, old: Samples | None, new: Samples) -> Iterator[Noted]:
+def data_changes(before: str, now: str, old: SampleMarks | None, new: SampleMarks) -> Iterator[Noted]:
     """What the samples are not any more. before, now: their marks (`Index.mark`), on which the order depends."""
     if old is None:
         if before != now:
@@ -108,7 +108,7 @@ def _named(found: list[bytes]) -> str:
     return ("first: " if len(found) > 1 else "") + found[0].decode(errors="replace")
 
 
-def _different(old: Samples, new: Samples) -> Iterator[tuple[str, list[bytes]]]:
+def _different(old: SampleMarks, new: SampleMarks) -> Iterator[tuple[str, list[bytes]]]:
     """What became of samples, and the names of these."""
     if old.names == new.names:
         before = np.arange(len(new.names))

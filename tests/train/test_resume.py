@@ -9,7 +9,9 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +19,9 @@ import torch
 
 from vtrain.contract import CheckpointError
 from vtrain.run.prepare import planned
-from vtrain.train.resume import Start, find_start
-from vtrain.train.settings import compare, counted_once, settings
+from vtrain.train import resume
+from vtrain.train.resume import RunState, Start, find_start
+from vtrain.train.settings import Change, Setting, compare, counted_once, settings
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Begin = Callable[..., subprocess.Popen[str]]
@@ -441,6 +444,54 @@ def test_a_project_that_was_moved_goes_on_to_the_same_run(
     got = there.tensors(6)
     assert expected.keys() == got.keys()
     assert all(torch.equal(value, got[name]) for name, value in expected.items())
+
+
+def test_places_that_lie_alike_in_a_project_that_was_moved_are_told_from_others(tmp_path: Path) -> None:
+    """Also by the output folder alone, of a checkpoint that does not say where the configuration was."""
+    config = SimpleNamespace(
+        path=tmp_path / "b" / "config.toml", run=SimpleNamespace(output_dir=tmp_path / "b" / "out")
+    )
+    before = RunState(3, 3, {"run.output_dir": "/a/out"}, "", "")
+
+    def alike(state: RunState, old: object, new: object) -> bool:
+        return resume.Relocation.of(state, config).alike(Change("model.path", old, new, "refuse", location=True))  # type: ignore[arg-type]
+
+    for state in (before, replace(before, folder="/a")):
+        assert alike(state, "/a/model", str(tmp_path / "b" / "model"))
+        assert alike(state, "/a/model", str(tmp_path / "b" / "clips" / ".." / "model"))
+        assert not alike(state, "/a/model", str(tmp_path / "model"))
+        assert not alike(state, "/a/model", "/a/model")
+        assert not alike(state, "owner/name", "owner/name")
+        assert not alike(state, None, str(tmp_path / "b" / "model"))
+
+
+def test_one_place_spelt_two_ways_is_no_change(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+
+    def changes(old: object, new: str) -> list[Change]:
+        return compare({"model.path": old}, {"model.path": Setting(new, "refuse", location=True)})
+
+    tiny = str(tmp_path / "tiny")
+    for spelt in (f"{tmp_path}/r/../tiny", f"{tmp_path}//tiny/", f"{tmp_path}/link/tiny"):
+        assert changes(spelt, tiny) == []
+    for other in (f"{tmp_path}/tiny2", None, 5, "owner/tiny", f"{tiny}\0"):
+        assert [each.old for each in changes(other, tiny)] == [other]
+
+
+def test_another_place_of_a_regularizers_encoder_is_taken_where_its_features_are_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = SimpleNamespace(regularizers=(("layersync", None), ("crepa", None)))
+    change = Change("regularizer[1].encoder", "/a/dino", "facebook/dino", "refuse", location=True)
+    monkeypatch.setattr(resume, "feature_marks", lambda plan: {"crepa": "a1"})
+
+    def refused(features: dict[str, str]) -> str:
+        state = RunState(3, 3, {}, "", "", features)
+        return resume._refused(plan, state, change, resume.Relocation("/p", "/p"))  # type: ignore[arg-type]
+
+    assert refused({"crepa": "a1"}) == ""
+    assert refused({"crepa": "b2"}).endswith('is now "facebook/dino", where the encoder is another')
+    assert refused({}) == 'was "/a/dino" and is now "facebook/dino"'
 
 
 def test_another_place_of_the_model_is_taken_where_its_encoders_are_the_same(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING
@@ -35,7 +34,8 @@ def show_config(path: Path, as_json: bool) -> None:
     with stdout_on_stderr():  # options of plugins are made, whose code may print
         rows = show(load(path, discover()))
     if as_json:
-        print_json([asdict(row) for row in rows])
+        names = ("key", "value", "origin", "resume")
+        print_json([{name: getattr(row, name) for name in names} for row in rows])
         return
     cells = [(row.key, "absent" if row.value is None else shown(row.value, 10_000), row.origin) for row in rows]
     print_table(("key", "value", "origin"), cells)

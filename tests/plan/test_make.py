@@ -182,12 +182,13 @@ def test_a_learning_rate_beyond_the_usual_is_warned_of_and_one_beyond_the_sensib
 
 
 def test_what_nothing_fills_in_is_pointed_out_where_it_stands(plan_of: PlanOf) -> None:
-    prompts = 'every = "5 steps"\nprompts = { a = "a <token> cat", b = "2 < 3 > 1" }\nnegative_prompt = "<bad>"'
+    prompts = 'every = "5 steps"\nprompts = { a = "a <token> cat", b = "2 < 3 > 1 {}", c = "{caption}" }\nnegative_prompt = "<bad>"'
     data = 'use = "folder"\npath = "clips"\ncaption_prefix = "<style>, "'
     found = [text for text in plan_of(validation=prompts, data=data).warnings if "fills in" in text]
     assert [text.split(",")[0] for text in found] == [
         'data[0].caption_prefix holds "<style>"',
         'validation.prompts.a holds "<token>"',
+        'validation.prompts.c holds "{caption}"',
         'validation.negative_prompt holds "<bad>"',
     ]
 

@@ -131,7 +131,7 @@ def _usual(spec: OptimizerSpec) -> str:
     return "" if spec.usual_lr is None else "Usual are {:g} to {:g}.".format(*spec.usual_lr)
 
 
-_TOKEN = re.compile(r"<[^<>\s]{1,64}>")
+_TOKEN = re.compile(r"<[^<>\s]{1,64}>|\{[A-Za-z_][\w.:-]{0,63}\}")
 
 
 def _unusual(config: Config) -> Iterator[str]:

@@ -82,9 +82,11 @@ def _flush() -> None:
 def _flush_c(new: Iterable[str]) -> None:
     """What C libraries hold back of their output, if there may be any. new: names of the modules that were imported.
 
-    Importing ctypes takes longer than all else here, so it is left out where no code but Python's came in.
+    Importing ctypes takes longer than all else here, so it is left out where no code but Python's and its own library's
+    came in.
     """
-    files = (str(getattr(sys.modules.get(name), "__file__", "")) for name in new)
+    foreign = (name for name in new if name.partition(".")[0] not in sys.stdlib_module_names)
+    files = (str(getattr(sys.modules.get(name), "__file__", "")) for name in foreign)
     if "ctypes" in sys.modules or any(file.endswith(tuple(EXTENSION_SUFFIXES)) for file in files):
         with suppress(Exception):
             import ctypes

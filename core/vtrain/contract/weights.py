@@ -170,6 +170,7 @@ def fill_module(
 ) -> None:
     """Give `module`, whose parameters are on the meta device, its weights, tensor by tensor, each in memory of its own.
 
+    dtype: of all but what the module's class names in `_keep_in_fp32_modules`, which is fp32 as from_pretrained has it.
     unsqueezed: as `misfits` takes it; a leading 1 is dropped. Raises ModelError for missing, unexpected, misshapen or
     truncated weights. Buffers are left as they are.
     """
@@ -179,6 +180,7 @@ def fill_module(
     lines = misfits(expected, stored_shapes(folder, stem), unsqueezed)
     if lines:
         raise ModelError(misfit_problem(folder, lines))
+    precise = set(getattr(module, "_keep_in_fp32_modules", None) or ())
     state: dict[str, torch.Tensor] = {}
     for path in weight_files(folder, stem).present:
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -187,5 +189,6 @@ def fill_module(
                 if stored.shape != expected[name]:
                     logger.info("%s: %s is stored as %s; its leading 1 is dropped", folder, name, list(stored.shape))
                     stored = stored[0]
-                state[name] = stored.to(device=device, dtype=torch_type(dtype), copy=True)
+                chosen = torch_type("fp32" if precise.intersection(name.split(".")) else dtype)
+                state[name] = stored.to(device=device, dtype=chosen, copy=True)
     module.load_state_dict(state, strict=True, assign=True)

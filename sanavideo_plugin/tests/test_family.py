@@ -16,11 +16,11 @@ from diffusers import SanaVideoPipeline, SanaVideoTransformer3DModel
 from diffusers.pipelines.sana_video.pipeline_sana_video import ASPECT_RATIO_480_BIN
 from pydantic import ValidationError
 
-from vtrain.contract import ClipShape, Family, FrameRule, LatentShape, Size
-from vtrain_sanavideo import installed
-from vtrain_sanavideo.check import read_transformer
+from vtrain.contract import ClipShape, Family, FrameRule, LatentShape, Size, default_arguments
+from vtrain_sanavideo.check import TRANSFORMER_SOURCE, read_transformer
 from vtrain_sanavideo.family import SanaVideoFamily
 from vtrain_sanavideo.options import SanaVideoOptions
+from vtrain_sanavideo.text import default_instruction
 
 Families = Callable[..., SanaVideoFamily]
 Hash = Callable[[Path], str]
@@ -90,8 +90,8 @@ def test_the_shapes_of_weights_are_those_of_diffusers_module(tmp_path: Path, cha
 
 def test_what_is_read_from_diffusers_source_is_what_it_says_at_run_time() -> None:
     said = inspect.signature(SanaVideoPipeline.__call__).parameters["complex_human_instruction"].default
-    assert installed.default_instruction() == "\n".join(said)
-    read = installed.default_arguments(installed.TRANSFORMER, "SanaVideoTransformer3DModel", "__init__")
+    assert default_instruction() == "\n".join(said)
+    read = default_arguments("diffusers", TRANSFORMER_SOURCE, "SanaVideoTransformer3DModel")
     signature = inspect.signature(SanaVideoTransformer3DModel.__init__).parameters
     assert read == {name: value.default for name, value in signature.items() if value.default is not value.empty}
 

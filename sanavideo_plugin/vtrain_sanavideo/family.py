@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -12,26 +10,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vtrain.contract import (
+    DIFFUSERS_STEM,
+    TRANSFORMERS_STEM,
     Caption,
+    CausalCodecConfig,
+    CheckpointSource,
     ClipShape,
     DType,
     FrameRule,
     HashFile,
+    LatentGeometry,
     LatentShape,
     ModelError,
+    NormalizedCodec,
     Problem,
     Role,
     Size,
     TokenGrid,
+    digest,
+    meaning,
+    opened,
+    read_json,
+    tokenizer_hashes,
     weight_hashes,
 )
-from vtrain_sanavideo import check, codec, denoiser, installed, text
-from vtrain_sanavideo.geometry import OFFICIAL_480P, CodecConfig, TransformerConfig
+from vtrain_sanavideo import check, codec, denoiser, text
+from vtrain_sanavideo.geometry import OFFICIAL_480P, TransformerConfig
 from vtrain_sanavideo.options import SanaVideoOptions
-from vtrain_sanavideo.source import STEMS, CheckpointSource
 
 if TYPE_CHECKING:
-    from vtrain_sanavideo.codec import SanaVideoCodec
     from vtrain_sanavideo.denoiser import SanaVideoDenoiser
     from vtrain_sanavideo.text import SanaVideoText
 
@@ -39,31 +46,32 @@ _BYTES = {"fp32": 4, "bf16": 2}
 _WAVES = 256
 """Sines and cosines of a timestep, from which its embedding is made."""
 
-TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-"""What shapes tokens beside the vocabulary, where it exists."""
-
 
 class SanaVideoFamily:
     """A vtrain.contract.Family. Members that read the model folder raise ModelError if it is not sound; `check` lists why."""
 
     def __init__(self, options: SanaVideoOptions) -> None:
         self._options = options
-        self._source = CheckpointSource(options.path, options.revision)
+        self._source = CheckpointSource(options.path, options.revision, check.COMPONENTS)
         other = options.vae_path if options.vae_path not in (None, options.path) else None
-        self._vae_source = CheckpointSource(other) if other else None
+        self._vae_source = CheckpointSource(other, None, check.COMPONENTS) if other else None
 
     @cached_property
     def _transformer(self) -> TransformerConfig:
         return check.read_transformer(self._source.folder / "transformer")
 
     @cached_property
-    def _codec(self) -> CodecConfig:
-        return check.read_codec(check.codec_folder(self._vae_source or self._source))
+    def _codec(self) -> CausalCodecConfig:
+        return check.read_vae((self._vae_source or self._source).place("vae"))
+
+    @cached_property
+    def _geometry(self) -> LatentGeometry:
+        return self._codec.geometry(self._transformer.patch_size)
 
     @cached_property
     def _instruction(self) -> str:
         chosen = self._options.instruction
-        return installed.default_instruction() if chosen is None else chosen
+        return text.default_instruction() if chosen is None else chosen
 
     @property
     def default_fps(self) -> float:
@@ -79,11 +87,11 @@ class SanaVideoFamily:
 
     @property
     def frame_rule(self) -> FrameRule:
-        return self._codec.frame_rule
+        return self._geometry.frame_rule
 
     @property
     def pixel_stride(self) -> int:
-        return self._codec.space_factor * math.lcm(*self._transformer.patch_size)
+        return self._geometry.pixel_stride
 
     @property
     def block_count(self) -> int:
@@ -110,25 +118,14 @@ class SanaVideoFamily:
 
     def latent_shape(self, clip: ClipShape) -> LatentShape:
         """Raises ValueError for a clip that the codec or the patches would cut."""
-        stride, rule = self.pixel_stride, self.frame_rule
-        if not rule.accepts(clip.frames) or clip.height % stride or clip.width % stride:
-            raise ValueError(f"{clip}: SANA-Video takes {rule} frames and multiples of {stride} pixels")
-        factor = self._codec.space_factor
-        return LatentShape(
-            channels=self._codec.z_dim,
-            frames=(clip.frames - rule.offset) // rule.stride + 1,
-            height=clip.height // factor,
-            width=clip.width // factor,
-        )
+        return self._geometry.latent_shape(clip, "SANA-Video")
 
     def pixel_frames(self, latent_frame: int) -> range:
-        last = self.frame_rule.stride * latent_frame
-        return range(max(0, last - self.frame_rule.stride + 1), last + 1)
+        return self._geometry.pixel_frames(latent_frame)
 
     def token_grid(self, latents: LatentShape) -> TokenGrid:
         """Patches of (1, 2, 2)."""
-        time, height, width = self._transformer.patch_size
-        return TokenGrid(latents.frames // time, latents.height // height, latents.width // width)
+        return self._geometry.token_grid(latents)
 
     def frame_level_bytes(self, latents: LatentShape, *, weights: DType, compute: DType, checkpointing: bool) -> int:
         """What is kept for the backward pass of full training; an adapter's keeps a little less.
@@ -165,7 +162,7 @@ class SanaVideoFamily:
         )
 
     def scheduler_config(self) -> Mapping[str, object]:
-        return check.read_json(self._source.folder / "scheduler" / "scheduler_config.json")
+        return read_json(self._source.folder / "scheduler" / "scheduler_config.json")
 
     def wording(self, caption: Caption, role: Role) -> str:
         """SupportsWording: instruction, motion score and small letters included."""
@@ -173,46 +170,34 @@ class SanaVideoFamily:
 
     def text_fingerprint(self, hash_file: HashFile) -> str:
         encoder, tokenizer = self._source.part("text_encoder"), self._source.part("tokenizer")
-        vocabulary = "tokenizer.json" if (tokenizer / "tokenizer.json").is_file() else "tokenizer.model"
-        names = [vocabulary, *(name for name in TOKENIZER_FILES if (tokenizer / name).is_file())]
-        return _digest(
+        return digest(
             "sanavideo text 1",
-            {name: hash_file(tokenizer / name) for name in names},
-            check.meaning(check.read_json(encoder / "config.json")),
-            weight_hashes(encoder, STEMS["text_encoder"], hash_file),
+            tokenizer_hashes(tokenizer, hash_file),
+            meaning(read_json(encoder / "config.json")),
+            weight_hashes(encoder, TRANSFORMERS_STEM, hash_file),
             [self._instruction, self._options.motion_score, text.TEXT_TOKENS, self._options.text_precision],
         )
 
     def video_fingerprint(self, hash_file: HashFile) -> str:
-        folder = self._codec_folder()
-        return _digest(
+        folder = (self._vae_source or self._source).part("vae")
+        return digest(
             "sanavideo video 1",
-            # With the class's defaults: a config that spells one out is the same model.
-            check.codec_defaults() | check.meaning(check.read_json(folder / "config.json")),
-            weight_hashes(folder, STEMS["vae"], hash_file),
+            meaning(read_json(folder / "config.json"), check.vae_defaults()),
+            weight_hashes(folder, DIFFUSERS_STEM, hash_file),
             [self._options.vae_precision, self._options.vae_tiling],
         )
 
     def open_text_encoder(self, device: str) -> AbstractContextManager[SanaVideoText]:
         encoder, tokenizer = self._source.part("text_encoder"), self._source.part("tokenizer")
-        return text.open_text(encoder, tokenizer, self._options, self._instruction, device)
+        return opened(lambda: text.load(encoder, tokenizer, self._options, self._instruction, device), device)
 
-    def open_video_codec(self, device: str) -> AbstractContextManager[SanaVideoCodec]:
-        return codec.open_codec(self._codec_folder(), self._codec, self._options, device)
+    def open_video_codec(self, device: str) -> AbstractContextManager[NormalizedCodec]:
+        folder = (self._vae_source or self._source).part("vae")
+        return opened(lambda: codec.load(folder, self._codec, self._options, device), device)
 
     def load_denoiser(self, device: str, dtype: DType, weights: Path | None = None) -> SanaVideoDenoiser:
         folder = self._source.part("transformer") if weights is None else weights / "transformer"
         if check.read_transformer(folder) != self._transformer:
             what = f"these weights are not of the model {self._source.name}: their config differs."
             raise ModelError(Problem(str(folder), what, "Name the model that they were trained from."))
-        return denoiser.load(folder, self._transformer, device, dtype)
-
-    def _codec_folder(self) -> Path:
-        """The VAE's folder with its weights."""
-        source = self._vae_source or self._source
-        folder = check.codec_folder(source)
-        return folder if folder == source.folder else source.part(folder.name)
-
-
-def _digest(*parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return denoiser.load(folder, self._geometry, device, dtype)

@@ -1,13 +1,13 @@
-"""The checkpoint's configs as typed records, and the arithmetic on them. No torch."""
+"""The transformer's config as a typed record, and the arithmetic on it. No torch."""
 
 from __future__ import annotations
 
 import math
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from vtrain.contract import FrameRule, Shape, Size
+from vtrain.contract import PartConfig, Shape, Size
 
 OFFICIAL_480P = (
     Size(832, 480), Size(896, 448), Size(768, 528), Size(720, 560), Size(624, 624), Size(592, 672),
@@ -21,10 +21,8 @@ SCALE_SHIFT_TABLE = "scale_shift_table"
 Positive = Annotated[int, Field(ge=1)]
 
 
-class TransformerConfig(BaseModel):
+class TransformerConfig(PartConfig):
     """transformer/config.json of a SanaVideoTransformer3DModel, over the class's own defaults."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
     in_channels: Positive
     out_channels: Positive | None
@@ -94,43 +92,3 @@ class TransformerConfig(BaseModel):
 
 def _layer(name: str, weight: Shape, bias: bool = True) -> dict[str, Shape]:
     return {f"{name}.weight": weight, **({f"{name}.bias": weight[:1]} if bias else {})}
-
-
-class CodecConfig(BaseModel):
-    """vae/config.json of an AutoencoderKLWan, over the class's own defaults."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    z_dim: Positive
-    dim_mult: tuple[Positive, ...] = Field(min_length=1)
-    temperal_downsample: tuple[bool, ...]
-    patch_size: Positive | None
-    latents_mean: tuple[float, ...]
-    latents_std: tuple[Annotated[float, Field(gt=0)], ...]
-    scale_factor_temporal: Positive | None
-    scale_factor_spatial: Positive | None
-
-    @property
-    def time_factor(self) -> int:
-        """Pixel frames per latent frame, the first apart: each downsampling stage that is marked halves the frames."""
-        return 1 << sum(self.temperal_downsample)
-
-    @property
-    def space_factor(self) -> int:
-        """Pixels per latent in height and width: a halving between each two of dim_mult, times the pixel patch."""
-        return (1 << (len(self.dim_mult) - 1)) * (self.patch_size or 1)
-
-    @property
-    def frame_rule(self) -> FrameRule:
-        """The codec is causal: the first frame stands alone, then time_factor frames share a latent frame."""
-        return FrameRule(stride=self.time_factor, offset=1)
-
-    def faults(self) -> list[str]:
-        """What in the config contradicts itself."""
-        pairs = (
-            ("scale_factor_temporal", self.scale_factor_temporal, self.time_factor, "temperal_downsample gives"),
-            ("scale_factor_spatial", self.scale_factor_spatial, self.space_factor, "dim_mult and patch_size give"),
-            ("latents_mean", len(self.latents_mean), self.z_dim, "z_dim asks for"),
-            ("latents_std", len(self.latents_std), self.z_dim, "z_dim asks for"),
-        )
-        return [f"{name}: {said}, but {why} {is_}." for name, said, is_, why in pairs if said not in (None, is_)]

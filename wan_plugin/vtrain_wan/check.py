@@ -1,123 +1,104 @@
-"""What is wrong with a model folder, all at once, from its JSON files and the headers of its weights. No torch."""
+"""What is wrong with a model folder, from its JSON files and the headers of its weights. No torch."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
 
-from pydantic import BaseModel, ValidationError
+from vtrain.contract import (
+    DIFFUSERS_STEM,
+    TRANSFORMERS_STEM,
+    CausalCodecConfig,
+    CheckpointSource,
+    Component,
+    Problem,
+    check_components,
+    default_arguments,
+    misfit_problems,
+    read_codec,
+    read_config,
+    read_json,
+    stored_shapes,
+    weight_problems,
+)
+from vtrain_wan.config import TransformerConfig, Version, identity
 
-from vtrain.contract import ModelError, Problem, misfit_problem, misfits, stored_shapes, weight_problems
-from vtrain_wan.config import CodecConfig, TransformerConfig, Version, identity
-from vtrain_wan.source import STEMS, CheckpointSource
-
-CLASSES: Mapping[str, tuple[str, ...]] = {
-    "text_encoder": ("UMT5EncoderModel",),
-    "tokenizer": ("T5TokenizerFast", "T5Tokenizer"),
-    "transformer": ("WanTransformer3DModel",),
-    "vae": ("AutoencoderKLWan",),
+COMPONENTS: Mapping[str, Component] = {
+    "transformer": Component(("WanTransformer3DModel",), DIFFUSERS_STEM),
+    "vae": Component(("AutoencoderKLWan",), DIFFUSERS_STEM),
+    "text_encoder": Component(("UMT5EncoderModel",), TRANSFORMERS_STEM),
+    "tokenizer": Component(
+        ("T5TokenizerFast", "T5Tokenizer"), config="tokenizer_config.json", one_of=("tokenizer.json", "spiece.model")
+    ),
+    "scheduler": Component(config="scheduler_config.json"),
 }
-"""The classes that this family works with; the scheduler may be any: it is not used."""
-
-ConfigT = TypeVar("ConfigT", bound=BaseModel)
-JsonObject = Mapping[str, object]
 
 
-def read_json(path: Path) -> JsonObject:
-    """A JSON object. Raises ModelError."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(Problem(str(path), "this file is missing.", "Is the folder in diffusers layout?")) from error
-    except (OSError, ValueError) as error:
-        raise ModelError(Problem(str(path), f"this file cannot be read: {error}.", "Download it again.")) from error
-    if not isinstance(content, dict):
-        raise ModelError(Problem(str(path), "this file holds no JSON object.", "Download it again."))
-    return content
+def read_transformer(folder: Path) -> TransformerConfig:
+    """The transformer's config, completed by its class's defaults. Raises ModelError."""
+    defaults = default_arguments("diffusers", "models/transformers/transformer_wan.py", "WanTransformer3DModel")
+    return read_config(TransformerConfig, folder / "config.json", defaults)
 
 
-def read_config(kind: type[ConfigT], path: Path) -> ConfigT:
-    """A part's config.json as a typed record. Raises ModelError."""
-    try:
-        return kind.model_validate(read_json(path))
-    except ValidationError as error:
-        raise ModelError(
-            Problem(str(path), f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}.", "This family cannot use that.")
-            for entry in error.errors(include_url=False)
-        ) from error
+def vae_defaults() -> dict[str, object]:
+    return default_arguments("diffusers", "models/autoencoders/autoencoder_kl_wan.py", "AutoencoderKLWan")
 
 
-def meaning(config: JsonObject) -> dict[str, object]:
-    """A config without what says nothing about the model: who wrote it, from where, in which storage type."""
-    silent = ("transformers_version", "torch_dtype", "dtype", "architectures")
-    return {key: value for key, value in config.items() if not key.startswith("_") and key not in silent}
+def read_vae(folder: Path) -> CausalCodecConfig:
+    """The VAE's config, completed by its class's defaults. Raises ModelError."""
+    return read_codec(folder, vae_defaults())
 
 
 def check(source: CheckpointSource, version: Version, size: str | None) -> list[Problem]:
     """Every problem of the checkpoint. size: which it must be, if the user says so."""
-    problems: list[Problem] = []
-    if source.revision and not source.on_hub:
-        problems.append(Problem(source.name, "revision is for hub ids, and this is a folder.", "Remove revision."))
-    try:
-        folder = source.folder
-    except ModelError as error:
-        return [*problems, *error.problems]
-    for part, stem in STEMS.items():
-        problems += weight_problems(folder / part, stem, may_be_fetched=source.may_fetch())
-    problems += _identity(folder, version, size)
-    return list(dict.fromkeys(problems))
+    wanted = f"{version.title} {size}" if size else version.title
+    return check_components(
+        source, wanted, lambda folder: _index(folder, version), lambda folder: _transformer(folder, wanted), _others
+    )
 
 
-def _identity(folder: Path, version: Version, size: str | None) -> list[Problem]:
-    """Whether this is a checkpoint of this version and size, by its index, its configs and the headers of its weights."""
-    problems: list[Problem] = []
-    try:
-        index, part = folder / "model_index.json", folder / "transformer"
-        problems += index_problems(index, version)
-        config = read_config(TransformerConfig, part / "config.json")
-        known, wanted = identity(config.shapes()), f"{version.title} {size or ''}".rstrip()
-        if not known.startswith(version.title) or not known.endswith(size or ""):
-            what = f"this is {known or 'no Wan that is known'}, and [model] asks for {wanted}."
-            problems.append(Problem(str(part / "config.json"), what, "Name another checkpoint, or another family or size."))
-        if not weight_problems(part, STEMS["transformer"]):
-            stored = stored_shapes(part, STEMS["transformer"])
-            if (found := identity(stored)) != known:
-                what = f"these weights are those of {found or 'no Wan'}, and the config beside them is of {known}."
-                problems.append(Problem(str(part), what, "Take weights and config.json from the same model."))
-            elif lines := misfits(config.shapes(), stored):
-                problems.append(misfit_problem(part, lines))
-        codec = read_config(CodecConfig, folder / "vae" / "config.json")
-        if {codec.z_dim, len(codec.latents_mean), len(codec.latents_std)} != {config.in_channels}:
-            what = f"the VAE has {codec.z_dim} latent channels, and the transformer takes {config.in_channels}."
-            problems.append(Problem(str(folder / "vae" / "config.json"), what, "Take the VAE of this checkpoint."))
-        text = read_json(folder / "text_encoder" / "config.json").get("d_model")
-        if text != config.text_dim:
-            what = f"the text encoder's width is {text}, and the transformer takes {config.text_dim}."
-            problems.append(Problem(str(folder / "text_encoder" / "config.json"), what, "Take this checkpoint's own."))
-    except ModelError as error:
-        problems += error.problems
-    return problems
-
-
-def index_problems(path: Path, version: Version) -> list[Problem]:
-    """Raises ModelError."""
-    index, remedy = read_json(path), f"Name a checkpoint of {version.title} in [model] path."
-    problems = []
-    for part, wanted in CLASSES.items():
-        entry = index.get(part)
-        found = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
-        if found not in wanted:
-            what = f"{part} is {f'a {found}' if found else 'not listed'}, and this family works with {wanted[0]}."
-            problems.append(Problem(str(path), what, remedy))
+def _index(folder: Path, version: Version) -> list[Problem]:
+    """What the pipeline of a checkpoint says that it is."""
+    path = folder / "model_index.json"
+    index = read_json(path)
+    faults = []
     if index.get("_class_name") != "WanPipeline":
-        what = f"this is a checkpoint of {index.get('_class_name')}, and {version.title} is one of WanPipeline."
-        problems.append(Problem(str(path), what, remedy))
+        faults.append(f"this is a checkpoint for {index.get('_class_name')}, and {version.title} is for WanPipeline.")
     if index.get("boundary_ratio") is not None or index.get("transformer_2", [None, None]) != [None, None]:
-        what = f"this checkpoint has two experts (Wan 2.2 A14B), and {version.title} has one transformer."
-        problems.append(Problem(str(path), what, remedy))
+        faults.append(f"this checkpoint has two experts, as Wan 2.2 A14B, and {version.title} is one transformer.")
     if bool(index.get("expand_timesteps")) != version.expand_timesteps:
-        what = f"expand_timesteps is {index.get('expand_timesteps')}, and is not so with {version.title}."
-        problems.append(Problem(str(path), what, remedy))
+        faults.append(
+            f"{version.title} has expand_timesteps = {version.expand_timesteps}, and this checkpoint has not."
+        )
+    return [Problem(str(path), fault, f"Name a {version.title} checkpoint in [model] path.") for fault in faults]
+
+
+def _transformer(folder: Path, wanted: str) -> list[Problem]:
+    """Version and size by the config, and by the headers of the weights."""
+    part = folder / "transformer"
+    shapes = read_transformer(part).shapes()
+    known, problems = identity(shapes), []
+    if not all(word in known.split() for word in wanted.split()):
+        remedy = "Name another checkpoint in [model] path, or change use or size."
+        problems.append(Problem(str(part / "config.json"), f"this is {known}, and not {wanted}.", remedy))
+    found = known if weight_problems(part, DIFFUSERS_STEM) else identity(stored_shapes(part, DIFFUSERS_STEM))
+    if found != known:
+        what = f"these weights are {found}, and the config beside them says {known}."
+        return [*problems, Problem(str(part), what, "Take weights and config.json from the same model.")]
+    return problems + misfit_problems(part, DIFFUSERS_STEM, shapes)
+
+
+def _others(folder: Path) -> list[Problem]:
+    """Whether VAE and text encoder are the transformer's."""
+    transformer, vae, text = (folder / name for name in ("transformer", "vae", "text_encoder"))
+    taken, codec, words = read_transformer(transformer), read_vae(vae), read_json(text / "config.json")
+    problems = misfit_problems(vae, DIFFUSERS_STEM, codec.shapes(), some=True)
+    pairs = (
+        (vae, "VAE has {} latent channels", codec.z_dim, taken.in_channels),
+        (text, "text encoder has a width of {}", words.get("d_model"), taken.text_dim),
+    )
+    for part, what, found, needed in pairs:
+        if found != needed:
+            fault = f"the {what.format(found)}, and the transformer takes {needed}."
+            problems.append(Problem(str(part / "config.json"), fault, "Take this checkpoint's own."))
     return problems

@@ -1,4 +1,4 @@
-"""The checkpoint's configs as typed records, the arithmetic on them, and which Wan a checkpoint is. No torch."""
+"""What the published models of a version share, the transformer's config, and which Wan a checkpoint is. No torch."""
 
 from __future__ import annotations
 
@@ -7,28 +7,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from vtrain.contract import FrameRule, Shape, Size
+from vtrain.contract import PartConfig, Shape, Size
 
 Positive = Annotated[int, Field(ge=1)]
 
 
-class TransformerConfig(BaseModel):
-    """transformer/config.json of a WanTransformer3DModel, with the class's own defaults."""
+class TransformerConfig(PartConfig):
+    """transformer/config.json of a WanTransformer3DModel, over the class's own defaults."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    patch_size: tuple[Literal[1], Positive, Positive] = (1, 2, 2)
-    num_attention_heads: Positive = 40
-    attention_head_dim: Positive = 128
-    in_channels: Positive = 16
-    out_channels: Positive | None = 16
-    text_dim: Positive = 4096
-    freq_dim: Positive = 256
-    ffn_dim: Positive = 13824
-    num_layers: Positive = 40
-    cross_attn_norm: bool = True
+    patch_size: tuple[Literal[1], Positive, Positive]
+    num_attention_heads: Positive
+    attention_head_dim: Positive
+    in_channels: Positive
+    out_channels: Positive | None
+    text_dim: Positive
+    freq_dim: Positive
+    ffn_dim: Positive
+    num_layers: Positive
+    cross_attn_norm: bool
 
     @property
     def width(self) -> int:
@@ -59,86 +57,59 @@ class TransformerConfig(BaseModel):
             for name in ("to_q", "to_k", "to_v", "to_out.0"):
                 block |= _layer(f"{attention}.{name}", width, width)
             block |= {f"{attention}.norm_{of}.weight": (width,) for of in "qk"}
-        for number in range(self.num_layers):
-            shapes |= {f"blocks.{number}.{name}": shape for name, shape in block.items()}
-        return shapes
+        numbered = {f"blocks.{n}.{name}": shape for n in range(self.num_layers) for name, shape in block.items()}
+        return shapes | numbered
 
 
 def _layer(name: str, *weight: int) -> dict[str, Shape]:
     return {f"{name}.weight": weight, f"{name}.bias": weight[:1]}
 
 
-class CodecConfig(BaseModel):
-    """vae/config.json of an AutoencoderKLWan. The class's defaults are those of the Wan 2.1 VAE."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    z_dim: Positive = 16
-    latents_mean: tuple[float, ...]
-    latents_std: tuple[Annotated[float, Field(gt=0)], ...]
-    scale_factor_temporal: Positive = 4
-    scale_factor_spatial: Positive = 8
-
-    @property
-    def frame_rule(self) -> FrameRule:
-        """The codec is causal: the first frame stands alone, then scale_factor_temporal frames share a latent frame."""
-        return FrameRule(stride=self.scale_factor_temporal, offset=1)
-
-
 def buckets(official: Size, stride: int) -> tuple[Size, ...]:
     """The official size and its upright one, then other aspects of at most its area.
 
-    Rounded as Wan's image2video.py and diffusers' guide do: round(sqrt(area x aspect)), down to a multiple of the stride.
+    As Wan's image2video.py and diffusers' guide round: round(sqrt(area x aspect)), down to a multiple of the stride.
     """
-    sizes = [official, Size(official.height, official.width)]
-    for aspect in (1 / 1, 4 / 3, 3 / 4, 3 / 2, 2 / 3, 2 / 1, 1 / 2):
-        wide, high = (round(math.sqrt(official.area * each)) // stride * stride for each in (aspect, 1 / aspect))
-        sizes.append(Size(wide, high))
-    return tuple(sizes)
+
+    def side(aspect: float) -> int:
+        return round(math.sqrt(official.area * aspect)) // stride * stride
+
+    aspects = (1, 4 / 3, 3 / 4, 3 / 2, 2 / 3)
+    return (official, Size(official.height, official.width), *(Size(side(each), side(1 / each)) for each in aspects))
 
 
 @dataclass(frozen=True)
 class Version:
-    """What the published models of a version share. expand_timesteps: its denoiser takes a level for each token."""
+    """sizes: bucket sets, the default first. expand_timesteps: the denoiser takes a level for each token."""
 
     title: str
     sizes: Mapping[str, tuple[Size, ...]]
     frames: int
     fps: float
-    shift: float
     expand_timesteps: bool = False
 
 
 WAN21 = Version(
-    title="Wan 2.1 text-to-video",
-    sizes={"480p": buckets(Size(832, 480), 16), "720p": buckets(Size(1280, 720), 16)},
+    "Wan 2.1 text-to-video",
+    {"480p": buckets(Size(832, 480), 16), "720p": buckets(Size(1280, 720), 16)},
     frames=81,
     fps=16.0,
-    shift=3.0,
 )
-TI2V = Version(
-    title="Wan 2.2 TI2V",
-    sizes={"720p": buckets(Size(1280, 704), 32)},
-    frames=121,
-    fps=24.0,
-    shift=5.0,
-    expand_timesteps=True,
-)
+TI2V = Version("Wan 2.2 TI2V", {"720p": buckets(Size(1280, 704), 32)}, frames=121, fps=24.0, expand_timesteps=True)
 
 _SIZES = {1536: "1.3B", 5120: "14B", 3072: "5B"}
+_KINDS = {16: WAN21.title, 36: "Wan 2.2 image-to-video", 48: TI2V.title}
+_MARKS = {
+    "vace_blocks": "Wan VACE",
+    "motion_encoder": "Wan Animate",
+    "condition_embedder.image_embedder": "Wan 2.1 image-to-video",
+}
+"""Weights that only another model has."""
 
 
 def identity(shapes: Mapping[str, Shape]) -> str:
-    """Which Wan the weights of these names and shapes are: "Wan 2.1 text-to-video 14B". "" if they are of none."""
+    """Which Wan weights of these names and shapes are: "Wan 2.1 text-to-video 14B"."""
     width, channels, *_ = shapes.get("patch_embedding.weight", (0, 0))
-    parts = {name.split(".")[0] for name in shapes}
-    kinds = (
-        ("Wan VACE", "vace_blocks" in parts),
-        ("Wan Animate", "motion_encoder" in parts),
-        ("Wan 2.1 image-to-video", any("image_embedder" in name for name in shapes)),
-        ("Wan 2.2 image-to-video", channels == 36),
-        (TI2V.title, channels == 48),
-        (WAN21.title, channels == 16),
-    )
-    kind = next((kind for kind, found in kinds if found), "")
-    return f"{kind} {_SIZES.get(width, f'of width {width}')}" if kind else ""
+    marked = [kind for mark, kind in _MARKS.items() if any(name.startswith(mark) for name in shapes)]
+    kind = marked[0] if marked else _KINDS.get(channels, f"a Wan of {channels} channels")
+    return f"{kind} {_SIZES.get(width, f'of width {width}')}"

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vtrain.contract import Device
+from vtrain.contract import Device, quiet
 
 if TYPE_CHECKING:
     from transformers import T5TokenizerFast
@@ -76,7 +76,8 @@ def build(
         text = UMT5Config(
             vocab_size=len(tokenizer), d_model=text_width, d_kv=16, d_ff=2 * text_width, num_layers=2, num_heads=4
         )
-        UMT5EncoderModel(text).save_pretrained(folder / "text_encoder")
+        with quiet():
+            UMT5EncoderModel(text).save_pretrained(folder / "text_encoder")
     UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0 if ti2v else 3.0
     ).save_pretrained(folder / "scheduler")

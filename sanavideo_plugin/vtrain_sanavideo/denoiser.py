@@ -7,7 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtrain.contract import Condition, Device, DType, LatentShape, ModelError, NoiseLevel, Problem, fill_module
+from vtrain.contract import (
+    Condition,
+    Device,
+    DType,
+    LatentShape,
+    ModelError,
+    NoiseLevel,
+    Problem,
+    fill_module,
+    timesteps,
+)
 from vtrain_sanavideo.geometry import SCALE_SHIFT_TABLE, TransformerConfig
 
 if TYPE_CHECKING:
@@ -45,7 +55,7 @@ class SanaVideoDenoiser:
         if not Device.of(noisy).autocasting:
             dtype = self._module.patch_embedding.weight.dtype
             noisy, embeds = noisy.to(dtype), embeds.to(dtype)
-        timestep = level.timestep
+        timestep = timesteps(level)
         if timestep.ndim == 2:
             grid = self._grid(LatentShape(*noisy.shape[1:]))
             # For each token, in the order of the patches: (B, f) is refused by the module.

@@ -31,6 +31,8 @@ from vtrain_sanavideo.options import SanaVideoOptions
 from vtrain_sanavideo.source import STEMS, CheckpointSource
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from vtrain_sanavideo.codec import SanaVideoCodec
     from vtrain_sanavideo.denoiser import SanaVideoDenoiser
     from vtrain_sanavideo.text import SanaVideoText
@@ -129,6 +131,15 @@ class SanaVideoFamily:
         """Patches of (1, 2, 2)."""
         time, height, width = self._transformer.patch_size
         return TokenGrid(latents.frames // time, latents.height // height, latents.width // width)
+
+    @property
+    def frame_levels(self) -> bool:
+        return True
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """int(1000 sigma), as it was trained with; levels of its training grid give their own exactly, though sigma is fp32."""
+        # 1000 sigma of a level of that grid is whole, or below a whole number by 1 / 2998 at least; rounding moves it by 9e-5.
+        return (1000 * sigma.float() + 2e-4).floor()
 
     def frame_level_bytes(self, latents: LatentShape, *, weights: DType, compute: DType, checkpointing: bool) -> int:
         """What is kept for the backward pass of full training; an adapter's keeps a little less.

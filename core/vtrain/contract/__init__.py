@@ -36,6 +36,7 @@ from vtrain.contract.events import (
     Warned,
 )
 from vtrain.contract.geometry import ClipShape, FeatureShape, FrameRule, LatentShape, Size, TokenGrid
+from vtrain.contract.levels import takes_frame_levels, timed, timesteps, with_clean
 from vtrain.contract.options import (
     Decay,
     Duration,
@@ -260,9 +261,13 @@ __all__ = [
     "resume_rule",
     "scheduled",
     "stored_shapes",
+    "takes_frame_levels",
+    "timed",
+    "timesteps",
     "torch_type",
     "weight_files",
     "weight_hashes",
     "weight_problems",
+    "with_clean",
     "without_secrets",
 ]  # fmt: skip

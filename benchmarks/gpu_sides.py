@@ -255,7 +255,7 @@ def vtrain_side(
         optimizer,
         [parameter for _, parameter in named],
         lambda _step: 1.0,
-        Prefetcher(RandomBatches(setup, features=features), sampler, 0, processes.device),  # type: ignore[arg-type]
+        Prefetcher(RandomBatches(setup, features=features), None, sampler, 0, processes.device),  # type: ignore[arg-type]
         processes,
         TrainTable(steps=NEVER, log_every=setup.steps),
         Ends(lambda _step, _micro: iter(()), None, Inbox()),

@@ -22,6 +22,7 @@ class TestFamily(FamilyTests):
 class TestSampler(SamplerTests):
     # diffusers' schedulers start pure noise at their first level, 0.99987 with shift 8, and not at 1.
     tolerance = 5e-4
+    timesteps_of = FLOW.timesteps_of
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -36,6 +37,8 @@ def sampled_by(name: str, **settings: object) -> Sampler:
 
 
 class TestEulerSampler(SamplerTests):
+    timesteps_of = FLOW.timesteps_of
+
     @pytest.fixture(scope="class")
     @classmethod
     def sampler(cls) -> Sampler:
@@ -43,6 +46,8 @@ class TestEulerSampler(SamplerTests):
 
 
 class TestUniPCSampler(SamplerTests):
+    timesteps_of = FLOW.timesteps_of
+
     @pytest.fixture(scope="class")
     @classmethod
     def sampler(cls) -> Sampler:

@@ -91,6 +91,16 @@ def test_a_timestep_is_the_whole_part_of_a_thousand_levels() -> None:
     )
 
 
+def test_the_familys_timestep_of_a_level_is_the_one_it_was_trained_with(family: SanaVideoFamily) -> None:
+    """At every level of the official grid, in whole numbers, though sigma is rounded to fp32; as (B, f) as well."""
+    sigma = torch.tensor([3 * k / (1000 + 2 * k) for k in range(1001)], dtype=torch.float32)
+    wanted = torch.tensor([float(3000 * k // (1000 + 2 * k)) for k in range(1001)])
+    assert torch.equal(family.timestep(sigma), wanted)
+    assert torch.equal(family.timestep(sigma[:1000].view(10, 100)), wanted[:1000].view(10, 100))
+    level = flow().draw(10_000, torch.Generator().manual_seed(1))
+    assert torch.equal(family.timestep(level.sigma), level.timestep)
+
+
 def test_noise_is_mixed_in_fp32_whatever_comes_in() -> None:
     clean, noise = (torch.randn(2, 16, 3, 4, 6, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     level = NoiseLevel(torch.tensor([0.25, 0.75]), torch.tensor([250.0, 750.0]))

@@ -15,6 +15,7 @@ from vtrain.contract import (
     LatentShape,
     NoiseLevel,
     load_module,
+    timesteps,
 )
 from vtrain_sanavideo.geometry import SCALE_SHIFT_TABLE
 
@@ -39,7 +40,7 @@ class SanaVideoDenoiser(DiffusersDenoiser):
         if not Device.of(noisy).autocasting:
             dtype = self._module.patch_embedding.weight.dtype
             noisy, embeds = noisy.to(dtype), embeds.to(dtype)
-        timestep = level.timestep
+        timestep = timesteps(level)
         if timestep.ndim == 2:
             grid = self._geometry.token_grid(LatentShape(*noisy.shape[1:]))
             # For each token, in the order of the patches: (B, f) is refused by the module.

@@ -39,6 +39,8 @@ from vtrain_sanavideo.geometry import OFFICIAL_480P, TransformerConfig
 from vtrain_sanavideo.options import SanaVideoOptions
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from vtrain_sanavideo.denoiser import SanaVideoDenoiser
     from vtrain_sanavideo.text import SanaVideoText
 
@@ -126,6 +128,15 @@ class SanaVideoFamily:
     def token_grid(self, latents: LatentShape) -> TokenGrid:
         """Patches of (1, 2, 2)."""
         return self._geometry.token_grid(latents)
+
+    @property
+    def frame_levels(self) -> bool:
+        return True
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """int(1000 sigma), as it was trained with; levels of its training grid give their own exactly, though sigma is fp32."""
+        # 1000 sigma of a level of that grid is whole, or below a whole number by 1 / 2998 at least; rounding moves it by 9e-5.
+        return (1000 * sigma.float() + 2e-4).floor()
 
     def frame_level_bytes(self, latents: LatentShape, *, weights: DType, compute: DType, checkpointing: bool) -> int:
         """What is kept for the backward pass of full training; an adapter's keeps a little less.

@@ -7,11 +7,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from vtrain.contract import ClipShape, ConfigError, Problem, Size
+from vtrain.config import Config
+from vtrain.contract import ClipShape, ConfigError, FamilySpec, Problem, Size
 from vtrain.plan.make import make_plan
 from vtrain.plan.places import resume_path
 from vtrain.plan.records import Plan
@@ -76,6 +78,45 @@ def test_a_number_of_steps_that_the_sampler_cannot_solve_is_a_problem_with_its_l
     assert text.endswith("config.toml:17: flow cannot solve 9 steps: its levels are 8. Set 8 or less.")
     assert "cannot solve 50 steps" in refused(plan_of, validation=VALIDATION)
     assert plan_of(validation=VALIDATION + "steps = 8").validation is not None
+
+
+def with_recipe(plan: Plan, **recipe: object) -> Config:
+    """The plan's configuration, as if the toy's plugin gave its family a recipe."""
+    model = plan.config.model
+    assert isinstance(model.registered.spec, FamilySpec)
+    spec = replace(model.registered.spec, sampler_options=recipe)
+    return replace(plan.config, model=replace(model, registered=replace(model.registered, spec=spec)))
+
+
+def test_what_is_against_the_familys_recipe_is_a_warning_with_both_values(plan_of: PlanOf) -> None:
+    plan = plan_of(sampler="shift = 1.5")
+    (warning,) = make_plan(with_recipe(plan, shift=3.0, std=1)).warnings
+    assert warning == (
+        'sampler.shift = 1.5: the recipe of the family "toy", which its weights were trained with, is shift = 3.0'
+    )
+    assert not make_plan(with_recipe(plan, shift=1.5)).warnings
+    assert not plan.warnings
+
+
+def test_another_sampler_than_the_familys_is_a_warning_with_both_names(plan_of: PlanOf) -> None:
+    config = with_recipe(plan_of(), shift=3.0)
+    spec = config.model.registered.spec
+    assert isinstance(spec, FamilySpec)
+    other = replace(config.model.registered, spec=replace(spec, sampler="curve"))
+    (warning,) = make_plan(replace(config, model=replace(config.model, registered=other))).warnings
+    assert warning == (
+        'sampler.use = "flow": the recipe of the family "toy" is "curve" with shift = 3.0, which its weights were trained with'
+    )
+
+
+def test_a_sampler_with_timesteps_of_one_family_is_refused_for_another(plan_of: PlanOf) -> None:
+    text = refused(plan_of, sampler='use = "sanavideo-flow"')
+    assert (
+        'the sampler "sanavideo-flow" gives timesteps in the unit of the family "sanavideo", and trains no other.'
+        in text
+    )
+    assert text.endswith('The sampler of "toy" is "flow".')
+    assert "config.toml:" in text
 
 
 def test_all_problems_between_tables_come_at_once_each_with_its_line(plan_of: PlanOf) -> None:

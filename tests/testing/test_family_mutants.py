@@ -29,6 +29,7 @@ from vtrain.contract import (
     Size,
     Text,
     TokenGrid,
+    timesteps,
 )
 from vtrain.testing import FamilyTests
 
@@ -152,14 +153,14 @@ class Textless(Denoiser):
 
 class Levelless(Denoiser):
     def predict(self, noisy: Tensor, level: NoiseLevel, condition: Condition) -> Tensor:
-        return super().predict(noisy, NoiseLevel(level.sigma, torch.zeros_like(level.timestep)), condition)
+        return super().predict(noisy, NoiseLevel(level.sigma, torch.zeros_like(level.sigma)), condition)
 
 
 class OneLevel(Denoiser):
     """Of levels by frame it takes the last."""
 
     def predict(self, noisy: Tensor, level: NoiseLevel, condition: Condition) -> Tensor:
-        last = NoiseLevel(level.sigma[..., -1], level.timestep[..., -1]) if level.sigma.ndim == 2 else level
+        last = NoiseLevel(level.sigma[..., -1], timesteps(level)[..., -1]) if level.sigma.ndim == 2 else level
         return super().predict(noisy, last, condition)
 
 
@@ -168,7 +169,7 @@ class Shifting(Denoiser):
 
     def predict(self, noisy: Tensor, level: NoiseLevel, condition: Condition) -> Tensor:
         if level.sigma.ndim == 2:
-            timestep = torch.cat([level.timestep[:, 1:], torch.zeros_like(level.timestep[:, :1])], 1)
+            timestep = torch.cat([timesteps(level)[:, 1:], torch.zeros_like(level.sigma[:, :1])], 1)
             level = NoiseLevel(level.sigma, timestep)
         return super().predict(noisy, level, condition)
 
@@ -290,6 +291,7 @@ MUTANTS: Mapping[str, Callable[[Path], Subject]] = {
     "test_levels_for_each_frame_have_a_price": lambda _: geometry(
         frame_level_bytes=lambda self, latents, **settings: 100 - latents.frames
     ),
+    "test_timesteps_follow_the_level": lambda _: geometry(timestep=lambda self, sigma: 1000 * (sigma - 0.5).abs()),
     "test_every_bucket_has_a_latent_shape": lambda _: geometry(
         latent_shape=lambda self, clip: LatentShape(12, 0, 8, 8)
     ),

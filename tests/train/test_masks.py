@@ -103,7 +103,9 @@ def test_the_loss_of_a_run_is_the_mean_over_each_clips_white_part(own, within: R
     within("run", config)
     (row,) = own.rows()
     plan, filled = filled_by(config)
-    prefetcher = Prefetcher(Batches(plan, filled.caches, filled.index), plan.sampler, plan.config.run.seed, Device())
+    prefetcher = Prefetcher(
+        Batches(plan, filled.caches, filled.index), plan.family, plan.sampler, plan.config.run.seed, Device()
+    )
     denoiser: Any = plan.family.load_denoiser("cpu", "fp32")
     losses = []
     for micro_batch in range(4):

@@ -95,11 +95,11 @@ def batch_of(given: StepInput, draws: tuple[int, ...], number: int) -> Batch:
     )
 
 
-def test_noise_and_level_of_a_draw_do_not_depend_on_its_batch(given, sampler) -> None:
+def test_noise_and_level_of_a_draw_do_not_depend_on_its_batch(given, toy, sampler) -> None:
     def prefetcher(size: int) -> Prefetcher:
         whole = given(size)
         batches = FakeBatches(lambda n: batch_of(whole, tuple(range(n * size, n * size + size)), n))
-        return Prefetcher(batches, sampler, 42, Device())  # type: ignore[arg-type]
+        return Prefetcher(batches, toy, sampler, 42, Device())  # type: ignore[arg-type]
 
     pairs = [prefetcher(2).prepare(n, n) for n in range(3)]
     singles = [prefetcher(1).prepare(n, n) for n in range(6)]
@@ -109,7 +109,7 @@ def test_noise_and_level_of_a_draw_do_not_depend_on_its_batch(given, sampler) ->
     assert len({row.sum().item() for row in noise}) == 6
 
 
-def test_a_stream_gives_what_prepare_gives_in_order_and_its_errors(given, sampler) -> None:
+def test_a_stream_gives_what_prepare_gives_in_order_and_its_errors(given, toy, sampler) -> None:
     whole = given(1)
 
     def batch(number: int) -> Batch:
@@ -117,7 +117,7 @@ def test_a_stream_gives_what_prepare_gives_in_order_and_its_errors(given, sample
             raise OSError("the disk is gone")
         return batch_of(whole, (number,), number)
 
-    prefetcher = Prefetcher(FakeBatches(batch), sampler, 1, Device())  # type: ignore[arg-type]
+    prefetcher = Prefetcher(FakeBatches(batch), toy, sampler, 1, Device())  # type: ignore[arg-type]
     stream = prefetcher.stream(iter([(n, n) for n in range(6)]))
     got = [next(stream).micro_batch for _ in range(4)]
     assert got == [0, 1, 2, 3]

@@ -61,6 +61,7 @@ from vtrain.contract.geometry import (
     Size,
     TokenGrid,
 )
+from vtrain.contract.levels import takes_frame_levels, timed, timesteps, with_clean
 from vtrain.contract.loading import (
     DiffusersDenoiser,
     load_module,
@@ -325,10 +326,14 @@ __all__ = [
     "save_module",
     "scheduled",
     "stored_shapes",
+    "takes_frame_levels",
+    "timed",
+    "timesteps",
     "tokenizer_hashes",
     "torch_type",
     "weight_files",
     "weight_hashes",
     "weight_problems",
+    "with_clean",
     "without_secrets",
 ]  # fmt: skip

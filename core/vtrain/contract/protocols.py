@@ -87,7 +87,7 @@ class Denoiser(Protocol):
         ...
 
     def predict(self, noisy: Tensor, level: NoiseLevel, condition: Condition) -> Tensor:
-        """noisy (B, C, f, h, w) -> prediction of the sampler's target, same shape."""
+        """noisy (B, C, f, h, w) -> prediction of the sampler's target, same shape. level: it has timesteps (`timed`)."""
         ...
 
     def fold(self, tap: Tensor, latents: LatentShape) -> Tensor:
@@ -189,6 +189,13 @@ class Family(Protocol):
         """(label, text) rows about the model for the plan."""
         ...
 
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """*torch* The number that the denoiser is given for a noise level; float32 of any shape -> the same shape.
+
+        Its unit is the family's: sigma x 1000 for one, sigma itself for another.
+        """
+        ...
+
     def scheduler_config(self) -> Mapping[str, object]:
         """The model folder's own scheduler config, for its sampler."""
         ...
@@ -238,7 +245,7 @@ class Sampler(Protocol):
         ...
 
     def draw(self, n: int, generator: torch.Generator) -> NoiseLevel:
-        """*torch* Levels for n clips, on the CPU, from `generator` alone."""
+        """*torch* Levels for n clips, on the CPU, from `generator` alone; with timesteps where the spec names their family."""
         ...
 
     def corrupt(self, clean: Tensor, noise: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
@@ -285,6 +292,11 @@ class SupportsTokenGrid(Protocol):
 @runtime_checkable
 class SupportsFrameLevels(Protocol):
     """A family whose denoiser takes a level for each latent frame: it can be trained on image-to-video."""
+
+    @property
+    def frame_levels(self) -> bool:
+        """Whether the denoiser of this model folder does."""
+        ...
 
     def frame_level_bytes(self, latents: LatentShape, *, weights: DType, compute: DType, checkpointing: bool) -> int:
         """Bytes that one clip takes in memory in training for it, beyond a level for the whole clip.

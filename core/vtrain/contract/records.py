@@ -49,11 +49,12 @@ class NoiseLevel:
     """How noisy each clip is.
 
     sigma: (B,) or, per latent frame, (B, f); float32 in [0, 1], 0 is clean and 1 is noise.
-    timestep: same shape; the number that the denoiser is given for it, in the family's own unit.
+    timestep: same shape; the number that the denoiser is given for it, in the family's own unit. None: not known yet, as
+    samplers give it whose spec names no family (SamplerSpec.timesteps_of); `timed` fills it in.
     """
 
     sigma: Tensor
-    timestep: Tensor
+    timestep: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -37,20 +37,28 @@ class FamilySpec(Spec):
     """A model family. build(options) -> Family, without torch.
 
     sampler: the sampler it trains with unless [sampler] names another. fixed_sampler: whether another is an error.
+    sampler_options: what the family's own recipe sets of that sampler's options, as a file would; they are its defaults for
+    this family. What a file says beside it is taken, and the plan warns of it.
     """
 
     kind: ClassVar[str] = "family"
     build: Callable[[Any], Family]
     sampler: str
     fixed_sampler: bool = False
+    sampler_options: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class SamplerSpec(Spec):
-    """A noise schedule. build(options, scheduler config of the model folder) -> Sampler, without torch."""
+    """A noise schedule. build(options, scheduler config of the model folder) -> Sampler, without torch.
+
+    timesteps_of: the family in whose unit its levels have timesteps, with which alone it works then. "": it gives sigma alone,
+    and works with every family, which knows its own unit (Family.timestep).
+    """
 
     kind: ClassVar[str] = "sampler"
     build: Callable[[Any, Mapping[str, object]], Sampler]
+    timesteps_of: str = ""
 
 
 @dataclass(frozen=True)

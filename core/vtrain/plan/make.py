@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
+from pydantic_core import to_jsonable_python
+
+from vtrain.config.findings import shown
 from vtrain.config.keys import key_text
 from vtrain.config.record import Config
 from vtrain.contract import (
@@ -23,10 +26,10 @@ from vtrain.contract import (
     Size,
     SupportsCheck,
     SupportsFeatures,
-    SupportsFrameLevels,
     SupportsStepCheck,
     SupportsTokenGrid,
     TokenGrid,
+    takes_frame_levels,
 )
 from vtrain.contract.specs import did_you_mean, listed
 from vtrain.plan.datasets import check_frames, datasets, nearest_size, token_grid, warnings
@@ -60,6 +63,7 @@ def _make_plan(config: Config, processes: int) -> Plan:
         raise ConfigError(broken + problems)
     sampler_spec = config.sampler.registered.spec
     assert isinstance(sampler_spec, SamplerSpec)
+    problems += _check_unit(config, spec, sampler_spec)
     sampler = sampler_spec.build(config.sampler.options, family.scheduler_config())
     made = datasets(config, family, problems)
     problems += [*training_problems(config, family, made), *among_clips(config, made)]
@@ -77,7 +81,13 @@ def _make_plan(config: Config, processes: int) -> Plan:
         datasets=made,
         base=config.precision.base or base_of(config.model.table.train),
         validation=validation,
-        warnings=(*sampler.warnings(), *_unusual(config), *warnings(config, family), *_said(regularizers)),
+        warnings=(
+            *_off_recipe(config, spec),
+            *sampler.warnings(),
+            *_unusual(config),
+            *warnings(config, family),
+            *_said(regularizers),
+        ),
     )
 
 
@@ -107,6 +117,32 @@ def _check_precision(config: Config) -> list[Problem]:
             'Use base = "fp32" with mixed = "bf16".',
         )
     ]
+
+
+def _check_unit(config: Config, family: FamilySpec, sampler: SamplerSpec) -> list[Problem]:
+    if sampler.timesteps_of in ("", family.name):
+        return []
+    what = f'the sampler "{sampler.name}" gives timesteps in the unit of the family "{sampler.timesteps_of}", and trains no other.'
+    return [Problem(config.where("sampler", "use"), what, f'The sampler of "{family.name}" is "{family.sampler}".')]
+
+
+def _off_recipe(config: Config, family: FamilySpec) -> Iterator[str]:
+    """What of [sampler] is not as the family's own recipe has it."""
+    recipe, part = family.sampler_options, config.sampler
+    if part.registered.spec.name != family.sampler:
+        options = f" with {', '.join(f'{key} = {shown(value)}' for key, value in recipe.items())}" if recipe else ""
+        yield (
+            f'sampler.use = "{part.registered.spec.name}": the recipe of the family "{family.name}" is "{family.sampler}"'
+            f"{options}, which its weights were trained with"
+        )
+        return
+    given = part.options.model_dump(mode="json")
+    for key, value in recipe.items():
+        if given[key] != to_jsonable_python(value):
+            yield (
+                f'sampler.{key} = {shown(given[key])}: the recipe of the family "{family.name}", which its weights were '
+                f"trained with, is {key} = {shown(value)}"
+            )
 
 
 def _check_training(config: Config) -> list[Problem]:
@@ -258,7 +294,7 @@ def training_problems(config: Config, family: Family, made: Sequence[DatasetPlan
             continue
         where = config.where("data", number, "video", "image_to_video")
         share = f"image_to_video = {dataset.image_to_video:g}"
-        if not isinstance(family, SupportsFrameLevels):
+        if not takes_frame_levels(family):
             what = f"{share}: this model family takes one noise level for a whole clip."
             yield Problem(where, what, "Remove it, or train a family that takes a level for each frame.")
         elif dataset.frames < two_latent_frames(family):
@@ -273,7 +309,7 @@ def picture_problems(config: Config, family: Family, frames: int) -> Iterator[Pr
     table = config.validation
     if table is None or not table.images:
         return
-    if not isinstance(family, SupportsFrameLevels):
+    if not takes_frame_levels(family):
         what = "images: this model family takes one noise level for a whole clip, so it cannot start from a picture."
         yield Problem(config.where("validation", "images"), what, "Remove it.")
     elif frames < two_latent_frames(family):

@@ -7,8 +7,17 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
-from vtrain.contract import ClipShape, Denoiser, Family, SupportsFrameLevels, SupportsTokenGrid, VtrainError
+from vtrain.contract import (
+    ClipShape,
+    Denoiser,
+    Family,
+    SupportsFrameLevels,
+    SupportsTokenGrid,
+    VtrainError,
+    takes_frame_levels,
+)
 from vtrain.testing.family_denoiser import DenoiserTests, LoraTests, TapTests
 from vtrain.testing.family_encoders import TextEncoderTests, VideoCodecTests
 from vtrain.testing.sampler import digest
@@ -55,7 +64,7 @@ class GeometryTests(FamilySubject):
 
     def test_levels_for_each_frame_have_a_price(self, family: Family) -> None:
         """frame_level_bytes, where the family has it, is never negative, and no less for a longer clip."""
-        if not isinstance(family, SupportsFrameLevels):
+        if not isinstance(family, SupportsFrameLevels) or not takes_frame_levels(family):
             pytest.skip("this family takes one level for a clip")
         latents = family.latent_shape(ClipShape(family.default_frames, *reversed(family.default_size)))
         for checkpointing in (False, True):
@@ -66,6 +75,18 @@ class GeometryTests(FamilySubject):
                 for frames in (1, 2)
             )
             assert 0 <= one <= two, f"{one} bytes for one frame, {two} for two"
+
+    def test_timesteps_follow_the_level(self, family: Family) -> None:
+        """timestep keeps the shape of sigma, (B,) and (B, f); it is finite, of level 0 and 1 too, and goes one way with sigma."""
+        sigma = torch.linspace(0, 1, 1001)
+        times = family.timestep(sigma)
+        assert times.shape == sigma.shape
+        assert times.isfinite().all()
+        assert times[0] != times[-1], "the timestep is the same for a clean clip and for noise"
+        steps = times.diff()
+        assert not (steps.min() < 0 < steps.max()), "it rises with sigma and falls again"
+        assert torch.equal(family.timestep(sigma[:1000].reshape(8, 125)), times[:1000].reshape(8, 125))
+        assert torch.equal(family.timestep(torch.zeros(1)), times[:1]), "level 0 alone has another timestep"
 
     def test_every_bucket_has_a_latent_shape(self, family: Family) -> None:
         """latent_shape takes every official size at the default number of frames."""

@@ -18,10 +18,13 @@ from vtrain.contract import (
     Family,
     ModelError,
     NoiseLevel,
-    SupportsFrameLevels,
     SupportsLora,
     SupportsTokenGrid,
     Text,
+    takes_frame_levels,
+    timed,
+    timesteps,
+    with_clean,
 )
 from vtrain.testing.sampler import gap, noise
 from vtrain.testing.subject import Example, FamilySubject
@@ -107,7 +110,7 @@ class DenoiserTests(FamilySubject):
         other = replace(
             example,
             noisy=torch.stack([example.noisy[0], noise(example.latents, seed=9)]),
-            level=NoiseLevel(example.level.sigma[[0, 0]], example.level.timestep[[0, 0]]),
+            level=NoiseLevel(example.level.sigma[[0, 0]], timesteps(example.level)[[0, 0]]),
             condition=Condition(Text(text.embeds[[0, 0]], text.mask[[0, 0]])),
         )
         with torch.no_grad():
@@ -140,7 +143,7 @@ class DenoiserTests(FamilySubject):
 
     def test_the_level_matters(self, denoiser: Denoiser, example: Example) -> None:
         """Another noise level gives another prediction."""
-        level = NoiseLevel(example.level.sigma.flip(0), example.level.timestep.flip(0))
+        level = NoiseLevel(example.level.sigma.flip(0), timesteps(example.level).flip(0))
         with torch.no_grad():
             other = replace(example, level=level).run(denoiser)
             assert gap(other, example.run(denoiser)) > 1e-6, "the level is ignored"
@@ -157,20 +160,18 @@ class DenoiserTests(FamilySubject):
     def test_the_level_of_one_frame_matters(self, family: Family, denoiser: Denoiser, example: Example) -> None:
         """Level 0 at the first frame alone gives another prediction."""
         each = self._by_frame(family, example)
-        first = NoiseLevel(each.level.sigma.clone(), each.level.timestep.clone())
-        first.sigma[:, 0] = first.timestep[:, 0] = 0
+        clean = torch.arange(example.latents.frames).expand(2, -1) == 0
+        first = with_clean(family, each.level, clean)
         with torch.no_grad():
             other = replace(each, level=first).run(denoiser)
             assert gap(other, each.run(denoiser)) > 1e-6, "the level of the first frame is ignored"
 
     def _by_frame(self, family: Family, example: Example) -> Example:
         """The same with a level for each latent frame, if the family takes that."""
-        if not isinstance(family, SupportsFrameLevels):
-            pytest.skip("this family takes one level for a clip (it is no SupportsFrameLevels)")
-        sigma, timestep = (
-            part[:, None].repeat(1, example.latents.frames) for part in (example.level.sigma, example.level.timestep)
-        )
-        return replace(example, level=NoiseLevel(sigma, timestep))
+        if not takes_frame_levels(family):
+            pytest.skip("this family takes one level for a clip (SupportsFrameLevels)")
+        sigma = example.level.sigma[:, None].repeat(1, example.latents.frames)
+        return replace(example, level=timed(family, NoiseLevel(sigma)))
 
     def test_gradients_reach_every_parameter(self, denoiser: Denoiser, example: Example) -> None:
         """A loss on the prediction gives every parameter a gradient that is not all zero."""

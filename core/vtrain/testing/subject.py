@@ -20,6 +20,7 @@ from vtrain.contract import (
     Text,
     TextEncoder,
     VideoCodec,
+    timed,
 )
 from vtrain.testing.sampler import level_of, noise, padded, required
 
@@ -45,12 +46,10 @@ class Example:
 class FamilySubject:
     """Fixtures that a family's tests share.
 
-    timestep_scale: the denoiser is given this x sigma as its timestep; the family's own unit.
     disturbance: the denoiser's weights are moved by this share of their own size before tests, plus the same absolutely,
     so that a layer that starts at zero hides no fault behind it.
     """
 
-    timestep_scale: float = 1000.0
     disturbance: float = 0.02
 
     @pytest.fixture(scope="class")
@@ -93,7 +92,7 @@ class FamilySubject:
         latents = family.latent_shape(clip)
         with family.open_text_encoder("cpu") as encoder, torch.no_grad():
             text = padded(encoder.encode(CAPTIONS, "prompt"), family.text_tokens)
-        level = level_of((0.3, 0.8), cls.timestep_scale)
+        level = timed(family, level_of((0.3, 0.8)))
         return Example(noise((2, *latents)), level, Condition(text), latents)
 
     @classmethod

@@ -96,7 +96,14 @@ class Trainer:
                 self.optimizer,
                 [parameter for _, parameter in self.named],
                 lr_factor(config.lr_schedule, self.estimate.steps, per_epoch),
-                Prefetcher(self.batches, self.plan.sampler, config.run.seed, self.processes.device, self.step.needed),
+                Prefetcher(
+                    self.batches,
+                    self.plan.family,
+                    self.plan.sampler,
+                    config.run.seed,
+                    self.processes.device,
+                    self.step.needed,
+                ),
                 self.processes,
                 config.train,
                 # Of the step itself: DDP's wrapper has its forward alone.

@@ -41,7 +41,7 @@ class SanaVideoDenoiser:
         """
 
         self._check(noisy, condition)
-        embeds, mask = condition.text.embeds, condition.text.mask
+        embeds, mask = condition.text.only.masked
         if not Device.of(noisy).autocasting:
             dtype = self._module.patch_embedding.weight.dtype
             noisy, embeds = noisy.to(dtype), embeds.to(dtype)

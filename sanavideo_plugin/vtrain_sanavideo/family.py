@@ -22,6 +22,8 @@ from vtrain.contract import (
     Problem,
     Role,
     Size,
+    TextEncoderSpec,
+    TextPartSpec,
     TokenGrid,
     weight_hashes,
 )
@@ -94,14 +96,6 @@ class SanaVideoFamily:
         return self._transformer.width
 
     @property
-    def text_tokens(self) -> int:
-        return text.TEXT_TOKENS
-
-    @property
-    def text_width(self) -> int:
-        return self._transformer.caption_channels
-
-    @property
     def parameters(self) -> int:
         return sum(math.prod(shape) for shape in self._transformer.shapes().values())
 
@@ -171,7 +165,12 @@ class SanaVideoFamily:
         """SupportsWording: instruction, motion score and small letters included."""
         return text.wording(caption, role, self._options, self._instruction)
 
-    def text_fingerprint(self, hash_file: HashFile) -> str:
+    def text_encoders(self) -> Mapping[str, TextEncoderSpec]:
+        """Gemma-2, whose tokens the transformer takes with their mask: padding changes nothing."""
+        part = TextPartSpec(self._transformer.caption_channels, text.TEXT_TOKENS, dtype=self._options.text_precision)
+        return {"gemma": TextEncoderSpec({"text": part}, self._text_fingerprint, self._open_text)}
+
+    def _text_fingerprint(self, hash_file: HashFile) -> str:
         encoder, tokenizer = self._source.part("text_encoder"), self._source.part("tokenizer")
         vocabulary = "tokenizer.json" if (tokenizer / "tokenizer.json").is_file() else "tokenizer.model"
         names = [vocabulary, *(name for name in TOKENIZER_FILES if (tokenizer / name).is_file())]
@@ -193,7 +192,7 @@ class SanaVideoFamily:
             [self._options.vae_precision, self._options.vae_tiling],
         )
 
-    def open_text_encoder(self, device: str) -> AbstractContextManager[SanaVideoText]:
+    def _open_text(self, device: str) -> AbstractContextManager[SanaVideoText]:
         encoder, tokenizer = self._source.part("text_encoder"), self._source.part("tokenizer")
         return text.open_text(encoder, tokenizer, self._options, self._instruction, device)
 

@@ -93,6 +93,7 @@ from vtrain.contract.records import (
     SourceRef,
     StepView,
     Text,
+    TextPart,
     Words,
 )
 from vtrain.contract.regularizers import (
@@ -125,6 +126,7 @@ from vtrain.contract.specs import (
     TrackerSpec,
     hookimpl,
 )
+from vtrain.contract.text import TextEncoderSpec, TextPartSpec
 from vtrain.contract.weights import (
     Shape,
     WeightFiles,
@@ -238,6 +240,9 @@ __all__ = [
     "SupportsWording",
     "Text",
     "TextEncoder",
+    "TextEncoderSpec",
+    "TextPart",
+    "TextPartSpec",
     "TokenGrid",
     "Tracker",
     "TrackerSpec",

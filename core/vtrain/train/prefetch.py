@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from vtrain.contract import Condition, Device, LatentShape, NoiseLevel, Sampler, Text
+from vtrain.contract import Condition, Device, LatentShape, NoiseLevel, Sampler
 from vtrain.data.batches import Batch, Batches
 from vtrain.data.decoding.masks import is_empty
 from vtrain.data.seeds import generator
@@ -75,7 +75,7 @@ class Prefetcher:
             clean=self.device.move(batch.latents.mean),
             noise=self.device.move(noise),
             level=NoiseLevel(self.device.move(level.sigma), self.device.move(level.timestep)),
-            condition=Condition(Text(self.device.move(batch.text.embeds), self.device.move(batch.text.mask))),
+            condition=Condition(batch.text.map(self.device.move)),
             step=step,
             mask=None if mask is None else self.device.move(mask),
             features={name: self.device.pin(each) for name, each in batch.features.items()},

@@ -82,8 +82,8 @@ def test_text_holds_only_real_tokens_in_the_encoders_type(three) -> None:
     assert text.only.embeds.shape == (1, 4, 6)
     assert text.only.embeds.dtype == torch.bfloat16
     assert text.only.mask.tolist() == [[True] * 4]
-    assert filled.caches.text(Caption("blurry"), "negative").embeds.shape == (1, 2, 6)
-    assert filled.caches.text(DROPPED, "dropped").embeds.shape == (1, 1, 6)
+    assert filled.caches.text(Caption("blurry"), "negative").only.embeds.shape == (1, 2, 6)
+    assert filled.caches.text(DROPPED, "dropped").only.embeds.shape == (1, 1, 6)
     assert not (text.only.embeds == 7.0).any()
 
 
@@ -205,7 +205,8 @@ def test_another_process_opens_the_caches_without_filling(three) -> None:
             other.latents(sample, sample.starts[0]).mean, filled.caches.latents(sample, sample.starts[0]).mean
         )
         assert torch.equal(
-            other.text(sample.captions[0], "prompt").embeds, filled.caches.text(sample.captions[0], "prompt").embeds
+            other.text(sample.captions[0], "prompt").only.embeds,
+            filled.caches.text(sample.captions[0], "prompt").only.embeds,
         )
     assert three.family.opened == []
 

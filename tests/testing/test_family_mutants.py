@@ -70,6 +70,7 @@ class Encoder(ToyTextEncoder):
     """A text encoder whose result passes through `change`."""
 
     def __init__(self, change: Callable[[Text, Sequence[Caption]], Text]) -> None:
+        super().__init__()
         self.change = change
 
     def encode(self, captions: Sequence[Caption], role: Any) -> Text:

@@ -72,7 +72,7 @@ def inputs(setup: Setup, *, crepa: bool) -> Iterator[Prefetched]:
             {"crepa": torch.empty(1, frames, height // 2, width // 2, wide, dtype=torch.bfloat16)} if crepa else {}
         )
         embeds = torch.empty(1, TEXT_TOKENS, setup.config["caption_channels"], dtype=torch.bfloat16)
-        text = Text(embeds, torch.ones(1, TEXT_TOKENS, dtype=torch.bool))
+        text = Text.of(embeds, torch.ones(1, TEXT_TOKENS, dtype=torch.bool))
         level = NoiseLevel(torch.empty(1), torch.empty(1))
         given = StepInput(torch.empty(latents), torch.empty(latents), level, Condition(text), 0, features=features)
         yield Prefetched(given, 0, ("fake",), [0.5])

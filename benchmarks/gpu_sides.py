@@ -155,7 +155,7 @@ class RandomBatches:
 
     def get(self, number: int, _features: Collection[str] | None = None) -> Batch:
         which = number % len(self.latents)
-        text = Text(self.embeds[which], self.mask)
+        text = Text.of(self.embeds[which], self.mask)
         latents, samples = Latents(self.latents[which]), (f"random/{which}",)
         return Batch(number, latents, text, (number,), samples, (False,), (False,), features=self.features[which])
 

@@ -87,7 +87,7 @@ def test_truncated_weights_are_not_loaded_either(own_checkpoint: Path, family_of
         family.load_denoiser("cpu", "fp32")
     with pytest.raises(ModelError, match="truncated"), family.open_video_codec("cpu"):
         pass
-    with pytest.raises(ModelError, match="truncated"), family.open_text_encoder("cpu"):
+    with pytest.raises(ModelError, match="truncated"), family.text_encoders()["gemma"].open("cpu"):
         pass
 
 

@@ -36,7 +36,7 @@ class SanaVideoDenoiser(DiffusersDenoiser):
         self.check_latents(noisy)
         if condition.extras:
             raise ValueError(f"SANA-Video is conditioned on text alone, not on {', '.join(sorted(condition.extras))}")
-        embeds, mask = condition.text.embeds, condition.text.mask
+        embeds, mask = condition.text.only.masked
         if not Device.of(noisy).autocasting:
             dtype = self._module.patch_embedding.weight.dtype
             noisy, embeds = noisy.to(dtype), embeds.to(dtype)

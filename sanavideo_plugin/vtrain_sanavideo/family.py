@@ -26,6 +26,8 @@ from vtrain.contract import (
     Problem,
     Role,
     Size,
+    TextEncoderSpec,
+    TextPartSpec,
     TokenGrid,
     digest,
     meaning,
@@ -104,14 +106,6 @@ class SanaVideoFamily:
         return self._transformer.width
 
     @property
-    def text_tokens(self) -> int:
-        return text.TEXT_TOKENS
-
-    @property
-    def text_width(self) -> int:
-        return self._transformer.caption_channels
-
-    @property
     def parameters(self) -> int:
         return sum(math.prod(shape) for shape in self._transformer.shapes().values())
 
@@ -179,7 +173,12 @@ class SanaVideoFamily:
         """SupportsWording: instruction, motion score and small letters included."""
         return text.wording(caption, role, self._options, self._instruction)
 
-    def text_fingerprint(self, hash_file: HashFile) -> str:
+    def text_encoders(self) -> Mapping[str, TextEncoderSpec]:
+        """Gemma-2, whose tokens the transformer takes with their mask: padding changes nothing."""
+        part = TextPartSpec(self._transformer.caption_channels, text.TEXT_TOKENS, dtype=self._options.text_precision)
+        return {"gemma": TextEncoderSpec({"text": part}, self._text_fingerprint, self._open_text)}
+
+    def _text_fingerprint(self, hash_file: HashFile) -> str:
         encoder, tokenizer = self._source.part("text_encoder"), self._source.part("tokenizer")
         return digest(
             "sanavideo text 1",
@@ -198,7 +197,7 @@ class SanaVideoFamily:
             [self._options.vae_precision, self._options.vae_tiling],
         )
 
-    def open_text_encoder(self, device: str) -> AbstractContextManager[SanaVideoText]:
+    def _open_text(self, device: str) -> AbstractContextManager[SanaVideoText]:
         encoder, tokenizer = self._source.part("text_encoder"), self._source.part("tokenizer")
         return opened(lambda: text.load(encoder, tokenizer, self._options, self._instruction, device), device)
 

@@ -58,7 +58,7 @@ class SanaVideoText:
         keep = [0, *range(mask.shape[1] - TEXT_TOKENS + 1, mask.shape[1])]
         embeds, mask = embeds[:, keep], mask[:, keep]
         longest = int(mask.sum(dim=1).max())
-        return Text(embeds=embeds[:, :longest].contiguous(), mask=mask[:, :longest].contiguous())
+        return Text.of(embeds[:, :longest].contiguous(), mask[:, :longest].contiguous())
 
     def close(self) -> None:
         """Let go of the weights."""

@@ -104,7 +104,7 @@ def mask_ignored() -> None:
     from vtrain_sanavideo.denoiser import SanaVideoDenoiser
 
     def predict(original: Any, self: Any, noisy: Any, level: Any, condition: Any) -> Any:
-        text = Text(condition.text.embeds, torch.ones_like(condition.text.mask))
+        text = Text.of(condition.text.only.embeds, torch.ones_like(condition.text.only.mask))
         return original(self, noisy, level, replace(condition, text=text))
 
     _method(SanaVideoDenoiser, "predict", predict)
@@ -135,8 +135,7 @@ def guidance_backwards() -> None:
     from vtrain.validate import generate
 
     def guided(original: Any, denoiser: Any, text: Any, guidance: float) -> Any:
-        half = len(text.mask) // 2
-        swapped = type(text)(text.embeds.roll(half, 0), text.mask.roll(half, 0)) if guidance > 1 else text
+        swapped = text.map(lambda tensor: tensor.roll(len(tensor) // 2, 0)) if guidance > 1 else text
         return original(denoiser, swapped, guidance)
 
     wrap(generate, "guided", guided)

@@ -120,7 +120,7 @@ def row(given: StepInput, number: int) -> StepInput:
         given.clean[one],
         given.noise[one],
         NoiseLevel(given.level.sigma[one], given.level.timestep[one]),
-        Condition(Text(text.embeds[one], text.mask[one])),
+        Condition(text.map(lambda tensor: tensor[one])),
         given.step,
     )
 
@@ -160,7 +160,7 @@ def test_noise_and_levels_stay_what_they_were_and_sigmas_are_told_by_frame(toy: 
     from vtrain.contract import Latents
     from vtrain.data.batches import Batch
 
-    text = Text(torch.zeros(2, 8, 4), torch.ones(2, 8, dtype=torch.bool))
+    text = Text.of(torch.zeros(2, 8, 4), torch.ones(2, 8, dtype=torch.bool))
     clean = torch.randn(2, 2, 3, 2, 2)
 
     class One:

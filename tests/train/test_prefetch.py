@@ -26,7 +26,7 @@ class Made:
         self.asked.append(number)
         self.threads.add(threading.current_thread().name)
         self.make(number)
-        text = Text(torch.full((1, 8, 4), float(number)), torch.ones(1, 8, dtype=torch.bool))
+        text = Text.of(torch.full((1, 8, 4), float(number)), torch.ones(1, 8, dtype=torch.bool))
         return Batch(number, Latents(torch.full((1, 2, 1, 2, 2), float(number))), text, (number,), ("a",), (False,))
 
 

@@ -56,10 +56,10 @@ def test_captions_that_differ_in_one_word_differ_in_that_words_token_alone_by_mu
     with open_text(built / "text_encoder", built / "tokenizer", options, instruction, "cpu") as encoder:
         # One by one: the attention of sixty together, 300 tokens and more each, fits no processor's cache.
         texts = [encoder.encode([Caption(each.caption)], "prompt") for each in words]
-    assert len({int(text.mask.sum()) for text in texts}) == 1, (
+    assert len({int(text.only.mask.sum()) for text in texts}) == 1, (
         "every word is one token, so that words stand at the same place"
     )
-    embeds = torch.nn.functional.normalize(torch.cat([text.embeds for text in texts]), dim=-1)
+    embeds = torch.nn.functional.normalize(torch.cat([text.only.embeds for text in texts]), dim=-1)
     for one, other in combinations(range(len(words)), 2):
         differing = [name for name in ATTRIBUTES if getattr(words[one], name) != getattr(words[other], name)]
         if len(differing) == 1:

@@ -129,6 +129,7 @@ from vtrain.contract.records import (
     SourceRef,
     StepView,
     Text,
+    TextPart,
     Words,
 )
 from vtrain.contract.regularizers import (
@@ -161,6 +162,7 @@ from vtrain.contract.specs import (
     TrackerSpec,
     hookimpl,
 )
+from vtrain.contract.text import TextEncoderSpec, TextPartSpec
 from vtrain.contract.weights import (
     Shape,
     WeightFiles,
@@ -285,6 +287,9 @@ __all__ = [
     "SupportsWording",
     "Text",
     "TextEncoder",
+    "TextEncoderSpec",
+    "TextPart",
+    "TextPartSpec",
     "TokenGrid",
     "Tracker",
     "TrackerSpec",

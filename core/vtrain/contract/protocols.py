@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from vtrain.contract.text import TextEncoderSpec
+
 HashFile = Callable[[Path], str]
 """Content hash of a file, remembered by path, size and time of change."""
 
@@ -44,7 +46,9 @@ class TextEncoder(Protocol):
     """Captions to embeddings. *torch*"""
 
     def encode(self, captions: Sequence[Caption], role: Role) -> Text:
-        """Embeddings on the CPU. What a role adds to the text (an instruction, nothing) is the family's business.
+        """The parts that its TextEncoderSpec promises, on the CPU.
+
+        What a role adds to the text (an instruction, nothing) is the family's business.
 
         "prompt": a clip's caption or a validation prompt; "negative": guidance's other side; "dropped": a dropped caption.
         """
@@ -155,18 +159,12 @@ class Family(Protocol):
         ...
 
     @property
-    def text_tokens(self) -> int:
-        """The denoiser gets text padded to its batch's longest, never beyond this. Longer captions are cut by the encoder."""
-        ...
-
-    @property
-    def text_width(self) -> int:
-        """D of the text embeddings."""
-        ...
-
-    @property
     def parameters(self) -> int:
         """Number of the denoiser's parameters, from the model folder, without loading them."""
+        ...
+
+    def text_encoders(self) -> Mapping[str, TextEncoderSpec]:
+        """One to three, by name, in the order in which captions are encoded: all parts of the text, and nothing loaded."""
         ...
 
     def resolutions(self) -> Mapping[str, tuple[Size, ...]]:
@@ -200,16 +198,8 @@ class Family(Protocol):
         """The model folder's own scheduler config, for its sampler."""
         ...
 
-    def text_fingerprint(self, hash_file: HashFile) -> str:
-        """Changes when, and only when, encoded text would: weights, config, tokenizer, instruction, storage type."""
-        ...
-
     def video_fingerprint(self, hash_file: HashFile) -> str:
         """Changes when, and only when, encoded video would: weights, config, storage type, tiling."""
-        ...
-
-    def open_text_encoder(self, device: str) -> AbstractContextManager[TextEncoder]:
-        """*torch* Load the text encoder for the length of a with block; its memory is free afterwards."""
         ...
 
     def open_video_codec(self, device: str) -> AbstractContextManager[VideoCodec]:

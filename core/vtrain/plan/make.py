@@ -35,6 +35,7 @@ from vtrain.contract.specs import did_you_mean, listed
 from vtrain.plan.datasets import check_frames, datasets, nearest_size, token_grid, warnings
 from vtrain.plan.places import among_clips, output_problems
 from vtrain.plan.records import DatasetPlan, Plan, ValidationPlan
+from vtrain.plan.text import check_text
 from vtrain.registry.blame import blame
 
 
@@ -61,6 +62,7 @@ def _make_plan(config: Config, processes: int) -> Plan:
     # All below asks the model folder, which is not sound.
     if broken:
         raise ConfigError(broken + problems)
+    check_text(family)
     sampler_spec = config.sampler.registered.spec
     assert isinstance(sampler_spec, SamplerSpec)
     problems += _check_unit(config, spec, sampler_spec)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from vtrain.contract import (
     ClipShape,
     Denoiser,
     Family,
+    HashFile,
     SupportsFrameLevels,
     SupportsTokenGrid,
     VtrainError,
@@ -125,15 +127,29 @@ class GeometryTests(FamilySubject):
         assert all(isinstance(label, str) and isinstance(text, str) for label, text in family.describe())
         json.dumps(dict(family.scheduler_config()))
 
+    def test_text_is_declared_in_parts(self, family: Family) -> None:
+        """One to three text encoders, each with a part; no two parts have one name, and each is of some width and length."""
+        encoders = family.text_encoders()
+        assert 1 <= len(encoders) <= 3, f"{len(encoders)} text encoders"
+        names = [name for encoder in encoders.values() for name in encoder.parts]
+        assert len(set(names)) == len(names), f"a part's name is used twice: {', '.join(sorted(names))}"
+        for name, encoder in encoders.items():
+            assert encoder.parts, f"{name} has no part"
+            for part, spec in encoder.parts.items():
+                assert min(spec.shape) > 0, f"{part} is {spec.shape}"
+                assert spec.padding in ("longest", "full"), f"{part} is padded {spec.padding}"
+                assert spec.padding != "full" or spec.tokens is not None, f"{part} is pooled and padded in full"
+                assert spec.dtype in ("fp32", "bf16"), f"{part} is {spec.dtype}"
+
     def test_fingerprints_are_stable_and_differ_from_each_other(self, family: Family) -> None:
-        """Asked twice, a fingerprint is the same text; the two encoders have different ones."""
-        text, video = family.text_fingerprint(digest), family.video_fingerprint(digest)
-        assert (text, video) == (family.text_fingerprint(digest), family.video_fingerprint(digest))
-        assert text != video, "a change of one encoder would be taken for a change of the other"
+        """Asked twice, a fingerprint is the same text; no two encoders have the same."""
+        first, again = ([mark(digest) for mark in fingerprints(family)] for _ in range(2))
+        assert first == again
+        assert len(set(first)) == len(first), "a change of one encoder would be taken for a change of another"
 
     def test_fingerprints_follow_the_files_they_hash(self, family: Family) -> None:
         """If a fingerprint asks for a file's hash, another hash gives another fingerprint."""
-        for fingerprint in (family.text_fingerprint, family.video_fingerprint):
+        for fingerprint in fingerprints(family):
             asked: list[Path] = []
 
             def changed(file: Path, asked: list[Path] = asked) -> str:
@@ -143,6 +159,11 @@ class GeometryTests(FamilySubject):
             after = fingerprint(changed)
             if asked:
                 assert after != fingerprint(digest), f"it ignores the contents of {asked[0].name}"
+
+
+def fingerprints(family: Family) -> list[Callable[[HashFile], str]]:
+    """Of the text encoders and of the codec."""
+    return [*(encoder.fingerprint for encoder in family.text_encoders().values()), family.video_fingerprint]
 
 
 class FamilyTests(GeometryTests, TextEncoderTests, VideoCodecTests, DenoiserTests, TapTests, LoraTests):

@@ -20,7 +20,7 @@ from vtrain.contract import (
     NoiseLevel,
     SupportsLora,
     SupportsTokenGrid,
-    Text,
+    TextPart,
     takes_frame_levels,
     timed,
     timesteps,
@@ -86,6 +86,14 @@ class LoraTests(FamilySubject):
         assert not odd, f"values differ: {', '.join(odd)}"
 
 
+def masked_parts(example: Example) -> Iterator[tuple[str, TextPart]]:
+    """Those of the text that come with a mask. Skips when there are none."""
+    found = [(name, part) for name, part in example.condition.text.parts.items() if part.mask is not None]
+    if not found:
+        pytest.skip("no part of this family's text comes with a mask")
+    yield from found
+
+
 class DenoiserTests(FamilySubject):
     """The model being trained.
 
@@ -111,35 +119,57 @@ class DenoiserTests(FamilySubject):
             example,
             noisy=torch.stack([example.noisy[0], noise(example.latents, seed=9)]),
             level=NoiseLevel(example.level.sigma[[0, 0]], timesteps(example.level)[[0, 0]]),
-            condition=Condition(Text(text.embeds[[0, 0]], text.mask[[0, 0]])),
+            condition=Condition(text.map(lambda tensor: tensor[[0, 0]])),
         )
         with torch.no_grad():
             found, wanted = other.run(denoiser)[0], example.run(denoiser)[0]
         assert gap(found, wanted) <= self.batch_tolerance, f"differ by {gap(found, wanted):.1e}"
 
     def test_masked_text_does_not_matter(self, denoiser: Denoiser, example: Example) -> None:
-        """What stands in text embeddings behind the mask changes no prediction (within mask_tolerance)."""
-        text = example.condition.text
-        rubbish = torch.where(text.mask[..., None], text.embeds, 3 * noise(text.embeds.shape, seed=5))
-        with torch.no_grad():
-            found = example.with_text(Text(rubbish, text.mask)).run(denoiser)
-            wanted = example.run(denoiser)
-        assert gap(found, wanted) <= self.mask_tolerance, f"differ by {gap(found, wanted):.1e}"
+        """What stands in text embeddings behind a mask changes no prediction (within mask_tolerance)."""
+        for name, part in masked_parts(example):
+            embeds, mask = part.masked
+            rubbish = torch.where(mask[..., None], embeds, 3 * noise(embeds.shape, seed=5).to(embeds))
+            with torch.no_grad():
+                found = example.with_part(name, TextPart(rubbish, mask)).run(denoiser)
+                wanted = example.run(denoiser)
+            assert gap(found, wanted) <= self.mask_tolerance, f"{name}: differ by {gap(found, wanted):.1e}"
 
     def test_padding_of_text_does_not_matter(self, denoiser: Denoiser, example: Example) -> None:
         """More padding behind the real tokens changes no prediction (within mask_tolerance)."""
-        text, longest = example.condition.text, int(example.condition.text.mask.sum(dim=1).max())
-        with torch.no_grad():
-            found = example.with_text(Text(text.embeds[:, :longest], text.mask[:, :longest])).run(denoiser)
-            wanted = example.run(denoiser)
-        assert gap(found, wanted) <= self.mask_tolerance, f"differ by {gap(found, wanted):.1e}"
+        for name, part in masked_parts(example):
+            embeds, mask = part.masked
+            longest = int(mask.sum(dim=1).max())
+            with torch.no_grad():
+                found = example.with_part(name, TextPart(embeds[:, :longest], mask[:, :longest])).run(denoiser)
+                wanted = example.run(denoiser)
+            assert gap(found, wanted) <= self.mask_tolerance, f"{name}: differ by {gap(found, wanted):.1e}"
+
+    def test_text_padded_in_full_is_seen_to_its_end(self, family: Family, denoiser: Denoiser, example: Example) -> None:
+        """What stands behind the text in a part padded in full changes the prediction: else padding it costs for nothing."""
+        full = [
+            name
+            for encoder in family.text_encoders().values()
+            for name, spec in encoder.parts.items()
+            if spec.padding == "full"
+        ]
+        if not full:
+            pytest.skip("no part of this family's text is padded in full")
+        for name in full:
+            given = example.condition.text.parts[name]
+            changed = given.embeds.clone()
+            changed[:, -1] += 3
+            with torch.no_grad():
+                other = example.with_part(name, TextPart(changed)).run(denoiser)
+                assert gap(other, example.run(denoiser)) > 1e-6, f'padding of {name} is ignored: it could be "longest"'
 
     def test_text_matters(self, denoiser: Denoiser, example: Example) -> None:
-        """Another text gives another prediction."""
-        text = example.condition.text
-        with torch.no_grad():
-            other = example.with_text(Text(text.embeds.flip(0), text.mask.flip(0))).run(denoiser)
-            assert gap(other, example.run(denoiser)) > 1e-6, "the text is ignored"
+        """Another text, in any of its parts, gives another prediction."""
+        for name, part in example.condition.text.parts.items():
+            other = TextPart(part.embeds.flip(0), None if part.mask is None else part.mask.flip(0))
+            with torch.no_grad():
+                found = example.with_part(name, other).run(denoiser)
+                assert gap(found, example.run(denoiser)) > 1e-6, f"{name} is ignored"
 
     def test_the_level_matters(self, denoiser: Denoiser, example: Example) -> None:
         """Another noise level gives another prediction."""

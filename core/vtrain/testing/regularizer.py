@@ -145,7 +145,7 @@ class RegularizerTests(FeatureTests):
             target=drawn - clean,
             prediction=noise(shape, seed + 2).requires_grad_(),
             level=level,
-            condition=Condition(Text(noise((2, 5, 8), seed + 3), torch.ones(2, 5, dtype=torch.bool))),
+            condition=Condition(Text.of(noise((2, 5, 8), seed + 3), torch.ones(2, 5, dtype=torch.bool))),
             taps={
                 tap: noise((2, *grid, self.tap_width), seed + 4 + tap).to(dtype).requires_grad_()
                 for tap in regularizer.needs().taps

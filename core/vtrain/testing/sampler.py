@@ -22,6 +22,9 @@ from vtrain.contract import (
     SupportsStepCheck,
     SupportsStepwise,
     Text,
+    TextEncoderSpec,
+    TextPart,
+    TextPartSpec,
 )
 
 
@@ -46,10 +49,19 @@ def level_of(sigmas: Sequence[float]) -> NoiseLevel:
     return NoiseLevel(torch.tensor(sigmas, dtype=torch.float32))
 
 
-def padded(text: Text, tokens: int) -> Text:
-    """Text padded with zeros to `tokens`, as denoisers get it."""
-    missing = tokens - text.mask.shape[1]
-    return Text(embeds=F.pad(text.embeds, (0, 0, 0, missing)), mask=F.pad(text.mask, (0, missing), value=False))
+def padded(text: Text, encoder: TextEncoderSpec) -> Text:
+    """The parts of one encoder as denoisers get them, but for "longest" padded to all their tokens too."""
+    return Text({name: _padded(part, encoder.parts[name]) for name, part in text.parts.items()})
+
+
+def _padded(part: TextPart, spec: TextPartSpec) -> TextPart:
+    if spec.tokens is None:
+        return part
+    embeds, mask = part.masked
+    missing = spec.tokens - mask.shape[1]
+    # Whatever an encoder makes of its own padding is replaced: entries of the cache hold real tokens alone.
+    zeros = F.pad(embeds * mask[..., None], (0, 0, 0, missing))
+    return TextPart(zeros, None if spec.padding == "full" else F.pad(mask, (0, missing), value=False))
 
 
 def gap(found: Tensor, wanted: Tensor) -> float:

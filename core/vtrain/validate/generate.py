@@ -141,8 +141,7 @@ class Validator:
         if self.plan.guidance > 1:
             # The negative ones first: so does diffusers, and so guided() cuts the prediction in two.
             texts = [self.caches.text(Caption(self.plan.negative_prompt), "negative")] * len(texts) + texts
-        text = pad(texts, self.family.text_tokens)
-        return Text(self.device.move(text.embeds), self.device.move(text.mask))
+        return pad(texts, self.family.text_encoders()).map(self.device.move)
 
     def latents(self, *prompts: str, first: Tensor | None = None) -> Tensor:
         """Clean latents (B, C, f, h, w) of B prompts, in one batch and from the same noise, on the CPU. Raises Interrupted.

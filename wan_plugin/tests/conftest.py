@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from vtrain_wan import tiny
-from vtrain_wan.family import TI2VFamily, WanFamily
-from vtrain_wan.options import Wan21Options, WanOptions
+from vtrain_wan.family import TI2VFamily, Wan21Family
+from vtrain_wan.plugin import WAN21, TI2VOptions, Wan21Options
 
 
 @pytest.fixture(scope="session")
@@ -39,20 +39,22 @@ def own_checkpoint(wan21: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def family_of() -> Callable[..., WanFamily]:
+def family_of() -> Callable[..., Wan21Family]:
     """Build the family that the folder is named after, in fp32 unless told otherwise."""
 
-    def build(folder: Path, **options: object) -> WanFamily:
+    def build(folder: Path, **options: object) -> Wan21Family:
         chosen = {"text_precision": "fp32", "path": str(folder)} | options
         if folder.name == "ti2v":
-            return TI2VFamily(WanOptions.model_validate(chosen))
-        return WanFamily(Wan21Options.model_validate(chosen))
+            return TI2VFamily(TI2VOptions.model_validate(chosen))
+        built = WAN21.build(Wan21Options.model_validate(chosen))
+        assert isinstance(built, Wan21Family)
+        return built
 
     return build
 
 
 @pytest.fixture
-def family(checkpoint: Path, family_of: Callable[..., WanFamily]) -> WanFamily:
+def family(checkpoint: Path, family_of: Callable[..., Wan21Family]) -> Wan21Family:
     return family_of(checkpoint)
 
 

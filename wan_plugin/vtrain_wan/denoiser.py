@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtrain.contract import (
-    Condition,
-    Device,
-    DiffusersDenoiser,
-    DType,
-    LatentGeometry,
-    LatentShape,
-    NoiseLevel,
-    load_module,
-)
-from vtrain_wan.text import TEXT_TOKENS
+from vtrain.contract import Condition, Device, DiffusersDenoiser, LatentShape, NoiseLevel, timesteps
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 ORIGINAL_NAMES = {
-    "attn1": "self_attn",
-    "attn2": "cross_attn",
-    "to_q": "q",
-    "to_k": "k",
-    "to_v": "v",
-    "to_out.0": "o",
-    "ffn.net.0.proj": "ffn.0",
-    "ffn.net.2": "ffn.2",
+    "attn1": "self_attn", "attn2": "cross_attn", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o",
+    "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2",
     "condition_embedder.text_embedder.linear_1": "text_embedding.0",
     "condition_embedder.text_embedder.linear_2": "text_embedding.2",
     "condition_embedder.time_embedder.linear_1": "time_embedding.0",
     "condition_embedder.time_embedder.linear_2": "time_embedding.2",
-    "condition_embedder.time_proj": "time_projection.1",
-    "proj_out": "head.head",
-}
+    "condition_embedder.time_proj": "time_projection.1", "proj_out": "head.head",
+}  # fmt: skip
 """diffusers' names of modules -> Wan's own, which ComfyUI reads."""
 
 
@@ -51,16 +33,11 @@ class WanDenoiser(DiffusersDenoiser):
         level.timestep: (B,) in 0..1000, or (B, f), one for each latent frame (Wan 2.2 TI2V). Inputs take the weights' type
         unless autocast chooses. Raises ValueError for latents that the patches would not cover.
         """
-        from torch.nn import functional
-
         self.check_latents(noisy)
-        # No mask reaches the module: behind the text stand zeros, up to the length that it was trained with.
-        text = condition.text.embeds.masked_fill(~condition.text.mask[..., None], 0)
-        text = functional.pad(text, (0, 0, 0, TEXT_TOKENS - text.shape[1]))
+        text, timestep = condition.text.only.embeds, timesteps(level)
         if not Device.of(noisy).autocasting:
             dtype = self._module.patch_embedding.weight.dtype
             noisy, text = noisy.to(dtype), text.to(dtype)
-        timestep = level.timestep
         if timestep.ndim == 2:  # for each token, in the order of the patches
             grid = self._geometry.token_grid(LatentShape(*noisy.shape[1:]))
             timestep = timestep.repeat_interleave(grid.height * grid.width, dim=1)
@@ -71,10 +48,3 @@ class WanDenoiser(DiffusersDenoiser):
         from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
 
         return WanLoraLoaderMixin
-
-
-def load(folder: Path, geometry: LatentGeometry, device: str, dtype: DType) -> WanDenoiser:
-    """Load the transformer of `folder`; what its class keeps in fp32 is fp32, as from_pretrained has it. Raises ModelError."""
-    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
-
-    return WanDenoiser(load_module(WanTransformer3DModel, folder, dtype, device), geometry, blocks="blocks")

@@ -5,182 +5,121 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ftfy
 
 from vtrain.contract import (
-    DIFFUSERS_STEM,
-    TRANSFORMERS_STEM,
     Caption,
     CausalCodecConfig,
-    CheckpointSource,
-    ClipShape,
+    CheckpointOptions,
+    DiffusersFamily,
     DType,
-    FrameRule,
     HashFile,
-    LatentGeometry,
     LatentShape,
-    ModelError,
-    NormalizedCodec,
     Problem,
     Role,
     Size,
-    TokenGrid,
-    digest,
-    load_autoencoder,
-    meaning,
+    TextEncoderSpec,
+    TextPartSpec,
+    load_module,
     opened,
-    read_json,
-    tokenizer_hashes,
-    weight_hashes,
 )
-from vtrain_wan import check, denoiser, text
-from vtrain_wan.config import TI2V, WAN21, TransformerConfig, identity
-from vtrain_wan.options import Wan21Options, WanOptions
+from vtrain_wan import checkpoint, text
+from vtrain_wan.denoiser import WanDenoiser
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
-class WanFamily:
+def buckets(official: Size, stride: int) -> tuple[Size, ...]:
+    """The official size and its upright one, then other aspects of at most its area.
+
+    As Wan's image2video.py and diffusers' guide round: round(sqrt(area x aspect)), down to a multiple of the stride.
+    """
+
+    def side(aspect: float) -> int:
+        return round(math.sqrt(official.area * aspect)) // stride * stride
+
+    aspects = (1, 4 / 3, 3 / 4, 3 / 2, 2 / 3)
+    return (official, Size(official.height, official.width), *(Size(side(each), side(1 / each)) for each in aspects))
+
+
+class Wan21Family(DiffusersFamily[checkpoint.WanConfig]):
     """A vtrain.contract.Family. Members that read the model folder raise ModelError if it is not sound; `check` lists why."""
 
-    version = WAN21
+    title = checkpoint.TEXT_TO_VIDEO
+    sizes: Mapping[str, tuple[Size, ...]] = {
+        "480p": buckets(Size(832, 480), 16),
+        "720p": buckets(Size(1280, 720), 16),
+    }
+    default_frames = 81
+    default_fps = 16.0
+    frame_levels = False
 
-    def __init__(self, options: WanOptions) -> None:
-        self._options = options
-        self._source = CheckpointSource(options.path, options.revision, check.COMPONENTS)
+    def __init__(self, options: CheckpointOptions, size: str | None = None) -> None:
+        super().__init__(options, checkpoint.COMPONENTS)
+        self._wanted = f"{self.title} {size}" if size else self.title
 
-    @cached_property
-    def _transformer(self) -> TransformerConfig:
-        return check.read_transformer(self._source.folder / "transformer")
+    def read_transformer(self, folder: Path) -> checkpoint.WanConfig:
+        return checkpoint.read_transformer(folder)
 
-    @cached_property
-    def _codec(self) -> CausalCodecConfig:
-        return check.read_vae(self._source.folder / "vae")
-
-    @cached_property
-    def _geometry(self) -> LatentGeometry:
-        return self._codec.geometry(self._transformer.patch_size)
-
-    @property
-    def default_fps(self) -> float:
-        return self.version.fps
-
-    @property
-    def default_frames(self) -> int:
-        return self.version.frames
-
-    @property
-    def default_size(self) -> Size:
-        return next(iter(self.version.sizes.values()))[0]
-
-    @property
-    def frame_rule(self) -> FrameRule:
-        return self._geometry.frame_rule
-
-    @property
-    def pixel_stride(self) -> int:
-        return self._geometry.pixel_stride
-
-    @property
-    def block_count(self) -> int:
-        return self._transformer.num_layers
-
-    @property
-    def block_width(self) -> int:
-        return self._transformer.width
-
-    @property
-    def text_tokens(self) -> int:
-        return text.TEXT_TOKENS
-
-    @property
-    def text_width(self) -> int:
-        return self._transformer.text_dim
-
-    @property
-    def parameters(self) -> int:
-        return sum(math.prod(shape) for shape in self._transformer.shapes().values())
-
-    def resolutions(self) -> Mapping[str, tuple[Size, ...]]:
-        return self.version.sizes
-
-    def latent_shape(self, clip: ClipShape) -> LatentShape:
-        return self._geometry.latent_shape(clip, self.version.title)
-
-    def pixel_frames(self, latent_frame: int) -> range:
-        return self._geometry.pixel_frames(latent_frame)
-
-    def token_grid(self, latents: LatentShape) -> TokenGrid:
-        return self._geometry.token_grid(latents)
+    def read_codec(self, folder: Path) -> CausalCodecConfig:
+        return checkpoint.read_vae(folder)
 
     def check(self) -> Sequence[Problem]:
-        size = self._options.size if isinstance(self._options, Wan21Options) else None
-        return check.check(self._source, self.version, size)
+        return checkpoint.check(self._source, self._wanted)
 
     def describe(self) -> Sequence[tuple[str, str]]:
-        transformer, vae, options = self._transformer, self._codec, self._options
-        blocks = f"{transformer.num_layers} blocks x {transformer.width}, {self.parameters:,} parameters"
-        factors = f"x{vae.space_factor} space, x{vae.time_factor} time, {vae.z_dim} channels"
-        return (
-            ("model", self._source.describe()),
-            ("denoiser", f"{identity(transformer.shapes())}, {blocks}"),
-            ("text", f"UMT5 in {options.text_precision}, {text.TEXT_TOKENS} tokens"),
-            ("video codec", f"Wan VAE in {options.vae_precision}, {factors}{', tiled' if options.vae_tiling else ''}"),
-        )
+        return (*self.rows(), ("text", f"UMT5 in {self._options.text_precision}, {text.TOKENS} tokens"))
 
-    def scheduler_config(self) -> Mapping[str, object]:
-        return read_json(self._source.folder / "scheduler" / "scheduler_config.json")
+    def timestep(self, sigma: Tensor) -> Tensor:
+        return 1000 * sigma
 
     def wording(self, caption: Caption, role: Role) -> str:
         return text.wording(caption, role)
 
-    def text_fingerprint(self, hash_file: HashFile) -> str:
-        encoder, tokenizer = self._source.part("text_encoder"), self._source.part("tokenizer")
-        return digest(
-            "wan text 1",
-            tokenizer_hashes(tokenizer, hash_file),
-            meaning(read_json(encoder / "config.json")),
-            weight_hashes(encoder, TRANSFORMERS_STEM, hash_file),
-            # Its version: another one may clean a caption otherwise.
-            [ftfy.__version__, text.TEXT_TOKENS, self._options.text_precision],
-        )
+    def text_encoders(self) -> Mapping[str, TextEncoderSpec]:
+        """UMT5. What stands behind a caption's tokens is zero, and no mask reaches the transformer."""
+        part = TextPartSpec(self._transformer.text_dim, text.TOKENS, "full", self._options.text_precision)
+        return {"umt5": TextEncoderSpec({"text": part}, self._text_fingerprint, self._open_text)}
 
-    def video_fingerprint(self, hash_file: HashFile) -> str:
-        folder = self._source.part("vae")
-        return digest(
-            "wan video 1",
-            meaning(read_json(folder / "config.json"), check.vae_defaults()),
-            weight_hashes(folder, DIFFUSERS_STEM, hash_file),
-            [self._options.vae_precision, self._options.vae_tiling],
-        )
+    def _text_fingerprint(self, hash_file: HashFile) -> str:
+        # With ftfy's version: another one may clean a caption otherwise.
+        settings = (ftfy.__version__, text.TOKENS, self._options.text_precision)
+        return self.component_fingerprint(hash_file, "text_encoder", "wan text 1", *settings, tokenizer="tokenizer")
 
-    def open_text_encoder(self, device: str) -> AbstractContextManager[text.WanText]:
+    def _open_text(self, device: str) -> AbstractContextManager[text.WanText]:
         encoder, tokenizer = self._source.part("text_encoder"), self._source.part("tokenizer")
         return opened(lambda: text.load(encoder, tokenizer, self._options.text_precision, device), device)
 
-    def open_video_codec(self, device: str) -> AbstractContextManager[NormalizedCodec]:
-        return opened(lambda: self._load_codec(device), device)
+    def video_fingerprint(self, hash_file: HashFile) -> str:
+        settings = (self._options.vae_precision, self._options.vae_tiling)
+        defaults = checkpoint.vae_defaults()
+        return self.component_fingerprint(hash_file, "vae", "wan video 1", *settings, defaults=defaults)
 
-    def _load_codec(self, device: str) -> NormalizedCodec:
+    def codec_class(self) -> type[nn.Module]:
         from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
-        codec, options, folder = self._codec, self._options, self._source.part("vae")
-        vae = load_autoencoder(AutoencoderKLWan, folder, options.vae_precision, device, tiling=options.vae_tiling)
-        return NormalizedCodec(vae, codec.latents_mean, codec.latents_std, codec.geometry(), "the Wan VAE")
+        codec: type[nn.Module] = AutoencoderKLWan
+        return codec
 
-    def load_denoiser(self, device: str, dtype: DType, weights: Path | None = None) -> denoiser.WanDenoiser:
-        folder = self._source.part("transformer") if weights is None else weights / "transformer"
-        if check.read_transformer(folder) != self._transformer:
-            what = f"these weights are not of the model {self._source.name}: their config differs."
-            raise ModelError(Problem(str(folder), what, "Name the model that they were trained from."))
-        return denoiser.load(folder, self._geometry, device, dtype)
+    def denoiser_of(self, folder: Path, device: str, dtype: DType) -> WanDenoiser:
+        from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+
+        module = load_module(WanTransformer3DModel, folder, dtype, device)
+        return WanDenoiser(module, self._geometry, blocks="blocks")
 
 
-class TI2VFamily(WanFamily):
-    """Wan 2.2 TI2V: its denoiser takes a level for each latent frame (SupportsFrameLevels)."""
+class TI2VFamily(Wan21Family):
+    """Wan 2.2 TI2V. Its denoiser takes a level for each latent frame."""
 
-    version = TI2V
+    title = checkpoint.TI2V
+    sizes: Mapping[str, tuple[Size, ...]] = {"720p": buckets(Size(1280, 704), 32)}
+    default_frames = 121
+    default_fps = 24.0
+    frame_levels = True
 
     def frame_level_bytes(self, latents: LatentShape, *, weights: DType, compute: DType, checkpointing: bool) -> int:
         """For each token instead of once for the clip: six vectors of the modulation, kept in fp32 by each block."""

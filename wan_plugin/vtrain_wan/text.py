@@ -11,7 +11,7 @@ import ftfy
 
 from vtrain.contract import Caption, DataError, DType, Problem, Role, Text, load_pretrained, load_tokenizer
 
-TEXT_TOKENS = 512
+TOKENS = 512
 """Tokens that the denoiser is given: WanPipeline's max_sequence_length."""
 
 
@@ -33,20 +33,19 @@ class WanText:
         self._tokenizer, self._model = tokenizer, model
 
     def encode(self, captions: Sequence[Caption], role: Role) -> Text:
-        """embeds (B, L, D) on the CPU in the storage type, zeros behind the mask; L = tokens of the longest, at most 512."""
+        """The part "text": embeds (B, L, D) on the CPU in the storage type, L = tokens of the longest caption, at most TOKENS."""
         import torch
 
         words = [wording(caption, role) for caption in captions]
         # Padding is encoded too: shorter inputs would change the last bits.
-        settings = {"padding": "max_length", "max_length": TEXT_TOKENS, "truncation": True, "return_tensors": "pt"}
+        settings = {"padding": "max_length", "max_length": TOKENS, "truncation": True, "return_tensors": "pt"}
         tokens = self._tokenizer(words, **settings).to(self._model.device)
         with torch.inference_mode():
             embeds = self._model(tokens.input_ids, tokens.attention_mask).last_hidden_state
         mask = tokens.attention_mask.cpu().bool()
         longest = int(mask.sum(dim=1).max())
         # Copied outside inference mode, so that they are tensors like any other.
-        embeds = embeds.cpu().clone().masked_fill(~mask[..., None], 0)
-        return Text(embeds=embeds[:, :longest].contiguous(), mask=mask[:, :longest].contiguous())
+        return Text.of(embeds[:, :longest].cpu().clone(), mask[:, :longest].contiguous())
 
     def close(self) -> None:
         self._model = None
@@ -54,7 +53,7 @@ class WanText:
 
 def load(encoder: Path, tokenizer: Path, dtype: DType, device: str) -> WanText:
     """Tokenizer and encoder. Raises ModelError."""
-    from transformers import T5TokenizerFast, UMT5EncoderModel
+    from transformers import T5Tokenizer, UMT5EncoderModel
 
     model = load_pretrained(UMT5EncoderModel, encoder, dtype, device, "text encoder")
-    return WanText(load_tokenizer(T5TokenizerFast, tokenizer), model)
+    return WanText(load_tokenizer(T5Tokenizer, tokenizer), model)

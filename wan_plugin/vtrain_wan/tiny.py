@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from vtrain.contract import Device, quiet
 
 if TYPE_CHECKING:
-    from transformers import T5TokenizerFast
+    from transformers import T5Tokenizer
 
 CORPUS = (
     "a cat walks slowly over the wet grass in the soft light of the morning",
@@ -96,10 +96,10 @@ def build(
     return folder
 
 
-def train_tokenizer() -> T5TokenizerFast:
+def train_tokenizer() -> T5Tokenizer:
     """A tokenizer built as T5's: unigrams, "▁" for spaces, </s> put last. Trained on CORPUS."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import T5TokenizerFast
+    from transformers import T5Tokenizer
 
     learner = Tokenizer(models.Unigram())
     learner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
@@ -108,7 +108,7 @@ def train_tokenizer() -> T5TokenizerFast:
         CORPUS, trainers.UnigramTrainer(vocab_size=300, show_progress=False, special_tokens=special, unk_token="<unk>")
     )
     pieces = json.loads(learner.to_str())["model"]["vocab"]
-    return T5TokenizerFast(vocab=[(piece, score) for piece, score in pieces], extra_ids=0)
+    return T5Tokenizer(vocab=[(piece, score) for piece, score in pieces], extra_ids=0)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -52,6 +52,7 @@ from vtrain.contract.events import (
     Validating,
     Warned,
 )
+from vtrain.contract.families import CheckpointOptions, DiffusersFamily, TransformerConfig, layer, unlike
 from vtrain.contract.geometry import (
     ClipShape,
     FeatureShape,
@@ -191,6 +192,7 @@ __all__ = [
     "Catalog",
     "CausalCodecConfig",
     "CheckpointError",
+    "CheckpointOptions",
     "CheckpointSource",
     "ClipShape",
     "Component",
@@ -206,6 +208,7 @@ __all__ = [
     "Device",
     "DeviceError",
     "DiffusersDenoiser",
+    "DiffusersFamily",
     "Duration",
     "Ended",
     "Estimated",
@@ -294,6 +297,7 @@ __all__ = [
     "Tracker",
     "TrackerSpec",
     "TrainingError",
+    "TransformerConfig",
     "Validated",
     "Validating",
     "VideoCodec",
@@ -312,6 +316,7 @@ __all__ = [
     "free",
     "hookimpl",
     "is_location",
+    "layer",
     "load_autoencoder",
     "load_lora_file",
     "load_module",
@@ -336,6 +341,7 @@ __all__ = [
     "timesteps",
     "tokenizer_hashes",
     "torch_type",
+    "unlike",
     "weight_files",
     "weight_hashes",
     "weight_problems",

@@ -114,7 +114,7 @@ def plugin_faults(package: str, source: str) -> list[str]:
     return [
         f"{line}: {package} imports {name}"
         for line, name in imports(source)
-        if name.split(".")[0] in ("vtrain", "vtrain_builtin", "vtrain_sanavideo")
+        if name.split(".")[0] in ("vtrain", "vtrain_builtin", "vtrain_sanavideo", "vtrain_wan")
         and name.split(".")[0] != package
         and name.split(".")[:2] != ["vtrain", "contract"]
         and name != "vtrain"
@@ -212,6 +212,7 @@ def test_the_contract_imports_no_torch_when_it_is_imported(path: Path) -> None:
     [
         ("vtrain_builtin", ROOT / "plugins" / "vtrain_builtin"),
         ("vtrain_sanavideo", ROOT / "sanavideo_plugin" / "vtrain_sanavideo"),
+        ("vtrain_wan", ROOT / "wan_plugin" / "vtrain_wan"),
     ],
 )
 def test_a_plugin_imports_the_contract_and_nothing_else_of_ours(package: str, folder: Path) -> None:

@@ -29,7 +29,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 class SanaVideoDenoiser:
-    """The denoiser, and SupportsLora."""
+    """The denoiser, SupportsLora and SupportsDecayRule."""
 
     def __init__(self, module: SanaVideoTransformer3DModel, config: TransformerConfig) -> None:
         self._module = module
@@ -92,6 +92,10 @@ class SanaVideoDenoiser:
             holder: Any = type(self._module).from_config(self._module.config)
         holder.load_state_dict(dict(state), strict=True, assign=True)  # assign: nothing is copied
         holder.save_pretrained(folder / TRANSFORMER)
+
+    def decays(self, name: str, shape: tuple[int, ...]) -> bool | None:
+        """SupportsDecayRule: shift, scale and gate are vectors, though a table of them has two dimensions."""
+        return False if name.endswith(SCALE_SHIFT_TABLE) else None
 
     @property
     def lora_targets(self) -> tuple[str, ...]:

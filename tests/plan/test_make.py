@@ -119,6 +119,35 @@ def test_a_sampler_with_timesteps_of_one_family_is_refused_for_another(plan_of: 
     assert "config.toml:" in text
 
 
+def test_a_misspelt_ability_of_any_part_is_a_problem_before_anything_is_loaded(
+    plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vtrain_toy.family import ToyFamily
+    from vtrain_toy.smooth import Smooth
+
+    from vtrain_builtin.folder import LocalFolder
+    from vtrain_builtin.tensorboard import TensorBoard
+
+    for part, name in (
+        (ToyFamily, "wordings"),
+        (Flow, "check_step"),
+        (LocalFolder, "shard"),
+        (Smooth, "feature_shapes"),
+        (TensorBoard, "warnigs"),
+    ):
+        monkeypatch.setattr(part, name, lambda self: None, raising=False)
+    text = refused(plan_of, more='[[regularizer]]\nuse = "toy-smooth"\nblock = 1\n[[tracker]]\nuse = "tensorboard"')
+    for words in (
+        'the family ToyFamily of vtrain-toy 0.1.0 has "wordings", which nothing asks for, and no "wording" (SupportsWording).',
+        'has "check_step"',
+        'has "shard"',
+        'has "feature_shapes"',
+        'has "warnigs"',
+    ):
+        assert words in text
+    assert all("config.toml:" in line for line in text.splitlines())
+
+
 def test_all_problems_between_tables_come_at_once_each_with_its_line(plan_of: PlanOf) -> None:
     text = refused(
         plan_of,

@@ -29,6 +29,7 @@ from vtrain.contract import (
     SupportsStepCheck,
     SupportsTokenGrid,
     TokenGrid,
+    TrackerSpec,
     takes_frame_levels,
 )
 from vtrain.contract.specs import did_you_mean, listed
@@ -36,6 +37,7 @@ from vtrain.plan.datasets import check_frames, datasets, nearest_size, token_gri
 from vtrain.plan.places import among_clips, output_problems
 from vtrain.plan.records import DatasetPlan, Plan, ValidationPlan
 from vtrain.registry.blame import blame
+from vtrain.registry.spelling import declared_faults, faults
 
 
 def make_plan(config: Config, processes: int = 1) -> Plan:
@@ -70,6 +72,7 @@ def _make_plan(config: Config, processes: int) -> Plan:
     clips = _longest(family, made)
     regularizers = _regularizers(config, family, clips, problems)
     validation = _validation(config, family, sampler, problems)
+    problems += _misspelt(config, family, sampler, made, regularizers)
     if problems:
         raise ConfigError(sorted(problems, key=_place))
     return Plan(
@@ -89,6 +92,32 @@ def _make_plan(config: Config, processes: int) -> Plan:
             *_said(regularizers),
         ),
     )
+
+
+def _misspelt(
+    config: Config,
+    family: Family,
+    sampler: Sampler,
+    made: Sequence[DatasetPlan],
+    regularizers: Sequence[tuple[str, Regularizer]],
+) -> Iterator[Problem]:
+    """Abilities that a part's author has misspelt: without a word they would not be there, or be missed when all is encoded."""
+    model, where = config.model.registered, config.where("model", "use")
+    yield from faults("family", family, model, where)
+    yield from declared_faults("denoiser", family.load_denoiser, model, where)
+    yield from declared_faults("video codec", family.open_video_codec, model, where)
+    yield from faults("sampler", sampler, config.sampler.registered, config.where("sampler", "use"))
+    enabled = [part.registered for part in config.data if part.table.enabled]
+    for registered, dataset in zip(enabled, made, strict=True):
+        yield from faults("data backend", dataset.backend, registered, dataset.where)
+    for number, (_, regularizer) in enumerate(regularizers):
+        registered, where = config.regularizers[number].registered, config.where("regularizer", number)
+        yield from faults("regularizer", regularizer, registered, where)
+        yield from declared_faults("loss module", regularizer.load, registered, where)
+    for number, part in enumerate(config.trackers):
+        spec = part.registered.spec
+        assert isinstance(spec, TrackerSpec)
+        yield from declared_faults("tracker", spec.build, part.registered, config.where("tracker", number))
 
 
 def base_of(train: str) -> DType:

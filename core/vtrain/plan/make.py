@@ -135,17 +135,18 @@ def _place(problem: Problem) -> tuple[str, int, Problem]:
 def _check_precision(config: Config) -> list[Problem]:
     optimizer = config.optimizer.registered.spec
     assert isinstance(optimizer, OptimizerSpec)
-    full_bf16 = config.model.table.train == "full" and config.precision.base == "bf16"
-    if not full_bf16 or optimizer.pure_bf16:
+    # An adapter's own weights are fp32, whatever its base is.
+    trained: DType = "bf16" if config.model.table.train == "full" and config.precision.base == "bf16" else "fp32"
+    if trained in optimizer.moves:
         return []
-    return [
-        Problem(
-            config.where("precision", "base"),
-            f'full training of bf16 weights with optimizer "{optimizer.name}": its updates are smaller than bf16 can '
-            "hold, so the weights would not move.",
-            'Use base = "fp32" with mixed = "bf16".',
-        )
-    ]
+    if trained == "fp32":
+        what = f'the optimizer "{optimizer.name}" moves {listed(optimizer.moves)} weights, and fp32 is trained.'
+        return [Problem(config.where("optimizer", "use"), what, "Use another optimizer.")]
+    what = (
+        f'full training of bf16 weights with optimizer "{optimizer.name}": its updates are smaller than bf16 can hold, so the '
+        "weights would not move."
+    )
+    return [Problem(config.where("precision", "base"), what, 'Use base = "fp32" with mixed = "bf16".')]
 
 
 def _check_unit(config: Config, family: FamilySpec, sampler: SamplerSpec) -> list[Problem]:

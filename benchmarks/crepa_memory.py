@@ -82,7 +82,7 @@ def loop_of(setup: Setup, step: Step, processes: Processes) -> Loop:
     named = trained(step)
     return Loop(
         processes.wrap(step),
-        build_adamw(AdamWOptions(lr=LR), groups(named)),
+        build_adamw(AdamWOptions(lr=LR), groups(named, denoiser=step.denoiser)),
         [parameter for _, parameter in named],
         lambda _step: 1.0,
         None,  # type: ignore[arg-type]  # steps are fed by hand

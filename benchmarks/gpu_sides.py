@@ -249,7 +249,7 @@ def vtrain_side(
     step = Step(denoiser, sampler, terms or {}, RunLength(NEVER, 10.0))
     step.train()
     named = trained(step)
-    optimizer = build_adamw(AdamWOptions(lr=LR), groups(named))
+    optimizer = build_adamw(AdamWOptions(lr=LR), groups(named, denoiser=denoiser))
     loop = Loop(
         processes.wrap(step),
         optimizer,

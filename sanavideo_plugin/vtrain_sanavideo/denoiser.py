@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class SanaVideoDenoiser(DiffusersDenoiser):
-    """The denoiser, and SupportsLora."""
+    """The denoiser, SupportsLora and SupportsDecayRule."""
 
     def predict(self, noisy: Tensor, level: NoiseLevel, condition: Condition) -> Tensor:
         """v = e - x0, in the type that the module computes in.
@@ -53,6 +53,10 @@ class SanaVideoDenoiser(DiffusersDenoiser):
             return_dict=False,
         )[0]
         return prediction
+
+    def decays(self, name: str, shape: tuple[int, ...]) -> bool | None:
+        """SupportsDecayRule: shift, scale and gate are vectors, though a table of them has two dimensions."""
+        return False if name.endswith(SCALE_SHIFT_TABLE) else None
 
     @property
     def lora_targets(self) -> tuple[str, ...]:

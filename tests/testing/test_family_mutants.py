@@ -145,6 +145,16 @@ class Denoiser(ToyDenoiser):
         super().__init__(transformer(32, 3))
 
 
+class Decaying(Denoiser):
+    def decay(self, name: str, shape: tuple[int, ...]) -> bool:
+        return True
+
+
+class WholeCodec(ToyCodec):
+    def drop_encoders(self) -> None:
+        """Of drop_encoder."""
+
+
 class Misshapen(Denoiser):
     def predict(self, *inputs: Any) -> Tensor:
         return super().predict(*inputs)[:, :, :-1]
@@ -320,6 +330,9 @@ MUTANTS: Mapping[str, Callable[[Path], Subject]] = {
     "test_levels_for_each_frame_have_a_price": lambda _: geometry(
         frame_level_bytes=lambda self, latents, **settings: 100 - latents.frames
     ),
+    "test_abilities_of_the_family_are_spelt_right": lambda _: geometry(wordings=lambda self, caption, role: ""),
+    "test_abilities_of_the_codec_are_spelt_right": lambda _: kit(codec=WholeCodec()),
+    "test_abilities_of_the_denoiser_are_spelt_right": lambda _: kit(denoiser=Decaying()),
     "test_timesteps_follow_the_level": lambda _: geometry(timestep=lambda self, sigma: 1000 * (sigma - 0.5).abs()),
     "test_every_bucket_has_a_latent_shape": lambda _: geometry(
         latent_shape=lambda self, clip: LatentShape(12, 0, 8, 8)

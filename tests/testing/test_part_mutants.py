@@ -118,6 +118,7 @@ def with_a_unit(self: Flow, n: int, generator: torch.Generator) -> NoiseLevel:
 SAMPLERS: Mapping[str, Callable[[], Subject]] = {
     "test_drawn_levels_are_fp32_in_the_unit_range": lambda: sampler(draw=wide_draw),
     "test_timesteps_are_given_only_in_the_unit_of_a_named_family": lambda: started(draw=with_a_unit),
+    "test_abilities_of_the_sampler_are_spelt_right": lambda: sampler(check_step=lambda self, steps: ()),
     "test_draws_come_from_the_generator_alone": lambda: sampler(draw=global_draw),
     "test_draws_differ": lambda: sampler(draw=constant_draw),
     "test_level_zero_is_clean_and_level_one_is_noise": lambda: clips(corrupt=swapped),
@@ -257,8 +258,13 @@ def changing_load(self: Smooth, widths: Mapping[int, int]) -> nn.Module:
     return Smoothness(1, RegularizerTests.tap_width, 8, 0.1 * next(counter))
 
 
+class Impatient(Smoothness):
+    lr_factors = 2.0
+
+
 REGULARIZERS: Mapping[str, Callable[[], Subject]] = {
     "test_needs_are_pure": lambda: regularizer(needs=lambda self: Needs(taps=(next(counter),))),
+    "test_abilities_of_the_term_are_spelt_right": lambda: smoothness(Impatient),
     "test_the_loss_is_a_finite_scalar": lambda: loss(lambda term, _: LossTerm(term.value.expand(2))),
     "test_the_loss_reaches_every_tap": lambda: smoothness(Untapped),
     "test_its_own_parameters_are_trained": lambda: smoothness(lambda *_: Idle()),

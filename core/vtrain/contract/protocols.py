@@ -130,6 +130,15 @@ class SupportsLora(Protocol):
         ...
 
 
+@runtime_checkable
+class SupportsDecayRule(Protocol):
+    """A denoiser with parameters for which weight decay is not as their shape tells. *torch*"""
+
+    def decays(self, name: str, shape: tuple[int, ...]) -> bool | None:
+        """Whether weight decay applies to a parameter, by its name in `module`; None: to matrices and kernels, not to vectors."""
+        ...
+
+
 class Family(Protocol):
     """A model family on a model folder: its geometry, its text, its codec, its denoiser."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import pluggy
 
@@ -77,11 +77,16 @@ class DataBackendSpec(Spec):
     build: Callable[[Any], DataBackend]
 
 
+Moved = Literal["fp32", "bf16", "sharded"]
+"""Sorts of weights that an optimizer may move rightly."""
+
+
 @dataclass(frozen=True)
 class OptimizerSpec(Spec):
     """An optimizer. build(options, parameter groups) -> torch.optim.Optimizer, imports torch. options has a field `lr`.
 
-    pure_bf16: whether it moves bf16 weights rightly (stochastic rounding, Kahan summation).
+    moves: the weights that it moves rightly. "bf16": with stochastic rounding or Kahan summation; without, updates of the usual
+    size are lost in rounding. "sharded": of which each process holds a part: each number's update depends on that number's own.
     state_bytes: bytes of state per trained parameter, for the plan.
     usual_lr: lowest and highest learning rate of usual training; beyond it the plan warns. sensible_lr: above it nothing is
     learned, which is an error. None: any.
@@ -89,7 +94,7 @@ class OptimizerSpec(Spec):
 
     kind: ClassVar[str] = "optimizer"
     build: Callable[[Any, Sequence[ParameterGroup]], torch.optim.Optimizer]
-    pure_bf16: bool = False
+    moves: frozenset[Moved] = frozenset({"fp32"})
     state_bytes: float = 8.0
     usual_lr: tuple[float, float] | None = None
     sensible_lr: float | None = None

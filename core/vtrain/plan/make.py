@@ -29,6 +29,7 @@ from vtrain.contract import (
     SupportsStepCheck,
     SupportsTokenGrid,
     TokenGrid,
+    TrackerSpec,
     takes_frame_levels,
 )
 from vtrain.contract.specs import did_you_mean, listed
@@ -37,6 +38,7 @@ from vtrain.plan.places import among_clips, output_problems
 from vtrain.plan.records import DatasetPlan, Plan, ValidationPlan
 from vtrain.plan.text import check_text
 from vtrain.registry.blame import blame
+from vtrain.registry.spelling import declared_faults, faults
 
 
 def make_plan(config: Config, processes: int = 1) -> Plan:
@@ -72,6 +74,7 @@ def _make_plan(config: Config, processes: int) -> Plan:
     clips = _longest(family, made)
     regularizers = _regularizers(config, family, clips, problems)
     validation = _validation(config, family, sampler, problems)
+    problems += _misspelt(config, family, sampler, made, regularizers)
     if problems:
         raise ConfigError(sorted(problems, key=_place))
     return Plan(
@@ -93,6 +96,32 @@ def _make_plan(config: Config, processes: int) -> Plan:
     )
 
 
+def _misspelt(
+    config: Config,
+    family: Family,
+    sampler: Sampler,
+    made: Sequence[DatasetPlan],
+    regularizers: Sequence[tuple[str, Regularizer]],
+) -> Iterator[Problem]:
+    """Abilities that a part's author has misspelt: without a word they would not be there, or be missed when all is encoded."""
+    model, where = config.model.registered, config.where("model", "use")
+    yield from faults("family", family, model, where)
+    yield from declared_faults("denoiser", family.load_denoiser, model, where)
+    yield from declared_faults("video codec", family.open_video_codec, model, where)
+    yield from faults("sampler", sampler, config.sampler.registered, config.where("sampler", "use"))
+    enabled = [part.registered for part in config.data if part.table.enabled]
+    for registered, dataset in zip(enabled, made, strict=True):
+        yield from faults("data backend", dataset.backend, registered, dataset.where)
+    for number, (_, regularizer) in enumerate(regularizers):
+        registered, where = config.regularizers[number].registered, config.where("regularizer", number)
+        yield from faults("regularizer", regularizer, registered, where)
+        yield from declared_faults("loss module", regularizer.load, registered, where)
+    for number, part in enumerate(config.trackers):
+        spec = part.registered.spec
+        assert isinstance(spec, TrackerSpec)
+        yield from declared_faults("tracker", spec.build, part.registered, config.where("tracker", number))
+
+
 def base_of(train: str) -> DType:
     """Storage type of the denoiser where the file says none. What is trained is fp32: an adapter on a bf16 base, or all
     weights (_check_precision tells why)."""
@@ -108,17 +137,18 @@ def _place(problem: Problem) -> tuple[str, int, Problem]:
 def _check_precision(config: Config) -> list[Problem]:
     optimizer = config.optimizer.registered.spec
     assert isinstance(optimizer, OptimizerSpec)
-    full_bf16 = config.model.table.train == "full" and config.precision.base == "bf16"
-    if not full_bf16 or optimizer.pure_bf16:
+    # An adapter's own weights are fp32, whatever its base is.
+    trained: DType = "bf16" if config.model.table.train == "full" and config.precision.base == "bf16" else "fp32"
+    if trained in optimizer.moves:
         return []
-    return [
-        Problem(
-            config.where("precision", "base"),
-            f'full training of bf16 weights with optimizer "{optimizer.name}": its updates are smaller than bf16 can '
-            "hold, so the weights would not move.",
-            'Use base = "fp32" with mixed = "bf16".',
-        )
-    ]
+    if trained == "fp32":
+        what = f'the optimizer "{optimizer.name}" moves {listed(optimizer.moves)} weights, and fp32 is trained.'
+        return [Problem(config.where("optimizer", "use"), what, "Use another optimizer.")]
+    what = (
+        f'full training of bf16 weights with optimizer "{optimizer.name}": its updates are smaller than bf16 can hold, so the '
+        "weights would not move."
+    )
+    return [Problem(config.where("precision", "base"), what, 'Use base = "fp32" with mixed = "bf16".')]
 
 
 def _check_unit(config: Config, family: FamilySpec, sampler: SamplerSpec) -> list[Problem]:

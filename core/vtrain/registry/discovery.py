@@ -6,10 +6,11 @@ import faulthandler
 import os
 import re
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from importlib.metadata import Distribution, EntryPoint, distributions
 from types import ModuleType
+from typing import get_args
 
 import pluggy
 
@@ -22,6 +23,7 @@ from vtrain.contract import (
     Failure,
     FamilySpec,
     Hooks,
+    Moved,
     OptimizerSpec,
     Options,
     Registered,
@@ -85,6 +87,10 @@ def _own(spec: Spec) -> str:
         return f"its timesteps_of is {spec.timesteps_of!r}, not the name of a family"
     if isinstance(spec, OptimizerSpec) and "lr" not in spec.options.model_fields:
         return 'an optimizer has an option "lr"'
+    if isinstance(spec, OptimizerSpec) and not (
+        isinstance(spec.moves, Set) and set(get_args(Moved)) >= set(spec.moves)
+    ):
+        return f"its moves are {spec.moves!r}, not of {listed(get_args(Moved))}"
     return ""
 
 

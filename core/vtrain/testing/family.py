@@ -22,7 +22,7 @@ from vtrain.contract import (
 )
 from vtrain.testing.family_denoiser import DenoiserTests, LoraTests, TapTests
 from vtrain.testing.family_encoders import TextEncoderTests, VideoCodecTests
-from vtrain.testing.sampler import digest
+from vtrain.testing.sampler import check_names, digest
 from vtrain.testing.subject import FamilySubject
 
 
@@ -77,6 +77,10 @@ class GeometryTests(FamilySubject):
                 for frames in (1, 2)
             )
             assert 0 <= one <= two, f"{one} bytes for one frame, {two} for two"
+
+    def test_abilities_of_the_family_are_spelt_right(self, family: Family) -> None:
+        """No public name of the family is almost that of an ability which it lacks."""
+        check_names("family", family)
 
     def test_timesteps_follow_the_level(self, family: Family) -> None:
         """timestep keeps the shape of sigma, (B,) and (B, f); it is finite, of level 0 and 1 too, and goes one way with sigma."""

@@ -26,7 +26,7 @@ from vtrain.contract import (
     timesteps,
     with_clean,
 )
-from vtrain.testing.sampler import gap, noise
+from vtrain.testing.sampler import check_names, gap, noise
 from vtrain.testing.subject import Example, FamilySubject
 
 RANK = 4
@@ -104,6 +104,10 @@ class DenoiserTests(FamilySubject):
     batch_tolerance: float = 1e-5
     mask_tolerance: float = 1e-5
     without_gradient: frozenset[str] = frozenset()
+
+    def test_abilities_of_the_denoiser_are_spelt_right(self, denoiser: Denoiser) -> None:
+        """No public name of the denoiser is almost that of an ability which it lacks."""
+        check_names("denoiser", denoiser)
 
     def test_a_prediction_is_shaped_like_its_input(self, denoiser: Denoiser, example: Example) -> None:
         """predict gives finite values in the shape of `noisy`."""

@@ -21,7 +21,7 @@ from vtrain.contract import (
     VtrainError,
 )
 from vtrain.testing.memory import survivors
-from vtrain.testing.sampler import gap, moving_picture
+from vtrain.testing.sampler import check_names, gap, moving_picture
 from vtrain.testing.subject import CAPTIONS, FamilySubject
 
 
@@ -41,6 +41,10 @@ class VideoCodecTests(FamilySubject):
             clip = ClipShape(max(1, rule.offset) + steps * rule.stride, height, width)
             found = tuple(codec.encode(moving_picture(clip)).mean.shape)
             assert found == (1, *family.latent_shape(clip)), f"{clip}: encode gave {found}"
+
+    def test_abilities_of_the_codec_are_spelt_right(self, codec: VideoCodec) -> None:
+        """No public name of the codec is almost that of an ability which it lacks."""
+        check_names("video codec", codec)
 
     def test_latents_are_finite_fp32_without_a_graph(self, codec: VideoCodec, clip: ClipShape) -> None:
         """Latents are fp32, finite and carry no gradient."""

@@ -25,7 +25,7 @@ from vtrain.contract import (
     TokenGrid,
 )
 from vtrain.testing.memory import survivors
-from vtrain.testing.sampler import digest, gap, level_of, moving_picture, noise, required
+from vtrain.testing.sampler import check_names, digest, gap, level_of, moving_picture, noise, required
 
 
 def encoding(regularizer: Regularizer) -> SupportsFeatures:
@@ -178,6 +178,11 @@ class RegularizerTests(FeatureTests):
         assert taps == regularizer.needs().taps
         assert all(isinstance(tap, int) and tap >= 0 for tap in taps)
         assert len(set(taps)) == len(taps)
+
+    def test_abilities_of_the_term_are_spelt_right(self, regularizer: Regularizer, module: nn.Module) -> None:
+        """No public name of the regularizer, or of its module, is almost that of an ability which it lacks."""
+        check_names("regularizer", regularizer)
+        check_names("loss module", module)
 
     def test_the_loss_is_a_finite_scalar(self, regularizer: Regularizer, module: nn.Module) -> None:
         """The term's value is a finite scalar tensor in the graph."""

@@ -26,6 +26,7 @@ from vtrain.contract import (
     TextPart,
     TextPartSpec,
 )
+from vtrain.contract.abilities import misspelt, names_of
 
 
 def required(fixture: str, meaning: str) -> NoReturn:
@@ -75,6 +76,12 @@ def gap(found: Tensor, wanted: Tensor) -> float:
 def digest(file: Path) -> str:
     """A HashFile: of the file's bytes."""
     return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
+
+
+def check_names(sort: str, part: object) -> None:
+    """Fail for a public name that is a misspelt ability of such a part. sort: as vtrain.contract.abilities has it."""
+    found = [f"{each.name} (for {each.meant} of {each.ability}?)" for each in misspelt(sort, names_of(part))]
+    assert not found, f"nothing asks the {sort} for {', '.join(found)}; a name of its own may start with _"
 
 
 STEPS = (1, 2, 140, 150, 200, 300, 999, 1000)
@@ -137,6 +144,10 @@ class SamplerTests:
                 assert level.timestep is not None, f"no timesteps, though timesteps_of is {self.timesteps_of}"
                 assert level.timestep.shape == level.sigma.shape
                 assert level.timestep.isfinite().all()
+
+    def test_abilities_of_the_sampler_are_spelt_right(self, sampler: Sampler) -> None:
+        """No public name of the sampler is almost that of an ability which it lacks."""
+        check_names("sampler", sampler)
 
     def test_draws_come_from_the_generator_alone(self, sampler: Sampler) -> None:
         """The same generator state gives the same levels; torch's global generator is neither used nor moved."""

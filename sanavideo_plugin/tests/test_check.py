@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -195,3 +197,42 @@ def test_a_default_that_a_config_leaves_out_is_no_difference(
 
 def test_a_revision_of_a_folder_is_told_of(checkpoint: Path, family_of: Families) -> None:
     assert "revision is for hub ids" in said(family_of(checkpoint, revision="main"))
+
+
+CONFIG = """
+[run]
+output_dir = "{folder}/out"
+[model]
+use = "sanavideo"
+path = "{model}"
+train = "full"
+[[data]]
+use = "folder"
+path = "{folder}"
+[train]
+steps = 1
+[optimizer]
+use = "adamw"
+lr = 1e-4
+"""
+
+
+def test_a_plan_tells_weights_that_do_not_fit_their_configs_before_anything_is_loaded(
+    own_checkpoint: Path, tmp_path: Path
+) -> None:
+    change(own_checkpoint / "transformer" / "config.json", num_layers=3)
+    change(own_checkpoint / "vae" / "config.json", base_dim=16)
+    vocabulary = json.loads((own_checkpoint / "text_encoder" / "config.json").read_text())["vocab_size"]
+    change(own_checkpoint / "text_encoder" / "config.json", vocab_size=vocabulary + 1)
+    (tmp_path / "run.toml").write_text(CONFIG.format(folder=tmp_path, model=own_checkpoint))
+    command = [sys.executable, "-X", "importtime", "-m", "vtrain", "plan", str(tmp_path / "run.toml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    told = " ".join(line.strip() for line in done.stderr.splitlines() if not line.startswith("import time:"))
+    for words in (
+        "transformer_blocks.3.attn1.norm_k.weight is unexpected",
+        "encoder.conv_in.weight is [8, 3, 3, 3, 3] instead of [16, 3, 3, 3, 3]",
+        f"embed_tokens.weight is [{vocabulary}, 64] instead of [{vocabulary + 1}, 64]",
+    ):
+        assert words in told
+    assert not [line for line in done.stderr.splitlines() if line.startswith("import time:") and "torch" in line]

@@ -185,7 +185,8 @@ def test_a_text_encoder_is_frozen_and_its_faults_are_those_of_its_load_report(fo
     ours = load_pretrained(UMT5EncoderModel, folder / "text", "fp32", "cpu", "text encoder")
     theirs = UMT5EncoderModel.from_pretrained(folder / "text")
     tokens = torch.tensor([[3, 4, 1]])
-    assert torch.equal(ours(tokens)[0], theirs.eval()(tokens)[0])
+    with torch.no_grad():  # attention with gradients takes another path, of other last bits
+        assert torch.equal(ours(tokens)[0], theirs.eval()(tokens)[0])
     assert not ours.training
     assert not any(weight.requires_grad for weight in ours.parameters())
     state = {name: value.clone() for name, value in load_file(folder / "text" / "model.safetensors").items()}

@@ -34,7 +34,6 @@ from vtrain_sanavideo.crepa_loss import CrepaLoss
 from vtrain_sanavideo.crepa_options import CrepaOptions
 from vtrain_sanavideo.denoiser import SanaVideoDenoiser
 from vtrain_sanavideo.flow import SanaVideoFlow
-from vtrain_sanavideo.geometry import TransformerConfig
 from vtrain_sanavideo.options import SanaVideoFlowOptions
 
 LIMIT = 1.05
@@ -47,7 +46,7 @@ STEPS = 2
 
 def step_of(setup: Setup, *, crepa: bool) -> Step:
     """Denoiser, flow loss and CREPA's module, weightless (on the meta device)."""
-    denoiser = SanaVideoDenoiser(build(setup), TransformerConfig.model_validate(setup.config))
+    denoiser = SanaVideoDenoiser(build(setup), setup.geometry)
     if setup.mode == "lora":
         add_lora(denoiser, LoraTable(rank=RANK), 0, "")
     denoiser.gradient_checkpointing(setup.checkpointing)

@@ -30,6 +30,8 @@ DATA_BELOW = {"draws", "index", "locks", "sample", "seeds"}
 SHIPPED = {"testing", "scaffold"}  # for plugin authors: may use the contract, and nothing in core imports them
 FAMILIES = {"sanavideo", "sana", "wan", "gemma"}
 FOREIGN = {"diffusers", "transformers"}
+FOREIGN_HOME = CORE / "contract" / "loading.py"
+"""The one module of core that may import these, in bodies alone: the helpers that plugins give their classes to."""
 
 
 def imports(source: str, *, module_level: bool = False) -> Iterator[tuple[int, str]]:
@@ -130,8 +132,9 @@ def _bare(source: str, line: int) -> bool:
     return "import contract" not in source.splitlines()[line - 1]
 
 
-def foreign_faults(source: str) -> list[str]:
-    return [f"{line}: {name}" for line, name in imports(source) if name.split(".")[0] in FOREIGN]
+def foreign_faults(source: str, *, module_level: bool = False) -> list[str]:
+    found = imports(source, module_level=module_level)
+    return [f"{line}: {name}" for line, name in found if name.split(".")[0] in FOREIGN]
 
 
 def family_faults(source: str) -> list[str]:
@@ -196,7 +199,7 @@ def test_nothing_but_caching_fills_a_cache() -> None:
 @pytest.mark.parametrize("path", modules(CORE), ids=relative)
 def test_core_imports_neither_diffusers_nor_transformers_and_names_no_family(path: Path) -> None:
     source = path.read_text()
-    assert foreign_faults(source) == []
+    assert foreign_faults(source, module_level=path == FOREIGN_HOME) == []
     if path.relative_to(CORE).parts[0] not in SHIPPED:
         assert family_faults(source) == []
 

@@ -111,14 +111,13 @@ def mask_ignored() -> None:
 
 
 def latents_not_normalised() -> None:
-    from vtrain.contract import Latents
-    from vtrain_sanavideo.codec import SanaVideoCodec
+    from vtrain.contract import Latents, NormalizedCodec
 
     def encode(original: Any, self: Any, pixels: Any, *, std: bool = False) -> Any:
         made = original(self, pixels, std=std)
         return Latents(made.mean * self._std.to(made.mean) + self._mean.to(made.mean), made.std)
 
-    _method(SanaVideoCodec, "encode", encode)
+    _method(NormalizedCodec, "encode", encode)
 
 
 def dropout_in_validation() -> None:

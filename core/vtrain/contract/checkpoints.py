@@ -67,7 +67,7 @@ class Component:
 class PartConfig(BaseModel):
     """Base of a typed config.json. Keys that it does not name are the class's own business."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", defer_build=True)
 
 
 class CheckpointSource:

@@ -164,16 +164,16 @@ def misfit_problems(
     """Whether stored weights fit a config, from their headers: without loading any, so that a plan can tell.
 
     expected: the shapes that the config asks for; some: of a few weights alone, those that bear its numbers, each by the end of
-    its name; then weights that are not there are no problem. unsqueezed: as `misfits` takes it. Weights that are missing or
-    broken are for `weight_problems` to tell, and not told here.
+    its name, and others are no matter. unsqueezed: as `misfits` takes it. Files that are missing or broken are for
+    `weight_problems` to tell, and not told here.
     """
     if weight_problems(folder, stem):
         return []
     stored = stored_shapes(folder, stem)
     if some:
-        ends = {name: end for name in stored for end in expected if name == end or name.endswith(f".{end}")}
-        expected = {name: expected[end] for name, end in ends.items()}
-        stored = {name: stored[name] for name in ends}
+        found = {end: name for name in stored for end in expected if f".{name}".endswith(f".{end}")}
+        expected = {found.get(end, end): shape for end, shape in expected.items()}
+        stored = {name: stored[name] for name in found.values()}
     lines = misfits(expected, stored, unsqueezed)
     return [misfit_problem(folder, lines)] if lines else []
 

@@ -39,6 +39,8 @@ def _lengths(name: str, part: str, mask: Tensor | None) -> Sequence[int] | None:
     counts = mask.sum(dim=1)
     if not torch.equal(mask, torch.arange(mask.shape[1]) < counts[:, None]):
         refuse(name, f'the real tokens of the part "{part}" do not come first')
+    if not counts.all():
+        refuse(name, f'a caption has no real token of the part "{part}"')
     found: list[int] = counts.tolist()
     return found
 

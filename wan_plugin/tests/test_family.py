@@ -43,7 +43,7 @@ def test_shapes_and_names_of_the_published_models_are_those_of_diffusers_class(n
     config = checkpoint.read_transformer(tmp_path)
     assert config.shapes() == {key: tuple(value.shape) for key, value in module.state_dict().items()}
     assert config.parameters == sum(value.numel() for value in module.parameters())
-    assert checkpoint.identity(config.width, config.in_channels, False) == name
+    assert checkpoint.identity(config.shapes()) == name
 
 
 def test_the_first_buckets_are_the_official_sizes(wan21: Path, ti2v: Path, family_of: Families) -> None:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import ftfy
 
 from vtrain.contract import (
-    Caption,
     CausalCodecConfig,
     CheckpointOptions,
     DiffusersFamily,
@@ -19,7 +18,6 @@ from vtrain.contract import (
     HashFile,
     LatentShape,
     Problem,
-    Role,
     Size,
     TextEncoderSpec,
     TextPartSpec,
@@ -57,6 +55,7 @@ class Wan21Family(DiffusersFamily[checkpoint.WanConfig]):
     default_frames = 81
     default_fps = 16.0
     frame_levels = False
+    wording = staticmethod(text.wording)
 
     def __init__(self, options: CheckpointOptions, size: str | None = None) -> None:
         super().__init__(options, checkpoint.COMPONENTS)
@@ -72,13 +71,10 @@ class Wan21Family(DiffusersFamily[checkpoint.WanConfig]):
         return checkpoint.check(self._source, self._wanted)
 
     def describe(self) -> Sequence[tuple[str, str]]:
-        return (*self.rows(), ("text", f"UMT5 in {self._options.text_precision}, {text.TOKENS} tokens"))
+        return self.rows(checkpoint.identity(self._transformer.shapes()), f"UMT5, {text.TOKENS} tokens,", "Wan VAE")
 
     def timestep(self, sigma: Tensor) -> Tensor:
         return 1000 * sigma
-
-    def wording(self, caption: Caption, role: Role) -> str:
-        return text.wording(caption, role)
 
     def text_encoders(self) -> Mapping[str, TextEncoderSpec]:
         """UMT5. What stands behind a caption's tokens is zero, and no mask reaches the transformer."""

@@ -164,7 +164,7 @@ def test_a_resumed_run_is_the_same_run(run: Run, folder: Path) -> None:
     assert numbers[1] == numbers[0][2:]
 
 
-@pytest.mark.parametrize("family", ["wan21", "wan22-ti2v"])
+@pytest.mark.parametrize("family", ["wan21", pytest.param("wan22-ti2v", marks=pytest.mark.slow)])
 def test_an_adapter_with_crepa_layersync_and_masks(
     run: Run, folder: Path, wan21: Path, ti2v: Path, family: str
 ) -> None:

@@ -63,6 +63,7 @@ from vtrain.contract.protocols import (
     HashFile,
     Predict,
     Sampler,
+    SupportsBlockMemory,
     SupportsCaptions,
     SupportsDecayRule,
     SupportsDecoderOnly,
@@ -81,6 +82,7 @@ from vtrain.contract.protocols import (
     VideoCodec,
 )
 from vtrain.contract.records import (
+    BlockMemory,
     Caption,
     Condition,
     FeatureSource,
@@ -95,6 +97,7 @@ from vtrain.contract.records import (
     SourceRef,
     StepView,
     Text,
+    TokenBytes,
     Words,
 )
 from vtrain.contract.regularizers import (
@@ -148,6 +151,7 @@ __all__ = [
     "KINDS",
     "PROJECT",
     "RESERVED_KEYS",
+    "BlockMemory",
     "Caption",
     "Catalog",
     "CheckpointError",
@@ -223,6 +227,7 @@ __all__ = [
     "StepMetrics",
     "StepView",
     "Stepped",
+    "SupportsBlockMemory",
     "SupportsCaptions",
     "SupportsCheck",
     "SupportsDecayRule",
@@ -243,6 +248,7 @@ __all__ = [
     "SupportsWording",
     "Text",
     "TextEncoder",
+    "TokenBytes",
     "TokenGrid",
     "Tracker",
     "TrackerSpec",

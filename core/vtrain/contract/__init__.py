@@ -99,6 +99,7 @@ from vtrain.contract.protocols import (
     HashFile,
     Predict,
     Sampler,
+    SupportsBlockMemory,
     SupportsCaptions,
     SupportsDecayRule,
     SupportsDecoderOnly,
@@ -117,6 +118,7 @@ from vtrain.contract.protocols import (
     VideoCodec,
 )
 from vtrain.contract.records import (
+    BlockMemory,
     Caption,
     Condition,
     FeatureSource,
@@ -132,6 +134,7 @@ from vtrain.contract.records import (
     StepView,
     Text,
     TextPart,
+    TokenBytes,
     Words,
 )
 from vtrain.contract.regularizers import (
@@ -190,6 +193,7 @@ __all__ = [
     "RESERVED_KEYS",
     "TRANSFORMERS_STEM",
     "VOCABULARIES",
+    "BlockMemory",
     "Caption",
     "Catalog",
     "CausalCodecConfig",
@@ -274,6 +278,7 @@ __all__ = [
     "StepMetrics",
     "StepView",
     "Stepped",
+    "SupportsBlockMemory",
     "SupportsCaptions",
     "SupportsCheck",
     "SupportsDecayRule",
@@ -297,6 +302,7 @@ __all__ = [
     "TextEncoderSpec",
     "TextPart",
     "TextPartSpec",
+    "TokenBytes",
     "TokenGrid",
     "Tracker",
     "TrackerSpec",

@@ -22,7 +22,13 @@ class Abilities:
 
 ABILITIES: Mapping[str, Abilities] = {
     "family": Abilities(
-        protocols.Family, (protocols.SupportsWording, protocols.SupportsTokenGrid, protocols.SupportsFrameLevels)
+        protocols.Family,
+        (
+            protocols.SupportsWording,
+            protocols.SupportsTokenGrid,
+            protocols.SupportsFrameLevels,
+            protocols.SupportsBlockMemory,
+        ),
     ),
     "video codec": Abilities(protocols.VideoCodec, (protocols.SupportsDecoderOnly,)),
     "denoiser": Abilities(protocols.Denoiser, (protocols.SupportsLora, protocols.SupportsDecayRule)),

@@ -15,6 +15,7 @@ from vtrain.contract.errors import Problem
 from vtrain.contract.events import Event
 from vtrain.contract.geometry import ClipShape, FrameRule, LatentShape, Size, TokenGrid
 from vtrain.contract.records import (
+    BlockMemory,
     Caption,
     Condition,
     Latents,
@@ -297,11 +298,16 @@ class SupportsFrameLevels(Protocol):
         """Whether the denoiser of this model folder does."""
         ...
 
-    def frame_level_bytes(self, latents: LatentShape, *, weights: DType, compute: DType, checkpointing: bool) -> int:
-        """Bytes that one clip takes in memory in training for it, beyond a level for the whole clip.
 
-        weights: storage type of the denoiser; compute: the type in which its layers compute; checkpointing: whether blocks
-        are recomputed, one at a time.
+@runtime_checkable
+class SupportsBlockMemory(Protocol):
+    """A family that knows what its denoiser keeps in memory in training (with SupportsTokenGrid): measured, not reckoned."""
+
+    def block_memory(self, *, weights: DType, compute: DType, frame_levels: bool) -> BlockMemory | None:
+        """As `vtrain.testing.memory.block_memory` gives it for the denoiser of this model folder; None if it was not measured.
+
+        weights: storage type of the denoiser; compute: the type in which its layers compute; frame_levels: with a level for
+        each latent frame.
         """
         ...
 

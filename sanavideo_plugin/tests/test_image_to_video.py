@@ -20,7 +20,6 @@ from vtrain.testing.family import MemoryTests, measured
 from vtrain_sanavideo.denoiser import SanaVideoDenoiser
 from vtrain_sanavideo.family import SanaVideoFamily
 from vtrain_sanavideo.flow import SanaVideoFlow
-from vtrain_sanavideo.geometry import TransformerConfig
 from vtrain_sanavideo.options import SanaVideoFlowOptions, SanaVideoOptions
 
 LATENTS = LatentShape(16, 3, 4, 6)
@@ -174,9 +173,8 @@ def test_the_stored_memory_of_the_2b_model_is_what_is_measured(
             for part in module.modules():
                 for name, weight in part.named_parameters(recurse=False):
                     setattr(part, name, torch.nn.Parameter(weight.detach().bfloat16()))
-    config = TransformerConfig.model_validate(dict(module.config))
     examples = MemoryTests.examples(family, frame_levels)
-    found = measured(family, SanaVideoDenoiser(module, config), examples, compute)
+    found = measured(family, SanaVideoDenoiser(module, family._geometry), examples, compute)
     stored = SanaVideoFamily(SanaVideoOptions(path=str(own_checkpoint))).block_memory(
         weights=weights, compute=compute, frame_levels=frame_levels
     )

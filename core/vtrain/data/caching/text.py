@@ -36,6 +36,7 @@ def _lengths(name: str, part: str, mask: Tensor | None) -> Sequence[int] | None:
     """The number of real tokens of each caption; None of a pooled part. Raises PluginError."""
     if mask is None:
         return None
+    mask = mask.cpu()
     counts = mask.sum(dim=1)
     if not torch.equal(mask, torch.arange(mask.shape[1]) < counts[:, None]):
         refuse(name, f'the real tokens of the part "{part}" do not come first')

@@ -1,5 +1,6 @@
 """Everything a plugin imports of vtrain. Importing it imports no torch, diffusers, transformers or accelerate."""
 
+from vtrain.contract.backends import DataBackend, SupportsCaptions, SupportsFiles, SupportsShards
 from vtrain.contract.device import Device
 from vtrain.contract.errors import (
     CheckpointError,
@@ -56,7 +57,6 @@ from vtrain.contract.options import (
     without_secrets,
 )
 from vtrain.contract.protocols import (
-    DataBackend,
     Denoiser,
     DType,
     Family,
@@ -64,13 +64,10 @@ from vtrain.contract.protocols import (
     Predict,
     Sampler,
     SupportsBlockMemory,
-    SupportsCaptions,
     SupportsDecayRule,
     SupportsDecoderOnly,
-    SupportsFiles,
     SupportsFrameLevels,
     SupportsLora,
-    SupportsShards,
     SupportsStepCheck,
     SupportsStepwise,
     SupportsTokenGrid,

@@ -7,12 +7,14 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vtrain.contract import (
     Caption,
+    CaptionExtra,
     ClipShape,
     DType,
     FrameRule,
@@ -27,7 +29,7 @@ from vtrain.contract import (
 )
 from vtrain_sanavideo import check, codec, denoiser, installed, text
 from vtrain_sanavideo.geometry import OFFICIAL_480P, CodecConfig, TransformerConfig
-from vtrain_sanavideo.options import SanaVideoOptions
+from vtrain_sanavideo.options import MOTION_SCORE, SanaVideoOptions
 from vtrain_sanavideo.source import STEMS, CheckpointSource
 
 if TYPE_CHECKING:
@@ -166,6 +168,11 @@ class SanaVideoFamily:
 
     def scheduler_config(self) -> Mapping[str, object]:
         return check.read_json(self._source.folder / "scheduler" / "scheduler_config.json")
+
+    @property
+    def caption_extras(self) -> tuple[CaptionExtra, ...]:
+        """SupportsCaptionExtras."""
+        return (replace(MOTION_SCORE, default=str(self._options.motion_score)),)
 
     def wording(self, caption: Caption, role: Role) -> str:
         """SupportsWording: instruction, motion score and small letters included."""

@@ -21,7 +21,7 @@ from vtrain.contract import (
     torch_type,
     weight_problems,
 )
-from vtrain_sanavideo.options import SanaVideoOptions
+from vtrain_sanavideo.options import MOTION_SCORE, SanaVideoOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 
 TEXT_TOKENS = 300
 """Tokens that the denoiser is given: SanaVideoPipeline's max_sequence_length."""
-
-MOTION_SCORE = "motion_score"
-"""The one extra that a caption may have."""
 
 
 class SanaVideoText:
@@ -95,13 +92,13 @@ def wording(caption: Caption, role: Role, options: SanaVideoOptions, instruction
 
     Raises DataError for extras that are not known or no motion score.
     """
-    if unknown := sorted(set(caption.extras) - {MOTION_SCORE}):
+    if unknown := sorted(set(caption.extras) - {MOTION_SCORE.name}):
         raise DataError(
             Problem("", f"SANA-Video takes no {', '.join(unknown)} with a caption.", "It takes motion_score.")
         )
     if role == "dropped":
         return ""
-    score = _whole(caption.extras.get(MOTION_SCORE, options.motion_score))
+    score = _whole(caption.extras.get(MOTION_SCORE.name, options.motion_score))
     if role == "negative":
         return caption.text.lower().strip()
     scored = caption.text if score is None else f"{caption.text} motion score: {score}."

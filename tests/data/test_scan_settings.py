@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import av
@@ -245,7 +245,10 @@ def test_captions_in_one_file_with_rows_and_clips_that_lack_the_other_told(setup
     seen = survey(setup, **table)
     assert {reason.split(";")[0]: found for reason, found in seen.skipped.items()} == {
         f"no caption: captions.{form} has no row for it": (1, "c.mp4"),
-        "its motion score '-1' is no whole number from 0 on: write one such as 30": (1, "d.mp4"),
+        f"its motion score '-1' in captions.{form}:{7 if form == 'csv' else 6} is no whole number from 0 on: write one such as 30": (
+            1,
+            "d.mp4",
+        ),
     }
     assert seen.notes == ("2 captions without a clip (such as a.txt)",)
 
@@ -274,7 +277,8 @@ def test_one_caption_for_all_opens_no_caption_file(setup, make_video) -> None:
 
 def test_captions_of_the_backend_are_the_default_where_it_has_them(setup, make_video) -> None:
     class Knowing(LocalFolder):
-        def captions(self) -> Iterator[tuple[str, Words]]:
+        def captions(self, extras: Sequence[str] = ()) -> Iterator[tuple[str, Words]]:
+            assert extras == ("motion_score",)
             yield "a.mp4", Words(("told", "twice"), {"motion_score": 4})
 
     setup.add("a.mp4", make_video(), caption="beside")

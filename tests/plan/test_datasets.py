@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -77,7 +77,7 @@ def knowing(monkeypatch: pytest.MonkeyPatch) -> None:
         def refs(self) -> Iterator[SourceRef]:
             yield from ()
 
-        def captions(self) -> Iterator[tuple[str, Words]]:
+        def captions(self, extras: Sequence[str] = ()) -> Iterator[tuple[str, Words]]:
             yield from ()
 
     monkeypatch.setitem(vars_of(FOLDER), "build", lambda options: Knowing())

@@ -113,7 +113,7 @@ REWRITTEN = "d.tar/deep/er/clip.mp4"
 
 
 WORDS = {
-    "b.mp4": Words(("a red ball", "a ball"), {"motion_score": 7}),
+    "b.mp4": Words(("a red ball", "a ball"), {"pace": 7}),
     "deep/er/clip.mp4": Words(("a blue ball",)),
 }
 
@@ -121,7 +121,7 @@ WORDS = {
 class Captions(Memory):
     """A sound backend with captions of its own; its mutants replace members."""
 
-    def captions(self) -> Iterator[tuple[str, Words]]:
+    def captions(self, extras: Sequence[str] = ()) -> Iterator[tuple[str, Words]]:
         if self.files is None:
             raise DataError(Problem(self.location, "There is no such place."))
         yield from sorted(WORDS.items())

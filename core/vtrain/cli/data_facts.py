@@ -18,6 +18,7 @@ from vtrain.data.caching.entries import Entries
 from vtrain.data.decoding.probe import Probe
 from vtrain.data.decoding.worker import MaskJob, Workers
 from vtrain.data.sample import Box, Sample
+from vtrain.data.scanning.extras import shown_extra
 from vtrain.data.scanning.files import SourceFile
 from vtrain.estimate.estimate import bytes_text
 from vtrain.estimate.render import counted
@@ -207,6 +208,7 @@ def show_facts(
         Section(one_line(file.name), (*_about(plan, file, samples, mask), *_decoders(plan, file, windows))),
         Section("windows", tuple(_window_rows(windows)), table=True),
         Section("captions", tuple(_text_rows(texts))),
+        Section("caption extras", tuple((e.name, shown_extra(e)) for e in plan.datasets[file.number].extras)),
         Section("cached video", tuple((f"window {n}", f"{w.key or '-'}  {w.state}") for n, w in enumerate(windows, 1))),
         Section("cached masks", tuple(mask_window_rows([window.mask for window in windows]))),
         Section("cached text", tuple((label, f"{e.key}  {e.state}") for label, e in _labelled(texts))),

@@ -1,5 +1,13 @@
 """Everything a plugin imports of vtrain. Importing it imports no torch, diffusers, transformers or accelerate."""
 
+from vtrain.contract.captions import (
+    CaptionExtra,
+    SupportsCaptionExtras,
+    SupportsTokenCounts,
+    SupportsWording,
+    TokenCount,
+    TokenCounter,
+)
 from vtrain.contract.device import Device
 from vtrain.contract.errors import (
     CheckpointError,
@@ -71,9 +79,7 @@ from vtrain.contract.protocols import (
     SupportsStepCheck,
     SupportsStepwise,
     SupportsTokenGrid,
-    SupportsTruncation,
     SupportsWarnings,
-    SupportsWording,
     TextEncoder,
     Tracker,
     VideoCodec,
@@ -146,6 +152,7 @@ __all__ = [
     "PROJECT",
     "RESERVED_KEYS",
     "Caption",
+    "CaptionExtra",
     "Catalog",
     "CheckpointError",
     "ClipShape",
@@ -219,6 +226,7 @@ __all__ = [
     "StepMetrics",
     "StepView",
     "Stepped",
+    "SupportsCaptionExtras",
     "SupportsCaptions",
     "SupportsCheck",
     "SupportsDecoderOnly",
@@ -233,11 +241,13 @@ __all__ = [
     "SupportsStepCheck",
     "SupportsStepwise",
     "SupportsTokenGrid",
-    "SupportsTruncation",
+    "SupportsTokenCounts",
     "SupportsWarnings",
     "SupportsWording",
     "Text",
     "TextEncoder",
+    "TokenCount",
+    "TokenCounter",
     "TokenGrid",
     "Tracker",
     "TrackerSpec",

@@ -51,16 +51,6 @@ class TextEncoder(Protocol):
         ...
 
 
-@runtime_checkable
-class SupportsTruncation(Protocol):
-    """A text encoder that cuts long captions, and counts them. *torch*"""
-
-    @property
-    def truncated(self) -> int:
-        """How many of the captions encoded so far lost their end."""
-        ...
-
-
 class VideoCodec(Protocol):
     """Pixels to latents and back. *torch* One thread at a time."""
 
@@ -217,15 +207,6 @@ class Family(Protocol):
         ...
 
 
-@runtime_checkable
-class SupportsWording(Protocol):
-    """A family that can say what its text encoder reads of a caption."""
-
-    def wording(self, caption: Caption, role: Role) -> str:
-        """The text with all that the role adds to it, as it is cut into tokens. Raises DataError as encoding it would."""
-        ...
-
-
 class Sampler(Protocol):
     """A noise schedule: trained with and sampled with the same object."""
 
@@ -344,8 +325,12 @@ class SupportsShards(Protocol):
 class SupportsCaptions(Protocol):
     """A data backend that knows captions of its own (a manifest): data.captions = "backend" takes them."""
 
-    def captions(self) -> Iterator[tuple[str, Words]]:
-        """(id of the clip, its words), sorted by id, never all in memory at once. Raises DataError."""
+    def captions(self, extras: Sequence[str] = ()) -> Iterator[tuple[str, Words]]:
+        """(id of the clip, its words), sorted by id, never all in memory at once. Raises DataError.
+
+        extras: names of those that may be there and are asked for. The backend knows no family: it gives their values as they
+        stand, leaves out what is empty, and says where that is.
+        """
         ...
 
 

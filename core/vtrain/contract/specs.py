@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pluggy
 
+from vtrain.contract.captions import CaptionExtra
 from vtrain.contract.errors import ConfigError, PluginError, Problem
 from vtrain.contract.options import Options
 from vtrain.contract.protocols import DataBackend, Family, Sampler, Tracker
@@ -37,12 +38,14 @@ class FamilySpec(Spec):
     """A model family. build(options) -> Family, without torch.
 
     sampler: the sampler it trains with unless [sampler] names another. fixed_sampler: whether another is an error.
+    caption_extras: what it reads of a clip beside its caption, known before it is built; it then has SupportsCaptionExtras.
     """
 
     kind: ClassVar[str] = "family"
     build: Callable[[Any], Family]
     sampler: str
     fixed_sampler: bool = False
+    caption_extras: tuple[CaptionExtra, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ RESERVED_KEYS: Mapping[str, frozenset[str]] = {
             "captions_file",
             "file_column",
             "caption_column",
+            "ignore_extras",
             "missing_caption",
             "resolution",
             "resolution_type",

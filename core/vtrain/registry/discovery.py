@@ -18,6 +18,7 @@ from vtrain.contract import (
     HOOK_SPECS,
     PROJECT,
     RESERVED_KEYS,
+    CaptionExtra,
     Catalog,
     Failure,
     FamilySpec,
@@ -70,10 +71,20 @@ def _build(spec: Spec) -> str:
     return "" if callable(build) else f"its build is {build!r}, not a function"
 
 
+def _extras(extras: object) -> str:
+    """What is wrong with a family's caption extras."""
+    if not (isinstance(extras, tuple) and all(isinstance(extra, CaptionExtra) for extra in extras)):
+        return f"its caption_extras are {extras!r}, not a tuple of vtrain.contract.CaptionExtra"
+    names = [extra.name for extra in extras]
+    return "" if len(set(names)) == len(names) else f"its caption_extras have a name twice: {listed(names)}"
+
+
 def _own(spec: Spec) -> str:
     """What one kind asks for beyond the others."""
     if isinstance(spec, FamilySpec) and not (isinstance(spec.sampler, str) and _NAME.fullmatch(spec.sampler)):
         return f"its sampler is {spec.sampler!r}, not the name of one"
+    if isinstance(spec, FamilySpec) and (fault := _extras(spec.caption_extras)):
+        return fault
     if isinstance(spec, OptimizerSpec) and "lr" not in spec.options.model_fields:
         return 'an optimizer has an option "lr"'
     return ""

@@ -38,7 +38,8 @@ def planned(path: Path) -> Plan:
         what = f'the environment variable WORLD_SIZE is "{said}", which is no number of processes.'
         raise ConfigError(Problem("", what, "Start several processes with torchrun, or unset it."))
     with stdout_on_stderr():  # parts are built, and what their code prints must not stand in a command's JSON
-        return with_decoders(make_plan(load(path, discover()), int(said)))
+        catalog = discover()
+        return with_decoders(make_plan(load(path, catalog), int(said), catalog))
 
 
 def prepare(path: Path, on_file: Callable[[int], None] | None = None) -> Prepared:

@@ -20,7 +20,6 @@ from vtrain.contract import (
     PluginError,
     Problem,
     Role,
-    SupportsTruncation,
     Text,
     TextEncoder,
 )
@@ -42,16 +41,15 @@ AGAIN_S = 0.5
 Texts = Iterable[tuple[Caption, Role]]
 
 
-def fill_text(stores: Stores, texts: Texts, peers: Peers, device: str) -> Generator[Filling, None, int]:
+def fill_text(stores: Stores, texts: Texts, peers: Peers, device: str) -> Generator[Filling, None, None]:
     """Encode what is missing, each process its share; the encoder is opened only if something is.
 
-    Gives how many of the captions encoded now, by all processes, were too long and lost their end, as far as the encoder
-    counts them. Raises DataError for a full disk, on all processes.
+    Raises DataError for a full disk, on all processes.
     """
-    return sum((yield from together_telling(peers, _fill_share(stores, texts, peers, device))))
+    yield from together_telling(peers, _fill_share(stores, texts, peers, device))
 
 
-def _fill_share(stores: Stores, texts: Texts, peers: Peers, device: str) -> Generator[Filling, None, int]:
+def _fill_share(stores: Stores, texts: Texts, peers: Peers, device: str) -> Generator[Filling, None, None]:
     missing: dict[str, tuple[Caption, Role]] = {}
     present: set[int] = set()  # digests: of those that are there only the number is wanted
     for caption, role in texts:
@@ -62,10 +60,9 @@ def _fill_share(stores: Stores, texts: Texts, peers: Peers, device: str) -> Gene
             else:
                 missing[key] = (caption, role)
     yield Filling("text", len(present), len(present) + len(missing))
-    if not missing:
-        return 0
-    batches = list(_batches(missing, stores.plan.config.cache.text_batch))
-    return (yield from _fill(stores, missing, batches, len(present), device))
+    if missing:
+        batches = list(_batches(missing, stores.plan.config.cache.text_batch))
+        yield from _fill(stores, missing, batches, len(present), device)
 
 
 def _batches(missing: Mapping[str, tuple[Caption, Role]], size: int) -> Iterator[list[str]]:
@@ -83,7 +80,7 @@ def _fill(
     batches: list[list[str]],
     done: int,
     device: str,
-) -> Generator[Filling, None, int]:
+) -> Generator[Filling, None, None]:
     """Encode the missing captions, batch by batch. done: captions that are there."""
     total, made = done + len(missing), 0
     with Leases(stores.plan.config.cache.dir) as leases, ExitStack() as stack:
@@ -109,7 +106,6 @@ def _fill(
             if left == batches:
                 time.sleep(AGAIN_S)
             batches = left
-        return encoder.truncated if isinstance(encoder, SupportsTruncation) else 0
 
 
 def _encode(stores: Stores, encoder: TextEncoder, missing: Mapping[str, tuple[Caption, Role]], keys: list[str]) -> None:

@@ -89,6 +89,9 @@ def useless(ref_id: str, kind: str) -> Skipped:
 
 FILE = "ledger.sqlite"
 
+WORDS_VERSION = 2
+"""Raised when what is kept of a caption file changes. 2: all its keys, whoever reads them."""
+
 PAGE = 1000
 """Rows that are read, or written in one transaction, at once."""
 
@@ -131,7 +134,9 @@ _LAYOUT = DatabaseTables(
     application_id=0x76744C31,  # "vtL1"
     # Any other tables, fields of a probe or kinds of files are another layout, and are scanned again.
     # >> 1: SQLite's user_version is a signed number of 32 bits.
-    version=zlib.crc32(repr((PROBE_VERSION, _TABLES, [field.name for field in fields(Probe)], KINDS_VERSION)).encode())
+    version=zlib.crc32(
+        repr((PROBE_VERSION, WORDS_VERSION, _TABLES, [field.name for field in fields(Probe)], KINDS_VERSION)).encode()
+    )
     >> 1,
     tables=_TABLES,
 )
@@ -296,7 +301,9 @@ def words_of(text: str | None) -> Words | None:
 
 
 def words_text(words: Words) -> str:
-    return json.dumps([words.texts, dict(words.extras)], ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps([words.texts, dict(words.extras)], ensure_ascii=False, separators=(",", ":"))
+    # An extra that no family reads may hold half a character.
+    return text if is_utf8(text) else json.dumps(json.loads(text))
 
 
 def marks(values: Sequence[object]) -> str:

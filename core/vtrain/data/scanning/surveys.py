@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from vtrain.contract import ClipShape, Problem
+from vtrain.contract import ClipShape, Problem, SourceRef
+from vtrain.data.scanning import extras
 from vtrain.data.scanning.captions import BESIDE, JSON, SIDECAR, SUFFIX, stem
 from vtrain.data.scanning.decisions import TOLD
 from vtrain.data.scanning.ledger import Ledger, marks
@@ -26,7 +27,7 @@ class DatasetSurvey:
     that the samples are of; windows: -> number of windows, each encoded once; where either is empty, each sample has one.
     losses: clip shape -> what pictures lose in it, where any does; misfits: the clips that lose much. notes: what else is worth
     knowing, such as caption rows without a clip. doubts: what of its captions is probably not meant. share: the part of it that
-    an epoch takes.
+    an epoch takes. foreign_keys: of caption files, which another model family reads.
     """
 
     id: str
@@ -41,6 +42,7 @@ class DatasetSurvey:
     notes: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
     share: Fraction = Fraction(1)
+    foreign_keys: tuple[extras.Key, ...] = ()
 
     def clips_of(self, shape: ClipShape) -> int:
         """Files that give samples of a shape."""
@@ -152,7 +154,7 @@ def survey(ledger: Ledger, place: int, decision: int, dataset: DatasetPlan, shar
             # What failed in filling had kept its cuts for those who went through the samples then (ledger._TABLES).
             db.execute("UPDATE file_decision SET made = NULL WHERE decision = ? AND status != 'used'", (decision,))
             db.execute("UPDATE decision SET statistics = ? WHERE number = ?", (kept, decision))
-    files, shapes, skipped, unmatched, masks, misfits, looks = json.loads(kept)
+    files, shapes, skipped, unmatched, masks, misfits, looks, keys = json.loads(kept)
     rows = [(ClipShape(*row[:3]), *row[3:6]) for row in shapes]
     losses = {ClipShape(*row[:3]): Loss(*row[6:11]) for row in shapes if row[11] > 1}
     return DatasetSurvey(
@@ -166,8 +168,9 @@ def survey(ledger: Ledger, place: int, decision: int, dataset: DatasetPlan, shar
         losses=losses,
         misfits=misfits_of(misfits),
         notes=_notes(dataset, unmatched, masks),
-        doubts=tuple(caption_doubt(*each) for each in looks),
+        doubts=(*(caption_doubt(*each) for each in looks), *filter(None, (extras.key_doubt(keys, dataset),))),
         share=share,
+        foreign_keys=tuple(extras.foreign_keys(keys, dataset)),
     )
 
 
@@ -231,6 +234,11 @@ def caption_doubt(looks: str, count: int, example: str) -> str:
     )
 
 
+def sidecar_keys(rows: Query, place: int, dataset: DatasetPlan) -> list[tuple[str, int, str]]:
+    """Keys of the clips' JSON sidecars beside the captions, the most frequent first."""
+    return rows(extras.KEYS, {"place": place}) if dataset.captions == "json" else []
+
+
 def _many(some: Sequence[Any], noun: str) -> str:
     return f"{some[0]} {noun}{'s' if some[0] != 1 else ''}"
 
@@ -255,6 +263,7 @@ def _count(ledger: Ledger, decision: int, place: int, dataset: DatasetPlan) -> l
         masks,
         find_misfits(ledger, decision),
         caption_looks(ledger.rows, decision, dataset),
+        sidecar_keys(ledger.rows, place, dataset),
     ]
 
 
@@ -292,6 +301,11 @@ def problems(ledger: Ledger, decision: int, dataset: DatasetPlan, found: Dataset
         for ref, reason in ledger.rows(query, {"decision": decision}):
             remedy = 'Fix or remove the file, or set data.on_bad_file = "skip".'
             yield Problem(f"{place}/{ref}", f"{reason}.", remedy)
+    for key in found.foreign_keys:
+        query = """SELECT size, version FROM source WHERE ref = :ref AND place = (SELECT place FROM decision WHERE number = :decision)"""
+        ((size, version),) = ledger.rows(query, {"decision": decision, "ref": key[2]})
+        line = extras.line_of(key[0], SourceRef(key[2], size, version), dataset)
+        yield extras.key_problem(key, place, line, dataset)
     if not found.files:
         yield Problem(dataset.where, f"dataset {dataset.id}: no file in {place}.")
     elif dataset.masks is not None and (wrong := _masks_wrong(ledger, decision, dataset, dataset.masks)):

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,10 +25,11 @@ from vtrain.contract import (
     Problem,
     Role,
     Size,
+    TokenCounter,
     TokenGrid,
     weight_hashes,
 )
-from vtrain_sanavideo import check, codec, denoiser, installed, text
+from vtrain_sanavideo import check, codec, denoiser, installed, text, tokens
 from vtrain_sanavideo.geometry import OFFICIAL_480P, CodecConfig, TransformerConfig
 from vtrain_sanavideo.options import MOTION_SCORE, SanaVideoOptions
 from vtrain_sanavideo.source import STEMS, CheckpointSource
@@ -178,13 +180,27 @@ class SanaVideoFamily:
         """SupportsWording: instruction, motion score and small letters included."""
         return text.wording(caption, role, self._options, self._instruction)
 
+    def token_fingerprint(self, hash_file: HashFile) -> str:
+        """SupportsTokenCounts: the tokenizer, and all that is put around a caption."""
+        return _digest(
+            "sanavideo tokens 1", self._tokenizer_hashes(hash_file), metadata.version("tokenizers"), text.TEXT_TOKENS,
+            self._instruction, self._options.motion_score,
+        )  # fmt: skip
+
+    def open_token_counter(self) -> AbstractContextManager[TokenCounter]:
+        return tokens.open_tokens(self._source.part("tokenizer"), self._options, self._instruction)
+
+    def _tokenizer_hashes(self, hash_file: HashFile) -> dict[str, str]:
+        folder = self._source.part("tokenizer")
+        vocabulary = "tokenizer.json" if (folder / "tokenizer.json").is_file() else "tokenizer.model"
+        names = [vocabulary, *(name for name in TOKENIZER_FILES if (folder / name).is_file())]
+        return {name: hash_file(folder / name) for name in names}
+
     def text_fingerprint(self, hash_file: HashFile) -> str:
-        encoder, tokenizer = self._source.part("text_encoder"), self._source.part("tokenizer")
-        vocabulary = "tokenizer.json" if (tokenizer / "tokenizer.json").is_file() else "tokenizer.model"
-        names = [vocabulary, *(name for name in TOKENIZER_FILES if (tokenizer / name).is_file())]
+        encoder = self._source.part("text_encoder")
         return _digest(
             "sanavideo text 1",
-            {name: hash_file(tokenizer / name) for name in names},
+            self._tokenizer_hashes(hash_file),
             check.meaning(check.read_json(encoder / "config.json")),
             weight_hashes(encoder, STEMS["text_encoder"], hash_file),
             [self._instruction, self._options.motion_score, text.TEXT_TOKENS, self._options.text_precision],

@@ -11,7 +11,7 @@ import av
 import numpy as np
 import pytest
 
-from vtrain.contract import Caption, ClipShape, Words
+from vtrain.contract import Caption, CaptionExtra, ClipShape, DataError, Words
 from vtrain.data.caching.caches import fill_caches
 from vtrain.data.decoding.decode import decode
 from vtrain.data.scanning.files import look
@@ -201,6 +201,61 @@ def test_sidecars_give_captions_and_motion_scores(setup, make_video) -> None:
     beside(setup, "c.json", {"caption": "mended"})
     assert texts(setup, captions="json")["c.mp4"] == [Caption("mended")]
     assert texts(setup)["a.mp4"] == [Caption("not this")]
+
+
+def test_keys_of_sidecars_that_nobody_reads_are_told_once_with_an_example(setup, make_video) -> None:
+    for name in ("a", "b"):
+        setup.add(f"{name}.mp4", make_video(), caption=None)
+    beside(setup, "a.json", {"caption": "one", "fps": 16, "motion_scroe": 3, "tags": ["x", {"\ud800": float("nan")}]})
+    beside(setup, "b.json", {"caption": "two", "fps": float("inf"), "motion_score": 4, "note": None})
+    beside(setup, "orphan.json", {"caption": "three", "of nobody": 1})
+    assert len(texts(setup, captions="json")) == 2
+    (doubt,) = survey(setup, captions="json").doubts
+    assert doubt == (
+        'keys of caption files that nobody reads: "fps" (2, such as a.json), "motion_scroe" (1, such as a.json; did you mean '
+        '"motion_score"?), "tags" (1, such as a.json); if that is meant, set data.ignore_extras = ["fps", "motion_scroe", "tags"]'
+    )
+    ignoring = ["fps", "motion_scroe", "tags"]
+    assert survey(setup, captions="json", ignore_extras=ignoring).doubts == ()
+    assert survey(setup, missing_caption="empty").doubts == (), "sidecars are not read"
+    beside(setup, "c.json", {"caption": "x", **{f"key {number}": 1 for number in range(9)}})
+    setup.add("c.mp4", make_video(), caption=None)
+    (doubt,) = survey(setup, captions="json", ignore_extras=ignoring).doubts
+    assert '"key 4" (1, such as c.json) and 4 more;' in doubt
+
+
+def test_a_key_that_another_family_reads_is_an_error_with_file_and_line(setup, make_video) -> None:
+    setup.add("a.mp4", make_video(), caption=None)
+    beside(setup, "a.json", '{\n "caption": "one",\n "camera" : "still"\n}')
+    dataset = replace(setup.dataset(captions="json"), foreign_extras={"camera": "other"})
+    with pytest.raises(DataError) as caught:
+        scan(setup.plan(dataset))
+    (problem,) = caught.value.problems
+    assert problem.where == f"{setup.folder}/a.json:3"
+    assert problem.what == (
+        'this model family does not read "camera" (other does: an extra of another model family); 1 caption file has it.'
+    )
+    assert problem.remedy == 'Remove the key, or set data.ignore_extras = ["camera"] to train without it.'
+    assert len(scan(setup.plan(replace(dataset, foreign_extras={}))).samples) == 1
+
+
+def test_another_family_reads_other_extras_of_the_same_sidecars(setup, make_video) -> None:
+    setup.add("a.mp4", make_video(), caption=None)
+    beside(setup, "a.json", {"caption": "one", "motion_score": 5, "pace": "fast"})
+    dataset = setup.dataset(captions="json")
+    read = {
+        (): {},
+        (CaptionExtra("pace", "text", "x"),): {"pace": "fast"},
+        (*dataset.extras,): {"motion_score": 5},
+    }
+    for extras, found in read.items():
+        (sample,) = scan(setup.plan(replace(dataset, extras=extras))).samples
+        assert sample.captions == (Caption("one", found),)
+    (sample,) = scan(setup.plan(setup.dataset(captions="json", ignore_extras=["motion_score"]))).samples
+    assert sample.captions == (Caption("one", {"motion_score": 5}),), "the plan leaves ignored ones out of the dataset's"
+    bad = replace(dataset, extras=(CaptionExtra("pace", "int", "x"),))
+    with pytest.raises(DataError, match="its pace 'fast' is no whole number"):
+        scan(setup.plan(bad))
 
 
 def test_a_motion_score_makes_another_text_entry_and_encodes_no_video(setup, make_video) -> None:

@@ -239,6 +239,8 @@ def _words(records: Iterator[Record], named: NamedBy, wrong: WrongRows, mark: st
             continue
         if name is not None:
             cells = record.cells.items()
-            given = {key.removeprefix(mark): cell for key, cell in cells if key.startswith(mark) and cell not in (None, "")}
+            given = {
+                key.removeprefix(mark): cell for key, cell in cells if key.startswith(mark) and cell not in (None, "")
+            }
             yield name, json.dumps([texts, given, where if given else ""], default=str)
     wrong.stop()

@@ -46,7 +46,12 @@ def test_tokens_are_those_of_the_encoder_and_what_is_cut_is_what_it_does_not_rea
 ) -> None:
     family = family_of(checkpoint, instruction=instruction)
     tokenizer = GemmaTokenizer.from_pretrained(checkpoint / "tokenizer")
-    captions = [Caption(""), Caption("a cat"), Caption("走る猫 <eos> — ÜBER 🐈\n", {"motion_score": 7}), Caption(WORDS * 40)]
+    captions = [
+        Caption(""),
+        Caption("a cat"),
+        Caption("走る猫 <eos> — ÜBER 🐈\n", {"motion_score": 7}),
+        Caption(WORDS * 40),
+    ]
     captions += around_the_limit(family, role) if role != "dropped" else []
     with family.open_token_counter() as counter, family.open_text_encoder("cpu") as encoder:
         counts = [count for (count,) in counter.count(captions, role)]
@@ -106,7 +111,10 @@ def test_a_folder_without_a_tokenizer_file_says_that_it_cannot_be_counted(
     (folder / "tokenizer.json").rename(folder / "tokenizer.model")
     family = family_of(own_checkpoint)
     assert isinstance(family, SupportsTokenCounts)
-    with pytest.raises(ModelError, match=r"no tokenizer.json, so tokens cannot be counted"), family.open_token_counter():
+    with (
+        pytest.raises(ModelError, match=r"no tokenizer.json, so tokens cannot be counted"),
+        family.open_token_counter(),
+    ):
         pass
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelError, match="no tokenizer can be read"), family.open_token_counter():
@@ -130,7 +138,7 @@ COUNT = """
 import sys
 from vtrain.contract import Caption
 from vtrain_sanavideo.plugin import SANAVIDEO
-family = SANAVIDEO.build(SANAVIDEO.options.model_validate({"path": sys.argv[1], "instruction": "x"}))
+family = SANAVIDEO.build(SANAVIDEO.options.model_validate({"path": sys.argv[1], }))
 with family.open_token_counter() as counter:
     counter.count([Caption("a cat")], "prompt")
 print([name for name in ("torch", "transformers", "diffusers") if name in sys.modules])

@@ -8,7 +8,6 @@ from pydantic import Field
 
 from vtrain.contract import CaptionExtra, DType, ModelSource, Options, fixed
 
-
 MOTION_SCORE = CaptionExtra(
     "motion_score",
     "int",

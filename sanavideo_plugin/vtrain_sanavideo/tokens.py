@@ -39,7 +39,7 @@ class SanaVideoTokens:
         words = [wording(caption, role, self._options, self._instruction) for caption in captions]
         found = self._tokenizer.encode_batch(words, add_special_tokens=False)
         most = room(role, self._instruction_tokens)
-        counts = []
+        counts: list[tuple[TokenCount, ...]] = []
         for caption, text, encoding in zip(captions, words, found, strict=True):
             beyond = len(encoding.ids) + self._specials - most
             lost, cut = self._lost(caption, role, text, encoding.offsets[-beyond][0]) if beyond > 0 else ((), "")
@@ -60,7 +60,9 @@ def open_tokens(folder: Path, options: SanaVideoOptions, instruction: str) -> It
 
     file = folder / "tokenizer.json"
     if not file.is_file():
-        what = "there is no tokenizer.json, so tokens cannot be counted without the text encoder; what is too long is cut."
+        what = (
+            "there is no tokenizer.json, so tokens cannot be counted without the text encoder; what is too long is cut."
+        )
         raise ModelError(Problem(str(folder), what, "Save the tokenizer once with transformers, which writes it."))
     try:
         tokenizer: Tokenizer = Tokenizer.from_file(str(file))

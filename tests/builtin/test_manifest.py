@@ -103,7 +103,10 @@ def test_rows_with_one_path_are_one_clip_with_all_their_captions(clips: Path) ->
 
 def test_rows_of_one_clip_with_different_extras_are_an_error(clips: Path) -> None:
     table = write(clips / "t.csv", "path,caption,motion_score", "b.mp4,one,5", "b.mp4,two,6")
-    assert 'the rows of "b.mp4" differ in motion_score: 5 and 6.' in problems(manifest(table).captions(["motion_score"]))[0][1]
+    assert (
+        'the rows of "b.mp4" differ in motion_score: 5 and 6.'
+        in problems(manifest(table).captions(["motion_score"]))[0][1]
+    )
 
 
 def test_a_column_that_the_options_name_for_an_extra_has_to_be_there(clips: Path) -> None:

@@ -296,12 +296,16 @@ def test_an_extra_of_a_backend_that_the_family_does_not_read_is_an_error_with_it
 ) -> None:
     with pytest.raises(DataError) as caught:
         found(dataset(Knowing(**more)))
-    assert [(problem.where, f"{problem.what} {problem.remedy}") for problem in caught.value.problems] == [("list:3", told)]
+    assert [(problem.where, f"{problem.what} {problem.remedy}") for problem in caught.value.problems] == [
+        ("list:3", told)
+    ]
     assert len(found(dataset(Knowing(**more), ignore_extras=list(more)))) == 2
     assert len(found(dataset(Knowing(**dict.fromkeys(more, " "))))) == 2, "blank is as good as absent"
 
 
-def test_a_column_that_another_family_reads_is_an_error_and_other_columns_are_nobodys(of_csv: Callable[..., Found]) -> None:
+def test_a_column_that_another_family_reads_is_an_error_and_other_columns_are_nobodys(
+    of_csv: Callable[..., Found],
+) -> None:
     text = "file,caption,url,camera\na.mp4,x,http://x,\nb.mp4,y,http://y,still\nc.mp4,z,,left\n"
     (problem,) = refused(of_csv, text)
     assert problem.startswith('captions.csv:3: this model family does not read "camera"')

@@ -262,7 +262,9 @@ def test_masks_need_their_folder_and_know_no_other_key(plan_of: PlanOf) -> None:
     assert '"invert"' in found
 
 
-def test_a_dataset_knows_its_familys_extras_and_those_of_others(plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dataset_knows_its_familys_extras_and_those_of_others(
+    plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from vtrain_toy.family import TOY
 
     other = replace(TOY, name="other", caption_extras=(CaptionExtra("camera", "text", "x"), *TOY.caption_extras[:1]))

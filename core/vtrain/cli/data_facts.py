@@ -12,7 +12,7 @@ from rich.console import Console
 
 from vtrain.cli.plan import show_sections
 from vtrain.cli.report import one_line
-from vtrain.contract import Role, Section
+from vtrain.contract import Role, Section, TokenCount
 from vtrain.data.caching.artifacts import MaskArtifact, known_key
 from vtrain.data.caching.entries import Entries
 from vtrain.data.decoding.probe import Probe
@@ -22,6 +22,7 @@ from vtrain.data.scanning.extras import shown_extra
 from vtrain.data.scanning.files import SourceFile
 from vtrain.estimate.estimate import bytes_text
 from vtrain.estimate.render import counted
+from vtrain.estimate.tokens import of_limit
 from vtrain.plan.records import DatasetPlan, Plan
 
 if TYPE_CHECKING:
@@ -186,7 +187,8 @@ class WindowFacts:
 
 @dataclass(frozen=True)
 class TextEntry:
-    """One entry of the text cache. wording: what the encoder reads; None if the family does not say."""
+    """One entry of the text cache. wording: what the encoder reads; None if the family does not say. counts: tokens of that by
+    encoder; none where they cannot be counted."""
 
     role: Role
     text: str
@@ -194,6 +196,7 @@ class TextEntry:
     wording: str | None
     key: str
     state: str
+    counts: tuple[TokenCount, ...] = ()
 
 
 def show_facts(
@@ -289,6 +292,11 @@ def _text_rows(texts: list[TextEntry]) -> Iterator[tuple[str, str]]:
         if entry.wording is not None:
             reading = _shortened(entry.wording, len(entry.text)) or "(nothing)"
             yield "read as" if entry.role == "prompt" else f"{label}, read as", reading
+        if entry.role == "prompt":
+            for count in entry.counts:
+                yield f"tokens{f' ({count.encoder})' if len(entry.counts) > 1 else ''}", of_limit(count)
+                if count.lost:
+                    yield "not read", f"{' and '.join(count.lost)}: {count.cut}"
 
 
 def _shortened(wording: str, caption: int) -> str:

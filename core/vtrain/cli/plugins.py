@@ -70,7 +70,9 @@ def show_plugin(name: str, kind: str | None, as_json: bool) -> None:
         _print_options(options)
         if isinstance(part.spec, FamilySpec) and part.spec.caption_extras:
             typer.echo("\nBeside a clip's caption it reads (keys of JSON sidecars, columns of tables):")
-            rows = [(each.name, each.kind, each.default or "nothing", each.summary) for each in part.spec.caption_extras]
+            rows = [
+                (each.name, each.kind, each.default or "nothing", each.summary) for each in part.spec.caption_extras
+            ]
             print_table(("extra", "what", "absent", "meaning"), rows)
 
 

@@ -12,12 +12,14 @@ from typing import Literal
 from vtrain.config.record import Config
 from vtrain.config.tables import DataTable
 from vtrain.contract import (
+    Caption,
     CaptionExtra,
     ClipShape,
     DataBackend,
     DType,
     Family,
     Regularizer,
+    Role,
     Sampler,
     Size,
     SupportsCaptions,
@@ -90,6 +92,16 @@ class ValidationPlan:
     steps: int
     seed: int
     images: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def texts(self) -> tuple[tuple[str, Caption, Role], ...]:
+        """(key in the table, what is encoded for it, its role): prompts, and with guidance the negative one."""
+        prompts: list[tuple[str, Caption, Role]] = [
+            (f"prompts.{nickname}", Caption(prompt), "prompt") for nickname, prompt in self.prompts.items()
+        ]
+        if self.guidance > 1:
+            prompts.append(("negative_prompt", Caption(self.negative_prompt), "negative"))
+        return tuple(prompts)
 
 
 @dataclass(frozen=True)

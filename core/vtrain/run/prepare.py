@@ -59,9 +59,5 @@ def scanned(plan: Plan, on_file: Callable[[int], None] | None = None) -> tuple[S
 
 
 def extra_texts(plan: Plan) -> list[tuple[Caption, Role]]:
-    """What a run encodes beside captions: validation's prompts. Imports torch."""
-    if plan.validation is None:
-        return []
-    from vtrain.validate.generate import texts
-
-    return texts(plan.validation)
+    """What a run encodes beside captions: validation's prompts."""
+    return [(caption, role) for _, caption, role in plan.validation.texts] if plan.validation else []

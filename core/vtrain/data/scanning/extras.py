@@ -129,7 +129,9 @@ class Strangers:
 
     def problems(self) -> list[Problem]:
         return [
-            Problem(where, f"{_unread(name, self._dataset)}; {count} clip{'s have' if count != 1 else ' has'} it.", remedy)
+            Problem(
+                where, f"{_unread(name, self._dataset)}; {count} clip{'s have' if count != 1 else ' has'} it.", remedy
+            )
             for name, (where, count) in self._found.items()
             for remedy in (_remedy(name, self._dataset, "Remove the column"),)
         ]
@@ -137,7 +139,7 @@ class Strangers:
 
 def _unread(name: str, dataset: DatasetPlan) -> str:
     reader = dataset.foreign_extras.get(name)
-    whose = f'{reader} does: an extra of another model family' if reader else "no installed model family does"
+    whose = f"{reader} does: an extra of another model family" if reader else "no installed model family does"
     return f'this model family does not read "{name}" ({whose})'
 
 

@@ -15,6 +15,7 @@ from vtrain.data.scanning.decisions import TOLD
 from vtrain.data.scanning.ledger import Ledger, marks
 from vtrain.data.scanning.misfits import NO_LOSS, NO_MISFITS, Loss, Misfits, find_misfits, joined, misfits_of
 from vtrain.data.scanning.sources import origin_of
+from vtrain.data.scanning.token_counts import CutCaptions, LongText
 from vtrain.plan.records import DatasetPlan, MasksPlan
 
 
@@ -27,7 +28,8 @@ class DatasetSurvey:
     that the samples are of; windows: -> number of windows, each encoded once; where either is empty, each sample has one.
     losses: clip shape -> what pictures lose in it, where any does; misfits: the clips that lose much. notes: what else is worth
     knowing, such as caption rows without a clip. doubts: what of its captions is probably not meant. share: the part of it that
-    an epoch takes. foreign_keys: of caption files, which another model family reads.
+    an epoch takes. foreign_keys: of caption files, which another model family reads. tokens: what its captions take of the
+    text encoder; None where the family cannot say.
     """
 
     id: str
@@ -43,6 +45,7 @@ class DatasetSurvey:
     doubts: tuple[str, ...] = ()
     share: Fraction = Fraction(1)
     foreign_keys: tuple[extras.Key, ...] = ()
+    tokens: CutCaptions | None = None
 
     def clips_of(self, shape: ClipShape) -> int:
         """Files that give samples of a shape."""
@@ -69,10 +72,12 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a scan found in all datasets. texts: different captions to encode, of samples only."""
+    """What a scan found in all datasets. texts: different captions to encode, of samples only. prompts: of validation's, those
+    that the text encoder does not read to their end."""
 
     datasets: tuple[DatasetSurvey, ...]
     texts: int
+    prompts: tuple[LongText, ...] = ()
 
     def table(self) -> tuple[Bucket, ...]:
         """Every bucket, in order of shape."""
@@ -302,7 +307,8 @@ def problems(ledger: Ledger, decision: int, dataset: DatasetPlan, found: Dataset
             remedy = 'Fix or remove the file, or set data.on_bad_file = "skip".'
             yield Problem(f"{place}/{ref}", f"{reason}.", remedy)
     for key in found.foreign_keys:
-        query = """SELECT size, version FROM source WHERE ref = :ref AND place = (SELECT place FROM decision WHERE number = :decision)"""
+        query = """SELECT size, version FROM source JOIN decision ON number = :decision AND source.place = decision.place
+            WHERE ref = :ref"""
         ((size, version),) = ledger.rows(query, {"decision": decision, "ref": key[2]})
         line = extras.line_of(key[0], SourceRef(key[2], size, version), dataset)
         yield extras.key_problem(key, place, line, dataset)

@@ -203,7 +203,7 @@ class _Tally:
         self.captions += 1
         long = cut_of(counts)
         self.cut += bool(long)
-        self.lost.update({name for count in long for name in count.lost})
+        self.lost.update(dict.fromkeys((name for count in long for name in count.lost), 1))
         for count in counts:
             if count.encoder not in self.longest or count.tokens > self.longest[count.encoder].tokens:
                 self.longest[count.encoder] = count

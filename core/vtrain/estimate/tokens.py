@@ -32,7 +32,7 @@ def token_rows(found: DatasetSurvey) -> Iterator[tuple[str, str]]:
 
 
 def _cut(tokens: CutCaptions) -> str:
-    """ "3 of 120 captions are not read to their end: 2 in text, 3 in motion_score"."""
+    """ "3 of 120 captions are not read to their end: 2 in text, 3 in pace"."""
     are = "caption is" if tokens.captions == 1 else "captions are"
     lost = ", ".join(f"{count} in {name}" for name, count in sorted(tokens.lost.items(), key=lambda each: -each[1]))
     return f"{tokens.cut} of {tokens.captions} {are} not read to the end: {lost}"

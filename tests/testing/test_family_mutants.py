@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,9 @@ from vtrain_toy.denoiser import ToyDenoiser, build_denoiser
 from vtrain_toy.family import ToyFamily, ToyOptions
 from vtrain_toy.text import ToyTextEncoder
 from vtrain_toy.transformer import ToyTransformer
-from vtrain_toy.words import ToyTokenCounter
 
 from vtrain.contract import (
     Caption,
-    CaptionExtra,
     ClipShape,
     Condition,
     Latents,
@@ -31,10 +28,10 @@ from vtrain.contract import (
     Problem,
     Size,
     Text,
-    TokenCount,
     TokenGrid,
 )
 from vtrain.testing import FamilyTests
+from vtrain.testing.family_captions import CaptionTests
 
 CLIP = ClipShape(9, 32, 48)
 counter = itertools.count()
@@ -79,21 +76,6 @@ def text(change: Callable[[Text, Sequence[Caption]], Text], **more: object) -> S
 
 def long_text(given: Text, captions: Sequence[Caption]) -> Text:
     return Text(given.embeds.repeat(1, 9, 1), given.mask.repeat(1, 9))
-
-
-class Moodless(ToyTextEncoder):
-    def encode(self, captions: Sequence[Caption], role: Any) -> Text:
-        return super().encode([Caption(caption.text) for caption in captions], role)
-
-
-def tokens(change: Callable[[TokenCount], TokenCount]) -> ToyFamily:
-    """A family whose counts pass through `change`."""
-
-    class Counter(ToyTokenCounter):
-        def count(self, captions: Sequence[Caption], role: Any) -> list[tuple[TokenCount, ...]]:
-            return [tuple(map(change, each)) for each in super().count(captions, role)]
-
-    return family(open_token_counter=contextmanager(lambda self: iter([Counter()])))
 
 
 class Codec(ToyCodec):
@@ -323,19 +305,6 @@ MUTANTS: Mapping[str, Callable[[Path], Subject]] = {
         text_fingerprint=lambda self, hash_file: str(next(counter))
     ),
     "test_fingerprints_follow_the_files_they_hash": lambda _: geometry(video_fingerprint=unread),
-    "test_every_extra_is_read": lambda _: kit(
-        family=family(caption_extras=(CaptionExtra("mood", "text", "x"),)), text_encoder=Moodless()
-    ),
-    "test_every_extra_says_what_it_means": lambda _: geometry(caption_extras=(CaptionExtra("mood", "text", " "),)),
-    "test_tokens_are_counted_as_the_encoder_cuts": lambda _: kit(
-        family=tokens(lambda count: replace(count, limit=17)), text_encoder=ToyTextEncoder()
-    ),
-    "test_what_is_lost_is_the_text_or_an_extra": lambda _: kit(
-        family=tokens(lambda count: replace(count, lost=("end",)))
-    ),
-    "test_the_fingerprint_of_tokens_is_stable": lambda _: geometry(
-        token_fingerprint=lambda self, hash_file: str(next(counter))
-    ),
     "test_embeddings_have_the_familys_shape": lambda _: text(
         lambda given, _: Text(given.embeds[..., :-1], given.mask), family=family(), role="prompt"
     ),
@@ -409,7 +378,7 @@ def test_the_rule_fails_for_a_family_that_breaks_it(rule: str, tmp_path: Path, b
 
 
 def test_every_rule_of_the_family_kit_has_a_mutant(rules_of: Callable[[type], set[str]]) -> None:
-    assert rules_of(FamilyTests) == MUTANTS.keys()
+    assert rules_of(FamilyTests) - rules_of(CaptionTests) == MUTANTS.keys()
 
 
 def test_a_tap_outside_the_graph_is_called_detached() -> None:

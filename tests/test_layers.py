@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -300,3 +301,10 @@ def test_a_planted_import_of_diffusers_or_torch_is_caught() -> None:
     assert foreign_faults("def f():\n    from diffusers import X")
     assert list(imports("import torch", module_level=True))
     assert list(imports("def f():\n    import torch\nif TYPE_CHECKING:\n    import torch", module_level=True)) == []
+
+
+@pytest.mark.parametrize("folder", [CORE, ROOT / "plugins" / "vtrain_builtin"], ids=lambda folder: folder.name)
+def test_core_and_what_is_built_in_know_no_caption_extra_by_name(folder: Path) -> None:
+    pattern = re.compile("motion.?score", re.IGNORECASE)
+    naming = [str(path) for path in folder.rglob("*.py") if pattern.search(path.read_text(encoding="utf-8"))]
+    assert naming == [], "which extras there are is for families to say (FamilySpec.caption_extras)"

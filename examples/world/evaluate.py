@@ -28,7 +28,7 @@ from vtrain.plan.records import Plan, ValidationPlan
 from vtrain.run.prepare import planned
 from vtrain.train.assemble import load_model
 from vtrain.train.resume import RunState, Start, read_state
-from vtrain.validate.generate import Validator, texts, to_frames
+from vtrain.validate.generate import Validator, to_frames
 
 SEEDS = range(7001, 8000)
 """Of the starting noise, one for each 32 prompts; not the run's own validation seed."""
@@ -113,7 +113,7 @@ def frames(plan: Plan, model: Denoiser, caption: str, seed: int) -> np.ndarray:
 def validator(plan: Plan, model: Denoiser, prompts: Mapping[str, str], seed: int) -> Validator:
     """The run's own validation with other prompts, its text cached."""
     table = validation(plan, prompts, seed)
-    fill_caches(plan, (), texts(table), "cpu", lambda _: None)
+    fill_caches(plan, (), [(caption, role) for _, caption, role in table.texts], "cpu", lambda _: None)
     model.module.eval()
     autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=plan.config.precision.mixed == "bf16")
     caches, device = Caches.open(plan), Device()

@@ -11,7 +11,7 @@ import os
 import posixpath
 import re
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import groupby, islice
@@ -193,9 +193,9 @@ class PathManifest:
         """Raises OSError."""
         return self._targets.open(ref)
 
-    def captions(self) -> Iterator[tuple[str, Words]]:
+    def captions(self, extras: Sequence[str] = ()) -> Iterator[tuple[str, Words]]:
         """Several rows of one path are several captions. Raises DataError."""
-        return captions_of(self._options.columns, self._tables, self._named_by)
+        return captions_of(self._options.columns, self._tables, self._named_by, extras)
 
     def _named(self) -> Iterator[Target]:
         """What each row names, in the order of rows. Raises DataError, after the last, for rows that name nothing."""
@@ -301,9 +301,9 @@ class BytesManifest:
             raise OSError(f"{ref.id[:length]} has changed since it was listed")
         return io.BytesIO(data)
 
-    def captions(self) -> Iterator[tuple[str, Words]]:
+    def captions(self, extras: Sequence[str] = ()) -> Iterator[tuple[str, Words]]:
         """Raises DataError."""
-        return captions_of(self._options.columns, self._tables, self._named_by)
+        return captions_of(self._options.columns, self._tables, self._named_by, extras)
 
     def _name(self, record: Record) -> str | None:
         name: str | None = f"{record.number:09}{self._options.suffix}"

@@ -19,7 +19,6 @@ from vtrain_builtin.folder import sorted_rows
 from vtrain_builtin.place import PlaceOptions, PlacePath, StorageError
 from vtrain_builtin.rows import TableFault, rows
 
-MOTION_SCORE = "motion_score"
 _TOLD = 20
 """Wrong rows that one error names."""
 
@@ -32,8 +31,10 @@ class ManifestColumns(Options):
     )
     bytes: str | None = Field(None, min_length=1, description="of the file's own bytes, in Parquet; instead of path")
     caption: str = Field("caption", min_length=1, description="of the caption: a text, or a list of texts")
-    motion_score: str | None = Field(
-        None, min_length=1, description='of the motion score; absent: "motion_score" if there is such a column'
+    extras: dict[str, str] = Field(
+        {},
+        description="of what the model family reads of a clip beside its caption, by its name there; absent: a column of "
+        "that name, if there is one",
     )
     id: str | None = Field(None, min_length=1, description="of the clip's name; absent: its path, or its row's number")
 
@@ -70,6 +71,7 @@ def manifest_location(options: ManifestOptions, files: NamedFiles) -> str:
     chosen = options.columns.model_dump(exclude_defaults=True)
     if options.columns.bytes and options.suffix != ".mp4":
         chosen["suffix"] = options.suffix
+    chosen |= {f"extras.{name}": column for name, column in chosen.pop("extras", {}).items()}
     words = "&".join(f"{option}={column}" for option, column in chosen.items())
     return f"{files.location}#{words}" if words else files.location
 
@@ -190,56 +192,55 @@ def caption_texts(value: Any) -> tuple[str, ...] | None:
     return tuple(text for text in (" ".join(cell.split()) for cell in cells) if text)
 
 
-def score(value: Any) -> int | None:
-    """A motion score: a whole number from 0 on, as a number or as digits. Raises ValueError."""
-    if value is None or value == "":
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError("no number")
-    number = float(value)
-    if not number.is_integer() or number < 0:
-        raise ValueError("no whole number from 0 on")
-    return int(number)
-
-
-def captions_of(columns: ManifestColumns, tables: Tables, named: NamedBy) -> Iterator[tuple[str, Words]]:
+def captions_of(
+    columns: ManifestColumns, tables: Tables, named: NamedBy, extras: Sequence[str]
+) -> Iterator[tuple[str, Words]]:
     """(clip's id, its words) by id: of all its rows, captions in order, none twice. Raises DataError.
 
-    named: columns that an id is made of, and the id of a record, or None for a record that has none.
+    named: columns that an id is made of, and the id of a record, or None for a record that has none. extras: that are asked
+    for; those that the options name come in any case.
     """
     wrong = WrongRows()
+    mark = "extras."  # no option is called so
     needed = {**named.columns, "caption": columns.caption}
-    optional = {"motion_score": columns.motion_score or MOTION_SCORE}
-    if columns.motion_score:
-        needed, optional = {**needed, **optional}, {}
+    needed |= {f"{mark}{name}": column for name, column in columns.extras.items()}
+    optional = {f"{mark}{name}": name for name in extras if name not in columns.extras}
     records = tables.records(needed, optional)
-    for name, same in groupby(sorted_rows(_words(records, named, wrong)), key=itemgetter(0)):
-        found = [json.loads(row) for _, row in same]
-        scores = {number for _, number in found if number is not None}
-        if len(scores) > 1:
-            wrong.add(
-                tables.files.location, f'the rows of "{name}" have different motion scores.', "Give the clip one."
-            )
-        texts = tuple(dict.fromkeys(text for several, _ in found for text in several))
-        if texts or scores:
-            yield name, Words(texts, {MOTION_SCORE: max(scores)} if scores else {})
+    for name, same in groupby(sorted_rows(_words(records, named, wrong, mark)), key=itemgetter(0)):
+        rows = [json.loads(row) for _, row in same]
+        values: dict[str, Any] = {}
+        for _, given, _ in rows:
+            for extra, value in given.items():
+                if _plain(values.setdefault(extra, value)) != _plain(value):
+                    what = f'the rows of "{name}" differ in {extra}: {values[extra]} and {value}.'
+                    wrong.add(tables.files.location, what, "Give the clip one.")
+        texts = tuple(dict.fromkeys(text for several, _, _ in rows for text in several))
+        where = next((place for _, given, place in rows if given), "")
+        if texts or values:
+            yield name, Words(texts, values, where)
     wrong.stop()
 
 
-def _words(records: Iterator[Record], named: NamedBy, wrong: WrongRows) -> Iterator[tuple[str, str]]:
-    """(id, texts and motion score as JSON). Raises DataError after the last record if some were wrong."""
+def _plain(value: Any) -> Any:
+    """Numbers are the same in digits, too."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return value
+
+
+def _words(records: Iterator[Record], named: NamedBy, wrong: WrongRows, mark: str) -> Iterator[tuple[str, str]]:
+    """(id; texts, extras and their place as JSON). Raises DataError after the last record if some were wrong."""
     for record in records:
         name, where = named.name(record), f"{record.place}:{record.number}"
         texts = caption_texts(record.cells["caption"])
         if texts is None:
             wrong.add(where, "the caption is no text and no list of texts.", "Fix the row.")
             continue
-        try:
-            number = score(record.cells.get("motion_score"))
-        except (ValueError, OverflowError):
-            value = str(record.cells.get("motion_score"))[:40]
-            wrong.add(where, f"the motion score {value!r} is no whole number from 0 on.", "Write one such as 30.")
-            continue
         if name is not None:
-            yield name, json.dumps([texts, number])
+            cells = record.cells.items()
+            given = {
+                key.removeprefix(mark): cell for key, cell in cells if key.startswith(mark) and cell not in (None, "")
+            }
+            yield name, json.dumps([texts, given, where if given else ""], default=str)
     wrong.stop()

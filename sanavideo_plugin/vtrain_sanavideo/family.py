@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cached_property
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,7 @@ from vtrain.contract import (
     TRANSFORMERS_STEM,
     BlockMemory,
     Caption,
+    CaptionExtra,
     CausalCodecConfig,
     CheckpointSource,
     ClipShape,
@@ -29,6 +32,7 @@ from vtrain.contract import (
     Size,
     TextEncoderSpec,
     TextPartSpec,
+    TokenCounter,
     TokenGrid,
     digest,
     meaning,
@@ -37,10 +41,10 @@ from vtrain.contract import (
     tokenizer_hashes,
     weight_hashes,
 )
-from vtrain_sanavideo import check, codec, denoiser, text
+from vtrain_sanavideo import check, codec, denoiser, text, tokens
 from vtrain_sanavideo.geometry import OFFICIAL_480P, TransformerConfig
 from vtrain_sanavideo.memory import MEASURED
-from vtrain_sanavideo.options import SanaVideoOptions
+from vtrain_sanavideo.options import MOTION_SCORE, SanaVideoOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -157,14 +161,29 @@ class SanaVideoFamily:
     def scheduler_config(self) -> Mapping[str, object]:
         return read_json(self._source.folder / "scheduler" / "scheduler_config.json")
 
+    @property
+    def caption_extras(self) -> tuple[CaptionExtra, ...]:
+        """SupportsCaptionExtras."""
+        return (replace(MOTION_SCORE, default=str(self._options.motion_score)),)
+
     def wording(self, caption: Caption, role: Role) -> str:
         """SupportsWording: instruction, motion score and small letters included."""
         return text.wording(caption, role, self._options, self._instruction)
 
+    def token_fingerprint(self, hash_file: HashFile) -> str:
+        """SupportsTokenCounts: the tokenizer, and all that is put around a caption."""
+        return digest(
+            "sanavideo tokens 1", tokenizer_hashes(self._source.part("tokenizer"), hash_file), metadata.version("tokenizers"),
+            text.TEXT_TOKENS, self._instruction, self._options.motion_score,
+        )  # fmt: skip
+
+    def open_token_counter(self) -> AbstractContextManager[TokenCounter]:
+        return tokens.open_tokens(self._source.part("tokenizer"), self._options, self._instruction)
+
     def text_encoders(self) -> Mapping[str, TextEncoderSpec]:
         """Gemma-2, whose tokens the transformer takes with their mask: padding changes nothing."""
         part = TextPartSpec(self._transformer.caption_channels, text.TEXT_TOKENS, dtype=self._options.text_precision)
-        return {"gemma": TextEncoderSpec({"text": part}, self._text_fingerprint, self._open_text)}
+        return {tokens.ENCODER: TextEncoderSpec({"text": part}, self._text_fingerprint, self._open_text)}
 
     def _text_fingerprint(self, hash_file: HashFile) -> str:
         encoder, tokenizer = self._source.part("text_encoder"), self._source.part("tokenizer")

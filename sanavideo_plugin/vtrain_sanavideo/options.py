@@ -6,7 +6,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from vtrain.contract import DType, ModelSource, Options, fixed
+from vtrain.contract import CaptionExtra, DType, ModelSource, Options, fixed
+
+MOTION_SCORE = CaptionExtra(
+    "motion_score",
+    "int",
+    'how much moves, written at the end of the prompt (" motion score: 30."), as the model was trained',
+    minimum=0,
+    default="the option motion_score",
+)
+"""The one thing that SANA-Video reads of a clip beside its caption."""
 
 
 class SanaVideoOptions(Options):

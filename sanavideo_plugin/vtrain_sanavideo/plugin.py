@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from vtrain.contract import Family, FamilySpec, Regularizer, RegularizerSpec, Sampler, SamplerSpec, hookimpl
 from vtrain_sanavideo.crepa_options import CrepaOptions
-from vtrain_sanavideo.options import SanaVideoFlowOptions, SanaVideoOptions
+from vtrain_sanavideo.options import MOTION_SCORE, SanaVideoFlowOptions, SanaVideoOptions
 
 # A part's own module is imported when it is built: `vtrain plugins list` needs the options alone.
 
@@ -44,6 +44,7 @@ SANAVIDEO = FamilySpec(
     build=_family,
     sampler=FLOW.name,
     fixed_sampler=True,
+    caption_extras=(MOTION_SCORE,),
 )
 
 CREPA = RegularizerSpec(

@@ -18,7 +18,7 @@ from vtrain.contract import (
     load_pretrained,
     load_tokenizer,
 )
-from vtrain_sanavideo.options import SanaVideoOptions
+from vtrain_sanavideo.options import MOTION_SCORE, SanaVideoOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,17 +27,13 @@ if TYPE_CHECKING:
 TEXT_TOKENS = 300
 """Tokens that the denoiser is given: SanaVideoPipeline's max_sequence_length."""
 
-MOTION_SCORE = "motion_score"
-"""The one extra that a caption may have."""
-
 
 class SanaVideoText:
-    """The text encoder at work. truncated: how many captions so far were too long and lost their end, motion score included."""
+    """The text encoder at work."""
 
     def __init__(
         self, tokenizer: GemmaTokenizer, model: Gemma2Model, options: SanaVideoOptions, instruction: str
     ) -> None:
-        self.truncated = 0
         self._model: Gemma2Model | None = model
         self._tokenizer = tokenizer
         self._tokenizer.padding_side = "right"  # as encode_prompt sets it
@@ -53,7 +49,7 @@ class SanaVideoText:
         if not captions:
             raise ValueError("no captions to encode")
         words = [wording(caption, role, self._options, self._instruction) for caption in captions]
-        embeds, mask = self._embed(words, self._room(role))
+        embeds, mask = self._embed(words, room(role, self._instruction_tokens))
         # <bos> and the last 299, as encode_prompt selects them: the instruction is read with them and then left out.
         keep = [0, *range(mask.shape[1] - TEXT_TOKENS + 1, mask.shape[1])]
         embeds, mask = embeds[:, keep], mask[:, keep]
@@ -64,20 +60,12 @@ class SanaVideoText:
         """Let go of the weights."""
         self._model = None
 
-    def _room(self, role: Role) -> int:
-        """Tokens for instruction and caption. The instruction's own two more than it needs: its <bos> and its last stay."""
-        if role != "prompt" or not self._instruction:
-            return TEXT_TOKENS
-        return self._instruction_tokens + TEXT_TOKENS - 2
-
     def _embed(self, words: list[str], room: int) -> tuple[Tensor, Tensor]:
         """(B, room, D) and bool (B, room). Padding is encoded too: shorter inputs would change the last bits."""
         import torch
 
         if self._model is None:
             raise RuntimeError("this text encoder is closed")
-        # Once more without truncation: the call below does not tell what it cut.
-        self.truncated += sum(len(ids) > room for ids in self._tokenizer(words)["input_ids"])
         tokens = self._tokenizer(words, padding="max_length", max_length=room, truncation=True, return_tensors="pt")
         device = self._model.device
         mask = tokens["attention_mask"]
@@ -87,23 +75,36 @@ class SanaVideoText:
         return embeds.cpu().clone(), mask.bool()
 
 
+def room(role: Role, instruction_tokens: int) -> int:
+    """Tokens for instruction and caption. instruction_tokens: of the instruction alone, 0 for none.
+
+    Two more than the instruction needs: its <bos> and its last stay among the TEXT_TOKENS that the denoiser is given.
+    """
+    return TEXT_TOKENS + (max(0, instruction_tokens - 2) if role == "prompt" else 0)
+
+
 def wording(caption: Caption, role: Role, options: SanaVideoOptions, instruction: str) -> str:
     """What is cut into tokens: "dropped" is the empty text; only "prompt" is instructed and scored.
 
     Raises DataError for extras that are not known or no motion score.
     """
-    if unknown := sorted(set(caption.extras) - {MOTION_SCORE}):
+    if unknown := sorted(set(caption.extras) - {MOTION_SCORE.name}):
         raise DataError(
             Problem("", f"SANA-Video takes no {', '.join(unknown)} with a caption.", "It takes motion_score.")
         )
     if role == "dropped":
         return ""
-    score = _whole(caption.extras.get(MOTION_SCORE, options.motion_score))
+    ending = scored(caption, role, options)
     if role == "negative":
         return caption.text.lower().strip()
-    scored = caption.text if score is None else f"{caption.text} motion score: {score}."
     # As encode_prompt: the caption is made small, the instruction is not.
-    return instruction + scored.lower().strip()
+    return instruction + f"{caption.text}{ending}".lower().strip()
+
+
+def scored(caption: Caption, role: Role, options: SanaVideoOptions) -> str:
+    """How the wording of a prompt ends; "" where it bears no motion score. Raises DataError for a score that is none."""
+    score = _whole(caption.extras.get(MOTION_SCORE.name, options.motion_score))
+    return f" motion score: {score}." if role == "prompt" and score is not None else ""
 
 
 def _whole(score: float | int | str | None) -> int | None:

@@ -221,7 +221,7 @@ class TestTarOnS3(Sharded):
 
 
 CAPTIONS: Mapping[str, Words] = {
-    "b.mp4": Words(("a red ball", "a ball, that is red"), {"motion_score": 7}),
+    "b.mp4": Words(("a red ball", "a ball, that is red")),
     "deep/er/clip.mp4": Words(('a "blue" ball',)),
 }
 
@@ -238,7 +238,7 @@ def table(files: Mapping[str, bytes]) -> list[dict[str, Any]]:
 
 def as_csv(files: Mapping[str, bytes]) -> str:
     target = io.StringIO(newline="")
-    writer = csv.DictWriter(target, ["path", "caption", "motion_score"], extrasaction="ignore")
+    writer = csv.DictWriter(target, ["path", "caption"], extrasaction="ignore")
     writer.writeheader()
     writer.writerows(table(files))
     return target.getvalue()
@@ -309,7 +309,6 @@ def as_parquet(files: Mapping[str, bytes]) -> dict[str, bytes]:
             "name": [name.partition("/")[2] for name in own],
             "video": list(own.values()),
             "caption": [list(said.texts) or None for said in words],
-            "motion_score": [said.extras.get("motion_score") for said in words],
         }
         target = io.BytesIO()
         parquet.write_table(pyarrow.table(columns), target, row_group_size=2)

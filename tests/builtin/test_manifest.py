@@ -78,11 +78,11 @@ def test_braces_that_count_down_are_an_error_of_the_path(tmp_path: Path) -> None
 
 def test_columns_have_the_names_that_the_table_gives(clips: Path) -> None:
     table = write(clips / "t.tsv", "file\ttext\tmoves\tkey", "a.mp4\ta cat\t30\tone", "sub/c.mp4\ta dog\t\ttwo.mp4")
-    columns = {"path": "file", "caption": "text", "motion_score": "moves", "id": "key"}
+    columns = {"path": "file", "caption": "text", "extras": {"motion_score": "moves"}, "id": "key"}
     backend = manifest(table, columns=columns)
     assert read(backend) == {"one.mp4": b"a.mp4", "two.mp4": b"sub/c.mp4"}
     assert list(backend.captions()) == [
-        ("one.mp4", Words(("a cat",), {"motion_score": 30})),
+        ("one.mp4", Words(("a cat",), {"motion_score": "30"})),
         ("two.mp4", Words(("a dog",))),
     ]
 
@@ -93,12 +93,28 @@ def test_rows_with_one_path_are_one_clip_with_all_their_captions(clips: Path) ->
     )
     backend = manifest(table)
     assert list(read(backend)) == ["a.mp4", "b.mp4"]
-    assert dict(backend.captions())["b.mp4"] == Words(("one", "two"), {"motion_score": 5})
+    told = dict(backend.captions(["motion_score"]))["b.mp4"]
+    assert told == Words(("one", "two"), {"motion_score": "5"})
+    assert told.where == f"{table}:2"
+    assert dict(backend.captions())["b.mp4"] == Words(("one", "two")), "nobody asked"
+    same = write(clips / "u.csv", "path,caption,pace", "b.mp4,one,5", "b.mp4,two,5.0")
+    assert dict(manifest(same).captions(["pace"]))["b.mp4"].extras == {"pace": "5"}
 
 
-def test_rows_of_one_clip_with_different_motion_scores_are_an_error(clips: Path) -> None:
+def test_rows_of_one_clip_with_different_extras_are_an_error(clips: Path) -> None:
     table = write(clips / "t.csv", "path,caption,motion_score", "b.mp4,one,5", "b.mp4,two,6")
-    assert "different motion scores" in problems(manifest(table).captions())[0][1]
+    assert (
+        'the rows of "b.mp4" differ in motion_score: 5 and 6.'
+        in problems(manifest(table).captions(["motion_score"]))[0][1]
+    )
+
+
+def test_a_column_that_the_options_name_for_an_extra_has_to_be_there(clips: Path) -> None:
+    table = write(clips / "t.csv", "path,caption", "b.mp4,one")
+    found = problems(manifest(table, columns={"extras": {"pace": "speed"}}).captions(["pace"]))
+    assert [what.partition(" Set ")[0] for _, what in found] == ['there is no column "speed".']
+    assert "data.columns.extras.pace" in found[0][1]
+    assert manifest(table, columns={"extras": {"pace": "speed"}}).location == f"{table}#extras.pace=speed"
 
 
 def test_two_files_under_one_id_are_told_and_neither_is_used(clips: Path) -> None:
@@ -131,10 +147,6 @@ def test_wrong_rows_are_told_all_at_once_with_their_lines(clips: Path) -> None:
     ]
     found = problems(manifest(write(clips / "t.jsonl", *lines)).refs())
     assert [where for where, _ in found] == ["t.jsonl:2", "t.jsonl:3", "t.jsonl:4"]
-    table = write(
-        clips / "u.csv", "path,caption,motion_score", "a.mp4,x,many", "a.mp4,x,-1", "a.mp4,x,1.5", "a.mp4,x,30.0"
-    )
-    assert [where for where, _ in problems(manifest(table).captions())] == ["u.csv:2", "u.csv:3", "u.csv:4"]
     assert problems(manifest(clips / "t.jsonl").captions())[0][0] == "t.jsonl:1"
 
 

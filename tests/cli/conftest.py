@@ -131,6 +131,12 @@ def more_data() -> Callable[..., str]:
 
 
 @pytest.fixture
+def file_text() -> Callable[..., str]:
+    """A configuration file of one dataset: file_text(path, more)."""
+    return lambda path, more="": CONFIG + DATA.format(name=path, path=path, more=more) + VIDEO
+
+
+@pytest.fixture
 def make_clip() -> Callable[..., Path]:
     return clip
 

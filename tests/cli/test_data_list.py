@@ -231,7 +231,7 @@ def test_rows_are_read_from_the_ledger_as_they_are_asked_for(own: Path, kept_pro
 def test_many_files_that_fail_in_filling_are_counted_by_reason() -> None:
     out = io.StringIO()
     reasons = {f"clips/{number:03}.mp4": "[b]torn[/b]" if number % 3 else "is\x1b[2J gone" for number in range(90)}
-    Terminal(Console(file=out, width=400)).show(Filled(0, reasons, 0, 0))
+    Terminal(Console(file=out, width=400)).show(Filled(0, reasons, 0))
     lines = out.getvalue().splitlines()
     assert lines[0] == "skipped: clips/000.mp4: is\\x1b[2J gone"
     assert lines[20:] == [

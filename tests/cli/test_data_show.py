@@ -229,7 +229,8 @@ def test_what_decoded_a_file_is_told_where_torchcodec_is_asked_for(own: Path, vt
 
 def test_captions_are_shown_whole_on_one_line_each(own: Path, vtrain) -> None:
     text = vtrain("data", "show", own / "config.toml", "--no-sheet", "--", "-dash.mp4").stdout
-    assert "  caption 1  [red]a fox\\x1b[31m\n  caption 2  another [/red]\n  caption 3  third\n" in text
+    for row in ("caption 1  [red]a fox\\x1b[31m", "caption 2  another [/red]", "caption 3  third"):
+        assert f"  {row}\n  tokens     " in text
 
 
 def test_a_sheet_that_cannot_be_written_is_an_error_with_its_place(own: Path, vtrain) -> None:

@@ -162,6 +162,14 @@ def test_show_as_json(vtrain_command: Vtrain, drum: Path) -> None:
     }
 
 
+def test_show_lists_what_a_family_reads_beside_captions(vtrain_command: Vtrain) -> None:
+    shown = vtrain_command("plugins", "show", "toy").stdout
+    assert "Beside a clip's caption it reads" in shown
+    assert re.search(r"^pace +number from 0 to 10 +nothing +how fast things move$", shown, re.MULTILINE)
+    (part,) = json.loads(vtrain_command("plugins", "show", "toy", "--json").stdout)
+    assert [extra["name"] for extra in part["caption_extras"]] == ["mood", "pace"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

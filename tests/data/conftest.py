@@ -31,6 +31,7 @@ from vtrain.config.tables import (
 )
 from vtrain.contract import (
     Caption,
+    CaptionExtra,
     ClipShape,
     FeatureEncoder,
     FrameRule,
@@ -117,6 +118,7 @@ class AverageFamily:
     default_size = Size(128, 64)
     frame_rule = FrameRule(4, 1)
     pixel_stride = 8
+    caption_extras = (CaptionExtra("motion_score", "int", "how much moves", minimum=0, default="30"),)
     text_width = 6
 
     def latent_shape(self, clip: ClipShape) -> LatentShape:
@@ -198,7 +200,7 @@ class Setup:
         return DatasetPlan(
             id=name, where="config.toml:20", backend=CountingFolder(str(folder or self.folder)),
             table=DataTable.model_validate(table), sizes=tuple(Size(*size) for size in sizes), frames=frames,
-            min_frames=min_frames or frames, fps=fps,
+            min_frames=min_frames or frames, fps=fps, extras=self.family.caption_extras,
         )  # fmt: skip
 
     def plan(self, *datasets: DatasetPlan, seed: int = 1, video_batch: int = 1, **train: object) -> Plan:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtrain.config.tables import DataTable
-from vtrain.contract import DataError, Size, Words
+from vtrain.contract import CaptionExtra, DataError, Size, Words
 from vtrain.data.decoding.video import FileFault
 from vtrain.data.scanning.caption_rows import caption_rows
 from vtrain.plan.records import DatasetPlan
@@ -25,7 +25,11 @@ Found = list[tuple[str, Words | str]]
 
 def dataset(backend: Any = None, **table: Any) -> DatasetPlan:
     backend = backend or SimpleNamespace(location="/data/clips")
-    return DatasetPlan("clips", "", backend, DataTable.model_validate(table), (Size(64, 64),), 9, 9, 16.0)
+    score = CaptionExtra("motion_score", "int", "how much moves", minimum=0, default="30")
+    return DatasetPlan(
+        "clips", "", backend, DataTable.model_validate(table), (Size(64, 64),), 9, 9, 16.0, extras=(score,),
+        foreign_extras={"camera": "other"},
+    )  # fmt: skip
 
 
 def found(plan: DatasetPlan) -> Found:
@@ -108,8 +112,8 @@ def test_a_motion_score_stands_in_a_column_of_that_name(of_csv: Callable[..., Fo
 def test_a_bad_motion_score_is_that_clips_fault_and_no_others(of_csv: Callable[..., Found]) -> None:
     text = "file,caption,motion_score\na.mp4,x,fast\nb.mp4,y,1\nb.mp4,y,2\nc.mp4,z,3\n"
     assert of_csv(text) == [
-        ("a.mp4", "its motion score 'fast' is no whole number from 0 on: write one such as 30"),
-        ("b.mp4", "its rows have different motion scores (1, 2)"),
+        ("a.mp4", "its motion score 'fast' in captions.csv:2 is no whole number from 0 on: write one such as 30"),
+        ("b.mp4", "its rows differ in motion_score (1, 2)"),
         ("c.mp4", Words(("z",), {"motion_score": 3})),
     ]
 
@@ -203,17 +207,24 @@ def test_many_rows_are_never_all_in_memory(tmp_path: Path) -> None:
     assert peak < 2 << 20  # the file has 6 MB
 
 
-def test_a_backends_own_captions_are_taken_as_they_come() -> None:
-    class Knowing:
-        location = "/x"
+class Knowing:
+    """A backend that is asked for the family's extras and those of others."""
 
-        def captions(self) -> Iterator[tuple[str, Words]]:
-            yield "a.mp4", Words(("a", " "), {"motion_score": 3.0, "source": "x"})
-            yield "b.mp4", Words(("b",), {"motion_score": 3.5})
+    location = "/x"
 
+    def __init__(self, **more: object) -> None:
+        self.more = more
+
+    def captions(self, extras: Sequence[str] = ()) -> Iterator[tuple[str, Words]]:
+        assert extras == ("motion_score", "camera")
+        yield "a.mp4", Words(("a", " "), {"motion_score": 3.0, **self.more}, "list:3")
+        yield "b.mp4", Words(("b",), {"motion_score": 3.5, **self.more}, "list:7")
+
+
+def test_a_backends_own_captions_are_taken_with_the_extras_that_the_family_reads() -> None:
     assert found(dataset(Knowing())) == [
-        ("a.mp4", Words(("a",), {"motion_score": 3, "source": "x"})),
-        ("b.mp4", "its motion score '3.5' is no whole number from 0 on: write one such as 30"),
+        ("a.mp4", Words(("a",), {"motion_score": 3})),
+        ("b.mp4", "its motion score '3.5' in list:7 is no whole number from 0 on: write one such as 30"),
     ]
     assert found(dataset(Knowing(), captions="textfile")) == []
     assert found(dataset(captions="textfile")) == []
@@ -263,3 +274,42 @@ def test_what_is_no_parquet_is_an_error(tmp_path: Path) -> None:
         (tmp_path / "captions.parquet").write_bytes(data)
         with pytest.raises(DataError, match="not a Parquet file that can be read"):
             found(dataset(captions="parquet", captions_file=tmp_path / "captions.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (
+            {"camera": "still"},
+            'this model family does not read "camera" (other does: an extra of another model family); 2 clips have it. '
+            'Remove the column, or set data.ignore_extras = ["camera"] to train without it.',
+        ),
+        (
+            {"motion_scroe": 5},
+            'this model family does not read "motion_scroe" (no installed model family does); 2 clips have it. Did you mean '
+            '"motion_score"? Remove the column, or set data.ignore_extras = ["motion_scroe"] to train without it.',
+        ),
+    ],
+)
+def test_an_extra_of_a_backend_that_the_family_does_not_read_is_an_error_with_its_place(
+    more: dict[str, object], told: str
+) -> None:
+    with pytest.raises(DataError) as caught:
+        found(dataset(Knowing(**more)))
+    assert [(problem.where, f"{problem.what} {problem.remedy}") for problem in caught.value.problems] == [
+        ("list:3", told)
+    ]
+    assert len(found(dataset(Knowing(**more), ignore_extras=list(more)))) == 2
+    assert len(found(dataset(Knowing(**dict.fromkeys(more, " "))))) == 2, "blank is as good as absent"
+
+
+def test_a_column_that_another_family_reads_is_an_error_and_other_columns_are_nobodys(
+    of_csv: Callable[..., Found],
+) -> None:
+    text = "file,caption,url,camera\na.mp4,x,http://x,\nb.mp4,y,http://y,still\nc.mp4,z,,left\n"
+    (problem,) = refused(of_csv, text)
+    assert problem.startswith('captions.csv:3: this model family does not read "camera"')
+    assert "; 2 clips have it." in problem
+    assert of_csv(text.replace("still", "").replace("left", "")) == [
+        (f"{name}.mp4", Words((text,))) for name, text in zip("abc", "xyz", strict=True)
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vtrain.config.tables import DataTable
-from vtrain.contract import Caption, Size, Words
+from vtrain.contract import Caption, CaptionExtra, Size, Words
 from vtrain.data.decoding.video import FileFault
 from vtrain.data.sample import Skipped
 from vtrain.data.scanning.captions import choose, from_file, from_name, from_sidecar, looks_like, read
+from vtrain.data.scanning.extras import own_extras
+from vtrain.data.scanning.ledger import words_of, words_text
 from vtrain.plan.records import DatasetPlan
 
 
@@ -25,9 +28,18 @@ def dataset(**table: Any) -> DatasetPlan:
     return DatasetPlan("clips", "", backend, DataTable.model_validate(table), (Size(64, 64),), 9, 9, 16.0)
 
 
-def sidecar(data: object) -> Words:
+SCORE = CaptionExtra("motion_score", "int", "how much moves", minimum=0, default="30")
+
+
+def sidecar(data: object, *extras: CaptionExtra) -> Words:
+    """As a family with these extras, or a motion score, reads it."""
     text = data if isinstance(data, str) else json.dumps(data)
-    return from_sidecar(io.BytesIO(text.encode()))
+    stored = words_of(words_text(from_sidecar(io.BytesIO(text.encode()))))
+    assert stored is not None
+    read = own_extras(stored, replace(dataset(), extras=extras or (SCORE,)))
+    if isinstance(read, FileFault):
+        raise read
+    return read
 
 
 @pytest.mark.parametrize(
@@ -205,6 +217,60 @@ def test_any_bytes_are_words_or_a_reason(data: bytes) -> None:
 def test_the_suffix_says_how_a_caption_file_is_read() -> None:
     assert read("a.JSON", io.BytesIO(b'{"caption": "x"}')) == Words(("x",))
     assert read("a.Txt", io.BytesIO(b'{"caption": "x"}')) == Words(('{"caption": "x"}',))
+
+
+@pytest.mark.parametrize(
+    ("extra", "given", "value"),
+    [
+        (CaptionExtra("pace", "float", "x"), 3, 3.0),
+        (CaptionExtra("pace", "float", "x"), " 2.5 ", 2.5),
+        (CaptionExtra("pace", "float", "x", minimum=-1, maximum=1), -1, -1.0),
+        (CaptionExtra("pace", "int", "x", maximum=9), -4, -4),
+        (CaptionExtra("pace", "int", "x"), 10**300, 10**300),
+        (CaptionExtra("pace", "text", "x"), " very \n slow", "very slow"),
+        (CaptionExtra("pace", "text", "x"), "", None),
+        (CaptionExtra("pace", "int", "x"), "  ", None),
+        (CaptionExtra("pace", "int", "x"), None, None),
+    ],
+)
+def test_an_extra_is_read_as_the_family_declares_it(extra: CaptionExtra, given: object, value: object) -> None:
+    found = sidecar({"caption": "a cat", "pace": given, "fps": 16}, extra)
+    assert found == Words(("a cat",), {} if value is None else {"pace": value})
+    assert [type(each) for each in found.extras.values()] == ([] if value is None else [type(value)])
+
+
+@pytest.mark.parametrize(
+    ("extra", "given", "reason"),
+    [
+        (CaptionExtra("pace", "float", "x", maximum=2), 3, "its pace '3' is no number up to 2"),
+        (
+            CaptionExtra("pace", "float", "x", minimum=1, maximum=2, default="9"),
+            0,
+            "its pace '0' is no number from 1 to 2",
+        ),
+        (CaptionExtra("pace", "text", "x", default="slow"), 3, "its pace '3' is no text"),
+        (CaptionExtra("pace", "text", "x"), ["slow"], "its pace \"['slow']\" is no text"),
+        (CaptionExtra("pace", "text", "x"), "\ud800", "its pace '\\\\ud800' is no text"),
+    ],
+)
+def test_an_extra_of_another_type_or_range_has_its_reason(extra: CaptionExtra, given: object, reason: str) -> None:
+    with pytest.raises(FileFault) as caught:
+        sidecar({"caption": "a cat", "pace": given}, extra)
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("declaration", "what"),
+    [
+        ({"name": "Pace"}, "is no name"),
+        ({"name": "caption"}, "is no name"),
+        ({"name": "pace", "type": "text", "minimum": 0}, "is a text"),
+        ({"name": "pace", "minimum": 2, "maximum": 1}, "2 is more than 1"),
+    ],
+)
+def test_an_extra_that_could_not_be_read_cannot_be_declared(declaration: dict[str, Any], what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        CaptionExtra(**{"type": "int", "summary": "x", **declaration})
 
 
 def test_a_name_is_words_between_its_separators() -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import av
 import numpy as np
 import pytest
 
-from vtrain.contract import Caption, ClipShape, Words
+from vtrain.contract import Caption, CaptionExtra, ClipShape, DataError, Words
 from vtrain.data.caching.caches import fill_caches
 from vtrain.data.decoding.decode import decode
 from vtrain.data.scanning.files import look
@@ -203,6 +203,63 @@ def test_sidecars_give_captions_and_motion_scores(setup, make_video) -> None:
     assert texts(setup)["a.mp4"] == [Caption("not this")]
 
 
+def test_keys_of_sidecars_that_nobody_reads_are_told_once_with_an_example(setup, make_video) -> None:
+    for name in ("a", "b"):
+        setup.add(f"{name}.mp4", make_video(), caption=None)
+    beside(setup, "a.json", {"caption": "one", "fps": 16, "motion_scroe": 3, "tags": ["x", {"\ud800": float("nan")}]})
+    beside(setup, "b.json", {"caption": "two", "fps": float("inf"), "motion_score": 4, "note": None})
+    beside(setup, "orphan.json", {"caption": "three", "of nobody": 1})
+    assert len(texts(setup, captions="json")) == 2
+    (doubt,) = survey(setup, captions="json").doubts
+    assert doubt == (
+        'keys of caption files that nobody reads: "fps" (2, such as a.json), "motion_scroe" (1, such as a.json; did you mean '
+        '"motion_score"?), "tags" (1, such as a.json); if that is meant, set data.ignore_extras = ["fps", "motion_scroe", "tags"]'
+    )
+    ignoring = ["fps", "motion_scroe", "tags"]
+    assert survey(setup, captions="json", ignore_extras=ignoring).doubts == ()
+    assert survey(setup, missing_caption="empty").doubts == (), "sidecars are not read"
+    beside(setup, "c.json", {"caption": "x", **{f"key {number}": 1 for number in range(9)}})
+    setup.add("c.mp4", make_video(), caption=None)
+    (doubt,) = survey(setup, captions="json", ignore_extras=ignoring).doubts
+    assert '"key 4" (1, such as c.json) and 4 more;' in doubt
+
+
+def test_a_key_that_another_family_reads_is_an_error_with_file_and_line(setup, make_video) -> None:
+    setup.add("a.mp4", make_video(), caption=None)
+    beside(setup, "a.json", '{\n "caption": "one",\n "camera" : "still"\n}')
+    dataset = replace(setup.dataset(captions="json"), foreign_extras={"camera": "other"})
+    with pytest.raises(DataError) as caught:
+        scan(setup.plan(dataset))
+    (problem,) = caught.value.problems
+    assert problem.where == f"{setup.folder}/a.json:3"
+    assert problem.what == (
+        'this model family does not read "camera" (other does: an extra of another model family); 1 caption file has it.'
+    )
+    assert problem.remedy == 'Remove the key, or set data.ignore_extras = ["camera"] to train without it.'
+    assert len(scan(setup.plan(replace(dataset, foreign_extras={}))).samples) == 1
+
+
+def test_another_family_reads_other_extras_of_the_same_sidecars(setup, make_video) -> None:
+    setup.add("a.mp4", make_video(), caption=None)
+    beside(setup, "a.json", {"caption": "one", "motion_score": 5, "pace": "fast"})
+    dataset = setup.dataset(captions="json")
+    read = {
+        (): {},
+        (CaptionExtra("pace", "text", "x"),): {"pace": "fast"},
+        (*dataset.extras,): {"motion_score": 5},
+    }
+    for extras, found in read.items():
+        (sample,) = scan(setup.plan(replace(dataset, extras=extras))).samples
+        assert sample.captions == (Caption("one", found),)
+    (sample,) = scan(setup.plan(setup.dataset(captions="json", ignore_extras=["motion_score"]))).samples
+    assert sample.captions == (Caption("one", {"motion_score": 5}),), (
+        "the plan leaves ignored ones out of the dataset's"
+    )
+    bad = replace(dataset, extras=(CaptionExtra("pace", "int", "x"),))
+    with pytest.raises(DataError, match="its pace 'fast' is no whole number"):
+        scan(setup.plan(bad))
+
+
 def test_a_motion_score_makes_another_text_entry_and_encodes_no_video(setup, make_video) -> None:
     setup.add("a.mp4", make_video())
     beside(setup, "a.json", {"caption": "one"})
@@ -243,9 +300,10 @@ def test_captions_in_one_file_with_rows_and_clips_that_lack_the_other_told(setup
         "sub/b.mp4": [Caption("two", {"motion_score": 3}), Caption("more", {"motion_score": 3})],
     }
     seen = survey(setup, **table)
+    bad = f"its motion score '-1' in captions.{form}:{7 if form == 'csv' else 6} is no whole number from 0 on: write one such as 30"
     assert {reason.split(";")[0]: found for reason, found in seen.skipped.items()} == {
         f"no caption: captions.{form} has no row for it": (1, "c.mp4"),
-        "its motion score '-1' is no whole number from 0 on: write one such as 30": (1, "d.mp4"),
+        bad: (1, "d.mp4"),
     }
     assert seen.notes == ("2 captions without a clip (such as a.txt)",)
 
@@ -274,7 +332,8 @@ def test_one_caption_for_all_opens_no_caption_file(setup, make_video) -> None:
 
 def test_captions_of_the_backend_are_the_default_where_it_has_them(setup, make_video) -> None:
     class Knowing(LocalFolder):
-        def captions(self) -> Iterator[tuple[str, Words]]:
+        def captions(self, extras: Sequence[str] = ()) -> Iterator[tuple[str, Words]]:
+            assert extras == ("motion_score",)
             yield "a.mp4", Words(("told", "twice"), {"motion_score": 4})
 
     setup.add("a.mp4", make_video(), caption="beside")

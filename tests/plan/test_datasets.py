@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from vtrain.contract import ConfigError, DataBackendSpec, SourceRef, Words
+from vtrain.contract import CaptionExtra, ConfigError, DataBackendSpec, PluginError, Registered, SourceRef, Words
+from vtrain.plan.make import make_plan
 from vtrain.plan.records import DatasetPlan, Plan
+from vtrain.registry import discover
 from vtrain_builtin.folder import FOLDER
 
 PlanOf = Callable[..., Plan]
@@ -77,7 +80,7 @@ def knowing(monkeypatch: pytest.MonkeyPatch) -> None:
         def refs(self) -> Iterator[SourceRef]:
             yield from ()
 
-        def captions(self) -> Iterator[tuple[str, Words]]:
+        def captions(self, extras: Sequence[str] = ()) -> Iterator[tuple[str, Words]]:
             yield from ()
 
     monkeypatch.setitem(vars_of(FOLDER), "build", lambda options: Knowing())
@@ -257,3 +260,39 @@ def test_masks_need_their_folder_and_know_no_other_key(plan_of: PlanOf) -> None:
     (found,) = refused(plan_of, '[data.masks]\nfolder = "masks"\ninverted = true')
     assert found.startswith("3: ")
     assert '"invert"' in found
+
+
+def test_a_dataset_knows_its_familys_extras_and_those_of_others(
+    plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vtrain_toy.family import TOY
+
+    other = replace(TOY, name="other", caption_extras=(CaptionExtra("camera", "text", "x"), *TOY.caption_extras[:1]))
+    catalog = discover()
+    parts = {**catalog.parts, ("family", "other"): Registered(other, "other", "other", "1")}
+    catalog = replace(catalog, parts={key: part for key, part in parts.items() if key[1] in ("toy", "other")})
+    plan = plan_of(data='use = "folder"\npath = "clips"\ncaptions = "json"')
+    assert [extra.name for extra in plan.datasets[0].extras] == ["mood", "pace"]
+    assert plan.datasets[0].foreign_extras == {}
+    (dataset,) = make_plan(plan.config, catalog=catalog).datasets
+    assert dataset.foreign_extras == {"camera": "other"}
+    ignoring = plan_of(data='use = "folder"\npath = "clips"\ncaptions = "json"\nignore_extras = ["camera", "pace"]')
+    (dataset,) = make_plan(ignoring.config, catalog=catalog).datasets
+    assert [extra.name for extra in dataset.extras] == ["mood"]
+    assert dataset.foreign_extras == {}
+
+
+def test_extras_are_ignored_where_there_are_some(plan_of: PlanOf) -> None:
+    assert refused(plan_of, 'ignore_extras = ["pace"]\ncaptions = "textfile"') == [
+        '1: ignore_extras has no meaning without a place of captions that has extras, which "textfile" is not. Remove it.'
+    ]
+
+
+def test_a_family_that_reads_other_extras_than_its_spec_says_is_a_fault_of_the_plugin(
+    plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vtrain_toy.family import ToyFamily
+
+    monkeypatch.setattr(ToyFamily, "caption_extras", ())
+    with pytest.raises(PluginError, match='its spec declares the caption extras "mood", "pace", and the family none'):
+        plan_of()

@@ -232,6 +232,23 @@ def test_an_optimizer_without_lr_is_reported(install_plugin: InstallPlugin) -> N
     assert only(discover(), "still").reason == 'an optimizer has an option "lr"'
 
 
+@pytest.mark.parametrize(
+    ("extras", "told"),
+    [
+        ("('pace',)", "not a tuple of vtrain.contract.CaptionExtra"),
+        ("(CaptionExtra('pace', 'int', 'x'),) * 2", 'a name twice: "pace", "pace"'),
+        ("(CaptionExtra('Pace', 'int', 'x'),)", '"Pace" is no name of an extra'),
+    ],
+)
+def test_caption_extras_that_could_not_be_read_are_reported(
+    install_plugin: InstallPlugin, extras: str, told: str
+) -> None:
+    source = good("deep").replace("TrackerSpec", "FamilySpec").replace("vtrain_trackers", "vtrain_families")
+    source = source.replace("options: None)", f"options: None, sampler='flow', caption_extras={extras})")
+    install_plugin("deep", source.replace("import Options", "import CaptionExtra, Options"))
+    assert told in only(discover(), "deep").reason
+
+
 def test_an_option_named_like_a_key_of_its_table_is_reported(install_plugin: InstallPlugin) -> None:
     source = good("disk").replace("TrackerSpec", "DataBackendSpec").replace("vtrain_trackers", "vtrain_data_backends")
     install_plugin("disk", source.replace("volume", "repeats"))

@@ -113,7 +113,7 @@ REWRITTEN = "d.tar/deep/er/clip.mp4"
 
 
 WORDS = {
-    "b.mp4": Words(("a red ball", "a ball"), {"motion_score": 7}),
+    "b.mp4": Words(("a red ball", "a ball"), {"pace": 7}),
     "deep/er/clip.mp4": Words(("a blue ball",)),
 }
 
@@ -121,7 +121,7 @@ WORDS = {
 class Captions(Memory):
     """A sound backend with captions of its own; its mutants replace members."""
 
-    def captions(self) -> Iterator[tuple[str, Words]]:
+    def captions(self, extras: Sequence[str] = ()) -> Iterator[tuple[str, Words]]:
         if self.files is None:
             raise DataError(Problem(self.location, "There is no such place."))
         yield from sorted(WORDS.items())
@@ -145,7 +145,9 @@ def rewriting(part: Memory, files: Mapping[str, bytes]) -> Subject:
 
 def captions(change: Callable[[list[tuple[str, Words]]], object]) -> Memory:
     """A backend whose captions pass through `change`."""
-    return type("BrokenCaptions", (Captions,), {"captions": lambda self: change(sorted(WORDS.items()))})(FILES)
+    return type("BrokenCaptions", (Captions,), {"captions": lambda self, extras=(): change(sorted(WORDS.items()))})(
+        FILES
+    )
 
 
 class Timeless(Memory):
@@ -200,8 +202,11 @@ BACKENDS: Mapping[str, Callable[[], Subject]] = {
         captions(lambda found: iter([*found, ("deep/none.mp4", Words(("nothing",)))]))
     ),
     "test_captions_of_a_missing_place_are_a_data_error": lambda: {
-        "missing": type("BrokenCaptions", (Captions,), {"captions": lambda self: iter(())})(None)
+        "missing": type("BrokenCaptions", (Captions,), {"captions": lambda self, extras=(): iter(())})(None)
     },
+    "test_extras_that_are_not_there_are_left_out": lambda: backend(
+        captions(lambda found: iter([("b.mp4", Words(("a red ball",), {"no_such_extra": ""}))]))
+    ),
     "test_an_absent_file_is_an_os_error": lambda: backend(
         type("BrokenMemory", (Memory,), {"open": lambda self, ref: io.BytesIO()})(FILES)
     ),

@@ -30,8 +30,8 @@ from vtrain.estimate.render import price_rows
 from vtrain.plan.make import make_plan
 from vtrain.plan.records import Plan
 from vtrain.registry import discover
-from vtrain.run.prepare import planned, prepare
-from vtrain.validate.generate import Validator, after, texts
+from vtrain.run.prepare import extra_texts, planned, prepare
+from vtrain.validate.generate import Validator, after
 
 TOLERANCE = 1e-4
 """Largest difference of latents, whose values are about 1, after six solver steps in fp32 with guidance 5."""
@@ -87,7 +87,7 @@ def planned_from(tmp_path: Path, with_images: Callable[..., Path]) -> Callable[.
 
 def validator(plan: Plan) -> Validator:
     assert plan.validation is not None
-    fill_caches(plan, (), texts(plan.validation), "cpu", lambda _: None)
+    fill_caches(plan, (), extra_texts(plan), "cpu", lambda _: None)
     fill_pictures(plan, "cpu")
     caches, denoiser = Caches.open(plan), plan.family.load_denoiser("cpu", "fp32")
     here, autocast = Device(), nullcontext

@@ -19,8 +19,9 @@ from vtrain.contract import Device, Size, Text, TextEncoderSpec, TextPartSpec
 from vtrain.data.batches import pad
 from vtrain.data.caching.caches import Caches, fill_caches
 from vtrain.plan.records import Plan
+from vtrain.run.prepare import extra_texts
 from vtrain.train.parameters import add_lora
-from vtrain.validate.generate import Interrupted, Validator, texts
+from vtrain.validate.generate import Interrupted, Validator
 from vtrain.validate.videos import read_frames
 
 LATENT_TOLERANCE = 1e-4
@@ -29,7 +30,7 @@ LATENT_TOLERANCE = 1e-4
 
 def validator(plan: Plan, stop: bool = False) -> Validator:
     assert plan.validation is not None
-    fill_caches(plan, (), texts(plan.validation), "cpu", lambda _: None)
+    fill_caches(plan, (), extra_texts(plan), "cpu", lambda _: None)
     denoiser = plan.family.load_denoiser("cpu", "fp32")
     return Validator(
         plan.validation,

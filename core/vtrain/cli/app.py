@@ -167,11 +167,20 @@ def _data_list(
     used: Annotated[bool, typer.Option("--used", help="files that are used")] = False,
     dropped: Annotated[bool, typer.Option("--dropped", help="files that a setting drops")] = False,
     failed: Annotated[bool, typer.Option("--failed", help="files that are bad")] = False,
+    truncated: Annotated[
+        bool,
+        typer.Option("--truncated", help="files whose captions the text encoder does not read to the end, and prompts"),
+    ] = False,
     dataset: Annotated[Optional[str], typer.Option("--dataset", metavar="ID", help="only this dataset")] = None,  # noqa: UP045
     json: Annotated[bool, typer.Option("--json", help="print a JSON object a line, one for each file")] = False,
     limit: Annotated[Optional[int], typer.Option("--limit", min=0, help="at most so many files")] = None,  # noqa: UP045
 ) -> None:
     """Every source file: used or skipped, its bucket and caption, or why not; files that changed are scanned first."""
+    if truncated:
+        from vtrain.cli.data_truncated import list_truncated
+
+        list_truncated(config, dataset, json, limit)
+        return
     from vtrain.cli.data import list_files
 
     chosen = [name for name, wanted in (("used", used), ("dropped", dropped), ("failed", failed)) if wanted]

@@ -12,15 +12,17 @@ from rich.console import Console
 
 from vtrain.cli.plan import show_sections
 from vtrain.cli.report import one_line
-from vtrain.contract import Role, Section
+from vtrain.contract import Role, Section, TokenCount
 from vtrain.data.caching.artifacts import MaskArtifact, known_key
 from vtrain.data.caching.entries import Entries
 from vtrain.data.decoding.probe import Probe
 from vtrain.data.decoding.worker import MaskJob, Workers
 from vtrain.data.sample import Box, Sample
+from vtrain.data.scanning.extras import shown_extra
 from vtrain.data.scanning.files import SourceFile
 from vtrain.estimate.estimate import bytes_text
 from vtrain.estimate.render import counted
+from vtrain.estimate.tokens import of_limit
 from vtrain.plan.records import DatasetPlan, Plan
 
 if TYPE_CHECKING:
@@ -185,7 +187,8 @@ class WindowFacts:
 
 @dataclass(frozen=True)
 class TextEntry:
-    """One entry of the text cache. wording: what encoders read; None if the family does not say. encoder: whose entry it is."""
+    """One entry of the text cache. wording: what encoders read; None if the family does not say. encoder: whose entry it is.
+    counts: tokens of the wording by encoder; none where they cannot be counted."""
 
     role: Role
     text: str
@@ -194,6 +197,7 @@ class TextEntry:
     encoder: str
     key: str
     state: str
+    counts: tuple[TokenCount, ...] = ()
 
 
 def show_facts(
@@ -208,6 +212,7 @@ def show_facts(
         Section(one_line(file.name), (*_about(plan, file, samples, mask), *_decoders(plan, file, windows))),
         Section("windows", tuple(_window_rows(windows)), table=True),
         Section("captions", tuple(_text_rows(texts))),
+        Section("caption extras", tuple((e.name, shown_extra(e)) for e in plan.datasets[file.number].extras)),
         Section("cached video", tuple((f"window {n}", f"{w.key or '-'}  {w.state}") for n, w in enumerate(windows, 1))),
         Section("cached masks", tuple(mask_window_rows([window.mask for window in windows]))),
         Section("cached text", tuple(_cached_text_rows(texts))),
@@ -301,6 +306,11 @@ def _text_rows(texts: list[TextEntry]) -> Iterator[tuple[str, str]]:
         if entry.wording is not None:
             reading = _shortened(entry.wording, len(entry.text)) or "(nothing)"
             yield "read as" if entry.role == "prompt" else f"{label}, read as", reading
+        if entry.role == "prompt":
+            for count in entry.counts:
+                yield f"tokens{f' ({count.encoder})' if len(entry.counts) > 1 else ''}", of_limit(count)
+                if count.lost:
+                    yield "not read", f"{' and '.join(count.lost)}: {count.cut}"
 
 
 def _shortened(wording: str, caption: int) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from vtrain.data.sample import Sample
 from vtrain.data.scanning.captions import stem
 from vtrain.data.scanning.files import Files, SourceFile
 from vtrain.data.scanning.fitting import stretch
+from vtrain.data.scanning.token_counts import opened
 from vtrain.plan.records import Plan
 from vtrain.registry.blame import blame
 from vtrain.run.prepare import planned
@@ -119,6 +121,7 @@ def show_file(path: Path, name: str, asked: Asked, as_json: bool) -> None:
             "mask": None if mask is None else asdict(mask), "image_to_video": plan.datasets[file.number].image_to_video,
             "video": [asdict(window) for window in windows],
             "text": [{**asdict(entry), "extras": dict(entry.extras)} for entry in texts],
+            "caption_extras": [asdict(extra) for extra in plan.datasets[file.number].extras],
             "sheet": None if target is None else str(target),
         }  # fmt: skip
         typer.echo(json.dumps(record, indent=2))
@@ -158,12 +161,14 @@ def _texts(plan: Plan, stores: Stores, samples: tuple[Sample, ...]) -> Iterator[
     wanted: list[tuple[Caption, Role]] = [(caption, "prompt") for caption in captions]
     if captions and plan.config.train.caption_dropout > 0:
         wanted.append((DROPPED, "dropped"))
-    for caption, role in wanted:
+    with opened(plan.config.cache.dir, plan.family) or nullcontext() as counts:
+        counted = (counts.of(wanted) if counts is not None else None) or [()] * len(wanted)
+    for (caption, role), tokens in zip(wanted, counted, strict=True):
         wording = plan.family.wording(caption, role) if isinstance(plan.family, SupportsWording) else None
         for name in stores.encoders:
             key = stores.text_key(name, caption, role)
-            state = state_of(stores.text, key)
-            yield TextEntry(role, caption.text, caption.extras, wording, name, key, state)
+            own = tuple(each for each in tokens if each.encoder == name)
+            yield TextEntry(role, caption.text, caption.extras, wording, name, key, state_of(stores.text, key), own)
 
 
 def _seen(

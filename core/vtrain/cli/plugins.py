@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from vtrain.cli.report import print_json, print_table, say
-from vtrain.contract import KINDS, Catalog, ConfigError, Failure, PluginError, Problem, Registered
+from vtrain.contract import KINDS, Catalog, ConfigError, Failure, FamilySpec, PluginError, Problem, Registered, Spec
 from vtrain.contract.specs import did_you_mean, listed, origin
 from vtrain.registry import discover
 
@@ -56,13 +56,29 @@ def show_plugin(name: str, kind: str | None, as_json: bool) -> None:
     parts = _parts_called(discover(), name, kind)
     described = [(part, describe(part.spec.options)) for part in parts]
     if as_json:
-        print_json([{**_part(part), "options": [asdict(option) for option in options]} for part, options in described])
+        print_json(
+            [
+                {**_part(part), "options": [asdict(option) for option in options], **_extras(part.spec)}
+                for part, options in described
+            ]
+        )
         return
     for index, (part, options) in enumerate(described):
         if index:
             typer.echo()
         say(f"{part.spec.kind} {name}, from {origin(part)}: {part.spec.summary}")
         _print_options(options)
+        if isinstance(part.spec, FamilySpec) and part.spec.caption_extras:
+            typer.echo("\nBeside a clip's caption it reads (keys of JSON sidecars, columns of tables):")
+            rows = [
+                (each.name, each.kind, each.default or "nothing", each.summary) for each in part.spec.caption_extras
+            ]
+            print_table(("extra", "what", "absent", "meaning"), rows)
+
+
+def _extras(spec: Spec) -> dict[str, object]:
+    """Of a family, for programs."""
+    return {"caption_extras": [asdict(each) for each in spec.caption_extras]} if isinstance(spec, FamilySpec) else {}
 
 
 def _print_options(options: Sequence[Option]) -> None:

@@ -144,8 +144,6 @@ class Terminal:
             self._training.stop()
 
     def _filled(self, event: Filled) -> None:
-        if event.truncated:
-            self.say(f"{counted(event.truncated, 'caption')} cut off at the text encoder's limit")
         if event.duplicate_example:
             example = " and ".join(event.duplicate_example)
             self.say(f"{counted(event.duplicates, 'sample')} with the same bytes as another (such as {example})")

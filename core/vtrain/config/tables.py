@@ -161,6 +161,11 @@ class DataTable(Options):
     caption_column: str | None = Field(
         None, min_length=1, description='column of captions_file with the caption; absent: "caption"'
     )
+    ignore_extras: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        (),
+        description="keys of JSON sidecars, or names of extras, that are left alone: the plan says nothing of them, and the "
+        "model family does not read them",
+    )
     missing_caption: Literal["drop", "empty"] = Field(
         "drop", description="a clip without a caption is dropped with that reason, or trained with an empty one"
     )

@@ -1,6 +1,14 @@
 """Everything a plugin imports of vtrain. Importing it imports no torch, diffusers, transformers or accelerate."""
 
 from vtrain.contract.backends import DataBackend, SupportsCaptions, SupportsFiles, SupportsShards
+from vtrain.contract.captions import (
+    CaptionExtra,
+    SupportsCaptionExtras,
+    SupportsTokenCounts,
+    SupportsWording,
+    TokenCount,
+    TokenCounter,
+)
 from vtrain.contract.checkpoints import (
     DIFFUSERS_STEM,
     TRANSFORMERS_STEM,
@@ -107,9 +115,7 @@ from vtrain.contract.protocols import (
     SupportsStepCheck,
     SupportsStepwise,
     SupportsTokenGrid,
-    SupportsTruncation,
     SupportsWarnings,
-    SupportsWording,
     TextEncoder,
     Tracker,
     VideoCodec,
@@ -192,6 +198,7 @@ __all__ = [
     "VOCABULARIES",
     "BlockMemory",
     "Caption",
+    "CaptionExtra",
     "Catalog",
     "CausalCodecConfig",
     "CheckpointError",
@@ -276,6 +283,7 @@ __all__ = [
     "StepView",
     "Stepped",
     "SupportsBlockMemory",
+    "SupportsCaptionExtras",
     "SupportsCaptions",
     "SupportsCheck",
     "SupportsDecayRule",
@@ -290,8 +298,8 @@ __all__ = [
     "SupportsShards",
     "SupportsStepCheck",
     "SupportsStepwise",
+    "SupportsTokenCounts",
     "SupportsTokenGrid",
-    "SupportsTruncation",
     "SupportsWarnings",
     "SupportsWording",
     "Text",
@@ -300,6 +308,8 @@ __all__ = [
     "TextPart",
     "TextPartSpec",
     "TokenBytes",
+    "TokenCount",
+    "TokenCounter",
     "TokenGrid",
     "Tracker",
     "TrackerSpec",

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from vtrain.contract import backends, protocols, regularizers
+from vtrain.contract import backends, captions, protocols, regularizers
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,9 @@ ABILITIES: Mapping[str, Abilities] = {
     "family": Abilities(
         protocols.Family,
         (
-            protocols.SupportsWording,
+            captions.SupportsWording,
+            captions.SupportsCaptionExtras,
+            captions.SupportsTokenCounts,
             protocols.SupportsTokenGrid,
             protocols.SupportsFrameLevels,
             protocols.SupportsBlockMemory,

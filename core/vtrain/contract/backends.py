@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol, runtime_checkable
 
@@ -49,8 +49,12 @@ class SupportsShards(Protocol):
 class SupportsCaptions(Protocol):
     """A data backend that knows captions of its own (a manifest): data.captions = "backend" takes them."""
 
-    def captions(self) -> Iterator[tuple[str, Words]]:
-        """(id of the clip, its words), sorted by id, never all in memory at once. Raises DataError."""
+    def captions(self, extras: Sequence[str] = ()) -> Iterator[tuple[str, Words]]:
+        """(id of the clip, its words), sorted by id, never all in memory at once. Raises DataError.
+
+        extras: names of those that may be there and are asked for. The backend knows no family: it gives their values as they
+        stand, leaves out what is empty, and says where that is.
+        """
         ...
 
 

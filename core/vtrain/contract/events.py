@@ -139,14 +139,12 @@ class Filling:
 class Filled:
     """The caches hold all that can be trained on.
 
-    clips: training samples. excluded: "<dataset>/<file>" -> why it cannot be used. truncated: captions encoded now that were too
-    long for the text encoder and lost their end. duplicates: samples that are copies of another, byte for byte.
-    duplicate_example: two of them.
+    clips: training samples. excluded: "<dataset>/<file>" -> why it cannot be used. duplicates: samples that are copies of
+    another, byte for byte. duplicate_example: two of them.
     """
 
     clips: int
     excluded: Mapping[str, str]
-    truncated: int
     duplicates: int
     duplicate_example: tuple[str, ...] = ()
 

@@ -54,16 +54,6 @@ class TextEncoder(Protocol):
         ...
 
 
-@runtime_checkable
-class SupportsTruncation(Protocol):
-    """A text encoder that cuts long captions, and counts them. *torch*"""
-
-    @property
-    def truncated(self) -> int:
-        """How many of the captions encoded so far lost their end."""
-        ...
-
-
 class VideoCodec(Protocol):
     """Pixels to latents and back. *torch* One thread at a time."""
 
@@ -219,15 +209,6 @@ class Family(Protocol):
 
         Raises ModelError for missing, unexpected or misshapen weights.
         """
-        ...
-
-
-@runtime_checkable
-class SupportsWording(Protocol):
-    """A family that can say what its text encoder reads of a caption."""
-
-    def wording(self, caption: Caption, role: Role) -> str:
-        """The text with all that the role adds to it, as it is cut into tokens. Raises DataError as encoding it would."""
         ...
 
 

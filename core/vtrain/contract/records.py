@@ -19,7 +19,7 @@ FeatureSource = Literal["cached", "decoded", "source"]
 
 @dataclass(frozen=True)
 class Caption:
-    """A caption as the user wrote it, plus named extras of the clip (such as a motion score)."""
+    """A caption as the user wrote it. extras: of the clip, by name, as the family declares them (CaptionExtra)."""
 
     text: str
     extras: Mapping[str, float | int | str] = field(default_factory=dict)
@@ -201,10 +201,15 @@ class SourceRef:
 
 @dataclass(frozen=True)
 class Words:
-    """What a backend itself says of a clip. texts: its captions, of which each use takes one. extras: by name."""
+    """What a place says of a clip. texts: its captions, of which each use takes one.
+
+    extras: by name, as they stand there: whether they are what the family declares, core says. where: their place, for
+    messages ("clips.csv:12").
+    """
 
     texts: tuple[str, ...]
-    extras: Mapping[str, float | str] = field(default_factory=dict)
+    extras: Mapping[str, object] = field(default_factory=dict)
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)

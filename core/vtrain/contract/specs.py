@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import pluggy
 
 from vtrain.contract.backends import DataBackend
+from vtrain.contract.captions import CaptionExtra
 from vtrain.contract.errors import ConfigError, PluginError, Problem
 from vtrain.contract.options import Options
 from vtrain.contract.protocols import Family, Sampler, Tracker
@@ -40,6 +41,7 @@ class FamilySpec(Spec):
     sampler: the sampler it trains with unless [sampler] names another. fixed_sampler: whether another is an error.
     sampler_options: what the family's own recipe sets of that sampler's options, as a file would; they are its defaults for
     this family. What a file says beside it is taken, and the plan warns of it.
+    caption_extras: what it reads of a clip beside its caption, known before it is built; it then has SupportsCaptionExtras.
     """
 
     kind: ClassVar[str] = "family"
@@ -47,6 +49,7 @@ class FamilySpec(Spec):
     sampler: str
     fixed_sampler: bool = False
     sampler_options: Mapping[str, object] = field(default_factory=dict)
+    caption_extras: tuple[CaptionExtra, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,7 @@ RESERVED_KEYS: Mapping[str, frozenset[str]] = {
             "captions_file",
             "file_column",
             "caption_column",
+            "ignore_extras",
             "missing_caption",
             "resolution",
             "resolution_type",

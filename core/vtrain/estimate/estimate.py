@@ -24,6 +24,7 @@ from vtrain.contract import (
 )
 from vtrain.data.scanning import misfits
 from vtrain.data.scanning.surveys import Survey
+from vtrain.estimate.tokens import token_warnings
 from vtrain.plan.datasets import token_grid
 from vtrain.plan.records import Plan
 
@@ -78,7 +79,12 @@ def make_estimate(plan: Plan, survey: Survey) -> Estimate:
         checkpoint_bytes=_checkpoint_bytes(plan),
         checkpoints=math.ceil(steps / every) if every else None,
         validations=math.ceil(steps / validate_every) + at_start if validate_every else None,
-        warnings=(*plan.warnings, *_of_data(plan, survey), *_pointed_out(config, steps, per_epoch)),
+        warnings=(
+            *plan.warnings,
+            *_of_data(plan, survey),
+            *token_warnings(plan, survey),
+            *_pointed_out(config, steps, per_epoch),
+        ),
         feature_bytes=feature_bytes(plan, survey),
         mask_bytes=mask_bytes(plan, survey),
     )

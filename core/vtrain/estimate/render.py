@@ -17,6 +17,7 @@ from vtrain.contract import (
 from vtrain.data.scanning.surveys import Bucket, DatasetSurvey, Survey
 from vtrain.estimate.estimate import Estimate, bytes_text, feature_words
 from vtrain.estimate.estimate import section as memory_section
+from vtrain.estimate.tokens import long_json, prompt_rows, token_rows, tokens_json
 from vtrain.plan.make import frames_text, two_latent_frames
 from vtrain.plan.records import DatasetPlan, MasksPlan, Plan, ValidationPlan
 
@@ -37,7 +38,7 @@ def sections(plan: Plan, survey: Survey, estimate: Estimate) -> tuple[Section, .
         losses_section(survey),
         Section("run", _run(plan, estimate)),
         *(Section(f"regularizer: {name}", tuple(part.describe())) for name, part in plan.regularizers),
-        Section("validation", (*_validation(plan, estimate), *picture_rows(plan))),
+        Section("validation", (*_validation(plan, estimate), *picture_rows(plan), *prompt_rows(survey))),
         memory_section(plan),
         Section("on disk", _disk(plan, survey, estimate)),
         Section(
@@ -150,11 +151,13 @@ def as_json(plan: Plan, survey: Survey, estimate: Estimate) -> dict[str, object]
                 "notes": list(found.notes),
                 "skipped": {reason: {"files": n, "example": e} for reason, (n, e) in found.skipped.items()},
                 "repeats": found.repeats,
+                "tokens": tokens_json(found.tokens),
                 "misfits": {"clips": found.misfits.clips, "worst": [list(each) for each in found.misfits.worst]},
             }
             for found in survey.datasets
         ],
         "buckets": buckets_json(plan, survey),
+        "cut_prompts": [long_json(each) for each in survey.prompts],
         "parts": [
             {"kind": p.spec.kind, "name": p.spec.name, "distribution": p.distribution, "version": p.version}
             for p in plan.config.parts()
@@ -174,6 +177,7 @@ def dataset_rows(dataset: DatasetPlan, found: DatasetSurvey, *, alone: bool) -> 
     yield "frames", _frames(dataset)
     yield "picture", _picture(dataset)
     yield "captions", _captions(dataset)
+    yield from token_rows(found)
     if dataset.masks is not None:
         yield "masks", _masks(dataset.masks)
     if dataset.decoder:

@@ -11,6 +11,7 @@ from vtrain.config.findings import shown
 from vtrain.config.keys import key_text
 from vtrain.config.record import Config
 from vtrain.contract import (
+    Catalog,
     ClipShape,
     ConfigError,
     DType,
@@ -33,7 +34,7 @@ from vtrain.contract import (
     takes_frame_levels,
 )
 from vtrain.contract.specs import did_you_mean, listed
-from vtrain.plan.datasets import check_frames, datasets, nearest_size, token_grid, warnings
+from vtrain.plan.datasets import check_frames, datasets, foreign_extras, nearest_size, token_grid, warnings
 from vtrain.plan.places import among_clips, output_problems
 from vtrain.plan.records import DatasetPlan, Plan, ValidationPlan
 from vtrain.plan.text import check_text
@@ -41,16 +42,16 @@ from vtrain.registry.blame import blame
 from vtrain.registry.spelling import declared_faults, faults
 
 
-def make_plan(config: Config, processes: int = 1) -> Plan:
+def make_plan(config: Config, processes: int = 1, catalog: Catalog | None = None) -> Plan:
     """Build every part that the config names and check the whole. processes: how many train together.
 
-    Raises ConfigError with all problems found.
+    catalog: of what is installed, to know other families' caption extras. Raises ConfigError with all problems found.
     """
     with blame(config.parts()):
-        return _make_plan(config, processes)
+        return _make_plan(config, processes, catalog)
 
 
-def _make_plan(config: Config, processes: int) -> Plan:
+def _make_plan(config: Config, processes: int, catalog: Catalog | None) -> Plan:
     spec = config.model.registered.spec
     assert isinstance(spec, FamilySpec)
     family = spec.build(config.model.options)
@@ -69,7 +70,7 @@ def _make_plan(config: Config, processes: int) -> Plan:
     assert isinstance(sampler_spec, SamplerSpec)
     problems += _check_unit(config, spec, sampler_spec)
     sampler = sampler_spec.build(config.sampler.options, family.scheduler_config())
-    made = datasets(config, family, problems)
+    made = datasets(config, family, problems, foreign_extras(spec, family, catalog))
     problems += [*training_problems(config, family, made), *among_clips(config, made)]
     clips = _longest(family, made)
     regularizers = _regularizers(config, family, clips, problems)

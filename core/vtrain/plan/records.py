@@ -11,7 +11,19 @@ from typing import Literal
 
 from vtrain.config.record import Config
 from vtrain.config.tables import DataTable
-from vtrain.contract import ClipShape, DataBackend, DType, Family, Regularizer, Sampler, Size, SupportsCaptions
+from vtrain.contract import (
+    Caption,
+    CaptionExtra,
+    ClipShape,
+    DataBackend,
+    DType,
+    Family,
+    Regularizer,
+    Role,
+    Sampler,
+    Size,
+    SupportsCaptions,
+)
 
 CaptionsFrom = Literal["textfile", "filename", "instance_prompt", "csv", "parquet", "json", "backend"]
 
@@ -40,6 +52,8 @@ class DatasetPlan:
     whole. crop_seed: of the places of crop = "random". masks: None for none. image_to_video: the share of its clips' draws
     that are trained as image-to-video, from 0 to 1.
     decoder: "" for PyAV, else the name and version of what decodes instead, as they stand in the keys of entries.
+    extras: those that the family reads of its clips; foreign_extras: those that other installed families read -> one of them.
+    Neither has those of data.ignore_extras.
     """
 
     id: str
@@ -55,6 +69,8 @@ class DatasetPlan:
     masks: MasksPlan | None = None
     image_to_video: float = 0.0
     decoder: str = ""
+    extras: tuple[CaptionExtra, ...] = ()
+    foreign_extras: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def captions(self) -> CaptionsFrom:
@@ -76,6 +92,16 @@ class ValidationPlan:
     steps: int
     seed: int
     images: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def texts(self) -> tuple[tuple[str, Caption, Role], ...]:
+        """(key in the table, what is encoded for it, its role): prompts, and with guidance the negative one."""
+        prompts: list[tuple[str, Caption, Role]] = [
+            (f"prompts.{nickname}", Caption(prompt), "prompt") for nickname, prompt in self.prompts.items()
+        ]
+        if self.guidance > 1:
+            prompts.append(("negative_prompt", Caption(self.negative_prompt), "negative"))
+        return tuple(prompts)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from vtrain.contract import (
     HOOK_SPECS,
     PROJECT,
     RESERVED_KEYS,
+    CaptionExtra,
     Catalog,
     Failure,
     FamilySpec,
@@ -73,6 +74,14 @@ def _build(spec: Spec) -> str:
     return "" if callable(build) else f"its build is {build!r}, not a function"
 
 
+def _extras(extras: object) -> str:
+    """What is wrong with a family's caption extras."""
+    if not (isinstance(extras, tuple) and all(isinstance(extra, CaptionExtra) for extra in extras)):
+        return f"its caption_extras are {extras!r}, not a tuple of vtrain.contract.CaptionExtra"
+    names = [extra.name for extra in extras]
+    return "" if len(set(names)) == len(names) else f"its caption_extras have a name twice: {listed(names)}"
+
+
 def _own(spec: Spec) -> str:
     """What one kind asks for beyond the others."""
     if isinstance(spec, FamilySpec) and not (isinstance(spec.sampler, str) and _NAME.fullmatch(spec.sampler)):
@@ -81,6 +90,8 @@ def _own(spec: Spec) -> str:
         recipe: object = spec.sampler_options
         if not isinstance(recipe, Mapping) or not all(isinstance(name, str) for name in recipe):
             return f"its sampler_options are {recipe!r}, not values by the name of an option"
+        if fault := _extras(spec.caption_extras):
+            return fault
     if isinstance(spec, SamplerSpec) and not (
         isinstance(spec.timesteps_of, str) and _NAME.fullmatch(spec.timesteps_of or "none")
     ):

@@ -38,7 +38,8 @@ def planned(path: Path) -> Plan:
         what = f'the environment variable WORLD_SIZE is "{said}", which is no number of processes.'
         raise ConfigError(Problem("", what, "Start several processes with torchrun, or unset it."))
     with stdout_on_stderr():  # parts are built, and what their code prints must not stand in a command's JSON
-        return with_decoders(make_plan(load(path, discover()), int(said)))
+        catalog = discover()
+        return with_decoders(make_plan(load(path, catalog), int(said), catalog))
 
 
 def prepare(path: Path, on_file: Callable[[int], None] | None = None) -> Prepared:
@@ -58,9 +59,5 @@ def scanned(plan: Plan, on_file: Callable[[int], None] | None = None) -> tuple[S
 
 
 def extra_texts(plan: Plan) -> list[tuple[Caption, Role]]:
-    """What a run encodes beside captions: validation's prompts. Imports torch."""
-    if plan.validation is None:
-        return []
-    from vtrain.validate.generate import texts
-
-    return texts(plan.validation)
+    """What a run encodes beside captions: validation's prompts."""
+    return [(caption, role) for _, caption, role in plan.validation.texts] if plan.validation else []

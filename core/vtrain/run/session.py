@@ -317,7 +317,7 @@ class Session:
                 raise
             self.processes.from_first(lambda: fill_pictures(self.plan, where))
         copies, example = filled.index.copies()
-        yield Filled(len(filled.index), filled.skipped, filled.truncated, copies, tuple(example or ()))
+        yield Filled(len(filled.index), filled.skipped, copies, tuple(example or ()))
         return filled
 
     def _quarantined(self) -> Iterator[Event]:

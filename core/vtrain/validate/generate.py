@@ -26,7 +26,6 @@ from vtrain.contract import (
     Generating,
     NoiseLevel,
     Predict,
-    Role,
     Sampler,
     Size,
     SupportsStepwise,
@@ -73,12 +72,6 @@ def fitted(pixels: Tensor, size: Size) -> Tensor:
 
 class Interrupted(Exception):
     """The user asked to stop while a video was being generated."""
-
-
-def texts(plan: ValidationPlan) -> list[tuple[Caption, Role]]:
-    """What has to be in the text cache before validation."""
-    negative: list[tuple[Caption, Role]] = [(Caption(plan.negative_prompt), "negative")] if plan.guidance > 1 else []
-    return [(Caption(prompt), "prompt") for prompt in plan.prompts.values()] + negative
 
 
 def guided(denoiser: Denoiser, text: Text, guidance: float) -> Predict:

@@ -82,14 +82,10 @@ __all__ = ["DROPPED", "Caches", "FilledCaches", "fill", "fill_caches"]
 @dataclass(frozen=True)
 class FilledCaches:
     """index: of the samples that can be trained on, as they were encoded. skipped: "<dataset>/<ref id>" -> why that file
-    cannot be used.
-
-    truncated: captions encoded now that were too long and lost their end.
-    """
+    cannot be used."""
 
     index: Index
     skipped: Mapping[str, str]
-    truncated: int
     caches: Caches
 
     def recount(self, survey: Survey) -> Survey:
@@ -130,14 +126,14 @@ def fill(
     where the configuration says stop, or no usable clip left.
     """
     stores = Stores(plan)
-    truncated = yield from fill_text(stores, samples, extra_texts, peers, device)
+    yield from fill_text(stores, samples, extra_texts, peers, device)
     unusable = yield from fill_windows(stores, samples, peers, device)
     # The first process reads the ledger once more, for all: each would see another moment of it.
     index, changed = next(filter(None, together(peers, lambda: _index(stores, samples, unusable, peers))))
     skipped = unusable.reasons() | changed
     if skipped and not len(index):
         raise DataError(Problem(name, f"{reason}.") for name, reason in skipped.items())
-    return FilledCaches(index, skipped, truncated, Caches(stores))
+    return FilledCaches(index, skipped, Caches(stores))
 
 
 def fill_caches(

@@ -19,7 +19,6 @@ from vtrain.contract import (
     Filling,
     Problem,
     Role,
-    SupportsTruncation,
     TextEncoder,
 )
 from vtrain.data.caching.artifacts import Artifact, FeatureArtifact, Layout, MaskArtifact, Window, known_key, layout_of
@@ -44,18 +43,15 @@ Texts = Iterable[tuple[Caption, Role]]
 
 def fill_text(
     stores: Stores, samples: Iterable[Sample], extra: Sequence[tuple[Caption, Role]], peers: Peers, device: str
-) -> Generator[Filling, None, int]:
+) -> Generator[Filling, None, None]:
     """Encode what is missing, encoder after encoder, each process its share; one is opened only if something of it is.
 
-    samples: may be gone through more than once. Gives how many of the captions encoded now, by all processes, were too long
-    and lost their end, as far as encoders count them. Raises DataError for a full disk, on all processes, and PluginError
-    for text that is not what its encoder promises.
+    samples: may be gone through more than once. Raises DataError for a full disk, on all processes, and PluginError for text
+    that is not what its encoder promises.
     """
-    truncated = 0
     for name in stores.encoders:
         work = _TextFilling(stores, name, peers, device)
-        truncated += sum((yield from together_telling(peers, work.run(texts(stores.plan, samples, extra)))))
-    return truncated
+        yield from together_telling(peers, work.run(texts(stores.plan, samples, extra)))
 
 
 class _TextFilling:
@@ -65,7 +61,7 @@ class _TextFilling:
         self.stores, self.name, self.peers, self.device = stores, name, peers, device
         self.spec, self.stage = stores.encoders[name], told(stores.encoders)[name]
 
-    def run(self, texts: Texts) -> Generator[Filling, None, int]:
+    def run(self, texts: Texts) -> Generator[Filling, None, None]:
         missing: dict[str, tuple[Caption, Role]] = {}
         present: set[int] = set()  # digests: of those that are there only the number is wanted
         for caption, role in texts:
@@ -76,14 +72,13 @@ class _TextFilling:
                 else:
                     missing[key] = (caption, role)
         yield Filling(self.stage, len(present), len(present) + len(missing))
-        if not missing:
-            return 0
-        batches = list(_batches(missing, self.stores.plan.config.cache.text_batch))
-        return (yield from self._fill(missing, batches, len(present)))
+        if missing:
+            batches = list(_batches(missing, self.stores.plan.config.cache.text_batch))
+            yield from self._fill(missing, batches, len(present))
 
     def _fill(
         self, missing: Mapping[str, tuple[Caption, Role]], batches: list[list[str]], done: int
-    ) -> Generator[Filling, None, int]:
+    ) -> Generator[Filling, None, None]:
         """Encode the missing captions, batch by batch. done: captions that are there."""
         total, made = done + len(missing), 0
         with Leases(self.stores.plan.config.cache.dir) as leases, ExitStack() as stack:
@@ -109,7 +104,6 @@ class _TextFilling:
                 if left == batches:
                     time.sleep(AGAIN_S)
                 batches = left
-            return encoder.truncated if isinstance(encoder, SupportsTruncation) else 0
 
     def _encode(self, encoder: TextEncoder, missing: Mapping[str, tuple[Caption, Role]], keys: list[str]) -> None:
         """Encode captions of one role and write their entries."""

@@ -8,6 +8,7 @@ import posixpath
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from typing import Any
 from vtrain.contract import DataError, Problem, SupportsCaptions, Words
 from vtrain.contract.specs import did_you_mean, listed
 from vtrain.data.decoding.video import FileFault
-from vtrain.data.scanning.captions import MOST_TEXTS, MOTION_SCORE, motion_score
+from vtrain.data.scanning.captions import MOST_TEXTS
+from vtrain.data.scanning.extras import Strangers, asked_for, own_extras
 from vtrain.plan.records import DatasetPlan
 
 FILE_COLUMN, CAPTION_COLUMN = "file", "caption"
@@ -24,8 +26,8 @@ _LONGEST_HEADER = 1 << 16
 _TOLD = 20
 """Bad rows that one error names."""
 
-CaptionRow = tuple[int, Any, Any, Any]
-"""(line or number of the row, file, caption, motion score), as they stand."""
+CaptionRow = tuple[int, Any, Any, dict[str, Any]]
+"""(line or number of the row, file, caption, extras), as they stand."""
 
 
 def caption_rows(dataset: DatasetPlan) -> Iterator[tuple[str, Words | FileFault]]:
@@ -35,68 +37,71 @@ def caption_rows(dataset: DatasetPlan) -> Iterator[tuple[str, Words | FileFault]
     """
     match dataset.captions:
         case "backend" if isinstance(dataset.backend, SupportsCaptions):
-            for ref, words in dataset.backend.captions():
-                yield ref, _sound(words)
+            strangers = Strangers(dataset)
+            for ref, words in dataset.backend.captions(asked_for(dataset)):
+                strangers.look(words)
+                texts = tuple(text for text in words.texts if text.strip())
+                yield ref, own_extras(replace(words, texts=texts), dataset)
+            if found := strangers.problems():
+                raise DataError(found)
         case "csv" | "parquet":
             assert dataset.table.captions_file is not None  # the plan saw to it
             rows = _csv if dataset.captions == "csv" else _parquet
             yield from _sorted(dataset, dataset.table.captions_file, rows(dataset, dataset.table.captions_file))
 
 
-def _sound(words: Words) -> Words | FileFault:
-    """A backend's words by the rules for all: no blank texts, and a motion score that is one."""
-    texts = tuple(text for text in words.texts if text.strip())
-    try:
-        score = words.extras.get(MOTION_SCORE)
-        scored = {} if score is None else {MOTION_SCORE: motion_score(score)}
-    except FileFault as fault:
-        return fault
-    return Words(texts, {**words.extras, **scored})
-
-
 def _sorted(dataset: DatasetPlan, path: Path, rows: Iterator[CaptionRow]) -> Iterator[tuple[str, Words | FileFault]]:
     """By id, sorted on disk: SQLite keeps a database without a name in a temporary file."""
     with closing(sqlite3.connect("")) as database:
-        database.execute("CREATE TABLE row (ref TEXT, number INTEGER, texts TEXT, score INTEGER, fault TEXT)")
+        database.execute("CREATE TABLE row (ref TEXT, number INTEGER, texts TEXT, extras TEXT, fault TEXT)")
         database.executemany("INSERT INTO row VALUES (?, ?, ?, ?, ?)", _checked(dataset, path, rows))
-        ordered = database.execute("SELECT ref, texts, score, fault FROM row ORDER BY ref, number")
+        ordered = database.execute("SELECT ref, texts, extras, fault FROM row ORDER BY ref, number")
         for ref, group in groupby(ordered, key=lambda row: str(row[0])):
             yield ref, _joined([row[1:] for row in group])
 
 
-def _joined(rows: list[tuple[str, int | None, str | None]]) -> Words | FileFault:
+def _joined(rows: list[tuple[str, str, str | None]]) -> Words | FileFault:
     """All rows of one clip."""
     if fault := next((fault for _, _, fault in rows if fault), None):
         return FileFault(fault)
-    scores = {score for _, score, _ in rows if score is not None}
-    if len(scores) > 1:
-        return FileFault(f"its rows have different motion scores ({', '.join(map(str, sorted(scores)))})")
+    extras: dict[str, object] = {}
+    for _, packed, _ in rows:
+        for name, value in json.loads(packed).items():
+            if extras.setdefault(name, value) != value:
+                return FileFault(f"its rows differ in {name} ({extras[name]}, {value})")
     texts = tuple(text for row in rows for text in json.loads(row[0]))
     if len(texts) > MOST_TEXTS:
         return FileFault(f"its rows have {len(texts)} captions, more than {MOST_TEXTS}")
-    return Words(texts, {MOTION_SCORE: scores.pop()} if scores else {})
+    return Words(texts, extras)
 
 
 def _checked(dataset: DatasetPlan, path: Path, rows: Iterator[CaptionRow]) -> Iterator[tuple[object, ...]]:
-    """Rows as the database takes them. Raises DataError for rows that name no file."""
-    nameless = []
+    """Rows as the database takes them. Raises DataError for rows that name no file, and extras that the family does not read."""
+    nameless, strangers = [], Strangers(dataset)
     place = dataset.backend.location.rstrip("/") + "/"
-    for number, file, caption, score in rows:
+    for number, file, caption, given in rows:
         if not isinstance(file, str) or not file.strip():
             nameless.append(number)
             continue
         ref = posixpath.normpath(file.strip().removeprefix(place))
+        told = Words((), given, f"{path.name}:{number}")
+        strangers.look(replace(told, where=f"{path}:{number}"))
         try:
-            texts, fault = _cell_texts(caption), None
-            whole = None if score in (None, "") else motion_score(score)
+            texts, read = _cell_texts(caption), own_extras(told, dataset)
         except FileFault as error:
-            texts, whole, fault = [], None, error.reason
-        yield ref, number, json.dumps(texts), whole, fault
+            texts, read = [], error
+        if isinstance(read, FileFault):
+            yield ref, number, "[]", "{}", read.reason
+        else:
+            yield ref, number, json.dumps(texts), json.dumps(dict(read.extras)), None
+    problems = strangers.problems()
     if nameless:
         more = f", and {len(nameless) - _TOLD} more" if len(nameless) > _TOLD else ""
         numbers = ", ".join(map(str, nameless[:_TOLD])) + more
         what = f"no file is named in {'row' if len(nameless) == 1 else 'rows'} {numbers}."
-        raise DataError(Problem(str(path), what, "Fill in the column of the clip's path, or remove the rows."))
+        problems.insert(0, Problem(str(path), what, "Fill in the column of the clip's path, or remove the rows."))
+    if problems:
+        raise DataError(problems)
 
 
 def _cell_texts(caption: object) -> list[str]:
@@ -151,11 +156,12 @@ def _csv(dataset: DatasetPlan, path: Path) -> Iterator[CaptionRow]:
             reader = csv.reader(stream, delimiter=delimiter, strict=True)
             names = [name.strip() for name in next(reader, [])]
             file, caption = (names.index(name) for name in _columns(dataset, path, names))
-            score = names.index(MOTION_SCORE) if MOTION_SCORE in names else len(names)
+            extras = {name: names.index(name) for name in asked_for(dataset) if name in names}
             for row in reader:
                 if any(cell.strip() for cell in row):
-                    cells = [*row, *[""] * (len(names) + 1 - len(row))]
-                    yield reader.line_num, cells[file], cells[caption], cells[score].strip()
+                    cells = [*row, *[""] * (len(names) - len(row))]
+                    given = {name: cells[at].strip() for name, at in extras.items()}
+                    yield reader.line_num, cells[file], cells[caption], given
     except UnicodeDecodeError as error:
         raise DataError(Problem(str(path), f"the file is not UTF-8 ({error.reason}).", "Save it as UTF-8.")) from error
     except csv.Error as error:
@@ -171,12 +177,13 @@ def _parquet(dataset: DatasetPlan, path: Path) -> Iterator[CaptionRow]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = list(file.schema_arrow.names)
-            columns = [*_columns(dataset, path, names), *([MOTION_SCORE] if MOTION_SCORE in names else [])]
+            named, caption = _columns(dataset, path, names)
+            extras = [name for name in asked_for(dataset) if name in names]
             number = 0
-            for batch in file.iter_batches(_ROWS, columns=columns):
+            for batch in file.iter_batches(_ROWS, columns=list(dict.fromkeys((named, caption, *extras)))):
                 for row in batch.to_pylist():
                     number += 1
-                    yield number, row[columns[0]], row[columns[1]], row.get(MOTION_SCORE)
+                    yield number, row[named], row[caption], {name: row[name] for name in extras}
     except pyarrow.ArrowException as error:
         raise DataError(Problem(str(path), f"not a Parquet file that can be read: {error}.")) from error
     except OSError as error:

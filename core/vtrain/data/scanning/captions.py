@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 from vtrain.contract import Caption, Words
 from vtrain.data.decoding.video import FileFault, faults
 from vtrain.data.sample import Skipped
+from vtrain.data.scanning.extras import declared, raw
 from vtrain.plan.records import CaptionsFrom, DatasetPlan
 
 SUFFIX = ".txt"
@@ -20,8 +21,7 @@ SIDECAR = ".json"
 BESIDE: Mapping[str, CaptionsFrom] = {SUFFIX: "textfile", SIDECAR: "json"}
 """Suffix of a caption file -> the setting of data.captions that reads it."""
 
-MOTION_SCORE = "motion_score"
-"""The name of a clip's motion score: in a sidecar, as a column, and in Caption.extras."""
+_TEXTS = ("caption", "captions")
 
 _MOST_BYTES = 1 << 20
 MOST_TEXTS = 1000
@@ -47,9 +47,9 @@ def from_file(stream: BinaryIO) -> Words:
 
 
 def from_sidecar(stream: BinaryIO) -> Words:
-    """A JSON object with "caption" (a text) or "captions" (a list of texts), and "motion_score". Raises FileFault.
+    """A JSON object with "caption" (a text) or "captions" (a list of texts). Raises FileFault.
 
-    Other keys are of no interest; null is as good as absent.
+    Other keys are extras, as they stand; null is as good as absent.
     """
     try:
         data = json.loads(_text(stream))
@@ -59,9 +59,7 @@ def from_sidecar(stream: BinaryIO) -> Words:
         raise FileFault("its caption file is not JSON that can be read") from error
     if not isinstance(data, dict):
         raise FileFault(f"its caption file is {_sort(data)}: write a JSON object with the key caption or captions")
-    score = data.get(MOTION_SCORE)
-    texts = tuple(text for text in _texts(data) if text)
-    return Words(texts, {} if score is None else {MOTION_SCORE: motion_score(score)})
+    return Words(tuple(text for text in _texts(data) if text), raw(data, _TEXTS))
 
 
 def read(ref_id: str, stream: BinaryIO) -> Words:
@@ -118,22 +116,11 @@ def _sort(value: object) -> str:
     return f"{name} with {names.get(type(odd[0]), 'null')} in it" if odd else name
 
 
-def motion_score(value: object) -> int:
-    """A whole number from 0 on, as a number or as digits. Raises FileFault."""
-    try:
-        if isinstance(value, int | float | str) and not isinstance(value, bool):
-            number = float(value)
-            if number >= 0 and number.is_integer():
-                return int(number)
-    except (ValueError, OverflowError):
-        pass
-    raise FileFault(f"its motion score {str(value)[:40]!r} is no whole number from 0 on: write one such as 30")
-
-
 def choose(ref_id: str, found: Words | Skipped | None, dataset: DatasetPlan) -> tuple[Caption, ...] | Skipped:
     """A clip's captions under a dataset's settings, or why it has none. caption_prefix stands before each; none is empty.
 
-    found: what its caption file, its rows or the backend say of it, None if there is nothing of the kind.
+    found: what its caption file, its rows or the backend say of it, with the family's extras; None if there is nothing of the
+    kind.
     """
     table, source = dataset.table, dataset.captions
     if source == "filename":
@@ -144,15 +131,16 @@ def choose(ref_id: str, found: Words | Skipped | None, dataset: DatasetPlan) -> 
     elif isinstance(found, Skipped):
         return found
     words = found or Words(())
+    extras: Any = words.extras  # which `own_extras` has looked at
     texts = [text for text in words.texts if text]
     if source == "textfile" and table.caption_per == "file":
         texts = [" ".join(" ".join(texts).split())] if texts else []
     if len(texts) > MOST_TEXTS:
         return Skipped("dropped", "bad caption", _too_many(dataset, len(texts)))
     if texts:
-        return tuple(Caption(table.caption_prefix + text, words.extras) for text in texts)
+        return tuple(Caption(table.caption_prefix + text, extras) for text in texts)
     if table.missing_caption == "empty":
-        return (Caption("", words.extras),)
+        return (Caption("", extras),)
     lack = _lack(dataset, there=found is not None)
     return Skipped("dropped", "no caption", f'{lack}; add one, or set data.missing_caption = "empty"')
 
@@ -233,5 +221,5 @@ def decides(dataset: DatasetPlan) -> list[object]:
     table = dataset.table
     return [
         dataset.captions, table.caption, table.caption_prefix, table.missing_caption, str(table.captions_file),
-        table.file_column, table.caption_column, table.caption_per,
+        table.file_column, table.caption_column, table.caption_per, declared(dataset),
     ]  # fmt: skip

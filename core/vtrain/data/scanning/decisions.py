@@ -13,6 +13,7 @@ from vtrain.data.decoding.probe import Probe
 from vtrain.data.decoding.video import SLACK
 from vtrain.data.sample import MASK_VERSION, TRANSFORM_VERSION, Skipped, mask_grid
 from vtrain.data.scanning import captions
+from vtrain.data.scanning.extras import own_extras
 from vtrain.data.scanning.fitting import Fit, decides, fit
 from vtrain.data.scanning.ledger import CLIPS, IMAGE, PAGE, Ledger, marks, probe_of, useless, words_of
 from vtrain.data.scanning.sources import origin_of
@@ -173,7 +174,7 @@ def _outcome(ref: str, kind: str, row: Sequence[Any], dataset: DatasetPlan, rule
         return fitted
     if (left := _masked(ref, probe_of(probe), mask, dataset)) is not None:
         return left
-    chosen = captions.choose(ref, _found(words, bad_words, first, last), dataset)
+    chosen = captions.choose(ref, _found(words, bad_words, first, last, dataset), dataset)
     if isinstance(chosen, Skipped):
         return chosen
     lines = words_of(words) if dataset.captions == "textfile" else None
@@ -213,7 +214,9 @@ def _bad_mask(clip: Probe, ref: str, fault: str | None, mask: Probe | None) -> s
     return None
 
 
-def _found(words: str | None, fault: str | None, first: str | None, last: str | None) -> Words | Skipped | None:
+def _found(
+    words: str | None, fault: str | None, first: str | None, last: str | None, dataset: DatasetPlan
+) -> Words | Skipped | None:
     """What the place of captions says of a clip. first, last: its caption files, by name."""
     if first != last:
         return Skipped("dropped", "two captions", f"it has two caption files, {first} and {last}: keep one")
@@ -221,7 +224,10 @@ def _found(words: str | None, fault: str | None, first: str | None, last: str | 
         return Skipped("dropped", "bad caption", fault)
     if words is not None and words.startswith('"'):  # a reason, as sources.caption_text writes it
         return Skipped("dropped", "bad caption", json.loads(words))
-    return words_of(words)
+    if (found := words_of(words)) is None:
+        return None
+    read = own_extras(found, dataset)
+    return read if isinstance(read, Words) else Skipped("dropped", "bad caption", read.reason)
 
 
 def _row(outcome: _Used | Skipped, mask: str) -> tuple[object, ...]:

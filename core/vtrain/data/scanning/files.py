@@ -17,9 +17,17 @@ from vtrain.data.decoding.probe import Probe
 from vtrain.data.sample import Sample
 from vtrain.data.scanning.captions import BESIDE, stem
 from vtrain.data.scanning.database import database_faults, open_readonly
+from vtrain.data.scanning.extras import key_doubt
 from vtrain.data.scanning.ledger import Ledger, escaped, pages, probe_of
 from vtrain.data.scanning.scan import Samples, ScannedDataset, decided, ledger_messages
-from vtrain.data.scanning.surveys import DISTINCT, caption_doubt, caption_looks, caption_notes, unmatched_captions
+from vtrain.data.scanning.surveys import (
+    DISTINCT,
+    caption_doubt,
+    caption_looks,
+    caption_notes,
+    sidecar_keys,
+    unmatched_captions,
+)
 from vtrain.plan.records import DatasetPlan, Plan
 
 STATUSES = ("used", "dropped", "failed")
@@ -148,7 +156,8 @@ class Files:
         """What else is worth knowing: captions without a clip, and what looks as if it were no caption."""
         plan, found = self.datasets[dataset]
         doubts = (caption_doubt(*each) for each in caption_looks(self._all, found.decision, plan))
-        return (*caption_notes(unmatched_captions(self._all, found.place, plan)), *doubts)
+        keys = key_doubt(sidecar_keys(self._all, found.place, plan), plan)
+        return (*caption_notes(unmatched_captions(self._all, found.place, plan)), *doubts, *filter(None, (keys,)))
 
     def widths(self, dataset: str) -> tuple[int, int]:
         """Letters of the longest bucket and of the longest ref id."""

@@ -89,6 +89,9 @@ def useless(ref_id: str, kind: str) -> Skipped:
 
 FILE = "ledger.sqlite"
 
+WORDS_VERSION = 2
+"""Raised when what is kept of a caption file changes. 2: all its keys, whoever reads them."""
+
 PAGE = 1000
 """Rows that are read, or written in one transaction, at once."""
 
@@ -115,14 +118,16 @@ _TABLES = """
         samples INTEGER NOT NULL, windows INTEGER NOT NULL, stretch REAL NOT NULL, cropped REAL NOT NULL,
         aspect REAL, made TEXT, captions TEXT, mask TEXT NOT NULL, looks TEXT NOT NULL, PRIMARY KEY (decision, ref)
     ) WITHOUT ROWID;
+    CREATE TABLE token_survey (decision INTEGER PRIMARY KEY, fingerprint TEXT NOT NULL, generation INTEGER NOT NULL,
+        summary TEXT NOT NULL);
     CREATE TABLE texts (decisions TEXT PRIMARY KEY, generations TEXT NOT NULL, count INTEGER NOT NULL) WITHOUT ROWID;
 """
 """source: unseen is 1 for a file that was not opened yet, or could not be for a reason that may pass. words: of a caption
 file. dataset_caption: captions that do not stand in a file of their own. file_decision: made is how a file's samples are
 cut, as JSON; captions are those of each of its samples; samples and windows are how many there are; stretch, cropped and
 aspect are its Fit's; looks is what its caption file looks like (captions.looks_like). decision: statistics is what a scan
-counted of it. A file that failed in filling keeps `made` until the next scan, so that those who go through the samples count
-alike.
+counted of it; token_survey: how much its captions take of the text encoder. A file that failed in filling keeps `made` until
+the next scan, so that those who go through the samples count alike.
 """
 
 _PROBE = attrgetter(*(field.name for field in fields(Probe)))
@@ -131,7 +136,9 @@ _LAYOUT = DatabaseTables(
     application_id=0x76744C31,  # "vtL1"
     # Any other tables, fields of a probe or kinds of files are another layout, and are scanned again.
     # >> 1: SQLite's user_version is a signed number of 32 bits.
-    version=zlib.crc32(repr((PROBE_VERSION, _TABLES, [field.name for field in fields(Probe)], KINDS_VERSION)).encode())
+    version=zlib.crc32(
+        repr((PROBE_VERSION, WORDS_VERSION, _TABLES, [field.name for field in fields(Probe)], KINDS_VERSION)).encode()
+    )
     >> 1,
     tables=_TABLES,
 )
@@ -236,6 +243,10 @@ class Ledger(AbstractContextManager["Ledger"]):
             )
             db.execute("UPDATE decision SET statistics = NULL WHERE settings = ?", (settings,))
             db.execute("DELETE FROM texts")  # its captions may be no other file's
+            db.execute(
+                "DELETE FROM token_survey WHERE decision = (SELECT number FROM decision WHERE settings = ?)",
+                (settings,),
+            )
 
     def record_hash(self, location: str, ref: SourceRef, sha256: str) -> None:
         """The hash of the bytes that were read of a file."""
@@ -296,7 +307,9 @@ def words_of(text: str | None) -> Words | None:
 
 
 def words_text(words: Words) -> str:
-    return json.dumps([words.texts, dict(words.extras)], ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps([words.texts, dict(words.extras)], ensure_ascii=False, separators=(",", ":"))
+    # An extra that no family reads may hold half a character.
+    return text if is_utf8(text) else json.dumps(json.loads(text))
 
 
 def marks(values: Sequence[object]) -> str:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from vtrain.data.scanning.fitting import box
 from vtrain.data.scanning.ledger import Ledger, pages, probe_of
 from vtrain.data.scanning.sources import refresh
 from vtrain.data.scanning.surveys import DatasetSurvey, Survey, count_texts, problems, survey
+from vtrain.data.scanning.token_counts import TokenCounts, count_captions, cut_prompts, opened
 from vtrain.plan.records import DatasetPlan, Plan
 
 _LIMIT_S = 120.0
@@ -91,7 +92,8 @@ def scan(plan: Plan, on_file: Callable[[int], None] | None = None) -> Scan:
     """
     wrong = list(picture_faults(plan.config))
     found: list[tuple[ScannedDataset, DatasetSurvey]] = []
-    with Ledger(plan.config.cache.dir) as ledger:
+    folder = plan.config.cache.dir
+    with Ledger(folder) as ledger:
         for place in decided(ledger, plan, wrong, on_file):
             dataset = plan.datasets[place.number]
             seen = survey(ledger, place.place, place.decision, dataset, plan.shares[place.number])
@@ -99,15 +101,22 @@ def scan(plan: Plan, on_file: Callable[[int], None] | None = None) -> Scan:
             found.append((replace(place, count=sum(seen.samples.values())), seen))
         if wrong:
             raise DataError(wrong)
+        with opened(folder, plan.family) or nullcontext() as counts:
+            if counts is not None:
+                found = [
+                    (each, replace(seen, tokens=count_captions(ledger, each.decision, counts))) for each, seen in found
+                ]
+            prompts = cut_prompts(plan.validation, counts) if counts is not None else ()
         texts = count_texts(ledger, [each.decision for each, _ in found])
-        messages = ledger_messages(ledger)
+        messages = ledger_messages(ledger, counts)
         samples_of_all = Samples(ledger.path, tuple(each for each, _ in found))
-    return Scan(samples_of_all, Survey(tuple(seen for _, seen in found), texts), messages)
+    return Scan(samples_of_all, Survey(tuple(seen for _, seen in found), texts, prompts), messages)
 
 
-def ledger_messages(ledger: Ledger) -> tuple[str, ...]:
-    """What became of damaged files of the cache folder: of the ledger, and of the hashes of model files."""
-    return tuple(filter(None, (ledger.message, moved_aside(ledger.path.parent))))
+def ledger_messages(ledger: Ledger, counts: TokenCounts | None = None) -> tuple[str, ...]:
+    """What became of damaged files of the cache folder: of the ledger, the hashes of model files and counts of tokens."""
+    told = None if counts is None else counts.message
+    return tuple(filter(None, (ledger.message, moved_aside(ledger.path.parent), told)))
 
 
 def decided(

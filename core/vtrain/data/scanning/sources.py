@@ -14,6 +14,7 @@ from vtrain.data.decoding.worker import ProbeJob, Workers
 from vtrain.data.scanning import captions
 from vtrain.data.scanning.caption_rows import caption_rows
 from vtrain.data.scanning.captions import BESIDE, stem
+from vtrain.data.scanning.extras import declared
 from vtrain.data.scanning.ledger import (
     CLIPS,
     MISNAMED,
@@ -168,7 +169,7 @@ def refresh(ledger: Ledger, dataset: DatasetPlan, workers: Workers, count: Calla
 def origin_of(dataset: DatasetPlan) -> str:
     """Names where captions that stand in no file of their own come from."""
     table = dataset.table
-    parts = [dataset.captions, str(table.captions_file), table.file_column, table.caption_column]
+    parts = [dataset.captions, str(table.captions_file), table.file_column, table.caption_column, declared(dataset)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 

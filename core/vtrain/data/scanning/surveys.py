@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from vtrain.contract import ClipShape, Problem
+from vtrain.contract import ClipShape, Problem, SourceRef
+from vtrain.data.scanning import extras
 from vtrain.data.scanning.captions import BESIDE, JSON, SIDECAR, SUFFIX, stem
 from vtrain.data.scanning.decisions import TOLD
 from vtrain.data.scanning.ledger import Ledger, marks
 from vtrain.data.scanning.misfits import NO_LOSS, NO_MISFITS, Loss, Misfits, find_misfits, joined, misfits_of
 from vtrain.data.scanning.sources import origin_of
+from vtrain.data.scanning.token_counts import CutCaptions, LongText
 from vtrain.plan.records import DatasetPlan, MasksPlan
 
 
@@ -26,7 +28,8 @@ class DatasetSurvey:
     that the samples are of; windows: -> number of windows, each encoded once; where either is empty, each sample has one.
     losses: clip shape -> what pictures lose in it, where any does; misfits: the clips that lose much. notes: what else is worth
     knowing, such as caption rows without a clip. doubts: what of its captions is probably not meant. share: the part of it that
-    an epoch takes.
+    an epoch takes. foreign_keys: of caption files, which another model family reads. tokens: what its captions take of the
+    text encoder; None where the family cannot say.
     """
 
     id: str
@@ -41,6 +44,8 @@ class DatasetSurvey:
     notes: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
     share: Fraction = Fraction(1)
+    foreign_keys: tuple[extras.Key, ...] = ()
+    tokens: CutCaptions | None = None
 
     def clips_of(self, shape: ClipShape) -> int:
         """Files that give samples of a shape."""
@@ -67,10 +72,12 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a scan found in all datasets. texts: different captions to encode, of samples only."""
+    """What a scan found in all datasets. texts: different captions to encode, of samples only. prompts: of validation's, those
+    that the text encoder does not read to their end."""
 
     datasets: tuple[DatasetSurvey, ...]
     texts: int
+    prompts: tuple[LongText, ...] = ()
 
     def table(self) -> tuple[Bucket, ...]:
         """Every bucket, in order of shape."""
@@ -152,7 +159,7 @@ def survey(ledger: Ledger, place: int, decision: int, dataset: DatasetPlan, shar
             # What failed in filling had kept its cuts for those who went through the samples then (ledger._TABLES).
             db.execute("UPDATE file_decision SET made = NULL WHERE decision = ? AND status != 'used'", (decision,))
             db.execute("UPDATE decision SET statistics = ? WHERE number = ?", (kept, decision))
-    files, shapes, skipped, unmatched, masks, misfits, looks = json.loads(kept)
+    files, shapes, skipped, unmatched, masks, misfits, looks, keys = json.loads(kept)
     rows = [(ClipShape(*row[:3]), *row[3:6]) for row in shapes]
     losses = {ClipShape(*row[:3]): Loss(*row[6:11]) for row in shapes if row[11] > 1}
     return DatasetSurvey(
@@ -166,8 +173,9 @@ def survey(ledger: Ledger, place: int, decision: int, dataset: DatasetPlan, shar
         losses=losses,
         misfits=misfits_of(misfits),
         notes=_notes(dataset, unmatched, masks),
-        doubts=tuple(caption_doubt(*each) for each in looks),
+        doubts=(*(caption_doubt(*each) for each in looks), *filter(None, (extras.key_doubt(keys, dataset),))),
         share=share,
+        foreign_keys=tuple(extras.foreign_keys(keys, dataset)),
     )
 
 
@@ -231,6 +239,11 @@ def caption_doubt(looks: str, count: int, example: str) -> str:
     )
 
 
+def sidecar_keys(rows: Query, place: int, dataset: DatasetPlan) -> list[tuple[str, int, str]]:
+    """Keys of the clips' JSON sidecars beside the captions, the most frequent first."""
+    return rows(extras.KEYS, {"place": place}) if dataset.captions == "json" else []
+
+
 def _many(some: Sequence[Any], noun: str) -> str:
     return f"{some[0]} {noun}{'s' if some[0] != 1 else ''}"
 
@@ -255,6 +268,7 @@ def _count(ledger: Ledger, decision: int, place: int, dataset: DatasetPlan) -> l
         masks,
         find_misfits(ledger, decision),
         caption_looks(ledger.rows, decision, dataset),
+        sidecar_keys(ledger.rows, place, dataset),
     ]
 
 
@@ -292,6 +306,12 @@ def problems(ledger: Ledger, decision: int, dataset: DatasetPlan, found: Dataset
         for ref, reason in ledger.rows(query, {"decision": decision}):
             remedy = 'Fix or remove the file, or set data.on_bad_file = "skip".'
             yield Problem(f"{place}/{ref}", f"{reason}.", remedy)
+    for key in found.foreign_keys:
+        query = """SELECT size, version FROM source JOIN decision ON number = :decision AND source.place = decision.place
+            WHERE ref = :ref"""
+        ((size, version),) = ledger.rows(query, {"decision": decision, "ref": key[2]})
+        line = extras.line_of(key[0], SourceRef(key[2], size, version), dataset)
+        yield extras.key_problem(key, place, line, dataset)
     if not found.files:
         yield Problem(dataset.where, f"dataset {dataset.id}: no file in {place}.")
     elif dataset.masks is not None and (wrong := _masks_wrong(ledger, decision, dataset, dataset.masks)):

@@ -1,0 +1,106 @@
+"""What a family may say of captions before its text encoder is loaded: extras that it reads, its wording, its tokens. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+
+from vtrain.contract.records import Caption, Role
+
+if TYPE_CHECKING:
+    from vtrain.contract.protocols import HashFile
+
+_TAKEN = ("caption", "captions", "text", "file", "path", "bytes", "id", "role")
+"""Keys of caption files and columns of tables that mean something else."""
+
+
+@dataclass(frozen=True)
+class CaptionExtra:
+    """What a family reads of a clip beside its caption: a key of JSON sidecars, a column of tables.
+
+    name: lower case letters, digits and "_". minimum, maximum: of a number, both allowed values. summary: what it means, one
+    line. default: what stands for an absent one, for people ("30", "the option pace"). Raises ValueError.
+    """
+
+    name: str
+    type: Literal["int", "float", "text"]
+    summary: str
+    minimum: float | None = None
+    maximum: float | None = None
+    default: str = ""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name) or self.name in _TAKEN:
+            what = f"lower case letters, digits and _, and none of {', '.join(_TAKEN)}"
+            raise ValueError(f'"{self.name}" is no name of an extra: {what}')
+        if self.type == "text" and (self.minimum, self.maximum) != (None, None):
+            raise ValueError(f"the extra {self.name} is a text, which has no least and no largest value")
+        if self.minimum is not None and self.maximum is not None and self.minimum > self.maximum:
+            raise ValueError(f"the extra {self.name}: {self.minimum:g} is more than {self.maximum:g}")
+
+    @property
+    def kind(self) -> str:
+        """ "whole number from 0 on"."""
+        noun = {"int": "whole number", "float": "number", "text": "text"}[self.type]
+        low, high = self.minimum, self.maximum
+        if low is not None and high is not None:
+            return f"{noun} from {low:g} to {high:g}"
+        return noun + (f" from {low:g} on" if low is not None else f" up to {high:g}" if high is not None else "")
+
+
+@runtime_checkable
+class SupportsCaptionExtras(Protocol):
+    """A family that reads more of a clip than its caption."""
+
+    @property
+    def caption_extras(self) -> tuple[CaptionExtra, ...]:
+        """Those of FamilySpec.caption_extras; `default` may be what the options say."""
+        ...
+
+
+@runtime_checkable
+class SupportsWording(Protocol):
+    """A family that can say what its text encoder reads of a caption."""
+
+    def wording(self, caption: Caption, role: Role) -> str:
+        """The text with all that the role adds to it, as it is cut into tokens. Raises DataError as encoding it would."""
+        ...
+
+
+@dataclass(frozen=True)
+class TokenCount:
+    """What one text encoder makes of a caption. encoder: its name. tokens: that the caption would take, above limit or not.
+
+    limit: tokens that the denoiser is given at most. lost: what the encoder does not read to the end, as names of extras, or
+    "text" for the caption itself; empty if all is read. cut: the end of the wording that is not read.
+    """
+
+    encoder: str
+    tokens: int
+    limit: int
+    lost: tuple[str, ...] = ()
+    cut: str = ""
+
+
+class TokenCounter(Protocol):
+    """A family's tokenizers at work, without its text encoders."""
+
+    def count(self, captions: Sequence[Caption], role: Role) -> Sequence[tuple[TokenCount, ...]]:
+        """For each caption one for each text encoder, exactly as `encode` cuts it."""
+        ...
+
+
+@runtime_checkable
+class SupportsTokenCounts(Protocol):
+    """A family that can count tokens before its text encoders are loaded, and without torch."""
+
+    def token_fingerprint(self, hash_file: HashFile) -> str:
+        """Changes whenever a count could: tokenizers, instruction, limits."""
+        ...
+
+    def open_token_counter(self) -> AbstractContextManager[TokenCounter]:
+        """Raises ModelError with the reason where this model folder's tokens can be counted by its text encoder alone."""
+        ...

@@ -53,9 +53,10 @@ def text_of(name: str, spec: TextEncoderSpec, tensors: Mapping[str, Tensor]) -> 
     """
     parts = {}
     for part, each in spec.parts.items():
-        if _stored(spec, part) not in tensors:
+        stored = tensors.get(_stored(spec, part))
+        if stored is None:
             refuse(name, f'the part "{part}" is missing in its cache entry, and its fingerprint is that of before')
-        embeds = tensors[_stored(spec, part)][None]
+        embeds = stored[None]
         mask = None if each.tokens is None else torch.ones(embeds.shape[:2], dtype=torch.bool)
         parts[part] = TextPart(embeds, mask)
     return Text(parts)

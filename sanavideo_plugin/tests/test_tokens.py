@@ -53,14 +53,14 @@ def test_tokens_are_those_of_the_encoder_and_what_is_cut_is_what_it_does_not_rea
         Caption(WORDS * 40),
     ]
     captions += around_the_limit(family, role) if role != "dropped" else []
-    with family.open_token_counter() as counter, family.open_text_encoder("cpu") as encoder:
+    with family.open_token_counter() as counter, family.text_encoders()["gemma"].open("cpu") as encoder:
         counts = [count for (count,) in counter.count(captions, role)]
         instructed = len(tokenizer.encode(encoder._instruction)) if role == "prompt" and encoder._instruction else 2
         for caption, count in zip(captions, counts, strict=True):
             words = family.wording(caption, role)
             ids = tokenizer.encode(words)
             assert count.tokens == len(ids) - (instructed - 2) if instructed >= 2 else len(ids)
-            assert int(encoder.encode([caption], role).mask.sum()) == min(count.tokens, TEXT_TOKENS)
+            assert int(encoder.encode([caption], role).only.masked[1].sum()) == min(count.tokens, TEXT_TOKENS)
             assert bool(count.lost) == bool(count.cut) == (count.tokens > TEXT_TOKENS)
             kept = tokenizer(words, truncation=True, max_length=instructed - 2 + TEXT_TOKENS)["input_ids"]
             assert words.endswith(count.cut)

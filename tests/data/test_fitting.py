@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from vtrain.config.tables import DataTable
@@ -66,12 +66,16 @@ CLIPS = st.builds(
 )
 
 
+SKIPPED_CLIPS = (HealthCheck.filter_too_much,)
+"""Which clips are long and large enough is the tested function's own matter; most of what is drawn is not."""
+
+
 @st.composite
-def plans(draw: st.DrawFn) -> DatasetPlan:
+def plans(draw: st.DrawFn, crops: tuple[str, ...] = ("center", "random", "none")) -> DatasetPlan:
     number = draw(st.integers(1, 12)) * 60
     unit = draw(st.sampled_from(["pixel_area", "pixel"]))
     table: dict[str, Any] = {
-        "crop": draw(st.sampled_from(["center", "random", "none"])),
+        "crop": draw(st.sampled_from(crops)),
         "upscale": draw(st.booleans()),
         "resolution_type": unit,
     }
@@ -120,10 +124,9 @@ def test_whatever_the_clip_and_the_settings_windows_and_boxes_lie_inside_it(sour
             assert cut.box.height >= shape.height
 
 
-@settings(max_examples=400, deadline=None)
-@given(source=CLIPS, plan=plans())
+@settings(max_examples=400, deadline=None, suppress_health_check=SKIPPED_CLIPS)
+@given(source=CLIPS, plan=plans(crops=("center", "random")))
 def test_a_cropped_part_has_the_buckets_aspect_within_a_pixel(source: Probe, plan: DatasetPlan) -> None:
-    assume(plan.table.crop != "none")
     found = fit(source, plan, RULE, "a.mp4")
     assume(isinstance(found, Fit))
     assert isinstance(found, Fit)
@@ -135,7 +138,7 @@ def test_a_cropped_part_has_the_buckets_aspect_within_a_pixel(source: Probe, pla
         assert box.width == source.width or box.height == source.height
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, suppress_health_check=SKIPPED_CLIPS)
 @given(source=CLIPS, plan=plans())
 def test_the_bucket_is_the_one_of_nearest_aspect(source: Probe, plan: DatasetPlan) -> None:
     found = fit(source, plan, RULE, "a.mp4")

@@ -159,6 +159,7 @@ for module, name, member in (
     ("vtrain_toy.family", "ToyDenoiser", "load_lora"),
     ("vtrain_toy.family", "ToyCodec", "decode"),
     ("vtrain_sanavideo.family", "SanaVideoDenoiser", "load_lora"),
+    ("vtrain_wan.family", "WanDenoiser", "load_lora"),
 ):
     assert member in _names(module, name), name
 assert "torch" not in sys.modules

@@ -74,8 +74,9 @@ def _names(module: str, name: str, depth: int = 0) -> set[str] | None:
         if isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 source = _absolute(module, node)
-                # Of the same plugin only: other sources are none of its author's names.
-                if (alias.asname or alias.name) == name and source.partition(".")[0] == module.partition(".")[0]:
+                # Of the same plugin, and of the contract, whose classes a part may extend: other sources are not its author's.
+                own = source.partition(".")[0] in (module.partition(".")[0], "vtrain")
+                if own and (alias.asname or alias.name) == name:
                     return _names(source, alias.name, depth + 1)
     return None
 

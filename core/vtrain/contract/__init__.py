@@ -1,5 +1,15 @@
 """Everything a plugin imports of vtrain. Importing it imports no torch, diffusers, transformers or accelerate."""
 
+from vtrain.contract.conditions import (
+    ConditionEncoder,
+    ConditionEncoderSpec,
+    ConditionSource,
+    ConditionSpec,
+    ConditionTensors,
+    SupportsConditions,
+    conditions_of,
+    tensors_of,
+)
 from vtrain.contract.device import Device
 from vtrain.contract.errors import (
     CheckpointError,
@@ -150,6 +160,11 @@ __all__ = [
     "CheckpointError",
     "ClipShape",
     "Condition",
+    "ConditionEncoder",
+    "ConditionEncoderSpec",
+    "ConditionSource",
+    "ConditionSpec",
+    "ConditionTensors",
     "ConfigError",
     "DType",
     "DataBackend",
@@ -221,6 +236,7 @@ __all__ = [
     "Stepped",
     "SupportsCaptions",
     "SupportsCheck",
+    "SupportsConditions",
     "SupportsDecoderOnly",
     "SupportsFeatures",
     "SupportsFeedback",
@@ -250,6 +266,7 @@ __all__ = [
     "WeightFiles",
     "Words",
     "check_path_text",
+    "conditions_of",
     "fill_module",
     "fixed",
     "free",
@@ -260,6 +277,7 @@ __all__ = [
     "resume_rule",
     "scheduled",
     "stored_shapes",
+    "tensors_of",
     "torch_type",
     "weight_files",
     "weight_hashes",

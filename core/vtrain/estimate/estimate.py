@@ -13,6 +13,7 @@ from typing import Literal
 from vtrain.config.record import Config
 from vtrain.contract import (
     ClipShape,
+    ConditionSpec,
     ConfigError,
     DType,
     FeatureShape,
@@ -21,6 +22,7 @@ from vtrain.contract import (
     Regularizer,
     Section,
     SupportsFeatures,
+    tensors_of,
 )
 from vtrain.data.scanning import misfits
 from vtrain.data.scanning.surveys import Survey
@@ -37,7 +39,7 @@ class Estimate:
 
     checkpoint_bytes: one checkpoint; None under LoRA, whose size depends on modules not loaded yet.
     steps_per_epoch: not whole in general. validations: how many; None when timed in minutes. feature_bytes: of cached
-    features, by regularizer.
+    features, by regularizer. condition_bytes: of what is cached of each condition, by its name.
     """
 
     steps: int
@@ -51,6 +53,7 @@ class Estimate:
     warnings: tuple[str, ...]
     feature_bytes: Mapping[str, int] = field(default_factory=dict)
     mask_bytes: int = 0
+    condition_bytes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def epochs(self) -> float:
@@ -81,6 +84,7 @@ def make_estimate(plan: Plan, survey: Survey) -> Estimate:
         warnings=(*plan.warnings, *_of_data(plan, survey), *_pointed_out(config, steps, per_epoch)),
         feature_bytes=feature_bytes(plan, survey),
         mask_bytes=mask_bytes(plan, survey),
+        condition_bytes=condition_bytes(plan, survey),
     )
 
 
@@ -173,6 +177,9 @@ def check_room(plan: Plan, estimate: Estimate) -> None:
     if estimate.feature_bytes:
         parts = [f"{bytes_text(size)} of {name}" for name, size in estimate.feature_bytes.items()]
         cached.append(("features", sum(estimate.feature_bytes.values()), f"cached features ({', '.join(parts)})"))
+    if estimate.condition_bytes:
+        parts = [f"{bytes_text(size)} of {name}" for name, size in estimate.condition_bytes.items()]
+        cached.append(("condition", sum(estimate.condition_bytes.values()), f"conditions ({', '.join(parts)})"))
     wanted = (
         *(_RoomNeeded(("cache", "dir"), config.cache.dir, below, size, what) for below, size, what in cached),
         _RoomNeeded(
@@ -270,6 +277,34 @@ def mask_bytes(plan: Plan, survey: Survey) -> int:
     return total
 
 
+def condition_bytes(plan: Plan, survey: Survey) -> dict[str, int]:
+    """Bytes of what is cached of each condition with an encoder, for each window of a dataset whose draws may have it."""
+    return {
+        each.name: sum(
+            _tensor_bytes(each, shape) * found.windows_of(shape)
+            for dataset, found in zip(plan.datasets, survey.datasets, strict=True)
+            for shape in (found.samples if dataset.has(each) else ())
+        )
+        for each in plan.encoded
+    }
+
+
+def _tensor_bytes(condition: ConditionSpec, shape: ClipShape) -> int:
+    return sum(math.prod(size) * STORED_BYTES[dtype] for size, dtype in tensors_of([condition], shape).values())
+
+
+def condition_words(plan: Plan, survey: Survey) -> Iterator[tuple[str, int, str]]:
+    """(condition, windows, what its encoder makes of the largest clip: "picture 13x3x8x8 fp32, colours 4x6 bf16")."""
+    for each in plan.encoded:
+        covered = [found for dataset, found in zip(plan.datasets, survey.datasets, strict=True) if dataset.has(each)]
+        shapes = [shape for found in covered for shape in found.samples]
+        if shapes:
+            largest = max(shapes, key=lambda shape, each=each: _tensor_bytes(each, shape))  # type: ignore[misc]
+            made = tensors_of([each], largest).items()
+            words = [f"{name} {'x'.join(map(str, size))} {dtype}" for name, (size, dtype) in made]
+            yield each.name, sum(found.windows_of(shape) for found in covered for shape in found.samples), ", ".join(words)
+
+
 def section(plan: Plan) -> Section:
     """What is in memory, on each process's device, at every step of training."""
     return Section("in memory while training", tuple(_rows(plan)))
@@ -286,6 +321,8 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
         elif part.needs().features is not None:
             of = "the frames that the codec decodes" if part.needs().features == "decoded" else "the clips' own frames"
             yield f"encoder of {name}", f"yes: it runs at each step at which {name} is at work, on {of}"
+    for each in plan.encoded:
+        yield f"encoder of {each.name}", "no: what it makes is cached"
 
 
 Doing = Literal["filling the caches", "loading the model", "training", "validating"]

@@ -48,7 +48,7 @@ from vtrain.plan.places import CHECKPOINTS, CONFIG, EVENTS, METRICS, PLAN, writt
 from vtrain.plan.records import Plan
 from vtrain.run.lines import UNREAD, Chain, Records, append, cut_back, gaps, whole
 from vtrain.train import checkpoint
-from vtrain.train.resume import Start
+from vtrain.train.resume import Start, condition_marks
 from vtrain.train.settings import settings
 
 FILE = ".lock"
@@ -169,6 +169,7 @@ def write_run_files(plan: Plan, survey: Survey, estimate: Estimate, resumed: Map
             for name, part in plan.regularizers
             if part.needs().features == "cached" and isinstance(part, SupportsFeatures)
         },
+        **condition_marks(plan, hash_file),
     }
     whole = {
         **render.as_json(plan, survey, estimate),

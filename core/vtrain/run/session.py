@@ -306,7 +306,8 @@ class Session:
 
     def _caches(self, found: Scan) -> Generator[Event, None, FilledCaches]:
         """Encode what is missing, each process its share. Raises DataError."""
-        from vtrain.data.caching.caches import fill, fill_pictures
+        from vtrain.data.caching.caches import fill
+        from vtrain.data.caching.pictures import fill_pictures
 
         where = str(self.processes.device)
         with self._explained("filling the caches"):
@@ -382,12 +383,12 @@ class Session:
         made = self.plan.validation
         if made is None:
             return None
-        from vtrain.data.caching.caches import first_frames
+        from vtrain.data.caching.pictures import given
         from vtrain.validate.generate import Validation, Validator
 
         plan, processes = self.plan, self.processes
         autocast = partial(processes.device.autocast, "bf16" if plan.config.precision.mixed == "bf16" else None)
-        stopping, pictures = (lambda: self._inbox.stop), first_frames(plan, caches)
+        stopping, pictures = (lambda: self._inbox.stop), given(plan, caches)
         validator = Validator(
             made, plan.family, plan.sampler, caches, trainer.denoiser, processes.device, autocast, stopping, pictures
         )

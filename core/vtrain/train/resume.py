@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from vtrain.config.keys import key_path
 from vtrain.config.record import Config
-from vtrain.contract import CheckpointError, Problem, SupportsFeatures
+from vtrain.contract import CheckpointError, HashFile, Problem, SupportsFeatures
 from vtrain.data.sample import TRANSFORM_VERSION
 from vtrain.data.scanning.database import HASHES, FileHashes
 from vtrain.plan.places import CHECKPOINT, CHECKPOINTS, checkpoints_there, resume_path
@@ -88,11 +88,29 @@ def encoder_marks(plan: Plan) -> dict[str, str]:
         "video": plan.family.video_fingerprint(hash_file),
         "scheduler": hashlib.sha256(scheduler.encode()).hexdigest(),
         "transform": str(TRANSFORM_VERSION),
+        **condition_marks(plan, hash_file),
     }
 
 
+def condition_marks(plan: Plan, hash_file: HashFile) -> dict[str, str]:
+    """ "condition (name)" -> fingerprint of its encoder, of those that the run uses. Raises ModelError."""
+    return {
+        f"{_CONDITION}{each.name})": each.encoder.fingerprint(hash_file)
+        for each in plan.encoded
+        if each.encoder is not None
+    }
+
+
+_CONDITION = "condition ("
+
+
 ENCODERS: Mapping[str, str] = {"text": "text encoder", "video": "video codec", "scheduler": "scheduler's configuration"}
-"""Of `encoder_marks`, what a model folder holds beside the denoiser."""
+"""Of `encoder_marks`, what every model folder holds beside the denoiser."""
+
+
+def _words(marks: Mapping[str, str]) -> dict[str, str]:
+    """Mark -> the noun for it, of all that a model folder holds beside the denoiser."""
+    return {**ENCODERS, **{key: f"encoder of the {key}" for key in marks if key.startswith(_CONDITION)}}
 
 
 _AFTER = {
@@ -104,9 +122,10 @@ _AFTER = {
 
 def _encoder_changes(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
     """Where `encoder_marks` are others, at the same place, and what follows."""
-    for key, word in ENCODERS.items():
+    for key, word in _words(now).items():
         if before.get(key, now[key]) != now[key]:
-            yield f"the {word}, or an option that shapes it, changed since the checkpoint: {_AFTER[key]}"
+            then = _AFTER.get(key, "it is encoded again, and the model gets other numbers than so far")
+            yield f"the {word}, or an option that shapes it, changed since the checkpoint: {then}"
     if before.get("transform", now["transform"]) != now["transform"]:
         yield "this vtrain cuts and scales clips otherwise than the one of the checkpoint: they are encoded again"
 
@@ -183,12 +202,13 @@ def _refused(plan: Plan, state: RunState, change: Change, moved: Relocation) -> 
     if not change.location:
         return what
     table, *rest = key_path(change.key)
-    words, before, now = ENCODERS, state.encoders, {}
+    words, before, now = _words(state.encoders), state.encoders, {}
     if table == "regularizer":
         name = next((name for at, (name, _) in enumerate(plan.regularizers) if at == rest[0]), "")
         words, before = {name: "encoder"}, state.features
     if words.keys() <= before.keys():
         now = encoder_marks(plan) if table == "model" else feature_marks(plan)
+    words = {key: word for key, word in words.items() if key in now or not key.startswith(_CONDITION)}  # of what is still used
     if not words.keys() <= now.keys():  # nothing says what was there, or what is
         return "" if moved.alike(change) else what
     odd = [word for key, word in words.items() if before[key] != now[key]]

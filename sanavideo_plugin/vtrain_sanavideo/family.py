@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from vtrain.contract import (
     Caption,
     ClipShape,
+    ConditionSpec,
     DType,
     FrameRule,
     HashFile,
@@ -129,6 +130,10 @@ class SanaVideoFamily:
         """Patches of (1, 2, 2)."""
         time, height, width = self._transformer.patch_size
         return TokenGrid(latents.frames // time, latents.height // height, latents.width // width)
+
+    def conditions(self) -> tuple[ConditionSpec, ...]:
+        """Image-to-video as SanaImageToVideoPipeline has it: the first latent frame stays as it is, at timestep 0."""
+        return (ConditionSpec("first_frame", "the first frame", "first_frame", required=False, clean_frames=1),)
 
     def frame_level_bytes(self, latents: LatentShape, *, weights: DType, compute: DType, checkpointing: bool) -> int:
         """What is kept for the backward pass of full training; an adapter's keeps a little less.

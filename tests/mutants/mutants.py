@@ -134,10 +134,11 @@ def dropout_in_validation() -> None:
 def guidance_backwards() -> None:
     from vtrain.validate import generate
 
-    def guided(original: Any, denoiser: Any, text: Any, guidance: float) -> Any:
+    def guided(original: Any, denoiser: Any, condition: Any, guidance: float) -> Any:
+        text = condition.text
         half = len(text.mask) // 2
         swapped = type(text)(text.embeds.roll(half, 0), text.mask.roll(half, 0)) if guidance > 1 else text
-        return original(denoiser, swapped, guidance)
+        return original(denoiser, type(condition)(swapped, condition.extras), guidance)
 
     wrap(generate, "guided", guided)
 

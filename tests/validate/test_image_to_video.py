@@ -21,7 +21,8 @@ from typer.testing import CliRunner
 from vtrain.cli.app import app
 from vtrain.config import load
 from vtrain.contract import ClipShape, DataError, Device, NoiseLevel
-from vtrain.data.caching.caches import Caches, fill_caches, fill_pictures, first_frames, keys
+from vtrain.data.caching.caches import Caches, fill_caches
+from vtrain.data.caching.pictures import Given, fill_pictures, given, keys
 from vtrain.data.caching.inventory import Stores
 from vtrain.data.decoding.decode import decode
 from vtrain.data.scanning.scan import pictures
@@ -91,8 +92,15 @@ def validator(plan: Plan) -> Validator:
     fill_pictures(plan, "cpu")
     caches, denoiser = Caches.open(plan), plan.family.load_denoiser("cpu", "fp32")
     here, autocast = Device(), nullcontext
-    first = first_frames(plan, caches)
-    return Validator(plan.validation, plan.family, plan.sampler, caches, denoiser, here, autocast, lambda: False, first)
+    own = given(plan, caches)
+    return Validator(plan.validation, plan.family, plan.sampler, caches, denoiser, here, autocast, lambda: False, own)
+
+
+def first_frame(pictured: Given) -> torch.Tensor:
+    """Of the video, (1, C, 1, h, w)."""
+    assert pictured.clean is not None
+    assert not pictured.extras
+    return pictured.clean
 
 
 @pytest.fixture(scope="session")
@@ -123,7 +131,7 @@ def test_latents_and_frames_equal_the_image_to_video_pipelines(
     plan = planned_from(picture, more=(tiny.as_posix(), euler.as_posix()))
     assert plan.validation is not None
     prompt, ours_from = plan.validation.prompts["rabbit"], validator(plan)
-    ours = ours_from.latents(prompt, first=ours_from.pictures["rabbit"])
+    ours = ours_from.latents(prompt, given=ours_from.pictures["rabbit"])
     pipeline = SanaImageToVideoPipeline.from_pretrained(euler, torch_dtype=torch.float32)
     theirs, frames = generated(pipeline, plan, image=Image.fromarray(picture))
     assert theirs.std() > 0.1
@@ -142,9 +150,9 @@ def test_the_model_is_given_all_frames_with_level_0_at_the_first() -> None:
         return torch.arange(5.0)[None, None, :, None, None].expand_as(whole)
 
     following = after(first, predict)
-    given = following(noisy, NoiseLevel(torch.tensor([0.5, 0.25]), torch.tensor([500.0, 250.0])))
-    assert given.shape == noisy.shape
-    assert given[0, 0, :, 0, 0].tolist() == [1, 2, 3, 4]
+    predicted = following(noisy, NoiseLevel(torch.tensor([0.5, 0.25]), torch.tensor([500.0, 250.0])))
+    assert predicted.shape == noisy.shape
+    assert predicted[0, 0, :, 0, 0].tolist() == [1, 2, 3, 4]
     whole, level = seen[0]
     assert whole[0, 0, :, 0, 0].tolist() == [1, 0, 0, 0, 0]
     assert level.sigma.tolist() == [[0, 0.5, 0.5, 0.5, 0.5], [0, 0.25, 0.25, 0.25, 0.25]]
@@ -160,8 +168,8 @@ def test_the_first_frame_stays_clean_and_other_prompts_are_as_without_pictures(
     made = validator(planned_from(drawing(64, 32)))
     (name,) = made.pictures
     assert name == "rabbit"
-    clean = made.latents(made.plan.prompts["rabbit"], first=made.pictures["rabbit"])
-    assert torch.equal(clean[:, :, :1], made.pictures["rabbit"])
+    clean = made.latents(made.plan.prompts["rabbit"], given=made.pictures["rabbit"])
+    assert torch.equal(clean[:, :, :1], first_frame(made.pictures["rabbit"]))
     plain = replace(made, pictures={})
     for together in (1, 2):
         files = made.videos(tmp_path / f"with-{together}", ["rabbit", "boat"], together)
@@ -181,7 +189,7 @@ def test_a_picture_is_cut_at_its_centre_and_resampled_once(
     picture = drawing(*size)
     (sample,) = pictures(planned_from(picture)).values()
     with Path(sample.ref_id).open("rb") as stream:
-        ours = decode(stream, sample, 0.0)[:, 0].permute(1, 2, 0).numpy()
+        ours = decode(stream, sample.only((0,)), 0.0)[:, 0].permute(1, 2, 0).numpy()
     wanted = Image.fromarray(picture).crop(cut).resize((64, 32), Image.Resampling.BILINEAR)
     assert np.abs(ours.astype(int) - np.asarray(wanted).astype(int)).max() <= 1
 
@@ -190,10 +198,10 @@ def test_of_a_video_the_first_frame_is_taken(planned_from: Callable[..., Plan], 
     frames = [drawing(64, 32, seed) for seed in range(3)]
     still = planned_from(frames[0])
     fill_pictures(still, "cpu")
-    wanted = first_frames(still, Caches.open(still))["rabbit"]
+    wanted = first_frame(given(still, Caches.open(still))["rabbit"])
     moving = planned_from(write_video(tmp_path / "clip.mkv", frames))
     fill_pictures(moving, "cpu")
-    assert torch.equal(first_frames(moving, Caches.open(moving))["rabbit"], wanted)
+    assert torch.equal(first_frame(given(moving, Caches.open(moving))["rabbit"]), wanted)
 
 
 class Counting:
@@ -232,10 +240,10 @@ def test_a_picture_is_encoded_once_and_again_when_its_file_or_the_size_changes(
 def test_an_entry_beside_latents_that_are_drawn_anew_has_its_mean(planned_from: Callable[..., Plan]) -> None:
     mode = planned_from(drawing(64, 32))
     fill_pictures(mode, "cpu")
-    wanted = first_frames(mode, Caches.open(mode))["rabbit"]
+    wanted = first_frame(given(mode, Caches.open(mode))["rabbit"])
     drawn = planned_from(drawing(64, 32), ("[train]", '[cache]\nlatents = "sample"\n[train]'))
     fill_pictures(drawn, "cpu")
-    assert torch.equal(first_frames(drawn, Caches.open(drawn))["rabbit"], wanted)
+    assert torch.equal(first_frame(given(drawn, Caches.open(drawn))["rabbit"]), wanted)
 
 
 def test_a_picture_that_goes_before_it_is_encoded_is_an_error_of_its_file(planned_from: Callable[..., Plan]) -> None:
@@ -267,7 +275,7 @@ def test_a_file_without_a_picture_is_a_problem_of_its_line_found_before_anything
 def test_the_cache_command_knows_pictures(planned_from: Callable[..., Plan], tmp_path: Path) -> None:
     plan = planned_from(drawing(64, 32))
     fill_pictures(plan, "cpu")
-    ours = keys(Stores(plan))["rabbit"]
+    (ours,) = keys(Stores(plan))["rabbit"]["video"]
     (status,) = [
         json.loads(CliRunner().invoke(app, ["cache", "status", str(tmp_path / "config.toml"), "--json"]).output)
     ]
@@ -278,7 +286,7 @@ def test_the_cache_command_knows_pictures(planned_from: Callable[..., Plan], tmp
     status = json.loads(CliRunner().invoke(app, ["cache", "status", str(tmp_path / "config.toml"), "--json"]).output)
     assert status["video"]["present"]["count"] == 0
     assert status["video"]["stale"]["count"] == 1
-    assert ours not in keys(Stores(plan)).values()
+    assert keys(Stores(plan)) != {"rabbit": {"video": [ours]}}
 
 
 def test_the_plan_prices_levels_at_each_token(write_config: Write) -> None:

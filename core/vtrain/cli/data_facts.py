@@ -268,7 +268,9 @@ def _about(
     dataset = plan.datasets[file.number]
     for each in plan.conditions:
         if dataset.has(each):
-            share = "every draw" if each.required else f"{100 * dataset.image_to_video:.4g}% of its draws (image to video)"
+            share = (
+                "every draw" if each.required else f"{100 * dataset.image_to_video:.4g}% of its draws (image to video)"
+            )
             yield each.name.replace("_", " "), f"given to the model at {share}"
 
 

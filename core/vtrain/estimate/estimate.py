@@ -302,7 +302,11 @@ def condition_words(plan: Plan, survey: Survey) -> Iterator[tuple[str, int, str]
             largest = max(shapes, key=lambda shape, each=each: _tensor_bytes(each, shape))  # type: ignore[misc]
             made = tensors_of([each], largest).items()
             words = [f"{name} {'x'.join(map(str, size))} {dtype}" for name, (size, dtype) in made]
-            yield each.name, sum(found.windows_of(shape) for found in covered for shape in found.samples), ", ".join(words)
+            yield (
+                each.name,
+                sum(found.windows_of(shape) for found in covered for shape in found.samples),
+                ", ".join(words),
+            )
 
 
 def section(plan: Plan) -> Section:

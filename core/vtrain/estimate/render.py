@@ -334,7 +334,9 @@ def price_rows(plan: Plan, dataset: DatasetPlan, found: DatasetSurvey) -> Iterab
 def _given(optional: Sequence[ConditionSpec]) -> str:
     """What draws have."""
     clean, encoded = given_latents(optional), [each.summary for each in optional if each.encoder is not None]
-    words = ["start from a clean first frame" if clean == 1 else f"start from {clean} clean latent frames"] if clean else []
+    words = (
+        ["start from a clean first frame" if clean == 1 else f"start from {clean} clean latent frames"] if clean else []
+    )
     return " and ".join(words + ([f"are given {', '.join(encoded)}"] if encoded else []))
 
 

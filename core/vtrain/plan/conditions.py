@@ -103,9 +103,7 @@ class _Checks:
             else:
                 what = f"image_to_video = {share:g}: {what}"
                 yield self._at("image_to_video", what, f"Set frames to {least} or more, or remove it.")
-        elif clean and self._dataset.min_frames < (
-            shortest := least_frames(self._family, given_latents(clean) + 1)
-        ):
+        elif clean and self._dataset.min_frames < (shortest := least_frames(self._family, given_latents(clean) + 1)):
             what = (
                 f"clips of {frames_text(self._dataset.min_frames)}: this model family is always given {_names(clean)}, and "
                 "nothing would be left to train."
@@ -135,7 +133,9 @@ def picture_problems(config: Config, family: Family, frames: int) -> Iterator[Pr
     if required := [each for each in conditions if each.required]:
         for nickname in table.prompts:
             if nickname not in table.images:
-                what = f'prompts: "{nickname}" has no picture, and this model family cannot do without {_names(required)}.'
+                what = (
+                    f'prompts: "{nickname}" has no picture, and this model family cannot do without {_names(required)}.'
+                )
                 remedy = f'Add it to [validation.images], for example: {nickname} = "picture.png"'
                 yield Problem(config.where("validation", "prompts", nickname), what, remedy)
     if not table.images:
@@ -165,7 +165,7 @@ def _unfit(config: Config, family: Family, conditions: Sequence[ConditionSpec], 
         yield Problem(config.where("validation", "frames"), what, f"Set frames to {least} or more.")
     elif clean and not family.frame_rule.accepts(least_frames(family, clean)):
         stands = frames_text(least_frames(family, clean))
-        what = f"images: {stands}, for which the clean latent frames stand, are no clip that this model family encodes."
+        what = f"images: the clean latent frames stand for {stands}, and this model family encodes no such clip."
         yield Problem(where, what, "Remove it.")
     elif any(each.source == "first_frame" for each in conditions) and clean and len(family.pixel_frames(0)) > 1:
         stands = frames_text(len(family.pixel_frames(0)))

@@ -121,7 +121,9 @@ class Plan:
         """Those of them with an encoder that the run uses: in training, or for a validation picture."""
         asked = self.validation is not None and bool(self.validation.images)
         return tuple(
-            each for each in self.conditions if each.encoder is not None and (asked or any(d.has(each) for d in self.datasets))
+            each
+            for each in self.conditions
+            if each.encoder is not None and (asked or any(d.has(each) for d in self.datasets))
         )
 
     @property

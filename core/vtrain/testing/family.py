@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from vtrain.contract import ClipShape, Denoiser, Family, SupportsFrameLevels, SupportsTokenGrid, VtrainError
+from vtrain.testing.family_conditions import ConditionTests
 from vtrain.testing.family_denoiser import DenoiserTests, LoraTests, TapTests
 from vtrain.testing.family_encoders import TextEncoderTests, VideoCodecTests
 from vtrain.testing.sampler import digest
@@ -124,5 +125,5 @@ class GeometryTests(FamilySubject):
                 assert after != fingerprint(digest), f"it ignores the contents of {asked[0].name}"
 
 
-class FamilyTests(GeometryTests, TextEncoderTests, VideoCodecTests, DenoiserTests, TapTests, LoraTests):
+class FamilyTests(GeometryTests, TextEncoderTests, VideoCodecTests, ConditionTests, DenoiserTests, TapTests, LoraTests):
     """Subclass it and give the fixture `family`: built from its options on a small model folder, scope class."""

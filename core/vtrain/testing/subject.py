@@ -20,6 +20,9 @@ from vtrain.contract import (
     Text,
     TextEncoder,
     VideoCodec,
+    conditions_of,
+    tensors_of,
+    torch_type,
 )
 from vtrain.testing.sampler import level_of, noise, padded, required
 
@@ -28,18 +31,27 @@ CAPTIONS = (Caption("a cat walks slowly over the wet grass"), Caption("a boat"))
 
 @dataclass(frozen=True)
 class Example:
-    """One call of Denoiser.predict for two clips. latents: their shape."""
+    """One call of Denoiser.predict for two clips. latents: their shape; clip: in pixels."""
 
     noisy: Tensor
     level: NoiseLevel
     condition: Condition
     latents: LatentShape
+    clip: ClipShape
 
     def run(self, denoiser: Denoiser) -> Tensor:
         return denoiser.predict(self.noisy, self.level, self.condition)
 
     def with_text(self, text: Text) -> Example:
         return replace(self, condition=replace(self.condition, text=text))
+
+
+def extras_of(family: Family, clip: ClipShape) -> dict[str, Tensor]:
+    """What the denoiser gets beside text, of two clips: every tensor of the family's conditions, as noise in its type."""
+    declared = tensors_of(conditions_of(family), clip).items()
+    return {
+        name: noise((2, *shape), seed).to(torch_type(dtype)) for seed, (name, (shape, dtype)) in enumerate(declared, 11)
+    }
 
 
 class FamilySubject:
@@ -94,7 +106,7 @@ class FamilySubject:
         with family.open_text_encoder("cpu") as encoder, torch.no_grad():
             text = padded(encoder.encode(CAPTIONS, "prompt"), family.text_tokens)
         level = level_of((0.3, 0.8), cls.timestep_scale)
-        return Example(noise((2, *latents)), level, Condition(text), latents)
+        return Example(noise((2, *latents)), level, Condition(text, extras_of(family, clip)), latents, clip)
 
     @classmethod
     def disturbed(cls, denoiser: Denoiser) -> Denoiser:

@@ -208,7 +208,9 @@ def _refused(plan: Plan, state: RunState, change: Change, moved: Relocation) -> 
         words, before = {name: "encoder"}, state.features
     if words.keys() <= before.keys():
         now = encoder_marks(plan) if table == "model" else feature_marks(plan)
-    words = {key: word for key, word in words.items() if key in now or not key.startswith(_CONDITION)}  # of what is still used
+    words = {
+        key: word for key, word in words.items() if key in now or not key.startswith(_CONDITION)
+    }  # of what is still used
     if not words.keys() <= now.keys():  # nothing says what was there, or what is
         return "" if moved.alike(change) else what
     odd = [word for key, word in words.items() if before[key] != now[key]]

@@ -113,7 +113,7 @@ def fill(
     device: str,
     peers: Peers = ALONE,
 ) -> Generator[Filling, None, FilledCaches]:
-    """Encode what is missing: text, masks, video, features, conditions, their models one after the other, each loaded only if needed.
+    """Encode what is missing: text, masks, video, features, conditions, their models one after the other, each only if needed.
 
     Every process of a run calls it with the same samples, fills its share, and waits for the others. Tells how far this
     process's share is, stage by stage.

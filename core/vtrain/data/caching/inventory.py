@@ -58,7 +58,9 @@ class Stores:
     def artifacts(self) -> tuple[Artifact, ...]:
         """In the order in which they are filled: a clip whose mask is empty is not encoded."""
         masks = () if self.masks is None else (self.masks,)
-        conditions = [each for each in self.conditions.values() if any(d.has(each.condition) for d in self.plan.datasets)]
+        conditions = [
+            each for each in self.conditions.values() if any(d.has(each.condition) for d in self.plan.datasets)
+        ]
         return (*masks, self.videos, *self.features.values(), *conditions)
 
     @cached_property

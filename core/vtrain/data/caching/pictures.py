@@ -1,4 +1,4 @@
-"""The pictures that validation starts from: encoded once, by the codec where frames are given clean, and by conditions' encoders."""
+"""The pictures that validation starts from, each encoded once: as clean frames by the codec, and by conditions' encoders."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ class Given:
         """Several in one batch, all with as many clean frames."""
         clean = [one.clean for one in each if one.clean is not None]
         names = each[0].extras
-        return cls(torch.cat(clean) if clean else None, {name: torch.cat([one.extras[name] for one in each]) for name in names})
+        return cls(
+            torch.cat(clean) if clean else None, {name: torch.cat([one.extras[name] for one in each]) for name in names}
+        )
 
 
 def absent(conditions: Sequence[ConditionSpec], clip: ClipShape, count: int) -> dict[str, Tensor]:

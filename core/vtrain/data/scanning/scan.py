@@ -319,7 +319,9 @@ def _check_length(plan: Plan, file: Path, found: Probe) -> None:
     if least > 1 and found.duration * made.fps < least - 0.5:
         lasts = f"{found.duration:.3g} s" if found.frames > 1 else "one picture"
         needed = f"{least} frames at {made.fps:g} fps"
-        raise FileFault(f"{file}: it is {lasts}, and {' and '.join(each.summary for each in clips)} is made of {needed}")
+        raise FileFault(
+            f"{file}: it is {lasts}, and {' and '.join(each.summary for each in clips)} is made of {needed}"
+        )
 
 
 def clean_shape(plan: Plan) -> ClipShape | None:

@@ -117,6 +117,17 @@ def test_the_first_frames_loss_has_no_gradient(given: Callable[[int], StepInput]
     assert loss[0].item() == pytest.approx((mixed.noise - mixed.clean)[0, :, 1:].square().mean().item(), rel=1e-6)
 
 
+def test_noise_and_target_of_the_frames_that_are_given_change_nothing_in_the_loss(
+    given: Callable[[int], StepInput], stepped: Callable[[StepInput], Any]
+) -> None:
+    mixed = drawn(given(2), True, True)
+    noise = mixed.noise.clone()
+    noise[:, :, 0] = 100.0
+    assert torch.equal(stepped(replace(mixed, noise=noise)).loss, stepped(mixed).loss)
+    plain = given(2)
+    assert not torch.equal(stepped(replace(plain, noise=noise)).loss, stepped(plain).loss)
+
+
 def test_clips_of_a_mixed_batch_have_the_loss_that_they_have_alone(
     given: Callable[[int], StepInput], stepped: Callable[[StepInput], Any]
 ) -> None:

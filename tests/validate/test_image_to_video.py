@@ -20,10 +20,10 @@ from typer.testing import CliRunner
 
 from vtrain.cli.app import app
 from vtrain.config import load
-from vtrain.contract import ClipShape, DataError, Device, NoiseLevel
+from vtrain.contract import ClipShape, Condition, DataError, Device, NoiseLevel, Text
 from vtrain.data.caching.caches import Caches, fill_caches
-from vtrain.data.caching.pictures import Given, fill_pictures, given, keys
 from vtrain.data.caching.inventory import Stores
+from vtrain.data.caching.pictures import Given, fill_pictures, given, keys
 from vtrain.data.decoding.decode import decode
 from vtrain.data.scanning.scan import pictures
 from vtrain.data.scanning.surveys import DatasetSurvey
@@ -32,7 +32,7 @@ from vtrain.plan.make import make_plan
 from vtrain.plan.records import Plan
 from vtrain.registry import discover
 from vtrain.run.prepare import planned, prepare
-from vtrain.validate.generate import Validator, after, texts
+from vtrain.validate.generate import Validator, after, guided, texts
 
 TOLERANCE = 1e-4
 """Largest difference of latents, whose values are about 1, after six solver steps in fp32 with guidance 5."""
@@ -160,6 +160,42 @@ def test_the_model_is_given_all_frames_with_level_0_at_the_first() -> None:
     each = torch.tensor([[0.1, 0.2, 0.3, 0.4]] * 2)
     following(noisy, NoiseLevel(each, 1000 * each))
     assert seen[1][1].sigma[0].tolist() == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+
+
+def test_several_clean_frames_stay_before_those_that_are_solved() -> None:
+    first, noisy = torch.ones(1, 3, 2, 2, 2), torch.zeros(1, 3, 3, 2, 2)
+    seen: list[NoiseLevel] = []
+
+    def predict(whole: torch.Tensor, level: NoiseLevel) -> torch.Tensor:
+        assert whole[0, 0, :, 0, 0].tolist() == [1, 1, 0, 0, 0]
+        seen.append(level)
+        return torch.arange(5.0)[None, None, :, None, None].expand_as(whole)
+
+    predicted = after(first, predict)(noisy, NoiseLevel(torch.tensor([0.5]), torch.tensor([500.0])))
+    assert predicted[0, 0, :, 0, 0].tolist() == [2, 3, 4]
+    assert seen[0].sigma.tolist() == [[0, 0, 0.5, 0.5, 0.5]]
+    assert seen[0].timestep.tolist() == [[0, 0, 500, 500, 500]]
+
+
+def test_both_sides_of_guidance_are_given_the_same_conditions() -> None:
+    seen: list[Condition] = []
+
+    class Seeing:
+        def predict(self, noisy: torch.Tensor, level: NoiseLevel, condition: Condition) -> torch.Tensor:
+            seen.append(condition)
+            return noisy
+
+    two, four = (Text(torch.rand(count, 5, 4), torch.ones(count, 5, dtype=torch.bool)) for count in (2, 4))
+    extras = {"picture": torch.rand(2, 3), "way": torch.rand(2, 3, 4, 4)}
+    denoiser: Any = Seeing()
+    noisy, level = torch.rand(2, 3, 2, 2, 2), NoiseLevel(torch.tensor([0.5, 0.5]), torch.tensor([500.0, 500.0]))
+    guided(denoiser, Condition(two, extras), 1.0)(noisy, level)
+    guided(denoiser, Condition(four, extras), 3.0)(noisy, level)
+    plain, both = seen
+    assert plain.extras is extras
+    assert both.text is four
+    for name, tensor in extras.items():
+        assert torch.equal(both.extras[name], torch.cat([tensor, tensor]))
 
 
 def test_the_first_frame_stays_clean_and_other_prompts_are_as_without_pictures(

@@ -284,7 +284,7 @@ class SupportsTokenGrid(Protocol):
 
 @runtime_checkable
 class SupportsFrameLevels(Protocol):
-    """A family whose denoiser takes a level for each latent frame: it can be trained on image-to-video."""
+    """A family whose denoiser takes a level for each latent frame: its conditions may give frames clean (ConditionSpec)."""
 
     def frame_level_bytes(self, latents: LatentShape, *, weights: DType, compute: DType, checkpointing: bool) -> int:
         """Bytes that one clip takes in memory in training for it, beyond a level for the whole clip.

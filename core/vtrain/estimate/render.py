@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from vtrain.contract import ClipShape, ConditionSpec, Family, Section, SupportsFrameLevels
 from vtrain.data.scanning.surveys import Bucket, DatasetSurvey, Survey
-from vtrain.estimate.estimate import Estimate, bytes_text, condition_words, feature_words
+from vtrain.estimate.cached import condition_words, feature_words
+from vtrain.estimate.estimate import Estimate, bytes_text
 from vtrain.estimate.estimate import section as memory_section
 from vtrain.plan.conditions import frames_text, given_latents, least_frames
 from vtrain.plan.records import DatasetPlan, MasksPlan, Plan, ValidationPlan

@@ -59,7 +59,8 @@ class ConditionSpec:
     """One condition. name: unique in the family; summary: a few words, such as "the first picture".
 
     required: the denoiser cannot do without it: every draw has it, and every validation prompt needs a picture. If not, the
-    dataset's share (data.video.image_to_video) decides, and the tensors of a draw without it are zeros.
+    dataset's share (data.video.image_to_video) decides, and the tensors of a draw without it are zeros. All that are not required
+    are drawn together. Tensors reach the denoiser in their storage type, at every call.
     clean_frames: latent frames, from the first on, that are given clean: they are at level 0 and out of the loss, and in
     validation they stay as they are. It needs SupportsFrameLevels; of a single first frame, at most one.
     encoder: None: nothing is encoded, the clean frames are all.

@@ -58,7 +58,7 @@ class NoiseLevel:
 
 @dataclass(frozen=True)
 class Condition:
-    """All that a denoiser is conditioned on. extras: every tensor of the family's conditions (ConditionSpec) by its name, B first."""
+    """All that a denoiser is conditioned on. extras: every tensor of the family's conditions (ConditionSpec) by name, B first."""
 
     text: Text
     extras: Mapping[str, Tensor] = field(default_factory=dict)

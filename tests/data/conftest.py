@@ -32,6 +32,7 @@ from vtrain.config.tables import (
 from vtrain.contract import (
     Caption,
     ClipShape,
+    ConditionSpec,
     FeatureEncoder,
     FrameRule,
     HashFile,
@@ -101,7 +102,7 @@ class AverageCodec:
 class AverageFamily:
     """A family with no weights: its codec averages, its text encoder hashes. It counts what it is asked to do.
 
-    on_encode: called before each encoding of video. spoil: added to its latents.
+    on_encode: called before each encoding of video. spoil: added to its latents. taken: what it takes beside text.
     """
 
     codec_weights: Path | None = None
@@ -111,6 +112,9 @@ class AverageFamily:
     opened: list[str] = dataclasses.field(default_factory=list)
     on_encode: Callable[[], None] | None = None
     spoil: float = 0.0
+    taken: tuple[ConditionSpec, ...] = (
+        ConditionSpec("first_frame", "the first frame", "first_frame", required=False, clean_frames=1),
+    )
 
     default_fps = 16.0
     default_frames = 17
@@ -118,6 +122,9 @@ class AverageFamily:
     frame_rule = FrameRule(4, 1)
     pixel_stride = 8
     text_width = 6
+
+    def conditions(self) -> tuple[ConditionSpec, ...]:
+        return self.taken
 
     def latent_shape(self, clip: ClipShape) -> LatentShape:
         return LatentShape(3, (clip.frames - 1) // 4 + 1, clip.height // 8, clip.width // 8)

@@ -11,7 +11,18 @@ from typing import Literal
 
 from vtrain.config.record import Config
 from vtrain.config.tables import DataTable
-from vtrain.contract import ClipShape, DataBackend, DType, Family, Regularizer, Sampler, Size, SupportsCaptions
+from vtrain.contract import (
+    ClipShape,
+    ConditionSpec,
+    DataBackend,
+    DType,
+    Family,
+    Regularizer,
+    Sampler,
+    Size,
+    SupportsCaptions,
+    conditions_of,
+)
 
 CaptionsFrom = Literal["textfile", "filename", "instance_prompt", "csv", "parquet", "json", "backend"]
 
@@ -38,7 +49,7 @@ class DatasetPlan:
     after resampling, accepted by the family's frame rule. fps: after resampling, None for each clip's own; every n-th frame
     of that is taken, n = table.video.frame_step. max_frames: of a piece that a longer clip is cut into, None: it stays
     whole. crop_seed: of the places of crop = "random". masks: None for none. image_to_video: the share of its clips' draws
-    that are trained as image-to-video, from 0 to 1.
+    that have the family's conditions that are not required, from 0 to 1; 1 where all are required.
     decoder: "" for PyAV, else the name and version of what decodes instead, as they stand in the keys of entries.
     """
 
@@ -55,6 +66,10 @@ class DatasetPlan:
     masks: MasksPlan | None = None
     image_to_video: float = 0.0
     decoder: str = ""
+
+    def has(self, condition: ConditionSpec) -> bool:
+        """Whether some of its draws have the condition."""
+        return condition.required or self.image_to_video > 0
 
     @cached_property
     def captions(self) -> CaptionsFrom:
@@ -95,6 +110,21 @@ class Plan:
     base: DType
     validation: ValidationPlan | None
     warnings: tuple[str, ...]
+
+    @cached_property
+    def conditions(self) -> tuple[ConditionSpec, ...]:
+        """All that the family takes beside text."""
+        return conditions_of(self.family)
+
+    @cached_property
+    def encoded(self) -> tuple[ConditionSpec, ...]:
+        """Those of them with an encoder that the run uses: in training, or for a validation picture."""
+        asked = self.validation is not None and bool(self.validation.images)
+        return tuple(
+            each
+            for each in self.conditions
+            if each.encoder is not None and (asked or any(d.has(each) for d in self.datasets))
+        )
 
     @property
     def shares(self) -> tuple[Fraction, ...]:

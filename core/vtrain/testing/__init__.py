@@ -11,7 +11,9 @@ Subclass one for each part, give its fixtures, and every rule of the contract ru
 
 import pytest
 
-for _module in ("data_backend", "family", "family_denoiser", "family_encoders", "plugin", "regularizer", "sampler"):
+for _module in (
+    "data_backend", "family", "family_conditions", "family_denoiser", "family_encoders", "plugin", "regularizer", "sampler",
+):  # fmt: skip
     pytest.register_assert_rewrite(f"vtrain.testing.{_module}")
 
 from vtrain.testing.data_backend import DataBackendTests  # noqa: E402  # after the assertions' rewriting is asked for

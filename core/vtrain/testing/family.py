@@ -23,6 +23,7 @@ from vtrain.contract import (
     VtrainError,
     takes_frame_levels,
 )
+from vtrain.testing.family_conditions import ConditionTests
 from vtrain.testing.family_denoiser import DenoiserTests, LoraTests, TapTests
 from vtrain.testing.family_encoders import TextEncoderTests, VideoCodecTests
 from vtrain.testing.memory import block_memory
@@ -206,5 +207,14 @@ def measured(family: Family, denoiser: Denoiser, examples: Sequence[Example], co
     return block_memory(denoiser, calls, compute)
 
 
-class FamilyTests(GeometryTests, TextEncoderTests, VideoCodecTests, DenoiserTests, TapTests, LoraTests, MemoryTests):
+class FamilyTests(
+    GeometryTests,
+    TextEncoderTests,
+    VideoCodecTests,
+    ConditionTests,
+    DenoiserTests,
+    TapTests,
+    LoraTests,
+    MemoryTests,
+):
     """Subclass it and give the fixture `family`: built from its options on a small model folder, scope class."""

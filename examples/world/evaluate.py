@@ -24,6 +24,7 @@ import world
 
 from vtrain.contract import Denoiser, Device
 from vtrain.data.caching.caches import Caches, fill_caches
+from vtrain.data.caching.pictures import Given
 from vtrain.plan.records import Plan, ValidationPlan
 from vtrain.run.prepare import planned
 from vtrain.train.assemble import load_model
@@ -90,11 +91,11 @@ def answers(
     return found
 
 
-def pictures(plan: Plan, questions: Mapping[str, world.Words], seed: int) -> Mapping[str, torch.Tensor]:
-    """name -> clean latents (1, C, 1, h, w) of the first frame of a clip that is drawn again."""
+def pictures(plan: Plan, questions: Mapping[str, world.Words], seed: int) -> Mapping[str, Given]:
+    """name -> the first frame, clean, of a clip that is drawn again."""
     random = np.random.default_rng(seed)
     with plan.family.open_video_codec("cpu") as codec:
-        return {name: codec.encode(first_frame(words, random)).mean for name, words in questions.items()}
+        return {name: Given(codec.encode(first_frame(words, random)).mean) for name, words in questions.items()}
 
 
 def first_frame(words: world.Words, random: np.random.Generator) -> torch.Tensor:

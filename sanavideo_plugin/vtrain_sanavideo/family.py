@@ -20,6 +20,7 @@ from vtrain.contract import (
     CausalCodecConfig,
     CheckpointSource,
     ClipShape,
+    ConditionSpec,
     DType,
     FrameRule,
     HashFile,
@@ -128,6 +129,10 @@ class SanaVideoFamily:
     @property
     def frame_levels(self) -> bool:
         return True
+
+    def conditions(self) -> tuple[ConditionSpec, ...]:
+        """Image-to-video as SanaImageToVideoPipeline has it: the first latent frame stays as it is, at timestep 0."""
+        return (ConditionSpec("first_frame", "the first frame", "first_frame", required=False, clean_frames=1),)
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """int(1000 sigma), as it was trained with; levels of its training grid give their own exactly, though sigma is fp32."""

@@ -33,6 +33,7 @@ from vtrain.contract import (
     Caption,
     CaptionExtra,
     ClipShape,
+    ConditionSpec,
     FeatureEncoder,
     FrameRule,
     HashFile,
@@ -102,7 +103,7 @@ class AverageCodec:
 class AverageFamily:
     """A family with no weights: its codec averages, its text encoder hashes. It counts what it is asked to do.
 
-    on_encode: called before each encoding of video. spoil: added to its latents.
+    on_encode: called before each encoding of video. spoil: added to its latents. taken: what it takes beside text.
     """
 
     codec_weights: Path | None = None
@@ -112,6 +113,9 @@ class AverageFamily:
     opened: list[str] = dataclasses.field(default_factory=list)
     on_encode: Callable[[], None] | None = None
     spoil: float = 0.0
+    taken: tuple[ConditionSpec, ...] = (
+        ConditionSpec("first_frame", "the first frame", "first_frame", required=False, clean_frames=1),
+    )
 
     default_fps = 16.0
     default_frames = 17
@@ -120,6 +124,9 @@ class AverageFamily:
     pixel_stride = 8
     caption_extras = (CaptionExtra("motion_score", "int", "how much moves", minimum=0, default="30"),)
     text_width = 6
+
+    def conditions(self) -> tuple[ConditionSpec, ...]:
+        return self.taken
 
     def latent_shape(self, clip: ClipShape) -> LatentShape:
         return LatentShape(3, (clip.frames - 1) // 4 + 1, clip.height // 8, clip.width // 8)

@@ -356,7 +356,9 @@ def test_prune_keeps_what_a_run_uses_and_takes_the_features_of_another_encoder(t
     stores = Stores(three.plan())
     found = wanted(stores, scan(stores.plan).samples, ())
     check_all_read(found, "config.toml")
-    assert {kind: len(each.keys) for kind, each in found.items()} == {"text": 4, "video": 3, "features": 3, "mask": 0}
+    assert {kind: len(each.keys) for kind, each in found.items()} == {
+        "text": 4, "video": 3, "features": 3, "mask": 0, "condition": 0,
+    }  # fmt: skip
     assert len(list(prunable(stores.feature, found["features"]))) == 3
     assert list(prunable(stores.video, found["video"])) == []
 

@@ -37,8 +37,8 @@ def draws(batches: Batches, count: int) -> dict[int, tuple[str, bool]]:
     found = {}
     for number in range(count):
         batch = batches[number]
-        for draw, name, first in zip(batch.draws, batch.sample_ids, batch.first_frame, strict=True):
-            found[draw] = (name, first)
+        for draw, name, clean in zip(batch.draws, batch.sample_ids, batch.clean, strict=True):
+            found[draw] = (name, clean == 1)
     return found
 
 

@@ -133,9 +133,10 @@ def dropout_in_validation() -> None:
 def guidance_backwards() -> None:
     from vtrain.validate import generate
 
-    def guided(original: Any, denoiser: Any, text: Any, guidance: float) -> Any:
+    def guided(original: Any, denoiser: Any, condition: Any, guidance: float) -> Any:
+        text = condition.text
         swapped = text.map(lambda tensor: tensor.roll(len(tensor) // 2, 0)) if guidance > 1 else text
-        return original(denoiser, swapped, guidance)
+        return original(denoiser, type(condition)(swapped, condition.extras), guidance)
 
     wrap(generate, "guided", guided)
 

@@ -148,7 +148,7 @@ def test_verify_finds_a_flipped_bit_moves_the_entry_aside_and_fill_makes_it_anew
     sound = path.read_bytes()
     path.write_bytes(sound[:-9] + bytes([sound[-9] ^ 1]) + sound[-8:])
     told = json.loads(within("cache", "verify", config, "--json", check=2).stdout)
-    assert told["read"] == {"text": 6, "video": 5, "features": 0, "mask": 0}
+    assert told["read"] == {"text": 6, "video": 5, "features": 0, "mask": 0, "condition": 0}
     aside = path.with_suffix(".damaged")
     assert told["damaged"] == [{"path": str(path), "reason": "its checksum does not hold", "moved_to": str(aside)}]
     assert aside.exists()

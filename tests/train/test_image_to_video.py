@@ -17,7 +17,7 @@ from vtrain.contract import Condition, Device, LatentShape, NoiseLevel, RunLengt
 from vtrain.plan.make import make_plan
 from vtrain.registry import discover
 from vtrain.train.loop import Loop
-from vtrain.train.prefetch import Prefetcher, continued
+from vtrain.train.prefetch import Prefetcher, given_clean
 from vtrain.train.settings import Setting, settings
 from vtrain.train.step import Step, StepInput, flow_loss
 
@@ -44,29 +44,29 @@ FAMILY: Any = Hundreds()
 
 
 def test_a_batch_without_any_keeps_one_level_for_a_clip_and_no_mask(level: NoiseLevel) -> None:
-    assert continued(FAMILY, level, None, (False,) * 3, LATENTS) == (level, None)
+    assert given_clean(FAMILY, level, None, (0,) * 3, LATENTS) == (level, None)
     mask = torch.rand(3, 3, 2, 2)
-    found, same = continued(FAMILY, level, mask, (False,) * 3, LATENTS)
+    found, same = given_clean(FAMILY, level, mask, (0,) * 3, LATENTS)
     assert found is level
     assert same is mask
     picture = mask[:, :1]
-    assert continued(FAMILY, level, picture, (False,) * 3, LATENTS._replace(frames=1))[1] is picture
+    assert given_clean(FAMILY, level, picture, (0,) * 3, LATENTS._replace(frames=1))[1] is picture
 
 
-def test_the_first_frame_is_at_level_0_and_out_of_the_loss_of_those_that_are_drawn_alone(level: NoiseLevel) -> None:
-    found, mask = continued(FAMILY, level, None, (True, False, True), LATENTS)
-    assert found.sigma.tolist() == [[0, 0.25, 0.25], [0.5, 0.5, 0.5], [0, 0.75, 0.75]]
-    assert found.timestep.tolist() == [[7, 250, 250], [500, 500, 500], [7, 750, 750]]
+def test_the_first_frames_are_at_level_0_and_out_of_the_loss_of_those_that_are_drawn_so(level: NoiseLevel) -> None:
+    found, mask = given_clean(FAMILY, level, None, (1, 0, 2), LATENTS)
+    assert found.sigma.tolist() == [[0, 0.25, 0.25], [0.5, 0.5, 0.5], [0, 0, 0.75]]
+    assert found.timestep.tolist() == [[7, 250, 250], [500, 500, 500], [7, 7, 750]]
     assert mask is not None
     assert mask.shape == (3, 3, 2, 2)
-    assert mask[:, :, 0, 0].tolist() == [[0, 1, 1], [1, 1, 1], [0, 1, 1]]
+    assert mask[:, :, 0, 0].tolist() == [[0, 1, 1], [1, 1, 1], [0, 0, 1]]
     assert level.sigma.tolist() == [0.25, 0.5, 0.75], "what was drawn is not written to"
 
 
 def test_a_mask_of_the_data_counts_after_the_first_frame(level: NoiseLevel) -> None:
     own = torch.rand(3, 3, 2, 2, generator=torch.Generator().manual_seed(0)) + 0.1
     kept = own.clone()
-    _, mask = continued(FAMILY, level, own, (True, False, True), LATENTS)
+    _, mask = given_clean(FAMILY, level, own, (1, 0, 1), LATENTS)
     assert mask is not None
     assert torch.equal(mask[1], own[1])
     assert torch.equal(mask[[0, 2], 1:], own[[0, 2], 1:])
@@ -74,28 +74,9 @@ def test_a_mask_of_the_data_counts_after_the_first_frame(level: NoiseLevel) -> N
     assert torch.equal(own, kept)
 
 
-def test_a_clip_whose_mask_has_nothing_after_the_first_frame_is_not_drawn_so(level: NoiseLevel) -> None:
-    own = torch.ones(3, 3, 2, 2)
-    own[0, 1:] = 0
-    found, mask = continued(FAMILY, level, own, (True, False, True), LATENTS)
-    assert found.sigma.tolist() == [[0.25] * 3, [0.5] * 3, [0, 0.75, 0.75]]
-    assert mask is not None
-    assert mask[0].flatten(1).sum(1).tolist() == [4, 0, 0]
-    assert continued(FAMILY, level, own, (True, False, False), LATENTS) == (level, own)
-
-
-def test_what_lossy_compression_makes_of_black_is_nothing_to_train_on_alone(level: NoiseLevel) -> None:
-    """Divided by its own area, such black would have counted as much as white."""
-    own = torch.ones(3, 3, 2, 2)
-    own[0, 1:] = 3 / 255
-    own[2, 1:] = 5 / 255
-    found, _ = continued(FAMILY, level, own, (True, False, True), LATENTS)
-    assert found.sigma.tolist() == [[0.25] * 3, [0.5] * 3, [0, 0.75, 0.75]]
-
-
 def test_levels_that_differ_by_frame_already_stay_so(level: NoiseLevel) -> None:
     each = NoiseLevel(torch.rand(3, 3), torch.rand(3, 3))
-    found, _ = continued(FAMILY, each, None, (False, True, False), LATENTS)
+    found, _ = given_clean(FAMILY, each, None, (0, 1, 0), LATENTS)
     assert torch.equal(found.sigma[[0, 2]], each.sigma[[0, 2]])
     assert torch.equal(found.sigma[1, 1:], each.sigma[1, 1:])
     assert (found.sigma[1, 0], found.timestep[1, 0]) == (0, 7)
@@ -108,7 +89,9 @@ def stepped(denoiser: Any, sampler: Any) -> Callable[[StepInput], Any]:
 
 
 def drawn(given: StepInput, *first_frame: bool) -> StepInput:
-    level, mask = continued(FAMILY, given.level, None, first_frame, LatentShape(*given.clean.shape[1:]))
+    level, mask = given_clean(
+        FAMILY, given.level, None, tuple(map(int, first_frame)), LatentShape(*given.clean.shape[1:])
+    )
     return replace(given, level=level, mask=mask)
 
 
@@ -146,6 +129,17 @@ def test_the_first_frames_loss_has_no_gradient(given: Callable[[int], StepInput]
     assert loss[0].item() == pytest.approx((mixed.noise - mixed.clean)[0, :, 1:].square().mean().item(), rel=1e-6)
 
 
+def test_noise_and_target_of_the_frames_that_are_given_change_nothing_in_the_loss(
+    given: Callable[[int], StepInput], stepped: Callable[[StepInput], Any]
+) -> None:
+    mixed = drawn(given(2), True, True)
+    noise = mixed.noise.clone()
+    noise[:, :, 0] = 100.0
+    assert torch.equal(stepped(replace(mixed, noise=noise)).loss, stepped(mixed).loss)
+    plain = given(2)
+    assert not torch.equal(stepped(replace(plain, noise=noise)).loss, stepped(plain).loss)
+
+
 def test_clips_of_a_mixed_batch_have_the_loss_that_they_have_alone(
     given: Callable[[int], StepInput], stepped: Callable[[StepInput], Any]
 ) -> None:
@@ -161,18 +155,18 @@ def test_noise_and_levels_stay_what_they_were_and_sigmas_are_told_by_frame(toy: 
     from vtrain.data.batches import Batch
 
     text = Text.of(torch.zeros(2, 8, 4), torch.ones(2, 8, dtype=torch.bool))
-    clean = torch.randn(2, 2, 3, 2, 2)
+    latents = torch.randn(2, 2, 3, 2, 2)
 
     class One:
-        first_frame = (False, False)
+        clean = (0, 0)
 
         def get(self, number: int, features: object) -> Batch:
-            return Batch(number, Latents(clean), text, (4, 9), ("a", "b"), (False, False), self.first_frame)
+            return Batch(number, Latents(latents), text, (4, 9), ("a", "b"), (False, False), self.clean)
 
     batches: Any = One()
     prefetcher = Prefetcher(batches, toy, sampler, 3, Device())
     plain = prefetcher.prepare(0, 0)
-    batches.first_frame = (False, True)
+    batches.clean = (0, 1)
     mixed = prefetcher.prepare(0, 0)
     assert torch.equal(plain.given.noise, mixed.given.noise)
     assert plain.given.mask is None

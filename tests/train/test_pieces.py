@@ -215,7 +215,7 @@ def test_the_denoisers_piece_has_the_bytes_that_the_plan_counts(
     toy: Any, tmp_path: Path, family: str, base: Any
 ) -> None:
     """The plan counts parameters of the model folder and loads none; what it takes for a weight is its storage type's size."""
-    from vtrain.estimate.estimate import STORED_BYTES
+    from vtrain.estimate.cached import STORED_BYTES
 
     if family == "sanavideo":
         from vtrain_sanavideo import tiny

@@ -20,9 +20,10 @@ from typer.testing import CliRunner
 
 from vtrain.cli.app import app
 from vtrain.config import load
-from vtrain.contract import ClipShape, DataError, Device, NoiseLevel
-from vtrain.data.caching.caches import Caches, fill_caches, fill_pictures, first_frames, keys
+from vtrain.contract import ClipShape, Condition, DataError, Device, NoiseLevel, Text
+from vtrain.data.caching.caches import Caches, fill_caches
 from vtrain.data.caching.inventory import Stores
+from vtrain.data.caching.pictures import Given, fill_pictures, given, keys
 from vtrain.data.decoding.decode import decode
 from vtrain.data.scanning.scan import pictures
 from vtrain.data.scanning.surveys import DatasetSurvey
@@ -31,7 +32,7 @@ from vtrain.plan.make import make_plan
 from vtrain.plan.records import Plan
 from vtrain.registry import discover
 from vtrain.run.prepare import extra_texts, planned, prepare
-from vtrain.validate.generate import Validator, after
+from vtrain.validate.generate import Validator, after, guided
 
 TOLERANCE = 1e-4
 """Largest difference of latents, whose values are about 1, after six solver steps in fp32 with guidance 5."""
@@ -91,8 +92,15 @@ def validator(plan: Plan) -> Validator:
     fill_pictures(plan, "cpu")
     caches, denoiser = Caches.open(plan), plan.family.load_denoiser("cpu", "fp32")
     here, autocast = Device(), nullcontext
-    first = first_frames(plan, caches)
-    return Validator(plan.validation, plan.family, plan.sampler, caches, denoiser, here, autocast, lambda: False, first)
+    own = given(plan, caches)
+    return Validator(plan.validation, plan.family, plan.sampler, caches, denoiser, here, autocast, lambda: False, own)
+
+
+def first_frame(pictured: Given) -> torch.Tensor:
+    """Of the video, (1, C, 1, h, w)."""
+    assert pictured.clean is not None
+    assert not pictured.extras
+    return pictured.clean
 
 
 @pytest.fixture(scope="session")
@@ -123,7 +131,7 @@ def test_latents_and_frames_equal_the_image_to_video_pipelines(
     plan = planned_from(picture, more=(tiny.as_posix(), euler.as_posix()))
     assert plan.validation is not None
     prompt, ours_from = plan.validation.prompts["rabbit"], validator(plan)
-    ours = ours_from.latents(prompt, first=ours_from.pictures["rabbit"])
+    ours = ours_from.latents(prompt, given=ours_from.pictures["rabbit"])
     pipeline = SanaImageToVideoPipeline.from_pretrained(euler, torch_dtype=torch.float32)
     theirs, frames = generated(pipeline, plan, image=Image.fromarray(picture))
     assert theirs.std() > 0.1
@@ -131,6 +139,16 @@ def test_latents_and_frames_equal_the_image_to_video_pipelines(
     assert (ours - theirs).abs().max() < TOLERANCE
     assert (ours - ours_from.latents(prompt))[:, :, 1:].abs().max() > 100 * TOLERANCE
     assert (decoded(plan, ours) - frames).abs().max() <= 1
+
+
+class Hundreds:
+    """A family for which a clean frame has timestep 7."""
+
+    def timestep(self, sigma: torch.Tensor) -> torch.Tensor:
+        return 7 + 100 * sigma
+
+
+FAMILY: Any = Hundreds()
 
 
 def test_the_model_is_given_all_frames_with_level_0_at_the_first() -> None:
@@ -141,15 +159,10 @@ def test_the_model_is_given_all_frames_with_level_0_at_the_first() -> None:
         seen.append((whole, level))
         return torch.arange(5.0)[None, None, :, None, None].expand_as(whole)
 
-    class Hundreds:
-        def timestep(self, sigma: torch.Tensor) -> torch.Tensor:
-            return 7 + 100 * sigma
-
-    family: Any = Hundreds()
-    following = after(family, first, predict)
-    given = following(noisy, NoiseLevel(torch.tensor([0.5, 0.25]), torch.tensor([500.0, 250.0])))
-    assert given.shape == noisy.shape
-    assert given[0, 0, :, 0, 0].tolist() == [1, 2, 3, 4]
+    following = after(FAMILY, first, predict)
+    predicted = following(noisy, NoiseLevel(torch.tensor([0.5, 0.25]), torch.tensor([500.0, 250.0])))
+    assert predicted.shape == noisy.shape
+    assert predicted[0, 0, :, 0, 0].tolist() == [1, 2, 3, 4]
     whole, level = seen[0]
     assert whole[0, 0, :, 0, 0].tolist() == [1, 0, 0, 0, 0]
     assert level.sigma.tolist() == [[0, 0.5, 0.5, 0.5, 0.5], [0, 0.25, 0.25, 0.25, 0.25]]
@@ -160,14 +173,50 @@ def test_the_model_is_given_all_frames_with_level_0_at_the_first() -> None:
     assert seen[1][1].timestep[0].tolist() == pytest.approx([7, 17, 27, 37, 47])
 
 
+def test_several_clean_frames_stay_before_those_that_are_solved() -> None:
+    first, noisy = torch.ones(1, 3, 2, 2, 2), torch.zeros(1, 3, 3, 2, 2)
+    seen: list[NoiseLevel] = []
+
+    def predict(whole: torch.Tensor, level: NoiseLevel) -> torch.Tensor:
+        assert whole[0, 0, :, 0, 0].tolist() == [1, 1, 0, 0, 0]
+        seen.append(level)
+        return torch.arange(5.0)[None, None, :, None, None].expand_as(whole)
+
+    predicted = after(FAMILY, first, predict)(noisy, NoiseLevel(torch.tensor([0.5]), torch.tensor([500.0])))
+    assert predicted[0, 0, :, 0, 0].tolist() == [2, 3, 4]
+    assert seen[0].sigma.tolist() == [[0, 0, 0.5, 0.5, 0.5]]
+    assert seen[0].timestep.tolist() == [[7, 7, 500, 500, 500]]
+
+
+def test_both_sides_of_guidance_are_given_the_same_conditions() -> None:
+    seen: list[Condition] = []
+
+    class Seeing:
+        def predict(self, noisy: torch.Tensor, level: NoiseLevel, condition: Condition) -> torch.Tensor:
+            seen.append(condition)
+            return noisy
+
+    two, four = (Text.of(torch.rand(count, 5, 4), torch.ones(count, 5, dtype=torch.bool)) for count in (2, 4))
+    extras = {"picture": torch.rand(2, 3), "way": torch.rand(2, 3, 4, 4)}
+    denoiser: Any = Seeing()
+    noisy, level = torch.rand(2, 3, 2, 2, 2), NoiseLevel(torch.tensor([0.5, 0.5]), torch.tensor([500.0, 500.0]))
+    guided(denoiser, Condition(two, extras), 1.0)(noisy, level)
+    guided(denoiser, Condition(four, extras), 3.0)(noisy, level)
+    plain, both = seen
+    assert plain.extras is extras
+    assert both.text is four
+    for name, tensor in extras.items():
+        assert torch.equal(both.extras[name], torch.cat([tensor, tensor]))
+
+
 def test_the_first_frame_stays_clean_and_other_prompts_are_as_without_pictures(
     planned_from: Callable[..., Plan], tmp_path: Path
 ) -> None:
     made = validator(planned_from(drawing(64, 32)))
     (name,) = made.pictures
     assert name == "rabbit"
-    clean = made.latents(made.plan.prompts["rabbit"], first=made.pictures["rabbit"])
-    assert torch.equal(clean[:, :, :1], made.pictures["rabbit"])
+    clean = made.latents(made.plan.prompts["rabbit"], given=made.pictures["rabbit"])
+    assert torch.equal(clean[:, :, :1], first_frame(made.pictures["rabbit"]))
     plain = replace(made, pictures={})
     for together in (1, 2):
         files = made.videos(tmp_path / f"with-{together}", ["rabbit", "boat"], together)
@@ -187,7 +236,7 @@ def test_a_picture_is_cut_at_its_centre_and_resampled_once(
     picture = drawing(*size)
     (sample,) = pictures(planned_from(picture)).values()
     with Path(sample.ref_id).open("rb") as stream:
-        ours = decode(stream, sample, 0.0)[:, 0].permute(1, 2, 0).numpy()
+        ours = decode(stream, sample.only((0,)), 0.0)[:, 0].permute(1, 2, 0).numpy()
     wanted = Image.fromarray(picture).crop(cut).resize((64, 32), Image.Resampling.BILINEAR)
     assert np.abs(ours.astype(int) - np.asarray(wanted).astype(int)).max() <= 1
 
@@ -196,10 +245,10 @@ def test_of_a_video_the_first_frame_is_taken(planned_from: Callable[..., Plan], 
     frames = [drawing(64, 32, seed) for seed in range(3)]
     still = planned_from(frames[0])
     fill_pictures(still, "cpu")
-    wanted = first_frames(still, Caches.open(still))["rabbit"]
+    wanted = first_frame(given(still, Caches.open(still))["rabbit"])
     moving = planned_from(write_video(tmp_path / "clip.mkv", frames))
     fill_pictures(moving, "cpu")
-    assert torch.equal(first_frames(moving, Caches.open(moving))["rabbit"], wanted)
+    assert torch.equal(first_frame(given(moving, Caches.open(moving))["rabbit"]), wanted)
 
 
 class Counting:
@@ -238,10 +287,10 @@ def test_a_picture_is_encoded_once_and_again_when_its_file_or_the_size_changes(
 def test_an_entry_beside_latents_that_are_drawn_anew_has_its_mean(planned_from: Callable[..., Plan]) -> None:
     mode = planned_from(drawing(64, 32))
     fill_pictures(mode, "cpu")
-    wanted = first_frames(mode, Caches.open(mode))["rabbit"]
+    wanted = first_frame(given(mode, Caches.open(mode))["rabbit"])
     drawn = planned_from(drawing(64, 32), ("[train]", '[cache]\nlatents = "sample"\n[train]'))
     fill_pictures(drawn, "cpu")
-    assert torch.equal(first_frames(drawn, Caches.open(drawn))["rabbit"], wanted)
+    assert torch.equal(first_frame(given(drawn, Caches.open(drawn))["rabbit"]), wanted)
 
 
 def test_a_picture_that_goes_before_it_is_encoded_is_an_error_of_its_file(planned_from: Callable[..., Plan]) -> None:
@@ -273,7 +322,7 @@ def test_a_file_without_a_picture_is_a_problem_of_its_line_found_before_anything
 def test_the_cache_command_knows_pictures(planned_from: Callable[..., Plan], tmp_path: Path) -> None:
     plan = planned_from(drawing(64, 32))
     fill_pictures(plan, "cpu")
-    ours = keys(Stores(plan))["rabbit"]
+    (ours,) = keys(Stores(plan))["rabbit"]["video"]
     (status,) = [
         json.loads(CliRunner().invoke(app, ["cache", "status", str(tmp_path / "config.toml"), "--json"]).output)
     ]
@@ -284,7 +333,7 @@ def test_the_cache_command_knows_pictures(planned_from: Callable[..., Plan], tmp
     status = json.loads(CliRunner().invoke(app, ["cache", "status", str(tmp_path / "config.toml"), "--json"]).output)
     assert status["video"]["present"]["count"] == 0
     assert status["video"]["stale"]["count"] == 1
-    assert ours not in keys(Stores(plan)).values()
+    assert keys(Stores(plan)) != {"rabbit": {"video": [ours]}}
 
 
 def test_the_plan_prices_levels_at_each_token(write_config: Write) -> None:

@@ -13,10 +13,10 @@ import ftfy
 from vtrain.contract import (
     CausalCodecConfig,
     CheckpointOptions,
+    ConditionSpec,
     DiffusersFamily,
     DType,
     HashFile,
-    LatentShape,
     Problem,
     Size,
     TextEncoderSpec,
@@ -117,7 +117,6 @@ class TI2VFamily(Wan21Family):
     default_fps = 24.0
     frame_levels = True
 
-    def frame_level_bytes(self, latents: LatentShape, *, weights: DType, compute: DType, checkpointing: bool) -> int:
-        """For each token instead of once for the clip: six vectors of the modulation, kept in fp32 by each block."""
-        tokens = math.prod(self.token_grid(latents)) - 1
-        return tokens * 6 * self._transformer.width * 4 * (2 if checkpointing else 1 + self.block_count)
+    def conditions(self) -> tuple[ConditionSpec, ...]:
+        """Image-to-video as WanImageToVideoPipeline has it with expand_timesteps: the first latent frame stays, at timestep 0."""
+        return (ConditionSpec("first_frame", "the first frame", "first_frame", required=False, clean_frames=1),)

@@ -183,8 +183,8 @@ def verify(path: Path, as_json: bool) -> None:
 
 def _wanted(plan: Plan) -> dict[str, Wanted]:
     """The entries that a run of this plan uses. Raises DataError."""
-    from vtrain.data.caching.caches import keys
     from vtrain.data.caching.inventory import Stores, wanted
+    from vtrain.data.caching.pictures import keys
 
     with looking() as on_file:
         scanned = scan(plan, on_file)
@@ -192,5 +192,7 @@ def _wanted(plan: Plan) -> dict[str, Wanted]:
         say(message, err=True)
     stores = Stores(plan)
     found = wanted(stores, scanned.samples, extra_texts(plan))
-    pictures = frozenset(bytes.fromhex(key) for key in keys(stores).values())
-    return found | {"video": replace(found["video"], keys=found["video"].keys | pictures)}
+    for each in keys(stores).values():
+        for kind, own in each.items():
+            found[kind] = replace(found[kind], keys=found[kind].keys.union(map(bytes.fromhex, own)))
+    return found

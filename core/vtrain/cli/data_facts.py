@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +15,7 @@ from vtrain.cli.report import one_line
 from vtrain.contract import Role, Section, TokenCount
 from vtrain.data.caching.artifacts import MaskArtifact, known_key
 from vtrain.data.caching.entries import Entries
+from vtrain.data.caching.inventory import Stores
 from vtrain.data.decoding.probe import Probe
 from vtrain.data.decoding.worker import MaskJob, Workers
 from vtrain.data.sample import Box, Sample
@@ -160,11 +161,36 @@ def preview(frames: NDArray[np.uint8], mask: Tensor, spans: Sequence[range]) -> 
 
 
 @dataclass(frozen=True)
+class ConditionEntry:
+    """What is cached of one condition of a window. key: "" if the file's bytes were never read. state: of the entry."""
+
+    key: str
+    state: str
+
+
+def condition_entries(stores: Stores, sample: Sample, start: float, content: str) -> dict[str, ConditionEntry]:
+    """By name, of those that the window's draws may have. content: SHA-256 of the file's bytes, "" if that is not known."""
+    found: dict[str, ConditionEntry] = {}
+    for name, artifact in stores.conditions.items():
+        if artifact.covers(sample):
+            key = artifact.key(sample, start, content) if content else ""
+            found[name] = ConditionEntry(key, state_of(artifact.entries, key))
+    return found
+
+
+def _condition_rows(windows: Sequence[WindowFacts]) -> Iterator[tuple[str, str]]:
+    for number, window in enumerate(windows, 1):
+        for name, entry in window.conditions.items():
+            yield f"window {number}, {name}", f"{entry.key or '-'}  {entry.state}"
+
+
+@dataclass(frozen=True)
 class WindowFacts:
     """One entry of the video cache. scale: size in the bucket by size in the source, across and down.
 
     stretch: how much wider or higher the picture becomes, at least 1. key: "" if the file's bytes were never read. state: of the
     entry. fault: why it cannot be decoded, or "". decoder: which one decoded it, "" if none did. mask: None for none.
+    conditions: by name, of those with an entry.
     """
 
     sample: str
@@ -178,6 +204,7 @@ class WindowFacts:
     fault: str = ""
     decoder: str = ""
     mask: WindowMask | None = None
+    conditions: Mapping[str, ConditionEntry] = field(default_factory=dict)
 
     @property
     def faults(self) -> list[str]:
@@ -215,6 +242,7 @@ def show_facts(
         Section("caption extras", tuple((e.name, shown_extra(e)) for e in plan.datasets[file.number].extras)),
         Section("cached video", tuple((f"window {n}", f"{w.key or '-'}  {w.state}") for n, w in enumerate(windows, 1))),
         Section("cached masks", tuple(mask_window_rows([window.mask for window in windows]))),
+        Section("cached conditions", tuple(_condition_rows(windows))),
         Section("cached text", tuple(_cached_text_rows(texts))),
     ]
     show_sections(Console(soft_wrap=True, highlight=False), [part for part in parts if part.rows])
@@ -243,8 +271,13 @@ def _about(
     several = f"{counted(file.samples, 'sample')}, {file.windows} windows" if file.windows > 1 else "1 window"
     yield "used", f"as {file.shape} at {samples[0].fps:g} fps, {several}" if samples else f"as {file.shape}"
     yield from mask_rows(plan.datasets[file.number], mask)
-    if share := plan.datasets[file.number].image_to_video:
-        yield "first frame", f"given to the model at {100 * share:.4g}% of its draws (image to video)"
+    dataset = plan.datasets[file.number]
+    for each in plan.conditions:
+        if dataset.has(each):
+            share = (
+                "every draw" if each.required else f"{100 * dataset.image_to_video:.4g}% of its draws (image to video)"
+            )
+            yield each.name.replace("_", " "), f"given to the model at {share}"
 
 
 def _decoders(plan: Plan, file: SourceFile, windows: list[WindowFacts]) -> Iterator[tuple[str, str]]:

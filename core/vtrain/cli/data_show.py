@@ -20,6 +20,7 @@ from vtrain.cli.data_facts import (
     ShownMask,
     TextEntry,
     WindowFacts,
+    condition_entries,
     decoded_mask,
     known_mask,
     part_text,
@@ -215,7 +216,9 @@ def _window(stores: Stores, file: SourceFile, sample: Sample, start: float, cont
     times = tuple(sample.times(start))
     artifact = stores.masks if sample.mask is not None else None
     mask = None if artifact is None else known_mask(artifact, sample, start)
-    return WindowFacts(sample.id, start, times, sample.box, scale, changed, key, state_of(stores.video, key), mask=mask)
+    given = condition_entries(stores, sample, start, content)
+    state = state_of(stores.video, key)
+    return WindowFacts(sample.id, start, times, sample.box, scale, changed, key, state, mask=mask, conditions=given)
 
 
 @dataclass(frozen=True)
@@ -246,7 +249,9 @@ def _decoded(
                 continue
             key = stores.video_key(sample, window.start, done.content)
             decoder = f"PyAV, since {done.unfit}" if done.unfit else dataset.decoder or "PyAV"
-            seen = replace(window, key=key, state=state_of(stores.video, key), decoder=decoder)
+            given = condition_entries(stores, sample, window.start, done.content)
+            state = state_of(stores.video, key)
+            seen = replace(window, key=key, state=state, decoder=decoder, conditions=given)
             frames = done.pixels.permute(1, 2, 3, 0).contiguous().numpy()
             changed = f", aspect changed by {stretch_text(window.stretch)}" if window.stretch >= _SQUEEZED else ""
             part = f"{part_text(sample.box)} of {sample.picture}{changed}"

@@ -106,8 +106,9 @@ class VideoTable(Options):
         0.0,
         ge=0,
         le=1,
-        description="share of draws that are trained as image-to-video: the first latent frame stays clean and out of the "
-        "loss. Images are never drawn so",
+        description="share of draws that are trained as image-to-video: with what the model family takes beside text, such as "
+        "the first latent frame, clean and out of the loss. Images are never drawn so. A family that cannot do without has it at "
+        "every draw, and takes no other share than 1",
     )
 
 

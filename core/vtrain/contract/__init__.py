@@ -26,6 +26,16 @@ from vtrain.contract.checkpoints import (
     tokenizer_hashes,
 )
 from vtrain.contract.codecs import CausalCodecConfig, NormalizedCodec, load_autoencoder, read_codec
+from vtrain.contract.conditions import (
+    ConditionEncoder,
+    ConditionEncoderSpec,
+    ConditionSource,
+    ConditionSpec,
+    ConditionTensors,
+    SupportsConditions,
+    conditions_of,
+    tensors_of,
+)
 from vtrain.contract.device import Device
 from vtrain.contract.errors import (
     CheckpointError,
@@ -207,6 +217,11 @@ __all__ = [
     "ClipShape",
     "Component",
     "Condition",
+    "ConditionEncoder",
+    "ConditionEncoderSpec",
+    "ConditionSource",
+    "ConditionSpec",
+    "ConditionTensors",
     "ConfigError",
     "DType",
     "DataBackend",
@@ -286,6 +301,7 @@ __all__ = [
     "SupportsCaptionExtras",
     "SupportsCaptions",
     "SupportsCheck",
+    "SupportsConditions",
     "SupportsDecayRule",
     "SupportsDecoderOnly",
     "SupportsFeatures",
@@ -326,6 +342,7 @@ __all__ = [
     "check_path_text",
     "comfyui_names",
     "component_weights",
+    "conditions_of",
     "default_arguments",
     "digest",
     "fill_module",
@@ -354,6 +371,7 @@ __all__ = [
     "scheduled",
     "stored_shapes",
     "takes_frame_levels",
+    "tensors_of",
     "timed",
     "timesteps",
     "tokenizer_hashes",

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from vtrain.contract import backends, captions, protocols, regularizers
+from vtrain.contract import backends, captions, conditions, protocols, regularizers
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ ABILITIES: Mapping[str, Abilities] = {
             protocols.SupportsTokenGrid,
             protocols.SupportsFrameLevels,
             protocols.SupportsBlockMemory,
+            conditions.SupportsConditions,
         ),
     ),
     "video codec": Abilities(protocols.VideoCodec, (protocols.SupportsDecoderOnly,)),

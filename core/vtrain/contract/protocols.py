@@ -270,7 +270,7 @@ class SupportsTokenGrid(Protocol):
 
 @runtime_checkable
 class SupportsFrameLevels(Protocol):
-    """A family whose denoiser takes a level for each latent frame: it can be trained on image-to-video."""
+    """A family whose denoiser takes a level for each latent frame: its conditions may give frames clean (ConditionSpec)."""
 
     @property
     def frame_levels(self) -> bool:

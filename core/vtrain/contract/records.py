@@ -123,7 +123,7 @@ class BlockMemory:
 
 @dataclass(frozen=True)
 class Condition:
-    """All that a denoiser is conditioned on: text and, by name, whatever else the family takes (tensors with B first)."""
+    """All that a denoiser is conditioned on. extras: every tensor of the family's conditions (ConditionSpec) by name, B first."""
 
     text: Text
     extras: Mapping[str, Tensor] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Micro-batches by their global number: latents, text, masks, features and source frames of the clips that the order draws."""
+"""Micro-batches by their global number: latents, text, masks, conditions, features, source frames of the clips that are drawn."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ from vtrain.contract import (
     TextPartSpec,
 )
 from vtrain.data.caching.caches import DROPPED, Caches
+from vtrain.data.caching.pictures import absent
 from vtrain.data.caching.text import refuse
-from vtrain.data.decoding.masks import trained
+from vtrain.data.decoding.masks import is_empty, trained
 from vtrain.data.decoding.video import FileFault
 from vtrain.data.decoding.worker import DecodeJob, Workers, available_cpus
 from vtrain.data.index import Index
 from vtrain.data.order import Order
 from vtrain.data.sample import Sample
 from vtrain.data.seeds import chance, choice, generator
+from vtrain.plan.conditions import given_latents
 from vtrain.plan.datasets import token_frames
 from vtrain.plan.records import Plan
 
@@ -111,8 +113,9 @@ class Batch:
     """One micro-batch: B clips of one shape.
 
     latents: mean (B, C, f, h, w) fp32, drawn again from mean and std where those are cached. text: as `pad` makes it.
-    draws: each sample's draw number, from which its noise derives. dropped: whose caption was dropped. first_frame: which
-    are drawn as image-to-video: the first latent frame is given.
+    draws: each sample's draw number, from which its noise derives. dropped: whose caption was dropped. clean: of each, how many
+    latent frames are given clean, from the first on: never all that are trained. conditions: every tensor of the family's
+    conditions by name, (B, ...) in the type in which it is stored; zeros of a draw that lacks the condition.
     mask: (B, f, h, w) fp32 in [0, 1], how much each latent counts, all ones for a clip without one; None if no clip has one.
     features: regularizer -> (B, f', h', w', D') from the cache, in the type in which they are stored. frames: uint8
     (B, 3, f, H, W), the source's frame for each frame of tokens; None if no regularizer reads them.
@@ -124,10 +127,11 @@ class Batch:
     draws: tuple[int, ...]
     sample_ids: tuple[str, ...]
     dropped: tuple[bool, ...]
-    first_frame: tuple[bool, ...] = ()
+    clean: tuple[int, ...] = ()
     mask: Tensor | None = None
     features: Mapping[str, Tensor] = field(default_factory=dict)
     frames: Tensor | None = None
+    conditions: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Batches:
@@ -142,6 +146,7 @@ class Batches:
         self._plan, self._caches, self._index = plan, caches, index
         self._frames = SourceFrames(plan, index)
         self._encoders = plan.family.text_encoders()
+        self._encoded = [each for each in plan.conditions if each.encoder is not None]
         self._online = {name for name, part in plan.regularizers if part.needs().features == "source"}
         uses = np.array([1 + dataset.table.repeats for dataset in plan.datasets], dtype=np.int32)
         # Item k is a use of sample number self._samples[k]; without repeats they are the same.
@@ -192,15 +197,15 @@ class Batches:
             ]
             clips = self._caches.video_entries([self._index.video.keys(sample)[window] for sample, window in windows])
             mask = self._mask(windows, clips.mean.shape[2:])
+            had = self._had(windows, numbers, mask, clips.mean.shape[2])
+            conditions = self._conditions(windows, had)
             read = {name: self._features(name, windows) for name in self._index.features if _read(name, features)}
         text = pad(texts, self._encoders)
         latents = Latents(drawn(self._plan.config.run.seed, clips, numbers))
-        # Of a single latent frame nothing would be left to train.
-        moving = latents.mean.shape[2] > 1
-        first_frame = tuple(moving and self._continues(*pair) for pair in zip(samples, numbers, strict=True))
         return Batch(
-            micro_batch, latents, text, numbers, ids, dropped, first_frame, mask=mask, features=read,
+            micro_batch, latents, text, numbers, ids, dropped, tuple(clean for _, clean in had), mask=mask, features=read,
             frames=self._frames.of(windows) if any(_read(name, features) for name in self._online) else None,
+            conditions=conditions,
         )  # fmt: skip
 
     def _caption(self, sample: int, draw: int) -> Sequence[str]:
@@ -230,8 +235,48 @@ class Batches:
                 found[row] = trained(self._caches.mask_entry(own[window]), invert=masks is not None and masks.invert)
         return found
 
+    def _had(
+        self, windows: Sequence[tuple[int, int]], draws: Sequence[int], mask: Tensor | None, frames: int
+    ) -> list[tuple[frozenset[str], int]]:
+        """The names of the conditions that each draw has, and how many of its latent frames are clean. frames: latent ones."""
+        return [
+            self._one_had(sample, draw, None if mask is None else mask[row], frames)
+            for row, ((sample, _), draw) in enumerate(zip(windows, draws, strict=True))
+        ]
+
+    def _one_had(self, sample: int, draw: int, mask: Tensor | None, frames: int) -> tuple[frozenset[str], int]:
+        chosen = self._continues(sample, draw)
+        # Of a single latent frame nothing would be left to make.
+        had = [each for each in self._plan.conditions if each.required or (chosen and frames >= each.latent_frames)]
+
+        def trains(clean: int) -> bool:
+            """Whether something is left to train. invert=False: a batch's masks are inverted already."""
+            return clean < frames and (not clean or mask is None or not is_empty(mask[clean:], invert=False))
+
+        had = [each for each in had if each.required or trains(each.clean_frames)]
+        clean = given_latents(had)
+        return frozenset(each.name for each in had), clean if trains(clean) else 0
+
+    def _conditions(
+        self, windows: Sequence[tuple[int, int]], had: Sequence[tuple[frozenset[str], int]]
+    ) -> dict[str, Tensor]:
+        """Every tensor of the family's conditions, of clips of one shape. had: what each draw has."""
+        found: dict[str, Tensor] = {}
+        for condition in self._encoded:
+            rows = [row for row, (names, _) in enumerate(had) if condition.name in names]
+            keys = [self._index.conditions[condition.name].keys(windows[row][0])[windows[row][1]] for row in rows]
+            read = self._caches.condition_entries(keys) if keys else {}
+            if len(rows) < len(windows):
+                shape = self._index.shapes[int(self._index.buckets[windows[0][0]])]
+                whole = absent([condition], shape, len(windows))
+                for name, tensor in read.items():
+                    whole[name][rows] = tensor
+                read = whole
+            found |= read
+        return found
+
     def _continues(self, sample: int, draw: int) -> bool:
-        """Whether this draw is image-to-video: from the seed, the draw number and its dataset's share alone."""
+        """Whether this draw has what is not required: from the seed, the draw number and its dataset's share alone."""
         # One number for each draw, whatever the share: a smaller share draws a part of what a larger one does.
         share = self._plan.datasets[int(self._index.datasets[sample])].image_to_video
         return chance(self._plan.config.run.seed, "image_to_video", draw) < share

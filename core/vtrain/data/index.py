@@ -68,7 +68,8 @@ class Index:
     of its bucket in shapes. names: ids, UTF-8. video, text: keys of the entries of its windows and of its captions, a
     caption's of all text encoders one after the other.
     tallies: (number of a dataset, shape) -> what there is. masks: keys of the windows' masks, none for a sample without;
-    None if no dataset has any. features: regularizer -> keys of the windows' features. sources: what is needed to decode
+    None if no dataset has any. features: regularizer -> keys of the windows' features; conditions: condition -> the same, none
+    for a sample whose draws never have it. sources: what is needed to decode
     the windows again, as JSON; None unless that is asked for. A draw's choice of a window goes for all of them.
     contents: (samples, CONTENTS) checksums of what they are made of, whatever encodes it; enough to see that one changed.
     """
@@ -83,6 +84,7 @@ class Index:
     masks: Rows | None = None
     features: Mapping[str, Rows] = field(default_factory=dict)
     sources: Rows | None = None
+    conditions: Mapping[str, Rows] = field(default_factory=dict)
     contents: np.ndarray[Any, np.dtype[np.uint32]] = field(default_factory=lambda: np.zeros((0, 4), np.uint32))
 
     def __len__(self) -> int:
@@ -128,6 +130,7 @@ def build(
     text_keys: Keys,
     mask_keys: Keys | None = None,
     feature_keys: Mapping[str, Keys] | None = None,
+    condition_keys: Mapping[str, Keys] | None = None,
     *,
     sources: bool = False,
 ) -> Index:
@@ -135,7 +138,8 @@ def build(
     names, sources_of = _Growing(), _Growing()
     video, text, masks = _KeyRows(video_keys), _KeyRows(text_keys), _KeyRows(mask_keys or (lambda sample: ()))
     features = {name: _KeyRows(keys) for name, keys in (feature_keys or {}).items()}
-    columns = [video, text, *([masks] if mask_keys else []), *features.values()]
+    conditions = {name: _KeyRows(keys) for name, keys in (condition_keys or {}).items()}
+    columns = [video, text, *([masks] if mask_keys else []), *features.values(), *conditions.values()]
     datasets, buckets, contents = array("i"), array("i"), array("I")
     shapes: dict[ClipShape, int] = {}
     tallies: dict[tuple[int, ClipShape], ShapeCount] = {}
@@ -169,6 +173,7 @@ def build(
         masks.rows() if mask_keys else None,
         {name: column.rows() for name, column in features.items()},
         sources_of.rows() if sources else None,
+        {name: column.rows() for name, column in conditions.items()},
         np.array(contents, dtype=np.uint32).reshape(-1, len(CONTENTS)),
     )
 

@@ -14,22 +14,15 @@ from vtrain.config.record import Config
 from vtrain.contract import (
     ClipShape,
     ConfigError,
-    DType,
-    FeatureShape,
     OptimizerSpec,
     Problem,
-    Regularizer,
     Section,
-    SupportsFeatures,
 )
 from vtrain.data.scanning import misfits
 from vtrain.data.scanning.surveys import Survey
+from vtrain.estimate.cached import STORED_BYTES, condition_bytes, feature_bytes, mask_bytes
 from vtrain.estimate.tokens import token_warnings
-from vtrain.plan.datasets import token_grid
 from vtrain.plan.records import Plan
-
-STORED_BYTES: Mapping[DType, int] = {"fp32": 4, "bf16": 2}
-"""Of one number, by storage type."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +31,7 @@ class Estimate:
 
     checkpoint_bytes: one checkpoint; None under LoRA, whose size depends on modules not loaded yet.
     steps_per_epoch: not whole in general. validations: how many; None when timed in minutes. feature_bytes: of cached
-    features, by regularizer.
+    features, by regularizer. condition_bytes: of what is cached of each condition, by its name.
     """
 
     steps: int
@@ -52,6 +45,7 @@ class Estimate:
     warnings: tuple[str, ...]
     feature_bytes: Mapping[str, int] = field(default_factory=dict)
     mask_bytes: int = 0
+    condition_bytes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def epochs(self) -> float:
@@ -87,6 +81,7 @@ def make_estimate(plan: Plan, survey: Survey) -> Estimate:
         ),
         feature_bytes=feature_bytes(plan, survey),
         mask_bytes=mask_bytes(plan, survey),
+        condition_bytes=condition_bytes(plan, survey),
     )
 
 
@@ -180,6 +175,9 @@ def check_room(plan: Plan, estimate: Estimate) -> None:
     if estimate.feature_bytes:
         parts = [f"{bytes_text(size)} of {name}" for name, size in estimate.feature_bytes.items()]
         cached.append(("features", sum(estimate.feature_bytes.values()), f"cached features ({', '.join(parts)})"))
+    if estimate.condition_bytes:
+        parts = [f"{bytes_text(size)} of {name}" for name, size in estimate.condition_bytes.items()]
+        cached.append(("condition", sum(estimate.condition_bytes.values()), f"conditions ({', '.join(parts)})"))
     wanted = (
         *(_RoomNeeded(("cache", "dir"), config.cache.dir, below, size, what) for below, size, what in cached),
         _RoomNeeded(
@@ -234,49 +232,6 @@ def _existing(folder: Path) -> Path:
     return folder
 
 
-def feature_bytes(plan: Plan, survey: Survey) -> dict[str, int]:
-    """Bytes of all features that are cached, by regularizer."""
-    return {
-        name: sum(_shape_bytes(plan, part, bucket.shape) * bucket.windows for bucket in survey.table())
-        for name, part in plan.regularizers
-        if part.needs().features == "cached"
-    }
-
-
-def feature_words(plan: Plan, survey: Survey) -> Iterator[tuple[str, str]]:
-    """Regularizer -> what its encoder makes of the largest clip: "21 x 30x52 vectors of 1536, bf16"."""
-    shapes = [bucket.shape for bucket in survey.table()]
-    for name, part in plan.regularizers:
-        if part.needs().features == "cached" and isinstance(part, SupportsFeatures) and shapes:
-            largest = max(shapes, key=lambda shape, part=part: _shape_bytes(plan, part, shape))  # type: ignore[misc]
-            found = _feature_shape(plan, part, largest)
-            if found is not None:
-                frames, height, width, channels = found
-                yield name, f"{frames} x {width}x{height} vectors of {channels}, {part.feature_dtype}"
-
-
-def _shape_bytes(plan: Plan, part: Regularizer, clip: ClipShape) -> int:
-    shape = _feature_shape(plan, part, clip)
-    if shape is None or not isinstance(part, SupportsFeatures):
-        return 0
-    return math.prod(shape) * STORED_BYTES[part.feature_dtype]
-
-
-def _feature_shape(plan: Plan, part: Regularizer, clip: ClipShape) -> FeatureShape | None:
-    """None where the plan refuses the regularizer anyway."""
-    grid = token_grid(plan.family, clip)
-    return part.feature_shape(clip, grid) if grid is not None and isinstance(part, SupportsFeatures) else None
-
-
-def mask_bytes(plan: Plan, survey: Survey) -> int:
-    """Bytes of all masks that may be cached: at most one for each window of a dataset with masks."""
-    total = 0
-    for dataset, found in zip(plan.datasets, survey.datasets, strict=True):
-        for shape in found.samples if dataset.masks is not None else ():
-            total += math.prod(plan.family.latent_shape(shape)[1:]) * STORED_BYTES["fp32"] * found.windows_of(shape)
-    return total
-
-
 def section(plan: Plan) -> Section:
     """What is in memory, on each process's device, at every step of training."""
     return Section("in memory while training", tuple(_rows(plan)))
@@ -293,6 +248,8 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
         elif part.needs().features is not None:
             of = "the frames that the codec decodes" if part.needs().features == "decoded" else "the clips' own frames"
             yield f"encoder of {name}", f"yes: it runs at each step at which {name} is at work, on {of}"
+    for each in plan.encoded:
+        yield f"encoder of {each.name}", "no: what it makes is cached"
 
 
 Doing = Literal["filling the caches", "loading the model", "training", "validating"]

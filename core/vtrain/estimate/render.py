@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import prod
 
 from vtrain.contract import (
     ClipShape,
+    ConditionSpec,
     DType,
     Family,
     Section,
@@ -15,10 +16,11 @@ from vtrain.contract import (
     takes_frame_levels,
 )
 from vtrain.data.scanning.surveys import Bucket, DatasetSurvey, Survey
-from vtrain.estimate.estimate import Estimate, bytes_text, feature_words
+from vtrain.estimate.cached import condition_words, feature_words
+from vtrain.estimate.estimate import Estimate, bytes_text
 from vtrain.estimate.estimate import section as memory_section
 from vtrain.estimate.tokens import long_json, prompt_rows, token_rows, tokens_json
-from vtrain.plan.make import frames_text, two_latent_frames
+from vtrain.plan.conditions import frames_text, given_latents, least_frames
 from vtrain.plan.records import DatasetPlan, MasksPlan, Plan, ValidationPlan
 
 
@@ -123,6 +125,13 @@ def _disk(plan: Plan, survey: Survey, estimate: Estimate) -> tuple[tuple[str, st
             )
             for name, words in feature_words(plan, survey)
         ),
+        *(
+            (
+                f"cached condition ({name})",
+                f"{counted(count, 'clip')}, {bytes_text(estimate.condition_bytes[name])}: {words}",
+            )
+            for name, count, words in condition_words(plan, survey)
+        ),
         *((("cached masks", f"at most {bytes_text(estimate.mask_bytes)}"),) if estimate.mask_bytes else ()),
         ("cached text", f"{counted(survey.texts, 'caption')}, at most {bytes_text(estimate.text_bytes)}"),
     )
@@ -139,6 +148,7 @@ def as_json(plan: Plan, survey: Survey, estimate: Estimate) -> dict[str, object]
             "video": estimate.video_bytes,
             "features": dict(estimate.feature_bytes),
             "mask": estimate.mask_bytes,
+            "condition": dict(estimate.condition_bytes),
         },
         "checkpoint_bytes": estimate.checkpoint_bytes,
         "datasets": [
@@ -318,18 +328,39 @@ def counted(count: int, noun: str) -> str:
 
 
 def price_rows(plan: Plan, dataset: DatasetPlan, found: DatasetSurvey) -> Iterable[tuple[str, str]]:
-    """A row for a dataset that is trained as image-to-video: its share, and the memory of the dearest batch."""
-    family = plan.family
-    if not dataset.image_to_video or not takes_frame_levels(family):
-        return ()
-    long = [shape.frames >= two_latent_frames(family) for shape in found.samples]
+    """Rows for a dataset some of whose draws have more than text: how many have what, and the memory of the dearest batch."""
+    required = [each for each in plan.conditions if each.required]
+    if required:
+        yield "given", f"at every draw: {', '.join(each.summary for each in required)}"
+    optional = [each for each in plan.conditions if not each.required]
+    if not optional or not dataset.image_to_video:
+        return
+    frames = min(each.latent_frames for each in optional)
+    least = least_frames(plan.family, frames)
+    long = [shape.frames >= least for shape in found.samples]
     if not any(long):
-        return (("image to video", f"no draw: no clip here has {two_latent_frames(family)} frames, two latent frames"),)
+        words = {2: "two latent frames"}.get(frames, f"{frames} latent frames")
+        yield "image to video", f"no draw: no clip here has {frames_text(least)}, {words}"
+        return
+    whose = "draws" if all(long) else f"draws of clips of {frames_text(least)} or more"
+    yield "image to video", f"{100 * dataset.image_to_video:.4g}% of {whose} {_given(optional)}{_price(plan, dataset)}"
+
+
+def _given(optional: Sequence[ConditionSpec]) -> str:
+    """What draws have."""
+    clean, encoded = given_latents(optional), [each.summary for each in optional if each.encoder is not None]
+    words = (
+        ["start from a clean first frame" if clean == 1 else f"start from {clean} clean latent frames"] if clean else []
+    )
+    return " and ".join(words + ([f"are given {', '.join(encoded)}"] if encoded else []))
+
+
+def _price(plan: Plan, dataset: DatasetPlan) -> str:
+    """Of levels by frame, "" if they cost nothing."""
+    if not given_latents(plan.conditions) or not takes_frame_levels(plan.family):
+        return ""
     most = plan.config.train.batch_size * _frame_levels_bytes(plan, dataset)
-    whose = "draws" if all(long) else f"draws of clips of {frames_text(two_latent_frames(family))} or more"
-    share = f"{100 * dataset.image_to_video:.4g}% of {whose} start from a clean first frame"
-    costs = f"; a batch with one takes up to {bytes_text(most)} more, for a level at each token" if most else ""
-    return (("image to video", share + costs),)
+    return f"; a batch with one takes up to {bytes_text(most)} more, for a level at each token" if most else ""
 
 
 def _frame_levels_bytes(plan: Plan, dataset: DatasetPlan) -> int:

@@ -29,6 +29,7 @@ from vtrain.contract import (
     SupportsFiles,
     SupportsTokenGrid,
     TokenGrid,
+    conditions_of,
 )
 from vtrain.contract.specs import did_you_mean, listed
 from vtrain.plan.records import DatasetPlan, MasksPlan
@@ -274,9 +275,15 @@ def _dataset(
         fps=None if fps == "source" else family.default_fps if fps is None else fps,
         max_frames=lengths.piece,
         crop_seed=config.run.seed if table.crop == "random" else 0,
-        image_to_video=table.video.image_to_video,
+        image_to_video=_share(table, family),
         masks=None if table.masks is None else _masks(table.masks, config.where("data", number, "masks", "folder")),
     )
+
+
+def _share(table: DataTable, family: Family) -> float:
+    """Of draws with what the family does not require."""
+    taken = conditions_of(family)
+    return 1.0 if taken and all(each.required for each in taken) else table.video.image_to_video
 
 
 def _masks(table: MasksTable, where: str) -> MasksPlan:

@@ -15,6 +15,7 @@ from vtrain.contract import (
     Caption,
     CaptionExtra,
     ClipShape,
+    ConditionSpec,
     DataBackend,
     DType,
     Family,
@@ -23,6 +24,7 @@ from vtrain.contract import (
     Sampler,
     Size,
     SupportsCaptions,
+    conditions_of,
 )
 
 CaptionsFrom = Literal["textfile", "filename", "instance_prompt", "csv", "parquet", "json", "backend"]
@@ -50,7 +52,7 @@ class DatasetPlan:
     after resampling, accepted by the family's frame rule. fps: after resampling, None for each clip's own; every n-th frame
     of that is taken, n = table.video.frame_step. max_frames: of a piece that a longer clip is cut into, None: it stays
     whole. crop_seed: of the places of crop = "random". masks: None for none. image_to_video: the share of its clips' draws
-    that are trained as image-to-video, from 0 to 1.
+    that have the family's conditions that are not required, from 0 to 1; 1 where all are required.
     decoder: "" for PyAV, else the name and version of what decodes instead, as they stand in the keys of entries.
     extras: those that the family reads of its clips; foreign_extras: those that other installed families read -> one of them.
     Neither has those of data.ignore_extras.
@@ -71,6 +73,10 @@ class DatasetPlan:
     decoder: str = ""
     extras: tuple[CaptionExtra, ...] = ()
     foreign_extras: Mapping[str, str] = field(default_factory=dict)
+
+    def has(self, condition: ConditionSpec) -> bool:
+        """Whether some of its draws have the condition."""
+        return condition.required or self.image_to_video > 0
 
     @cached_property
     def captions(self) -> CaptionsFrom:
@@ -121,6 +127,21 @@ class Plan:
     base: DType
     validation: ValidationPlan | None
     warnings: tuple[str, ...]
+
+    @cached_property
+    def conditions(self) -> tuple[ConditionSpec, ...]:
+        """All that the family takes beside text."""
+        return conditions_of(self.family)
+
+    @cached_property
+    def encoded(self) -> tuple[ConditionSpec, ...]:
+        """Those of them with an encoder that the run uses: in training, or for a validation picture."""
+        asked = self.validation is not None and bool(self.validation.images)
+        return tuple(
+            each
+            for each in self.conditions
+            if each.encoder is not None and (asked or any(d.has(each) for d in self.datasets))
+        )
 
     @property
     def shares(self) -> tuple[Fraction, ...]:

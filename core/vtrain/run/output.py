@@ -49,7 +49,7 @@ from vtrain.plan.records import Plan
 from vtrain.plan.text import text_marks
 from vtrain.run.lines import UNREAD, Chain, Records, append, cut_back, gaps, whole
 from vtrain.train import checkpoint
-from vtrain.train.resume import Start
+from vtrain.train.resume import Start, condition_marks
 from vtrain.train.settings import settings
 
 FILE = ".lock"
@@ -170,6 +170,7 @@ def write_run_files(plan: Plan, survey: Survey, estimate: Estimate, resumed: Map
             for name, part in plan.regularizers
             if part.needs().features == "cached" and isinstance(part, SupportsFeatures)
         },
+        **condition_marks(plan, hash_file),
     }
     whole = {
         **render.as_json(plan, survey, estimate),

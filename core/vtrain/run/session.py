@@ -306,16 +306,16 @@ class Session:
 
     def _caches(self, found: Scan) -> Generator[Event, None, FilledCaches]:
         """Encode what is missing, each process its share. Raises DataError."""
-        from vtrain.data.caching.caches import fill, fill_pictures
+        from vtrain.data.caching import caches, pictures
 
         where = str(self.processes.device)
         with self._explained("filling the caches"):
             try:
-                filled = yield from fill(self.plan, found.samples, extra_texts(self.plan), where, self.processes)
+                filled = yield from caches.fill(self.plan, found.samples, extra_texts(self.plan), where, self.processes)
             except DataError:
                 yield from self._quarantined()  # also where nothing is left to train on
                 raise
-            self.processes.from_first(lambda: fill_pictures(self.plan, where))
+            self.processes.from_first(lambda: pictures.fill_pictures(self.plan, where))
         copies, example = filled.index.copies()
         yield Filled(len(filled.index), filled.skipped, copies, tuple(example or ()))
         return filled
@@ -382,12 +382,12 @@ class Session:
         made = self.plan.validation
         if made is None:
             return None
-        from vtrain.data.caching.caches import first_frames
+        from vtrain.data.caching.pictures import given
         from vtrain.validate.generate import Validation, Validator
 
         plan, processes = self.plan, self.processes
         autocast = partial(processes.device.autocast, "bf16" if plan.config.precision.mixed == "bf16" else None)
-        stopping, pictures = (lambda: self._inbox.stop), first_frames(plan, caches)
+        stopping, pictures = (lambda: self._inbox.stop), given(plan, caches)
         validator = Validator(
             made, plan.family, plan.sampler, caches, trainer.denoiser, processes.device, autocast, stopping, pictures
         )

@@ -15,6 +15,7 @@ for _module in (
     "data_backend",
     "family",
     "family_captions",
+    "family_conditions",
     "family_denoiser",
     "family_encoders",
     "plugin",

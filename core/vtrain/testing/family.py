@@ -24,6 +24,7 @@ from vtrain.contract import (
     takes_frame_levels,
 )
 from vtrain.testing.family_captions import CaptionTests
+from vtrain.testing.family_conditions import ConditionTests
 from vtrain.testing.family_denoiser import DenoiserTests, LoraTests, TapTests
 from vtrain.testing.family_encoders import TextEncoderTests, VideoCodecTests
 from vtrain.testing.memory import block_memory
@@ -208,6 +209,14 @@ def measured(family: Family, denoiser: Denoiser, examples: Sequence[Example], co
 
 
 class FamilyTests(
-    GeometryTests, CaptionTests, TextEncoderTests, VideoCodecTests, DenoiserTests, TapTests, LoraTests, MemoryTests
+    GeometryTests,
+    CaptionTests,
+    TextEncoderTests,
+    VideoCodecTests,
+    ConditionTests,
+    DenoiserTests,
+    TapTests,
+    LoraTests,
+    MemoryTests,
 ):
     """Subclass it and give the fixture `family`: built from its options on a small model folder, scope class."""

@@ -116,13 +116,16 @@ class DenoiserTests(FamilySubject):
         assert prediction.isfinite().all()
 
     def test_clips_in_a_batch_do_not_see_each_other(self, denoiser: Denoiser, example: Example) -> None:
-        """Changing one clip, its level and its text leaves the other's prediction (within batch_tolerance)."""
+        """Changing one clip, its level, its text and its conditions leaves the other's prediction (within batch_tolerance)."""
         text = example.condition.text
         other = replace(
             example,
             noisy=torch.stack([example.noisy[0], noise(example.latents, seed=9)]),
             level=NoiseLevel(example.level.sigma[[0, 0]], timesteps(example.level)[[0, 0]]),
-            condition=Condition(text.map(lambda tensor: tensor[[0, 0]])),
+            condition=Condition(
+                text.map(lambda tensor: tensor[[0, 0]]),
+                {name: each[[0, 0]] for name, each in example.condition.extras.items()},
+            ),
         )
         with torch.no_grad():
             found, wanted = other.run(denoiser)[0], example.run(denoiser)[0]

@@ -22,7 +22,10 @@ from vtrain.contract import (
     TextEncoder,
     TextPart,
     VideoCodec,
+    conditions_of,
+    tensors_of,
     timed,
+    torch_type,
 )
 from vtrain.testing.sampler import level_of, noise, padded, required
 
@@ -31,12 +34,13 @@ CAPTIONS = (Caption("a cat walks slowly over the wet grass"), Caption("a boat"))
 
 @dataclass(frozen=True)
 class Example:
-    """One call of Denoiser.predict for two clips. latents: their shape."""
+    """One call of Denoiser.predict for two clips. latents: their shape; clip: in pixels."""
 
     noisy: Tensor
     level: NoiseLevel
     condition: Condition
     latents: LatentShape
+    clip: ClipShape
 
     def run(self, denoiser: Denoiser) -> Tensor:
         return denoiser.predict(self.noisy, self.level, self.condition)
@@ -45,6 +49,14 @@ class Example:
         """With another part of its text."""
         text = Text({**self.condition.text.parts, name: part})
         return replace(self, condition=replace(self.condition, text=text))
+
+
+def extras_of(family: Family, clip: ClipShape) -> dict[str, Tensor]:
+    """What the denoiser gets beside text, of two clips: every tensor of the family's conditions, as noise in its type."""
+    declared = tensors_of(conditions_of(family), clip).items()
+    return {
+        name: noise((2, *shape), seed).to(torch_type(dtype)) for seed, (name, (shape, dtype)) in enumerate(declared, 11)
+    }
 
 
 class FamilySubject:
@@ -96,7 +108,9 @@ class FamilySubject:
     def example_of(cls, family: Family, clip: ClipShape) -> Example:
         latents = family.latent_shape(clip)
         level = timed(family, level_of((0.3, 0.8)))
-        return Example(noise((2, *latents)), level, Condition(cls.text_of(family)), latents)
+        return Example(
+            noise((2, *latents)), level, Condition(cls.text_of(family), extras_of(family, clip)), latents, clip
+        )
 
     @classmethod
     def text_of(cls, family: Family) -> Text:

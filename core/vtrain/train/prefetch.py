@@ -22,7 +22,6 @@ from vtrain.contract import (
     with_clean,
 )
 from vtrain.data.batches import Batch, Batches
-from vtrain.data.decoding.masks import is_empty
 from vtrain.data.seeds import generator
 from vtrain.registry.blame import in_background
 from vtrain.train.step import StepInput
@@ -83,12 +82,13 @@ class Prefetcher:
 
     def _prepared(self, batch: Batch, number: int, step: int) -> Prefetched:
         noise, drawn = self.draw(batch)
-        level, mask = continued(self.family, drawn, batch.mask, batch.first_frame, LatentShape(*noise.shape[1:]))
+        level, mask = given_clean(self.family, drawn, batch.mask, batch.clean, LatentShape(*noise.shape[1:]))
+        extras = {name: self.device.move(each) for name, each in batch.conditions.items()}
         given = StepInput(
             clean=self.device.move(batch.latents.mean),
             noise=self.device.move(noise),
             level=NoiseLevel(self.device.move(level.sigma), self.device.move(timesteps(level))),
-            condition=Condition(batch.text.map(self.device.move)),
+            condition=Condition(batch.text.map(self.device.move), extras),
             step=step,
             mask=None if mask is None else self.device.move(mask),
             features={name: self.device.pin(each) for name, each in batch.features.items()},
@@ -124,25 +124,21 @@ class Prefetcher:
                     future.cancel()  # the pool, which is left next, waits for all that it has
 
 
-def continued(
-    family: Family, level: NoiseLevel, mask: torch.Tensor | None, first_frame: Sequence[bool], latents: LatentShape
+def given_clean(
+    family: Family, level: NoiseLevel, mask: torch.Tensor | None, clean: Sequence[int], latents: LatentShape
 ) -> tuple[NoiseLevel, torch.Tensor | None]:
-    """Level and mask of a batch some of whose clips are image-to-video: there the first frame is clean and does not count.
+    """Level and mask of a batch: a clip's first latent frames that are given clean are at level 0 and do not count.
 
-    mask: (B, f, h, w) of the data, None for none. first_frame: which clips. One whose mask leaves nothing after the first
-    frame (`is_empty`) stays as it is. A batch without any keeps its levels, one for a clip, and its mask; else levels are (B, f).
+    mask: (B, f, h, w) of the data, None for none. clean: how many frames of each clip, in which something else is left to train.
+    A batch without any keeps its levels, one for a clip, and its mask; else levels are (B, f).
     """
-    given = torch.tensor(first_frame, dtype=torch.bool)
-    if mask is not None and given.any():
-        # invert=False: a batch's masks are inverted already.
-        given &= torch.tensor([not is_empty(each[1:], invert=False) for each in mask])
-    if not given.any():
+    if not any(clean):
         return level, mask
-    counted = torch.ones(len(given), *latents[1:]) if mask is None else mask.clone()
-    counted[given, 0] = 0
-    clean = torch.zeros(len(given), latents.frames, dtype=torch.bool)
-    clean[:, 0] = given
-    return with_clean(family, level, clean), counted
+    # (B, f): which frames are given.
+    given = torch.arange(latents.frames) < torch.tensor(clean)[:, None]
+    counted = torch.ones(len(clean), *latents[1:]) if mask is None else mask.clone()
+    counted[given] = 0
+    return with_clean(family, level, given), counted
 
 
 def _told(drawn: NoiseLevel, level: NoiseLevel) -> list[float | list[float]]:

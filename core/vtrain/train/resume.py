@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from vtrain.config.keys import key_path
 from vtrain.config.record import Config
-from vtrain.contract import CheckpointError, Problem, SupportsFeatures
+from vtrain.contract import CheckpointError, HashFile, Problem, SupportsFeatures
 from vtrain.data.sample import TRANSFORM_VERSION
 from vtrain.data.scanning.database import HASHES, FileHashes
 from vtrain.plan.places import CHECKPOINT, CHECKPOINTS, checkpoints_there, resume_path
@@ -89,17 +89,32 @@ def encoder_marks(plan: Plan) -> dict[str, str]:
         "video": plan.family.video_fingerprint(hash_file),
         "scheduler": hashlib.sha256(scheduler.encode()).hexdigest(),
         "transform": str(TRANSFORM_VERSION),
+        **condition_marks(plan, hash_file),
     }
 
 
-def held_beside(plan: Plan) -> dict[str, str]:
-    """Of `encoder_marks`, what a model folder holds beside the denoiser -> its name in a sentence."""
+def condition_marks(plan: Plan, hash_file: HashFile) -> dict[str, str]:
+    """ "condition (name)" -> fingerprint of its encoder, of those that the run uses. Raises ModelError."""
+    return {
+        f"{_CONDITION}{each.name})": each.encoder.fingerprint(hash_file)
+        for each in plan.encoded
+        if each.encoder is not None
+    }
+
+
+_CONDITION = "condition ("
+
+
+def held_beside(plan: Plan, marks: Mapping[str, str]) -> dict[str, str]:
+    """What a model folder holds beside the denoiser: mark -> its name in a sentence. Of conditions' encoders those in `marks`."""
     encoders = told(plan.family.text_encoders())
     texts = {key: f'text encoder "{name}"' if len(encoders) > 1 else "text encoder" for name, key in encoders.items()}
-    return {**texts, "video": "video codec", "scheduler": "scheduler's configuration"}
+    conditions = {key: f"encoder of the {key}" for key in marks if key.startswith(_CONDITION)}
+    return {**texts, "video": "video codec", "scheduler": "scheduler's configuration", **conditions}
 
 
 _TEXT_AFTER = "captions are encoded again, and the model gets other embeddings than so far"
+_CONDITION_AFTER = "it is encoded again, and the model gets other numbers than so far"
 _AFTER = {
     "video": "clips are encoded again, and the model gets other latents than so far",
     "scheduler": "training and validation go by the new one",
@@ -109,9 +124,9 @@ _AFTER = {
 def _encoder_changes(before: Mapping[str, str], plan: Plan) -> Iterator[str]:
     """Where `encoder_marks` are others, at the same place, and what follows. Raises ModelError, DataError."""
     now = encoder_marks(plan)
-    for key, word in held_beside(plan).items():
+    for key, word in held_beside(plan, now).items():
         if before.get(key, now[key]) != now[key]:
-            after = _AFTER.get(key, _TEXT_AFTER)
+            after = _AFTER.get(key, _CONDITION_AFTER if key.startswith(_CONDITION) else _TEXT_AFTER)
             yield f"the {word}, or an option that shapes it, changed since the checkpoint: {after}"
     if before.get("transform", now["transform"]) != now["transform"]:
         yield "this vtrain cuts and scales clips otherwise than the one of the checkpoint: they are encoded again"
@@ -194,9 +209,12 @@ def _refused(plan: Plan, state: RunState, change: Change, moved: Relocation) -> 
         name = next((name for at, (name, _) in enumerate(plan.regularizers) if at == rest[0]), "")
         words, before = {name: "encoder"}, state.features
     else:
-        words, before = held_beside(plan), state.encoders
+        words, before = held_beside(plan, state.encoders), state.encoders
     if words.keys() <= before.keys():
         now = encoder_marks(plan) if table == "model" else feature_marks(plan)
+    words = {
+        key: word for key, word in words.items() if key in now or not key.startswith(_CONDITION)
+    }  # of what is still used
     if not words.keys() <= now.keys():  # nothing says what was there, or what is
         return "" if moved.alike(change) else what
     odd = [word for key, word in words.items() if before[key] != now[key]]

@@ -32,12 +32,14 @@ from vtrain.contract import (
     Text,
     Validated,
     Validating,
+    conditions_of,
     timed,
     timesteps,
     with_clean,
 )
 from vtrain.data.batches import pad
 from vtrain.data.caching.caches import Caches
+from vtrain.data.caching.pictures import Given, absent
 from vtrain.data.caching.sharing import Peers
 from vtrain.plan.records import ValidationPlan
 from vtrain.validate.videos import Strip, read_frames, spread, write_mp4, write_sheet
@@ -74,34 +76,37 @@ class Interrupted(Exception):
     """The user asked to stop while a video was being generated."""
 
 
-def guided(denoiser: Denoiser, text: Text, guidance: float) -> Predict:
+def guided(denoiser: Denoiser, condition: Condition, guidance: float) -> Predict:
     """The prediction with guidance: u + g (c - u), c with the prompt, u with the negative one; both in one batch.
 
-    text: of the negative prompts, then the prompts; with guidance at 1 or below, of the prompts alone.
+    condition: text of the negative prompts, then the prompts, with guidance at 1 or below of the prompts alone; extras of the
+    prompts: both sides have the same.
     """
     if guidance <= 1:
-        return lambda noisy, level: denoiser.predict(noisy, level, Condition(text)).float()
+        return lambda noisy, level: denoiser.predict(noisy, level, condition).float()
+    both = Condition(condition.text, {name: torch.cat([each] * 2) for name, each in condition.extras.items()})
 
     def predict(noisy: Tensor, level: NoiseLevel) -> Tensor:
         doubled = NoiseLevel(torch.cat([level.sigma] * 2), torch.cat([timesteps(level)] * 2))
-        prediction = denoiser.predict(torch.cat([noisy] * 2), doubled, Condition(text)).float()
+        prediction = denoiser.predict(torch.cat([noisy] * 2), doubled, both).float()
         without, with_prompt = prediction.chunk(2)
         return without + guidance * (with_prompt - without)
 
     return predict
 
 
-def after(family: Family, first: Tensor, predict: Predict) -> Predict:
-    """The prediction for the frames after the first, which is clean and stays so: image-to-video.
+def after(family: Family, clean: Tensor, predict: Predict) -> Predict:
+    """The prediction for the frames after the first ones, which are clean and stay so: image-to-video.
 
-    first: (B, C, 1, h, w). The model is given all frames, with level 0 at the first; what it predicts there is dropped.
+    clean: (B, C, n, h, w). The model is given all frames, with level 0 at the first n; what it predicts there is dropped.
     """
+    given = clean.shape[2]
 
     def following(noisy: Tensor, level: NoiseLevel) -> Tensor:
-        whole = torch.cat([first, noisy], 2)
-        clean = torch.zeros(len(whole), whole.shape[2], dtype=torch.bool, device=whole.device)
-        clean[:, 0] = True
-        return predict(whole, with_clean(family, level, clean))[:, :, 1:]
+        whole = torch.cat([clean, noisy], 2)
+        stay = torch.zeros(len(whole), whole.shape[2], dtype=torch.bool, device=whole.device)
+        stay[:, :given] = True
+        return predict(whole, with_clean(family, level, stay))[:, :, given:]
 
     return following
 
@@ -110,7 +115,7 @@ def after(family: Family, first: Tensor, predict: Predict) -> Predict:
 class Validator:
     """Generates the plan's prompts with a denoiser. autocast: as in training. stopping: asked after each solver step.
 
-    pictures: nickname -> clean first latent frame (1, C, 1, h, w) of the prompts that go on from one.
+    pictures: nickname -> what is given beside the prompt, of those that have a picture.
     """
 
     plan: ValidationPlan
@@ -121,7 +126,7 @@ class Validator:
     device: Device
     autocast: Callable[[], AbstractContextManager[Any]]
     stopping: Callable[[], bool]
-    pictures: Mapping[str, Tensor] = field(default_factory=dict)
+    pictures: Mapping[str, Given] = field(default_factory=dict)
 
     def start(self) -> Tensor:
         """The starting noise (1, C, f, h, w), fp32 from a CPU generator: the same on every device and at every step."""
@@ -136,22 +141,29 @@ class Validator:
             texts = [self.caches.text(Caption(self.plan.negative_prompt), "negative")] * len(texts) + texts
         return pad(texts, self.family.text_encoders()).map(self.device.move)
 
-    def latents(self, *prompts: str, first: Tensor | None = None) -> Tensor:
+    def without(self, count: int) -> Given:
+        """What so many prompts without a picture are given: zeros for every condition."""
+        return Given(extras=absent(conditions_of(self.family), self.plan.shape, count))
+
+    def latents(self, *prompts: str, given: Given | None = None) -> Tensor:
         """Clean latents (B, C, f, h, w) of B prompts, in one batch and from the same noise, on the CPU. Raises Interrupted.
 
-        first: (B, C, 1, h, w), the clean first frame of each; what is solved then is the others.
+        given: beside the prompts, None: nothing. Of clean first frames what is solved then is the others.
         """
-        ((_, made),) = deque(self.solving(prompts, first), maxlen=1)
+        ((_, made),) = deque(self.solving(prompts, given), maxlen=1)
         return made.cpu()
 
-    def solving(self, prompts: Sequence[str], first: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
+    def solving(self, prompts: Sequence[str], given: Given | None = None) -> Iterator[tuple[int, Tensor]]:
         """`latents`, on the device, as they are after each solver step, with the steps done; after the last alone where the
         sampler is no SupportsStepwise. Raises Interrupted."""
-        guess = guided(self.denoiser, self.text(prompts), self.plan.guidance)
+        given = given or self.without(len(prompts))
+        extras = {name: self.device.move(each) for name, each in given.extras.items()}
+        guess = guided(self.denoiser, Condition(self.text(prompts), extras), self.plan.guidance)
         noise = self.device.move(self.start()).repeat(len(prompts), 1, 1, 1, 1)
-        if first is not None:
-            first, noise = self.device.move(first), noise[:, :, 1:]
-            guess = after(self.family, first, guess)
+        clean = given.clean
+        if clean is not None:
+            clean, noise = self.device.move(clean), noise[:, :, clean.shape[2] :]
+            guess = after(self.family, clean, guess)
 
         def predict(noisy: Tensor, level: NoiseLevel) -> Tensor:
             """In training's autocast; the solver's own arithmetic stays fp32."""
@@ -165,7 +177,7 @@ class Validator:
             if found is None:
                 return
             done, solved = found
-            yield done, solved if first is None else torch.cat([first, solved], 2)
+            yield done, solved if clean is None else torch.cat([clean, solved], 2)
             self._stop_if_asked()
 
     def _states(self, predict: Predict, noise: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -212,7 +224,7 @@ class Validator:
                 given = [self.pictures[name] for name in names if name in self.pictures]
                 prompts = [self.plan.prompts[name] for name in names]
                 made: list[Tensor] = []
-                for done, latest in self.solving(prompts, torch.cat(given) if given else None):
+                for done, latest in self.solving(prompts, Given.of(given) if given else None):
                     made = [latest]
                     yield Generating(step, "solving", number, count, done, steps)
                 latents |= dict(zip(names, made[0].cpu().chunk(len(names)), strict=True))

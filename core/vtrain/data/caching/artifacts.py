@@ -1,4 +1,5 @@
-"""Artifacts: what is cached of each window of a clip: its latents, its mask, features for each regularizer that asks for them.
+"""Artifacts: what is cached of each window of a clip: its latents, its mask, features for each regularizer that asks for them,
+and the family's conditions.
 
 Each has its files, its keys and its entries. Imports no torch.
 """
@@ -11,6 +12,9 @@ from typing import Protocol
 
 from vtrain.contract import (
     ClipShape,
+    ConditionSpec,
+    ConditionTensors,
+    DType,
     FeatureShape,
     HashFile,
     Regularizer,
@@ -19,7 +23,7 @@ from vtrain.contract import (
     SupportsTokenGrid,
     TokenGrid,
 )
-from vtrain.data.caching.entries import Entries, features_key, mask_key, transform, video_key
+from vtrain.data.caching.entries import Entries, condition_key, features_key, mask_key, transform, video_key
 from vtrain.data.caching.packing import Packed
 from vtrain.data.sample import MaskGrid, Sample, mask_grid
 from vtrain.data.scanning.ledger import ContentHashes
@@ -28,6 +32,9 @@ from vtrain.plan.records import Plan
 
 Window = tuple[Sample, float]
 """A sample and one of its starts."""
+
+_STORED: Mapping[DType, str] = {"fp32": "F32", "bf16": "BF16"}
+"""A storage type -> as safetensors names it."""
 
 Layout = Mapping[str, Packed]
 """An entry's tensors by name, as its header tells."""
@@ -38,7 +45,7 @@ class Artifact(Protocol):
 
     @property
     def stage(self) -> str:
-        """Its name in progress: "video", "mask", "features (crepa)"."""
+        """Its name in progress: "video", "mask", "features (crepa)", "condition (picture)"."""
         ...
 
     @property
@@ -90,7 +97,7 @@ class Contents:
         return self._ledger.of(self.plan.datasets[sample.place].backend.location, ref) or ""
 
 
-class _OfClips:
+class ClipArtifact:
     """What is made of every clip's own file."""
 
     def __init__(self, plan: Plan, contents: Contents, entries: Entries, hash_file: HashFile) -> None:
@@ -109,8 +116,12 @@ class _OfClips:
     def transform(self, sample: Sample) -> int | str:
         return transform(self.plan.datasets[sample.place].decoder)
 
+    def frames(self, sample: Sample) -> tuple[int, ...] | None:
+        """Numbers of a window's frames that are decoded for it; None: all."""
+        return None
 
-class VideoArtifact(_OfClips):
+
+class VideoArtifact(ClipArtifact):
     """Latents of the video codec: "mean", and "std" where they are drawn again."""
 
     stage = "video"
@@ -120,14 +131,18 @@ class VideoArtifact(_OfClips):
         return self.plan.family.video_fingerprint(self._hash_file)
 
     def key(self, sample: Sample, start: float, content: str) -> str:
+        return self.made_key(sample, start, content, self.transform(sample))
+
+    def made_key(self, sample: Sample, start: float, content: str, transform: int | str) -> str:
+        """Of pixels that were made by that transform."""
         std = self.plan.config.cache.latents == "sample"
-        return video_key(content, sample, start, self.transform(sample), self.fingerprint, std=std)
+        return video_key(content, sample, start, transform, self.fingerprint, std=std)
 
     def fits(self, sample: Sample, layout: Layout) -> bool:
         return True
 
 
-class FeatureArtifact(_OfClips):
+class FeatureArtifact(ClipArtifact):
     """Features of a regularizer's own encoder: "features" (f', h', w', D'), of the frames that tokens stand for."""
 
     def __init__(
@@ -161,9 +176,56 @@ class FeatureArtifact(_OfClips):
         grid, frames, _ = self.geometry(sample.shape)
         return features_key(content, sample, start, self.transform(sample), self.name, self.fingerprint, grid, frames)
 
+    def frames(self, sample: Sample) -> tuple[int, ...] | None:
+        return self.geometry(sample.shape)[1]
+
     def fits(self, sample: Sample, layout: Layout) -> bool:
         _, _, expected = self.geometry(sample.shape)
         return "features" in layout and layout["features"].shape == tuple(expected)
+
+
+class ConditionArtifact(ClipArtifact):
+    """What one of the family's conditions gives the denoiser: its tensors by name, of windows whose draws may have it."""
+
+    def __init__(
+        self, plan: Plan, contents: Contents, entries: Entries, hash_file: HashFile, condition: ConditionSpec
+    ) -> None:
+        super().__init__(plan, contents, entries, hash_file)
+        assert condition.encoder is not None  # of others nothing is encoded
+        self.condition, self.encoder = condition, condition.encoder
+        self._known: dict[ClipShape, ConditionTensors] = {}
+
+    @property
+    def stage(self) -> str:
+        return f"condition ({self.condition.name})"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return self.encoder.fingerprint(self._hash_file)
+
+    def tensors(self, shape: ClipShape) -> ConditionTensors:
+        """Of clips of one shape."""
+        if shape not in self._known:
+            self._known[shape] = self.encoder.tensors(shape)
+        return self._known[shape]
+
+    def covers(self, sample: Sample) -> bool:
+        return self.plan.datasets[sample.place].has(self.condition)
+
+    def frames(self, sample: Sample) -> tuple[int, ...] | None:
+        return (0,) if self.condition.source == "first_frame" else None
+
+    def key(self, sample: Sample, start: float, content: str) -> str:
+        return self.made_key(sample, start, content, self.transform(sample))
+
+    def made_key(self, sample: Sample, start: float, content: str, transform: int | str) -> str:
+        """Of pixels that were made by that transform."""
+        return condition_key(content, sample, start, transform, self.condition, self.fingerprint)
+
+    def fits(self, sample: Sample, layout: Layout) -> bool:
+        found = {name: (packed.shape, packed.dtype) for name, packed in layout.items()}
+        expected = self.tensors(sample.shape)
+        return found == {name: (tuple(shape), _STORED[dtype]) for name, (shape, dtype) in expected.items()}
 
 
 class MaskArtifact:

@@ -1,26 +1,20 @@
-"""The caches of a run: text, video, masks, features, and the pictures that validation starts from; filled together, read by any."""
+"""The caches of a run: text, video, masks, features, conditions; filled together, read by any."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from torch import Tensor
 
 from vtrain.contract import Caption, DataError, Filling, Latents, Problem, Role, Text, TextPart
 from vtrain.data.caching.artifacts import Artifact
-from vtrain.data.caching.encoders import opened
-from vtrain.data.caching.entries import video_key
 from vtrain.data.caching.fill import Unusable, fill_text, fill_windows
 from vtrain.data.caching.inventory import DROPPED, Stores
 from vtrain.data.caching.sharing import ALONE, Peers, together
 from vtrain.data.caching.text import text_of
-from vtrain.data.decoding.decode import decode
-from vtrain.data.decoding.video import FileFault, faults
 from vtrain.data.index import Index, Keys, build
-from vtrain.data.sample import TRANSFORM_VERSION, Sample
-from vtrain.data.scanning.scan import PICTURE_REMEDY, picture_file_faults, pictures
+from vtrain.data.sample import Sample
 from vtrain.data.scanning.surveys import Survey
 from vtrain.plan.records import Plan
 
@@ -70,6 +64,10 @@ class Caches:
         """Features of several windows of one shape, by their keys: (B, f', h', w', D') as they are stored."""
         return self._stores.feature.read_all(keys)["features"]
 
+    def condition_entries(self, keys: Sequence[str]) -> dict[str, Tensor]:
+        """A condition of several windows of one shape, by their keys: its tensors by name, B first, as they are stored."""
+        return self._stores.condition.read_all(keys)
+
     def mask_entry(self, key: str) -> Tensor:
         """(f, h, w) fp32 in [0, 1], 1 where the mask is white, by its key."""
         (mask,) = self._stores.mask.read(key).values()  # whichever its name: black, white or mask
@@ -116,7 +114,7 @@ def fill(
     device: str,
     peers: Peers = ALONE,
 ) -> Generator[Filling, None, FilledCaches]:
-    """Encode what is missing: text, masks, video, features, their models one after the other, each loaded only if needed.
+    """Encode what is missing: text, masks, video, features, conditions, their models one after the other, each only if needed.
 
     Every process of a run calls it with the same samples, fills its share, and waits for the others. Tells how far this
     process's share is, stage by stage.
@@ -182,8 +180,9 @@ def _index(
 
     mask_keys = None if masks is None else _keys(masks)
     features = {name: _keys(artifact) for name, artifact in stores.features.items()}
+    conditions = {name: _keys(artifact) for name, artifact in stores.conditions.items()}
     online = any(part.needs().features == "source" for _, part in stores.plan.regularizers)
-    return build(usable(), _keys(stores.videos), text_keys, mask_keys, features, sources=online), changed
+    return build(usable(), _keys(stores.videos), text_keys, mask_keys, features, conditions, sources=online), changed
 
 
 def _keys(artifact: Artifact) -> Keys:
@@ -196,53 +195,3 @@ def _keys(artifact: Artifact) -> Keys:
         return [artifact.key(sample, start, content) for start in sample.starts]
 
     return keys
-
-
-def fill_pictures(plan: Plan, device: str) -> None:
-    """Encode what is missing; the codec is opened only if something is. Raises DataError."""
-    stores = Stores(plan)
-    try:
-        named = {key_of(stores, sample): sample for sample in pictures(plan).values()}
-        missing = {key: sample for key, sample in named.items() if not stores.video.sound(key)}
-        if not missing:
-            return
-        with opened(stores.videos, device) as encode:
-            for key, sample in missing.items():
-                (parts,) = encode([_pixels(sample)], sample)
-                if not all(bool(part.isfinite().all()) for part in parts.values()):
-                    what = "it encodes to numbers that are not finite."
-                    raise DataError(Problem(sample.ref_id, what, "Give another picture."))
-                stores.video.write(key, parts)
-    except FileFault as fault:
-        raise _error(plan, fault) from fault
-
-
-def first_frames(plan: Plan, caches: Caches) -> Mapping[str, Tensor]:
-    """nickname -> clean first latent frame (1, C, 1, h, w) fp32 of those that start from a picture. Raises DataError."""
-    try:
-        return {name: caches.video_entries([key]).mean for name, key in keys(Stores(plan)).items()}
-    except FileFault as fault:
-        raise _error(plan, fault) from fault
-
-
-def keys(stores: Stores) -> dict[str, str]:
-    """nickname -> key of its entry among the encoded videos. Raises FileFault."""
-    return {name: key_of(stores, sample) for name, sample in pictures(stores.plan).items()}
-
-
-def key_of(stores: Stores, sample: Sample) -> str:
-    """As that of a clip of one frame whose dataset is decoded by PyAV."""
-    std = stores.plan.config.cache.latents == "sample"
-    return video_key(sample.content, sample, 0.0, TRANSFORM_VERSION, stores.videos.fingerprint, std=std)
-
-
-def _pixels(sample: Sample) -> Tensor:
-    """uint8 (3, 1, H, W). Raises FileFault."""
-    file = Path(sample.ref_id)
-    with picture_file_faults(file), faults("cannot be read"), file.open("rb") as stream:
-        return decode(stream, sample, 0.0)
-
-
-def _error(plan: Plan, fault: FileFault) -> DataError:
-    where = plan.config.where("validation", "images")
-    return DataError(Problem(where, f"{fault.reason}.", PICTURE_REMEDY))

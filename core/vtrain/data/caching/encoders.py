@@ -1,4 +1,5 @@
-"""What makes the entries of an artifact of decoded windows: the video codec, a regularizer's encoder, or nothing at all."""
+"""What makes the entries of an artifact of decoded windows: the video codec, the encoder of a regularizer or a condition, or
+nothing at all."""
 
 from __future__ import annotations
 
@@ -8,8 +9,17 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from vtrain.contract import ClipShape, Device, FeatureEncoder, PluginError, Problem, VideoCodec, torch_type
-from vtrain.data.caching.artifacts import Artifact, FeatureArtifact, VideoArtifact, Window
+from vtrain.contract import (
+    ClipShape,
+    ConditionEncoder,
+    Device,
+    FeatureEncoder,
+    PluginError,
+    Problem,
+    VideoCodec,
+    torch_type,
+)
+from vtrain.data.caching.artifacts import Artifact, ConditionArtifact, FeatureArtifact, VideoArtifact, Window
 from vtrain.data.decoding.decode import unit_range
 from vtrain.data.decoding.masks import is_empty
 from vtrain.data.decoding.worker import Decoded, DecodeJob, MaskJob
@@ -35,6 +45,9 @@ def opened(artifact: Artifact, device: str) -> Iterator[EncodeWindows]:
     elif isinstance(artifact, FeatureArtifact):
         with artifact.part.open_feature_encoder(device) as encoder:
             yield _features(artifact, encoder, device)
+    elif isinstance(artifact, ConditionArtifact):
+        with artifact.encoder.open(device) as conditions:
+            yield _conditions(artifact, conditions, device)
     else:
         yield _masks
 
@@ -75,6 +88,29 @@ def _features(artifact: FeatureArtifact, encoder: FeatureEncoder, device: str) -
             )
             raise PluginError(Problem("", what, "This is a fault of the regularizer's plugin."))
         return [{"features": each} for each in found.to(dtype).cpu()]  # the type first: fewer bytes to copy
+
+    return encode
+
+
+def _conditions(artifact: ConditionArtifact, encoder: ConditionEncoder, device: str) -> EncodeWindows:
+    here = Device.of(device)
+
+    def encode(pixels: Sequence[Tensor], sample: Sample) -> list[dict[str, Tensor]]:
+        with torch.no_grad():
+            found = encoder.encode(unit_range(here.move(torch.stack(list(pixels)))), sample.shape)
+        promised = artifact.tensors(sample.shape)
+        wrong = [f"{name}, which is not declared" for name in sorted(found.keys() - promised.keys())]
+        for name, (shape, dtype) in promised.items():
+            expected, have = (len(pixels), *shape), found.get(name)
+            if have is None:
+                wrong.append(f"no {name}")
+            elif (tuple(have.shape), have.dtype) != (expected, torch_type(dtype)):
+                wrong.append(f"{name} {tuple(have.shape)} of {have.dtype} where {expected} of {dtype} were promised")
+        if wrong:
+            what = f"the encoder of the condition {artifact.condition.name} made {'; '.join(wrong)}."
+            raise PluginError(Problem("", what, "This is a fault of the model family's plugin."))
+        whole = {name: part.cpu() for name, part in found.items()}
+        return [{name: part[number] for name, part in whole.items()} for number in range(len(pixels))]
 
     return encode
 

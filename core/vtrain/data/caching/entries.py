@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vtrain.contract import Caption, DataError, Problem, Role, TokenGrid
+from vtrain.contract import Caption, ConditionSpec, DataError, Problem, Role, TokenGrid
 from vtrain.contract.weights import parse_header
 from vtrain.data.caching.packing import Bytes, Packed, bytes_of, dtype_names, from_words, pack, unpack, words
 from vtrain.data.sample import MASK_VERSION, TRANSFORM_VERSION, MaskGrid, Sample
@@ -71,6 +71,14 @@ def mask_key(content: str, sample: Sample, start: float, grid: MaskGrid) -> str:
     return _key("mask", content, MASK_VERSION, _window(sample, start), picture, spans, grid.height, grid.width)
 
 
+def condition_key(
+    content: str, sample: Sample, start: float, transform: int | str, condition: ConditionSpec, fingerprint: str
+) -> str:
+    """condition: what is encoded, fingerprint: of its encoder."""
+    window = _window(sample, start)
+    return _key("condition", condition.name, condition.source, fingerprint, content, transform, window, sample.box)
+
+
 def _window(sample: Sample, start: float) -> list[float]:
     return [start, sample.fps, *sample.shape]
 
@@ -81,7 +89,7 @@ def _key(*parts: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-KINDS = ("text", "video", "features", "mask")
+KINDS = ("text", "video", "features", "mask", "condition")
 SUFFIX, PART, DAMAGED = ".safetensors", ".part", ".damaged"
 """Of an entry; of one being written, or left by a process that was killed; of one that was found damaged."""
 

@@ -21,7 +21,17 @@ from vtrain.contract import (
     Role,
     TextEncoder,
 )
-from vtrain.data.caching.artifacts import Artifact, FeatureArtifact, Layout, MaskArtifact, Window, known_key, layout_of
+from vtrain.data.caching.artifacts import (
+    Artifact,
+    ClipArtifact,
+    ConditionArtifact,
+    FeatureArtifact,
+    Layout,
+    MaskArtifact,
+    Window,
+    known_key,
+    layout_of,
+)
 from vtrain.data.caching.encoders import DecodingJob, EncodeWindows, by_shape, in_batches, opened
 from vtrain.data.caching.inventory import Stores, texts
 from vtrain.data.caching.sharing import Leases, Peers, digest64, is_share, together_telling
@@ -278,7 +288,8 @@ class _ArtifactFilling:
             if isinstance(self.artifact, MaskArtifact):
                 yield MaskJob(backend, sample, start, self.artifact.grid(sample.shape), limit, wanted)
             else:
-                frames = self.artifact.geometry(sample.shape)[1] if isinstance(self.artifact, FeatureArtifact) else None
+                assert isinstance(self.artifact, ClipArtifact)
+                frames = self.artifact.frames(sample)
                 yield DecodeJob(backend, sample, start, limit, wanted, frames, bool(dataset.decoder))
 
     def _wanted(self, window: Window) -> Callable[[str], bool]:
@@ -312,7 +323,9 @@ class _ArtifactFilling:
             self._look((job.sample, job.start), parts)
 
     def _noun(self) -> str:
-        return f"features ({self.artifact.name})" if isinstance(self.artifact, FeatureArtifact) else "numbers"
+        if isinstance(self.artifact, ConditionArtifact):
+            return f"numbers of the {self.artifact.stage}"
+        return self.artifact.stage if isinstance(self.artifact, FeatureArtifact) else "numbers"
 
     def _look(self, window: Window, parts: Iterable[str]) -> None:
         """Note a window of which nothing would be trained. parts: names of its entry's tensors."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from vtrain.contract import Caption, DataError, Problem, Role, TextEncoderSpec
 from vtrain.data.caching.artifacts import (
     Artifact,
+    ConditionArtifact,
     Contents,
     FeatureArtifact,
     MaskArtifact,
@@ -30,14 +31,17 @@ from vtrain.plan.text import text_fingerprints
 class Stores:
     """The cache folder as this run sees it. Fingerprints are taken at their first use: they hash weights.
 
-    masks, videos, features: the artifacts, the last by regularizer. masks: None where no dataset has any.
+    masks, videos, features, conditions: the artifacts, features by regularizer, conditions by their names. masks: None where
+    no dataset has any. conditions: of the run, whether of its clips or of validation's pictures alone.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         folder = plan.config.cache.dir
         compress = plan.config.cache.compress
-        self.text, self.video, self.feature, self.mask = (Entries(folder, kind, compress=compress) for kind in KINDS)
+        self.text, self.video, self.feature, self.mask, self.condition = (
+            Entries(folder, kind, compress=compress) for kind in KINDS
+        )
         self._hash_file = FileHashes(folder / HASHES)
         contents = Contents(plan)
         self.masks = MaskArtifact(plan, contents, self.mask) if any(each.masks for each in plan.datasets) else None
@@ -47,12 +51,18 @@ class Stores:
             for name, part in plan.regularizers
             if part.needs().features == "cached"
         }
+        self.conditions = {
+            each.name: ConditionArtifact(plan, contents, self.condition, self._hash_file, each) for each in plan.encoded
+        }
 
     @property
     def artifacts(self) -> tuple[Artifact, ...]:
         """In the order in which they are filled: a clip whose mask is empty is not encoded."""
         masks = () if self.masks is None else (self.masks,)
-        return (*masks, self.videos, *self.features.values())
+        conditions = [
+            each for each in self.conditions.values() if any(d.has(each.condition) for d in self.plan.datasets)
+        ]
+        return (*masks, self.videos, *self.features.values(), *conditions)
 
     @cached_property
     def encoders(self) -> Mapping[str, TextEncoderSpec]:

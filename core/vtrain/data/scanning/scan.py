@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vtrain.config.record import Config
 from vtrain.contract import Caption, ClipShape, ConfigError, DataError, Problem, Size, SourceRef
 from vtrain.data.decoding.probe import Probe, probe
 from vtrain.data.decoding.video import FileFault, faults
@@ -31,7 +30,8 @@ from vtrain.data.scanning.ledger import Ledger, pages, probe_of
 from vtrain.data.scanning.sources import refresh
 from vtrain.data.scanning.surveys import DatasetSurvey, Survey, count_texts, problems, survey
 from vtrain.data.scanning.token_counts import TokenCounts, count_captions, cut_prompts, opened
-from vtrain.plan.records import DatasetPlan, Plan
+from vtrain.plan.conditions import given_latents, least_frames
+from vtrain.plan.records import DatasetPlan, Plan, ValidationPlan
 
 _LIMIT_S = 120.0
 """Seconds for a file where its dataset says nothing else."""
@@ -90,7 +90,7 @@ def scan(plan: Plan, on_file: Callable[[int], None] | None = None) -> Scan:
 
     on_file: called with the number of files done. Raises DataError with all problems of all datasets.
     """
-    wrong = list(picture_faults(plan.config))
+    wrong = list(picture_faults(plan))
     found: list[tuple[ScannedDataset, DatasetSurvey]] = []
     folder = plan.config.cache.dir
     with Ledger(folder) as ledger:
@@ -306,40 +306,62 @@ def picture_file_faults(file: Path) -> Iterator[None]:
         raise FileFault(f"{file}: {fault.reason}", lasting=fault.lasting) from fault
 
 
-def picture_faults(config: Config) -> Iterator[Problem]:
-    """Files that are there and show no picture."""
-    for nickname, file in (config.validation.images if config.validation else {}).items():
+def picture_faults(plan: Plan) -> Iterator[Problem]:
+    """Files that are there and show no picture, or too few."""
+    made = plan.validation
+    for nickname, file in (made.images if made is not None else {}).items():
         try:
             if file.is_file():
-                _probe_picture(file)
+                _check_length(plan, file, _probe_picture(file))
         except FileFault as fault:
-            where = config.where("validation", "images", nickname)
+            where = plan.config.where("validation", "images", nickname)
             yield Problem(where, f"{fault.reason}.", PICTURE_REMEDY)
 
 
-def pictures(plan: Plan) -> dict[str, Sample]:
-    """nickname -> what is taken of its file: the first frame, cut at its centre to the size of the videos.
+def _check_length(plan: Plan, file: Path, found: Probe) -> None:
+    """Raises FileFault for a file that is shorter than what conditions are made of."""
+    made = plan.validation
+    assert made is not None
+    clips = [each for each in plan.conditions if each.source == "clip"]
+    first = clean_shape(plan)
+    least = max(made.shape.frames if any(each.encoder for each in clips) else 1, first.frames if first else 1)
+    if least > 1 and found.duration * made.fps < least - 0.5:
+        lasts = f"{found.duration:.3g} s" if found.frames > 1 else "one picture"
+        needed = f"{least} frames at {made.fps:g} fps"
+        raise FileFault(
+            f"{file}: it is {lasts}, and {' and '.join(each.summary for each in clips)} is made of {needed}"
+        )
 
-    A smaller picture is enlarged. Each bears the content hash of its file, remembered by path, size and time of change.
-    Raises FileFault.
+
+def clean_shape(plan: Plan) -> ClipShape | None:
+    """Of what is encoded as the first latent frames of validation's videos, which stay clean; None if none are."""
+    made, frames = plan.validation, given_latents(plan.conditions)
+    if made is None or not frames:
+        return None
+    return ClipShape(least_frames(plan.family, frames), made.shape.height, made.shape.width)
+
+
+def pictures(plan: Plan) -> dict[str, Sample]:
+    """nickname -> its file as a clip like the videos: of their frames and speed, from the first frame on, cut at its centre.
+
+    How many frames are taken of it is for each use to say. A smaller picture is enlarged. Each bears the content hash of its
+    file, remembered by path, size and time of change. Raises FileFault.
     """
     made = plan.validation
     if made is None or not made.images:
         return {}
     hash_file = FileHashes(plan.config.cache.dir / HASHES)
-    shape = ClipShape(1, made.shape.height, made.shape.width)
-    return {nickname: _picture_sample(file, shape, hash_file) for nickname, file in made.images.items()}
+    return {nickname: _picture_sample(file, made, hash_file) for nickname, file in made.images.items()}
 
 
-def _picture_sample(file: Path, shape: ClipShape, hash_file: FileHashes) -> Sample:
+def _picture_sample(file: Path, made: ValidationPlan, hash_file: FileHashes) -> Sample:
     found = _probe_picture(file)
     with picture_file_faults(file), faults("cannot be read"):
         state, content = file.stat(), hash_file(file)
-    size = Size(shape.width, shape.height)
     return Sample(
         id=str(file), dataset="", place=-1, ref_id=str(file), size=state.st_size, version=str(state.st_mtime_ns),
-        picture=Size(found.width, found.height), box=box(found, size, _PICTURE_CROP, None), shape=shape, fps=1.0, starts=(0.0,),
-        crop=_PICTURE_CROP, captions=(), content=content,
+        picture=Size(found.width, found.height), box=box(found, made.shape.size, _PICTURE_CROP, None), shape=made.shape,
+        fps=made.fps, starts=(0.0,), crop=_PICTURE_CROP, captions=(), content=content,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from vtrain.contract import (
     DIFFUSERS_STEM,
     TRANSFORMERS_STEM,
+    VOCABULARIES,
     CausalCodecConfig,
     CheckpointSource,
     Component,
@@ -32,9 +33,7 @@ COMPONENTS: Mapping[str, Component] = {
     "transformer": Component(("WanTransformer3DModel",), DIFFUSERS_STEM),
     "vae": Component(("AutoencoderKLWan",), DIFFUSERS_STEM),
     "text_encoder": Component(("UMT5EncoderModel",), TRANSFORMERS_STEM),
-    "tokenizer": Component(
-        ("T5TokenizerFast", "T5Tokenizer"), config="tokenizer_config.json", one_of=("tokenizer.json", "spiece.model")
-    ),
+    "tokenizer": Component(("T5TokenizerFast", "T5Tokenizer"), config="tokenizer_config.json", one_of=VOCABULARIES),
     "scheduler": Component(config="scheduler_config.json"),
 }
 

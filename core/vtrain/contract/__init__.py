@@ -1,5 +1,6 @@
 """Everything a plugin imports of vtrain. Importing it imports no torch, diffusers, transformers or accelerate."""
 
+from vtrain.contract.backends import DataBackend, SupportsCaptions, SupportsFiles, SupportsShards
 from vtrain.contract.checkpoints import (
     DIFFUSERS_STEM,
     TRANSFORMERS_STEM,
@@ -92,7 +93,6 @@ from vtrain.contract.options import (
     without_secrets,
 )
 from vtrain.contract.protocols import (
-    DataBackend,
     Denoiser,
     DType,
     Family,
@@ -100,13 +100,10 @@ from vtrain.contract.protocols import (
     Predict,
     Sampler,
     SupportsBlockMemory,
-    SupportsCaptions,
     SupportsDecayRule,
     SupportsDecoderOnly,
-    SupportsFiles,
     SupportsFrameLevels,
     SupportsLora,
-    SupportsShards,
     SupportsStepCheck,
     SupportsStepwise,
     SupportsTokenGrid,

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from vtrain.contract import protocols, regularizers
+from vtrain.contract import backends, protocols, regularizers
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ ABILITIES: Mapping[str, Abilities] = {
         (regularizers.SupportsPauses, regularizers.SupportsFeedback, regularizers.SupportsLearningRate),
     ),
     "data backend": Abilities(
-        protocols.DataBackend, (protocols.SupportsShards, protocols.SupportsCaptions, protocols.SupportsFiles)
+        backends.DataBackend, (backends.SupportsShards, backends.SupportsCaptions, backends.SupportsFiles)
     ),
     "tracker": Abilities(protocols.Tracker, (protocols.SupportsWarnings,)),
 }

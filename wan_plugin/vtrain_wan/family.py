@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import ftfy
 
 from vtrain.contract import (
-    CausalCodecConfig,
+    BlockMemory,
     CheckpointOptions,
     ConditionSpec,
     DiffusersFamily,
@@ -21,7 +21,9 @@ from vtrain.contract import (
     Size,
     TextEncoderSpec,
     TextPartSpec,
+    TokenBytes,
     load_module,
+    official_sizes,
     opened,
 )
 from vtrain_wan import checkpoint, text
@@ -31,47 +33,40 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def buckets(official: Size, stride: int) -> tuple[Size, ...]:
-    """The official size and its upright one, then other aspects of at most its area.
-
-    As Wan's image2video.py and diffusers' guide round: round(sqrt(area x aspect)), down to a multiple of the stride.
-    """
-
-    def side(aspect: float) -> int:
-        return round(math.sqrt(official.area * aspect)) // stride * stride
-
-    aspects = (1, 4 / 3, 3 / 4, 3 / 2, 2 / 3)
-    return (official, Size(official.height, official.width), *(Size(side(each), side(1 / each)) for each in aspects))
+_MEASURED: Mapping[str, Mapping[str, list[int]]] = json.loads(Path(__file__).with_name("memory.json").read_bytes())
+"""Of the published models and the tiny ones, as `vtrain.testing.memory.block_memory` measured them; tests measure again."""
 
 
 class Wan21Family(DiffusersFamily[checkpoint.WanConfig]):
     """A vtrain.contract.Family. Members that read the model folder raise ModelError if it is not sound; `check` lists why."""
 
-    title = checkpoint.TEXT_TO_VIDEO
+    mark, title = "wan", checkpoint.TEXT_TO_VIDEO
     sizes: Mapping[str, tuple[Size, ...]] = {
-        "480p": buckets(Size(832, 480), 16),
-        "720p": buckets(Size(1280, 720), 16),
+        "480p": official_sizes(Size(832, 480), 16),
+        "720p": official_sizes(Size(1280, 720), 16),
     }
     default_frames = 81
     default_fps = 16.0
     frame_levels = False
     wording = staticmethod(text.wording)
+    read_transformer = staticmethod(checkpoint.read_transformer)
+    read_codec = staticmethod(checkpoint.read_vae)
+    codec_defaults = staticmethod(checkpoint.vae_defaults)
 
     def __init__(self, options: CheckpointOptions, size: str | None = None) -> None:
         super().__init__(options, checkpoint.COMPONENTS)
         self._wanted = f"{self.title} {size}" if size else self.title
-
-    def read_transformer(self, folder: Path) -> checkpoint.WanConfig:
-        return checkpoint.read_transformer(folder)
-
-    def read_codec(self, folder: Path) -> CausalCodecConfig:
-        return checkpoint.read_vae(folder)
 
     def check(self) -> Sequence[Problem]:
         return checkpoint.check(self._source, self._wanted)
 
     def describe(self) -> Sequence[tuple[str, str]]:
         return self.rows(checkpoint.identity(self._transformer.shapes()), f"UMT5, {text.TOKENS} tokens,", "Wan VAE")
+
+    def block_memory(self, *, weights: DType, compute: DType, frame_levels: bool) -> BlockMemory | None:
+        model = f"{self._transformer.width} {self._transformer.ffn_dim} {self._transformer.in_channels}"
+        found = _MEASURED.get(model, {}).get(f"{weights} {compute} {'frames' if frame_levels else 'clip'}")
+        return BlockMemory(TokenBytes(*found[:2]), TokenBytes(*found[2:])) if found else None
 
     def timestep(self, sigma: Tensor) -> Tensor:
         return 1000 * sigma
@@ -90,11 +85,6 @@ class Wan21Family(DiffusersFamily[checkpoint.WanConfig]):
         encoder, tokenizer = self._source.part("text_encoder"), self._source.part("tokenizer")
         return opened(lambda: text.load(encoder, tokenizer, self._options.text_precision, device), device)
 
-    def video_fingerprint(self, hash_file: HashFile) -> str:
-        settings = (self._options.vae_precision, self._options.vae_tiling)
-        defaults = checkpoint.vae_defaults()
-        return self.component_fingerprint(hash_file, "vae", "wan video 1", *settings, defaults=defaults)
-
     def codec_class(self) -> type[nn.Module]:
         from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
@@ -112,7 +102,7 @@ class TI2VFamily(Wan21Family):
     """Wan 2.2 TI2V. Its denoiser takes a level for each latent frame."""
 
     title = checkpoint.TI2V
-    sizes: Mapping[str, tuple[Size, ...]] = {"720p": buckets(Size(1280, 704), 32)}
+    sizes: Mapping[str, tuple[Size, ...]] = {"720p": official_sizes(Size(1280, 704), 32)}
     default_frames = 121
     default_fps = 24.0
     frame_levels = True

@@ -11,15 +11,16 @@ from pydantic import BaseModel, ValidationError
 
 from vtrain.contract import ModelError, Problem, misfit_problem, misfits, stored_shapes, weight_problems
 from vtrain_sanavideo import installed
+from vtrain_sanavideo.codec import LTX2_STATISTICS, ltx2_statistics
 from vtrain_sanavideo.flow import scheduler_fault
-from vtrain_sanavideo.geometry import SCALE_SHIFT_TABLE, CodecConfig, TransformerConfig
+from vtrain_sanavideo.geometry import SCALE_SHIFT_TABLE, AnyCodecConfig, CodecConfig, Ltx2CodecConfig, TransformerConfig
 from vtrain_sanavideo.source import STEMS, CheckpointSource
 
 CLASSES: Mapping[str, tuple[str, ...]] = {
     "text_encoder": ("Gemma2Model",),
     "tokenizer": ("GemmaTokenizerFast", "GemmaTokenizer"),
     "transformer": ("SanaVideoTransformer3DModel",),
-    "vae": ("AutoencoderKLWan",),
+    "vae": ("AutoencoderKLWan", "AutoencoderKLLTX2Video"),
 }
 """The classes that this family works with; the scheduler may be any that follows a flow."""
 
@@ -46,16 +47,34 @@ def read_transformer(folder: Path) -> TransformerConfig:
     return _typed(TransformerConfig, folder / "config.json", defaults)
 
 
-def read_codec(folder: Path) -> CodecConfig:
+def read_codec(folder: Path) -> AnyCodecConfig:
     """The VAE's config, completed by its class's defaults. Raises ModelError."""
-    config = _typed(CodecConfig, folder / "config.json", codec_defaults())
+    path, name = folder / "config.json", vae_class(folder)
+    kind = CodecConfig if name == CLASSES["vae"][0] else Ltx2CodecConfig
+    config: AnyCodecConfig = _typed(kind, path, _codec_defaults(name))
     if faults := config.faults():
-        raise ModelError(Problem(str(folder / "config.json"), fault, "Take the VAE's own config.") for fault in faults)
+        raise ModelError(Problem(str(path), fault, "Take the VAE's own config.") for fault in faults)
     return config
 
 
-def codec_defaults() -> dict[str, object]:
-    return installed.default_arguments(installed.VAE, "AutoencoderKLWan", "__init__")
+def vae_class(folder: Path) -> str:
+    """Of the VAEs that this family works with. Raises ModelError for another one."""
+    path, known = folder / "config.json", CLASSES["vae"]
+    found = read_json(path).get("_class_name", known[0])
+    if found not in known:
+        what = f"this VAE is a {found}, and this family works with {' or '.join(known)}."
+        raise ModelError(Problem(str(path), what, "Take the VAE of this checkpoint, or another copy of it."))
+    return str(found)
+
+
+def codec_meaning(folder: Path) -> dict[str, object]:
+    """What the VAE's config means, its class's defaults written out. Raises ModelError."""
+    return _codec_defaults(vae_class(folder)) | meaning(read_json(folder / "config.json"))
+
+
+def _codec_defaults(name: str) -> dict[str, object]:
+    file = installed.VAE if name == CLASSES["vae"][0] else installed.LTX2_VAE
+    return installed.default_arguments(file, name, "__init__")
 
 
 def meaning(config: JsonObject) -> dict[str, object]:
@@ -101,9 +120,21 @@ def _index(folder: Path) -> list[Problem]:
         entry = index.get(part)
         found = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
         if found not in wanted:
-            what = f"{part} is {f'a {found}' if found else 'not listed'}, and this family works with {wanted[0]}."
+            what = f"{part} is {f'a {found}' if found else 'not listed'}, and this family works with {' or '.join(wanted)}."
             problems.append(Problem(str(path), what, "Name a SANA-Video checkpoint in [model] path."))
+        elif part == "vae" and (folder / part / "config.json").is_file():
+            problems += _same_vae(path, str(found), folder / part)
     return problems
+
+
+def _same_vae(index: Path, listed: str, folder: Path) -> list[Problem]:
+    """diffusers loads the class of the index, whatever the VAE's own config says."""
+    try:
+        found = vae_class(folder)
+    except ModelError:
+        return []  # reported with the config
+    what = f"the VAE is listed as a {listed}, and {folder.name}/config.json is of a {found}."
+    return [] if found == listed else [Problem(str(index), what, "Take both files from the same checkpoint.")]
 
 
 def _weights(folder: Path, stem: str, source: CheckpointSource) -> list[Problem]:
@@ -143,9 +174,10 @@ def _geometry(folder: Path) -> list[Problem]:
         transformer = None
         problems += error.problems
     try:
-        codec = _known_vae(folder / "vae")
-        if transformer is not None and codec.z_dim != transformer.in_channels:
-            what = f"the VAE has {codec.z_dim} latent channels, and the transformer takes {transformer.in_channels}."
+        codec = read_codec(folder / "vae")
+        problems += _statistics(folder / "vae", codec)
+        if transformer is not None and codec.channels != transformer.in_channels:
+            what = f"the VAE has {codec.channels} latent channels, and the transformer takes {transformer.in_channels}."
             problems.append(Problem(str(folder / "vae" / "config.json"), what, "Take the VAE of this checkpoint."))
     except ModelError as error:
         problems += error.problems
@@ -166,30 +198,49 @@ def _transformer_weights(folder: Path, config: TransformerConfig) -> list[Proble
     return [misfit_problem(folder, lines)] if lines else []
 
 
-def _known_vae(folder: Path) -> CodecConfig:
-    """The config of a VAE that is a Wan VAE. Raises ModelError."""
-    path = folder / "config.json"
-    found = read_json(path).get("_class_name", CLASSES["vae"][0])
-    if found not in CLASSES["vae"]:
-        what = f"this VAE is a {found}, and this family works with {CLASSES['vae'][0]}."
-        raise ModelError(Problem(str(path), what, "Take the VAE of this checkpoint, or another copy of it."))
-    return read_codec(folder)
+def _statistics(folder: Path, config: AnyCodecConfig) -> list[Problem]:
+    """The LTX-2 VAE has the mean and std of its latents among its weights."""
+    if not isinstance(config, Ltx2CodecConfig) or weight_problems(folder, STEMS["vae"]):
+        return []  # reported, or still on the hub
+    try:
+        ltx2_statistics(folder, config)
+    except ModelError as error:
+        return list(error.problems)
+    return []
 
 
 def _other_vae(own: Path, other: CheckpointSource) -> list[Problem]:
     """vae_path names another copy of the same VAE, or it is a mistake: latents of another one mean nothing here."""
     try:
         folder = codec_folder(other)
-        _known_vae(folder)
-        theirs, ours = (codec_defaults() | meaning(read_json(path / "config.json")) for path in (folder, own))
+        config, mine = read_codec(folder), read_codec(own)
+        theirs, ours = codec_meaning(folder), codec_meaning(own)
     except ModelError as error:
         return list(error.problems)
-    odd = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
+    path, remedy = str(folder / "config.json"), "Remove vae_path, or name a copy of the same VAE."
+    if config.name != mine.name:
+        what = f"vae_path is a {vae_class(folder)}, and the VAE of [model] path is a {vae_class(own)}."
+        return [Problem(path, what, remedy)]
     problems = _weights(folder, STEMS["vae"], other)
-    if odd:
+    if odd := sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key)):
         what = f"vae_path is not the VAE of [model] path: {', '.join(odd)} differ."
-        problems.append(Problem(str(folder / "config.json"), what, "Remove vae_path, or name a copy of the same VAE."))
+        problems.append(Problem(path, what, remedy))
+    elif not problems:
+        problems += _statistics(folder, config) or _other_statistics(own, folder, mine, remedy)
     return problems
+
+
+def _other_statistics(own: Path, other: Path, config: AnyCodecConfig, remedy: str) -> list[Problem]:
+    if not isinstance(config, Ltx2CodecConfig) or any(weight_problems(each, STEMS["vae"]) for each in (own, other)):
+        return []
+    try:
+        pairs = zip(ltx2_statistics(own, config), ltx2_statistics(other, config), LTX2_STATISTICS, strict=True)
+    except ModelError:
+        return []  # of `own`, reported
+    # The share that the rounding of a copy in bf16 changes.
+    odd = [name for mine, theirs, name in pairs if any(abs(a - b) > abs(a) / 100 for a, b in zip(mine, theirs, strict=True))]
+    what = f"vae_path is not the VAE of [model] path: {', '.join(odd)} among the weights differ."
+    return [Problem(str(other), what, remedy)] if odd else []
 
 
 def _typed(kind: type[ConfigT], path: Path, defaults: JsonObject) -> ConfigT:

@@ -1,41 +1,57 @@
-"""Pixels to latents and back through the Wan VAE, normalised as SanaVideoPipeline does."""
+"""Pixels to latents and back through the checkpoint's VAE, normalised as SanaVideoPipeline does.
+
+The 480p checkpoint has the Wan VAE, whose config holds the latents' mean and std; the 720p one has the LTX-2 video VAE, which has
+them among its weights.
+"""
 
 # mypy: allow-untyped-calls
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from vtrain.contract import Device, Latents, fill_module
-from vtrain_sanavideo.geometry import CodecConfig
+from vtrain.contract import Device, Latents, ModelError, Problem, fill_module, stored_numbers
+from vtrain_sanavideo.geometry import AnyCodecConfig, CodecConfig, Ltx2CodecConfig
 from vtrain_sanavideo.options import SanaVideoOptions
 
 if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl_ltx2 import AutoencoderKLLTX2Video
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
     from torch import Tensor
+
+    VaeT = TypeVar("VaeT", AutoencoderKLWan, AutoencoderKLLTX2Video)
+
+WEIGHTS = "diffusion_pytorch_model"
+LTX2_STATISTICS = ("latents_mean", "latents_std")
 
 TOLERANCE = 1e-3
 """How far beyond [-1, 1] a pixel may be: resampling and bf16 rounding, not a range of [0, 255]."""
 
 
-class SanaVideoCodec:
-    """The VAE at work, SupportsDecoderOnly.
+Statistics = tuple[Sequence[float], Sequence[float]]
+"""Mean and std, one number for each channel."""
 
-    The feature cache of its causal convolutions lives on the module, so one thread at a time is let in.
+
+class SanaVideoCodec:
+    """The VAE at work, SupportsDecoderOnly. statistics: mean and std of each channel of its latents.
+
+    The feature cache of the Wan VAE's causal convolutions lives on the module, so one thread at a time is let in.
     """
 
-    def __init__(self, vae: AutoencoderKLWan, config: CodecConfig) -> None:
+    def __init__(
+        self, vae: AutoencoderKLWan | AutoencoderKLLTX2Video, config: AnyCodecConfig, statistics: Statistics
+    ) -> None:
         import torch
 
-        self._vae: AutoencoderKLWan | None = vae
+        self._vae: AutoencoderKLWan | AutoencoderKLLTX2Video | None = vae
         self._config = config
         # There already: a copy from the host at each use would wait for the device.
         self._mean, self._std = (
-            torch.tensor(numbers, device=vae.device).view(1, config.z_dim, 1, 1, 1)
-            for numbers in (config.latents_mean, config.latents_std)
+            torch.tensor(numbers, device=vae.device).view(1, config.channels, 1, 1, 1) for numbers in statistics
         )
         self._lock = threading.Lock()
 
@@ -75,14 +91,16 @@ class SanaVideoCodec:
         with self._lock:
             vae = self._open()
             device = str(vae.device)
-            vae.encoder = vae.quant_conv = None  # type: ignore[assignment]  # a module may be None
+            vae.encoder = None  # type: ignore[assignment]  # a module may be None
+            if isinstance(self._config, CodecConfig):
+                vae.quant_conv = None  # type: ignore[union-attr, assignment]
         Device.of(device).release()
 
     def close(self) -> None:
         """Let go of the weights."""
         self._vae = None
 
-    def _open(self) -> AutoencoderKLWan:
+    def _open(self) -> AutoencoderKLWan | AutoencoderKLLTX2Video:
         if self._vae is None:
             raise RuntimeError("this video codec is closed")
         return self._vae
@@ -93,18 +111,28 @@ class SanaVideoCodec:
             raise ValueError(f"pixels are floats (B, 3, F, H, W), not {pixels.dtype} {tuple(pixels.shape)}")
         frames, height, width = pixels.shape[2:]
         if not rule.accepts(frames):
-            raise ValueError(f"{frames} frames: the Wan VAE takes {rule}")
+            raise ValueError(f"{frames} frames: the {self._config.name} takes {rule}")
         if height % factor or width % factor:
-            raise ValueError(f"{width}x{height}: the Wan VAE takes multiples of {factor}")
+            raise ValueError(f"{width}x{height}: the {self._config.name} takes multiples of {factor}")
         largest = pixels.abs().max().item()
         if not largest <= 1 + TOLERANCE:  # so written, NaN is refused too
             raise ValueError(f"pixels are in [-1, 1], and one is {largest:g} in size")
 
 
+class Ltx2Codec(SanaVideoCodec):
+    """The LTX-2 video VAE at work."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """As the Wan VAE's, which ends in [-1, 1] by itself; SanaVideoPipeline cuts this one's pixels when it shows them."""
+        return super().decode(latents).clamp(-1, 1)
+
+
 @contextmanager
-def open_codec(folder: Path, config: CodecConfig, options: SanaVideoOptions, device: str) -> Iterator[SanaVideoCodec]:
+def open_codec(
+    folder: Path, config: AnyCodecConfig, options: SanaVideoOptions, device: str
+) -> Iterator[SanaVideoCodec]:
     """Load the VAE for the length of a with block. Raises ModelError."""
-    codec = SanaVideoCodec(_load(folder, options, device), config)
+    codec = _codec(folder, config, options, device)
     try:
         yield codec
     finally:
@@ -112,15 +140,45 @@ def open_codec(folder: Path, config: CodecConfig, options: SanaVideoOptions, dev
         Device.of(device).release()
 
 
-def _load(folder: Path, options: SanaVideoOptions, device: str) -> AutoencoderKLWan:
-    from accelerate import init_empty_weights
+def _codec(folder: Path, config: AnyCodecConfig, options: SanaVideoOptions, device: str) -> SanaVideoCodec:
+    if isinstance(config, Ltx2CodecConfig):
+        from diffusers.models.autoencoders.autoencoder_kl_ltx2 import AutoencoderKLLTX2Video
+
+        # From the file, in full: the module's own are in the storage type of its weights.
+        statistics = ltx2_statistics(folder, config)
+        return Ltx2Codec(_load(AutoencoderKLLTX2Video, folder, options, device), config, statistics)
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
+    statistics = config.latents_mean, config.latents_std
+    return SanaVideoCodec(_load(AutoencoderKLWan, folder, options, device), config, statistics)
+
+
+def _load(kind: type[VaeT], folder: Path, options: SanaVideoOptions, device: str) -> VaeT:
+    from accelerate import init_empty_weights
+
     with init_empty_weights(include_buffers=False):
-        vae: AutoencoderKLWan = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(folder))
-    fill_module(vae, folder, "diffusion_pytorch_model", options.vae_precision, device)
+        vae: VaeT = kind.from_config(kind.load_config(folder))
+    fill_module(vae, folder, WEIGHTS, options.vae_precision, device)
     vae.to(device)  # type: ignore[arg-type]  # its wrapper hides self
     vae.eval().requires_grad_(False)
     if options.vae_tiling:
         vae.enable_tiling()
     return vae
+
+
+def ltx2_statistics(folder: Path, config: Ltx2CodecConfig) -> Statistics:
+    """Mean and std of the latents, from the weights. No torch. Raises ModelError if they are not there, or cannot be."""
+    found = stored_numbers(folder, WEIGHTS, LTX2_STATISTICS)
+    faults = [
+        f"{name} has {len(found[name])} numbers, and latent_channels asks for {config.channels}."
+        if name in found
+        else f"{name} is missing: SanaVideoPipeline normalises latents with it."
+        for name in LTX2_STATISTICS
+        if len(found.get(name, ())) != config.channels
+    ]
+    mean, std = (found.get(name, ()) for name in LTX2_STATISTICS)
+    if not faults and not (all(map(math.isfinite, (*mean, *std))) and min(std) > 0):
+        faults.append("latents_mean and latents_std must be finite, and latents_std more than 0.")
+    if faults:
+        raise ModelError(Problem(str(folder), fault, "Take the VAE's own weights.") for fault in faults)
+    return mean, std

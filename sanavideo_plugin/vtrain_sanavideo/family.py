@@ -26,7 +26,7 @@ from vtrain.contract import (
     weight_hashes,
 )
 from vtrain_sanavideo import check, codec, denoiser, installed, text
-from vtrain_sanavideo.geometry import OFFICIAL_480P, CodecConfig, TransformerConfig
+from vtrain_sanavideo.geometry import BUCKETS, AnyCodecConfig, TransformerConfig
 from vtrain_sanavideo.options import SanaVideoOptions
 from vtrain_sanavideo.source import STEMS, CheckpointSource
 
@@ -57,7 +57,7 @@ class SanaVideoFamily:
         return check.read_transformer(self._source.folder / "transformer")
 
     @cached_property
-    def _codec(self) -> CodecConfig:
+    def _codec(self) -> AnyCodecConfig:
         return check.read_codec(check.codec_folder(self._vae_source or self._source))
 
     @cached_property
@@ -75,7 +75,7 @@ class SanaVideoFamily:
 
     @property
     def default_size(self) -> Size:
-        return OFFICIAL_480P[0]
+        return BUCKETS[self._transformer.sample_size][1][0]
 
     @property
     def frame_rule(self) -> FrameRule:
@@ -106,16 +106,19 @@ class SanaVideoFamily:
         return sum(math.prod(shape) for shape in self._transformer.shapes().values())
 
     def resolutions(self) -> Mapping[str, tuple[Size, ...]]:
-        return {"480p": OFFICIAL_480P}
+        return dict([BUCKETS[self._transformer.sample_size]])
 
     def latent_shape(self, clip: ClipShape) -> LatentShape:
-        """Raises ValueError for a clip that the codec or the patches would cut."""
+        """Raises ValueError for a clip that the codec or the patches would cut, ModelError for one that it cannot decode."""
         stride, rule = self.pixel_stride, self.frame_rule
         if not rule.accepts(clip.frames) or clip.height % stride or clip.width % stride:
             raise ValueError(f"{clip}: SANA-Video takes {rule} frames and multiples of {stride} pixels")
+        faults = (self._codec.undecodable(edge, tiled=self._options.vae_tiling) for edge in (clip.height, clip.width))
+        if fault := next(filter(None, faults), None):
+            raise ModelError(Problem(str(clip), f"the {self._codec.name}: {fault}.", "Choose another size."))
         factor = self._codec.space_factor
         return LatentShape(
-            channels=self._codec.z_dim,
+            channels=self._codec.channels,
             frames=(clip.frames - rule.offset) // rule.stride + 1,
             height=clip.height // factor,
             width=clip.width // factor,
@@ -126,7 +129,7 @@ class SanaVideoFamily:
         return range(max(0, last - self.frame_rule.stride + 1), last + 1)
 
     def token_grid(self, latents: LatentShape) -> TokenGrid:
-        """Patches of (1, 2, 2)."""
+        """Patches of (1, 2, 2) of the 480p model, of (1, 1, 1) of the 720p one."""
         time, height, width = self._transformer.patch_size
         return TokenGrid(latents.frames // time, latents.height // height, latents.width // width)
 
@@ -158,8 +161,8 @@ class SanaVideoFamily:
             ("text", f"Gemma-2 in {options.text_precision}, {wording} instruction, {score}, {text.TEXT_TOKENS} tokens"),
             (
                 "video codec",
-                f"Wan VAE in {options.vae_precision}, x{vae.space_factor} space, x{vae.time_factor} time, "
-                f"{vae.z_dim} channels{', tiled' if options.vae_tiling else ''}"
+                f"{vae.name} in {options.vae_precision}, x{vae.space_factor} space, x{vae.time_factor} time, "
+                f"{vae.channels} channels{', tiled' if options.vae_tiling else ''}"
                 f"{f', from {self._vae_source.describe()}' if self._vae_source else ''}",
             ),
         )
@@ -188,7 +191,7 @@ class SanaVideoFamily:
         return _digest(
             "sanavideo video 1",
             # With the class's defaults: a config that spells one out is the same model.
-            check.codec_defaults() | check.meaning(check.read_json(folder / "config.json")),
+            check.codec_meaning(folder),
             weight_hashes(folder, STEMS["vae"], hash_file),
             [self._options.vae_precision, self._options.vae_tiling],
         )

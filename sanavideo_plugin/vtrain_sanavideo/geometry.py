@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from collections.abc import Iterable, Mapping
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,6 +15,15 @@ OFFICIAL_480P = (
     Size(560, 720), Size(528, 768), Size(496, 816), Size(480, 832), Size(448, 896),
 )  # fmt: skip
 """The buckets of the 480p model, the default first (NVlabs/Sana; diffusers has the same as ASPECT_RATIO_480_BIN)."""
+
+OFFICIAL_720P = (
+    Size(1280, 704), Size(1344, 672), Size(1152, 800), Size(1088, 832), Size(960, 960), Size(896, 1024),
+    Size(832, 1088), Size(800, 1152), Size(736, 1248), Size(704, 1280), Size(672, 1344),
+)  # fmt: skip
+"""The buckets of the 720p model, the default first (diffusers' ASPECT_RATIO_720_BIN)."""
+
+BUCKETS: Mapping[int, tuple[str, tuple[Size, ...]]] = {30: ("480p", OFFICIAL_480P), 22: ("720p", OFFICIAL_720P)}
+"""Name and buckets by the transformer's sample_size, as SanaVideoPipeline chooses them."""
 
 SCALE_SHIFT_TABLE = "scale_shift_table"
 """The one weight that some checkpoints store as (1, 2, D) instead of (2, D)."""
@@ -41,6 +51,7 @@ class TransformerConfig(BaseModel):
     norm_elementwise_affine: bool
     guidance_embeds: Literal[False]
     qk_norm: Literal["rms_norm_across_heads"] | None
+    sample_size: Literal[30, 22]
 
     @property
     def width(self) -> int:
@@ -100,6 +111,7 @@ class CodecConfig(BaseModel):
     """vae/config.json of an AutoencoderKLWan, over the class's own defaults."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
+    name: ClassVar[str] = "Wan VAE"
 
     z_dim: Positive
     dim_mult: tuple[Positive, ...] = Field(min_length=1)
@@ -109,6 +121,10 @@ class CodecConfig(BaseModel):
     latents_std: tuple[Annotated[float, Field(gt=0)], ...]
     scale_factor_temporal: Positive | None
     scale_factor_spatial: Positive | None
+
+    @property
+    def channels(self) -> int:
+        return self.z_dim
 
     @property
     def time_factor(self) -> int:
@@ -125,6 +141,10 @@ class CodecConfig(BaseModel):
         """The codec is causal: the first frame stands alone, then time_factor frames share a latent frame."""
         return FrameRule(stride=self.time_factor, offset=1)
 
+    def undecodable(self, edge: int, *, tiled: bool) -> str | None:
+        """Why a height or width of `edge` pixels cannot be decoded: it always can."""
+        return None
+
     def faults(self) -> list[str]:
         """What in the config contradicts itself."""
         pairs = (
@@ -134,3 +154,102 @@ class CodecConfig(BaseModel):
             ("latents_std", len(self.latents_std), self.z_dim, "z_dim asks for"),
         )
         return [f"{name}: {said}, but {why} {is_}." for name, said, is_, why in pairs if said not in (None, is_)]
+
+
+Stages = bool | tuple[bool, ...]
+"""Whether each stage halves or doubles; one answer is for all of them."""
+
+_TILE, _TILE_STEP = 512, 448
+"""Pixels of a tile of the LTX-2 VAE, and from one's start to the next's."""
+
+
+class Ltx2CodecConfig(BaseModel):
+    """vae/config.json of an AutoencoderKLLTX2Video, over the class's own defaults.
+
+    What SanaVideoPipeline does not do is refused: it gives the decoder no noise level, and no scaling factor has an effect.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+    name: ClassVar[str] = "LTX-2 VAE"
+
+    in_channels: Literal[3]
+    out_channels: Literal[3]
+    latent_channels: Positive
+    block_out_channels: tuple[Positive, ...] = Field(min_length=1)
+    decoder_block_out_channels: tuple[Positive, ...] = Field(min_length=1)
+    spatio_temporal_scaling: Stages
+    decoder_spatio_temporal_scaling: Stages
+    downsample_type: tuple[Literal["conv", "spatial", "temporal", "spatiotemporal"], ...]
+    upsample_type: tuple[Literal["spatial", "temporal", "spatiotemporal"], ...]
+    decoder_inject_noise: Stages
+    timestep_conditioning: Literal[False]
+    patch_size: Positive
+    patch_size_t: Literal[1]
+    scaling_factor: float
+    encoder_causal: Literal[True]
+    decoder_spatial_padding_mode: str
+    spatial_compression_ratio: Positive | None
+    temporal_compression_ratio: Positive | None
+
+    @property
+    def channels(self) -> int:
+        return self.latent_channels
+
+    @property
+    def time_factor(self) -> int:
+        """Pixel frames per latent frame, the first apart."""
+        return _halvings(self._down(), "spatial")
+
+    @property
+    def space_factor(self) -> int:
+        """Pixels per latent in height and width: the pixel patch and what the encoder's stages halve."""
+        return self.patch_size * _halvings(self._down(), "temporal")
+
+    @property
+    def frame_rule(self) -> FrameRule:
+        """The encoder is causal: the first frame stands alone, then time_factor frames share a latent frame."""
+        return FrameRule(stride=self.time_factor, offset=1)
+
+    def undecodable(self, edge: int, *, tiled: bool) -> str | None:
+        """Why a height or width of `edge` pixels cannot be decoded, or None: reflected padding takes two latents at least."""
+        if self.decoder_spatial_padding_mode != "reflect":
+            return None
+        if edge < 2 * self.space_factor:
+            return f"{edge} pixels are one latent of its decoder, which takes two"
+        if tiled and edge > _TILE and edge % _TILE_STEP == self.space_factor:
+            return f"with vae_tiling the last tile of {edge} pixels is one latent, and its decoder takes two"
+        return None
+
+    def faults(self) -> list[str]:
+        """What in the config contradicts itself, or SanaVideoPipeline."""
+        up = [*zip(self.upsample_type, reversed(_each(self.decoder_spatio_temporal_scaling, len(self.upsample_type))))]
+        drawn = [kind for kind, on in up if on]
+        space, time = self.patch_size * _halvings(drawn, "temporal"), _halvings(drawn, "spatial")
+        pairs = (
+            ("downsample_type", len(self.downsample_type), len(self.block_out_channels), "block_out_channels asks for"),
+            ("spatial_compression_ratio", self.spatial_compression_ratio, self.space_factor, "the encoder's stages give"),
+            ("temporal_compression_ratio", self.temporal_compression_ratio, self.time_factor, "the encoder's stages give"),
+            ("spatial_compression_ratio", self.spatial_compression_ratio, space, "the decoder's stages give"),
+            ("temporal_compression_ratio", self.temporal_compression_ratio, time, "the decoder's stages give"),
+            ("scaling_factor", self.scaling_factor, 1, "SanaVideoPipeline works with"),
+        )
+        faults = [f"{name}: {said}, but {why} {is_}." for name, said, is_, why in pairs if said != is_]
+        if any(_each(self.decoder_inject_noise, 1)):
+            faults.append("decoder_inject_noise: the decoder adds noise, so that latents would not give the same video again.")
+        return list(dict.fromkeys(faults))
+
+    def _down(self) -> list[str]:
+        scaled = _each(self.spatio_temporal_scaling, len(self.downsample_type))
+        return [kind for kind, on in zip(self.downsample_type, scaled) if on]
+
+
+def _each(stages: Stages, count: int) -> tuple[bool, ...]:
+    return (stages,) * count if isinstance(stages, bool) else stages
+
+
+def _halvings(kinds: Iterable[str], but: str) -> int:
+    """2 to the power of how many stages halve something else than `but` alone does."""
+    return 1 << sum(kind != but for kind in kinds)
+
+
+AnyCodecConfig = CodecConfig | Ltx2CodecConfig

@@ -13,6 +13,7 @@ from vtrain.contract import PluginError, Problem
 PIPELINE = "pipelines/sana_video/pipeline_sana_video.py"
 TRANSFORMER = "models/transformers/transformer_sana_video.py"
 VAE = "models/autoencoders/autoencoder_kl_wan.py"
+LTX2_VAE = "models/autoencoders/autoencoder_kl_ltx2.py"
 
 
 def default_arguments(file: str, owner: str, function: str) -> dict[str, object]:

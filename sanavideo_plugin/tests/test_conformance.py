@@ -19,6 +19,13 @@ class TestFamily(FamilyTests):
         return SANAVIDEO.build(SANAVIDEO.options.model_validate({"path": str(checkpoint)}))
 
 
+class TestFamily720p(FamilyTests):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def family(cls, checkpoint_720p: Path) -> Family:
+        return SANAVIDEO.build(SANAVIDEO.options.model_validate({"path": str(checkpoint_720p)}))
+
+
 class TestSampler(SamplerTests):
     # diffusers' schedulers start pure noise at their first level, 0.99987 with shift 8, and not at 1.
     tolerance = 5e-4

@@ -29,7 +29,7 @@ from vtrain.contract import (
     TokenGrid,
 )
 from vtrain.contract.specs import did_you_mean, listed
-from vtrain.plan.datasets import check_frames, datasets, nearest_size, token_grid, warnings
+from vtrain.plan.datasets import check_frames, datasets, nearest_size, pointed_out, token_grid, warnings
 from vtrain.plan.places import among_clips, output_problems
 from vtrain.plan.records import DatasetPlan, Plan, ValidationPlan
 from vtrain.registry.blame import blame
@@ -77,7 +77,13 @@ def _make_plan(config: Config, processes: int) -> Plan:
         datasets=made,
         base=config.precision.base or base_of(config.model.table.train),
         validation=validation,
-        warnings=(*sampler.warnings(), *_unusual(config), *warnings(config, family), *_said(regularizers)),
+        warnings=(
+            *sampler.warnings(),
+            *_unusual(config),
+            *warnings(config, family),
+            *_beyond(family, made, validation),
+            *_said(regularizers),
+        ),
     )
 
 
@@ -131,6 +137,9 @@ def _usual(spec: OptimizerSpec) -> str:
     return "" if spec.usual_lr is None else "Usual are {:g} to {:g}.".format(*spec.usual_lr)
 
 
+_BEYOND = 1.5
+"""An area by this factor larger than any of the checkpoint's own is pointed out."""
+
 _TOKEN = re.compile(r"<[^<>\s]{1,64}>|\{[A-Za-z_][\w.:-]{0,63}\}")
 
 
@@ -161,6 +170,23 @@ def _longest(family: Family, made: tuple[DatasetPlan, ...]) -> Clips:
     stride, rule = family.pixel_stride, family.frame_rule
     taken = [s for s in sorted(shapes) if rule.accepts(s.frames) and not (s.height % stride or s.width % stride)]
     return tuple((shape, token_grid(family, shape)) for shape in taken)
+
+
+def _beyond(family: Family, datasets: Sequence[DatasetPlan], validation: ValidationPlan | None) -> Iterator[str]:
+    """Sizes far larger than all that the family's checkpoint was made for; smaller ones are cheap, and often meant."""
+    named = family.resolutions()
+    name, largest = max(((name, size) for name in named for size in named[name]), key=lambda each: each[1].area)
+    # What a number in `resolution` is beside the family's own sizes has been said.
+    sizes = {each.id: each.sizes for each in datasets if not pointed_out(family, each.table)}
+    places = [(f"[[data]] {key}", size) for key in sizes for size in sizes[key]]
+    places += [("[validation] size", validation.shape.size)] if validation is not None else []
+    beyond = [(where, size) for where, size in places if size.area > _BEYOND * largest.area]
+    for where in dict.fromkeys(where for where, _ in beyond):
+        worst = max((size for place, size in beyond if place == where), key=lambda size: size.area)
+        yield (
+            f"{where}: {worst} has {worst.area / largest.area:.1f} times the area of {largest}, the largest size of this "
+            f'checkpoint\'s own, "{name}": it has not been trained on videos that large'
+        )
 
 
 def _said(regularizers: tuple[tuple[str, Regularizer], ...]) -> list[str]:

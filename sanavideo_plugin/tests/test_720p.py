@@ -120,7 +120,9 @@ def test_latents_are_the_posterior_mode_normalised_by_the_modules_numbers(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_decode_is_bit_for_bit_what_the_pipeline_shows(checkpoint_720p: Path, family_of: Families, precision: str) -> None:
+def test_decode_is_bit_for_bit_what_the_pipeline_shows(
+    checkpoint_720p: Path, family_of: Families, precision: str
+) -> None:
     """The pipeline cuts pixels to [-1, 1] when it makes pictures of them."""
     latents, dtype = normal(1, 128, 2, 2, 3), torch.float32 if precision == "fp32" else torch.bfloat16
     vae = AutoencoderKLLTX2Video.from_pretrained(checkpoint_720p, subfolder="vae", torch_dtype=dtype)
@@ -241,6 +243,7 @@ def test_one_prediction_and_one_with_a_clean_first_frame_are_the_modules(large: 
         (ClipShape(9, 32, 64), False, "32 pixels are one latent of its decoder, which takes two"),
         (ClipShape(9, 64, 928), True, "the last tile of 928 pixels is one latent"),
         (ClipShape(9, 928, 64), True, "the last tile of 928 pixels is one latent"),
+        (ClipShape(9, 480, 832), True, "the last tile of 480 pixels is one latent"),
     ],
 )
 def test_sizes_that_the_decoder_cannot_take_are_told_before(
@@ -258,9 +261,9 @@ def test_sizes_that_the_decoder_cannot_take_are_told_before(
 def test_tiles_of_the_sizes_that_are_taken_can_be_decoded(checkpoint_720p: Path, family_of: Families) -> None:
     family = family_of(checkpoint_720p, vae_tiling=True)
     with family.open_video_codec("cpu") as codec:
-        for width in (512, 544, 896, 960):
-            latents = family.latent_shape(ClipShape(1, 64, width))
-            assert codec.decode(normal(1, *latents)).shape == (1, 3, 1, 64, width)
+        for height, width in ((64, 512), (64, 544), (64, 896), (64, 960), (480, 512)):
+            latents = family.latent_shape(ClipShape(1, height, width))
+            assert codec.decode(normal(1, *latents)).shape == (1, 3, 1, height, width)
 
 
 @pytest.mark.parametrize(
@@ -282,6 +285,8 @@ def test_pixels_that_the_vae_would_cut_are_refused(large: SanaVideoFamily, pixel
         ({"spatial_compression_ratio": None}, "spatial_compression_ratio: None, but the encoder's stages give 32"),
         ({"temporal_compression_ratio": 4}, "temporal_compression_ratio: 4, but the encoder's stages give 8"),
         ({"patch_size": 2}, "spatial_compression_ratio: 32, but the encoder's stages give 16"),
+        ({"spatio_temporal_scaling": [True]}, "spatio_temporal_scaling: 1, but block_out_channels asks for 4"),
+        ({"upsample_type": ["spatial"]}, "upsample_type: 1, but decoder_block_out_channels asks for 3"),
         ({"timestep_conditioning": True}, "timestep_conditioning"),
         ({"encoder_causal": False}, "encoder_causal"),
         ({"decoder_inject_noise": [False, True, False, False]}, "decoder_inject_noise: the decoder adds noise"),
@@ -326,7 +331,10 @@ def test_statistics_that_cannot_be_are_told_of_without_loading(
 
 def test_the_other_checkpoints_vae_is_named(checkpoint: Path, checkpoint_720p: Path, family_of: Families) -> None:
     wan, ltx2 = "AutoencoderKLWan", "AutoencoderKLLTX2Video"
-    for path, other, theirs, own in ((checkpoint_720p, checkpoint, wan, ltx2), (checkpoint, checkpoint_720p, ltx2, wan)):
+    for path, other, theirs, own in (
+        (checkpoint_720p, checkpoint, wan, ltx2),
+        (checkpoint, checkpoint_720p, ltx2, wan),
+    ):
         (problem,) = family_of(path, vae_path=str(other)).check()
         assert problem.where == str(other / "vae" / "config.json")
         assert problem.what == f"vae_path is a {theirs}, and the VAE of [model] path is a {own}."
@@ -341,7 +349,9 @@ def test_a_copy_of_the_vae_is_taken_and_one_with_other_statistics_is_not(
     assert "latents_std among the weights differ" in said(family_of(checkpoint_720p, vae_path=str(own)))
 
 
-def test_other_statistics_make_another_fingerprint(own: Path, family_of: Families, sha256: Callable[[Path], str]) -> None:
+def test_other_statistics_make_another_fingerprint(
+    own: Path, family_of: Families, sha256: Callable[[Path], str]
+) -> None:
     before = family_of(own).video_fingerprint(sha256)
     rewrite(own, lambda state: state["latents_mean"].add_(0.1))
     assert family_of(own).video_fingerprint(sha256) != before

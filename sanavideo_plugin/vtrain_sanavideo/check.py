@@ -50,8 +50,8 @@ def read_transformer(folder: Path) -> TransformerConfig:
 def read_codec(folder: Path) -> AnyCodecConfig:
     """The VAE's config, completed by its class's defaults. Raises ModelError."""
     path, name = folder / "config.json", vae_class(folder)
-    kind = CodecConfig if name == CLASSES["vae"][0] else Ltx2CodecConfig
-    config: AnyCodecConfig = _typed(kind, path, _codec_defaults(name))
+    defaults, wan = _codec_defaults(name), name == CLASSES["vae"][0]
+    config = _typed(CodecConfig, path, defaults) if wan else _typed(Ltx2CodecConfig, path, defaults)
     if faults := config.faults():
         raise ModelError(Problem(str(path), fault, "Take the VAE's own config.") for fault in faults)
     return config
@@ -238,7 +238,11 @@ def _other_statistics(own: Path, other: Path, config: AnyCodecConfig, remedy: st
     except ModelError:
         return []  # of `own`, reported
     # The share that the rounding of a copy in bf16 changes.
-    odd = [name for mine, theirs, name in pairs if any(abs(a - b) > abs(a) / 100 for a, b in zip(mine, theirs, strict=True))]
+    odd = [
+        name
+        for mine, theirs, name in pairs
+        if any(abs(a - b) > abs(a) / 100 for a, b in zip(mine, theirs, strict=True))
+    ]
     what = f"vae_path is not the VAE of [model] path: {', '.join(odd)} among the weights differ."
     return [Problem(str(other), what, remedy)] if odd else []
 

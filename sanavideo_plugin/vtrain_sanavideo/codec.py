@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vtrain.contract import Device, Latents, ModelError, Problem, fill_module, stored_numbers
 from vtrain_sanavideo.geometry import AnyCodecConfig, CodecConfig, Ltx2CodecConfig
@@ -93,7 +93,7 @@ class SanaVideoCodec:
             device = str(vae.device)
             vae.encoder = None  # type: ignore[assignment]  # a module may be None
             if isinstance(self._config, CodecConfig):
-                vae.quant_conv = None  # type: ignore[union-attr, assignment]
+                vae.quant_conv = None  # type: ignore[assignment]
         Device.of(device).release()
 
     def close(self) -> None:
@@ -156,8 +156,9 @@ def _codec(folder: Path, config: AnyCodecConfig, options: SanaVideoOptions, devi
 def _load(kind: type[VaeT], folder: Path, options: SanaVideoOptions, device: str) -> VaeT:
     from accelerate import init_empty_weights
 
+    of: Any = kind
     with init_empty_weights(include_buffers=False):
-        vae: VaeT = kind.from_config(kind.load_config(folder))
+        vae: VaeT = of.from_config(of.load_config(folder))
     fill_module(vae, folder, WEIGHTS, options.vae_precision, device)
     vae.to(device)  # type: ignore[arg-type]  # its wrapper hides self
     vae.eval().requires_grad_(False)

@@ -113,8 +113,7 @@ class SanaVideoFamily:
         stride, rule = self.pixel_stride, self.frame_rule
         if not rule.accepts(clip.frames) or clip.height % stride or clip.width % stride:
             raise ValueError(f"{clip}: SANA-Video takes {rule} frames and multiples of {stride} pixels")
-        faults = (self._codec.undecodable(edge, tiled=self._options.vae_tiling) for edge in (clip.height, clip.width))
-        if fault := next(filter(None, faults), None):
+        if fault := self._codec.undecodable(clip.size, tiled=self._options.vae_tiling):
             raise ModelError(Problem(str(clip), f"the {self._codec.name}: {fault}.", "Choose another size."))
         factor = self._codec.space_factor
         return LatentShape(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -141,8 +141,8 @@ class CodecConfig(BaseModel):
         """The codec is causal: the first frame stands alone, then time_factor frames share a latent frame."""
         return FrameRule(stride=self.time_factor, offset=1)
 
-    def undecodable(self, edge: int, *, tiled: bool) -> str | None:
-        """Why a height or width of `edge` pixels cannot be decoded: it always can."""
+    def undecodable(self, size: Size, *, tiled: bool) -> str | None:
+        """Why latents of that size cannot be decoded: they always can."""
         return None
 
     def faults(self) -> list[str]:
@@ -198,58 +198,78 @@ class Ltx2CodecConfig(BaseModel):
     @property
     def time_factor(self) -> int:
         """Pixel frames per latent frame, the first apart."""
-        return _halvings(self._down(), "spatial")
+        return _time(self._down())
 
     @property
     def space_factor(self) -> int:
         """Pixels per latent in height and width: the pixel patch and what the encoder's stages halve."""
-        return self.patch_size * _halvings(self._down(), "temporal")
+        return self._space(self._down())
 
     @property
     def frame_rule(self) -> FrameRule:
         """The encoder is causal: the first frame stands alone, then time_factor frames share a latent frame."""
         return FrameRule(stride=self.time_factor, offset=1)
 
-    def undecodable(self, edge: int, *, tiled: bool) -> str | None:
-        """Why a height or width of `edge` pixels cannot be decoded, or None: reflected padding takes two latents at least."""
+    def undecodable(self, size: Size, *, tiled: bool) -> str | None:
+        """Why latents of that size cannot be decoded, or None: reflected padding takes two latents each way at least."""
         if self.decoder_spatial_padding_mode != "reflect":
             return None
-        if edge < 2 * self.space_factor:
-            return f"{edge} pixels are one latent of its decoder, which takes two"
-        if tiled and edge > _TILE and edge % _TILE_STEP == self.space_factor:
-            return f"with vae_tiling the last tile of {edge} pixels is one latent, and its decoder takes two"
+        if min(size) < 2 * self.space_factor:
+            return f"{min(size)} pixels are one latent of its decoder, which takes two"
+        odd = [edge for edge in size if edge % _TILE_STEP == self.space_factor]
+        if tiled and max(size) > _TILE and odd:  # larger in one of the two, it is cut in both
+            return f"with vae_tiling the last tile of {odd[0]} pixels is one latent, and its decoder takes two"
         return None
 
     def faults(self) -> list[str]:
         """What in the config contradicts itself, or SanaVideoPipeline."""
-        up = [*zip(self.upsample_type, reversed(_each(self.decoder_spatio_temporal_scaling, len(self.upsample_type))))]
-        drawn = [kind for kind, on in up if on]
-        space, time = self.patch_size * _halvings(drawn, "temporal"), _halvings(drawn, "spatial")
+        down, up = self.spatio_temporal_scaling, self.decoder_spatio_temporal_scaling
+        stages, decoded = len(self.block_out_channels), len(self.decoder_block_out_channels)
+        # The last of these is for the decoder's first stage; its upsample_type are in the decoder's own order.
+        drawn = _drawn(self.upsample_type, _each(up, decoded)[::-1])
+        ratio, time = ("spatial_compression_ratio", "temporal_compression_ratio")
         pairs = (
-            ("downsample_type", len(self.downsample_type), len(self.block_out_channels), "block_out_channels asks for"),
-            ("spatial_compression_ratio", self.spatial_compression_ratio, self.space_factor, "the encoder's stages give"),
-            ("temporal_compression_ratio", self.temporal_compression_ratio, self.time_factor, "the encoder's stages give"),
-            ("spatial_compression_ratio", self.spatial_compression_ratio, space, "the decoder's stages give"),
-            ("temporal_compression_ratio", self.temporal_compression_ratio, time, "the decoder's stages give"),
+            ("downsample_type", len(self.downsample_type), stages, "block_out_channels asks for"),
+            ("spatio_temporal_scaling", len(_each(down, stages)), stages, "block_out_channels asks for"),
+            ("upsample_type", len(self.upsample_type), decoded, "decoder_block_out_channels asks for"),
+            (
+                "decoder_spatio_temporal_scaling",
+                len(_each(up, decoded)),
+                decoded,
+                "decoder_block_out_channels asks for",
+            ),
+            (ratio, self.spatial_compression_ratio, self.space_factor, "the encoder's stages give"),
+            (time, self.temporal_compression_ratio, self.time_factor, "the encoder's stages give"),
+            (ratio, self.spatial_compression_ratio, self._space(drawn), "the decoder's stages give"),
+            (time, self.temporal_compression_ratio, _time(drawn), "the decoder's stages give"),
             ("scaling_factor", self.scaling_factor, 1, "SanaVideoPipeline works with"),
         )
         faults = [f"{name}: {said}, but {why} {is_}." for name, said, is_, why in pairs if said != is_]
         if any(_each(self.decoder_inject_noise, 1)):
-            faults.append("decoder_inject_noise: the decoder adds noise, so that latents would not give the same video again.")
+            faults.append(
+                "decoder_inject_noise: the decoder adds noise, so that latents would not give the same video again."
+            )
         return list(dict.fromkeys(faults))
 
     def _down(self) -> list[str]:
-        scaled = _each(self.spatio_temporal_scaling, len(self.downsample_type))
-        return [kind for kind, on in zip(self.downsample_type, scaled) if on]
+        return _drawn(self.downsample_type, _each(self.spatio_temporal_scaling, len(self.downsample_type)))
+
+    def _space(self, kinds: Sequence[str]) -> int:
+        """Pixels per latent: the pixel patch, halved by each stage but those of time alone."""
+        return self.patch_size << sum(kind != "temporal" for kind in kinds)
+
+
+def _time(kinds: Sequence[str]) -> int:
+    return 1 << sum(kind != "spatial" for kind in kinds)
+
+
+def _drawn(kinds: Sequence[str], stages: Sequence[bool]) -> list[str]:
+    """Of the stages that halve at all. Other lengths are a fault of the config."""
+    return [kind for kind, on in zip(kinds, stages, strict=False) if on]
 
 
 def _each(stages: Stages, count: int) -> tuple[bool, ...]:
     return (stages,) * count if isinstance(stages, bool) else stages
-
-
-def _halvings(kinds: Iterable[str], but: str) -> int:
-    """2 to the power of how many stages halve something else than `but` alone does."""
-    return 1 << sum(kind != but for kind in kinds)
 
 
 AnyCodecConfig = CodecConfig | Ltx2CodecConfig

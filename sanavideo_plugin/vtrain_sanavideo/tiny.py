@@ -68,9 +68,10 @@ def build(
     """Write a checkpoint into `folder`, which is created, and return it. Takes a few seconds.
 
     The defaults give a transformer of 0.9 M parameters (4 blocks x 96); layers=6, heads=8, head_dim=112 gives 104 M
-    (6 blocks x 896). Channels, patch, compression and the scheduler are the real model's: 16 channels of x4 time and x8 space in patches
-    of 2x2 for "480p", 128 channels of x8 time and x32 space in patches of 1x1 for "720p".
-    vae_dim: width of the VAE (the real ones: Wan's 96, LTX-2's 256). max_shard_size: transformer files are split beyond it, as "1MB".
+    (6 blocks x 896). Channels, patch, compression and the scheduler are the real model's: for "480p" 16 channels of
+    x4 time and x8 space in patches of 2x2, for "720p" 128 channels of x8 time and x32 space, one by one.
+    vae_dim: width of the VAE (the real ones: Wan's 96, LTX-2's 256). max_shard_size: transformer files are split
+    beyond it, as "1MB".
     """
     import torch
 

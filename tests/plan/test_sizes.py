@@ -110,7 +110,8 @@ def test_sizes_far_beyond_the_checkpoints_own_are_pointed_out_smaller_ones_are_n
         data=data('resolution = ["96x64", "128x96", "64x128"]'),
         more='[validation]\nevery = "1 steps"\nsize = "96x128"\nframes = 5\nprompts = { one = "a cat" }',
     )
-    own = 'times the area of 96x64, the largest size of this checkpoint\'s own, "tiny": it has not been trained on videos that large'
+    largest = 'times the area of 96x64, the largest size of this checkpoint\'s own, "tiny"'
+    own = f"{largest}: it has not been trained on videos that large"
     assert [text for text in large.warnings if "times the area" in text] == [
         f"[[data]] clips: 128x96 has 2.0 {own}",
         f"[validation] size: 96x128 has 2.0 {own}",

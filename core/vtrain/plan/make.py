@@ -13,6 +13,7 @@ from vtrain.contract import (
     DType,
     Family,
     FamilySpec,
+    ModelError,
     OptimizerSpec,
     PluginError,
     Problem,
@@ -66,6 +67,7 @@ def _make_plan(config: Config, processes: int) -> Plan:
     clips = _longest(family, made)
     regularizers = _regularizers(config, family, clips, problems)
     validation = _validation(config, family, sampler, problems)
+    problems += _refused(config, family, [*made, *([validation] if validation is not None else [])])
     if problems:
         raise ConfigError(sorted(problems, key=_place))
     return Plan(
@@ -167,9 +169,35 @@ Clips = tuple[tuple[ClipShape, TokenGrid | None], ...]
 def _longest(family: Family, made: tuple[DatasetPlan, ...]) -> Clips:
     """The longest clip of each bucket that the family takes, once, with its tokens."""
     shapes = {ClipShape(each.frames, s.height, s.width) for each in made for s in each.sizes}
-    stride, rule = family.pixel_stride, family.frame_rule
-    taken = [s for s in sorted(shapes) if rule.accepts(s.frames) and not (s.height % stride or s.width % stride)]
+    taken = [shape for shape in sorted(shapes) if _by_rule(family, shape) and _refusal(family, shape) is None]
     return tuple((shape, token_grid(family, shape)) for shape in taken)
+
+
+def _by_rule(family: Family, clip: ClipShape) -> bool:
+    """Frames by the family's rule, edges by its stride: what is not has its problem already."""
+    stride = family.pixel_stride
+    return family.frame_rule.accepts(clip.frames) and not (clip.height % stride or clip.width % stride)
+
+
+def _refusal(family: Family, clip: ClipShape) -> Problem | None:
+    """Why the family has no latents for a clip that is by its rules: a decoder that takes no single row, for example."""
+    try:
+        family.latent_shape(clip)
+    except ModelError as error:
+        return error.problems[0]
+    return None
+
+
+def _refused(config: Config, family: Family, clips: Sequence[DatasetPlan | ValidationPlan]) -> Iterator[Problem]:
+    """Sizes of data and of validation that the family takes none of, in its own words."""
+    for each in clips:
+        if isinstance(each, DatasetPlan):
+            where, shapes = each.where, [ClipShape(each.frames, size.height, size.width) for size in each.sizes]
+        else:
+            where, shapes = config.where("validation", "size"), [each.shape]
+        for fault in (_refusal(family, shape) for shape in shapes if _by_rule(family, shape)):
+            if fault is not None:
+                yield Problem(where, f"{fault.where}: {fault.what}", fault.remedy)
 
 
 def _beyond(family: Family, datasets: Sequence[DatasetPlan], validation: ValidationPlan | None) -> Iterator[str]:

@@ -14,7 +14,9 @@ nox.options.reuse_existing_virtualenvs = True
 nox.options.sessions = ["lint", "types", "tests"]
 
 CONSTRAINTS = "constraints.txt"
-CODE = ("core", "plugins", "sanavideo_plugin", "tests", "benchmarks", "examples", "docs", "noxfile.py")
+FAMILIES = ("sanavideo_plugin", "wan_plugin")
+EDITABLE = [word for folder in FAMILIES for word in ("-e", f"./{folder}")]
+CODE = ("core", "plugins", "sanavideo_plugin", "wan_plugin", "tests", "benchmarks", "examples", "docs", "noxfile.py")
 WITH_TORCH = re.compile(r"(torch|accelerate|peft|diffusers|transformers|efficientnet-\S+?|vtrain)(?=[<>=]|$)")
 """Dependencies that are torch, or install it."""
 SOURCES = ("folder", "frames", "manifest", "s3", "seekable", "storage", "tar", "web")
@@ -36,7 +38,7 @@ def install(session: nox.Session, *more: str, extras: str = "") -> None:
     """torch alone first: a wheel that is at hand is then taken, and nothing later asks for another."""
     pinned = next(line for line in Path(CONSTRAINTS).read_text().splitlines() if line.startswith("torch=="))
     session.install("-q", "-c", CONSTRAINTS, pinned)
-    session.install("-q", "-c", CONSTRAINTS, "-e", f".{extras}", "-e", "./sanavideo_plugin", *more)
+    session.install("-q", "-c", CONSTRAINTS, "-e", f".{extras}", *EDITABLE, *more)
 
 
 INSTALLING = "installing torch, diffusers and vtrain first: the first time minutes, by your network; later seconds"
@@ -84,11 +86,11 @@ def py312(session: nox.Session) -> None:
 
     Where no python3.12 is found it is skipped, or fails if CI is set. pyenv's is found under PYENV_VERSION=<a 3.11>:<a 3.12>.
     """
-    projects = [nox.project.load_toml(f"{folder}/pyproject.toml")["project"] for folder in (".", "sanavideo_plugin")]
+    projects = [nox.project.load_toml(f"{folder}/pyproject.toml")["project"] for folder in (".", *FAMILIES)]
     needed = [line for project in projects for line in project["dependencies"]]
     needed += projects[0]["optional-dependencies"]["test"]
     session.install("-q", "-c", CONSTRAINTS, *(line for line in needed if not WITH_TORCH.match(line)))
-    session.install("-q", "--no-deps", "-e", ".", "-e", "./sanavideo_plugin", "-e", "tests/fixtures/toy_plugin")
+    session.install("-q", "--no-deps", "-e", ".", *EDITABLE, "-e", "tests/fixtures/toy_plugin")
     session.run("python", "-c", "import importlib.util as i; assert not i.find_spec('torch'), 'torch came along'")
     session.run("pytest", *TORCH_FREE, *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
@@ -106,7 +108,7 @@ def types(session: nox.Session) -> None:
     """mypy --strict on everything that is shipped."""
     install(session, "types-psutil", extras="[test]")
     session.install("-q", "-c", CONSTRAINTS, "mypy")
-    session.run("mypy", "core", "plugins", "sanavideo_plugin/vtrain_sanavideo")
+    session.run("mypy", "core", "plugins", "sanavideo_plugin/vtrain_sanavideo", "wan_plugin/vtrain_wan")
 
 
 @nox.session

@@ -19,8 +19,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from report import Ratio, ratio, say, say_machine, table, write_json
 from safetensors.torch import load_file
 from workload import MODELS, MODES, write_config
 
-from vtrain.contract import ClipShape
+from vtrain.contract import ClipShape, Family, TextEncoderSpec
 from vtrain.data.batches import Batches
 from vtrain.data.caching.caches import Caches
 from vtrain.data.caching.inventory import Stores
@@ -76,6 +77,22 @@ class Cached:
 
     index: Index
     files: Sequence[tuple[Path, Path]]
+
+
+class WideText:
+    """A family whose text is of another width, such as a larger model's."""
+
+    def __init__(self, family: Family, width: int) -> None:
+        self._family, self._width = family, width
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._family, name)
+
+    def text_encoders(self) -> dict[str, TextEncoderSpec]:
+        return {
+            name: replace(spec, parts={part: replace(each, width=self._width) for part, each in spec.parts.items()})
+            for name, spec in self._family.text_encoders().items()
+        }
 
 
 def write_entries(stores: Stores, clips: str) -> Cached:
@@ -134,6 +151,7 @@ def compare(folder: Path, clips: str, size: int, *, compressed: bool, blocks: in
     )
     config.write_text(text.replace("[cache]\n", f"[cache]\ncompress = {str(compressed).lower()}\n"), encoding="utf-8")
     plan = planned(config)
+    plan = replace(plan, family=WideText(plan.family, TEXT[clips][1]))
     cached = write_entries(Stores(plan), clips)
     files = cached.files
     if compressed:  # the bare loop has no use for it: it reads the same numbers plain

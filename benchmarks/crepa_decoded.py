@@ -68,7 +68,7 @@ def measure(plan: Plan, clips: int) -> Likeness:
 def given(latents: Tensor, frames: Tensor) -> StepInput:
     """What a step gives a teacher."""
     nothing = torch.zeros(len(latents))
-    condition = Condition(Text(torch.zeros(len(latents), 1, 1), torch.ones(len(latents), 1, dtype=torch.bool)))
+    condition = Condition(Text.of(torch.zeros(len(latents), 1, 1), torch.ones(len(latents), 1, dtype=torch.bool)))
     return StepInput(latents, latents, NoiseLevel(nothing, nothing), condition, 0, frames=frames)
 
 

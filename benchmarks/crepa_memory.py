@@ -34,7 +34,6 @@ from vtrain_sanavideo.crepa_loss import CrepaLoss
 from vtrain_sanavideo.crepa_options import CrepaOptions
 from vtrain_sanavideo.denoiser import SanaVideoDenoiser
 from vtrain_sanavideo.flow import SanaVideoFlow
-from vtrain_sanavideo.geometry import TransformerConfig
 from vtrain_sanavideo.options import SanaVideoFlowOptions
 
 LIMIT = 1.05
@@ -47,7 +46,7 @@ STEPS = 2
 
 def step_of(setup: Setup, *, crepa: bool) -> Step:
     """Denoiser, flow loss and CREPA's module, weightless (on the meta device)."""
-    denoiser = SanaVideoDenoiser(build(setup), TransformerConfig.model_validate(setup.config))
+    denoiser = SanaVideoDenoiser(build(setup), setup.geometry)
     if setup.mode == "lora":
         add_lora(denoiser, LoraTable(rank=RANK), 0, "")
     denoiser.gradient_checkpointing(setup.checkpointing)
@@ -72,7 +71,7 @@ def inputs(setup: Setup, *, crepa: bool) -> Iterator[Prefetched]:
             {"crepa": torch.empty(1, frames, height // 2, width // 2, wide, dtype=torch.bfloat16)} if crepa else {}
         )
         embeds = torch.empty(1, TEXT_TOKENS, setup.config["caption_channels"], dtype=torch.bfloat16)
-        text = Text(embeds, torch.ones(1, TEXT_TOKENS, dtype=torch.bool))
+        text = Text.of(embeds, torch.ones(1, TEXT_TOKENS, dtype=torch.bool))
         level = NoiseLevel(torch.empty(1), torch.empty(1))
         given = StepInput(torch.empty(latents), torch.empty(latents), level, Condition(text), 0, features=features)
         yield Prefetched(given, 0, ("fake",), [0.5])
@@ -82,7 +81,7 @@ def loop_of(setup: Setup, step: Step, processes: Processes) -> Loop:
     named = trained(step)
     return Loop(
         processes.wrap(step),
-        build_adamw(AdamWOptions(lr=LR), groups(named)),
+        build_adamw(AdamWOptions(lr=LR), groups(named, denoiser=step.denoiser)),
         [parameter for _, parameter in named],
         lambda _step: 1.0,
         None,  # type: ignore[arg-type]  # steps are fed by hand

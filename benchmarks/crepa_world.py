@@ -155,7 +155,7 @@ def held_out(plan: Plan, model: Denoiser) -> float:
     for _ in range(DRAWS):
         for first in range(0, UNSEEN, TOGETHER):
             some = slice(first, first + TOGETHER)
-            text = pad([caches.text(caption, "prompt") for caption in captions[some]], plan.family.text_tokens)
+            text = pad([caches.text(caption, "prompt") for caption in captions[some]], plan.family.text_encoders())
             noise = torch.randn(clean[some].shape, generator=generator)
             level = plan.sampler.draw(len(noise), generator)
             noisy, target = plan.sampler.corrupt(clean[some], noise, level)

@@ -22,7 +22,21 @@ from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
 from vtrain.config.tables import CheckpointTable, LoraTable, TrainTable
-from vtrain.contract import ClipShape, Duration, FeatureShape, Latents, LatentShape, Logged, RunLength, Text, TokenGrid
+from vtrain.contract import (
+    CausalCodecConfig,
+    ClipShape,
+    Duration,
+    FeatureShape,
+    FrameRule,
+    LatentGeometry,
+    Latents,
+    LatentShape,
+    Logged,
+    NormalizedCodec,
+    RunLength,
+    Text,
+    TokenGrid,
+)
 from vtrain.data.batches import Batch
 from vtrain.run.inbox import Inbox
 from vtrain.train.loop import Ends, Loop
@@ -31,12 +45,10 @@ from vtrain.train.prefetch import Prefetcher
 from vtrain.train.processes import Processes
 from vtrain.train.step import Step, Teacher, Term
 from vtrain_builtin.adamw import AdamWOptions, build_adamw
-from vtrain_sanavideo.codec import SanaVideoCodec
 from vtrain_sanavideo.crepa import Crepa
 from vtrain_sanavideo.crepa_options import CrepaOptions
 from vtrain_sanavideo.denoiser import SanaVideoDenoiser
 from vtrain_sanavideo.flow import SanaVideoFlow
-from vtrain_sanavideo.geometry import CodecConfig, TransformerConfig
 from vtrain_sanavideo.options import SanaVideoFlowOptions
 
 RANK = 16
@@ -109,6 +121,10 @@ class Setup:
         return self.config is REAL
 
     @property
+    def geometry(self) -> LatentGeometry:
+        return LatentGeometry(self.config["in_channels"], FrameRule(4, 1), 8, self.config["patch_size"])
+
+    @property
     def in_turn(self) -> bool:
         """Whether two models with their states are held at once."""
         return self.mode == "lora" or self.device.type == "cpu"
@@ -155,7 +171,7 @@ class RandomBatches:
 
     def get(self, number: int, _features: Collection[str] | None = None) -> Batch:
         which = number % len(self.latents)
-        text = Text(self.embeds[which], self.mask)
+        text = Text.of(self.embeds[which], self.mask)
         latents, samples = Latents(self.latents[which]), (f"random/{which}",)
         return Batch(number, latents, text, (number,), samples, (False,), (False,), features=self.features[which])
 
@@ -209,11 +225,13 @@ def crepa(setup: Setup, teacher: str) -> Crepa:
     return Crepa(CrepaOptions.model_validate({"block": block, "encoder": str(folder), **online}))
 
 
-def video_codec(setup: Setup) -> SanaVideoCodec:
+def video_codec(setup: Setup) -> NormalizedCodec:
     """The Wan VAE with random weights in fp32, without its encoder; a narrow one for a tiny model."""
     with setup.device:
         vae = AutoencoderKLWan(**({} if setup.is_real else {"base_dim": 8}))
-    codec = SanaVideoCodec(vae.eval().requires_grad_(False), CodecConfig.model_validate(dict(vae.config)))
+    config = CausalCodecConfig.model_validate(dict(vae.config))
+    mean, std, geometry = config.latents_mean, config.latents_std, config.geometry()
+    codec = NormalizedCodec(vae.eval().requires_grad_(False), mean, std, geometry, "the Wan VAE")
     codec.drop_encoder()
     return codec
 
@@ -241,7 +259,7 @@ def crepa_side(setup: Setup, processes: Processes, *, teacher: str) -> Iterator[
 def vtrain_side(
     setup: Setup, processes: Processes, terms: Mapping[str, Term] | None = None, features: FeatureShape | None = None
 ) -> Iterator[Block]:
-    denoiser = SanaVideoDenoiser(build(setup), TransformerConfig.model_validate(setup.config))
+    denoiser = SanaVideoDenoiser(build(setup), setup.geometry)
     if setup.mode == "lora":
         add_lora(denoiser, LoraTable(rank=RANK), 0, "")
     denoiser.gradient_checkpointing(setup.checkpointing)
@@ -249,13 +267,13 @@ def vtrain_side(
     step = Step(denoiser, sampler, terms or {}, RunLength(NEVER, 10.0))
     step.train()
     named = trained(step)
-    optimizer = build_adamw(AdamWOptions(lr=LR), groups(named))
+    optimizer = build_adamw(AdamWOptions(lr=LR), groups(named, denoiser=denoiser))
     loop = Loop(
         processes.wrap(step),
         optimizer,
         [parameter for _, parameter in named],
         lambda _step: 1.0,
-        Prefetcher(RandomBatches(setup, features=features), sampler, 0, processes.device),  # type: ignore[arg-type]
+        Prefetcher(RandomBatches(setup, features=features), None, sampler, 0, processes.device),  # type: ignore[arg-type]
         processes,
         TrainTable(steps=NEVER, log_every=setup.steps),
         Ends(lambda _step, _micro: iter(()), None, Inbox()),

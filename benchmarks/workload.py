@@ -158,6 +158,6 @@ def read_samples(config: Path) -> list[tuple[torch.Tensor, torch.Tensor, torch.T
         filled = fill_caches(plan, scan(plan).samples, [], "cpu", lambda _: None)
         batches = Batches(plan, filled.caches, filled.index)
         found = [batches[number] for number in range(len(filled.index))]
-        torch.save([(batch.latents.mean, batch.text.embeds, batch.text.mask) for batch in found], path)
+        torch.save([(batch.latents.mean, batch.text.only.embeds, batch.text.only.mask) for batch in found], path)
     loaded: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = torch.load(path, weights_only=True)
     return loaded

@@ -20,7 +20,7 @@ from vtrain.contract.specs import NOUNS
 from vtrain.registry import discover
 
 FOLDER = Path(__file__).parent
-ENTRY_POINTS = ("builtin", "sanavideo")
+ENTRY_POINTS = ("builtin", "sanavideo", "wan")
 """The plugins of this repository; whatever else is installed is not documented here."""
 
 PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)

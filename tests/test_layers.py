@@ -30,6 +30,8 @@ DATA_BELOW = {"draws", "index", "locks", "sample", "seeds"}
 SHIPPED = {"testing", "scaffold"}  # for plugin authors: may use the contract, and nothing in core imports them
 FAMILIES = {"sanavideo", "sana", "wan", "gemma"}
 FOREIGN = {"diffusers", "transformers"}
+FOREIGN_HOME = CORE / "contract" / "loading.py"
+"""The one module of core that may import these, in bodies alone: the helpers that plugins give their classes to."""
 
 
 def imports(source: str, *, module_level: bool = False) -> Iterator[tuple[int, str]]:
@@ -114,7 +116,7 @@ def plugin_faults(package: str, source: str) -> list[str]:
     return [
         f"{line}: {package} imports {name}"
         for line, name in imports(source)
-        if name.split(".")[0] in ("vtrain", "vtrain_builtin", "vtrain_sanavideo")
+        if name.split(".")[0] in ("vtrain", "vtrain_builtin", "vtrain_sanavideo", "vtrain_wan")
         and name.split(".")[0] != package
         and name.split(".")[:2] != ["vtrain", "contract"]
         and name != "vtrain"
@@ -130,8 +132,9 @@ def _bare(source: str, line: int) -> bool:
     return "import contract" not in source.splitlines()[line - 1]
 
 
-def foreign_faults(source: str) -> list[str]:
-    return [f"{line}: {name}" for line, name in imports(source) if name.split(".")[0] in FOREIGN]
+def foreign_faults(source: str, *, module_level: bool = False) -> list[str]:
+    found = imports(source, module_level=module_level)
+    return [f"{line}: {name}" for line, name in found if name.split(".")[0] in FOREIGN]
 
 
 def family_faults(source: str) -> list[str]:
@@ -196,7 +199,7 @@ def test_nothing_but_caching_fills_a_cache() -> None:
 @pytest.mark.parametrize("path", modules(CORE), ids=relative)
 def test_core_imports_neither_diffusers_nor_transformers_and_names_no_family(path: Path) -> None:
     source = path.read_text()
-    assert foreign_faults(source) == []
+    assert foreign_faults(source, module_level=path == FOREIGN_HOME) == []
     if path.relative_to(CORE).parts[0] not in SHIPPED:
         assert family_faults(source) == []
 
@@ -212,6 +215,7 @@ def test_the_contract_imports_no_torch_when_it_is_imported(path: Path) -> None:
     [
         ("vtrain_builtin", ROOT / "plugins" / "vtrain_builtin"),
         ("vtrain_sanavideo", ROOT / "sanavideo_plugin" / "vtrain_sanavideo"),
+        ("vtrain_wan", ROOT / "wan_plugin" / "vtrain_wan"),
     ],
 )
 def test_a_plugin_imports_the_contract_and_nothing_else_of_ours(package: str, folder: Path) -> None:

@@ -57,7 +57,7 @@ ADAMW = OptimizerSpec(
     summary="AdamW, torch's own, fused where the device allows",
     options=AdamWOptions,
     build=build_adamw,
-    pure_bf16=False,
+    moves=frozenset({"fp32", "sharded"}),
     state_bytes=8.0,
     # A step moves each weight by about lr, whatever its gradient's size, and a model's weights are of the order of 0.01 to 1.
     usual_lr=(1e-7, 1e-2),

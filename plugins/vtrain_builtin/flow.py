@@ -28,7 +28,6 @@ class FlowOptions(Options):
     std: float = fixed(1.0, gt=0, description="logit-normal: standard deviation of the logit")
     shift: float = fixed(1.0, gt=0, description="shift of training levels; above 1 is noisier, 1 is none")
     sampling_shift: float | None = Field(None, gt=0, description="shift of the sampling grid; absent: shift")
-    timestep_scale: float = fixed(1000.0, gt=0, description="the denoiser is given timestep = timestep_scale x level")
 
 
 def shifted(level: Tensor, shift: float) -> Tensor:
@@ -55,7 +54,6 @@ class Flow:
         rows = [
             ("training levels", f"{of}, shift {chosen.shift:g}"),
             ("sampling", f"Euler, linear grid, shift {self._sampling_shift:g}"),
-            ("timestep", f"{chosen.timestep_scale:g} x level"),
         ]
         if self._scheduler:
             name = self._scheduler.get("_class_name", "the model folder's")
@@ -76,10 +74,7 @@ class Flow:
         else:
             normal = torch.randn(n, generator=generator, dtype=torch.float32)
             level = torch.sigmoid(self._options.mean + self._options.std * normal)
-        return self._at(shifted(level, self._options.shift))
-
-    def _at(self, sigma: Tensor) -> NoiseLevel:
-        return NoiseLevel(sigma=sigma, timestep=sigma * self._options.timestep_scale)
+        return NoiseLevel(shifted(level, self._options.shift))
 
     def corrupt(self, clean: Tensor, noise: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         """Computed in fp32, returned in the type of `clean`."""
@@ -108,7 +103,7 @@ class Flow:
         grid = shifted(torch.linspace(1, 0, steps + 1, device=noise.device), self._sampling_shift)
         state = noise.float()
         for number in range(steps):
-            here = self._at(grid[number].expand(len(state)))
+            here = NoiseLevel(grid[number].expand(len(state)))
             state = state + (grid[number + 1] - grid[number]) * predict(state, here).float()
             yield state
 

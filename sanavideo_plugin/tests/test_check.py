@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,7 +90,7 @@ def test_truncated_weights_are_not_loaded_either(own_checkpoint: Path, family_of
         family.load_denoiser("cpu", "fp32")
     with pytest.raises(ModelError, match="truncated"), family.open_video_codec("cpu"):
         pass
-    with pytest.raises(ModelError, match="truncated"), family.open_text_encoder("cpu"):
+    with pytest.raises(ModelError, match="truncated"), family.text_encoders()["gemma"].open("cpu"):
         pass
 
 
@@ -195,3 +198,46 @@ def test_a_default_that_a_config_leaves_out_is_no_difference(
 
 def test_a_revision_of_a_folder_is_told_of(checkpoint: Path, family_of: Families) -> None:
     assert "revision is for hub ids" in said(family_of(checkpoint, revision="main"))
+
+
+CONFIG = """
+[run]
+output_dir = "{folder}/out"
+[model]
+use = "sanavideo"
+path = "{model}"
+train = "full"
+[[data]]
+use = "folder"
+path = "{folder}"
+[train]
+steps = 1
+[optimizer]
+use = "adamw"
+lr = 1e-4
+"""
+
+
+def test_a_plan_tells_weights_that_do_not_fit_their_configs_before_anything_is_loaded(
+    own_checkpoint: Path, tmp_path: Path
+) -> None:
+    change(own_checkpoint / "transformer" / "config.json", num_layers=3)
+    change(own_checkpoint / "vae" / "config.json", base_dim=16)
+    vocabulary = json.loads((own_checkpoint / "text_encoder" / "config.json").read_text())["vocab_size"]
+    change(own_checkpoint / "text_encoder" / "config.json", vocab_size=vocabulary + 1)
+    (tmp_path / "run.toml").write_text(CONFIG.format(folder=tmp_path, model=own_checkpoint))
+    code = "import sys; from vtrain.cli.app import main; sys.argv = ['vtrain', 'plan', sys.argv[1]]; main()"
+    command = [sys.executable, "-X", "importtime", "-c", code, str(tmp_path / "run.toml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "1000"})
+    assert done.returncode == 2
+    timed = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in timed}
+    told = done.stderr
+    for words in (
+        "transformer_blocks.3.attn1.norm_k.weight is unexpected",
+        "encoder.conv_in.weight is [8, 3, 3, 3, 3] instead of [16, 3, 3, 3, 3]",
+        f"embed_tokens.weight is [{vocabulary}, 64] instead of [{vocabulary + 1}, 64]",
+    ):
+        assert words in told
+    assert "vtrain_sanavideo" in imported
+    assert not imported & {"torch", "diffusers", "transformers", "accelerate"}

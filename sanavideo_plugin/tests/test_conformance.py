@@ -19,7 +19,10 @@ class TestFamily(FamilyTests):
         return SANAVIDEO.build(SANAVIDEO.options.model_validate({"path": str(checkpoint)}))
 
 
+@pytest.mark.slow
 class TestFamily720p(FamilyTests):
+    """Slow (the whole kit again): what differs of this checkpoint has its own tests."""
+
     @pytest.fixture(scope="class")
     @classmethod
     def family(cls, checkpoint_720p: Path) -> Family:
@@ -29,6 +32,7 @@ class TestFamily720p(FamilyTests):
 class TestSampler(SamplerTests):
     # diffusers' schedulers start pure noise at their first level, 0.99987 with shift 8, and not at 1.
     tolerance = 5e-4
+    timesteps_of = FLOW.timesteps_of
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -43,6 +47,8 @@ def sampled_by(name: str, **settings: object) -> Sampler:
 
 
 class TestEulerSampler(SamplerTests):
+    timesteps_of = FLOW.timesteps_of
+
     @pytest.fixture(scope="class")
     @classmethod
     def sampler(cls) -> Sampler:
@@ -50,6 +56,8 @@ class TestEulerSampler(SamplerTests):
 
 
 class TestUniPCSampler(SamplerTests):
+    timesteps_of = FLOW.timesteps_of
+
     @pytest.fixture(scope="class")
     @classmethod
     def sampler(cls) -> Sampler:

@@ -36,7 +36,7 @@ def view_of(tap: Tensor, features: Tensor | None, step: int = 0, run: RunLength 
     """A step in which nothing but the tap and the features counts."""
     none = torch.zeros(tap.shape[0], 1, tap.shape[1], 1, 1)
     level = NoiseLevel(torch.zeros(tap.shape[0]), torch.zeros(tap.shape[0]))
-    condition = Condition(Text(torch.zeros(tap.shape[0], 1, 1), torch.ones(tap.shape[0], 1, dtype=torch.bool)))
+    condition = Condition(Text.of(torch.zeros(tap.shape[0], 1, 1), torch.ones(tap.shape[0], 1, dtype=torch.bool)))
     return StepView(none, none, none, none, none, level, condition, {2: tap}, step, run, features=features)
 
 

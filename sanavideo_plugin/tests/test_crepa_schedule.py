@@ -47,7 +47,7 @@ def view_of(step: int, run: RunLength = RUN, tap: Tensor | None = None) -> StepV
         tap = torch.randn(1, 3, 2, 2, 6, generator=torch.Generator().manual_seed(1))
     features = torch.randn(1, 3, 2, 2, 4, generator=torch.Generator().manual_seed(2))
     none, level = torch.zeros(1, 1, 3, 2, 2), NoiseLevel(torch.zeros(1), torch.zeros(1))
-    condition = Condition(Text(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.bool)))
+    condition = Condition(Text.of(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.bool)))
     return StepView(none, none, none, none, none, level, condition, {0: tap}, step, run, features=features)
 
 

@@ -86,7 +86,7 @@ def gradients(
     with part.open_feature_encoder("cpu") as encoder:
         features = encoder.encode(torch.rand(2, 3, grid.frames, 64, 96, generator=draw) * 2 - 1, grid)
     level = NoiseLevel(torch.tensor([0.3, 0.8]), torch.tensor([300.0, 800.0]))
-    condition = Condition(Text(torch.randn(2, 5, 64, generator=draw), torch.ones(2, 5, dtype=torch.bool)))
+    condition = Condition(Text.of(torch.randn(2, 5, 64, generator=draw), torch.ones(2, 5, dtype=torch.bool)))
     taps: dict[int, Tensor] = {}
     hook = denoiser.blocks[1].register_forward_hook(lambda _, __, out: taps.__setitem__(1, out))
     noisy = 0.5 * (clean + noise)

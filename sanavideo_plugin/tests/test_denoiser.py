@@ -32,7 +32,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def condition(batch: int = 2) -> Condition:
     mask = torch.arange(12) < torch.tensor([[5], [12]])[:batch]
-    return Condition(Text(normal(batch, 12, 64, seed=2) * mask[..., None], mask))
+    return Condition(Text.of(normal(batch, 12, 64, seed=2) * mask[..., None], mask))
 
 
 def level(*timesteps: float) -> NoiseLevel:
@@ -50,8 +50,8 @@ def theirs(module: SanaVideoTransformer3DModel, dtype: torch.dtype = torch.float
     with torch.no_grad():
         found = module(
             normal(2, *LATENTS).to(dtype),
-            encoder_hidden_states=text.embeds.to(dtype),
-            encoder_attention_mask=text.mask.long(),
+            encoder_hidden_states=text.only.embeds.to(dtype),
+            encoder_attention_mask=text.only.mask.long(),
             timestep=torch.tensor([300, 800]),
             return_dict=False,
         )[0]
@@ -276,8 +276,8 @@ def test_plain_diffusers_loads_what_is_saved(family: SanaVideoFamily, checkpoint
     text = condition().text
     inputs = {
         "hidden_states": normal(2, *LATENTS),
-        "encoder_hidden_states": text.embeds,
-        "encoder_attention_mask": text.mask,
+        "encoder_hidden_states": text.only.embeds,
+        "encoder_attention_mask": text.only.mask,
         "timestep": torch.tensor([300.0, 800.0]),
     }
     torch.save(inputs, tmp_path / "inputs.pt")

@@ -16,11 +16,11 @@ from diffusers import SanaVideoPipeline, SanaVideoTransformer3DModel
 from diffusers.pipelines.sana_video.pipeline_sana_video import ASPECT_RATIO_480_BIN
 from pydantic import ValidationError
 
-from vtrain.contract import ClipShape, Family, FrameRule, LatentShape, Size
-from vtrain_sanavideo import installed
-from vtrain_sanavideo.check import read_transformer
+from vtrain.contract import ClipShape, Family, FrameRule, LatentShape, Size, TextPartSpec, default_arguments
+from vtrain_sanavideo.check import TRANSFORMER_SOURCE, read_transformer
 from vtrain_sanavideo.family import SanaVideoFamily
 from vtrain_sanavideo.options import SanaVideoOptions
+from vtrain_sanavideo.text import default_instruction
 
 Families = Callable[..., SanaVideoFamily]
 Hash = Callable[[Path], str]
@@ -36,7 +36,8 @@ def test_it_is_a_family_of_the_contract(checkpoint: Path) -> None:
     family: Family = SanaVideoFamily(SanaVideoOptions(path=str(checkpoint)))
     assert (family.default_size, family.default_frames, family.default_fps) == (Size(832, 480), 81, 16)
     assert (family.frame_rule, family.pixel_stride) == (FrameRule(4, 1), 16)
-    assert (family.block_count, family.block_width, family.text_tokens, family.text_width) == (4, 96, 300, 64)
+    assert (family.block_count, family.block_width) == (4, 96)
+    assert family.text_encoders()["gemma"].parts == {"text": TextPartSpec(64, 300, "longest", "bf16")}
 
 
 def test_the_buckets_are_the_official_ones(family: SanaVideoFamily) -> None:
@@ -90,24 +91,29 @@ def test_the_shapes_of_weights_are_those_of_diffusers_module(tmp_path: Path, cha
 
 def test_what_is_read_from_diffusers_source_is_what_it_says_at_run_time() -> None:
     said = inspect.signature(SanaVideoPipeline.__call__).parameters["complex_human_instruction"].default
-    assert installed.default_instruction() == "\n".join(said)
-    read = installed.default_arguments(installed.TRANSFORMER, "SanaVideoTransformer3DModel", "__init__")
+    assert default_instruction() == "\n".join(said)
+    read = default_arguments("diffusers", TRANSFORMER_SOURCE, "SanaVideoTransformer3DModel")
     signature = inspect.signature(SanaVideoTransformer3DModel.__init__).parameters
     assert read == {name: value.default for name, value in signature.items() if value.default is not value.empty}
+
+
+def fingerprints(family: SanaVideoFamily, sha256: Hash) -> tuple[str, str]:
+    """Of text and video."""
+    return family.text_encoders()["gemma"].fingerprint(sha256), family.video_fingerprint(sha256)
 
 
 def test_changes_to_what_text_depends_on_change_its_fingerprint_and_no_others(
     own_checkpoint: Path, checkpoint: Path, family_of: Families, sha256: Hash
 ) -> None:
-    text, video = (getattr(family_of(checkpoint), f"{of}_fingerprint")(sha256) for of in ("text", "video"))
-    assert family_of(own_checkpoint).text_fingerprint(sha256) == text
+    text, video = fingerprints(family_of(checkpoint), sha256)
+    assert family_of(own_checkpoint).text_encoders()["gemma"].fingerprint(sha256) == text
     seen = {text}
     options: list[dict[str, object]] = [
         {"text_precision": "bf16"}, {"instruction": ""}, {"instruction": "x"}, {"motion_score": 10}, {"motion_score": "none"},
     ]  # fmt: skip
     for chosen in options:
         other = family_of(checkpoint, **chosen)
-        seen.add(other.text_fingerprint(sha256))
+        seen.add(other.text_encoders()["gemma"].fingerprint(sha256))
         assert other.video_fingerprint(sha256) == video
     for name in (
         "tokenizer/tokenizer.json",
@@ -116,7 +122,7 @@ def test_changes_to_what_text_depends_on_change_its_fingerprint_and_no_others(
         "text_encoder/config.json",
     ):
         disturb(own_checkpoint / name)
-        seen.add(family_of(own_checkpoint).text_fingerprint(sha256))
+        seen.add(family_of(own_checkpoint).text_encoders()["gemma"].fingerprint(sha256))
         assert family_of(own_checkpoint).video_fingerprint(sha256) == video
     assert len(seen) == 1 + len(options) + 4
 
@@ -124,17 +130,17 @@ def test_changes_to_what_text_depends_on_change_its_fingerprint_and_no_others(
 def test_changes_to_what_video_depends_on_change_its_fingerprint_and_no_others(
     own_checkpoint: Path, checkpoint: Path, family_of: Families, sha256: Hash
 ) -> None:
-    text, video = (getattr(family_of(checkpoint), f"{of}_fingerprint")(sha256) for of in ("text", "video"))
+    text, video = fingerprints(family_of(checkpoint), sha256)
     seen = {video}
     options: list[dict[str, object]] = [{"vae_precision": "bf16"}, {"vae_tiling": True}]
     for chosen in options:
         other = family_of(checkpoint, **chosen)
         seen.add(other.video_fingerprint(sha256))
-        assert other.text_fingerprint(sha256) == text
+        assert other.text_encoders()["gemma"].fingerprint(sha256) == text
     for name in ("vae/diffusion_pytorch_model.safetensors", "vae/config.json"):
         disturb(own_checkpoint / name)
         seen.add(family_of(own_checkpoint).video_fingerprint(sha256))
-        assert family_of(own_checkpoint).text_fingerprint(sha256) == text
+        assert family_of(own_checkpoint).text_encoders()["gemma"].fingerprint(sha256) == text
     assert len(seen) == 5
     # From another place, the same VAE is the same.
     assert family_of(own_checkpoint, vae_path=str(checkpoint)).video_fingerprint(sha256) == video
@@ -144,7 +150,7 @@ def test_a_new_transformer_or_scheduler_invalidates_no_cache(
     own_checkpoint: Path, family_of: Families, sha256: Hash
 ) -> None:
     family = family_of(own_checkpoint)
-    before = family.text_fingerprint(sha256), family.video_fingerprint(sha256)
+    before = fingerprints(family, sha256)
     for name in (
         "transformer/diffusion_pytorch_model.safetensors",
         "transformer/config.json",
@@ -152,7 +158,7 @@ def test_a_new_transformer_or_scheduler_invalidates_no_cache(
     ):
         disturb(own_checkpoint / name)
     changed = family_of(own_checkpoint)
-    assert (changed.text_fingerprint(sha256), changed.video_fingerprint(sha256)) == before
+    assert fingerprints(changed, sha256) == before
 
 
 def test_the_note_of_who_wrote_a_config_is_no_part_of_a_fingerprint(
@@ -162,7 +168,7 @@ def test_the_note_of_who_wrote_a_config_is_no_part_of_a_fingerprint(
         path = own_checkpoint / name / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {key: "99.0"}))
     changed, plain = family_of(own_checkpoint), family_of(checkpoint)
-    assert changed.text_fingerprint(sha256) == plain.text_fingerprint(sha256)
+    assert changed.text_encoders()["gemma"].fingerprint(sha256) == plain.text_encoders()["gemma"].fingerprint(sha256)
     assert changed.video_fingerprint(sha256) == plain.video_fingerprint(sha256)
 
 

@@ -25,14 +25,16 @@ def flow(**options: object) -> SanaVideoFlow:
 
 
 def padded(text: Text, tokens: int = 300) -> Text:
-    short = tokens - text.mask.shape[1]
-    embeds = torch.nn.functional.pad(text.embeds, (0, 0, 0, short))
-    return Text(embeds, torch.nn.functional.pad(text.mask, (0, short)))
+    short = tokens - text.only.mask.shape[1]
+    embeds = torch.nn.functional.pad(text.only.embeds, (0, 0, 0, short))
+    return Text.of(embeds, torch.nn.functional.pad(text.only.mask, (0, short)))
 
 
 def guided(denoiser: SanaVideoDenoiser, prompt: Text, negative: Text, scale: float) -> Predict:
     """Classifier-free guidance in one call of twice the batch, negative first, as the pipeline has it."""
-    both = Text(torch.cat([negative.embeds, prompt.embeds]), torch.cat([negative.mask, prompt.mask]))
+    both = Text.of(
+        torch.cat([negative.only.embeds, prompt.only.embeds]), torch.cat([negative.only.mask, prompt.only.mask])
+    )
 
     def predict(noisy: torch.Tensor, level: NoiseLevel) -> torch.Tensor:
         twice = NoiseLevel(level.sigma.repeat(2), level.timestep.repeat(2))
@@ -45,7 +47,7 @@ def guided(denoiser: SanaVideoDenoiser, prompt: Text, negative: Text, scale: flo
 
 def generated(family: SanaVideoFamily, clip: ClipShape, steps: int, scale: float) -> torch.Tensor:
     """Latents by our own path, from noise of seed 7."""
-    with family.open_text_encoder("cpu") as encoder:
+    with family.text_encoders()["gemma"].open("cpu") as encoder:
         prompt = encoder.encode([Caption(PROMPT.removesuffix(" motion score: 30."))], "prompt")
         negative = encoder.encode([Caption(NEGATIVE)], "negative")
     predict = guided(family.load_denoiser("cpu", "fp32"), padded(prompt), padded(negative), scale)
@@ -89,6 +91,16 @@ def test_a_timestep_is_the_whole_part_of_a_thousand_levels() -> None:
         nearest[sigma] == timestep
         for sigma, timestep in zip(level.sigma.tolist(), level.timestep.tolist(), strict=True)
     )
+
+
+def test_the_familys_timestep_of_a_level_is_the_one_it_was_trained_with(family: SanaVideoFamily) -> None:
+    """At every level of the official grid, in whole numbers, though sigma is rounded to fp32; as (B, f) as well."""
+    sigma = torch.tensor([3 * k / (1000 + 2 * k) for k in range(1001)], dtype=torch.float32)
+    wanted = torch.tensor([float(3000 * k // (1000 + 2 * k)) for k in range(1001)])
+    assert torch.equal(family.timestep(sigma), wanted)
+    assert torch.equal(family.timestep(sigma[:1000].view(10, 100)), wanted[:1000].view(10, 100))
+    level = flow().draw(10_000, torch.Generator().manual_seed(1))
+    assert torch.equal(family.timestep(level.sigma), level.timestep)
 
 
 def test_noise_is_mixed_in_fp32_whatever_comes_in() -> None:
@@ -187,7 +199,7 @@ def test_a_solver_takes_at_least_one_step() -> None:
 def buckets_clean(checkpoint: Path) -> dict[Size, torch.Tensor]:
     """Latents generated at each official size: one frame, two guided steps."""
     family = SanaVideoFamily(SanaVideoOptions(path=str(checkpoint), text_precision="fp32"))
-    with family.open_text_encoder("cpu") as encoder:
+    with family.text_encoders()["gemma"].open("cpu") as encoder:
         prompt, negative = encoder.encode([Caption("a cat")], "prompt"), encoder.encode([Caption("")], "negative")
     predict = guided(family.load_denoiser("cpu", "fp32"), padded(prompt), padded(negative), 6.0)
     sampler = SanaVideoFlow(SanaVideoFlowOptions(), family.scheduler_config())

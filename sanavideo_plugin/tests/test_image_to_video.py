@@ -28,7 +28,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def condition(batch: int) -> Condition:
     mask = torch.arange(12) < torch.tensor([[5], [12]])[:batch]
-    return Condition(Text(normal(batch, 12, 64, seed=2) * mask[..., None], mask))
+    return Condition(Text.of(normal(batch, 12, 64, seed=2) * mask[..., None], mask))
 
 
 def mixed() -> NoiseLevel:
@@ -48,8 +48,8 @@ def test_levels_by_frame_are_the_timesteps_by_token_that_the_pipeline_gives(fami
         ours = denoiser.predict(noisy, mixed(), condition(2))
         theirs = module(
             noisy,
-            encoder_hidden_states=text.embeds,
-            encoder_attention_mask=text.mask.long(),
+            encoder_hidden_states=text.only.embeds,
+            encoder_attention_mask=text.only.mask.long(),
             timestep=by_token,
             return_dict=False,
         )[0]
@@ -128,7 +128,7 @@ def test_the_price_is_what_autograd_keeps_more(family: SanaVideoFamily, weights:
         denoiser.gradient_checkpointing(checkpointing)
         level = NoiseLevel(torch.tensor(timestep) / 1000, torch.tensor(timestep))
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=compute == "bf16")
-        with kept(denoiser, noisy, given.text.embeds) as found, autocast:
+        with kept(denoiser, noisy, given.text.only.embeds) as found, autocast:
             denoiser.predict(noisy, level, given)
         return sum(found.values())
 

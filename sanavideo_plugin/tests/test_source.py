@@ -32,12 +32,12 @@ told = {"problems": [[p.where, p.what, p.remedy] for p in family.check()]}
 told["heavy"] = sorted({"torch", "diffusers", "transformers", "accelerate"} & sys.modules.keys())
 try:
     told["rows"] = dict(family.describe())
-    told["text"] = family.text_fingerprint(hash_file)
+    told["text"] = family.text_encoders()["gemma"].fingerprint(hash_file)
     told["read"] = read
     if sys.argv[2] == "load":
         denoiser = family.load_denoiser("cpu", "fp32")
         told["weights"] = sum(weight.numel() for weight in denoiser.module.parameters())
-        with family.open_text_encoder("cpu") as encoder:
+        with family.text_encoders()["gemma"].open("cpu") as encoder:
             told["tokens"] = encoder.encode([Caption("a cat")], "prompt").mask.shape[1]
 except VtrainError as error:
     told["error"] = str(error)

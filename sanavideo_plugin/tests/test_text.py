@@ -62,14 +62,14 @@ def test_prompts_are_encoded_bit_for_bit_as_the_pipeline_does(
     ending = "" if score == "none" else f" motion score: {score}."
     embeds, mask, *_ = reference(pipelines[precision], caption + ending)
     family = family_of(checkpoint, text_precision=precision, motion_score=score)
-    with family.open_text_encoder("cpu") as encoder:
+    with family.text_encoders()["gemma"].open("cpu") as encoder:
         text = encoder.encode([Caption(caption)], "prompt")
     real = int(mask.sum())
-    assert text.embeds.dtype == embeds.dtype
-    assert text.mask.dtype == torch.bool
-    assert text.mask[0].tolist() == [True] * real
+    assert text.only.embeds.dtype == embeds.dtype
+    assert text.only.mask.dtype == torch.bool
+    assert text.only.mask[0].tolist() == [True] * real
     assert mask[:real].all()
-    assert torch.equal(text.embeds[0], embeds[:real])
+    assert torch.equal(text.only.embeds[0], embeds[:real])
 
 
 @pytest.mark.parametrize("negative", ["", "A blurry video, Distorted.", LONG])
@@ -77,12 +77,12 @@ def test_negative_prompts_and_dropped_captions_are_the_pipelines(
     checkpoint: Path, family_of: Families, pipelines: dict[str, SanaVideoPipeline], negative: str
 ) -> None:
     *_, embeds, mask = reference(pipelines["fp32"], "a cat", negative_prompt=negative)
-    with family_of(checkpoint).open_text_encoder("cpu") as encoder:
+    with family_of(checkpoint).text_encoders()["gemma"].open("cpu") as encoder:
         text = encoder.encode([Caption(negative)], "negative")
         dropped = encoder.encode([Caption("a dog")], "dropped")
-    assert torch.equal(text.embeds[0], embeds[: int(mask.sum())])
+    assert torch.equal(text.only.embeds[0], embeds[: int(mask.sum())])
     if not negative:
-        assert torch.equal(dropped.embeds, text.embeds)
+        assert torch.equal(dropped.only.embeds, text.only.embeds)
         assert dropped.mask.tolist() == [[True]]
 
 
@@ -93,25 +93,25 @@ def test_an_instruction_of_the_users_own_replaces_the_pipelines(
     own = [instruction] if instruction else None
     embeds, mask, *_ = reference(pipelines["fp32"], "a cat motion score: 7.", complex_human_instruction=own)
     family = family_of(checkpoint, instruction=instruction)
-    with family.open_text_encoder("cpu") as encoder:
+    with family.text_encoders()["gemma"].open("cpu") as encoder:
         text = encoder.encode([Caption("a cat", {"motion_score": 7})], "prompt")
-    assert torch.equal(text.embeds[0], embeds[: int(mask.sum())])
+    assert torch.equal(text.only.embeds[0], embeds[: int(mask.sum())])
 
 
 def test_a_batch_is_as_long_as_its_longest_caption_and_real_tokens_come_first(family: SanaVideoFamily) -> None:
     captions = [Caption("a cat"), Caption("a cat walks slowly over the wet grass")]
-    with family.open_text_encoder("cpu") as encoder:
+    with family.text_encoders()["gemma"].open("cpu") as encoder:
         both = encoder.encode(captions, "prompt")
         alone = [encoder.encode([caption], "prompt") for caption in captions]
-    assert both.embeds.shape[:2] == both.mask.shape == (2, alone[1].mask.shape[1])
+    assert both.only.embeds.shape[:2] == both.only.mask.shape == (2, alone[1].only.mask.shape[1])
     for row, single in enumerate(alone):
-        real = single.mask.shape[1]
-        assert both.mask[row].tolist() == [True] * real + [False] * (both.mask.shape[1] - real)
-        torch.testing.assert_close(both.embeds[row, :real], single.embeds[0], rtol=1e-5, atol=1e-6)
+        real = single.only.mask.shape[1]
+        assert both.only.mask[row].tolist() == [True] * real + [False] * (both.only.mask.shape[1] - real)
+        torch.testing.assert_close(both.only.embeds[row, :real], single.only.embeds[0], rtol=1e-5, atol=1e-6)
 
 
 def test_captions_that_lost_their_end_are_counted(family: SanaVideoFamily) -> None:
-    with family.open_text_encoder("cpu") as encoder:
+    with family.text_encoders()["gemma"].open("cpu") as encoder:
         encoder.encode([Caption("a cat"), Caption(LONG)], "prompt")
         assert encoder.truncated == 1
         assert encoder.encode([Caption(LONG)], "negative").mask.shape == (1, 300)
@@ -124,12 +124,12 @@ def test_captions_that_lost_their_end_are_counted(family: SanaVideoFamily) -> No
 def test_an_extra_that_cannot_be_used_is_an_error(
     family: SanaVideoFamily, extras: dict[str, float | int | str]
 ) -> None:
-    with family.open_text_encoder("cpu") as encoder, pytest.raises(DataError):
+    with family.text_encoders()["gemma"].open("cpu") as encoder, pytest.raises(DataError):
         encoder.encode([Caption("a cat", extras)], "prompt")
 
 
 def test_after_the_with_block_the_encoder_is_gone(family: SanaVideoFamily) -> None:
-    with family.open_text_encoder("cpu") as encoder:
+    with family.text_encoders()["gemma"].open("cpu") as encoder:
         model = encoder._model
         assert model is not None
         seen = weakref.ref(model)
@@ -148,7 +148,7 @@ def test_a_text_encoder_whose_weights_do_not_fit_is_an_error(own_checkpoint: Pat
     state["norm.weight"] = torch.ones(7)
     state.pop("layers.0.mlp.up_proj.weight")
     save_file(state, path, metadata={"format": "pt"})
-    with pytest.raises(ModelError) as caught, family_of(own_checkpoint).open_text_encoder("cpu"):
+    with pytest.raises(ModelError) as caught, family_of(own_checkpoint).text_encoders()["gemma"].open("cpu"):
         pass
     assert "layers.0.mlp.up_proj.weight is missing" in str(caught.value)
     assert "norm.weight is [7] instead of [64]" in str(caught.value)
@@ -165,7 +165,7 @@ def test_the_wording_is_what_is_cut_into_tokens(checkpoint: Path, family_of: Fam
     with pytest.raises(DataError):
         family.wording(Caption("", {"mood": "calm"}), "prompt")
     tokens = GemmaTokenizer.from_pretrained(checkpoint / "tokenizer")
-    with family.open_text_encoder("cpu") as encoder:
+    with family.text_encoders()["gemma"].open("cpu") as encoder:
         for role in ("negative", "dropped"):
             length = encoder.encode([caption], role).embeds.shape[1]
             assert length == len(tokens.encode(family.wording(caption, role)))

@@ -3,16 +3,15 @@
 # mypy: allow-untyped-calls
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
-from vtrain.contract import Device, DType, HashFile, ModelError, Problem, TokenGrid, misfit_problem, torch_type
+from vtrain.contract import DType, HashFile, Problem, TokenGrid, load_pretrained, opened
 from vtrain_sanavideo import crepa_source
 from vtrain_sanavideo.crepa_options import CrepaOptions
 from vtrain_sanavideo.crepa_source import CLASSES, DinoSource
-from vtrain_sanavideo.text import quiet
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,42 +119,19 @@ class Dinov2:
         number = self._size // self.patch
         return f"frames squeezed to {self._size}x{self._size}, {number}x{number} patches resampled to the tokens"
 
-    @contextmanager
-    def open(self, device: str) -> Iterator[EncodePictures]:
+    def open(self, device: str) -> AbstractContextManager[_AtWork]:
         """Raises ModelError."""
-        at_work = _AtWork(self._load(device), self._skipped, self.patch, self.grid)
-        try:
-            yield at_work
-        finally:
-            at_work.close()
-            Device.of(device).release()
+        return opened(lambda: _AtWork(self._load(device), self._skipped, self.patch, self.grid), device)
 
     def _load(self, device: str) -> Dinov2Model:
-        import torch
         import transformers
 
         source = self._source
-        kind = getattr(transformers, CLASSES[source.config.model_type])
-        settings: dict[str, Any] = {"dtype": torch_type(self._precision), "use_safetensors": True}
-        # What does not fit is then in the report, and told below with what is missing; else transformers raises.
-        settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "local_files_only": True}
-        place = source.weights() if source.file is None else source.file
-        if source.file is not None:
-            settings |= {"config": _config(source), "state_dict": crepa_source.load(source.file, source.hub_model)}
-        try:
-            with quiet():
-                model, report = kind.from_pretrained(None if source.file else place, **settings)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ModelError(Problem(str(place), f"the encoder cannot be loaded: {error}")) from error
-        lines = [f"{name} is missing" for name in sorted(report["missing_keys"])]
-        lines += [
-            f"{name} is {list(found)} instead of {list(wanted)}" for name, found, wanted in report["mismatched_keys"]
-        ]
-        lines += [f"{name} is unexpected" for name in sorted(report["unexpected_keys"])]
-        if lines:
-            raise ModelError(misfit_problem(place, lines))
-        loaded: Dinov2Model = model.to(torch.device(device)).eval().requires_grad_(False)
-        return loaded
+        kind: type[Dinov2Model] = getattr(transformers, CLASSES[source.config.model_type])
+        if source.file is None:
+            return load_pretrained(kind, source.weights(), self._precision, device, "encoder")
+        own = {"config": _config(source), "state_dict": crepa_source.load(source.file, source.hub_model)}
+        return load_pretrained(kind, source.file, self._precision, device, "encoder", **own)
 
 
 class _AtWork:

@@ -15,22 +15,27 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from vtrain.contract import (
+    TRANSFORMERS_STEM,
+    CheckpointSource,
+    Component,
     HashFile,
     ModelError,
+    PartConfig,
     Problem,
     Shape,
+    meaning,
     misfit_problem,
+    misfit_problems,
     misfits,
-    stored_shapes,
+    read_config,
+    read_json,
     weight_hashes,
     weight_problems,
 )
-from vtrain_sanavideo.check import meaning, read_json
 from vtrain_sanavideo.crepa_options import HUB_IDS, WEIGHT_FILES
-from vtrain_sanavideo.source import CheckpointSource
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -204,17 +209,12 @@ def renamed(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         yield start + (known[inner] if inner in known else f"{known[stem]}{dot}{kind}"), value
 
 
-STEM = "model"
-"""Of the weight files of a folder in transformers' layout."""
-
 CLASSES: Mapping[str, str] = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}
 """model_type -> transformers' class."""
 
 
-class DinoConfig(BaseModel):
-    """What of a config.json shapes features. Other keys are the class's business."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
+class DinoConfig(PartConfig):
+    """What of a config.json shapes features."""
 
     model_type: str
     hidden_size: int = Field(ge=1)
@@ -227,7 +227,7 @@ class DinoSource(CheckpointSource):
     """DINOv2 as one of torch hub's names, a hub id, a folder in transformers' layout, or torch hub's .pth file."""
 
     def __init__(self, name: str, revision: str | None = None) -> None:
-        super().__init__(HUB_IDS.get(name, name), revision)
+        super().__init__(HUB_IDS.get(name, name), revision, {"": Component(stem=TRANSFORMERS_STEM)})
         self._called = name
 
     @property
@@ -271,13 +271,7 @@ class DinoSource(CheckpointSource):
             raise ModelError(Problem(str(path), what, f"{_ways()}."))
         # transformers' own default, which a config.json may leave out.
         registers = {"num_register_tokens": 4} if content["model_type"] != "dinov2" else {}
-        try:
-            config = DinoConfig.model_validate({**registers, **content})
-        except ValidationError as error:
-            raise ModelError(
-                Problem(str(path), f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}.", "Download it again.")
-                for fault in error.errors(include_url=False)
-            ) from error
+        config = read_config(DinoConfig, path, registers, "Download it again.")
         if config.num_channels != 3:
             raise ModelError(Problem(str(path), f"this model takes {config.num_channels} channels, and frames have 3."))
         return config
@@ -290,12 +284,10 @@ class DinoSource(CheckpointSource):
             return list(error.problems)
         if self.file is not None:
             return []
-        problems = weight_problems(self.folder, STEM, may_be_fetched=self.may_fetch())
+        problems = weight_problems(self.folder, TRANSFORMERS_STEM, may_be_fetched=self.may_fetch())
         if problems and self.on_hub:
             return [self._unreachable("its weights are missing in the cache")]
-        if problems or self.incomplete(self.folder, STEM):
-            return problems
-        return self._misfits()
+        return problems or self._misfits()
 
     def _misfits(self) -> list[Problem]:
         """Whether the config is of other weights than those beside it: by those that bear the numbers of DinoConfig."""
@@ -305,19 +297,11 @@ class DinoSource(CheckpointSource):
             "embeddings.patch_embeddings.projection.weight": (width, 3, patch, patch),
             **({"embeddings.register_tokens": (1, registers, width)} if registers else {}),
         }
-        # A model with a head has all names after "dinov2.".
-        stored = {name[name.find("embeddings.") :]: shape for name, shape in stored_shapes(self.folder, STEM).items()}
-        lines = misfits(expected, {name: stored[name] for name in expected if name in stored})
-        return [misfit_problem(self.folder, lines)] if lines else []
+        return misfit_problems(self.folder, TRANSFORMERS_STEM, expected, some=True)
 
     def weights(self) -> Path:
         """The folder with its weights, fetched from the hub if the cache lacks some. Raises ModelError."""
-        if self.on_hub and self.incomplete(self.folder, STEM):
-            # The commit of the config, so that a branch that has moved on since does not mix two models.
-            self._download(("*.json", "*.safetensors"), self.folder.name)
-            if self.incomplete(self.folder, STEM):
-                raise ModelError(self._unreachable("its weights are missing in the cache"))
-        return self.folder
+        return self.part("")
 
     def marks(self, hash_file: HashFile) -> dict[str, object]:
         """What tells this model from all others: its config's meaning and its weights' content. Raises ModelError."""
@@ -326,7 +310,7 @@ class DinoSource(CheckpointSource):
         folder = self.weights()
         return {
             "config": meaning(read_json(folder / "config.json")),
-            "weights": weight_hashes(folder, STEM, hash_file),
+            "weights": weight_hashes(folder, TRANSFORMERS_STEM, hash_file),
         }
 
     def describe(self) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from vtrain.contract import FrameRule, Shape, Size
+from vtrain.contract import CausalCodecConfig, FrameRule, LatentGeometry, PartConfig, Shape, Size
 
 OFFICIAL_480P = (
     Size(832, 480), Size(896, 448), Size(768, 528), Size(720, 560), Size(624, 624), Size(592, 672),
@@ -31,10 +31,8 @@ SCALE_SHIFT_TABLE = "scale_shift_table"
 Positive = Annotated[int, Field(ge=1)]
 
 
-class TransformerConfig(BaseModel):
+class TransformerConfig(PartConfig):
     """transformer/config.json of a SanaVideoTransformer3DModel, over the class's own defaults."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
     in_channels: Positive
     out_channels: Positive | None
@@ -107,55 +105,6 @@ def _layer(name: str, weight: Shape, bias: bool = True) -> dict[str, Shape]:
     return {f"{name}.weight": weight, **({f"{name}.bias": weight[:1]} if bias else {})}
 
 
-class CodecConfig(BaseModel):
-    """vae/config.json of an AutoencoderKLWan, over the class's own defaults."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-    name: ClassVar[str] = "Wan VAE"
-
-    z_dim: Positive
-    dim_mult: tuple[Positive, ...] = Field(min_length=1)
-    temperal_downsample: tuple[bool, ...]
-    patch_size: Positive | None
-    latents_mean: tuple[float, ...]
-    latents_std: tuple[Annotated[float, Field(gt=0)], ...]
-    scale_factor_temporal: Positive | None
-    scale_factor_spatial: Positive | None
-
-    @property
-    def channels(self) -> int:
-        return self.z_dim
-
-    @property
-    def time_factor(self) -> int:
-        """Pixel frames per latent frame, the first apart: each downsampling stage that is marked halves the frames."""
-        return 1 << sum(self.temperal_downsample)
-
-    @property
-    def space_factor(self) -> int:
-        """Pixels per latent in height and width: a halving between each two of dim_mult, times the pixel patch."""
-        return (1 << (len(self.dim_mult) - 1)) * (self.patch_size or 1)
-
-    @property
-    def frame_rule(self) -> FrameRule:
-        """The codec is causal: the first frame stands alone, then time_factor frames share a latent frame."""
-        return FrameRule(stride=self.time_factor, offset=1)
-
-    def undecodable(self, size: Size, *, tiled: bool) -> str | None:
-        """Why latents of that size cannot be decoded: they always can."""
-        return None
-
-    def faults(self) -> list[str]:
-        """What in the config contradicts itself."""
-        pairs = (
-            ("scale_factor_temporal", self.scale_factor_temporal, self.time_factor, "temperal_downsample gives"),
-            ("scale_factor_spatial", self.scale_factor_spatial, self.space_factor, "dim_mult and patch_size give"),
-            ("latents_mean", len(self.latents_mean), self.z_dim, "z_dim asks for"),
-            ("latents_std", len(self.latents_std), self.z_dim, "z_dim asks for"),
-        )
-        return [f"{name}: {said}, but {why} {is_}." for name, said, is_, why in pairs if said not in (None, is_)]
-
-
 Stages = bool | tuple[bool, ...]
 """Whether each stage halves or doubles; one answer is for all of them."""
 
@@ -163,14 +112,11 @@ _TILE, _TILE_STEP = 512, 448
 """Pixels of a tile of the LTX-2 VAE, and from one's start to the next's."""
 
 
-class Ltx2CodecConfig(BaseModel):
+class Ltx2CodecConfig(PartConfig):
     """vae/config.json of an AutoencoderKLLTX2Video, over the class's own defaults.
 
     What SanaVideoPipeline does not do is refused: it gives the decoder no noise level, and no scaling factor has an effect.
     """
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-    name: ClassVar[str] = "LTX-2 VAE"
 
     in_channels: Literal[3]
     out_channels: Literal[3]
@@ -192,10 +138,6 @@ class Ltx2CodecConfig(BaseModel):
     temporal_compression_ratio: Positive | None
 
     @property
-    def channels(self) -> int:
-        return self.latent_channels
-
-    @property
     def time_factor(self) -> int:
         """Pixel frames per latent frame, the first apart."""
         return _time(self._down())
@@ -205,10 +147,22 @@ class Ltx2CodecConfig(BaseModel):
         """Pixels per latent in height and width: the pixel patch and what the encoder's stages halve."""
         return self._space(self._down())
 
-    @property
-    def frame_rule(self) -> FrameRule:
-        """The encoder is causal: the first frame stands alone, then time_factor frames share a latent frame."""
-        return FrameRule(stride=self.time_factor, offset=1)
+    def geometry(self, patch: tuple[int, int, int] = (1, 1, 1)) -> LatentGeometry:
+        """The encoder is causal: the first frame stands alone, then time_factor frames share a latent frame.
+
+        patch: the denoiser's, latents per token.
+        """
+        rule = FrameRule(stride=self.time_factor, offset=1)
+        return LatentGeometry(self.latent_channels, rule, self.space_factor, patch)
+
+    def shapes(self) -> dict[str, Shape]:
+        """Of the weights that bear the config's numbers, for `misfit_problems(some=True)`."""
+        latent, kernel = self.latent_channels, (3, 3, 3)
+        return {
+            "encoder.conv_in.conv.weight": (latent, self.in_channels * self.patch_size**2, *kernel),
+            "encoder.conv_out.conv.weight": (latent + 1, self.block_out_channels[-1], *kernel),
+            "decoder.conv_in.conv.weight": (self.decoder_block_out_channels[-1], latent, *kernel),
+        }
 
     def undecodable(self, size: Size, *, tiled: bool) -> str | None:
         """Why latents of that size cannot be decoded, or None: reflected padding takes two latents each way at least."""
@@ -272,4 +226,9 @@ def _each(stages: Stages, count: int) -> tuple[bool, ...]:
     return (stages,) * count if isinstance(stages, bool) else stages
 
 
-AnyCodecConfig = CodecConfig | Ltx2CodecConfig
+AnyCodecConfig = CausalCodecConfig | Ltx2CodecConfig
+
+
+def vae_title(config: AnyCodecConfig) -> str:
+    """What the VAE is called in a plan and in messages."""
+    return "LTX-2 VAE" if isinstance(config, Ltx2CodecConfig) else "Wan VAE"

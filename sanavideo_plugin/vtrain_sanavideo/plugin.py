@@ -34,6 +34,7 @@ FLOW = SamplerSpec(
     summary="SANA-Video's official schedule: trained with shift 3, sampled with the checkpoint's own scheduler",
     options=SanaVideoFlowOptions,
     build=_flow,
+    timesteps_of="sanavideo",
 )
 
 SANAVIDEO = FamilySpec(

@@ -3,23 +3,20 @@
 # mypy: allow-untyped-calls
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vtrain.contract import (
     Caption,
     DataError,
-    Device,
-    DType,
-    ModelError,
+    PluginError,
     Problem,
     Role,
     Text,
-    misfit_problem,
-    torch_type,
-    weight_problems,
+    default_arguments,
+    load_pretrained,
+    load_tokenizer,
 )
 from vtrain_sanavideo.options import SanaVideoOptions
 
@@ -61,7 +58,7 @@ class SanaVideoText:
         keep = [0, *range(mask.shape[1] - TEXT_TOKENS + 1, mask.shape[1])]
         embeds, mask = embeds[:, keep], mask[:, keep]
         longest = int(mask.sum(dim=1).max())
-        return Text(embeds=embeds[:, :longest].contiguous(), mask=mask[:, :longest].contiguous())
+        return Text.of(embeds[:, :longest].contiguous(), mask[:, :longest].contiguous())
 
     def close(self) -> None:
         """Let go of the weights."""
@@ -121,70 +118,26 @@ def _whole(score: float | int | str | None) -> int | None:
     raise DataError(Problem("", f"the motion score {score!r} is no whole number.", "Write a number such as 30."))
 
 
-@contextmanager
-def open_text(
-    encoder: Path, tokenizer: Path, options: SanaVideoOptions, instruction: str, device: str
-) -> Iterator[SanaVideoText]:
-    """Load tokenizer and encoder for the length of a with block. Raises ModelError."""
-    text = SanaVideoText(
-        _load_tokenizer(tokenizer), _load(encoder, options.text_precision, device), options, instruction
+def default_instruction() -> str:
+    """What SanaVideoPipeline of the installed diffusers puts before a prompt. Raises PluginError."""
+    file = "pipelines/sana_video/pipeline_sana_video.py"
+    lines = default_arguments("diffusers", file, "SanaVideoPipeline", "__call__").get("complex_human_instruction")
+    if not isinstance(lines, list):
+        remedy = "Install the version that vtrain-sanavideo asks for: diffusers 0.42."
+        raise PluginError(Problem("diffusers", "SanaVideoPipeline has no default instruction.", remedy))
+    return "\n".join(str(line) for line in lines)
+
+
+def load(encoder: Path, tokenizer: Path, options: SanaVideoOptions, instruction: str, device: str) -> SanaVideoText:
+    """Tokenizer and encoder. Raises ModelError."""
+    from transformers import Gemma2Model, GemmaTokenizer
+
+    model = load_pretrained(
+        Gemma2Model,
+        encoder,
+        options.text_precision,
+        device,
+        "text encoder",
+        attn_implementation="eager",  # "sdpa" does not do Gemma-2's capped logits
     )
-    try:
-        yield text
-    finally:
-        text.close()
-        Device.of(device).release()
-
-
-def _load_tokenizer(folder: Path) -> GemmaTokenizer:
-    from transformers import GemmaTokenizer
-
-    try:
-        tokenizer: GemmaTokenizer = GemmaTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ModelError(Problem(str(folder), f"no tokenizer can be read: {error}", "Download it again.")) from error
-    return tokenizer
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bar of transformers' own: it would tear the run's display. Its setting is as before afterwards."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-def _load(folder: Path, dtype: DType, device: str) -> Gemma2Model:
-    import torch
-    from transformers import Gemma2Model
-
-    if problems := weight_problems(folder, "model"):
-        raise ModelError(problems)
-    try:
-        # "sdpa" does not do Gemma-2's capped logits.
-        with quiet():
-            loaded: tuple[Gemma2Model, dict[str, Any]] = Gemma2Model.from_pretrained(
-                folder,
-                dtype=torch_type(dtype),
-                attn_implementation="eager",
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )  # type: ignore[assignment]  # a pair, because of output_loading_info
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(Problem(str(folder), f"the text encoder cannot be loaded: {error}")) from error
-    model, report = loaded
-    lines = [f"{name} is missing" for name in sorted(report["missing_keys"])]
-    lines += [f"{name} is {list(found)} instead of {list(shape)}" for name, found, shape in report["mismatched_keys"]]
-    lines += [f"{name} is unexpected" for name in sorted(report["unexpected_keys"])]
-    if lines:
-        raise ModelError(misfit_problem(folder, lines))
-    model.to(torch.device(device))  # type: ignore[arg-type]  # its wrapper hides self
-    model.eval().requires_grad_(False)
-    return model
+    return SanaVideoText(load_tokenizer(GemmaTokenizer, tokenizer), model, options, instruction)

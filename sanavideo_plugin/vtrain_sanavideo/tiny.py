@@ -15,8 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from vtrain.contract import Device
-from vtrain_sanavideo.text import quiet
+from vtrain.contract import Device, quiet
 
 if TYPE_CHECKING:
     from transformers import GemmaTokenizer

@@ -50,6 +50,23 @@ def test_updates_are_those_of_the_paper() -> None:
         assert torch.allclose(found.detach().double(), wanted, rtol=0, atol=1e-5)
 
 
+def test_parts_of_a_weight_are_moved_as_the_whole_is() -> None:
+    """What `moves` says of "sharded": each process has a part, and moves it by itself."""
+    assert ADAMW.moves == {"fp32", "sharded"}
+    whole = nn.Parameter(torch.linspace(-1, 1, 64))
+    parts = [nn.Parameter(part.clone()) for part in whole.detach().split(24)]
+    options = AdamWOptions(lr=1e-2, weight_decay=0.1)
+    apart = [build_adamw(options, [ParameterGroup((("w", part),), decay=True)]) for part in parts]
+    together = build_adamw(options, [ParameterGroup((("w", whole),), decay=True)])
+    for grad in gradients(25):
+        whole.grad = grad.clone()
+        together.step()
+        for part, own, optimizer in zip(parts, grad.split(24), apart, strict=True):
+            part.grad = own.clone()
+            optimizer.step()
+    torch.testing.assert_close(torch.cat([part.detach() for part in parts]), whole.detach(), rtol=1e-6, atol=1e-7)
+
+
 def test_the_fused_kernel_is_used_on_the_cpu() -> None:
     optimizer = build_adamw(AdamWOptions(lr=1e-3), [ParameterGroup((("w", nn.Parameter(torch.ones(2))),), decay=True)])
     assert all(group["fused"] for group in optimizer.param_groups)

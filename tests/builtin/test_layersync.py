@@ -34,7 +34,7 @@ def view(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> StepVi
     batch, frames, height, width, _ = student.shape
     latents = torch.zeros(batch, 4, frames, 2 * height, 2 * width)
     level = NoiseLevel(torch.full((batch,), 0.5), torch.full((batch,), 500.0))
-    text = Text(torch.zeros(batch, 2, 3), torch.ones(batch, 2, dtype=torch.bool))
+    text = Text.of(torch.zeros(batch, 2, 3), torch.ones(batch, 2, dtype=torch.bool))
     return StepView(
         *(latents,) * 5, level, Condition(text), {1: student, 3: teacher}, 0, RunLength(100, 10.0), mask=mask
     )

@@ -44,6 +44,12 @@ class FlowOptions(Options):
     kind: Literal["logit-normal", "uniform"] = Field("uniform", description="distribution of the levels")
 
 
+class BentOptions(FlowOptions):
+    """Options of a sampler of which one is required."""
+
+    power: int = Field(description="power of the levels")
+
+
 class FolderOptions(Options):
     """Options of a data backend."""
 
@@ -82,6 +88,15 @@ def built(*_: object) -> None:
 SPECS: tuple[Spec, ...] = (
     FamilySpec("tiny", "a tiny family", FamilyOptions, built, sampler="flow"),  # type: ignore[arg-type]
     FamilySpec("strict", "a family with a fixed schedule", FamilyOptions, built, sampler="own", fixed_sampler=True),  # type: ignore[arg-type]
+    FamilySpec(
+        "shifted",
+        "a family with a recipe",
+        FamilyOptions,
+        built,  # type: ignore[arg-type]
+        sampler="bent",
+        sampler_options={"shift": 5.0, "power": 2},
+    ),
+    SamplerSpec("bent", "a flow that needs a power", BentOptions, built),  # type: ignore[arg-type]
     SamplerSpec("flow", "a flow", FlowOptions, built),  # type: ignore[arg-type]
     SamplerSpec("own", "the schedule of strict", NoOptions, built),  # type: ignore[arg-type]
     DataBackendSpec("folder", "a folder", FolderOptions, built),  # type: ignore[arg-type]

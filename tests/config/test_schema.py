@@ -40,6 +40,7 @@ def test_a_schema_without_any_plugin_is_valid_and_accepts_nothing(good: Tables) 
         "",
         "[sampler]\nuse = 'flow'\nshift = 1",
         "[sampler]\nshift = 1",
+        "[sampler]\nuse = 'bent'\npower = 1",
         "[[regularizer]]\nuse = 'pull'\nstages = [{ until = '5 steps', weight = 1 }]",
         "[[tracker]]\nuse = 'paper'\n[[tracker]]\nuse = 'tensorboard'",
         "[validation]\nevery = '10 min'\nsize = '832x480'\n[validation.prompts]\na = 'b'",
@@ -54,6 +55,19 @@ def test_what_loads_is_valid(
     text = "\n".join([*good.values(), extra])
     load(write(text), catalog)
     assert valid(text)
+
+
+def test_what_a_familys_recipe_sets_is_its_default_and_need_not_be_given(
+    valid: Callable[[str], bool], good: Tables, catalog: Catalog
+) -> None:
+    text = "\n".join({**good, "model": good["model"].replace("tiny", "shifted")}.values())
+    assert valid(text)
+    assert valid(text + "[sampler]\nshift = 1")
+    assert not valid(text + "[sampler]\nshift = 0")
+    rules = [rule for rule in json_schema(catalog)["allOf"] if "default" in str(rule["then"])]
+    assert [rule["then"]["properties"]["sampler"]["properties"] for rule in rules] == [
+        {"shift": {"default": 5.0}, "power": {"default": 2}}
+    ]
 
 
 @pytest.mark.parametrize(

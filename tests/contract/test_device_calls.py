@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = ("core", "plugins", "sanavideo_plugin/vtrain_sanavideo")
+SHIPPED = ("core", "plugins", "sanavideo_plugin/vtrain_sanavideo", "wan_plugin/vtrain_wan")
 HOME = ROOT / "core" / "vtrain" / "contract" / "device.py"
 MODULES = {
     "cuda",

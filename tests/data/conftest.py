@@ -43,6 +43,8 @@ from vtrain.contract import (
     Size,
     SourceRef,
     Text,
+    TextEncoderSpec,
+    TextPartSpec,
     TokenGrid,
 )
 from vtrain.data import batches as source_frames
@@ -73,7 +75,7 @@ class WordEncoder:
                 embeds[i, j] = torch.tensor(list(digest)) / 255
                 mask[i, j] = True
             embeds[i, len(row) :] = 7.0  # what an encoder makes of padding is not zero
-        return Text(embeds, mask)
+        return Text.of(embeds, mask)
 
 
 class AverageCodec:
@@ -115,7 +117,6 @@ class AverageFamily:
     default_size = Size(128, 64)
     frame_rule = FrameRule(4, 1)
     pixel_stride = 8
-    text_tokens = 40
     text_width = 6
 
     def latent_shape(self, clip: ClipShape) -> LatentShape:
@@ -127,14 +128,17 @@ class AverageFamily:
     def token_grid(self, latents: LatentShape) -> TokenGrid:
         return TokenGrid(latents.frames, latents.height // 2, latents.width // 2)
 
-    def text_fingerprint(self, hash_file: HashFile) -> str:
-        return f"words-{self.text_version}"
+    def text_encoders(self) -> Mapping[str, TextEncoderSpec]:
+        part = TextPartSpec(self.text_width, 40, dtype="bf16")
+        return {
+            "words": TextEncoderSpec({"text": part}, lambda hash_file: f"words-{self.text_version}", self.open_words)
+        }
 
     def video_fingerprint(self, hash_file: HashFile) -> str:
         return "average" if self.codec_weights is None else hash_file(self.codec_weights)
 
     @contextmanager
-    def open_text_encoder(self, device: str) -> Iterator[WordEncoder]:
+    def open_words(self, device: str) -> Iterator[WordEncoder]:
         self.opened.append("text")
         yield WordEncoder(self)
         self.opened.append("text closed")

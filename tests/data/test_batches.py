@@ -30,7 +30,11 @@ def seven(setup, clips):
 
 def same(a, b) -> bool:
     fields = ("micro_batch", "draws", "sample_ids", "dropped")
-    tensors = [(a.latents.mean, b.latents.mean), (a.text.embeds, b.text.embeds), (a.text.mask, b.text.mask)]
+    tensors = [
+        (a.latents.mean, b.latents.mean),
+        (a.text.only.embeds, b.text.only.embeds),
+        (a.text.only.mask, b.text.only.mask),
+    ]
     return all(getattr(a, f) == getattr(b, f) for f in fields) and all(torch.equal(x, y) for x, y in tensors)
 
 
@@ -42,17 +46,17 @@ def test_a_batch_holds_the_latents_and_text_of_its_samples(seven) -> None:
         batch = batches[m]
         assert batch.micro_batch == m
         assert batch.latents.mean.dtype == torch.float32
-        wide = batch.text.embeds.shape[1]
-        assert batch.text.mask.sum(dim=1).max() > wide - 8, "padded to the longest, in eights"
+        wide = batch.text.only.embeds.shape[1]
+        assert batch.text.only.mask.sum(dim=1).max() > wide - 8, "padded to the longest, in eights"
         for row, name in enumerate(batch.sample_ids):
             assert torch.equal(
                 batch.latents.mean[row : row + 1], caches.latents(by_id[name], by_id[name].starts[0]).mean
             )
             text = caches.text(by_id[name].captions[0], "prompt")
-            length = text.embeds.shape[1]
-            assert torch.equal(batch.text.embeds[row, :length], text.embeds[0])
-            assert not batch.text.embeds[row, length:].any()
-            assert batch.text.mask[row].tolist() == [True] * length + [False] * (wide - length)
+            length = text.only.embeds.shape[1]
+            assert torch.equal(batch.text.only.embeds[row, :length], text.only.embeds[0])
+            assert not batch.text.only.embeds[row, length:].any()
+            assert batch.text.only.mask[row].tolist() == [True] * length + [False] * (wide - length)
 
 
 def test_an_entry_that_is_missing_names_the_samples_that_it_was_read_for(seven) -> None:
@@ -116,7 +120,7 @@ def test_dropped_captions_are_the_dropped_role_and_as_many_as_asked(seven) -> No
     share = sum(batch.dropped[0] for batch in drawn) / 700
     assert abs(share - 0.3) < 0.06  # standard error 0.017
     dropped = next(batch for batch in drawn if batch.dropped[0])
-    assert dropped.text.mask.sum() == 1
+    assert dropped.text.only.mask.sum() == 1
     assert not any(seven(caption_dropout=0.0)[m].dropped[0] for m in range(70))
     assert all(seven(caption_dropout=1.0)[m].dropped[0] for m in range(70))
 
@@ -132,9 +136,10 @@ def test_no_sample_is_an_error() -> None:
         Batches(None, None, build((), None, None))
 
 
-def test_text_longer_than_the_family_takes_is_an_error_and_is_not_cut() -> None:
-    with pytest.raises(PluginError, match="41 tokens"):
-        pad([Text(torch.zeros(1, 41, 6), torch.ones(1, 41, dtype=torch.bool))], 40)
+def test_text_longer_than_the_family_takes_is_an_error_and_is_not_cut(setup) -> None:
+    given = Text.of(torch.zeros(1, 41, 6, dtype=torch.bfloat16), torch.ones(1, 41, dtype=torch.bool))
+    with pytest.raises(PluginError, match=r'encoder "words": the part "text" is \(1, 41, 6\) where \(1, 1 to 40, 6\)'):
+        pad([given], setup.family.text_encoders())
 
 
 def test_weights_say_how_often_datasets_are_drawn_relative_to_each_other(setup, make_video) -> None:

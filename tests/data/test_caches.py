@@ -79,12 +79,12 @@ def test_latents_are_the_codecs_own_of_the_decoded_pixels(setup, clips) -> None:
 def test_text_holds_only_real_tokens_in_the_encoders_type(three) -> None:
     filled = fill(three, extra=[(Caption("blurry"), "negative")])
     text = filled.caches.text(Caption("caption number 1"), "prompt")
-    assert text.embeds.shape == (1, 4, 6)
-    assert text.embeds.dtype == torch.bfloat16
-    assert text.mask.tolist() == [[True] * 4]
-    assert filled.caches.text(Caption("blurry"), "negative").embeds.shape == (1, 2, 6)
-    assert filled.caches.text(DROPPED, "dropped").embeds.shape == (1, 1, 6)
-    assert not (text.embeds == 7.0).any()
+    assert text.only.embeds.shape == (1, 4, 6)
+    assert text.only.embeds.dtype == torch.bfloat16
+    assert text.only.mask.tolist() == [[True] * 4]
+    assert filled.caches.text(Caption("blurry"), "negative").only.embeds.shape == (1, 2, 6)
+    assert filled.caches.text(DROPPED, "dropped").only.embeds.shape == (1, 1, 6)
+    assert not (text.only.embeds == 7.0).any()
 
 
 def test_text_is_encoded_first_and_each_model_is_freed_before_the_next(three) -> None:
@@ -205,7 +205,8 @@ def test_another_process_opens_the_caches_without_filling(three) -> None:
             other.latents(sample, sample.starts[0]).mean, filled.caches.latents(sample, sample.starts[0]).mean
         )
         assert torch.equal(
-            other.text(sample.captions[0], "prompt").embeds, filled.caches.text(sample.captions[0], "prompt").embeds
+            other.text(sample.captions[0], "prompt").only.embeds,
+            filled.caches.text(sample.captions[0], "prompt").only.embeds,
         )
     assert three.family.opened == []
 

@@ -13,7 +13,7 @@ import pytest
 from torch import Tensor, nn
 
 from vtrain.config import load
-from vtrain.contract import Caption, Latents, Role, Text
+from vtrain.contract import Caption, Latents, NormalizedCodec, Role, Text
 from vtrain.data.caching.caches import fill_caches
 from vtrain.data.scanning.scan import scan
 from vtrain.plan.make import make_plan
@@ -79,22 +79,21 @@ class Run:
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Run], Run]:
     """The run, told of all that is encoded."""
-    from vtrain_sanavideo.codec import SanaVideoCodec
     from vtrain_sanavideo.text import SanaVideoText
 
-    encode_text, encode_video = SanaVideoText.encode, SanaVideoCodec.encode
+    encode_text, encode_video = SanaVideoText.encode, NormalizedCodec.encode
 
     def count(run: Run) -> Run:
         def counted_text(self: SanaVideoText, captions: Sequence[Caption], role: Role) -> Text:
             run.texts += len(captions)
             return encode_text(self, captions, role)
 
-        def counted_video(self: SanaVideoCodec, pixels: Tensor, *, std: bool = False) -> Latents:
+        def counted_video(self: NormalizedCodec, pixels: Tensor, *, std: bool = False) -> Latents:
             run.clips += len(pixels)
             return encode_video(self, pixels, std=std)
 
         monkeypatch.setattr(SanaVideoText, "encode", counted_text)
-        monkeypatch.setattr(SanaVideoCodec, "encode", counted_video)
+        monkeypatch.setattr(NormalizedCodec, "encode", counted_video)
         return run
 
     return count
@@ -192,19 +191,18 @@ def alive(*parts: str) -> list[bool]:
 
 
 def test_text_encoder_and_codec_are_never_in_memory_together(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vtrain_sanavideo.codec import SanaVideoCodec
     from vtrain_sanavideo.family import SanaVideoFamily
     from vtrain_sanavideo.text import SanaVideoText
 
     seen: list[tuple[str | bool, ...]] = []
     opened = SanaVideoFamily.open_video_codec
-    encode_text, encode_video = SanaVideoText.encode, SanaVideoCodec.encode
+    encode_text, encode_video = SanaVideoText.encode, NormalizedCodec.encode
 
     def look(when: str) -> None:
         seen.append((when, *alive("Gemma2Model", "AutoencoderKLWan")))
 
     @contextmanager
-    def opening(self: SanaVideoFamily, device: str) -> Iterator[SanaVideoCodec]:
+    def opening(self: SanaVideoFamily, device: str) -> Iterator[NormalizedCodec]:
         look("before the codec loads")
         with opened(self, device) as codec:
             yield codec
@@ -213,13 +211,13 @@ def test_text_encoder_and_codec_are_never_in_memory_together(run: Run, monkeypat
         look("text")
         return encode_text(self, captions, role)
 
-    def video(self: SanaVideoCodec, pixels: Tensor, *, std: bool = False) -> Latents:
+    def video(self: NormalizedCodec, pixels: Tensor, *, std: bool = False) -> Latents:
         look("video")
         return encode_video(self, pixels, std=std)
 
     monkeypatch.setattr(SanaVideoFamily, "open_video_codec", opening)
     monkeypatch.setattr(SanaVideoText, "encode", text)
-    monkeypatch.setattr(SanaVideoCodec, "encode", video)
+    monkeypatch.setattr(NormalizedCodec, "encode", video)
     shutil.rmtree(run.folder / "cache")
     run.encodes()
     look("after")

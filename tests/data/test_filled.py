@@ -29,7 +29,7 @@ def test_captions_that_lost_their_end_are_counted_when_the_encoder_counts_them(s
     samples = list(scan(plan).samples)
     assert fill_caches(plan, samples, (), "cpu", lambda *_: None).truncated == 0
 
-    opened = setup.family.open_text_encoder
+    opened = setup.family.open_words
 
     @contextmanager
     def counting(device: str):
@@ -37,6 +37,6 @@ def test_captions_that_lost_their_end_are_counted_when_the_encoder_counts_them(s
             encoder.truncated = 3
             yield encoder
 
-    setup.family.open_text_encoder = counting
+    setup.family.open_words = counting
     extra = [(Caption("new words"), "prompt")]
     assert fill_caches(plan, samples, extra, "cpu", lambda *_: None).truncated == 3

@@ -20,7 +20,7 @@ from vtrain.train.settings import declared
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 CODE = re.compile(r"`([^`\n]+)`")
-FOLDERS = ("core/", "plugins/", "sanavideo_plugin", "tests/", "docs/", "examples/", "benchmarks/")
+FOLDERS = ("core/", "plugins/", "sanavideo_plugin", "wan_plugin", "tests/", "docs/", "examples/", "benchmarks/")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def tests_there() -> set[str]:
     """Names of all tests of the repository, the kit's rules included."""
     root = Path(__file__).parents[2]
     found: set[str] = set()
-    for folder in ("tests", "sanavideo_plugin/tests", "core/vtrain/testing"):
+    for folder in ("tests", "sanavideo_plugin/tests", "wan_plugin/tests", "core/vtrain/testing"):
         for file in (root / folder).rglob("*.py"):
             nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
             found |= {node.name for node in nodes if isinstance(node, ast.FunctionDef)}

@@ -39,7 +39,7 @@ def test_caches_filled_on_the_card_are_those_of_the_cpu(
         batches = Batches(plan, filled.caches, filled.index)
         parts = [batches[number] for number in range(4)]
         found[where] = {
-            "text": torch.cat([part.text.embeds.flatten() for part in parts]),
+            "text": torch.cat([part.text.only.embeds.flatten() for part in parts]),
             "latents": torch.cat([part.latents.mean for part in parts]),
             "features": torch.cat([part.features["crepa"] for part in parts]),
         }
@@ -79,7 +79,7 @@ def test_what_the_prefetcher_puts_on_the_card_is_what_it_read(world: Any, device
     filled = fill_caches(plan, scan(plan).samples, (), str(device), lambda _: None)
     batches = Batches(plan, filled.caches, filled.index)
     busy = torch.randn(2048 if device.accelerated else 64, 2048 if device.accelerated else 64, device=device.torch)
-    ours, theirs = Prefetcher(batches, plan.sampler, 1, device), Prefetcher(batches, plan.sampler, 1, Device())
+    ours, theirs = (Prefetcher(batches, plan.family, plan.sampler, 1, each) for each in (device, Device()))
     stream = ours.stream((number, number) for number in range(24))
     for number in range(24):
         for _ in range(20):
@@ -88,7 +88,7 @@ def test_what_the_prefetcher_puts_on_the_card_is_what_it_read(world: Any, device
         assert torch.equal(here.clean.cpu(), there.clean)
         assert torch.equal(here.noise.cpu(), there.noise)
         assert torch.equal(here.level.timestep.cpu(), there.level.timestep)
-        assert torch.equal(here.condition.text.embeds.cpu(), there.condition.text.embeds)
+        assert torch.equal(here.condition.text.only.embeds.cpu(), there.condition.text.only.embeds)
 
 
 def test_a_thread_that_uses_the_device_computes_on_it(device: Any) -> None:

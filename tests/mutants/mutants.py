@@ -104,21 +104,20 @@ def mask_ignored() -> None:
     from vtrain_sanavideo.denoiser import SanaVideoDenoiser
 
     def predict(original: Any, self: Any, noisy: Any, level: Any, condition: Any) -> Any:
-        text = Text(condition.text.embeds, torch.ones_like(condition.text.mask))
+        text = Text.of(condition.text.only.embeds, torch.ones_like(condition.text.only.mask))
         return original(self, noisy, level, replace(condition, text=text))
 
     _method(SanaVideoDenoiser, "predict", predict)
 
 
 def latents_not_normalised() -> None:
-    from vtrain.contract import Latents
-    from vtrain_sanavideo.codec import SanaVideoCodec
+    from vtrain.contract import Latents, NormalizedCodec
 
     def encode(original: Any, self: Any, pixels: Any, *, std: bool = False) -> Any:
         made = original(self, pixels, std=std)
         return Latents(made.mean * self._std.to(made.mean) + self._mean.to(made.mean), made.std)
 
-    _method(SanaVideoCodec, "encode", encode)
+    _method(NormalizedCodec, "encode", encode)
 
 
 def dropout_in_validation() -> None:
@@ -135,8 +134,7 @@ def guidance_backwards() -> None:
     from vtrain.validate import generate
 
     def guided(original: Any, denoiser: Any, text: Any, guidance: float) -> Any:
-        half = len(text.mask) // 2
-        swapped = type(text)(text.embeds.roll(half, 0), text.mask.roll(half, 0)) if guidance > 1 else text
+        swapped = text.map(lambda tensor: tensor.roll(len(tensor) // 2, 0)) if guidance > 1 else text
         return original(denoiser, swapped, guidance)
 
     wrap(generate, "guided", guided)

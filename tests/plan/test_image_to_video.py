@@ -72,6 +72,7 @@ def test_a_family_with_one_level_for_a_clip_is_refused(plan_of: PlanOf) -> None:
 def test_a_family_whose_first_latent_frame_is_no_single_picture_is_refused(plan_of: PlanOf) -> None:
     class Pairs(OneLevel):
         frame_rule = FrameRule(2, 0)
+        frame_levels = True
 
         def pixel_frames(self, latent_frame: int) -> range:
             return range(2 * latent_frame, 2 * latent_frame + 2)

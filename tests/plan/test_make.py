@@ -7,11 +7,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from vtrain.contract import ClipShape, ConfigError, Problem, Size
+from vtrain.config import Config
+from vtrain.contract import ClipShape, ConfigError, FamilySpec, Moved, OptimizerSpec, Problem, Size
 from vtrain.plan.make import make_plan
 from vtrain.plan.places import resume_path
 from vtrain.plan.records import Plan
@@ -78,6 +80,75 @@ def test_a_number_of_steps_that_the_sampler_cannot_solve_is_a_problem_with_its_l
     assert plan_of(validation=VALIDATION + "steps = 8").validation is not None
 
 
+def with_recipe(plan: Plan, **recipe: object) -> Config:
+    """The plan's configuration, as if the toy's plugin gave its family a recipe."""
+    model = plan.config.model
+    assert isinstance(model.registered.spec, FamilySpec)
+    spec = replace(model.registered.spec, sampler_options=recipe)
+    return replace(plan.config, model=replace(model, registered=replace(model.registered, spec=spec)))
+
+
+def test_what_is_against_the_familys_recipe_is_a_warning_with_both_values(plan_of: PlanOf) -> None:
+    plan = plan_of(sampler="shift = 1.5")
+    (warning,) = make_plan(with_recipe(plan, shift=3.0, std=1)).warnings
+    assert warning == (
+        'sampler.shift = 1.5: the recipe of the family "toy", which its weights were trained with, is shift = 3.0'
+    )
+    assert not make_plan(with_recipe(plan, shift=1.5)).warnings
+    assert not plan.warnings
+
+
+def test_another_sampler_than_the_familys_is_a_warning_with_both_names(plan_of: PlanOf) -> None:
+    config = with_recipe(plan_of(), shift=3.0)
+    spec = config.model.registered.spec
+    assert isinstance(spec, FamilySpec)
+    other = replace(config.model.registered, spec=replace(spec, sampler="curve"))
+    (warning,) = make_plan(replace(config, model=replace(config.model, registered=other))).warnings
+    assert warning == (
+        'sampler.use = "flow": the recipe of the family "toy" is "curve" with shift = 3.0, which its weights were trained with'
+    )
+
+
+def test_a_sampler_with_timesteps_of_one_family_is_refused_for_another(plan_of: PlanOf) -> None:
+    text = refused(plan_of, sampler='use = "sanavideo-flow"')
+    assert (
+        'the sampler "sanavideo-flow" gives timesteps in the unit of the family "sanavideo", and trains no other.'
+        in text
+    )
+    assert text.endswith('The sampler of "toy" is "flow".')
+    assert "config.toml:" in text
+
+
+def test_a_misspelt_ability_of_any_part_is_a_problem_before_anything_is_loaded(
+    plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vtrain_toy.family import ToyFamily
+    from vtrain_toy.smooth import Smooth
+
+    from vtrain_builtin.folder import LocalFolder
+    from vtrain_builtin.tensorboard import TensorBoard
+
+    for part, name in (
+        (ToyFamily, "wordings"),
+        (Flow, "check_step"),
+        (LocalFolder, "shard"),
+        (Smooth, "feature_shapes"),
+        (TensorBoard, "warnigs"),
+    ):
+        monkeypatch.setattr(part, name, lambda self: None, raising=False)
+    monkeypatch.delattr(TensorBoard, "warnings")
+    text = refused(plan_of, more='[[regularizer]]\nuse = "toy-smooth"\nblock = 1\n[[tracker]]\nuse = "tensorboard"')
+    for words in (
+        'the family ToyFamily of vtrain-toy 0.1.0 has "wordings", which nothing asks for, and no "wording" (SupportsWording).',
+        'has "check_step"',
+        'has "shard"',
+        'has "feature_shapes"',
+        'has "warnigs"',
+    ):
+        assert words in text
+    assert all("config.toml:" in line for line in text.splitlines())
+
+
 def test_all_problems_between_tables_come_at_once_each_with_its_line(plan_of: PlanOf) -> None:
     text = refused(
         plan_of,
@@ -102,6 +173,26 @@ def test_all_problems_between_tables_come_at_once_each_with_its_line(plan_of: Pl
     for words in expected:
         assert any(words in line for line in lines), (words, text)
     assert len(lines) == len(expected)
+
+
+def moving(plan: Plan, *moves: Moved) -> Config:
+    """The plan's configuration, as if its optimizer said that it moves these weights."""
+    part = plan.config.optimizer
+    assert isinstance(part.registered.spec, OptimizerSpec)
+    spec = replace(part.registered.spec, moves=frozenset(moves))
+    return replace(plan.config, optimizer=replace(part, registered=replace(part.registered, spec=spec)))
+
+
+def test_the_optimizer_moves_what_is_trained(plan_of: PlanOf) -> None:
+    full, lora = plan_of(), plan_of(model='use = "toy"\ntrain = "lora"')
+    for plan in (full, lora):
+        assert make_plan(moving(plan, "fp32"))
+        with pytest.raises(ConfigError, match='the optimizer "adamw" moves "bf16" weights, and fp32 is trained'):
+            make_plan(moving(plan, "bf16"))
+    in_bf16 = replace(full.config, precision=full.config.precision.model_copy(update={"base": "bf16"}))
+    assert make_plan(moving(replace(full, config=in_bf16), "bf16"))
+    with pytest.raises(ConfigError, match="updates are smaller than bf16 can hold"):
+        make_plan(moving(replace(full, config=in_bf16), "fp32"))
 
 
 def test_an_unknown_bucket_set_names_those_there_are(plan_of: PlanOf) -> None:

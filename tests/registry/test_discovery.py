@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pydantic import Field
 
-from vtrain.contract import Catalog, Failure
+from vtrain.contract import Catalog, Failure, FamilySpec, OptimizerSpec, Options, SamplerSpec, Spec
 from vtrain.registry import discover
+from vtrain.registry.discovery import fault_of
 
 InstallPlugin = Callable[..., Path]
 
@@ -196,6 +198,32 @@ def test_one_bad_item_fails_alone_and_the_good_one_registers(
     catalog = discover()
     assert told in only(catalog, "mixed").reason
     assert catalog.find("tracker", "drum") is not None
+
+
+class Rated(Options):
+    """Options of any part."""
+
+    lr: float = Field(1.0, description="a rate")
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "reason"),
+    [
+        (
+            FamilySpec,
+            {"sampler": "flow", "sampler_options": 3},
+            "its sampler_options are 3, not values by the name of an",
+        ),
+        (FamilySpec, {"sampler": "flow", "sampler_options": {1: 2}}, "its sampler_options are {1: 2}"),
+        (SamplerSpec, {"timesteps_of": True}, "its timesteps_of is True, not the name of a family"),
+        (OptimizerSpec, {"moves": "bf16"}, "its moves are 'bf16', not of "),
+        (OptimizerSpec, {"moves": frozenset({"int8"})}, "its moves are frozenset({'int8'}), not of "),
+    ],
+)
+def test_fields_of_a_spec_that_are_not_what_they_must_be_are_told(
+    kind: Callable[..., Spec], wrong: dict[str, object], reason: str
+) -> None:
+    assert reason in fault_of(kind("odd", "a part", Rated, print, **wrong))
 
 
 def test_an_optimizer_without_lr_is_reported(install_plugin: InstallPlugin) -> None:

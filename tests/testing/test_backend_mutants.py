@@ -164,6 +164,9 @@ def with_files(part: Memory) -> Subject:
 
 BACKENDS: Mapping[str, Callable[[], Subject]] = {
     "test_every_file_is_listed_once_sorted_by_id": lambda: with_files(changed(lambda refs: refs[::-1])),
+    "test_abilities_of_the_backend_are_spelt_right": lambda: backend(
+        type("BrokenMemory", (Memory,), {"captoins": lambda self: iter(())})(FILES)
+    ),
     "test_ids_are_relative_with_forward_slashes": lambda: backend(
         changed(lambda refs: [SourceRef("/" + ref.id, ref.size, ref.version) for ref in refs])
     ),

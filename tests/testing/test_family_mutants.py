@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from vtrain_toy.codec import ToyCodec
 from vtrain_toy.denoiser import ToyDenoiser, build_denoiser
+from vtrain_toy.duo import DuoFamily
+from vtrain_toy.duo_denoiser import DuoDenoiser, DuoTransformer
 from vtrain_toy.family import ToyFamily, ToyOptions
 from vtrain_toy.text import ToyTextEncoder
 from vtrain_toy.transformer import ToyTransformer
@@ -28,9 +32,13 @@ from vtrain.contract import (
     Problem,
     Size,
     Text,
+    TextEncoderSpec,
+    TextPart,
     TokenGrid,
+    timesteps,
 )
 from vtrain.testing import FamilyTests
+from vtrain.testing.subject import Example
 
 CLIP = ClipShape(9, 32, 48)
 counter = itertools.count()
@@ -63,6 +71,7 @@ class Encoder(ToyTextEncoder):
     """A text encoder whose result passes through `change`."""
 
     def __init__(self, change: Callable[[Text, Sequence[Caption]], Text]) -> None:
+        super().__init__()
         self.change = change
 
     def encode(self, captions: Sequence[Caption], role: Any) -> Text:
@@ -70,11 +79,20 @@ class Encoder(ToyTextEncoder):
 
 
 def text(change: Callable[[Text, Sequence[Caption]], Text], **more: object) -> Subject:
-    return kit(text_encoder=Encoder(change), **more)
+    return kit(family=family(), text_encoders={"words": Encoder(change)}, **more)
+
+
+def encoder_of(made: ToyFamily, **members: object) -> dict[str, TextEncoderSpec]:
+    """The text encoders of a toy family, with members of the one replaced."""
+    return {"words": replace(ToyFamily.text_encoders(made)["words"], **members)}
+
+
+def declaring(**members: object) -> Subject:
+    return geometry(text_encoders=lambda self: encoder_of(self, **members))
 
 
 def long_text(given: Text, captions: Sequence[Caption]) -> Text:
-    return Text(given.embeds.repeat(1, 9, 1), given.mask.repeat(1, 9))
+    return Text.of(given.only.embeds.repeat(1, 9, 1), given.only.mask.repeat(1, 9))
 
 
 class Codec(ToyCodec):
@@ -127,6 +145,16 @@ class Denoiser(ToyDenoiser):
         super().__init__(transformer(32, 3))
 
 
+class Decaying(Denoiser):
+    def decay(self, name: str, shape: tuple[int, ...]) -> bool:
+        return True
+
+
+class WholeCodec(ToyCodec):
+    def drop_encoders(self) -> None:
+        """Of drop_encoder."""
+
+
 class Misshapen(Denoiser):
     def predict(self, *inputs: Any) -> Tensor:
         return super().predict(*inputs)[:, :, :-1]
@@ -140,26 +168,26 @@ class Mixing(Denoiser):
 
 class Unmasked(Denoiser):
     def predict(self, noisy: Tensor, level: NoiseLevel, condition: Condition) -> Tensor:
-        everything = Text(condition.text.embeds, torch.ones_like(condition.text.mask))
+        everything = Text.of(condition.text.only.embeds, torch.ones_like(condition.text.only.mask))
         return super().predict(noisy, level, Condition(everything))
 
 
 class Textless(Denoiser):
     def predict(self, noisy: Tensor, level: NoiseLevel, condition: Condition) -> Tensor:
-        nothing = Text(torch.zeros_like(condition.text.embeds), torch.ones_like(condition.text.mask))
+        nothing = Text.of(torch.zeros_like(condition.text.only.embeds), torch.ones_like(condition.text.only.mask))
         return super().predict(noisy, level, Condition(nothing))
 
 
 class Levelless(Denoiser):
     def predict(self, noisy: Tensor, level: NoiseLevel, condition: Condition) -> Tensor:
-        return super().predict(noisy, NoiseLevel(level.sigma, torch.zeros_like(level.timestep)), condition)
+        return super().predict(noisy, NoiseLevel(level.sigma, torch.zeros_like(level.sigma)), condition)
 
 
 class OneLevel(Denoiser):
     """Of levels by frame it takes the last."""
 
     def predict(self, noisy: Tensor, level: NoiseLevel, condition: Condition) -> Tensor:
-        last = NoiseLevel(level.sigma[..., -1], level.timestep[..., -1]) if level.sigma.ndim == 2 else level
+        last = NoiseLevel(level.sigma[..., -1], timesteps(level)[..., -1]) if level.sigma.ndim == 2 else level
         return super().predict(noisy, last, condition)
 
 
@@ -168,7 +196,7 @@ class Shifting(Denoiser):
 
     def predict(self, noisy: Tensor, level: NoiseLevel, condition: Condition) -> Tensor:
         if level.sigma.ndim == 2:
-            timestep = torch.cat([level.timestep[:, 1:], torch.zeros_like(level.timestep[:, :1])], 1)
+            timestep = torch.cat([timesteps(level)[:, 1:], torch.zeros_like(level.sigma[:, :1])], 1)
             level = NoiseLevel(level.sigma, timestep)
         return super().predict(noisy, level, condition)
 
@@ -246,6 +274,18 @@ def always_fp32(self: ToyFamily, device: str, dtype: str, weights: Path | None =
     return build_denoiser(32, 3, 0, None)
 
 
+class CuttingDuo(DuoDenoiser):
+    """It looks at the first words alone."""
+
+    def predict(self, noisy: Tensor, level: NoiseLevel, condition: Condition) -> Tensor:
+        words = TextPart(condition.text.parts["words"].embeds[:, :9])
+        return super().predict(noisy, level, Condition(Text({**condition.text.parts, "words": words})))
+
+
+def duo_example() -> Example:
+    return FamilyTests.example_of(DuoFamily(ToyOptions()), CLIP)
+
+
 def with_denoiser(kind: type[ToyDenoiser]) -> ToyFamily:
     def load(self: ToyFamily, device: str, dtype: str, weights: Path | None = None) -> ToyDenoiser:
         return kind(ToyTransformer(32, 3))
@@ -290,6 +330,10 @@ MUTANTS: Mapping[str, Callable[[Path], Subject]] = {
     "test_levels_for_each_frame_have_a_price": lambda _: geometry(
         frame_level_bytes=lambda self, latents, **settings: 100 - latents.frames
     ),
+    "test_abilities_of_the_family_are_spelt_right": lambda _: geometry(wordings=lambda self, caption, role: ""),
+    "test_abilities_of_the_codec_are_spelt_right": lambda _: kit(codec=WholeCodec()),
+    "test_abilities_of_the_denoiser_are_spelt_right": lambda _: kit(denoiser=Decaying()),
+    "test_timesteps_follow_the_level": lambda _: geometry(timestep=lambda self, sigma: 1000 * (sigma - 0.5).abs()),
     "test_every_bucket_has_a_latent_shape": lambda _: geometry(
         latent_shape=lambda self, clip: LatentShape(12, 0, 8, 8)
     ),
@@ -301,25 +345,35 @@ MUTANTS: Mapping[str, Callable[[Path], Subject]] = {
     "test_a_sound_model_folder_has_no_problem": lambda _: geometry(check=lambda self: (Problem("", "odd"),)),
     "test_descriptions_are_pairs_of_texts": lambda _: geometry(describe=lambda self: (("blocks", 3),)),
     "test_fingerprints_are_stable_and_differ_from_each_other": lambda _: geometry(
-        text_fingerprint=lambda self, hash_file: str(next(counter))
+        text_encoders=lambda self: encoder_of(self, fingerprint=lambda hash_file: str(next(counter)))
     ),
     "test_fingerprints_follow_the_files_they_hash": lambda _: geometry(video_fingerprint=unread),
-    "test_embeddings_have_the_familys_shape": lambda _: text(
-        lambda given, _: Text(given.embeds[..., :-1], given.mask), family=family(), role="prompt"
+    "test_each_encoder_gives_the_parts_that_it_promises": lambda _: text(
+        lambda given, _: Text.of(given.only.embeds[..., :-1], given.only.mask), role="prompt"
     ),
-    "test_masks_are_prefixes": lambda _: text(lambda given, _: Text(given.embeds, given.mask.flip(1)), role="prompt"),
-    "test_a_long_caption_keeps_to_the_token_limit": lambda _: text(long_text, family=family()),
+    "test_masks_are_prefixes": lambda _: text(
+        lambda given, _: Text.of(given.only.embeds, given.only.mask.flip(1)), role="prompt"
+    ),
+    "test_a_long_caption_keeps_to_the_token_limit": lambda _: text(long_text),
     "test_encoding_a_caption_is_deterministic": lambda _: text(
-        lambda given, _: Text(given.embeds + next(counter), given.mask)
+        lambda given, _: Text.of(given.only.embeds + next(counter), given.only.mask)
     ),
     "test_a_caption_does_not_depend_on_its_batch": lambda _: text(
-        lambda given, _: Text(given.embeds - given.embeds.mean(0), given.mask)
+        lambda given, _: Text.of(given.only.embeds - given.only.embeds.mean(0), given.only.mask)
     ),
     "test_different_captions_give_different_embeddings": lambda _: text(
-        lambda given, _: Text(torch.ones_like(given.embeds), given.mask)
+        lambda given, _: Text.of(torch.ones_like(given.only.embeds), given.only.mask)
     ),
-    "test_no_embedding_is_in_a_graph": lambda _: text(lambda given, _: Text(given.embeds.requires_grad_(), given.mask)),
-    "test_the_text_encoder_is_released": lambda _: geometry(open_text_encoder=keeping(ToyTextEncoder)),
+    "test_no_embedding_is_in_a_graph": lambda _: text(
+        lambda given, _: Text.of(given.only.embeds.requires_grad_(), given.only.mask)
+    ),
+    "test_the_text_encoders_are_released": lambda _: geometry(
+        text_encoders=lambda self: encoder_of(self, open=partial(keeping(ToyTextEncoder), self))
+    ),
+    "test_text_padded_in_full_is_seen_to_its_end": lambda _: kit(
+        family=DuoFamily(ToyOptions()), denoiser=CuttingDuo(DuoTransformer(32, 3)), example=duo_example()
+    ),
+    "test_text_is_declared_in_parts": lambda _: declaring(parts={}),
     "test_latent_arithmetic_equals_a_real_encode": lambda _: kit(
         family=family(), codec=Codec(lambda latents: torch.cat([latents, latents[:, :, :1]], 2))
     ),

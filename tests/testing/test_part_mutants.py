@@ -51,15 +51,15 @@ def started(**members: object) -> Subject:
 
 
 def global_draw(self: Flow, n: int, generator: torch.Generator) -> NoiseLevel:
-    return self._at(torch.rand(n))
+    return NoiseLevel(torch.rand(n))
 
 
 def wide_draw(self: Flow, n: int, generator: torch.Generator) -> NoiseLevel:
-    return self._at(torch.randn(n, generator=generator))
+    return NoiseLevel(torch.randn(n, generator=generator))
 
 
 def constant_draw(self: Flow, n: int, generator: torch.Generator) -> NoiseLevel:
-    return self._at(torch.full((n,), 0.5))
+    return NoiseLevel(torch.full((n,), 0.5))
 
 
 def swapped(self: Flow, clean: Tensor, drawn: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
@@ -72,12 +72,12 @@ def in_place(self: Flow, clean: Tensor, drawn: Tensor, level: NoiseLevel) -> tup
 
 
 def first_level(self: Flow, clean: Tensor, drawn: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-    return Flow.corrupt(self, clean, drawn, NoiseLevel(level.sigma[:1], level.timestep[:1]))
+    return Flow.corrupt(self, clean, drawn, NoiseLevel(level.sigma[:1]))
 
 
 def first_frame(self: Flow, clean: Tensor, drawn: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
     sigma = level.sigma[:, 0] if level.sigma.ndim == 2 else level.sigma
-    return Flow.corrupt(self, clean, drawn, NoiseLevel(sigma, sigma))
+    return Flow.corrupt(self, clean, drawn, NoiseLevel(sigma))
 
 
 def wrong_sign(self: Flow, predict: Any, start: Tensor, steps: int, on_step: Any = None) -> Tensor:
@@ -85,7 +85,7 @@ def wrong_sign(self: Flow, predict: Any, start: Tensor, steps: int, on_step: Any
 
 
 def wrong_level(self: Flow, predict: Any, start: Tensor, steps: int, on_step: Any = None) -> Tensor:
-    return Flow.solve(self, lambda noisy, level: predict(noisy, self._at(level.sigma * 0.95)), start, steps, on_step)
+    return Flow.solve(self, lambda noisy, level: predict(noisy, NoiseLevel(level.sigma * 0.95)), start, steps, on_step)
 
 
 def extra_call(self: Flow, predict: Any, start: Tensor, steps: int, on_step: Any = None) -> Tensor:
@@ -110,8 +110,15 @@ def all_at_once(self: Flow, predict: Any, start: Tensor, steps: int) -> Iterator
     yield from list(Flow.solving(self, predict, start, steps))
 
 
+def with_a_unit(self: Flow, n: int, generator: torch.Generator) -> NoiseLevel:
+    level = Flow.draw(self, n, generator)
+    return NoiseLevel(level.sigma, 1000 * level.sigma)
+
+
 SAMPLERS: Mapping[str, Callable[[], Subject]] = {
     "test_drawn_levels_are_fp32_in_the_unit_range": lambda: sampler(draw=wide_draw),
+    "test_timesteps_are_given_only_in_the_unit_of_a_named_family": lambda: started(draw=with_a_unit),
+    "test_abilities_of_the_sampler_are_spelt_right": lambda: sampler(check_step=lambda self, steps: ()),
     "test_draws_come_from_the_generator_alone": lambda: sampler(draw=global_draw),
     "test_draws_differ": lambda: sampler(draw=constant_draw),
     "test_level_zero_is_clean_and_level_one_is_noise": lambda: clips(corrupt=swapped),
@@ -251,8 +258,13 @@ def changing_load(self: Smooth, widths: Mapping[int, int]) -> nn.Module:
     return Smoothness(1, RegularizerTests.tap_width, 8, 0.1 * next(counter))
 
 
+class Impatient(Smoothness):
+    lr_factors = 2.0
+
+
 REGULARIZERS: Mapping[str, Callable[[], Subject]] = {
     "test_needs_are_pure": lambda: regularizer(needs=lambda self: Needs(taps=(next(counter),))),
+    "test_abilities_of_the_term_are_spelt_right": lambda: smoothness(Impatient),
     "test_the_loss_is_a_finite_scalar": lambda: loss(lambda term, _: LossTerm(term.value.expand(2))),
     "test_the_loss_reaches_every_tap": lambda: smoothness(Untapped),
     "test_its_own_parameters_are_trained": lambda: smoothness(lambda *_: Idle()),

@@ -68,6 +68,7 @@ SPECS: Mapping[str, Callable[[], Subject]] = {
     "test_options_are_frozen": lambda: {"options": Loose()},
     "test_options_survive_json": lambda: {"spec": replace(FLOW, options=OneWay), "options": OneWay(size=3)},
     "test_options_have_a_json_schema": lambda: {"spec": replace(FLOW, options=Hidden)},
+    "test_an_optimizer_says_which_weights_it_moves": lambda: {"spec": replace(ADAMW, moves=frozenset({"sharded"}))},
     "test_an_optimizer_has_a_learning_rate": lambda: {"spec": replace(ADAMW, options=FlowOptions)},
 }
 """Rule -> the arguments that break it."""

@@ -278,8 +278,8 @@ def given(toy: Any) -> Callable[[int], StepInput]:
         generator = torch.Generator().manual_seed(5)
         clean, noise = (torch.randn((batch, *shape), generator=generator) for _ in range(2))
         sigma = torch.rand(batch, generator=generator)
-        with toy.open_text_encoder("cpu") as encoder:
-            text = pad([encoder.encode([Caption(f"clip {n}")], "prompt") for n in range(batch)], toy.text_tokens)
+        with toy.text_encoders()["words"].open("cpu") as encoder:
+            text = pad([encoder.encode([Caption(f"clip {n}")], "prompt") for n in range(batch)], toy.text_encoders())
         return StepInput(clean, noise, NoiseLevel(sigma, sigma * 1000), Condition(text), 0)
 
     return make

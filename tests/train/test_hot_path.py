@@ -69,8 +69,9 @@ class OneProcess:
 
 def fed(family: Family, sampler: Sampler) -> Iterator[Prefetched]:
     shape = family.latent_shape(ClipShape(5, 64, 64))
-    with family.open_text_encoder("cpu") as encoder:
-        text: Text = pad([encoder.encode([Caption("a clip")], "prompt")], family.text_tokens)
+    (spec,) = family.text_encoders().values()
+    with spec.open("cpu") as encoder:
+        text: Text = pad([encoder.encode([Caption("a clip")], "prompt")], family.text_encoders())
     for number in itertools.count():
         generator = torch.Generator().manual_seed(number)
         level: NoiseLevel = sampler.draw(1, generator)

@@ -33,20 +33,30 @@ def level() -> NoiseLevel:
 LATENTS = LatentShape(2, 3, 2, 2)
 
 
+class Hundreds:
+    """A family for which a clean frame has timestep 7."""
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        return 7 + 100 * sigma
+
+
+FAMILY: Any = Hundreds()
+
+
 def test_a_batch_without_any_keeps_one_level_for_a_clip_and_no_mask(level: NoiseLevel) -> None:
-    assert continued(level, None, (False,) * 3, LATENTS) == (level, None)
+    assert continued(FAMILY, level, None, (False,) * 3, LATENTS) == (level, None)
     mask = torch.rand(3, 3, 2, 2)
-    found, same = continued(level, mask, (False,) * 3, LATENTS)
+    found, same = continued(FAMILY, level, mask, (False,) * 3, LATENTS)
     assert found is level
     assert same is mask
     picture = mask[:, :1]
-    assert continued(level, picture, (False,) * 3, LATENTS._replace(frames=1))[1] is picture
+    assert continued(FAMILY, level, picture, (False,) * 3, LATENTS._replace(frames=1))[1] is picture
 
 
 def test_the_first_frame_is_at_level_0_and_out_of_the_loss_of_those_that_are_drawn_alone(level: NoiseLevel) -> None:
-    found, mask = continued(level, None, (True, False, True), LATENTS)
+    found, mask = continued(FAMILY, level, None, (True, False, True), LATENTS)
     assert found.sigma.tolist() == [[0, 0.25, 0.25], [0.5, 0.5, 0.5], [0, 0.75, 0.75]]
-    assert found.timestep.tolist() == [[0, 250, 250], [500, 500, 500], [0, 750, 750]]
+    assert found.timestep.tolist() == [[7, 250, 250], [500, 500, 500], [7, 750, 750]]
     assert mask is not None
     assert mask.shape == (3, 3, 2, 2)
     assert mask[:, :, 0, 0].tolist() == [[0, 1, 1], [1, 1, 1], [0, 1, 1]]
@@ -56,7 +66,7 @@ def test_the_first_frame_is_at_level_0_and_out_of_the_loss_of_those_that_are_dra
 def test_a_mask_of_the_data_counts_after_the_first_frame(level: NoiseLevel) -> None:
     own = torch.rand(3, 3, 2, 2, generator=torch.Generator().manual_seed(0)) + 0.1
     kept = own.clone()
-    _, mask = continued(level, own, (True, False, True), LATENTS)
+    _, mask = continued(FAMILY, level, own, (True, False, True), LATENTS)
     assert mask is not None
     assert torch.equal(mask[1], own[1])
     assert torch.equal(mask[[0, 2], 1:], own[[0, 2], 1:])
@@ -67,11 +77,11 @@ def test_a_mask_of_the_data_counts_after_the_first_frame(level: NoiseLevel) -> N
 def test_a_clip_whose_mask_has_nothing_after_the_first_frame_is_not_drawn_so(level: NoiseLevel) -> None:
     own = torch.ones(3, 3, 2, 2)
     own[0, 1:] = 0
-    found, mask = continued(level, own, (True, False, True), LATENTS)
+    found, mask = continued(FAMILY, level, own, (True, False, True), LATENTS)
     assert found.sigma.tolist() == [[0.25] * 3, [0.5] * 3, [0, 0.75, 0.75]]
     assert mask is not None
     assert mask[0].flatten(1).sum(1).tolist() == [4, 0, 0]
-    assert continued(level, own, (True, False, False), LATENTS) == (level, own)
+    assert continued(FAMILY, level, own, (True, False, False), LATENTS) == (level, own)
 
 
 def test_what_lossy_compression_makes_of_black_is_nothing_to_train_on_alone(level: NoiseLevel) -> None:
@@ -79,16 +89,16 @@ def test_what_lossy_compression_makes_of_black_is_nothing_to_train_on_alone(leve
     own = torch.ones(3, 3, 2, 2)
     own[0, 1:] = 3 / 255
     own[2, 1:] = 5 / 255
-    found, _ = continued(level, own, (True, False, True), LATENTS)
+    found, _ = continued(FAMILY, level, own, (True, False, True), LATENTS)
     assert found.sigma.tolist() == [[0.25] * 3, [0.5] * 3, [0, 0.75, 0.75]]
 
 
 def test_levels_that_differ_by_frame_already_stay_so(level: NoiseLevel) -> None:
     each = NoiseLevel(torch.rand(3, 3), torch.rand(3, 3))
-    found, _ = continued(each, None, (False, True, False), LATENTS)
+    found, _ = continued(FAMILY, each, None, (False, True, False), LATENTS)
     assert torch.equal(found.sigma[[0, 2]], each.sigma[[0, 2]])
     assert torch.equal(found.sigma[1, 1:], each.sigma[1, 1:])
-    assert found.sigma[1, 0] == found.timestep[1, 0] == 0
+    assert (found.sigma[1, 0], found.timestep[1, 0]) == (0, 7)
 
 
 @pytest.fixture
@@ -98,7 +108,7 @@ def stepped(denoiser: Any, sampler: Any) -> Callable[[StepInput], Any]:
 
 
 def drawn(given: StepInput, *first_frame: bool) -> StepInput:
-    level, mask = continued(given.level, None, first_frame, LatentShape(*given.clean.shape[1:]))
+    level, mask = continued(FAMILY, given.level, None, first_frame, LatentShape(*given.clean.shape[1:]))
     return replace(given, level=level, mask=mask)
 
 
@@ -110,7 +120,7 @@ def row(given: StepInput, number: int) -> StepInput:
         given.clean[one],
         given.noise[one],
         NoiseLevel(given.level.sigma[one], given.level.timestep[one]),
-        Condition(Text(text.embeds[one], text.mask[one])),
+        Condition(text.map(lambda tensor: tensor[one])),
         given.step,
     )
 
@@ -150,7 +160,7 @@ def test_noise_and_levels_stay_what_they_were_and_sigmas_are_told_by_frame(toy: 
     from vtrain.contract import Latents
     from vtrain.data.batches import Batch
 
-    text = Text(torch.zeros(2, 8, 4), torch.ones(2, 8, dtype=torch.bool))
+    text = Text.of(torch.zeros(2, 8, 4), torch.ones(2, 8, dtype=torch.bool))
     clean = torch.randn(2, 2, 3, 2, 2)
 
     class One:
@@ -160,7 +170,7 @@ def test_noise_and_levels_stay_what_they_were_and_sigmas_are_told_by_frame(toy: 
             return Batch(number, Latents(clean), text, (4, 9), ("a", "b"), (False, False), self.first_frame)
 
     batches: Any = One()
-    prefetcher = Prefetcher(batches, sampler, 3, Device())
+    prefetcher = Prefetcher(batches, toy, sampler, 3, Device())
     plain = prefetcher.prepare(0, 0)
     batches.first_frame = (False, True)
     mixed = prefetcher.prepare(0, 0)

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vtrain.contract import Condition, Device, NoiseLevel, Text
+from vtrain.contract import Condition, Device, NoiseLevel
 from vtrain.data.batches import Batches
 from vtrain.data.caching.caches import FilledCaches, fill_caches
 from vtrain.data.scanning.scan import scan
@@ -103,7 +103,9 @@ def test_the_loss_of_a_run_is_the_mean_over_each_clips_white_part(own, within: R
     within("run", config)
     (row,) = own.rows()
     plan, filled = filled_by(config)
-    prefetcher = Prefetcher(Batches(plan, filled.caches, filled.index), plan.sampler, plan.config.run.seed, Device())
+    prefetcher = Prefetcher(
+        Batches(plan, filled.caches, filled.index), plan.family, plan.sampler, plan.config.run.seed, Device()
+    )
     denoiser: Any = plan.family.load_denoiser("cpu", "fp32")
     losses = []
     for micro_batch in range(4):
@@ -135,7 +137,7 @@ def errors(plan: Plan, filled: FilledCaches, weights: Path | None) -> tuple[floa
     denoiser: Any = plan.family.load_denoiser("cpu", "fp32", weights)
     batch = Batches(plan, filled.caches, filled.index)[0]
     clean = batch.latents.mean[:1]
-    condition = Condition(Text(batch.text.embeds[:1], batch.text.mask[:1]))
+    condition = Condition(batch.text.map(lambda tensor: tensor[:1]))
     left = right = 0.0
     for number, sigma in enumerate((0.3, 0.5, 0.7, 0.9)):
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(100 + number))

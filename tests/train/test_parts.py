@@ -17,14 +17,35 @@ from vtrain.train.prefetch import Prefetcher
 from vtrain.train.step import Step, StepInput, Term, clip_gradients, gradient_norm, tapped
 
 
-def test_norms_biases_and_modulation_tables_are_not_decayed() -> None:
-    module = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Conv2d(4, 4, 1))
-    module.register_parameter("scale_shift_table", nn.Parameter(torch.zeros(2, 4)))
-    decayed, plain = groups(trained(module))
+def test_norms_and_biases_are_not_decayed() -> None:
+    decayed, plain = groups(trained(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Conv2d(4, 4, 1))))
     assert decayed.decay
     assert not plain.decay
     assert [name for name, _ in decayed.parameters] == ["0.weight", "2.weight"]
-    assert {name for name, _ in plain.parameters} == {"scale_shift_table", "0.bias", "1.weight", "1.bias", "2.bias"}
+    assert {name for name, _ in plain.parameters} == {"0.bias", "1.weight", "1.bias", "2.bias"}
+
+
+def test_a_denoiser_knows_which_of_its_own_parameters_decay() -> None:
+    asked = []
+
+    class Knowing:
+        def decays(self, name: str, shape: tuple[int, ...]) -> bool | None:
+            asked.append((name, shape))
+            return {"table": False, "0.bias": True}.get(name)
+
+    inner = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    inner.register_parameter("table", nn.Parameter(torch.zeros(2, 4)))
+    other = nn.ParameterDict({"table": nn.Parameter(torch.zeros(2, 4))})
+    step = nn.ModuleDict({"denoiser_module": inner, "other": other})
+    decayed, plain = groups(trained(step), denoiser=Knowing())  # type: ignore[arg-type]
+    assert {name for name, _ in decayed.parameters} == {
+        "denoiser_module.0.weight", "denoiser_module.0.bias", "other.table",
+    }  # fmt: skip
+    assert {name for name, _ in plain.parameters} == {
+        "denoiser_module.table", "denoiser_module.1.weight", "denoiser_module.1.bias",
+    }  # fmt: skip
+    assert ("0.weight", (4, 3)) in asked
+    assert len(asked) == 5, "of another module's parameters it is not asked"
 
 
 def test_an_adapter_starts_as_no_change_and_only_it_is_trained_in_fp32(denoiser, given, sampler) -> None:
@@ -95,11 +116,11 @@ def batch_of(given: StepInput, draws: tuple[int, ...], number: int) -> Batch:
     )
 
 
-def test_noise_and_level_of_a_draw_do_not_depend_on_its_batch(given, sampler) -> None:
+def test_noise_and_level_of_a_draw_do_not_depend_on_its_batch(given, toy, sampler) -> None:
     def prefetcher(size: int) -> Prefetcher:
         whole = given(size)
         batches = FakeBatches(lambda n: batch_of(whole, tuple(range(n * size, n * size + size)), n))
-        return Prefetcher(batches, sampler, 42, Device())  # type: ignore[arg-type]
+        return Prefetcher(batches, toy, sampler, 42, Device())  # type: ignore[arg-type]
 
     pairs = [prefetcher(2).prepare(n, n) for n in range(3)]
     singles = [prefetcher(1).prepare(n, n) for n in range(6)]
@@ -109,7 +130,7 @@ def test_noise_and_level_of_a_draw_do_not_depend_on_its_batch(given, sampler) ->
     assert len({row.sum().item() for row in noise}) == 6
 
 
-def test_a_stream_gives_what_prepare_gives_in_order_and_its_errors(given, sampler) -> None:
+def test_a_stream_gives_what_prepare_gives_in_order_and_its_errors(given, toy, sampler) -> None:
     whole = given(1)
 
     def batch(number: int) -> Batch:
@@ -117,7 +138,7 @@ def test_a_stream_gives_what_prepare_gives_in_order_and_its_errors(given, sample
             raise OSError("the disk is gone")
         return batch_of(whole, (number,), number)
 
-    prefetcher = Prefetcher(FakeBatches(batch), sampler, 1, Device())  # type: ignore[arg-type]
+    prefetcher = Prefetcher(FakeBatches(batch), toy, sampler, 1, Device())  # type: ignore[arg-type]
     stream = prefetcher.stream(iter([(n, n) for n in range(6)]))
     got = [next(stream).micro_batch for _ in range(4)]
     assert got == [0, 1, 2, 3]

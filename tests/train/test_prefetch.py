@@ -26,7 +26,7 @@ class Made:
         self.asked.append(number)
         self.threads.add(threading.current_thread().name)
         self.make(number)
-        text = Text(torch.full((1, 8, 4), float(number)), torch.ones(1, 8, dtype=torch.bool))
+        text = Text.of(torch.full((1, 8, 4), float(number)), torch.ones(1, 8, dtype=torch.bool))
         return Batch(number, Latents(torch.full((1, 2, 1, 2, 2), float(number))), text, (number,), ("a",), (False,))
 
 
@@ -34,11 +34,18 @@ class Halves:
     """A sampler whose level is always a half."""
 
     def draw(self, n: int, generator: torch.Generator) -> NoiseLevel:
-        return NoiseLevel(torch.full((n,), 0.5), torch.full((n,), 500.0))
+        return NoiseLevel(torch.full((n,), 0.5))
 
 
-def prefetcher(made: Made) -> Prefetcher:
-    return Prefetcher(made, Halves(), 1, Device())  # type: ignore[arg-type]
+class Hundreds:
+    """A family whose timesteps go from 7 to 107."""
+
+    def timestep(self, sigma: torch.Tensor) -> torch.Tensor:
+        return 7 + 100 * sigma
+
+
+def prefetcher(made: Made, sampler: Halves | None = None) -> Prefetcher:
+    return Prefetcher(made, Hundreds(), sampler or Halves(), 1, Device())  # type: ignore[arg-type]
 
 
 def numbers(count: int) -> Iterator[tuple[int, int]]:
@@ -135,7 +142,7 @@ def test_a_bug_in_the_background_keeps_its_traceback_and_names_the_micro_batch_a
         def draw(self, n: int, generator: torch.Generator) -> NoiseLevel:
             raise ZeroDivisionError("a plugin's")
 
-    stream = Prefetcher(Made(), Broken(), 1, Device()).stream(numbers(3))  # type: ignore[arg-type]
+    stream = prefetcher(Made(), Broken()).stream(numbers(3))
     with pytest.raises(ZeroDivisionError, match="a plugin's") as raised:
         next(stream)
     assert raised.value.__notes__ == ["in the prefetcher, micro-batch 0 of a"]
@@ -152,6 +159,15 @@ def test_a_plugin_that_wants_to_end_the_process_from_the_background_does_not_end
     assert threads() == []
 
 
+def test_timesteps_are_the_familys_where_the_sampler_gives_none_and_else_the_samplers() -> None:
+    class Own(Halves):
+        def draw(self, n: int, generator: torch.Generator) -> NoiseLevel:
+            return NoiseLevel(torch.full((n,), 0.5), torch.full((n,), 3.0))
+
+    assert prefetcher(Made()).prepare(0, 0).given.level.timestep.tolist() == [57]
+    assert prefetcher(Made(), Own()).prepare(0, 0).given.level.timestep.tolist() == [3]
+
+
 def test_masks_features_and_frames_reach_the_step_and_only_what_it_needs_is_read() -> None:
     asked = []
 
@@ -162,7 +178,7 @@ def test_masks_features_and_frames_reach_the_step_and_only_what_it_needs_is_read
             frames = torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 1, 2).expand(1, 3, 1, 1, 2)
             return replace(plain, mask=torch.ones(1, 1, 2, 2) / 2, features={"a": torch.ones(1, 2)}, frames=frames)
 
-    steps = Prefetcher(Columns(), Halves(), 1, Device(), lambda step: ["a"] if step < 5 else [])  # type: ignore[arg-type]
+    steps = Prefetcher(Columns(), Hundreds(), Halves(), 1, Device(), lambda step: ["a"] if step < 5 else [])  # type: ignore[arg-type]
     fed = steps.prepare(0, 4).given
     assert fed.mask is not None
     assert fed.mask.unique().tolist() == [0.5]

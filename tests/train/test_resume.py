@@ -478,6 +478,14 @@ def test_one_place_spelt_two_ways_is_no_change(tmp_path: Path) -> None:
         assert [each.old for each in changes(other, tiny)] == [other]
 
 
+def test_a_removed_key_counts_only_where_it_was_not_what_holds_for_all_now() -> None:
+    assert compare({"sampler.timestep_scale": 1000.0}, {}) == []
+    (change,) = compare({"sampler.timestep_scale": 1.0}, {})
+    assert (change.key, change.old, change.new, change.resume) == ("sampler.timestep_scale", 1.0, None, "refuse")
+    own = {"sampler.timestep_scale": Setting(1000.0, "refuse")}
+    assert compare({"sampler.timestep_scale": 1000.0}, own) == [], "a sampler that still has such an option"
+
+
 def test_another_place_of_a_regularizers_encoder_is_taken_where_its_features_are_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

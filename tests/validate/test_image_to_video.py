@@ -141,17 +141,23 @@ def test_the_model_is_given_all_frames_with_level_0_at_the_first() -> None:
         seen.append((whole, level))
         return torch.arange(5.0)[None, None, :, None, None].expand_as(whole)
 
-    following = after(first, predict)
+    class Hundreds:
+        def timestep(self, sigma: torch.Tensor) -> torch.Tensor:
+            return 7 + 100 * sigma
+
+    family: Any = Hundreds()
+    following = after(family, first, predict)
     given = following(noisy, NoiseLevel(torch.tensor([0.5, 0.25]), torch.tensor([500.0, 250.0])))
     assert given.shape == noisy.shape
     assert given[0, 0, :, 0, 0].tolist() == [1, 2, 3, 4]
     whole, level = seen[0]
     assert whole[0, 0, :, 0, 0].tolist() == [1, 0, 0, 0, 0]
     assert level.sigma.tolist() == [[0, 0.5, 0.5, 0.5, 0.5], [0, 0.25, 0.25, 0.25, 0.25]]
-    assert level.timestep.tolist() == [[0, 500, 500, 500, 500], [0, 250, 250, 250, 250]]
+    assert level.timestep.tolist() == [[7, 500, 500, 500, 500], [7, 250, 250, 250, 250]]
     each = torch.tensor([[0.1, 0.2, 0.3, 0.4]] * 2)
-    following(noisy, NoiseLevel(each, 1000 * each))
+    following(noisy, NoiseLevel(each))
     assert seen[1][1].sigma[0].tolist() == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    assert seen[1][1].timestep[0].tolist() == pytest.approx([7, 17, 27, 37, 47])
 
 
 def test_the_first_frame_stays_clean_and_other_prompts_are_as_without_pictures(

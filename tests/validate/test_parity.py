@@ -16,7 +16,7 @@ import torch
 
 from vtrain.config import load
 from vtrain.config.tables import LoraTable
-from vtrain.contract import ConfigError, Device, Size, Text
+from vtrain.contract import ConfigError, Device, Size, Text, TextEncoderSpec, TextPartSpec
 from vtrain.data.batches import pad
 from vtrain.data.caching.caches import Caches, fill_caches
 from vtrain.plan.make import make_plan
@@ -104,11 +104,11 @@ def test_sizes_that_the_720p_checkpoint_cannot_decode_are_problems_of_the_plan(w
     ]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_lora_run_on_the_720p_checkpoint_makes_the_video_that_plain_diffusers_makes(
     tmp_path: Path, write_720p: Callable[..., Path], run_here: Callable[[Path], None], tiny_720p: Path, generated: Any
 ) -> None:
-    """Long (a whole run): cache, LoRA with a share of image-to-video, validation from text and from a picture."""
+    """Slow (a whole run): cache, LoRA with a share of image-to-video, validation from text and from a picture."""
     from diffusers import SanaVideoPipeline
     from PIL import Image
 
@@ -140,13 +140,18 @@ def test_the_start_is_the_same_at_every_validation_and_depends_on_the_seed_alone
     assert torch.equal(first, torch.randn(first.shape, generator=torch.Generator().manual_seed(11)))
 
 
+def encoders(tokens: int) -> dict[str, TextEncoderSpec]:
+    return {"words": TextEncoderSpec({"text": TextPartSpec(2, tokens)}, lambda _: "", lambda _: None)}
+
+
 def test_text_is_padded_with_zeros_that_the_mask_leaves_out() -> None:
-    short, long = (Text(torch.ones(1, length, 2), torch.ones(1, length, dtype=torch.bool)) for length in (3, 9))
-    text = pad([short, short], 5)
-    assert text.embeds[1, :, 0].tolist() == [1, 1, 1, 0, 0]
-    assert text.mask[1].tolist() == [True, True, True, False, False]
-    assert pad([short, long], 300).mask.sum(dim=1).tolist() == [3, 9]
-    assert pad([short, long], 300).embeds.shape == (2, 16, 2), "the longest's length, rounded up to eight"
+    short, long = (Text.of(torch.ones(1, length, 2), torch.ones(1, length, dtype=torch.bool)) for length in (3, 9))
+    text = pad([short, short], encoders(5))
+    assert text.only.embeds[1, :, 0].tolist() == [1, 1, 1, 0, 0]
+    assert text.only.mask[1].tolist() == [True, True, True, False, False]
+    both = pad([short, long], encoders(300)).only
+    assert both.masked[1].sum(dim=1).tolist() == [3, 9]
+    assert both.embeds.shape == (2, 16, 2), "the longest's length, rounded up to eight"
 
 
 def test_generation_stops_when_asked(plan: Plan) -> None:

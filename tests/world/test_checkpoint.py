@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import closing
 from inspect import signature
 from itertools import combinations
 from pathlib import Path
@@ -12,8 +13,8 @@ import torch
 from diffusers import SanaVideoPipeline
 
 from vtrain.contract import Caption
+from vtrain_sanavideo import text as text_encoder
 from vtrain_sanavideo.options import SanaVideoOptions
-from vtrain_sanavideo.text import open_text
 
 ATTRIBUTES = ("colour", "shape", "direction")
 
@@ -53,13 +54,14 @@ def test_captions_that_differ_in_one_word_differ_in_that_words_token_alone_by_mu
     words = sorted(world.Words(c, s, d) for c in world.COLOURS for s in world.SHAPES for d in world.DIRECTIONS)
     options = SanaVideoOptions(path=str(built), text_precision="fp32")
     instruction = "\n".join(signature(SanaVideoPipeline.__call__).parameters["complex_human_instruction"].default)
-    with open_text(built / "text_encoder", built / "tokenizer", options, instruction, "cpu") as encoder:
+    encoder = text_encoder.load(built / "text_encoder", built / "tokenizer", options, instruction, "cpu")
+    with closing(encoder):
         # One by one: the attention of sixty together, 300 tokens and more each, fits no processor's cache.
         texts = [encoder.encode([Caption(each.caption)], "prompt") for each in words]
-    assert len({int(text.mask.sum()) for text in texts}) == 1, (
+    assert len({int(text.only.mask.sum()) for text in texts}) == 1, (
         "every word is one token, so that words stand at the same place"
     )
-    embeds = torch.nn.functional.normalize(torch.cat([text.embeds for text in texts]), dim=-1)
+    embeds = torch.nn.functional.normalize(torch.cat([text.only.embeds for text in texts]), dim=-1)
     for one, other in combinations(range(len(words)), 2):
         differing = [name for name in ATTRIBUTES if getattr(words[one], name) != getattr(words[other], name)]
         if len(differing) == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from types import ModuleType
 
@@ -10,8 +11,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
-from vtrain_sanavideo.codec import open_codec
-from vtrain_sanavideo.geometry import CodecConfig
+from vtrain.contract import CausalCodecConfig
+from vtrain_sanavideo import codec as video_codec
 from vtrain_sanavideo.options import SanaVideoOptions
 
 STORED = Path(__file__).parents[2] / "examples" / "world" / "vae"
@@ -61,9 +62,9 @@ def test_the_judge_reads_clips_that_went_through_it(
 
 
 def test_latents_are_normalised_by_its_own_mean_and_std(world: ModuleType, train_vae: ModuleType) -> None:
-    config = CodecConfig.model_validate(dict(AutoencoderKLWan.load_config(STORED)))
+    config = CausalCodecConfig.model_validate(dict(AutoencoderKLWan.load_config(STORED)))
     options = SanaVideoOptions(path="unused")
-    with open_codec(STORED, config, options, "cpu") as codec:
+    with closing(video_codec.load(STORED, config, options, "cpu")) as codec:
         latents = torch.cat([codec.encode(part).mean for part in unseen(world, train_vae, 48, seed=6).split(8)])
     assert latents.shape == (48, 16, 3, 8, 8)
     each = latents.transpose(0, 1).flatten(1)

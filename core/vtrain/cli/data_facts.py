@@ -185,12 +185,13 @@ class WindowFacts:
 
 @dataclass(frozen=True)
 class TextEntry:
-    """One entry of the text cache. wording: what the encoder reads; None if the family does not say."""
+    """One entry of the text cache. wording: what encoders read; None if the family does not say. encoder: whose entry it is."""
 
     role: Role
     text: str
     extras: Mapping[str, float | int | str]
     wording: str | None
+    encoder: str
     key: str
     state: str
 
@@ -209,7 +210,7 @@ def show_facts(
         Section("captions", tuple(_text_rows(texts))),
         Section("cached video", tuple((f"window {n}", f"{w.key or '-'}  {w.state}") for n, w in enumerate(windows, 1))),
         Section("cached masks", tuple(mask_window_rows([window.mask for window in windows]))),
-        Section("cached text", tuple((label, f"{e.key}  {e.state}") for label, e in _labelled(texts))),
+        Section("cached text", tuple(_cached_text_rows(texts))),
     ]
     show_sections(Console(soft_wrap=True, highlight=False), [part for part in parts if part.rows])
 
@@ -274,13 +275,26 @@ def seconds_text(times: Sequence[float]) -> str:
 
 
 def _labelled(texts: list[TextEntry]) -> Iterator[tuple[str, TextEntry]]:
-    prompts = sum(entry.role == "prompt" for entry in texts)
-    for number, entry in enumerate(texts, start=1):
+    """Each with the name of its caption. Those of a caption follow each other, one for each encoder."""
+    prompts, number = sum(entry.role == "prompt" for entry in _of_first(texts)), 0
+    for entry in texts:
+        number += entry.encoder == texts[0].encoder
         yield ("dropped" if entry.role == "dropped" else f"caption {number}" if prompts > 1 else "caption"), entry
 
 
-def _text_rows(texts: list[TextEntry]) -> Iterator[tuple[str, str]]:
+def _of_first(texts: list[TextEntry]) -> list[TextEntry]:
+    """One for each caption."""
+    return [entry for entry in texts if entry.encoder == texts[0].encoder]
+
+
+def _cached_text_rows(texts: list[TextEntry]) -> Iterator[tuple[str, str]]:
+    several = len(texts) > len(_of_first(texts))
     for label, entry in _labelled(texts):
+        yield f"{label}, {entry.encoder}" if several else label, f"{entry.key}  {entry.state}"
+
+
+def _text_rows(texts: list[TextEntry]) -> Iterator[tuple[str, str]]:
+    for label, entry in _labelled(_of_first(texts)):
         if entry.role == "prompt":
             yield label, entry.text
             yield from ((name, str(value)) for name, value in entry.extras.items())

@@ -159,9 +159,11 @@ def _texts(plan: Plan, stores: Stores, samples: tuple[Sample, ...]) -> Iterator[
     if captions and plan.config.train.caption_dropout > 0:
         wanted.append((DROPPED, "dropped"))
     for caption, role in wanted:
-        key = stores.text_key(caption, role)
         wording = plan.family.wording(caption, role) if isinstance(plan.family, SupportsWording) else None
-        yield TextEntry(role, caption.text, caption.extras, wording, key, state_of(stores.text, key))
+        for name in stores.encoders:
+            key = stores.text_key(name, caption, role)
+            state = state_of(stores.text, key)
+            yield TextEntry(role, caption.text, caption.extras, wording, name, key, state)
 
 
 def _seen(

@@ -131,7 +131,7 @@ class FillingLines:
 
     LINE_EVERY = 30.0
     UNITS: ClassVar = {"text": "captions", "mask": "masks"}
-    """Of each stage; of all others, clips."""
+    """Of each stage, by its first word; of all others, clips."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -159,7 +159,7 @@ class FillingLines:
                 pace = escape(self.beside(stage, over, total, ""))
                 self.tasks[stage] = self.bar.add_task(words, total=total, completed=over, pace=pace)
             return
-        pace = self.paces[stage].words(over, total, time.monotonic(), self.UNITS.get(stage, "clips"))
+        pace = self.paces[stage].words(over, total, time.monotonic(), self.UNITS.get(stage.split()[0], "clips"))
         self.bar.update(self.tasks[stage], completed=over, pace=escape(self.beside(stage, over, total, pace)))
         late = time.monotonic() - self.said > self.LINE_EVERY
         if over == total or (late and not self.console.is_terminal):

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from vtrain.config.document import Document
-from vtrain.config.keys import ON_PURPOSE, KeyPath, key_text, renamed
+from vtrain.config.keys import ON_PURPOSE, KeyPath, key_text, removed, renamed
 from vtrain.contract import HoldsControlCharacter, HoldsSecret, Options, Problem, without_secrets
 from vtrain.contract.specs import did_you_mean, listed
 
@@ -99,9 +99,11 @@ def _hint(place: KeyPath, detail: ErrorDetails) -> str:
 
 
 def unknown_key(document: Document, place: KeyPath, keys: Sequence[str]) -> Found:
-    """A key that its table does not take. keys: those it does. For one that was renamed, its name of today."""
+    """A key that its table does not take. keys: those it does. For one that was renamed or removed, what became of it."""
     if (found := renamed(place)) is not None:
         return problem(document, place, f"{key_text(place)} was renamed to {key_text(found[0])}.", found[1].remedy)
+    if (gone := removed(place)) is not None:
+        return problem(document, place, f"there is no {key_text(place)} any more.", gone.remedy)
     if (why := ON_PURPOSE.get(str(place[-1]))) is not None:
         return problem(document, place, f"there is no {key_text(place)}.", why)
     remedy = did_you_mean(str(place[-1]), keys) or (f"It takes {listed(keys)}." if keys else "It takes no keys.")

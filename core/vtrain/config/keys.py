@@ -1,4 +1,4 @@
-"""How a key of the file is written, everywhere the same: `train.batch_size`, `data[0].video.frames`; and keys renamed since.
+"""How a key of the file is written, everywhere the same: `train.batch_size`, `data[0].video.frames`; and keys of before.
 
 Messages, `vtrain config show`, plan.json, a checkpoint's state and what a resume compares write keys so.
 """
@@ -66,6 +66,34 @@ RENAMED = (
     ),
 )
 """The one table of keys renamed. A file that says the old name is told the new one; a checkpoint's settings are read by it."""
+
+
+@dataclass(frozen=True)
+class Removed:
+    """A key that there is no more. old: names from the outermost table on. meant: its value wherever all is as it was.
+
+    remedy: where what it said is now.
+    """
+
+    old: tuple[str, ...]
+    meant: object
+    remedy: str
+
+
+REMOVED = (
+    Removed(
+        ("sampler", "timestep_scale"),
+        1000.0,
+        "The unit of the timestep belongs to the model family, which knows what its denoiser was trained with (for 1000 x level "
+        "it was this key's default). Remove the line.",
+    ),
+)
+"""The one table of keys that are gone. A file that has one is told why; in a checkpoint's settings it says nothing, at `meant`."""
+
+
+def removed(path: KeyPath) -> Removed | None:
+    """What there is to say of a key that there is no more; None of any other."""
+    return next((each for each in REMOVED if each.old == path), None)
 
 
 _CLIP = (

@@ -10,12 +10,21 @@ from typing import Any
 from pydantic import ValidationError
 
 from vtrain.config.document import Document, read
-from vtrain.config.findings import Found, example_table, findings, problem, shown, unknown_key
+from vtrain.config.findings import (
+    Found,
+    example_table,
+    expectation,
+    fault,
+    findings,
+    problem,
+    shown,
+    unknown_key,
+)
 from vtrain.config.keys import KeyPath, key_text
-from vtrain.config.record import TABLES, Config, NoKeys, Part, Table, TableT
+from vtrain.config.record import TABLES, Config, NoKeys, Part, Table, TableT, recipe_of
 from vtrain.config.tables import LoraTable
-from vtrain.contract import Catalog, ConfigError, FamilySpec, Registered, VtrainError
-from vtrain.contract.specs import NOUNS, listed, part_or_error
+from vtrain.contract import Catalog, ConfigError, FamilySpec, PluginError, Problem, Registered, VtrainError
+from vtrain.contract.specs import NOUNS, did_you_mean, listed, origin, part_or_error
 
 Raw = Mapping[str, Any]
 
@@ -112,10 +121,13 @@ class Reader:
             self.found += findings(self.document, path, model, error, known)
             return None
 
-    def part(self, path: KeyPath, table: Table, raw: Raw, default: str | None = None) -> Part[Any] | None:
+    def part(
+        self, path: KeyPath, table: Table, raw: Raw, default: str | None = None, family: Registered | None = None
+    ) -> Part[Any] | None:
         """A table with `use`. Its keys that core knows are core's, all others the part's options.
 
-        default: the part if the table names none. None if something is wrong.
+        default: the part if the table names none. family: of a sampler, whose recipe gives defaults of its options. None if
+        something is wrong.
         """
         core = table.model
         # Both are read even where one is wrong, so that all problems come at once.
@@ -125,7 +137,11 @@ class Reader:
         if registered is None:
             return None
         rest = {key: value for key, value in raw.items() if key not in core.model_fields and key != "use"}
-        options = self.options(path, registered.spec.options, rest, ("use", *core.model_fields))
+        recipe = sound_recipe(family, registered) if family else {}
+        options = self.options(path, registered.spec.options, {**recipe, **rest}, ("use", *core.model_fields))
+        if options is not None and recipe:
+            # As if they were the options' own defaults: what a sampler says of options that were given is of the file's.
+            options = type(options).model_construct({*rest}, **dict(options))
         return None if read is None or options is None else Part(registered, options, read)
 
     def _used(self, path: KeyPath, kind: str, use: object) -> Registered | None:
@@ -188,7 +204,31 @@ def _sampler(reader: Reader, table: Table) -> Part[NoKeys] | None:
         check_sampler(reader, family, default, raw.get("use"))
     if "use" not in raw and reader.named(("model", "use"), table.kind, default) is None:
         return None
-    return reader.part(path, table, raw, default)
+    return reader.part(path, table, raw, default, family)
+
+
+def sound_recipe(family: Registered, sampler: Registered) -> Mapping[str, object]:
+    """`recipe_of`. Raises PluginError if the sampler does not take what the family's plugin sets."""
+    recipe, name = recipe_of(family, sampler), sampler.spec.name
+    faults: list[Problem] = []
+    try:
+        sampler.spec.options.model_validate(dict(recipe))
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            key, hint = key_text(detail["loc"]), ""
+            if detail["type"] == "missing":
+                continue  # the file may give it
+            if detail["type"] == "extra_forbidden":
+                fault_text, hint = f'it has no option "{key}"', did_you_mean(key, sampler.spec.options.model_fields)
+            elif wanted := expectation(detail):
+                fault_text = f"{key}: expected {wanted}, got {shown(detail['input'])}"
+            else:
+                fault_text = f"{key}: {fault(detail)}"
+            what = f'{origin(family)}: what its family "{family.spec.name}" sets of the sampler "{name}" is wrong: {fault_text}.'
+            faults.append(Problem("", what, hint))
+    if faults:
+        raise PluginError(faults)
+    return recipe
 
 
 _SPECIAL: Mapping[str, Callable[[Reader, Table], object]] = {"model": _model, "data": _data, "sampler": _sampler}

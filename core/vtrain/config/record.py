@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import NoneType
+from types import MappingProxyType, NoneType
 from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
 from vtrain.config.keys import KeyPath, key_text
@@ -20,7 +20,7 @@ from vtrain.config.tables import (
     TrainTable,
     ValidationTable,
 )
-from vtrain.contract import Options, Registered, Resume, is_location, resume_rule
+from vtrain.contract import FamilySpec, Options, Registered, Resume, is_location, resume_rule
 
 TableT = TypeVar("TableT", bound=Options)
 Value = str | int | float | bool | list[Any] | None
@@ -151,6 +151,12 @@ class ShownValue:
     location: bool = False
 
 
+def recipe_of(family: Registered, sampler: Registered) -> Mapping[str, object]:
+    """What a family's own recipe sets of the options of its sampler; {} for another sampler."""
+    spec = family.spec
+    return spec.sampler_options if isinstance(spec, FamilySpec) and sampler.spec.name == spec.sampler else {}
+
+
 def show(config: Config) -> tuple[ShownValue, ...]:
     """All values, table by table; an absent table is one row. Values whose type hides them (SecretStr) stay hidden."""
     rows: list[ShownValue] = []
@@ -168,23 +174,31 @@ def show(config: Config) -> tuple[ShownValue, ...]:
 
 def _part(config: Config, path: KeyPath, part: Part[Any], table: Table) -> Iterator[ShownValue]:
     name = part.registered.spec.name
-    default = "default" if table.default or table.many else f"default of {config.model.registered.spec.name}"
+    family = f"default of {config.model.registered.spec.name}"
     use = (*path, "use")
+    default = "default" if table.default or table.many else family
     yield ShownValue(key_text(use), name, _origin(config, use, default), table.use)
     yield from _options(config, path, part.table, "default")
-    yield from _options(config, path, part.options, f"default of {name}")
+    recipe = recipe_of(config.model.registered, part.registered) if table.kind == "sampler" else {}
+    yield from _options(config, path, part.options, f"default of {name}", others=dict.fromkeys(recipe, family))
 
 
 def _options(
-    config: Config, path: KeyPath, options: Options, default: str, within: Resume = "tell"
+    config: Config,
+    path: KeyPath,
+    options: Options,
+    default: str,
+    within: Resume = "tell",
+    others: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[ShownValue]:
-    """within: the rule of the table around; what it refuses, each of its keys refuses."""
+    """within: the rule of the table around; what it refuses, each of its keys refuses. others: keys with another default."""
     # Both are gone through: the fields, since inner tables have rules of their own, and JSON, since that is shown.
     plain = options.model_dump(mode="json")
     for key in type(options).model_fields:
         rule = "refuse" if within == "refuse" else resume_rule(type(options), key)
         location = is_location(type(options), key)
-        yield from _value(config, (*path, key), dict(options)[key], plain[key], default, rule, location)
+        origin = others.get(key, default)
+        yield from _value(config, (*path, key), dict(options)[key], plain[key], origin, rule, location)
 
 
 def _value(

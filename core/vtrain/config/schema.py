@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic.errors import PydanticInvalidForJsonSchema
+from pydantic_core import to_jsonable_python
 
 from vtrain.config.findings import plain, shown
 from vtrain.config.record import TABLES, Table
@@ -37,7 +38,7 @@ def json_schema(catalog: Catalog) -> Schema:
         "required": [table.name for table in TABLES.values() if table.required],
         "additionalProperties": False,
         "$defs": shared,
-        **_fixed_samplers(catalog),
+        **_samplers_of_families(catalog),
     }
 
 
@@ -74,7 +75,8 @@ def _table(catalog: Catalog, table: Table, shared: Schema) -> Schema:
     if not table.kind:
         return _closed(table, shared)
     found = [catalog.find(table.kind, name) for name in catalog.names(table.kind)]
-    choices = [_with_part(table, part, shared) for part in found if part is not None]
+    families = tuple(_families(catalog))
+    choices = [_with_part(table, part, shared, families) for part in found if part is not None]
     own = table.model
     meaning = (own.__doc__ or "").strip() if own.model_fields else f"which {NOUNS[table.kind][0]}, and its options"
     schema: Schema = {"type": "object", "description": meaning, "anyOf": choices} if choices else {"not": {}}
@@ -94,32 +96,50 @@ def _closed(table: Table, shared: Schema) -> Schema:
     return schema
 
 
-def _with_part(table: Table, part: Registered, shared: Schema) -> Schema:
+def _with_part(table: Table, part: Registered, shared: Schema, families: Sequence[FamilySpec]) -> Schema:
     """The table when `use` names this part: core's keys and the part's in one closed object, which editors complete best."""
     name, spec = table.name, part.spec
     own, options = options_schema(table.model, f"{name}."), options_schema(spec.options, f"{name}.{spec.name}.")
     shared.update(own.pop("$defs") | options.pop("$defs"))
     use = {"const": spec.name, "description": f"{spec.summary} ({origin(part)})", "resume": table.use}
     optional = name == "sampler" or (spec.name == table.default and not table.many)
+    # What some family sets of its sampler need not stand in the file; for another family the loader asks for it.
+    by_family = {
+        key
+        for family in families
+        if name == "sampler" and family.sampler == spec.name
+        for key in family.sampler_options
+    }
+    needed = [key for key in options.get("required", ()) if key not in by_family]
     return {
         "type": "object",
         "title": f'{name} use = "{spec.name}"',
         "description": spec.summary,
         "properties": {"use": use, **own.get("properties", {}), **options.get("properties", {})},
-        "required": [*([] if optional else ["use"]), *own.get("required", ()), *options.get("required", ())],
+        "required": [*([] if optional else ["use"]), *own.get("required", ()), *needed],
         "additionalProperties": False,
     }
 
 
-def _fixed_samplers(catalog: Catalog) -> Schema:
-    """Families that take no other sampler than their own; nothing where there is no such family."""
-    rules = []
+def _families(catalog: Catalog) -> Iterator[FamilySpec]:
     for name in catalog.names("family"):
         part = catalog.find("family", name)
-        if part is not None and isinstance(part.spec, FamilySpec) and part.spec.fixed_sampler:
-            family = {"properties": {"model": {"properties": {"use": {"const": name}}}}}
-            sampler = {"properties": {"sampler": {"properties": {"use": {"const": part.spec.sampler}}}}}
-            rules.append({"if": family, "then": sampler})
+        if part is not None and isinstance(part.spec, FamilySpec):
+            yield part.spec
+
+
+def _samplers_of_families(catalog: Catalog) -> Schema:
+    """Families that take no other sampler than their own, and what they set of its options; nothing where there are none."""
+    rules = []
+    for family in _families(catalog):
+        own: Schema = {"properties": {"use": {"const": family.sampler}}}
+        named: Schema = {"properties": {"model": {"properties": {"use": {"const": family.name}}}}}
+        if family.fixed_sampler:
+            rules.append({"if": named, "then": {"properties": {"sampler": own}}})
+        if family.sampler_options:
+            recipe = {key: {"default": to_jsonable_python(value)} for key, value in family.sampler_options.items()}
+            with_own = {"properties": {**named["properties"], "sampler": own}}
+            rules.append({"if": with_own, "then": {"properties": {"sampler": {"properties": recipe}}}})
     return {"allOf": rules} if rules else {}
 
 

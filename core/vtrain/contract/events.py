@@ -121,9 +121,10 @@ class Estimated:
 class Filling:
     """How far this process's share of one stage of filling the caches is; the first of a stage says what was there.
 
-    stage: "text" counts captions, "mask" masks, "video" and features clips (windows of them). done: of total that are in the
-    cache. total: what this process has to have there. unusable: of total that cannot be. unread: of the others at the start,
-    those whose file's bytes are not known yet, so that they may be there. made: of done, those that were made by this process.
+    stage: "text", or "text (name)" of each of several encoders, counts captions, "mask" masks, "video" and features clips
+    (windows of them). done: of total that are in the cache. total: what this process has to have there. unusable: of total
+    that cannot be. unread: of the others at the start, those whose file's bytes are not known yet, so that they may be there.
+    made: of done, those that were made by this process.
     """
 
     stage: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -106,3 +107,41 @@ class FrameRule:
 
     def __str__(self) -> str:
         return f"{self.stride}k+{self.offset}"
+
+
+@dataclass(frozen=True)
+class LatentGeometry:
+    """How clips become latents and tokens, where the video codec is causal: the frames of `frame_rule.offset` share the first
+    latent frame, and each further `frame_rule.stride` of them one more.
+
+    channels: C of latents. space_factor: pixels per latent in height and width. patch: latents per token in time, height and
+    width.
+    """
+
+    channels: int
+    frame_rule: FrameRule
+    space_factor: int
+    patch: tuple[int, int, int] = (1, 1, 1)
+
+    @property
+    def pixel_stride(self) -> int:
+        """Heights and widths of clips are multiples of this."""
+        return self.space_factor * math.lcm(*self.patch[1:])
+
+    def latent_shape(self, clip: ClipShape, title: str) -> LatentShape:
+        """Raises ValueError, with `title` in its words, for a clip that the codec or the patches would cut."""
+        stride, rule = self.pixel_stride, self.frame_rule
+        if not rule.accepts(clip.frames) or clip.height % stride or clip.width % stride:
+            raise ValueError(f"{clip}: {title} takes {rule} frames and multiples of {stride} pixels")
+        frames = (clip.frames - rule.offset) // rule.stride + 1
+        return LatentShape(self.channels, frames, clip.height // self.space_factor, clip.width // self.space_factor)
+
+    def pixel_frames(self, latent_frame: int) -> range:
+        """The pixel frames for which a latent frame stands."""
+        end = self.frame_rule.offset + latent_frame * self.frame_rule.stride
+        return range(end - self.frame_rule.stride if latent_frame else 0, end)
+
+    def token_grid(self, latents: LatentShape) -> TokenGrid:
+        """Tokens in time, height and width."""
+        time, height, width = self.patch
+        return TokenGrid(latents.frames // time, latents.height // height, latents.width // width)

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from vtrain.contract.text import TextEncoderSpec
+
 HashFile = Callable[[Path], str]
 """Content hash of a file, remembered by path, size and time of change."""
 
@@ -44,7 +46,9 @@ class TextEncoder(Protocol):
     """Captions to embeddings. *torch*"""
 
     def encode(self, captions: Sequence[Caption], role: Role) -> Text:
-        """Embeddings on the CPU. What a role adds to the text (an instruction, nothing) is the family's business.
+        """The parts that its TextEncoderSpec promises, on the CPU.
+
+        What a role adds to the text (an instruction, nothing) is the family's business.
 
         "prompt": a clip's caption or a validation prompt; "negative": guidance's other side; "dropped": a dropped caption.
         """
@@ -87,7 +91,7 @@ class Denoiser(Protocol):
         ...
 
     def predict(self, noisy: Tensor, level: NoiseLevel, condition: Condition) -> Tensor:
-        """noisy (B, C, f, h, w) -> prediction of the sampler's target, same shape."""
+        """noisy (B, C, f, h, w) -> prediction of the sampler's target, same shape. level: it has timesteps (`timed`)."""
         ...
 
     def fold(self, tap: Tensor, latents: LatentShape) -> Tensor:
@@ -126,6 +130,15 @@ class SupportsLora(Protocol):
         ...
 
 
+@runtime_checkable
+class SupportsDecayRule(Protocol):
+    """A denoiser with parameters for which weight decay is not as their shape tells. *torch*"""
+
+    def decays(self, name: str, shape: tuple[int, ...]) -> bool | None:
+        """Whether weight decay applies to a parameter, by its name in `module`; None: to matrices and kernels, not to vectors."""
+        ...
+
+
 class Family(Protocol):
     """A model family on a model folder: its geometry, its text, its codec, its denoiser."""
 
@@ -155,18 +168,12 @@ class Family(Protocol):
         ...
 
     @property
-    def text_tokens(self) -> int:
-        """The denoiser gets text padded to its batch's longest, never beyond this. Longer captions are cut by the encoder."""
-        ...
-
-    @property
-    def text_width(self) -> int:
-        """D of the text embeddings."""
-        ...
-
-    @property
     def parameters(self) -> int:
         """Number of the denoiser's parameters, from the model folder, without loading them."""
+        ...
+
+    def text_encoders(self) -> Mapping[str, TextEncoderSpec]:
+        """One to three, by name, in the order in which captions are encoded: all parts of the text, and nothing loaded."""
         ...
 
     def resolutions(self) -> Mapping[str, tuple[Size, ...]]:
@@ -189,20 +196,19 @@ class Family(Protocol):
         """(label, text) rows about the model for the plan."""
         ...
 
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """*torch* The number that the denoiser is given for a noise level; float32 of any shape -> the same shape.
+
+        Its unit is the family's: sigma x 1000 for one, sigma itself for another.
+        """
+        ...
+
     def scheduler_config(self) -> Mapping[str, object]:
         """The model folder's own scheduler config, for its sampler."""
         ...
 
-    def text_fingerprint(self, hash_file: HashFile) -> str:
-        """Changes when, and only when, encoded text would: weights, config, tokenizer, instruction, storage type."""
-        ...
-
     def video_fingerprint(self, hash_file: HashFile) -> str:
         """Changes when, and only when, encoded video would: weights, config, storage type, tiling."""
-        ...
-
-    def open_text_encoder(self, device: str) -> AbstractContextManager[TextEncoder]:
-        """*torch* Load the text encoder for the length of a with block; its memory is free afterwards."""
         ...
 
     def open_video_codec(self, device: str) -> AbstractContextManager[VideoCodec]:
@@ -238,7 +244,7 @@ class Sampler(Protocol):
         ...
 
     def draw(self, n: int, generator: torch.Generator) -> NoiseLevel:
-        """*torch* Levels for n clips, on the CPU, from `generator` alone."""
+        """*torch* Levels for n clips, on the CPU, from `generator` alone; with timesteps where the spec names their family."""
         ...
 
     def corrupt(self, clean: Tensor, noise: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
@@ -285,6 +291,11 @@ class SupportsTokenGrid(Protocol):
 @runtime_checkable
 class SupportsFrameLevels(Protocol):
     """A family whose denoiser takes a level for each latent frame: it can be trained on image-to-video."""
+
+    @property
+    def frame_levels(self) -> bool:
+        """Whether the denoiser of this model folder does."""
+        ...
 
     def frame_level_bytes(self, latents: LatentShape, *, weights: DType, compute: DType, checkpointing: bool) -> int:
         """Bytes that one clip takes in memory in training for it, beyond a level for the whole clip.

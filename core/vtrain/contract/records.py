@@ -5,7 +5,7 @@ B clips in a batch, C latent channels, f h w latent frames, height and width, L 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -26,11 +26,50 @@ class Caption:
 
 
 @dataclass(frozen=True)
-class Text:
-    """Encoded captions. embeds (B, L, D) floating; mask (B, L) bool, True for real tokens, which come first."""
+class TextPart:
+    """One part of encoded captions (TextPartSpec says which).
+
+    Tokens: embeds (B, L, D) floating, mask (B, L) bool, True for real tokens, which come first. Padded in full, as the
+    denoiser gets it: embeds (B, tokens, D), zero behind the real ones, mask None. Pooled: embeds (B, D), mask None.
+    """
 
     embeds: Tensor
-    mask: Tensor
+    mask: Tensor | None = None
+
+    @property
+    def masked(self) -> tuple[Tensor, Tensor]:
+        """(embeds, mask) of tokens. Raises ValueError for a part without a mask."""
+        if self.mask is None:
+            raise ValueError("this part of the text has no mask: it is pooled, or padded in full")
+        return self.embeds, self.mask
+
+
+@dataclass(frozen=True)
+class Text:
+    """Encoded captions, in named parts: those of one encoder as it gives them, of all encoders as a denoiser gets them."""
+
+    parts: Mapping[str, TextPart]
+
+    @classmethod
+    def of(cls, embeds: Tensor, mask: Tensor | None, name: str = "text") -> Text:
+        """Of one part."""
+        return cls({name: TextPart(embeds, mask)})
+
+    @property
+    def only(self) -> TextPart:
+        """The only part. Raises ValueError if there are several."""
+        if len(self.parts) != 1:
+            raise ValueError(f"the text has {len(self.parts)} parts ({', '.join(self.parts)}), not one")
+        return next(iter(self.parts.values()))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Text:
+        """The same parts, each of their tensors changed."""
+        return Text(
+            {
+                name: TextPart(change(part.embeds), None if part.mask is None else change(part.mask))
+                for name, part in self.parts.items()
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -49,11 +88,12 @@ class NoiseLevel:
     """How noisy each clip is.
 
     sigma: (B,) or, per latent frame, (B, f); float32 in [0, 1], 0 is clean and 1 is noise.
-    timestep: same shape; the number that the denoiser is given for it, in the family's own unit.
+    timestep: same shape; the number that the denoiser is given for it, in the family's own unit. None: not known yet, as
+    samplers give it whose spec names no family (SamplerSpec.timesteps_of); `timed` fills it in.
     """
 
     sigma: Tensor
-    timestep: Tensor
+    timestep: Tensor | None = None
 
 
 @dataclass(frozen=True)

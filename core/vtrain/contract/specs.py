@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import pluggy
 
@@ -37,20 +37,28 @@ class FamilySpec(Spec):
     """A model family. build(options) -> Family, without torch.
 
     sampler: the sampler it trains with unless [sampler] names another. fixed_sampler: whether another is an error.
+    sampler_options: what the family's own recipe sets of that sampler's options, as a file would; they are its defaults for
+    this family. What a file says beside it is taken, and the plan warns of it.
     """
 
     kind: ClassVar[str] = "family"
     build: Callable[[Any], Family]
     sampler: str
     fixed_sampler: bool = False
+    sampler_options: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class SamplerSpec(Spec):
-    """A noise schedule. build(options, scheduler config of the model folder) -> Sampler, without torch."""
+    """A noise schedule. build(options, scheduler config of the model folder) -> Sampler, without torch.
+
+    timesteps_of: the family in whose unit its levels have timesteps, with which alone it works then. "": it gives sigma alone,
+    and works with every family, which knows its own unit (Family.timestep).
+    """
 
     kind: ClassVar[str] = "sampler"
     build: Callable[[Any, Mapping[str, object]], Sampler]
+    timesteps_of: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,11 +77,16 @@ class DataBackendSpec(Spec):
     build: Callable[[Any], DataBackend]
 
 
+Moved = Literal["fp32", "bf16", "sharded"]
+"""Sorts of weights that an optimizer may move rightly."""
+
+
 @dataclass(frozen=True)
 class OptimizerSpec(Spec):
     """An optimizer. build(options, parameter groups) -> torch.optim.Optimizer, imports torch. options has a field `lr`.
 
-    pure_bf16: whether it moves bf16 weights rightly (stochastic rounding, Kahan summation).
+    moves: the weights that it moves rightly. "bf16": with stochastic rounding or Kahan summation; without, updates of the usual
+    size are lost in rounding. "sharded": of which each process holds a part: each number's update depends on that number's own.
     state_bytes: bytes of state per trained parameter, for the plan.
     usual_lr: lowest and highest learning rate of usual training; beyond it the plan warns. sensible_lr: above it nothing is
     learned, which is an error. None: any.
@@ -81,7 +94,7 @@ class OptimizerSpec(Spec):
 
     kind: ClassVar[str] = "optimizer"
     build: Callable[[Any, Sequence[ParameterGroup]], torch.optim.Optimizer]
-    pure_bf16: bool = False
+    moves: frozenset[Moved] = frozenset({"fp32"})
     state_bytes: float = 8.0
     usual_lr: tuple[float, float] | None = None
     sensible_lr: float | None = None

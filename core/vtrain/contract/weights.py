@@ -188,6 +188,26 @@ def misfit_problem(folder: Path, lines: Sequence[str]) -> Problem:
     )
 
 
+def misfit_problems(
+    folder: Path, stem: str, expected: Mapping[str, Shape], *, unsqueezed: Collection[str] = (), some: bool = False
+) -> list[Problem]:
+    """Whether stored weights fit a config, from their headers: without loading any, so that a plan can tell.
+
+    expected: the shapes that the config asks for; some: of a few weights alone, those that bear its numbers, each by the end of
+    its name, and others are no matter. unsqueezed: as `misfits` takes it. Files that are missing or broken are for
+    `weight_problems` to tell, and not told here.
+    """
+    if weight_problems(folder, stem):
+        return []
+    stored = stored_shapes(folder, stem)
+    if some:
+        found = {end: name for name in stored for end in expected if f".{name}".endswith(f".{end}")}
+        expected = {found.get(end, end): shape for end, shape in expected.items()}
+        stored = {name: stored[name] for name in found.values()}
+    lines = misfits(expected, stored, unsqueezed)
+    return [misfit_problem(folder, lines)] if lines else []
+
+
 def torch_type(name: DType) -> torch.dtype:
     """The storage type of that name."""
     import torch
@@ -200,6 +220,7 @@ def fill_module(
 ) -> None:
     """Give `module`, whose parameters are on the meta device, its weights, tensor by tensor, each in memory of its own.
 
+    dtype: of all but what the module's class names in `_keep_in_fp32_modules`, which is fp32 as from_pretrained has it.
     unsqueezed: as `misfits` takes it; a leading 1 is dropped. Raises ModelError for missing, unexpected, misshapen or
     truncated weights. Buffers are left as they are.
     """
@@ -209,6 +230,7 @@ def fill_module(
     lines = misfits(expected, stored_shapes(folder, stem), unsqueezed)
     if lines:
         raise ModelError(misfit_problem(folder, lines))
+    precise = set(getattr(module, "_keep_in_fp32_modules", None) or ())
     state: dict[str, torch.Tensor] = {}
     for path in weight_files(folder, stem).present:
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -217,5 +239,6 @@ def fill_module(
                 if stored.shape != expected[name]:
                     logger.info("%s: %s is stored as %s; its leading 1 is dropped", folder, name, list(stored.shape))
                     stored = stored[0]
-                state[name] = stored.to(device=device, dtype=torch_type(dtype), copy=True)
+                chosen = torch_type("fp32" if precise.intersection(name.split(".")) else dtype)
+                state[name] = stored.to(device=device, dtype=chosen, copy=True)
     module.load_state_dict(state, strict=True, assign=True)

@@ -10,8 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vtrain.contract import DataError, Latents, PluginError, Problem, SupportsTokenGrid, Text
+from vtrain.contract import (
+    DataError,
+    Latents,
+    Problem,
+    SupportsTokenGrid,
+    Text,
+    TextEncoderSpec,
+    TextPart,
+    TextPartSpec,
+)
 from vtrain.data.caching.caches import DROPPED, Caches
+from vtrain.data.caching.text import refuse
 from vtrain.data.decoding.masks import trained
 from vtrain.data.decoding.video import FileFault
 from vtrain.data.decoding.worker import DecodeJob, Workers, available_cpus
@@ -100,9 +110,9 @@ ROUND = 8
 class Batch:
     """One micro-batch: B clips of one shape.
 
-    latents: mean (B, C, f, h, w) fp32, drawn again from mean and std where those are cached. text: embeds (B, L, D) with L
-    just enough for its longest text, zero where the mask is false. draws: each sample's draw number, from which its noise
-    derives. dropped: whose caption was dropped. first_frame: which are drawn as image-to-video: the first latent frame is given.
+    latents: mean (B, C, f, h, w) fp32, drawn again from mean and std where those are cached. text: as `pad` makes it.
+    draws: each sample's draw number, from which its noise derives. dropped: whose caption was dropped. first_frame: which
+    are drawn as image-to-video: the first latent frame is given.
     mask: (B, f, h, w) fp32 in [0, 1], how much each latent counts, all ones for a clip without one; None if no clip has one.
     features: regularizer -> (B, f', h', w', D') from the cache, in the type in which they are stored. frames: uint8
     (B, 3, f, H, W), the source's frame for each frame of tokens; None if no regularizer reads them.
@@ -131,6 +141,7 @@ class Batches:
             raise DataError(Problem("", "there is no sample to train on."))
         self._plan, self._caches, self._index = plan, caches, index
         self._frames = SourceFrames(plan, index)
+        self._encoders = plan.family.text_encoders()
         self._online = {name for name, part in plan.regularizers if part.needs().features == "source"}
         uses = np.array([1 + dataset.table.repeats for dataset in plan.datasets], dtype=np.int32)
         # Item k is a use of sample number self._samples[k]; without repeats they are the same.
@@ -182,7 +193,7 @@ class Batches:
             clips = self._caches.video_entries([self._index.video.keys(sample)[window] for sample, window in windows])
             mask = self._mask(windows, clips.mean.shape[2:])
             read = {name: self._features(name, windows) for name in self._index.features if _read(name, features)}
-        text = pad(texts, self._plan.family.text_tokens)
+        text = pad(texts, self._encoders)
         latents = Latents(drawn(self._plan.config.run.seed, clips, numbers))
         # Of a single latent frame nothing would be left to train.
         moving = latents.mean.shape[2] > 1
@@ -192,10 +203,11 @@ class Batches:
             frames=self._frames.of(windows) if any(_read(name, features) for name in self._online) else None,
         )  # fmt: skip
 
-    def _caption(self, sample: int, draw: int) -> str:
-        """The key of the caption that this draw uses."""
-        keys = self._index.text.keys(sample)
-        return keys[choice(self._plan.config.run.seed, "caption", draw, len(keys))]
+    def _caption(self, sample: int, draw: int) -> Sequence[str]:
+        """The keys of the caption that this draw uses."""
+        keys, count = self._index.text.keys(sample), len(self._encoders)
+        at = count * choice(self._plan.config.run.seed, "caption", draw, len(keys) // count)
+        return keys[at : at + count]
 
     def _window(self, sample: int, draw: int) -> int:
         """Which of the sample's windows this draw uses."""
@@ -243,21 +255,36 @@ def _read(name: str, wanted: Collection[str] | None) -> bool:
     return wanted is None or name in wanted
 
 
-def pad(texts: Sequence[Text], tokens: int) -> Text:
-    """Texts (1, L, D) of different L -> one Text (B, L, D), zeros after the real tokens.
+def pad(texts: Sequence[Text], encoders: Mapping[str, TextEncoderSpec]) -> Text:
+    """Texts of one caption each, (1, L, D) of different L and pooled (1, D), as one of B, as the denoiser gets it.
 
-    L is the longest's, rounded up to a whole ROUND, and at most `tokens`: padding to more changes no prediction and costs time.
+    encoders: the family's. Raises PluginError, which names encoder and part, for a part that is not what they promise.
     """
-    longest = max(text.embeds.shape[1] for text in texts)
-    if longest > tokens:
-        what = f"a caption was encoded to {longest} tokens where the model family takes {tokens}."
-        raise PluginError(Problem("", what, "This is a fault of the model family's plugin."))
-    tokens = min(tokens, -(-longest // ROUND) * ROUND)
-    first = texts[0].embeds
-    embeds = first.new_empty((len(texts), tokens, first.shape[2]))
-    mask = torch.zeros((len(texts), tokens), dtype=torch.bool)
-    for row, text in enumerate(texts):
-        embeds[row, : text.embeds.shape[1]] = text.embeds[0]
-        embeds[row, text.embeds.shape[1] :] = 0
-        mask[row, : text.embeds.shape[1]] = True
-    return Text(embeds, mask)
+    parts = {}
+    for name, encoder in encoders.items():
+        for text in texts:
+            own = Text({part: text.parts[part] for part in encoder.parts})
+            if fault := next(encoder.faults(own, 1), None):
+                refuse(name, fault)
+        for part, spec in encoder.parts.items():
+            parts[part] = _padded([text.parts[part] for text in texts], spec)
+    return Text(parts)
+
+
+def _padded(parts: Sequence[TextPart], spec: TextPartSpec) -> TextPart:
+    """Tokens: zeros after the real ones. "full": to all of them, no mask. "longest": L is the longest's, rounded up to a
+    whole ROUND, and no more than the most; padding to more changes no prediction and costs time.
+    """
+    if spec.tokens is None:
+        return TextPart(torch.cat([part.embeds for part in parts]))
+    longest = max(part.embeds.shape[1] for part in parts)
+    full = spec.padding == "full"
+    tokens = spec.tokens if full else min(spec.tokens, -(-longest // ROUND) * ROUND)
+    embeds = parts[0].embeds.new_empty((len(parts), tokens, spec.width))
+    mask = torch.zeros((len(parts), tokens), dtype=torch.bool)
+    for row, part in enumerate(parts):
+        length = part.embeds.shape[1]
+        embeds[row, :length] = part.embeds[0]
+        embeds[row, length:] = 0
+        mask[row, :length] = True
+    return TextPart(embeds, None if full else mask)

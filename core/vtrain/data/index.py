@@ -65,7 +65,8 @@ class Index:
     """The samples that can be trained on, numbered in the order of the scan.
 
     shapes: the buckets, sorted, none empty. datasets, buckets: of each sample, the number of its dataset in the plan and
-    of its bucket in shapes. names: ids, UTF-8. video, text: keys of the entries of its windows and of its captions.
+    of its bucket in shapes. names: ids, UTF-8. video, text: keys of the entries of its windows and of its captions, a
+    caption's of all text encoders one after the other.
     tallies: (number of a dataset, shape) -> what there is. masks: keys of the windows' masks, none for a sample without;
     None if no dataset has any. features: regularizer -> keys of the windows' features. sources: what is needed to decode
     the windows again, as JSON; None unless that is asked for. A draw's choice of a window goes for all of them.

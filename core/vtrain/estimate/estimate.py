@@ -91,7 +91,8 @@ def _latent_bytes(plan: Plan, shape: ClipShape) -> int:
 
 def _text_bytes(plan: Plan, survey: Survey) -> int:
     captions = survey.texts + 1 + (len(plan.validation.prompts) + 1 if plan.validation else 0)
-    return captions * plan.family.text_tokens * plan.family.text_width * FLOAT32
+    parts = [part for encoder in plan.family.text_encoders().values() for part in encoder.parts.values()]
+    return captions * sum(math.prod(part.shape) * STORED_BYTES[part.dtype] for part in parts)
 
 
 def _checkpoint_bytes(plan: Plan) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from vtrain.contract import ClipShape, Family, Section, SupportsFrameLevels
+from vtrain.contract import ClipShape, Family, Section, SupportsFrameLevels, takes_frame_levels
 from vtrain.data.scanning.surveys import Bucket, DatasetSurvey, Survey
 from vtrain.estimate.estimate import Estimate, bytes_text, feature_words
 from vtrain.estimate.estimate import section as memory_section
@@ -307,8 +307,9 @@ def counted(count: int, noun: str) -> str:
 def price_rows(plan: Plan, dataset: DatasetPlan, found: DatasetSurvey) -> Iterable[tuple[str, str]]:
     """A row for a dataset that is trained as image-to-video: its share, and the memory of the dearest batch."""
     family = plan.family
-    if not dataset.image_to_video or not isinstance(family, SupportsFrameLevels):
+    if not dataset.image_to_video or not takes_frame_levels(family):
         return ()
+    assert isinstance(family, SupportsFrameLevels)
     long = [shape.frames >= two_latent_frames(family) for shape in found.samples]
     if not any(long):
         return (("image to video", f"no draw: no clip here has {two_latent_frames(family)} frames, two latent frames"),)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
+from pydantic_core import to_jsonable_python
+
+from vtrain.config.findings import shown
 from vtrain.config.keys import key_text
 from vtrain.config.record import Config
 from vtrain.contract import (
@@ -13,7 +16,6 @@ from vtrain.contract import (
     DType,
     Family,
     FamilySpec,
-    ModelError,
     OptimizerSpec,
     PluginError,
     Problem,
@@ -24,16 +26,19 @@ from vtrain.contract import (
     Size,
     SupportsCheck,
     SupportsFeatures,
-    SupportsFrameLevels,
     SupportsStepCheck,
     SupportsTokenGrid,
-    TokenGrid,
+    TrackerSpec,
+    takes_frame_levels,
 )
 from vtrain.contract.specs import did_you_mean, listed
-from vtrain.plan.datasets import check_frames, datasets, nearest_size, pointed_out, token_grid, warnings
+from vtrain.plan.datasets import check_frames, datasets, nearest_size, warnings
 from vtrain.plan.places import among_clips, output_problems
 from vtrain.plan.records import DatasetPlan, Plan, ValidationPlan
+from vtrain.plan.sizes import Clips, beyond, longest, refused
+from vtrain.plan.text import check_text
 from vtrain.registry.blame import blame
+from vtrain.registry.spelling import declared_faults, faults
 
 
 def make_plan(config: Config, processes: int = 1) -> Plan:
@@ -59,15 +64,17 @@ def _make_plan(config: Config, processes: int) -> Plan:
     # All below asks the model folder, which is not sound.
     if broken:
         raise ConfigError(broken + problems)
+    check_text(family)
     sampler_spec = config.sampler.registered.spec
     assert isinstance(sampler_spec, SamplerSpec)
+    problems += _check_unit(config, spec, sampler_spec)
     sampler = sampler_spec.build(config.sampler.options, family.scheduler_config())
     made = datasets(config, family, problems)
     problems += [*training_problems(config, family, made), *among_clips(config, made)]
-    clips = _longest(family, made)
+    clips = longest(family, made)
     regularizers = _regularizers(config, family, clips, problems)
     validation = _validation(config, family, sampler, problems)
-    problems += _refused(config, family, [*made, *([validation] if validation is not None else [])])
+    problems += [*refused(config, family, made, validation), *_misspelt(config, family, sampler, made, regularizers)]
     if problems:
         raise ConfigError(sorted(problems, key=_place))
     return Plan(
@@ -80,13 +87,40 @@ def _make_plan(config: Config, processes: int) -> Plan:
         base=config.precision.base or base_of(config.model.table.train),
         validation=validation,
         warnings=(
+            *_off_recipe(config, spec),
             *sampler.warnings(),
             *_unusual(config),
             *warnings(config, family),
-            *_beyond(family, made, validation),
+            *beyond(family, made, validation),
             *_said(regularizers),
         ),
     )
+
+
+def _misspelt(
+    config: Config,
+    family: Family,
+    sampler: Sampler,
+    made: Sequence[DatasetPlan],
+    regularizers: Sequence[tuple[str, Regularizer]],
+) -> Iterator[Problem]:
+    """Abilities that a part's author has misspelt: without a word they would not be there, or be missed when all is encoded."""
+    model, where = config.model.registered, config.where("model", "use")
+    yield from faults("family", family, model, where)
+    yield from declared_faults("denoiser", family.load_denoiser, model, where)
+    yield from declared_faults("video codec", family.open_video_codec, model, where)
+    yield from faults("sampler", sampler, config.sampler.registered, config.where("sampler", "use"))
+    enabled = [part.registered for part in config.data if part.table.enabled]
+    for registered, dataset in zip(enabled, made, strict=True):
+        yield from faults("data backend", dataset.backend, registered, dataset.where)
+    for number, (_, regularizer) in enumerate(regularizers):
+        registered, where = config.regularizers[number].registered, config.where("regularizer", number)
+        yield from faults("regularizer", regularizer, registered, where)
+        yield from declared_faults("loss module", regularizer.load, registered, where)
+    for number, part in enumerate(config.trackers):
+        spec = part.registered.spec
+        assert isinstance(spec, TrackerSpec)
+        yield from declared_faults("tracker", spec.build, part.registered, config.where("tracker", number))
 
 
 def base_of(train: str) -> DType:
@@ -104,17 +138,44 @@ def _place(problem: Problem) -> tuple[str, int, Problem]:
 def _check_precision(config: Config) -> list[Problem]:
     optimizer = config.optimizer.registered.spec
     assert isinstance(optimizer, OptimizerSpec)
-    full_bf16 = config.model.table.train == "full" and config.precision.base == "bf16"
-    if not full_bf16 or optimizer.pure_bf16:
+    # An adapter's own weights are fp32, whatever its base is.
+    trained: DType = "bf16" if config.model.table.train == "full" and config.precision.base == "bf16" else "fp32"
+    if trained in optimizer.moves:
         return []
-    return [
-        Problem(
-            config.where("precision", "base"),
-            f'full training of bf16 weights with optimizer "{optimizer.name}": its updates are smaller than bf16 can '
-            "hold, so the weights would not move.",
-            'Use base = "fp32" with mixed = "bf16".',
+    if trained == "fp32":
+        what = f'the optimizer "{optimizer.name}" moves {listed(optimizer.moves)} weights, and fp32 is trained.'
+        return [Problem(config.where("optimizer", "use"), what, "Use another optimizer.")]
+    what = (
+        f'full training of bf16 weights with optimizer "{optimizer.name}": its updates are smaller than bf16 can hold, so the '
+        "weights would not move."
+    )
+    return [Problem(config.where("precision", "base"), what, 'Use base = "fp32" with mixed = "bf16".')]
+
+
+def _check_unit(config: Config, family: FamilySpec, sampler: SamplerSpec) -> list[Problem]:
+    if sampler.timesteps_of in ("", family.name):
+        return []
+    what = f'the sampler "{sampler.name}" gives timesteps in the unit of the family "{sampler.timesteps_of}", and trains no other.'
+    return [Problem(config.where("sampler", "use"), what, f'The sampler of "{family.name}" is "{family.sampler}".')]
+
+
+def _off_recipe(config: Config, family: FamilySpec) -> Iterator[str]:
+    """What of [sampler] is not as the family's own recipe has it."""
+    recipe, part = family.sampler_options, config.sampler
+    if part.registered.spec.name != family.sampler:
+        options = f" with {', '.join(f'{key} = {shown(value)}' for key, value in recipe.items())}" if recipe else ""
+        yield (
+            f'sampler.use = "{part.registered.spec.name}": the recipe of the family "{family.name}" is "{family.sampler}"'
+            f"{options}, which its weights were trained with"
         )
-    ]
+        return
+    given = part.options.model_dump(mode="json")
+    for key, value in recipe.items():
+        if given[key] != to_jsonable_python(value):
+            yield (
+                f'sampler.{key} = {shown(given[key])}: the recipe of the family "{family.name}", which its weights were '
+                f"trained with, is {key} = {shown(value)}"
+            )
 
 
 def _check_training(config: Config) -> list[Problem]:
@@ -139,9 +200,6 @@ def _usual(spec: OptimizerSpec) -> str:
     return "" if spec.usual_lr is None else "Usual are {:g} to {:g}.".format(*spec.usual_lr)
 
 
-_BEYOND = 1.5
-"""An area by this factor larger than any of the checkpoint's own is pointed out."""
-
 _TOKEN = re.compile(r"<[^<>\s]{1,64}>|\{[A-Za-z_][\w.:-]{0,63}\}")
 
 
@@ -161,60 +219,6 @@ def _unusual(config: Config) -> Iterator[str]:
     for key, text in texts.items():
         if found := _TOKEN.search(text):
             yield f'{key} holds "{found[0]}", which nothing fills in: the model is given it as it stands'
-
-
-Clips = tuple[tuple[ClipShape, TokenGrid | None], ...]
-
-
-def _longest(family: Family, made: tuple[DatasetPlan, ...]) -> Clips:
-    """The longest clip of each bucket that the family takes, once, with its tokens."""
-    shapes = {ClipShape(each.frames, s.height, s.width) for each in made for s in each.sizes}
-    taken = [shape for shape in sorted(shapes) if _by_rule(family, shape) and _refusal(family, shape) is None]
-    return tuple((shape, token_grid(family, shape)) for shape in taken)
-
-
-def _by_rule(family: Family, clip: ClipShape) -> bool:
-    """Frames by the family's rule, edges by its stride: what is not has its problem already."""
-    stride = family.pixel_stride
-    return family.frame_rule.accepts(clip.frames) and not (clip.height % stride or clip.width % stride)
-
-
-def _refusal(family: Family, clip: ClipShape) -> Problem | None:
-    """Why the family has no latents for a clip that is by its rules: a decoder that takes no single row, for example."""
-    try:
-        family.latent_shape(clip)
-    except ModelError as error:
-        return error.problems[0]
-    return None
-
-
-def _refused(config: Config, family: Family, clips: Sequence[DatasetPlan | ValidationPlan]) -> Iterator[Problem]:
-    """Sizes of data and of validation that the family takes none of, in its own words."""
-    for each in clips:
-        if isinstance(each, DatasetPlan):
-            where, shapes = each.where, [ClipShape(each.frames, size.height, size.width) for size in each.sizes]
-        else:
-            where, shapes = config.where("validation", "size"), [each.shape]
-        for fault in (_refusal(family, shape) for shape in shapes if _by_rule(family, shape)):
-            if fault is not None:
-                yield Problem(where, f"{fault.where}: {fault.what}", fault.remedy)
-
-
-def _beyond(family: Family, datasets: Sequence[DatasetPlan], validation: ValidationPlan | None) -> Iterator[str]:
-    """Sizes far larger than all that the family's checkpoint was made for; smaller ones are cheap, and often meant."""
-    named = family.resolutions()
-    name, largest = max(((name, size) for name in named for size in named[name]), key=lambda each: each[1].area)
-    # What a number in `resolution` is beside the family's own sizes has been said.
-    sizes = {each.id: each.sizes for each in datasets if not pointed_out(family, each.table)}
-    places = [(f"[[data]] {key}", size) for key in sizes for size in sizes[key]]
-    places += [("[validation] size", validation.shape.size)] if validation is not None else []
-    beyond = [(where, size) for where, size in places if size.area > _BEYOND * largest.area]
-    for where in dict.fromkeys(where for where, _ in beyond):
-        worst = max((size for place, size in beyond if place == where), key=lambda size: size.area)
-        yield (
-            f"{where}: {worst} has {worst.area / largest.area:.1f} times the area of {largest}, the largest size of this "
-            f'checkpoint\'s own, "{name}": it has not been trained on videos that large'
-        )
 
 
 def _said(regularizers: tuple[tuple[str, Regularizer], ...]) -> list[str]:
@@ -312,7 +316,7 @@ def training_problems(config: Config, family: Family, made: Sequence[DatasetPlan
             continue
         where = config.where("data", number, "video", "image_to_video")
         share = f"image_to_video = {dataset.image_to_video:g}"
-        if not isinstance(family, SupportsFrameLevels):
+        if not takes_frame_levels(family):
             what = f"{share}: this model family takes one noise level for a whole clip."
             yield Problem(where, what, "Remove it, or train a family that takes a level for each frame.")
         elif dataset.frames < two_latent_frames(family):
@@ -327,7 +331,7 @@ def picture_problems(config: Config, family: Family, frames: int) -> Iterator[Pr
     table = config.validation
     if table is None or not table.images:
         return
-    if not isinstance(family, SupportsFrameLevels):
+    if not takes_frame_levels(family):
         what = "images: this model family takes one noise level for a whole clip, so it cannot start from a picture."
         yield Problem(config.where("validation", "images"), what, "Remove it.")
     elif frames < two_latent_frames(family):

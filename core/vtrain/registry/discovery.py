@@ -6,10 +6,11 @@ import faulthandler
 import os
 import re
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from importlib.metadata import Distribution, EntryPoint, distributions
 from types import ModuleType
+from typing import get_args
 
 import pluggy
 
@@ -22,9 +23,11 @@ from vtrain.contract import (
     Failure,
     FamilySpec,
     Hooks,
+    Moved,
     OptimizerSpec,
     Options,
     Registered,
+    SamplerSpec,
     Spec,
 )
 from vtrain.contract.specs import did_you_mean, listed, origin
@@ -74,8 +77,20 @@ def _own(spec: Spec) -> str:
     """What one kind asks for beyond the others."""
     if isinstance(spec, FamilySpec) and not (isinstance(spec.sampler, str) and _NAME.fullmatch(spec.sampler)):
         return f"its sampler is {spec.sampler!r}, not the name of one"
+    if isinstance(spec, FamilySpec):
+        recipe: object = spec.sampler_options
+        if not isinstance(recipe, Mapping) or not all(isinstance(name, str) for name in recipe):
+            return f"its sampler_options are {recipe!r}, not values by the name of an option"
+    if isinstance(spec, SamplerSpec) and not (
+        isinstance(spec.timesteps_of, str) and _NAME.fullmatch(spec.timesteps_of or "none")
+    ):
+        return f"its timesteps_of is {spec.timesteps_of!r}, not the name of a family"
     if isinstance(spec, OptimizerSpec) and "lr" not in spec.options.model_fields:
         return 'an optimizer has an option "lr"'
+    if isinstance(spec, OptimizerSpec) and not (
+        isinstance(spec.moves, Set) and set(get_args(Moved)) >= set(spec.moves)
+    ):
+        return f"its moves are {spec.moves!r}, not of {listed(get_args(Moved))}"
     return ""
 
 

@@ -46,6 +46,7 @@ from vtrain.estimate.estimate import Estimate
 from vtrain.estimate.render import counted
 from vtrain.plan.places import CHECKPOINTS, CONFIG, EVENTS, METRICS, PLAN, written_folders
 from vtrain.plan.records import Plan
+from vtrain.plan.text import text_marks
 from vtrain.run.lines import UNREAD, Chain, Records, append, cut_back, gaps, whole
 from vtrain.train import checkpoint
 from vtrain.train.resume import Start
@@ -161,7 +162,7 @@ def write_run_files(plan: Plan, survey: Survey, estimate: Estimate, resumed: Map
     (output / CONFIG).write_text(plan.config.text, encoding="utf-8")
     hash_file = FileHashes(plan.config.cache.dir / HASHES)
     fingerprints = {
-        "text": plan.family.text_fingerprint(hash_file),
+        **text_marks(plan.family, hash_file),
         "video": plan.family.video_fingerprint(hash_file),
         "config": hashlib.sha256(plan.config.text.encode()).hexdigest(),
         **{

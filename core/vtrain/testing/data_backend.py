@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from vtrain.contract import DataBackend, DataError, SourceRef, SupportsCaptions, SupportsShards, Words
-from vtrain.testing.sampler import required
+from vtrain.testing.sampler import check_names, required
 
 FILES: Mapping[str, bytes] = {
     "b.mp4": bytes(range(256)) * 40,
@@ -81,6 +81,10 @@ class DataBackendTests:
     def test_every_file_is_listed_once_sorted_by_id(self, backend: DataBackend, files: Mapping[str, bytes]) -> None:
         """refs gives every file, in deep folders too, sorted by id, none twice."""
         assert [ref.id for ref in backend.refs()] == sorted(files)
+
+    def test_abilities_of_the_backend_are_spelt_right(self, backend: DataBackend) -> None:
+        """No public name of the backend is almost that of an ability which it lacks."""
+        check_names("data backend", backend)
 
     def test_ids_are_relative_with_forward_slashes(self, backend: DataBackend) -> None:
         """An id does not depend on where the place is or on the operating system."""

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from vtrain.contract import ClipShape, Denoiser, Family, SupportsFrameLevels, SupportsTokenGrid, VtrainError
+from vtrain.contract import (
+    ClipShape,
+    Denoiser,
+    Family,
+    HashFile,
+    SupportsFrameLevels,
+    SupportsTokenGrid,
+    VtrainError,
+    takes_frame_levels,
+)
 from vtrain.testing.family_denoiser import DenoiserTests, LoraTests, TapTests
 from vtrain.testing.family_encoders import TextEncoderTests, VideoCodecTests
-from vtrain.testing.sampler import digest
+from vtrain.testing.sampler import check_names, digest
 from vtrain.testing.subject import FamilySubject
 
 
@@ -55,7 +66,7 @@ class GeometryTests(FamilySubject):
 
     def test_levels_for_each_frame_have_a_price(self, family: Family) -> None:
         """frame_level_bytes, where the family has it, is never negative, and no less for a longer clip."""
-        if not isinstance(family, SupportsFrameLevels):
+        if not isinstance(family, SupportsFrameLevels) or not takes_frame_levels(family):
             pytest.skip("this family takes one level for a clip")
         latents = family.latent_shape(ClipShape(family.default_frames, *reversed(family.default_size)))
         for checkpointing in (False, True):
@@ -66,6 +77,22 @@ class GeometryTests(FamilySubject):
                 for frames in (1, 2)
             )
             assert 0 <= one <= two, f"{one} bytes for one frame, {two} for two"
+
+    def test_abilities_of_the_family_are_spelt_right(self, family: Family) -> None:
+        """No public name of the family is almost that of an ability which it lacks."""
+        check_names("family", family)
+
+    def test_timesteps_follow_the_level(self, family: Family) -> None:
+        """timestep keeps the shape of sigma, (B,) and (B, f); it is finite, of level 0 and 1 too, and goes one way with sigma."""
+        sigma = torch.linspace(0, 1, 1001)
+        times = family.timestep(sigma)
+        assert times.shape == sigma.shape
+        assert times.isfinite().all()
+        assert times[0] != times[-1], "the timestep is the same for a clean clip and for noise"
+        steps = times.diff()
+        assert not (steps.min() < 0 < steps.max()), "it rises with sigma and falls again"
+        assert torch.equal(family.timestep(sigma[:1000].reshape(8, 125)), times[:1000].reshape(8, 125))
+        assert torch.equal(family.timestep(torch.zeros(1)), times[:1]), "level 0 alone has another timestep"
 
     def test_every_bucket_has_a_latent_shape(self, family: Family) -> None:
         """latent_shape takes every official size at the default number of frames."""
@@ -104,15 +131,29 @@ class GeometryTests(FamilySubject):
         assert all(isinstance(label, str) and isinstance(text, str) for label, text in family.describe())
         json.dumps(dict(family.scheduler_config()))
 
+    def test_text_is_declared_in_parts(self, family: Family) -> None:
+        """One to three text encoders, each with a part; no two parts have one name, and each is of some width and length."""
+        encoders = family.text_encoders()
+        assert 1 <= len(encoders) <= 3, f"{len(encoders)} text encoders"
+        names = [name for encoder in encoders.values() for name in encoder.parts]
+        assert len(set(names)) == len(names), f"a part's name is used twice: {', '.join(sorted(names))}"
+        for name, encoder in encoders.items():
+            assert encoder.parts, f"{name} has no part"
+            for part, spec in encoder.parts.items():
+                assert min(spec.shape) > 0, f"{part} is {spec.shape}"
+                assert spec.padding in ("longest", "full"), f"{part} is padded {spec.padding}"
+                assert spec.padding != "full" or spec.tokens is not None, f"{part} is pooled and padded in full"
+                assert spec.dtype in ("fp32", "bf16"), f"{part} is {spec.dtype}"
+
     def test_fingerprints_are_stable_and_differ_from_each_other(self, family: Family) -> None:
-        """Asked twice, a fingerprint is the same text; the two encoders have different ones."""
-        text, video = family.text_fingerprint(digest), family.video_fingerprint(digest)
-        assert (text, video) == (family.text_fingerprint(digest), family.video_fingerprint(digest))
-        assert text != video, "a change of one encoder would be taken for a change of the other"
+        """Asked twice, a fingerprint is the same text; no two encoders have the same."""
+        first, again = ([mark(digest) for mark in fingerprints(family)] for _ in range(2))
+        assert first == again
+        assert len(set(first)) == len(first), "a change of one encoder would be taken for a change of another"
 
     def test_fingerprints_follow_the_files_they_hash(self, family: Family) -> None:
         """If a fingerprint asks for a file's hash, another hash gives another fingerprint."""
-        for fingerprint in (family.text_fingerprint, family.video_fingerprint):
+        for fingerprint in fingerprints(family):
             asked: list[Path] = []
 
             def changed(file: Path, asked: list[Path] = asked) -> str:
@@ -122,6 +163,11 @@ class GeometryTests(FamilySubject):
             after = fingerprint(changed)
             if asked:
                 assert after != fingerprint(digest), f"it ignores the contents of {asked[0].name}"
+
+
+def fingerprints(family: Family) -> list[Callable[[HashFile], str]]:
+    """Of the text encoders and of the codec."""
+    return [*(encoder.fingerprint for encoder in family.text_encoders().values()), family.video_fingerprint]
 
 
 class FamilyTests(GeometryTests, TextEncoderTests, VideoCodecTests, DenoiserTests, TapTests, LoraTests):

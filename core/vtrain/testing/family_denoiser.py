@@ -18,12 +18,15 @@ from vtrain.contract import (
     Family,
     ModelError,
     NoiseLevel,
-    SupportsFrameLevels,
     SupportsLora,
     SupportsTokenGrid,
-    Text,
+    TextPart,
+    takes_frame_levels,
+    timed,
+    timesteps,
+    with_clean,
 )
-from vtrain.testing.sampler import gap, noise
+from vtrain.testing.sampler import check_names, gap, noise
 from vtrain.testing.subject import Example, FamilySubject
 
 RANK = 4
@@ -83,6 +86,14 @@ class LoraTests(FamilySubject):
         assert not odd, f"values differ: {', '.join(odd)}"
 
 
+def masked_parts(example: Example) -> Iterator[tuple[str, TextPart]]:
+    """Those of the text that come with a mask. Skips when there are none."""
+    found = [(name, part) for name, part in example.condition.text.parts.items() if part.mask is not None]
+    if not found:
+        pytest.skip("no part of this family's text comes with a mask")
+    yield from found
+
+
 class DenoiserTests(FamilySubject):
     """The model being trained.
 
@@ -93,6 +104,10 @@ class DenoiserTests(FamilySubject):
     batch_tolerance: float = 1e-5
     mask_tolerance: float = 1e-5
     without_gradient: frozenset[str] = frozenset()
+
+    def test_abilities_of_the_denoiser_are_spelt_right(self, denoiser: Denoiser) -> None:
+        """No public name of the denoiser is almost that of an ability which it lacks."""
+        check_names("denoiser", denoiser)
 
     def test_a_prediction_is_shaped_like_its_input(self, denoiser: Denoiser, example: Example) -> None:
         """predict gives finite values in the shape of `noisy`."""
@@ -107,40 +122,62 @@ class DenoiserTests(FamilySubject):
         other = replace(
             example,
             noisy=torch.stack([example.noisy[0], noise(example.latents, seed=9)]),
-            level=NoiseLevel(example.level.sigma[[0, 0]], example.level.timestep[[0, 0]]),
-            condition=Condition(Text(text.embeds[[0, 0]], text.mask[[0, 0]])),
+            level=NoiseLevel(example.level.sigma[[0, 0]], timesteps(example.level)[[0, 0]]),
+            condition=Condition(text.map(lambda tensor: tensor[[0, 0]])),
         )
         with torch.no_grad():
             found, wanted = other.run(denoiser)[0], example.run(denoiser)[0]
         assert gap(found, wanted) <= self.batch_tolerance, f"differ by {gap(found, wanted):.1e}"
 
     def test_masked_text_does_not_matter(self, denoiser: Denoiser, example: Example) -> None:
-        """What stands in text embeddings behind the mask changes no prediction (within mask_tolerance)."""
-        text = example.condition.text
-        rubbish = torch.where(text.mask[..., None], text.embeds, 3 * noise(text.embeds.shape, seed=5))
-        with torch.no_grad():
-            found = example.with_text(Text(rubbish, text.mask)).run(denoiser)
-            wanted = example.run(denoiser)
-        assert gap(found, wanted) <= self.mask_tolerance, f"differ by {gap(found, wanted):.1e}"
+        """What stands in text embeddings behind a mask changes no prediction (within mask_tolerance)."""
+        for name, part in masked_parts(example):
+            embeds, mask = part.masked
+            rubbish = torch.where(mask[..., None], embeds, 3 * noise(embeds.shape, seed=5).to(embeds))
+            with torch.no_grad():
+                found = example.with_part(name, TextPart(rubbish, mask)).run(denoiser)
+                wanted = example.run(denoiser)
+            assert gap(found, wanted) <= self.mask_tolerance, f"{name}: differ by {gap(found, wanted):.1e}"
 
     def test_padding_of_text_does_not_matter(self, denoiser: Denoiser, example: Example) -> None:
         """More padding behind the real tokens changes no prediction (within mask_tolerance)."""
-        text, longest = example.condition.text, int(example.condition.text.mask.sum(dim=1).max())
-        with torch.no_grad():
-            found = example.with_text(Text(text.embeds[:, :longest], text.mask[:, :longest])).run(denoiser)
-            wanted = example.run(denoiser)
-        assert gap(found, wanted) <= self.mask_tolerance, f"differ by {gap(found, wanted):.1e}"
+        for name, part in masked_parts(example):
+            embeds, mask = part.masked
+            longest = int(mask.sum(dim=1).max())
+            with torch.no_grad():
+                found = example.with_part(name, TextPart(embeds[:, :longest], mask[:, :longest])).run(denoiser)
+                wanted = example.run(denoiser)
+            assert gap(found, wanted) <= self.mask_tolerance, f"{name}: differ by {gap(found, wanted):.1e}"
+
+    def test_text_padded_in_full_is_seen_to_its_end(self, family: Family, denoiser: Denoiser, example: Example) -> None:
+        """What stands behind the text in a part padded in full changes the prediction: else padding it costs for nothing."""
+        full = [
+            name
+            for encoder in family.text_encoders().values()
+            for name, spec in encoder.parts.items()
+            if spec.padding == "full"
+        ]
+        if not full:
+            pytest.skip("no part of this family's text is padded in full")
+        for name in full:
+            given = example.condition.text.parts[name]
+            changed = given.embeds.clone()
+            changed[:, -1] += 3
+            with torch.no_grad():
+                other = example.with_part(name, TextPart(changed)).run(denoiser)
+                assert gap(other, example.run(denoiser)) > 1e-6, f'padding of {name} is ignored: it could be "longest"'
 
     def test_text_matters(self, denoiser: Denoiser, example: Example) -> None:
-        """Another text gives another prediction."""
-        text = example.condition.text
-        with torch.no_grad():
-            other = example.with_text(Text(text.embeds.flip(0), text.mask.flip(0))).run(denoiser)
-            assert gap(other, example.run(denoiser)) > 1e-6, "the text is ignored"
+        """Another text, in any of its parts, gives another prediction."""
+        for name, part in example.condition.text.parts.items():
+            other = TextPart(part.embeds.flip(0), None if part.mask is None else part.mask.flip(0))
+            with torch.no_grad():
+                found = example.with_part(name, other).run(denoiser)
+                assert gap(found, example.run(denoiser)) > 1e-6, f"{name} is ignored"
 
     def test_the_level_matters(self, denoiser: Denoiser, example: Example) -> None:
         """Another noise level gives another prediction."""
-        level = NoiseLevel(example.level.sigma.flip(0), example.level.timestep.flip(0))
+        level = NoiseLevel(example.level.sigma.flip(0), timesteps(example.level).flip(0))
         with torch.no_grad():
             other = replace(example, level=level).run(denoiser)
             assert gap(other, example.run(denoiser)) > 1e-6, "the level is ignored"
@@ -157,20 +194,18 @@ class DenoiserTests(FamilySubject):
     def test_the_level_of_one_frame_matters(self, family: Family, denoiser: Denoiser, example: Example) -> None:
         """Level 0 at the first frame alone gives another prediction."""
         each = self._by_frame(family, example)
-        first = NoiseLevel(each.level.sigma.clone(), each.level.timestep.clone())
-        first.sigma[:, 0] = first.timestep[:, 0] = 0
+        clean = torch.arange(example.latents.frames).expand(2, -1) == 0
+        first = with_clean(family, each.level, clean)
         with torch.no_grad():
             other = replace(each, level=first).run(denoiser)
             assert gap(other, each.run(denoiser)) > 1e-6, "the level of the first frame is ignored"
 
     def _by_frame(self, family: Family, example: Example) -> Example:
         """The same with a level for each latent frame, if the family takes that."""
-        if not isinstance(family, SupportsFrameLevels):
-            pytest.skip("this family takes one level for a clip (it is no SupportsFrameLevels)")
-        sigma, timestep = (
-            part[:, None].repeat(1, example.latents.frames) for part in (example.level.sigma, example.level.timestep)
-        )
-        return replace(example, level=NoiseLevel(sigma, timestep))
+        if not takes_frame_levels(family):
+            pytest.skip("this family takes one level for a clip (SupportsFrameLevels)")
+        sigma = example.level.sigma[:, None].repeat(1, example.latents.frames)
+        return replace(example, level=timed(family, NoiseLevel(sigma)))
 
     def test_gradients_reach_every_parameter(self, denoiser: Denoiser, example: Example) -> None:
         """A loss on the prediction gives every parameter a gradient that is not all zero."""

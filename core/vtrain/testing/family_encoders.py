@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import pytest
 import torch
+from torch import Tensor
 
-from vtrain.contract import Caption, ClipShape, Device, Family, Role, TextEncoder, VideoCodec, VtrainError
+from vtrain.contract import (
+    Caption,
+    ClipShape,
+    Device,
+    Family,
+    Role,
+    TextEncoder,
+    TextEncoderSpec,
+    TextPart,
+    VideoCodec,
+    VtrainError,
+)
 from vtrain.testing.memory import survivors
-from vtrain.testing.sampler import gap, moving_picture
+from vtrain.testing.sampler import check_names, gap, moving_picture
 from vtrain.testing.subject import CAPTIONS, FamilySubject
 
 
@@ -27,6 +41,10 @@ class VideoCodecTests(FamilySubject):
             clip = ClipShape(max(1, rule.offset) + steps * rule.stride, height, width)
             found = tuple(codec.encode(moving_picture(clip)).mean.shape)
             assert found == (1, *family.latent_shape(clip)), f"{clip}: encode gave {found}"
+
+    def test_abilities_of_the_codec_are_spelt_right(self, codec: VideoCodec) -> None:
+        """No public name of the codec is almost that of an ability which it lacks."""
+        check_names("video codec", codec)
 
     def test_latents_are_finite_fp32_without_a_graph(self, codec: VideoCodec, clip: ClipShape) -> None:
         """Latents are fp32, finite and carry no gradient."""
@@ -95,6 +113,20 @@ class VideoCodecTests(FamilySubject):
         assert not left, f"still in memory: {', '.join(left)}"
 
 
+Encoders = Mapping[str, TextEncoder]
+
+
+def encoders_of(family: Family, opened: Encoders) -> Iterator[tuple[str, TextEncoderSpec, TextEncoder]]:
+    """Each by name, with what it promises."""
+    for name, spec in family.text_encoders().items():
+        yield name, spec, opened[name]
+
+
+def real(part: TextPart, row: int) -> Tensor:
+    """What a part has of one caption: the real tokens (L, D), or the pooled vector (D,)."""
+    return part.embeds[row] if part.mask is None else part.embeds[row][part.mask[row]]
+
+
 ROLES: tuple[Role, ...] = ("prompt", "negative", "dropped")
 
 
@@ -107,58 +139,84 @@ class TextEncoderTests(FamilySubject):
     text_tolerance: float = 1e-4
 
     @pytest.mark.parametrize("role", ROLES)
-    def test_embeddings_have_the_familys_shape(self, family: Family, text_encoder: TextEncoder, role: Role) -> None:
-        """Every role gives finite embeds (B, L, text_width) and a bool mask (B, L) on the CPU, L at most text_tokens."""
-        text = text_encoder.encode(CAPTIONS, role)
-        batch, length, width = text.embeds.shape
-        assert (batch, width) == (len(CAPTIONS), family.text_width)
-        assert 1 <= length <= family.text_tokens
-        assert text.embeds.is_floating_point()
-        assert text.embeds.isfinite().all()
-        assert text.mask.dtype is torch.bool
-        assert text.mask.shape == (batch, length)
-        assert Device.of(text.embeds) == Device.of(text.mask) == Device()
+    def test_each_encoder_gives_the_parts_that_it_promises(
+        self, family: Family, text_encoders: Encoders, role: Role
+    ) -> None:
+        """Every role gives all parts, and no other, on the CPU and finite, each of its shape and storage type."""
+        for name, spec, encoder in encoders_of(family, text_encoders):
+            text = encoder.encode(CAPTIONS, role)
+            faults = list(spec.faults(text, len(CAPTIONS)))
+            assert not faults, f"{name}: {'; '.join(faults)}"
+            for part, found in text.parts.items():
+                assert found.embeds.isfinite().all(), f"{name}: {part} is not finite"
+                assert Device.of(found.embeds) == Device(), f"{name}: {part} is not on the CPU"
+                assert found.mask is None or Device.of(found.mask) == Device(), (
+                    f"{name}: {part}'s mask is not on the CPU"
+                )
 
     @pytest.mark.parametrize("role", ROLES)
-    def test_masks_are_prefixes(self, text_encoder: TextEncoder, role: Role) -> None:
+    def test_masks_are_prefixes(self, family: Family, text_encoders: Encoders, role: Role) -> None:
         """Real tokens come first: a mask is True, then False. Each caption, the empty one too, has a real token."""
-        mask = text_encoder.encode((*CAPTIONS, Caption("")), role).mask.int()
-        assert (mask.diff(dim=1) <= 0).all(), "a real token after padding"
-        assert mask[:, 0].all(), "a caption without a real token"
+        for name, _, encoder in encoders_of(family, text_encoders):
+            for part, found in encoder.encode((*CAPTIONS, Caption("")), role).parts.items():
+                if found.mask is not None:
+                    mask = found.mask.int()
+                    assert (mask.diff(dim=1) <= 0).all(), f"{name}: a real token of {part} after padding"
+                    assert mask[:, 0].all(), f"{name}: a caption without a real token of {part}"
 
-    def test_a_long_caption_keeps_to_the_token_limit(self, family: Family, text_encoder: TextEncoder) -> None:
-        """A caption longer than the model takes gives text_tokens tokens, not more and not an error."""
-        words = " ".join(f"word{number}" for number in range(2 * family.text_tokens))
-        assert text_encoder.encode((Caption(words),), "prompt").mask.sum() == family.text_tokens
+    def test_a_long_caption_keeps_to_the_token_limit(self, family: Family, text_encoders: Encoders) -> None:
+        """A caption longer than an encoder takes gives as many tokens as its parts have, not more and not an error."""
+        for name, spec, encoder in encoders_of(family, text_encoders):
+            most = max(part.tokens or 0 for part in spec.parts.values())
+            words = " ".join(f"word{number}" for number in range(2 * max(most, 100)))
+            text = encoder.encode((Caption(words),), "prompt")
+            for part, promised in spec.parts.items():
+                mask = text.parts[part].mask
+                if mask is not None:
+                    assert mask.sum() == promised.tokens, f"{name}: {mask.sum()} tokens of {part}"
 
-    def test_encoding_a_caption_is_deterministic(self, text_encoder: TextEncoder) -> None:
+    def test_encoding_a_caption_is_deterministic(self, family: Family, text_encoders: Encoders) -> None:
         """The same captions give the same embeddings, bit for bit, whatever was encoded in between."""
-        first = text_encoder.encode(CAPTIONS, "prompt")
-        text_encoder.encode((Caption("something else"),), "negative")
-        again = text_encoder.encode(CAPTIONS, "prompt")
-        assert torch.equal(first.embeds[first.mask], again.embeds[again.mask])
-        assert torch.equal(first.mask, again.mask)
+        for name, _, encoder in encoders_of(family, text_encoders):
+            first = encoder.encode(CAPTIONS, "prompt")
+            encoder.encode((Caption("something else"),), "negative")
+            again = encoder.encode(CAPTIONS, "prompt")
+            for part in first.parts:
+                for row in range(len(CAPTIONS)):
+                    same = torch.equal(real(first.parts[part], row), real(again.parts[part], row))
+                    assert same, f"{name}: {part} is another the second time"
 
-    def test_a_caption_does_not_depend_on_its_batch(self, text_encoder: TextEncoder) -> None:
-        """A caption encoded alone has the tokens that it has beside a longer one (within text_tolerance)."""
-        together = text_encoder.encode(CAPTIONS, "prompt")
-        for row, caption in enumerate(CAPTIONS):
-            alone = text_encoder.encode((caption,), "prompt")
-            found, wanted = together.embeds[row][together.mask[row]], alone.embeds[0][alone.mask[0]]
-            assert len(found) == len(wanted), f"{len(found)} tokens in the batch, {len(wanted)} alone"
-            assert gap(found, wanted) <= self.text_tolerance
+    def test_a_caption_does_not_depend_on_its_batch(self, family: Family, text_encoders: Encoders) -> None:
+        """A caption encoded alone has the embeddings that it has beside a longer one (within text_tolerance)."""
+        for name, _, encoder in encoders_of(family, text_encoders):
+            together = encoder.encode(CAPTIONS, "prompt")
+            for row, caption in enumerate(CAPTIONS):
+                alone = encoder.encode((caption,), "prompt")
+                for part in together.parts:
+                    found, wanted = real(together.parts[part], row), real(alone.parts[part], 0)
+                    assert len(found) == len(wanted), (
+                        f"{name}: {len(found)} of {part} in the batch, {len(wanted)} alone"
+                    )
+                    assert gap(found, wanted) <= self.text_tolerance, (
+                        f"{name}: {part} differs by {gap(found, wanted):.1e}"
+                    )
 
-    def test_different_captions_give_different_embeddings(self, text_encoder: TextEncoder) -> None:
-        """Two captions differ in their embeddings or in their length."""
-        first, second = (text_encoder.encode((Caption(text),), "prompt") for text in ("a cat", "a dog"))
-        assert first.embeds.shape != second.embeds.shape or not torch.equal(first.embeds, second.embeds)
+    def test_different_captions_give_different_embeddings(self, family: Family, text_encoders: Encoders) -> None:
+        """Two captions differ in each part, in its embeddings or in its length."""
+        for name, _, encoder in encoders_of(family, text_encoders):
+            first, second = (encoder.encode((Caption(text),), "prompt") for text in ("a cat", "a dog"))
+            for part in first.parts:
+                assert not torch.equal(real(first.parts[part], 0), real(second.parts[part], 0)), f"{name}: {part}"
 
-    def test_no_embedding_is_in_a_graph(self, text_encoder: TextEncoder) -> None:
+    def test_no_embedding_is_in_a_graph(self, family: Family, text_encoders: Encoders) -> None:
         """Embeddings carry no gradient: text encoders are not trained."""
-        with torch.enable_grad():
-            assert not text_encoder.encode(CAPTIONS, "prompt").embeds.requires_grad
+        for name, _, encoder in encoders_of(family, text_encoders):
+            with torch.enable_grad():
+                found = encoder.encode(CAPTIONS, "prompt")
+            assert not any(part.embeds.requires_grad for part in found.parts.values()), name
 
-    def test_the_text_encoder_is_released(self, family: Family) -> None:
-        """Nothing of the encoder is in memory after its with block."""
-        left = survivors(lambda: family.open_text_encoder("cpu"), lambda encoder: encoder.encode(CAPTIONS, "prompt"))
-        assert not left, f"still in memory: {', '.join(left)}"
+    def test_the_text_encoders_are_released(self, family: Family) -> None:
+        """Nothing of an encoder is in memory after its with block."""
+        for name, spec in family.text_encoders().items():
+            left = survivors(lambda spec=spec: spec.open("cpu"), lambda encoder: encoder.encode(CAPTIONS, "prompt"))  # type: ignore[misc]
+            assert not left, f"of {name} still in memory: {', '.join(left)}"

@@ -14,11 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
+from typing import get_args
 
 import pytest
 from pydantic import ValidationError
 
-from vtrain.contract import ENTRY_POINT_GROUP, HOOK_SPECS, KINDS, PROJECT, OptimizerSpec, Options, Spec
+from vtrain.contract import ENTRY_POINT_GROUP, HOOK_SPECS, KINDS, PROJECT, Moved, OptimizerSpec, Options, Spec
 from vtrain.testing.sampler import required
 
 
@@ -88,6 +89,12 @@ class SpecTests:
         """An optimizer's options have `lr`, which the learning-rate schedule scales."""
         if isinstance(spec, OptimizerSpec):
             assert "lr" in spec.options.model_fields
+
+    def test_an_optimizer_says_which_weights_it_moves(self, spec: Spec) -> None:
+        """moves is made of "fp32", "bf16" and "sharded", and has a type of weights in it."""
+        if isinstance(spec, OptimizerSpec):
+            assert spec.moves <= set(get_args(Moved)), f"moves: {sorted(spec.moves)}"
+            assert spec.moves - {"sharded"}, "it moves neither fp32 nor bf16 weights"
 
 
 HEAVY = ("torch", "diffusers", "transformers", "accelerate")

@@ -25,7 +25,7 @@ from vtrain.contract import (
     TokenGrid,
 )
 from vtrain.testing.memory import survivors
-from vtrain.testing.sampler import digest, gap, level_of, moving_picture, noise, required
+from vtrain.testing.sampler import check_names, digest, gap, level_of, moving_picture, noise, required
 
 
 def encoding(regularizer: Regularizer) -> SupportsFeatures:
@@ -145,7 +145,7 @@ class RegularizerTests(FeatureTests):
             target=drawn - clean,
             prediction=noise(shape, seed + 2).requires_grad_(),
             level=level,
-            condition=Condition(Text(noise((2, 5, 8), seed + 3), torch.ones(2, 5, dtype=torch.bool))),
+            condition=Condition(Text.of(noise((2, 5, 8), seed + 3), torch.ones(2, 5, dtype=torch.bool))),
             taps={
                 tap: noise((2, *grid, self.tap_width), seed + 4 + tap).to(dtype).requires_grad_()
                 for tap in regularizer.needs().taps
@@ -178,6 +178,11 @@ class RegularizerTests(FeatureTests):
         assert taps == regularizer.needs().taps
         assert all(isinstance(tap, int) and tap >= 0 for tap in taps)
         assert len(set(taps)) == len(taps)
+
+    def test_abilities_of_the_term_are_spelt_right(self, regularizer: Regularizer, module: nn.Module) -> None:
+        """No public name of the regularizer, or of its module, is almost that of an ability which it lacks."""
+        check_names("regularizer", regularizer)
+        check_names("loss module", module)
 
     def test_the_loss_is_a_finite_scalar(self, regularizer: Regularizer, module: nn.Module) -> None:
         """The term's value is a finite scalar tensor in the graph."""

@@ -22,7 +22,11 @@ from vtrain.contract import (
     SupportsStepCheck,
     SupportsStepwise,
     Text,
+    TextEncoderSpec,
+    TextPart,
+    TextPartSpec,
 )
+from vtrain.contract.abilities import misspelt, names_of
 
 
 def required(fixture: str, meaning: str) -> NoReturn:
@@ -41,16 +45,24 @@ def moving_picture(clip: ClipShape, batch: int = 1, seed: int = 0) -> Tensor:
     return F.interpolate(coarse, size=tuple(clip), mode="trilinear", align_corners=False)
 
 
-def level_of(sigmas: Sequence[float], timestep_scale: float = 1000.0) -> NoiseLevel:
-    """One level for each clip; the timestep is timestep_scale x sigma."""
-    sigma = torch.tensor(sigmas, dtype=torch.float32)
-    return NoiseLevel(sigma=sigma, timestep=sigma * timestep_scale)
+def level_of(sigmas: Sequence[float]) -> NoiseLevel:
+    """One level for each clip, without timesteps."""
+    return NoiseLevel(torch.tensor(sigmas, dtype=torch.float32))
 
 
-def padded(text: Text, tokens: int) -> Text:
-    """Text padded with zeros to `tokens`, as denoisers get it."""
-    missing = tokens - text.mask.shape[1]
-    return Text(embeds=F.pad(text.embeds, (0, 0, 0, missing)), mask=F.pad(text.mask, (0, missing), value=False))
+def padded(text: Text, encoder: TextEncoderSpec) -> Text:
+    """The parts of one encoder as denoisers get them, but for "longest" padded to all their tokens too."""
+    return Text({name: _padded(part, encoder.parts[name]) for name, part in text.parts.items()})
+
+
+def _padded(part: TextPart, spec: TextPartSpec) -> TextPart:
+    if spec.tokens is None:
+        return part
+    embeds, mask = part.masked
+    missing = spec.tokens - mask.shape[1]
+    # Whatever an encoder makes of its own padding is replaced: entries of the cache hold real tokens alone.
+    zeros = F.pad(embeds * mask[..., None], (0, 0, 0, missing))
+    return TextPart(zeros, None if spec.padding == "full" else F.pad(mask, (0, missing), value=False))
 
 
 def gap(found: Tensor, wanted: Tensor) -> float:
@@ -66,6 +78,12 @@ def digest(file: Path) -> str:
     return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
 
 
+def check_names(sort: str, part: object) -> None:
+    """Fail for a public name that is a misspelt ability of such a part. sort: as vtrain.contract.abilities has it."""
+    found = [f"{each.name} (for {each.meant} of {each.ability}?)" for each in misspelt(sort, names_of(part))]
+    assert not found, f"nothing asks the {sort} for {', '.join(found)}; a name of its own may start with _"
+
+
 STEPS = (1, 2, 140, 150, 200, 300, 999, 1000)
 """Numbers of solver steps that every sampler is tried with: the ends of what a configuration may ask for, and numbers at which
 the timesteps of 1000 levels are no whole ones, or two are the same one when they are rounded."""
@@ -75,11 +93,13 @@ class SamplerTests:
     """A noise schedule, for training and sampling.
 
     tolerance: largest error of a solved clip and of levels, relative to the largest value. steps: of the solver.
+    timesteps_of: as the sampler's spec says it.
     """
 
     tolerance: float = 1e-4
     steps: int = 10
     latents: LatentShape = LatentShape(4, 3, 6, 8)
+    timesteps_of: str = ""
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -96,16 +116,38 @@ class SamplerTests:
         return noise((2, *self.latents), seed=2)
 
     def test_drawn_levels_are_fp32_in_the_unit_range(self, sampler: Sampler) -> None:
-        """draw gives n levels in [0, 1], (n,) or (n, f), fp32 on the CPU, each with a timestep."""
+        """draw gives n levels in [0, 1], (n,) or (n, f), fp32 on the CPU."""
         for count in (1, 64):
             level = sampler.draw(count, torch.Generator().manual_seed(0))
             assert level.sigma.shape[0] == count
             assert level.sigma.ndim in (1, 2)
             assert level.sigma.dtype is torch.float32
             assert Device.of(level.sigma) == Device()
-            assert level.timestep.shape == level.sigma.shape
             assert level.sigma.min() >= 0
             assert level.sigma.max() <= 1
+
+    def test_timesteps_are_given_only_in_the_unit_of_a_named_family(self, sampler: Sampler, start: Tensor) -> None:
+        """Levels have timesteps, one for each sigma, if timesteps_of names their family; else none: the family fills them in."""
+        levels = [sampler.draw(4, torch.Generator().manual_seed(0))]
+
+        def predict(noisy: Tensor, level: NoiseLevel) -> Tensor:
+            levels.append(level)
+            return noisy * 0.1
+
+        sampler.solve(predict, start, 2)
+        for level in levels:
+            if not self.timesteps_of:
+                assert level.timestep is None, (
+                    "timesteps in a unit that no family was asked for: timesteps_of is not set"
+                )
+            else:
+                assert level.timestep is not None, f"no timesteps, though timesteps_of is {self.timesteps_of}"
+                assert level.timestep.shape == level.sigma.shape
+                assert level.timestep.isfinite().all()
+
+    def test_abilities_of_the_sampler_are_spelt_right(self, sampler: Sampler) -> None:
+        """No public name of the sampler is almost that of an ability which it lacks."""
+        check_names("sampler", sampler)
 
     def test_draws_come_from_the_generator_alone(self, sampler: Sampler) -> None:
         """The same generator state gives the same levels; torch's global generator is neither used nor moved."""
@@ -115,7 +157,8 @@ class SamplerTests:
         torch.rand(1)
         again = sampler.draw(8, torch.Generator().manual_seed(3))
         assert torch.equal(first.sigma, again.sigma)
-        assert torch.equal(first.timestep, again.timestep)
+        if first.timestep is not None and again.timestep is not None:
+            assert torch.equal(first.timestep, again.timestep)
         torch.set_rng_state(before)
 
     def test_draws_differ(self, sampler: Sampler) -> None:
@@ -154,7 +197,7 @@ class SamplerTests:
         """corrupt takes sigma (B, f): a frame at level 0 is clean, one at level 1 noise."""
         sigma = torch.zeros(2, self.latents.frames)
         sigma[:, 1:] = 1.0
-        noisy, _ = sampler.corrupt(clean, start, NoiseLevel(sigma, sigma * 1000))
+        noisy, _ = sampler.corrupt(clean, start, NoiseLevel(sigma))
         assert gap(noisy[:, :, :1], clean[:, :, :1]) <= 1e-6
         assert gap(noisy[:, :, 1:], start[:, :, 1:]) <= 1e-6
 
@@ -182,7 +225,7 @@ class SamplerTests:
 
         def predict(noisy: Tensor, level: NoiseLevel) -> Tensor:
             assert noisy.dtype is torch.float32
-            assert level.sigma.shape[0] == level.timestep.shape[0] == len(noisy)
+            assert level.sigma.shape[0] == len(noisy)
             sigmas.append(float(level.sigma.max()))
             return torch.zeros_like(noisy)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import pytest
@@ -19,7 +20,9 @@ from vtrain.contract import (
     NoiseLevel,
     Text,
     TextEncoder,
+    TextPart,
     VideoCodec,
+    timed,
 )
 from vtrain.testing.sampler import level_of, noise, padded, required
 
@@ -38,19 +41,19 @@ class Example:
     def run(self, denoiser: Denoiser) -> Tensor:
         return denoiser.predict(self.noisy, self.level, self.condition)
 
-    def with_text(self, text: Text) -> Example:
+    def with_part(self, name: str, part: TextPart) -> Example:
+        """With another part of its text."""
+        text = Text({**self.condition.text.parts, name: part})
         return replace(self, condition=replace(self.condition, text=text))
 
 
 class FamilySubject:
     """Fixtures that a family's tests share.
 
-    timestep_scale: the denoiser is given this x sigma as its timestep; the family's own unit.
     disturbance: the denoiser's weights are moved by this share of their own size before tests, plus the same absolutely,
     so that a layer that starts at zero hides no fault behind it.
     """
 
-    timestep_scale: float = 1000.0
     disturbance: float = 0.02
 
     @pytest.fixture(scope="class")
@@ -68,9 +71,10 @@ class FamilySubject:
 
     @pytest.fixture(scope="class")
     @classmethod
-    def text_encoder(cls, family: Family) -> Iterator[TextEncoder]:
-        with family.open_text_encoder("cpu") as encoder, torch.no_grad():
-            yield encoder
+    def text_encoders(cls, family: Family) -> Iterator[Mapping[str, TextEncoder]]:
+        """All of them, by name."""
+        with ExitStack() as stack, torch.no_grad():
+            yield {name: stack.enter_context(spec.open("cpu")) for name, spec in family.text_encoders().items()}
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -91,10 +95,17 @@ class FamilySubject:
     @classmethod
     def example_of(cls, family: Family, clip: ClipShape) -> Example:
         latents = family.latent_shape(clip)
-        with family.open_text_encoder("cpu") as encoder, torch.no_grad():
-            text = padded(encoder.encode(CAPTIONS, "prompt"), family.text_tokens)
-        level = level_of((0.3, 0.8), cls.timestep_scale)
-        return Example(noise((2, *latents)), level, Condition(text), latents)
+        level = timed(family, level_of((0.3, 0.8)))
+        return Example(noise((2, *latents)), level, Condition(cls.text_of(family)), latents)
+
+    @classmethod
+    def text_of(cls, family: Family) -> Text:
+        """CAPTIONS, as a denoiser gets them."""
+        parts: dict[str, TextPart] = {}
+        for spec in family.text_encoders().values():
+            with spec.open("cpu") as encoder, torch.no_grad():
+                parts |= padded(encoder.encode(CAPTIONS, "prompt"), spec).parts
+        return Text(parts)
 
     @classmethod
     def disturbed(cls, denoiser: Denoiser) -> Denoiser:

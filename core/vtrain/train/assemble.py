@@ -31,6 +31,7 @@ from vtrain.data.seeds import derive
 from vtrain.estimate.estimate import Estimate
 from vtrain.plan.places import CHECKPOINTS
 from vtrain.plan.records import Plan
+from vtrain.registry.spelling import check_spelling
 from vtrain.train import checkpoint
 from vtrain.train.changes import SampleMarks, SamplesPiece, data_changes
 from vtrain.train.checkpoint import Piece
@@ -96,7 +97,14 @@ class Trainer:
                 self.optimizer,
                 [parameter for _, parameter in self.named],
                 lr_factor(config.lr_schedule, self.estimate.steps, per_epoch),
-                Prefetcher(self.batches, self.plan.sampler, config.run.seed, self.processes.device, self.step.needed),
+                Prefetcher(
+                    self.batches,
+                    self.plan.family,
+                    self.plan.sampler,
+                    config.run.seed,
+                    self.processes.device,
+                    self.step.needed,
+                ),
                 self.processes,
                 config.train,
                 # Of the step itself: DDP's wrapper has its forward alone.
@@ -169,7 +177,7 @@ def assemble(
         named = trained(step)
         part = plan.config.optimizer
         assert isinstance(part.registered.spec, OptimizerSpec)
-        optimizer = part.registered.spec.build(part.options, groups(named, own_rates(modules)))
+        optimizer = part.registered.spec.build(part.options, groups(named, own_rates(modules), denoiser))
         pieces = (
             weights_piece(plan, denoiser),
             *(RegularizerPiece(name, module) for name, module in modules.items()),
@@ -197,6 +205,7 @@ def load_model(plan: Plan, start: Start, device: str) -> tuple[Denoiser, str]:
     lora = config.model.table.lora
     weights = None if lora else start.folder  # a checkpoint of LoRA holds the adapter alone
     denoiser = plan.family.load_denoiser(device, plan.base, weights)
+    check_spelling("denoiser", denoiser)
     if lora is None:
         denoiser.module.requires_grad_(True)
         return denoiser, ""
@@ -223,5 +232,6 @@ def build_regularizers(plan: Plan, device: Device) -> dict[str, nn.Module]:
         # Seeded and drawn on the CPU, then moved: the same first weights on every device.
         Device().seed(derive(plan.config.run.seed, f"regularizer {name}"))
         module = regularizer.load(dict.fromkeys(regularizer.needs().taps, plan.family.block_width))
+        check_spelling("loss module", module)
         modules[name] = module.to(device.torch)
     return modules

@@ -14,6 +14,7 @@ from vtrain.contract import (
     Device,
     ParameterGroup,
     Problem,
+    SupportsDecayRule,
     SupportsLearningRate,
     SupportsLora,
     scheduled,
@@ -100,15 +101,23 @@ def trained(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
 
 
-def groups(named: Iterable[tuple[str, Tensor]], factors: Mapping[str, float] | None = None) -> list[ParameterGroup]:
-    """By two: matrices and kernels decay; vectors (norms, biases, scale tables of one row) do not.
+DENOISER = "denoiser_module."
+"""Begins the names of a denoiser's parameters in a Step."""
 
-    factors: beginning of a name -> learning-rate factor, for parameters with a rate of their own.
+
+def groups(
+    named: Iterable[tuple[str, Tensor]], factors: Mapping[str, float] | None = None, denoiser: Denoiser | None = None
+) -> list[ParameterGroup]:
+    """By two: matrices and kernels decay, vectors (norms, biases) do not, if the denoiser does not know better.
+
+    factors: beginning of a name -> learning-rate factor, for parameters with a rate of their own. denoiser: whose parameters
+    have names that begin with DENOISER.
     """
+    rule = denoiser.decays if isinstance(denoiser, SupportsDecayRule) else None
     found: dict[tuple[float, bool], list[tuple[str, Tensor]]] = {}
     for name, parameter in named:
         factor = next((value for start, value in (factors or {}).items() if name.startswith(start)), 1.0)
-        found.setdefault((factor, _decays(name, parameter)), []).append((name, parameter))
+        found.setdefault((factor, _decays(name, parameter, rule)), []).append((name, parameter))
     # The denoiser's groups first: the rate that is logged is that of group 0.
     order = sorted(found, key=lambda key: (key[0] != 1.0, key[0], not key[1]))
     return [ParameterGroup(tuple(found[key]), decay=key[1], lr_factor=key[0]) for key in order]
@@ -123,8 +132,9 @@ def own_rates(regularizers: Mapping[str, nn.Module]) -> dict[str, float]:
     }
 
 
-def _decays(name: str, parameter: Tensor) -> bool:
-    return parameter.ndim > 1 and not name.endswith("scale_shift_table")
+def _decays(name: str, parameter: Tensor, rule: Callable[[str, tuple[int, ...]], bool | None] | None) -> bool:
+    own = rule(name.removeprefix(DENOISER), tuple(parameter.shape)) if rule and name.startswith(DENOISER) else None
+    return parameter.ndim > 1 if own is None else own
 
 
 Factor = Callable[[int], float]

@@ -10,7 +10,17 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from vtrain.contract import Condition, Device, LatentShape, NoiseLevel, Sampler, Text
+from vtrain.contract import (
+    Condition,
+    Device,
+    Family,
+    LatentShape,
+    NoiseLevel,
+    Sampler,
+    timed,
+    timesteps,
+    with_clean,
+)
 from vtrain.data.batches import Batch, Batches
 from vtrain.data.decoding.masks import is_empty
 from vtrain.data.seeds import generator
@@ -45,21 +55,24 @@ class Prefetcher:
     def __init__(
         self,
         batches: Batches,
+        family: Family,
         sampler: Sampler,
         seed: int,
         device: Device,
         needed: Callable[[int], Collection[str] | None] = lambda step: None,
     ) -> None:
         """needed: the regularizers for which features and frames are read at a step; None: all that ask for some."""
-        self.batches, self.sampler, self.seed, self.device, self.needed = batches, sampler, seed, device, needed
+        self.batches, self.family, self.sampler = batches, family, sampler
+        self.seed, self.device, self.needed = seed, device, needed
 
     def draw(self, batch: Batch) -> tuple[torch.Tensor, NoiseLevel]:
-        """Noise (B, C, f, h, w) fp32 and level of a batch, on the CPU."""
+        """Noise (B, C, f, h, w) fp32 and level of a batch, with its timesteps, on the CPU."""
         shape = batch.latents.mean.shape[1:]
         noise = [torch.randn(shape, generator=generator(self.seed, "noise", draw)) for draw in batch.draws]
-        levels = [self.sampler.draw(1, generator(self.seed, "level", draw)) for draw in batch.draws]
-        sigma = torch.cat([level.sigma for level in levels])
-        return torch.stack(noise), NoiseLevel(sigma, torch.cat([level.timestep for level in levels]))
+        drawn = (self.sampler.draw(1, generator(self.seed, "level", draw)) for draw in batch.draws)
+        levels = [timed(self.family, level) for level in drawn]
+        sigma, times = torch.cat([level.sigma for level in levels]), torch.cat([timesteps(level) for level in levels])
+        return torch.stack(noise), NoiseLevel(sigma, times)
 
     def prepare(self, number: int, step: int) -> Prefetched:
         """The global micro-batch `number`, which optimizer step `step` (zero-based) uses, but for what `complete` moves."""
@@ -70,12 +83,12 @@ class Prefetcher:
 
     def _prepared(self, batch: Batch, number: int, step: int) -> Prefetched:
         noise, drawn = self.draw(batch)
-        level, mask = continued(drawn, batch.mask, batch.first_frame, LatentShape(*noise.shape[1:]))
+        level, mask = continued(self.family, drawn, batch.mask, batch.first_frame, LatentShape(*noise.shape[1:]))
         given = StepInput(
             clean=self.device.move(batch.latents.mean),
             noise=self.device.move(noise),
-            level=NoiseLevel(self.device.move(level.sigma), self.device.move(level.timestep)),
-            condition=Condition(Text(self.device.move(batch.text.embeds), self.device.move(batch.text.mask))),
+            level=NoiseLevel(self.device.move(level.sigma), self.device.move(timesteps(level))),
+            condition=Condition(batch.text.map(self.device.move)),
             step=step,
             mask=None if mask is None else self.device.move(mask),
             features={name: self.device.pin(each) for name, each in batch.features.items()},
@@ -112,7 +125,7 @@ class Prefetcher:
 
 
 def continued(
-    level: NoiseLevel, mask: torch.Tensor | None, first_frame: Sequence[bool], latents: LatentShape
+    family: Family, level: NoiseLevel, mask: torch.Tensor | None, first_frame: Sequence[bool], latents: LatentShape
 ) -> tuple[NoiseLevel, torch.Tensor | None]:
     """Level and mask of a batch some of whose clips are image-to-video: there the first frame is clean and does not count.
 
@@ -126,15 +139,10 @@ def continued(
     if not given.any():
         return level, mask
     counted = torch.ones(len(given), *latents[1:]) if mask is None else mask.clone()
-    sigma, timestep = _by_frame(level.sigma, latents.frames), _by_frame(level.timestep, latents.frames)
-    for part in (counted, sigma, timestep):
-        part[given, 0] = 0
-    return NoiseLevel(sigma, timestep), counted
-
-
-def _by_frame(level: torch.Tensor, frames: int) -> torch.Tensor:
-    """(B,) or (B, f) -> (B, f), to be written to."""
-    return level[:, None].repeat(1, frames) if level.ndim == 1 else level.clone()
+    counted[given, 0] = 0
+    clean = torch.zeros(len(given), latents.frames, dtype=torch.bool)
+    clean[:, 0] = given
+    return with_clean(family, level, clean), counted
 
 
 def _told(drawn: NoiseLevel, level: NoiseLevel) -> list[float | list[float]]:
@@ -142,7 +150,7 @@ def _told(drawn: NoiseLevel, level: NoiseLevel) -> list[float | list[float]]:
     if level is drawn:
         sigmas: list[float | list[float]] = drawn.sigma.tolist()
         return sigmas
-    own = _by_frame(drawn.sigma, level.sigma.shape[1])
+    own = drawn.sigma[:, None].expand_as(level.sigma) if drawn.sigma.ndim == 1 else drawn.sigma
     return [
         after.tolist() if bool((after != before).any()) else one.tolist()
         for one, before, after in zip(drawn.sigma, own, level.sigma, strict=True)

@@ -19,6 +19,7 @@ from vtrain.data.sample import TRANSFORM_VERSION
 from vtrain.data.scanning.database import HASHES, FileHashes
 from vtrain.plan.places import CHECKPOINT, CHECKPOINTS, checkpoints_there, resume_path
 from vtrain.plan.records import Plan
+from vtrain.plan.text import text_marks, told
 from vtrain.train import checkpoint
 from vtrain.train.checkpoint import misread, read_model
 from vtrain.train.settings import Change, compare, counted_once, is_path, settings, shown
@@ -84,29 +85,34 @@ def encoder_marks(plan: Plan) -> dict[str, str]:
     hash_file = FileHashes(plan.config.cache.dir / HASHES)
     scheduler = json.dumps(dict(plan.family.scheduler_config()), sort_keys=True, default=str)
     return {
-        "text": plan.family.text_fingerprint(hash_file),
+        **text_marks(plan.family, hash_file),
         "video": plan.family.video_fingerprint(hash_file),
         "scheduler": hashlib.sha256(scheduler.encode()).hexdigest(),
         "transform": str(TRANSFORM_VERSION),
     }
 
 
-ENCODERS: Mapping[str, str] = {"text": "text encoder", "video": "video codec", "scheduler": "scheduler's configuration"}
-"""Of `encoder_marks`, what a model folder holds beside the denoiser."""
+def held_beside(plan: Plan) -> dict[str, str]:
+    """Of `encoder_marks`, what a model folder holds beside the denoiser -> its name in a sentence."""
+    encoders = told(plan.family.text_encoders())
+    texts = {key: f'text encoder "{name}"' if len(encoders) > 1 else "text encoder" for name, key in encoders.items()}
+    return {**texts, "video": "video codec", "scheduler": "scheduler's configuration"}
 
 
+_TEXT_AFTER = "captions are encoded again, and the model gets other embeddings than so far"
 _AFTER = {
-    "text": "captions are encoded again, and the model gets other embeddings than so far",
     "video": "clips are encoded again, and the model gets other latents than so far",
     "scheduler": "training and validation go by the new one",
 }
 
 
-def _encoder_changes(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
-    """Where `encoder_marks` are others, at the same place, and what follows."""
-    for key, word in ENCODERS.items():
+def _encoder_changes(before: Mapping[str, str], plan: Plan) -> Iterator[str]:
+    """Where `encoder_marks` are others, at the same place, and what follows. Raises ModelError, DataError."""
+    now = encoder_marks(plan)
+    for key, word in held_beside(plan).items():
         if before.get(key, now[key]) != now[key]:
-            yield f"the {word}, or an option that shapes it, changed since the checkpoint: {_AFTER[key]}"
+            after = _AFTER.get(key, _TEXT_AFTER)
+            yield f"the {word}, or an option that shapes it, changed since the checkpoint: {after}"
     if before.get("transform", now["transform"]) != now["transform"]:
         yield "this vtrain cuts and scales clips otherwise than the one of the checkpoint: they are encoded again"
 
@@ -170,7 +176,7 @@ def find_start(plan: Plan) -> Start:
         )
     notices.append(f"resuming from {folder} (step {state.step})")
     reported = (each for each in changes if each.resume != "free" and not (each.location and moved.alike(each)))
-    warnings = tuple(_encoder_changes(state.encoders, encoder_marks(plan))) if state.encoders else ()
+    warnings = tuple(_encoder_changes(state.encoders, plan)) if state.encoders else ()
     return Start(folder, state, tuple(notices), tuple(map(str, reported)), warnings)
 
 
@@ -183,7 +189,7 @@ def _refused(plan: Plan, state: RunState, change: Change, moved: Relocation) -> 
     if not change.location:
         return what
     table, *rest = key_path(change.key)
-    words, before, now = ENCODERS, state.encoders, {}
+    words, before, now = held_beside(plan), state.encoders, {}
     if table == "regularizer":
         name = next((name for at, (name, _) in enumerate(plan.regularizers) if at == rest[0]), "")
         words, before = {name: "encoder"}, state.features

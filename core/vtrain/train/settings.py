@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from vtrain.config.keys import KeyPath, as_called_now, key_path, key_text
+from vtrain.config.keys import KeyPath, as_called_now, key_path, key_text, removed
 from vtrain.config.record import TABLES, Config, Value, rule_when_gone, show
 from vtrain.contract import Resume
 from vtrain.plan.make import base_of
@@ -139,16 +139,23 @@ _DERIVED: tuple[tuple[KeyPath, KeyPath, Callable[[Any], object]], ...] = (
 
 
 def _as_written_now(old: Mapping[str, object], new: Mapping[str, Setting]) -> dict[str, object]:
-    """Settings of a checkpoint under the keys of today: renamed ones, tables of free keys, which were one value each, and
-    parts of a list told apart by their name: they are compared with the entry that names the same part."""
+    """Settings of a checkpoint under the keys of today: renamed ones, removed ones, tables of free keys, which were one value
+    each, and parts of a list told apart by their name: they are compared with the entry that names the same part."""
     values: dict[KeyPath, object] = {}
     for key, value in old.items():
         values |= _leaves(as_called_now(key_path(key)), value)
+    values = {path: value for path, value in values.items() if key_text(path) in new or not _says_nothing(path, value)}
     for table in TABLES.values():
         if table.by_part:
             numbers = _numbers(table.name, values, new)
             values = {_numbered(path, table.name, numbers): value for path, value in values.items()}
     return {key_text(path): value for path, value in values.items()}
+
+
+def _says_nothing(path: KeyPath, value: object) -> bool:
+    """Whether it is of a key that there is no more, at the value that it has everywhere now."""
+    gone = removed(path)
+    return gone is not None and gone.meant == value
 
 
 def _leaves(path: KeyPath, value: object) -> dict[KeyPath, object]:

@@ -33,6 +33,9 @@ from vtrain.contract import (
     Text,
     Validated,
     Validating,
+    timed,
+    timesteps,
+    with_clean,
 )
 from vtrain.data.batches import pad
 from vtrain.data.caching.caches import Caches
@@ -87,7 +90,7 @@ def guided(denoiser: Denoiser, text: Text, guidance: float) -> Predict:
         return lambda noisy, level: denoiser.predict(noisy, level, Condition(text)).float()
 
     def predict(noisy: Tensor, level: NoiseLevel) -> Tensor:
-        doubled = NoiseLevel(torch.cat([level.sigma] * 2), torch.cat([level.timestep] * 2))
+        doubled = NoiseLevel(torch.cat([level.sigma] * 2), torch.cat([timesteps(level)] * 2))
         prediction = denoiser.predict(torch.cat([noisy] * 2), doubled, Condition(text)).float()
         without, with_prompt = prediction.chunk(2)
         return without + guidance * (with_prompt - without)
@@ -95,23 +98,19 @@ def guided(denoiser: Denoiser, text: Text, guidance: float) -> Predict:
     return predict
 
 
-def after(first: Tensor, predict: Predict) -> Predict:
+def after(family: Family, first: Tensor, predict: Predict) -> Predict:
     """The prediction for the frames after the first, which is clean and stays so: image-to-video.
 
     first: (B, C, 1, h, w). The model is given all frames, with level 0 at the first; what it predicts there is dropped.
     """
 
     def following(noisy: Tensor, level: NoiseLevel) -> Tensor:
-        each = NoiseLevel(_clean_first(level.sigma, noisy.shape[2]), _clean_first(level.timestep, noisy.shape[2]))
-        return predict(torch.cat([first, noisy], 2), each)[:, :, 1:]
+        whole = torch.cat([first, noisy], 2)
+        clean = torch.zeros(len(whole), whole.shape[2], dtype=torch.bool, device=whole.device)
+        clean[:, 0] = True
+        return predict(whole, with_clean(family, level, clean))[:, :, 1:]
 
     return following
-
-
-def _clean_first(level: Tensor, frames: int) -> Tensor:
-    """Of so many frames, (B,) or (B, f), to (B, 1 + f): 0 comes first."""
-    each = level[:, None].expand(-1, frames) if level.ndim == 1 else level
-    return torch.cat([torch.zeros_like(each[:, :1]), each], 1)
 
 
 @dataclass(frozen=True)
@@ -142,8 +141,7 @@ class Validator:
         if self.plan.guidance > 1:
             # The negative ones first: so does diffusers, and so guided() cuts the prediction in two.
             texts = [self.caches.text(Caption(self.plan.negative_prompt), "negative")] * len(texts) + texts
-        text = pad(texts, self.family.text_tokens)
-        return Text(self.device.move(text.embeds), self.device.move(text.mask))
+        return pad(texts, self.family.text_encoders()).map(self.device.move)
 
     def latents(self, *prompts: str, first: Tensor | None = None) -> Tensor:
         """Clean latents (B, C, f, h, w) of B prompts, in one batch and from the same noise, on the CPU. Raises Interrupted.
@@ -160,12 +158,12 @@ class Validator:
         noise = self.device.move(self.start()).repeat(len(prompts), 1, 1, 1, 1)
         if first is not None:
             first, noise = self.device.move(first), noise[:, :, 1:]
-            guess = after(first, guess)
+            guess = after(self.family, first, guess)
 
         def predict(noisy: Tensor, level: NoiseLevel) -> Tensor:
             """In training's autocast; the solver's own arithmetic stays fp32."""
             with self.autocast():
-                return guess(noisy, level)
+                return guess(noisy, timed(self.family, level))
 
         states = self._states(predict, noise)
         while True:

@@ -6,16 +6,16 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from vtrain.contract import Caption, DataError, Filling, Latents, Problem, Role, Text
+from vtrain.contract import Caption, DataError, Filling, Latents, Problem, Role, Text, TextPart
 from vtrain.data.caching.artifacts import Artifact
 from vtrain.data.caching.encoders import opened
 from vtrain.data.caching.entries import video_key
 from vtrain.data.caching.fill import Unusable, fill_text, fill_windows
-from vtrain.data.caching.inventory import DROPPED, Stores, texts
+from vtrain.data.caching.inventory import DROPPED, Stores
 from vtrain.data.caching.sharing import ALONE, Peers, together
+from vtrain.data.caching.text import text_of
 from vtrain.data.decoding.decode import decode
 from vtrain.data.decoding.video import FileFault, faults
 from vtrain.data.index import Index, Keys, build
@@ -37,13 +37,18 @@ class Caches:
         return cls(Stores(plan))
 
     def text(self, caption: Caption, role: Role) -> Text:
-        """Real tokens only: embeds (1, L, D) in the encoder's type, mask all true. Raises DataError if not cached."""
-        return self.text_entry(self._stores.text_key(caption, role))
+        """All parts, of real tokens only: (1, L, D) with a mask all true, pooled (1, D), in the encoders' types.
 
-    def text_entry(self, key: str) -> Text:
-        """The same by its key."""
-        embeds = self._stores.text.read(key)["embeds"][None]
-        return Text(embeds, torch.ones(embeds.shape[:2], dtype=torch.bool))
+        Raises DataError if it is not cached.
+        """
+        return self.text_entry(self._stores.text_keys(caption, role))
+
+    def text_entry(self, keys: Sequence[str]) -> Text:
+        """The same by its keys, one for each encoder."""
+        parts: dict[str, TextPart] = {}
+        for key, (name, spec) in zip(keys, self._stores.encoders.items(), strict=True):
+            parts |= text_of(name, spec, self._stores.text.read(key)).parts
+        return Text(parts)
 
     def latents(self, sample: Sample, start: float) -> Latents:
         """Of the window at one of the sample's starts: mean, and std if that is cached, (1, C, f, h, w) fp32.
@@ -125,7 +130,7 @@ def fill(
     where the configuration says stop, or no usable clip left.
     """
     stores = Stores(plan)
-    truncated = yield from fill_text(stores, texts(plan, samples, extra_texts), peers, device)
+    truncated = yield from fill_text(stores, samples, extra_texts, peers, device)
     unusable = yield from fill_windows(stores, samples, peers, device)
     # The first process reads the ledger once more, for all: each would see another moment of it.
     index, changed = next(filter(None, together(peers, lambda: _index(stores, samples, unusable, peers))))
@@ -177,7 +182,7 @@ def _index(
                 changed[sample.file] = _CHANGED
 
     def text_keys(sample: Sample) -> list[str]:
-        return [stores.text_key(caption, "prompt") for caption in sample.captions]
+        return [key for caption in sample.captions for key in stores.text_keys(caption, "prompt")]
 
     mask_keys = None if masks is None else _keys(masks)
     features = {name: _keys(artifact) for name, artifact in stores.features.items()}

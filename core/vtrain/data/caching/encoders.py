@@ -14,6 +14,7 @@ from vtrain.data.decoding.decode import unit_range
 from vtrain.data.decoding.masks import is_empty
 from vtrain.data.decoding.worker import Decoded, DecodeJob, MaskJob
 from vtrain.data.sample import Sample
+from vtrain.registry.spelling import check_spelling
 
 DecodingJob = DecodeJob | MaskJob
 
@@ -29,6 +30,7 @@ def opened(artifact: Artifact, device: str) -> Iterator[EncodeWindows]:
     """The artifact's model is in memory for the length of the with block. Raises ModelError."""
     if isinstance(artifact, VideoArtifact):
         with artifact.plan.family.open_video_codec(device) as codec:
+            check_spelling("video codec", codec)
             yield _video(artifact, codec, device)
     elif isinstance(artifact, FeatureArtifact):
         with artifact.part.open_feature_encoder(device) as encoder:

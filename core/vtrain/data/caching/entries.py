@@ -31,7 +31,7 @@ FORMAT = "vtrain-cache-3"
 
 
 def text_key(caption: Caption, role: Role, fingerprint: str) -> str:
-    """fingerprint: the family's, of its text encoder."""
+    """fingerprint: of the text encoder."""
     return _key("text", fingerprint, role, caption.text, sorted(caption.extras.items()))
 
 

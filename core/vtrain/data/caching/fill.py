@@ -17,17 +17,16 @@ from vtrain.contract import (
     Caption,
     DataError,
     Filling,
-    PluginError,
     Problem,
     Role,
     SupportsTruncation,
-    Text,
     TextEncoder,
 )
 from vtrain.data.caching.artifacts import Artifact, FeatureArtifact, Layout, MaskArtifact, Window, known_key, layout_of
 from vtrain.data.caching.encoders import DecodingJob, EncodeWindows, by_shape, in_batches, opened
-from vtrain.data.caching.inventory import Stores
+from vtrain.data.caching.inventory import Stores, texts
 from vtrain.data.caching.sharing import Leases, Peers, digest64, is_share, together_telling
+from vtrain.data.caching.text import tensors_of
 from vtrain.data.decoding.masks import emptiness
 from vtrain.data.decoding.spool import Copies
 from vtrain.data.decoding.video import FileFault
@@ -35,6 +34,7 @@ from vtrain.data.decoding.worker import Decoded, DecodeJob, MaskJob, Workers, av
 from vtrain.data.sample import Sample, Skipped
 from vtrain.data.scanning.decisions import settings_key
 from vtrain.data.scanning.ledger import Ledger
+from vtrain.plan.text import told
 
 AGAIN_S = 0.5
 """Seconds until one looks again for what another run is making."""
@@ -42,30 +42,81 @@ AGAIN_S = 0.5
 Texts = Iterable[tuple[Caption, Role]]
 
 
-def fill_text(stores: Stores, texts: Texts, peers: Peers, device: str) -> Generator[Filling, None, int]:
-    """Encode what is missing, each process its share; the encoder is opened only if something is.
+def fill_text(
+    stores: Stores, samples: Iterable[Sample], extra: Sequence[tuple[Caption, Role]], peers: Peers, device: str
+) -> Generator[Filling, None, int]:
+    """Encode what is missing, encoder after encoder, each process its share; one is opened only if something of it is.
 
-    Gives how many of the captions encoded now, by all processes, were too long and lost their end, as far as the encoder
-    counts them. Raises DataError for a full disk, on all processes.
+    samples: may be gone through more than once. Gives how many of the captions encoded now, by all processes, were too long
+    and lost their end, as far as encoders count them. Raises DataError for a full disk, on all processes, and PluginError
+    for text that is not what its encoder promises.
     """
-    return sum((yield from together_telling(peers, _fill_share(stores, texts, peers, device))))
+    truncated = 0
+    for name in stores.encoders:
+        work = _TextFilling(stores, name, peers, device)
+        truncated += sum((yield from together_telling(peers, work.run(texts(stores.plan, samples, extra)))))
+    return truncated
 
 
-def _fill_share(stores: Stores, texts: Texts, peers: Peers, device: str) -> Generator[Filling, None, int]:
-    missing: dict[str, tuple[Caption, Role]] = {}
-    present: set[int] = set()  # digests: of those that are there only the number is wanted
-    for caption, role in texts:
-        key = stores.text_key(caption, role)
-        if is_share(peers, key) and key not in missing and digest64(key) not in present:
-            if stores.text.sound(key):
-                present.add(digest64(key))
-            else:
-                missing[key] = (caption, role)
-    yield Filling("text", len(present), len(present) + len(missing))
-    if not missing:
-        return 0
-    batches = list(_batches(missing, stores.plan.config.cache.text_batch))
-    return (yield from _fill(stores, missing, batches, len(present), device))
+class _TextFilling:
+    """One process's work on one text encoder: the captions that fall to it."""
+
+    def __init__(self, stores: Stores, name: str, peers: Peers, device: str) -> None:
+        self.stores, self.name, self.peers, self.device = stores, name, peers, device
+        self.spec, self.stage = stores.encoders[name], told(stores.encoders)[name]
+
+    def run(self, texts: Texts) -> Generator[Filling, None, int]:
+        missing: dict[str, tuple[Caption, Role]] = {}
+        present: set[int] = set()  # digests: of those that are there only the number is wanted
+        for caption, role in texts:
+            key = self.stores.text_key(self.name, caption, role)
+            if is_share(self.peers, key) and key not in missing and digest64(key) not in present:
+                if self.stores.text.sound(key):
+                    present.add(digest64(key))
+                else:
+                    missing[key] = (caption, role)
+        yield Filling(self.stage, len(present), len(present) + len(missing))
+        if not missing:
+            return 0
+        batches = list(_batches(missing, self.stores.plan.config.cache.text_batch))
+        return (yield from self._fill(missing, batches, len(present)))
+
+    def _fill(
+        self, missing: Mapping[str, tuple[Caption, Role]], batches: list[list[str]], done: int
+    ) -> Generator[Filling, None, int]:
+        """Encode the missing captions, batch by batch. done: captions that are there."""
+        total, made = done + len(missing), 0
+        with Leases(self.stores.plan.config.cache.dir) as leases, ExitStack() as stack:
+            encoder: TextEncoder | None = None
+            while batches:
+                left: list[list[str]] = []
+                for batch in batches:
+                    # What another run has claimed is scanned again later: by then it is there, or that run has ended.
+                    free = [key for key in batch if leases.take(key)]
+                    # Looked at again under the lease: another run may have written it since.
+                    keys = [key for key in free if not self.stores.text.sound(key)]
+                    if keys:
+                        encoder = encoder or stack.enter_context(self.spec.open(self.device))
+                        self._encode(encoder, missing, keys)
+                        made += len(keys)
+                    for key in free:
+                        leases.drop(key)
+                    if free:
+                        done += len(free)
+                        yield Filling(self.stage, done, total, made=made)
+                    if len(free) < len(batch):
+                        left.append([key for key in batch if key not in free])
+                if left == batches:
+                    time.sleep(AGAIN_S)
+                batches = left
+            return encoder.truncated if isinstance(encoder, SupportsTruncation) else 0
+
+    def _encode(self, encoder: TextEncoder, missing: Mapping[str, tuple[Caption, Role]], keys: list[str]) -> None:
+        """Encode captions of one role and write their entries."""
+        with torch.no_grad():
+            text = encoder.encode([missing[key][0] for key in keys], missing[keys[0]][1])
+        for key, tensors in zip(keys, tensors_of(self.name, self.spec, text, len(keys)), strict=True):
+            self.stores.text.write(key, tensors)
 
 
 def _batches(missing: Mapping[str, tuple[Caption, Role]], size: int) -> Iterator[list[str]]:
@@ -75,59 +126,6 @@ def _batches(missing: Mapping[str, tuple[Caption, Role]], size: int) -> Iterator
         same = list(group)
         for start in range(0, len(same), size):
             yield same[start : start + size]
-
-
-def _fill(
-    stores: Stores,
-    missing: Mapping[str, tuple[Caption, Role]],
-    batches: list[list[str]],
-    done: int,
-    device: str,
-) -> Generator[Filling, None, int]:
-    """Encode the missing captions, batch by batch. done: captions that are there."""
-    total, made = done + len(missing), 0
-    with Leases(stores.plan.config.cache.dir) as leases, ExitStack() as stack:
-        encoder: TextEncoder | None = None
-        while batches:
-            left: list[list[str]] = []
-            for batch in batches:
-                # What another run has claimed is scanned again later: by then it is there, or that run has ended.
-                free = [key for key in batch if leases.take(key)]
-                # Looked at again under the lease: another run may have written it since.
-                keys = [key for key in free if not stores.text.sound(key)]
-                if keys:
-                    encoder = encoder or stack.enter_context(stores.plan.family.open_text_encoder(device))
-                    _encode(stores, encoder, missing, keys)
-                    made += len(keys)
-                for key in free:
-                    leases.drop(key)
-                if free:
-                    done += len(free)
-                    yield Filling("text", done, total, made=made)
-                if len(free) < len(batch):
-                    left.append([key for key in batch if key not in free])
-            if left == batches:
-                time.sleep(AGAIN_S)
-            batches = left
-        return encoder.truncated if isinstance(encoder, SupportsTruncation) else 0
-
-
-def _encode(stores: Stores, encoder: TextEncoder, missing: Mapping[str, tuple[Caption, Role]], keys: list[str]) -> None:
-    """Encode captions of one role and write their entries."""
-    with torch.no_grad():
-        text = encoder.encode([missing[key][0] for key in keys], missing[keys[0]][1])
-    for key, (embeds, count) in zip(keys, _real(text), strict=True):
-        stores.text.write(key, {"embeds": embeds[:count]})
-
-
-def _real(text: Text) -> Iterator[tuple[torch.Tensor, int]]:
-    """(embeds (L, D), number of real tokens) of each caption."""
-    for embeds, mask in zip(text.embeds, text.mask, strict=True):
-        count = int(mask.sum())
-        if not bool(mask[:count].all()):
-            what = "the text encoder's real tokens do not come first."
-            raise PluginError(Problem("", what, "This is a fault of the model family's plugin."))
-        yield embeds, count
 
 
 @dataclass

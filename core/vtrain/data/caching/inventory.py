@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from vtrain.contract import Caption, DataError, Problem, Role
+from vtrain.contract import Caption, DataError, Problem, Role, TextEncoderSpec
 from vtrain.data.caching.artifacts import (
     Artifact,
     Contents,
@@ -24,6 +24,7 @@ from vtrain.data.caching.entries import DAMAGED, KINDS, PART, SUFFIX, Entries, s
 from vtrain.data.sample import Sample
 from vtrain.data.scanning.database import HASHES, FileHashes
 from vtrain.plan.records import Plan
+from vtrain.plan.text import text_fingerprints
 
 
 class Stores:
@@ -54,15 +55,25 @@ class Stores:
         return (*masks, self.videos, *self.features.values())
 
     @cached_property
-    def _text_fingerprint(self) -> str:
-        return self.plan.family.text_fingerprint(self._hash_file)
+    def encoders(self) -> Mapping[str, TextEncoderSpec]:
+        """Of text, by name."""
+        return self.plan.family.text_encoders()
+
+    @cached_property
+    def _text_fingerprints(self) -> dict[str, str]:
+        return text_fingerprints(self.plan.family, self._hash_file)
 
     def location(self, sample: Sample) -> str:
         """The place of the sample's dataset in the ledger."""
         return self.plan.datasets[sample.place].backend.location
 
-    def text_key(self, caption: Caption, role: Role) -> str:
-        return text_key(caption, role, self._text_fingerprint)
+    def text_key(self, encoder: str, caption: Caption, role: Role) -> str:
+        """encoder: its name."""
+        return text_key(caption, role, self._text_fingerprints[encoder])
+
+    def text_keys(self, caption: Caption, role: Role) -> tuple[str, ...]:
+        """One for each encoder, in their order."""
+        return tuple(self.text_key(name, caption, role) for name in self.encoders)
 
     def video_key(self, sample: Sample, start: float, content: str) -> str:
         """start: one of the sample's. content: SHA-256 of the source's bytes."""
@@ -95,7 +106,8 @@ def texts(
 
 def wanted(stores: Stores, samples: Iterable[Sample], extra: Sequence[tuple[Caption, Role]]) -> dict[str, Wanted]:
     """By kind. Raises DataError."""
-    text = {bytes.fromhex(stores.text_key(caption, role)) for caption, role in texts(stores.plan, samples, extra)}
+    used = texts(stores.plan, samples, extra)
+    text = {bytes.fromhex(key) for caption, role in used for key in stores.text_keys(caption, role)}
     found = {"text": _KeySet(text)} | {kind: _KeySet() for kind in KINDS if kind != "text"}
     for sample in samples:
         for start in sample.starts:

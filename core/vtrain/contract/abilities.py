@@ -1,0 +1,88 @@
+"""What each part must have and what more it can have, by name; and names that look like a misspelt ability.
+
+Abilities are found by isinstance: one misspelt is one that the part does not have, without a word. So names are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from vtrain.contract import protocols, regularizers
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """The protocols of one sort of part. must: the one it is. can: those that it may be beside."""
+
+    must: type
+    can: tuple[type, ...]
+
+
+ABILITIES: Mapping[str, Abilities] = {
+    "family": Abilities(
+        protocols.Family, (protocols.SupportsWording, protocols.SupportsTokenGrid, protocols.SupportsFrameLevels)
+    ),
+    "video codec": Abilities(protocols.VideoCodec, (protocols.SupportsDecoderOnly,)),
+    "denoiser": Abilities(protocols.Denoiser, (protocols.SupportsLora, protocols.SupportsDecayRule)),
+    "sampler": Abilities(protocols.Sampler, (protocols.SupportsStepwise, protocols.SupportsStepCheck)),
+    "regularizer": Abilities(regularizers.Regularizer, (regularizers.SupportsFeatures, regularizers.SupportsCheck)),
+    "loss module": Abilities(
+        regularizers.LossModule,
+        (regularizers.SupportsPauses, regularizers.SupportsFeedback, regularizers.SupportsLearningRate),
+    ),
+    "data backend": Abilities(
+        protocols.DataBackend, (protocols.SupportsShards, protocols.SupportsCaptions, protocols.SupportsFiles)
+    ),
+    "tracker": Abilities(protocols.Tracker, (protocols.SupportsWarnings,)),
+}
+"""Every sort of part whose members are found by name -> its protocols."""
+
+_ALIKE, _SHORTEST = 0.85, 6
+"""How much alike two names are that mean the same, of 1; letters of the shortest name that is compared: "file" has many like it."""
+
+_NOT_ITS_OWN = frozenset({"builtins", "typing", "abc", "enum", "collections", "contextlib", "torch", "pydantic"})
+"""Packages whose classes a part may be made from: their names are no member that an author spelt."""
+
+
+@dataclass(frozen=True)
+class Misspelt:
+    """name: what a part has. meant: the member that it looks like, which the part lacks. ability: its protocol."""
+
+    name: str
+    meant: str
+    ability: str
+
+
+def misspelt(sort: str, names: Collection[str]) -> Iterator[Misspelt]:
+    """Of a part with these public names. sort: a key of ABILITIES."""
+    known = ABILITIES[sort]
+    optional = {name: ability.__name__ for ability in known.can for name in members(ability)}
+    absent = [name for name in sorted(optional) if name not in names and len(name) >= _SHORTEST]
+    for name in sorted(set(names) - members(known.must) - optional.keys()):
+        for meant in get_close_matches(name.lower(), absent, n=1, cutoff=_ALIKE):
+            yield Misspelt(name, meant, optional[meant])
+
+
+def members(protocol: type) -> set[str]:
+    """Names of a protocol's members."""
+    return _public(name for each in protocol.__mro__ for name in _named_in(each))
+
+
+def names_of(part: object) -> set[str]:
+    """Public names that a part, or a class of parts, has of its own: without those of torch's modules and the like."""
+    classes = part.__mro__ if isinstance(part, type) else type(part).__mro__
+    foreign = {
+        name for each in classes if each.__module__.partition(".")[0] in _NOT_ITS_OWN for name in _named_in(each)
+    }
+    return _public(dir(part)) - foreign
+
+
+def _named_in(class_: type) -> Iterator[str]:
+    yield from vars(class_)
+    yield from vars(class_).get("__annotations__", ())
+
+
+def _public(names: Iterable[str]) -> set[str]:
+    return {name for name in names if not name.startswith("_")}

@@ -1,0 +1,217 @@
+"""What a `Family` on a model in the layout of diffusers does alike, whatever the model. torch comes when something is opened."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Generic, Literal, TypeVar
+
+from pydantic import Field
+
+from vtrain.contract.checkpoints import (
+    CheckpointSource,
+    Component,
+    JsonObject,
+    PartConfig,
+    digest,
+    meaning,
+    read_json,
+    tokenizer_hashes,
+)
+from vtrain.contract.codecs import CausalCodecConfig, NormalizedCodec, load_autoencoder
+from vtrain.contract.errors import ModelError, Problem
+from vtrain.contract.geometry import ClipShape, FrameRule, LatentGeometry, LatentShape, Size, TokenGrid
+from vtrain.contract.loading import opened
+from vtrain.contract.options import ModelSource, Options, fixed
+from vtrain.contract.protocols import Denoiser, DType, HashFile
+from vtrain.contract.weights import Shape, weight_hashes
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class CheckpointOptions(Options):
+    """What every family on such a model takes in [model]."""
+
+    path: ModelSource = fixed(description="the checkpoint: a folder in diffusers layout, or a hub id")
+    revision: str | None = fixed(
+        None, min_length=1, description="branch, tag or commit of a hub id; absent: its main branch"
+    )
+    text_precision: DType = fixed("bf16", description="storage type of the text encoder and of encoded text")
+    vae_precision: DType = fixed("fp32", description="storage type of the VAE; it was trained and used in fp32")
+    vae_tiling: bool = fixed(
+        False, description="encode and decode large videos in tiles: less memory, slightly other latents"
+    )
+
+
+class TransformerConfig(PartConfig):
+    """config.json of a video transformer of diffusers, over its class's own defaults. A family's own adds keys and `shapes`."""
+
+    num_attention_heads: Positive
+    attention_head_dim: Positive
+    num_layers: Positive
+    in_channels: Positive
+    out_channels: Positive | None
+    patch_size: tuple[Literal[1], Positive, Positive]
+
+    @property
+    def width(self) -> int:
+        """D of a block's output."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    def shapes(self) -> dict[str, Shape]:
+        """Name and shape of every weight."""
+        raise NotImplementedError
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers these are."""
+        return sum(math.prod(shape) for shape in self.shapes().values())
+
+
+def layer(name: str, *weight: int, bias: bool = True) -> dict[str, Shape]:
+    """Shapes of a layer with weights (out, in, ...), by name."""
+    return {f"{name}.weight": weight, **({f"{name}.bias": weight[:1]} if bias else {})}
+
+
+def unlike(folder: Path, what: str, found: object, taken: object) -> list[Problem]:
+    """A component that is not the transformer's: what it has ("the VAE has {} latent channels") and what that takes differ."""
+    if found == taken:
+        return []
+    fault = f"{what.format(found)}, and the transformer takes {taken}."
+    return [Problem(str(folder / "config.json"), fault, "Take this checkpoint's own.")]
+
+
+ConfigT = TypeVar("ConfigT", bound=TransformerConfig)
+
+
+class DiffusersFamily(Generic[ConfigT]):
+    """The members of a `Family` that follow from the configs of its transformer and of its causal video codec.
+
+    A family's own adds the rest, the methods that here raise NotImplementedError, and: title, its name in messages; sizes, its
+    official bucket sets, the default first; default_frames and default_fps. components: of a checkpoint, with "transformer",
+    "vae" and "scheduler" among them.
+    """
+
+    title: str
+    sizes: Mapping[str, tuple[Size, ...]]
+    default_frames: int
+    default_fps: float
+
+    def __init__(self, options: CheckpointOptions, components: Mapping[str, Component]) -> None:
+        self._options = options
+        self._source = CheckpointSource(options.path, options.revision, components)
+
+    def read_transformer(self, folder: Path) -> ConfigT:
+        """The config of a transformer in `folder`. Raises ModelError."""
+        raise NotImplementedError
+
+    def read_codec(self, folder: Path) -> CausalCodecConfig:
+        """The config of a video codec in `folder`. Raises ModelError."""
+        raise NotImplementedError
+
+    def codec_class(self) -> type[nn.Module]:
+        """*torch* The class of the video codec."""
+        raise NotImplementedError
+
+    def denoiser_of(self, folder: Path, device: str, dtype: DType) -> Denoiser:
+        """*torch* The denoiser of a folder whose config is the checkpoint's. Raises ModelError."""
+        raise NotImplementedError
+
+    @cached_property
+    def _transformer(self) -> ConfigT:
+        return self.read_transformer(self._source.place("transformer"))
+
+    @cached_property
+    def _codec(self) -> CausalCodecConfig:
+        return self.read_codec(self._source.place("vae"))
+
+    @cached_property
+    def _geometry(self) -> LatentGeometry:
+        return self._codec.geometry(self._transformer.patch_size)
+
+    @property
+    def default_size(self) -> Size:
+        return next(iter(self.sizes.values()))[0]
+
+    @property
+    def frame_rule(self) -> FrameRule:
+        return self._geometry.frame_rule
+
+    @property
+    def pixel_stride(self) -> int:
+        return self._geometry.pixel_stride
+
+    @property
+    def block_count(self) -> int:
+        return self._transformer.num_layers
+
+    @property
+    def block_width(self) -> int:
+        return self._transformer.width
+
+    @property
+    def parameters(self) -> int:
+        return self._transformer.parameters
+
+    def resolutions(self) -> Mapping[str, tuple[Size, ...]]:
+        return self.sizes
+
+    def latent_shape(self, clip: ClipShape) -> LatentShape:
+        """Raises ValueError for a clip that the codec or the patches would cut."""
+        return self._geometry.latent_shape(clip, self.title)
+
+    def pixel_frames(self, latent_frame: int) -> range:
+        return self._geometry.pixel_frames(latent_frame)
+
+    def token_grid(self, latents: LatentShape) -> TokenGrid:
+        return self._geometry.token_grid(latents)
+
+    def scheduler_config(self) -> Mapping[str, object]:
+        return read_json(self._source.folder / "scheduler" / "scheduler_config.json")
+
+    def rows(self) -> tuple[tuple[str, str], ...]:
+        """Of the model, its denoiser and its video codec, for `describe`."""
+        transformer, vae, options = self._transformer, self._codec, self._options
+        factors = f"x{vae.space_factor} space, x{vae.time_factor} time, {vae.z_dim} channels"
+        return (
+            ("model", self._source.describe()),
+            ("denoiser", f"{transformer.num_layers} blocks x {transformer.width}, {self.parameters:,} parameters"),
+            ("video codec", f"VAE in {options.vae_precision}, {factors}{', tiled' if options.vae_tiling else ''}"),
+        )
+
+    def component_fingerprint(
+        self,
+        hash_file: HashFile,
+        component: str,
+        mark: str,
+        *settings: object,
+        tokenizer: str = "",
+        defaults: JsonObject | None = None,
+    ) -> str:
+        """Of a component's weights and config, of its tokenizer if it has one, and of the settings that change what it gives."""
+        folder = self._source.part(component)
+        words = [tokenizer_hashes(self._source.part(tokenizer), hash_file)] if tokenizer else []
+        config = meaning(read_json(folder / "config.json"), defaults)
+        weights = weight_hashes(folder, self._source.components[component].stem, hash_file)
+        return digest(mark, *words, config, weights, list(settings))
+
+    def open_video_codec(self, device: str) -> AbstractContextManager[NormalizedCodec]:
+        return opened(lambda: self._load_codec(device), device)
+
+    def _load_codec(self, device: str) -> NormalizedCodec:
+        codec, options, folder = self._codec, self._options, self._source.part("vae")
+        vae = load_autoencoder(self.codec_class(), folder, options.vae_precision, device, tiling=options.vae_tiling)
+        return NormalizedCodec(vae, codec.latents_mean, codec.latents_std, codec.geometry(), f"the VAE of {self.title}")
+
+    def load_denoiser(self, device: str, dtype: DType, weights: Path | None = None) -> Denoiser:
+        folder = self._source.part("transformer") if weights is None else weights / "transformer"
+        if self.read_transformer(folder) != self._transformer:
+            what = f"these weights are not of the model {self._source.name}: their config differs."
+            raise ModelError(Problem(str(folder), what, "Name the model that they were trained from."))
+        return self.denoiser_of(folder, device, dtype)

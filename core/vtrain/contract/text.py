@@ -1,0 +1,77 @@
+"""What a family says of its text before any of it is encoded: its encoders, and the named parts that each gives. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal
+
+from vtrain.contract.protocols import DType, HashFile, TextEncoder
+from vtrain.contract.records import Text, TextPart
+from vtrain.contract.weights import torch_type
+
+Padding = Literal["longest", "full"]
+
+
+@dataclass(frozen=True)
+class TextPartSpec:
+    """A part of encoded text.
+
+    width: D of its embeddings. tokens: the most that a caption has, which the encoder cuts to; None: a pooled vector.
+    dtype: the storage type in which the encoder gives it.
+    padding: "longest": to the longest of the batch, with a mask, and what is masked changes no prediction. "full": always
+    to `tokens`, with zeros, and without a mask: what is behind the text is a part of it.
+    """
+
+    width: int
+    tokens: int | None
+    padding: Padding = "longest"
+    dtype: DType = "fp32"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The largest that it is for one caption: (tokens, width), pooled (width,)."""
+        return (self.width,) if self.tokens is None else (self.tokens, self.width)
+
+    def fault(self, part: TextPart, captions: int) -> str:
+        """Why a part of so many captions, as an encoder gives it, is none that is promised here; "" if it is one."""
+        found, dtype = tuple(part.embeds.shape), str(part.embeds.dtype).removeprefix("torch.")
+        if self.tokens is None:
+            promised, fits = f"({captions}, {self.width})", found == (captions, self.width)
+        else:
+            promised = f"({captions}, 1 to {self.tokens}, {self.width})"
+            fits = len(found) == 3 and found[::2] == (captions, self.width) and 1 <= found[1] <= self.tokens
+        if not fits:
+            return f"is {found} where {promised} is promised"
+        if part.embeds.dtype is not torch_type(self.dtype):
+            return f"is {dtype} where {self.dtype} is promised"
+        if self.tokens is None:
+            return "" if part.mask is None else "is a pooled vector and has a mask"
+        if part.mask is None or (str(part.mask.dtype), tuple(part.mask.shape)) != ("torch.bool", found[:2]):
+            return f"has no mask of bool {found[:2]}"
+        return ""
+
+
+@dataclass(frozen=True)
+class TextEncoderSpec:
+    """One of a family's text encoders.
+
+    parts: what it gives, by names that no other encoder of the family uses. fingerprint: of HashFile; changes when, and only
+    when, what it gives would: weights, config, tokenizer, instruction, storage type. open: *torch*, of a device; loads the
+    encoder for the length of a with block, and its memory is free afterwards. Two are never open together.
+    """
+
+    parts: Mapping[str, TextPartSpec]
+    fingerprint: Callable[[HashFile], str]
+    open: Callable[[str], AbstractContextManager[TextEncoder]]
+
+    def faults(self, text: Text, captions: int) -> Iterator[str]:
+        """What of the encoded text of so many captions is not as promised: 'the part "text" is ...'."""
+        for name in sorted(self.parts.keys() - text.parts.keys()):
+            yield f'the part "{name}" is missing'
+        for name in sorted(text.parts.keys() - self.parts.keys()):
+            yield f'the part "{name}" is not declared'
+        for name, spec in self.parts.items():
+            if name in text.parts and (fault := spec.fault(text.parts[name], captions)):
+                yield f'the part "{name}" {fault}'

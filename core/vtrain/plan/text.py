@@ -1,0 +1,72 @@
+"""A family's text encoders: whether they are declared as the contract says, what they are called, what marks what they give."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import get_args
+
+from vtrain.contract import DType, Family, HashFile, PluginError, Problem, TextEncoderSpec, TextPartSpec
+from vtrain.contract.text import Padding
+
+FAULT = "This is a fault of the model family's plugin."
+
+_MOST = 3
+
+
+def check_text(family: Family) -> None:
+    """Raises PluginError with all that is wrong with the declaration."""
+    encoders = family.text_encoders()
+    faults = []
+    if not 1 <= len(encoders) <= _MOST:
+        faults.append(f"the model family has {len(encoders)} text encoders; it needs 1 to {_MOST}.")
+    owners: dict[str, str] = {}
+    for name, encoder in encoders.items():
+        faults += [f'the text encoder "{name}" {fault}.' for fault in _faults(encoder, owners)]
+        owners |= dict.fromkeys(encoder.parts, name)
+    if faults:
+        raise PluginError(Problem("", fault, FAULT) for fault in faults)
+
+
+def _faults(encoder: TextEncoderSpec, owners: Mapping[str, str]) -> Iterator[str]:
+    """owners: part -> encoder, of those before it."""
+    if not encoder.parts:
+        yield "declares no part"
+    for name, part in encoder.parts.items():
+        if name in owners:
+            yield f'gives a part "{name}", as the text encoder "{owners[name]}" does'
+        yield from (f'declares the part "{name}" with {odd}' for odd in _odd(part))
+
+
+def _odd(part: TextPartSpec) -> Iterator[str]:
+    if part.width < 1:
+        yield f"width = {part.width}"
+    if part.tokens is not None and part.tokens < 1:
+        yield f"tokens = {part.tokens}"
+    if part.padding not in get_args(Padding):
+        yield f'padding = "{part.padding}"'
+    elif part.padding == "full" and part.tokens is None:
+        yield 'padding = "full", which a pooled vector cannot have'
+    if part.dtype not in get_args(DType):
+        yield f'dtype = "{part.dtype}"'
+
+
+def told(encoders: Collection[str]) -> dict[str, str]:
+    """Encoder -> what it is called in progress and in what a run records: "text"; of several "text (name)"."""
+    return {name: "text" if len(encoders) == 1 else f"text ({name})" for name in encoders}
+
+
+def text_fingerprints(family: Family, hash_file: HashFile) -> dict[str, str]:
+    """Encoder -> its fingerprint. Raises ModelError, and PluginError if two are the same: their entries would be too."""
+    found = {name: encoder.fingerprint(hash_file) for name, encoder in family.text_encoders().items()}
+    for name, mark in found.items():
+        if same := next((other for other, its in found.items() if other != name and its == mark), None):
+            what = f'the text encoders "{name}" and "{same}" have the same fingerprint.'
+            raise PluginError(Problem("", what, FAULT))
+    return found
+
+
+def text_marks(family: Family, hash_file: HashFile) -> dict[str, str]:
+    """The same by what they are `told` as. Raises ModelError, PluginError."""
+    found = text_fingerprints(family, hash_file)
+    names = told(found)
+    return {names[name]: mark for name, mark in found.items()}

@@ -1,0 +1,136 @@
+"""Misspelt abilities of a plugin's parts, as problems: of parts that are there, and of those whose source alone is."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Callable, Iterator, Set
+from functools import cache
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+from vtrain.contract import PluginError, Problem, Registered
+from vtrain.contract.abilities import misspelt, names_of
+from vtrain.contract.specs import origin
+
+_EMPTY_BASES = frozenset({"nn.Module", "torch.nn.Module", "Module", "object", "Protocol"})
+
+
+def faults(sort: str, part: object, whose: Registered, where: str) -> Iterator[Problem]:
+    """Of a part that was built. sort: as in ABILITIES. where: what names it in the file."""
+    return _problems(sort, type(part).__name__, names_of(part), f" of {origin(whose)}", where)
+
+
+def declared_faults(sort: str, maker: Callable[..., object], whose: Registered, where: str) -> Iterator[Problem]:
+    """Of what a function of a plugin says that it gives, read from the source: nothing is imported for it, nothing called.
+
+    Nothing where the source does not tell: a function without an annotation or with a protocol's, a class with bases from
+    elsewhere.
+    """
+    if isinstance(maker, type):
+        name, names = maker.__name__, names_of(maker)
+    else:
+        name = _given(getattr(maker, "__annotations__", {}).get("return"))
+        names = _names(getattr(maker, "__module__", ""), name) or set()
+    return _problems(sort, name, names, f" of {origin(whose)}", where)
+
+
+def check_spelling(sort: str, part: object) -> None:
+    """Of a part that is there only when it is used. Raises PluginError."""
+    found = tuple(_problems(sort, type(part).__name__, names_of(part), "", ""))
+    if found:
+        raise PluginError(found)
+
+
+def _problems(sort: str, name: str, names: Set[str], whose: str, where: str) -> Iterator[Problem]:
+    for found in misspelt(sort, names):
+        what = f'the {sort} {name}{whose} has "{found.name}", which nothing asks for, and no "{found.meant}" ({found.ability}).'
+        yield Problem(
+            where, what, f'The author of the plugin should rename it; what is its own may be "_{found.name}".'
+        )
+
+
+def _given(annotation: object) -> str:
+    """ "ToyCodec" of "Iterator[ToyCodec]"; "" of what is no name."""
+    if not isinstance(annotation, str):
+        return annotation.__name__ if isinstance(annotation, type) else ""
+    try:
+        node: ast.expr = ast.parse(annotation, mode="eval").body
+    except SyntaxError:
+        return ""
+    while isinstance(node, ast.Subscript):
+        node = node.slice.elts[0] if isinstance(node.slice, ast.Tuple) else node.slice
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def _names(module: str, name: str, depth: int = 0) -> set[str] | None:
+    """Public names of the class that a module knows as `name`; None if its source does not tell them all."""
+    tree = _tree(module)
+    if tree is None or not name or depth > 8:
+        return None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return _members(module, node, depth)
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                source = _absolute(module, node)
+                # Of the same plugin only: other sources are none of its author's names.
+                if (alias.asname or alias.name) == name and source.partition(".")[0] == module.partition(".")[0]:
+                    return _names(source, alias.name, depth + 1)
+    return None
+
+
+def _members(module: str, node: ast.ClassDef, depth: int) -> set[str] | None:
+    names: set[str] = set()
+    for base in node.bases:
+        text = ast.unparse(base)
+        inherited = set[str]() if text in _EMPTY_BASES else _names(module, text, depth + 1)
+        if inherited is None:
+            return None
+        names |= inherited
+    for each in node.body:
+        if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef):
+            names.add(each.name)
+            names |= {
+                inner.attr
+                for inner in ast.walk(each)
+                if isinstance(inner, ast.Attribute)
+                and isinstance(inner.ctx, ast.Store)
+                and isinstance(inner.value, ast.Name)
+                and inner.value.id == "self"
+            }
+        elif isinstance(each, ast.Assign | ast.AnnAssign):
+            targets = each.targets if isinstance(each, ast.Assign) else [each.target]
+            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return {name for name in names if not name.startswith("_")}
+
+
+def _absolute(module: str, node: ast.ImportFrom) -> str:
+    if not node.level:
+        return node.module or ""
+    loaded = sys.modules.get(module)
+    is_package = loaded is not None and hasattr(loaded, "__path__")
+    parts = module.split(".")
+    package = parts[: len(parts) - node.level + is_package]
+    return ".".join([*package, *([node.module] if node.module else [])])
+
+
+@cache
+def _tree(module: str) -> ast.Module | None:
+    """The parsed source of a module, which is not imported for it; None if it is not found as a file."""
+    path = None
+    origin_of = getattr(sys.modules.get(module), "__file__", None)
+    if origin_of is None:
+        parts = module.split(".")
+        for number in range(len(parts)):
+            name = ".".join(parts[: number + 1])
+            loaded = getattr(sys.modules.get(name), "__path__", None)
+            spec = None if loaded is not None else PathFinder.find_spec(name, path)
+            if loaded is None and spec is None:
+                return None
+            path = list(loaded) if loaded is not None else list((spec and spec.submodule_search_locations) or ())
+            origin_of = spec.origin if spec is not None else None
+    try:
+        return ast.parse(Path(str(origin_of)).read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return None

@@ -1,0 +1,199 @@
+"""What a plan asks of Wan: sizes, recipe, fingerprints, and what is wrong with a checkpoint."""
+
+# diffusers is untyped.
+# mypy: disable-error-code="no-untyped-call, attr-defined, unused-ignore"
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import ftfy
+import pytest
+import torch
+from diffusers import WanPipeline, WanTransformer3DModel
+from safetensors.torch import load_file, save_file
+
+from vtrain.contract import Caption, ClipShape, DataError, LatentShape, ModelError, Size, TextPartSpec
+from vtrain_wan import checkpoint, tiny
+from vtrain_wan.family import TI2VFamily, Wan21Family
+from vtrain_wan.plugin import WAN21, WAN22_TI2V
+from vtrain_wan.text import wording
+
+Families = Callable[..., Wan21Family]
+Hash = Callable[[Path], str]
+WEIGHTS = Path("transformer", "diffusion_pytorch_model.safetensors")
+
+PUBLISHED = {
+    # name: width, heads, layers, feed-forward, channels, parameters (counted by the class itself on the meta device)
+    "Wan 2.1 text-to-video 1.3B": {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
+    "Wan 2.1 text-to-video 14B": {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
+    "Wan 2.2 TI2V 5B": {
+        "num_attention_heads": 24, "num_layers": 30, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48,
+    },
+}  # fmt: skip
+"""What Wan's published configs say beside the class's defaults."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_shapes_and_names_of_the_published_models_are_those_of_diffusers_class(name: str, tmp_path: Path) -> None:
+    with torch.device("meta"):
+        module = WanTransformer3DModel(**PUBLISHED[name])
+    module.save_config(tmp_path)
+    config = checkpoint.read_transformer(tmp_path)
+    assert config.shapes() == {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    assert config.parameters == sum(value.numel() for value in module.parameters())
+    assert checkpoint.identity(config.width, config.in_channels, False) == name
+
+
+def test_the_first_buckets_are_the_official_sizes(wan21: Path, ti2v: Path, family_of: Families) -> None:
+    """SUPPORTED_SIZES of Wan-Video/Wan2.1 and Wan2.2."""
+    small, large = family_of(wan21), family_of(ti2v)
+    assert small.resolutions()["480p"][:2] == (Size(832, 480), Size(480, 832))
+    assert small.resolutions()["720p"][:2] == (Size(1280, 720), Size(720, 1280))
+    assert large.resolutions()["720p"][:2] == (Size(1280, 704), Size(704, 1280))
+    for family, areas in ((small, {"480p": 832 * 480, "720p": 1280 * 720}), (large, {"720p": 1280 * 704})):
+        for name, sizes in family.resolutions().items():
+            assert all(0.9 * areas[name] < size.area <= areas[name] for size in sizes)
+            assert {Size(size.height, size.width) for size in sizes} == set(sizes)
+
+
+def test_clips_and_latents_of_the_defaults(wan21: Path, ti2v: Path, family_of: Families) -> None:
+    small, large = family_of(wan21), family_of(ti2v)
+    assert (small.default_frames, small.default_fps, small.default_size) == (81, 16.0, Size(832, 480))
+    assert (large.default_frames, large.default_fps, large.default_size) == (121, 24.0, Size(1280, 704))
+    assert small.latent_shape(ClipShape(81, 480, 832)) == LatentShape(16, 21, 60, 104)
+    assert large.latent_shape(ClipShape(121, 704, 1280)) == LatentShape(48, 31, 44, 80)
+    assert (small.pixel_stride, large.pixel_stride) == (16, 32)
+    with pytest.raises(ValueError, match=r"Wan 2\.2 TI2V takes 4k\+1 frames and multiples of 32 pixels"):
+        large.latent_shape(ClipShape(121, 720, 1280))
+
+
+def test_the_recipe_is_flow_with_the_checkpoints_own_shift(wan21: Path, ti2v: Path) -> None:
+    for spec, folder in ((WAN21, wan21), (WAN22_TI2V, ti2v)):
+        family = spec.build(spec.options.model_validate({"path": str(folder)}))
+        assert spec.sampler == "flow"
+        assert spec.sampler_options == {"shift": family.scheduler_config()["flow_shift"]}
+        assert family.timestep(torch.tensor([0.0, 0.25, 1.0])).tolist() == [0.0, 250.0, 1000.0]
+
+
+def test_text_is_padded_in_full(family: Wan21Family) -> None:
+    assert family.text_encoders()["umt5"].parts == {"text": TextPartSpec(64, 512, "full", "fp32")}
+
+
+def test_an_extra_is_refused() -> None:
+    with pytest.raises(DataError, match="Wan takes no motion_score with a caption"):
+        wording(Caption("a cat", {"motion_score": 3}), "prompt")
+
+
+def test_fingerprints_follow_what_changes_the_result(
+    wan21: Path, family_of: Families, sha256: Hash, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of(**options: object) -> tuple[str, str]:
+        family = family_of(wan21, **options)
+        return family.text_encoders()["umt5"].fingerprint(sha256), family.video_fingerprint(sha256)
+
+    text, video = of()
+    assert of() == (text, video)
+    assert of(text_precision="bf16")[0] != text
+    assert of(text_precision="bf16")[1] == video
+    assert of(vae_precision="bf16")[1] != video
+    assert of(vae_tiling=True)[1] != video
+    monkeypatch.setattr(ftfy, "__version__", "another")
+    assert of()[0] != text, "another ftfy may clean a caption otherwise"
+    assert of()[1] == video
+
+
+def said(family: Wan21Family) -> str:
+    return "\n".join(f"{problem.where}: {problem.what} {problem.remedy}" for problem in family.check())
+
+
+def edit(path: Path, **values: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_a_checkpoint_of_another_version_is_named(wan21: Path, ti2v: Path) -> None:
+    asked = TI2VFamily(WAN22_TI2V.options.model_validate({"path": str(wan21)}))
+    assert "this is Wan 2.1 text-to-video of width 96, and not Wan 2.2 TI2V. Name another checkpoint" in said(asked)
+    other = WAN21.build(WAN21.options.model_validate({"path": str(ti2v)}))
+    assert isinstance(other, Wan21Family)
+    assert "this is Wan 2.2 TI2V of width 96, and not Wan 2.1 text-to-video." in said(other)
+
+
+@pytest.mark.parametrize(("size", "heads", "found"), [("14B", 12, "1.3B"), ("1.3B", 40, "14B")])
+def test_a_checkpoint_of_another_size_than_asked_for_is_named(
+    own_checkpoint: Path, family_of: Families, size: str, heads: int, found: str
+) -> None:
+    edit(own_checkpoint / "transformer" / "config.json", num_attention_heads=heads, attention_head_dim=128)
+    wanted = f"config.json: this is Wan 2.1 text-to-video {found}, and not Wan 2.1 text-to-video {size}."
+    assert wanted in said(family_of(own_checkpoint, size=size))
+
+
+def test_two_experts_are_named(own_checkpoint: Path, family_of: Families) -> None:
+    edit(own_checkpoint / "model_index.json", boundary_ratio=0.875)
+    edit(own_checkpoint / "transformer" / "config.json", num_attention_heads=40, attention_head_dim=128)
+    assert "this is Wan 2.2 with two experts, A14B, and not Wan 2.1 text-to-video." in said(family_of(own_checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [({"image_dim": 1280}, "Wan 2.1 image-to-video 14B"), ({"in_channels": 36}, "Wan 2.2 image-to-video A14B")],
+)
+def test_an_image_to_video_config_is_named(
+    own_checkpoint: Path, family_of: Families, values: dict[str, object], found: str
+) -> None:
+    edit(own_checkpoint / "transformer" / "config.json", num_attention_heads=40, attention_head_dim=128, **values)
+    assert f"this is {found}, and not Wan 2.1 text-to-video." in said(family_of(own_checkpoint))
+
+
+@pytest.mark.parametrize("model", ["VACE", "Animate"])
+def test_a_transformer_of_another_class_is_named(own_checkpoint: Path, family_of: Families, model: str) -> None:
+    edit(own_checkpoint / "model_index.json", transformer=["diffusers", f"Wan{model}Transformer3DModel"])
+    wanted = f"transformer is a Wan{model}Transformer3DModel, and this family works with WanTransformer3DModel."
+    assert wanted in said(family_of(own_checkpoint))
+
+
+def test_weights_of_another_model_than_their_config_are_named_from_their_headers(
+    own_checkpoint: Path, ti2v: Path, family_of: Families
+) -> None:
+    state = load_file(own_checkpoint / WEIGHTS)
+    save_file(state | {"condition_embedder.image_embedder.norm1.weight": torch.zeros(4)}, own_checkpoint / WEIGHTS)
+    told = said(family_of(own_checkpoint))
+    assert (
+        "these weights are of Wan 2.1 image-to-video of width 96, and the config beside them is of Wan 2.1 text" in told
+    )
+    (own_checkpoint / WEIGHTS).write_bytes((ti2v / WEIGHTS).read_bytes())
+    assert "these weights are of Wan 2.2 TI2V of width 96" in said(family_of(own_checkpoint))
+    with pytest.raises(ModelError, match=r"patch_embedding\.weight is"):
+        family_of(own_checkpoint).load_denoiser("cpu", "fp32")
+
+
+def test_misshapen_weights_are_a_problem_before_anything_is_loaded(own_checkpoint: Path, family_of: Families) -> None:
+    state = load_file(own_checkpoint / WEIGHTS)
+    state["blocks.1.ffn.net.2.bias"] = torch.zeros(95)
+    del state["proj_out.bias"]
+    save_file(state, own_checkpoint / WEIGHTS)
+    assert "proj_out.bias is missing; blocks.1.ffn.net.2.bias is [95] instead of [96]" in said(
+        family_of(own_checkpoint)
+    )
+
+
+def test_parts_of_another_checkpoint_are_told(own_checkpoint: Path, family_of: Families) -> None:
+    edit(own_checkpoint / "transformer" / "config.json", text_dim=128)
+    edit(own_checkpoint / "vae" / "config.json", latents_mean=[0.0] * 15)
+    told = said(family_of(own_checkpoint))
+    assert "the text encoder's width is 64, and the transformer takes 128." in told or "latents_mean: 15" in told
+
+
+def test_a_tiny_checkpoint_is_the_same_for_the_same_seed_and_loads_in_the_pipeline(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    tiny.main([str(tmp_path / "again"), *["--ti2v"] * (checkpoint.name == "ti2v")])
+    names = {path.relative_to(checkpoint) for path in checkpoint.rglob("*") if path.is_file()}
+    odd = [name for name in names if (tmp_path / "again" / name).read_bytes() != (checkpoint / name).read_bytes()]
+    assert odd == []
+    pipeline = WanPipeline.from_pretrained(checkpoint)
+    assert pipeline.tokenizer("a cat").input_ids[-1] == pipeline.tokenizer.eos_token_id
+    before = torch.random.get_rng_state()
+    tiny.build(tmp_path / "other", layers=1)
+    assert torch.equal(before, torch.random.get_rng_state())

@@ -1,0 +1,250 @@
+"""The same numbers as diffusers' own WanPipeline: text, predictions, frames, adapters."""
+
+# diffusers is untyped.
+# mypy: disable-error-code="no-untyped-call, attr-defined, no-any-return, unused-ignore"
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_wan_lora_to_diffusers
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+
+from vtrain.contract import Caption, ClipShape, Condition, DType, NoiseLevel, Text, comfyui_names, timed
+from vtrain_builtin.flow import FLOW
+from vtrain_wan.denoiser import ORIGINAL_NAMES, WanDenoiser
+from vtrain_wan.family import Wan21Family
+from vtrain_wan.text import wording
+
+Families = Callable[..., Wan21Family]
+
+PROMPTS = [
+    "a cat walks over the wet grass",
+    "  Tom &amp; Jerry &amp;quot;run&amp;quot;\n\ton the ﬁeld  ",
+    "itâ€™s a boat — “wide” ﬂow…   ｆｕｌｌ　ｗｉｄｔｈ",
+    "",
+    "walks slowly over the wet grass " * 200,
+]
+"""HTML, broken encodings, ligatures, white space of every kind, nothing at all, and more than 512 tokens."""
+
+
+def opened(checkpoint: Path, transformer: torch.dtype = torch.float32) -> Any:
+    found = WanPipeline.from_pretrained(checkpoint, dtype={"transformer": transformer, "default": torch.float32})
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+@pytest.fixture
+def pipeline(checkpoint: Path) -> Any:
+    return opened(checkpoint)
+
+
+def encoded(family: Wan21Family, prompts: list[str], role: Any = "prompt") -> tuple[torch.Tensor, torch.Tensor]:
+    """(embeds (B, L, D), mask) as the encoder gives them."""
+    with family.text_encoders()["umt5"].open("cpu") as encoder:
+        return encoder.encode([Caption(prompt) for prompt in prompts], role).only.masked
+
+
+def conditioned(family: Wan21Family, prompts: list[str], role: Any = "prompt") -> Condition:
+    """As a denoiser gets it: zeros up to 512."""
+    embeds, mask = encoded(family, prompts, role)
+    embeds = embeds.masked_fill(~mask[..., None], 0)
+    return Condition(Text.of(torch.nn.functional.pad(embeds, (0, 0, 0, 512 - embeds.shape[1])), None))
+
+
+def test_a_prompt_is_cleaned_as_the_pipeline_does() -> None:
+    assert [wording(Caption(text), "prompt") for text in PROMPTS] == [prompt_clean(text) for text in PROMPTS]
+    assert wording(Caption(PROMPTS[2]), "prompt") == 'it\'s a boat — "wide" flow… full width'
+
+
+def test_text_embeddings_are_bit_for_bit_the_pipelines(family: Wan21Family, pipeline: Any) -> None:
+    negatives = ["bad quality &amp; text"] * len(PROMPTS)
+    with torch.no_grad():
+        theirs, negative = pipeline.encode_prompt(PROMPTS, negatives, max_sequence_length=512)
+    embeds, mask = encoded(family, PROMPTS)
+    ours = conditioned(family, PROMPTS).text.only.embeds
+    assert torch.equal(ours, theirs)
+    assert torch.equal(embeds[mask], theirs[:, : mask.shape[1]][mask])
+    assert mask.sum(dim=1).tolist()[-2:] == [1, 512]
+    assert torch.equal(conditioned(family, negatives, "negative").text.only.embeds, negative)
+
+
+def test_a_dropped_caption_is_the_pipelines_negative_prompt_when_none_is_given(
+    family: Wan21Family, pipeline: Any
+) -> None:
+    with torch.no_grad():
+        _, empty = pipeline.encode_prompt("a cat", max_sequence_length=512)
+    assert torch.equal(conditioned(family, ["a cat"], "dropped").text.only.embeds, empty)
+
+
+class Euler(FlowMatchEulerDiscreteScheduler):
+    """On the grid of vtrain's `flow`: shifted once, from 1 to 0. The scheduler's own grid has its last level shifted twice."""
+
+    def set_timesteps(self, steps: int, device: object = None) -> None:  # type: ignore[override]
+        super().set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist(), device=device)
+
+
+SIZE = {"height": 64, "width": 96, "num_frames": 9}
+
+
+def recorded(pipeline: Any, **settings: Any) -> tuple[Any, list[tuple[dict[str, Any], torch.Tensor]]]:
+    """The pipeline's frames, and every call of its transformer with what it gave."""
+    calls: list[tuple[dict[str, Any], torch.Tensor]] = []
+
+    def keep(_: object, __: object, given: dict[str, Any], output: tuple[torch.Tensor]) -> None:
+        calls.append((dict(given), output[0]))
+
+    handle = pipeline.transformer.register_forward_hook(keep, with_kwargs=True)
+    frames = pipeline(**SIZE, **settings).frames
+    handle.remove()
+    return frames, calls
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16"])
+def test_every_prediction_of_a_unipc_sampling_is_the_pipelines(
+    family: Wan21Family, checkpoint: Path, name: DType
+) -> None:
+    """The checkpoint's own UniPC chooses states and timesteps; the denoiser is asked at each of them, with either text."""
+    pipeline = opened(checkpoint, {"fp32": torch.float32, "bf16": torch.bfloat16}[name])
+    _, calls = recorded(pipeline, prompt="a boat", num_inference_steps=2, output_type="latent")
+    assert len(calls) == 4
+    denoiser = family.load_denoiser("cpu", name)
+    sides = [conditioned(family, ["a boat"]), conditioned(family, [""], "negative")]
+    for (given, theirs), condition in zip(calls, sides * 2, strict=True):
+        timestep = given["timestep"].float()
+        whole = timestep if timestep.ndim == 1 else timestep[:, 0]
+        with torch.no_grad():
+            ours = denoiser.predict(given["hidden_states"], NoiseLevel(whole / 1000, whole), condition)
+        if timestep.ndim == 1:
+            assert torch.equal(ours, theirs)
+        else:  # the pipeline hands each token the clip's level: the same up to the order of sums
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 if name == "fp32" else 2e-2)
+
+
+def test_levels_by_frame_are_the_timesteps_by_token_that_the_pipeline_gives(ti2v: Path, family_of: Families) -> None:
+    """WanImageToVideoPipeline keeps the first latent frame clean: level 0 for its tokens. Bit for bit."""
+    family = family_of(ti2v)
+    denoiser = family.load_denoiser("cpu", "fp32")
+    noisy = torch.randn((1, 48, 3, 4, 6), generator=torch.Generator().manual_seed(0))
+    timestep = torch.tensor([[0.0, 700.0, 700.0]])
+    text = conditioned(family, ["a boat"])
+    mask = torch.ones(3, 4, 6)
+    mask[0] = 0
+    by_token = (mask[:, ::2, ::2] * 700.0).flatten()[None]  # as pipeline_wan_i2v.py makes them
+    with torch.no_grad():
+        ours = denoiser.predict(noisy, NoiseLevel(timestep / 1000, timestep), text)
+        theirs = denoiser.module(noisy, by_token, text.text.only.embeds, return_dict=False)[0]
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_frames_are_the_pipelines_within_one_of_255(
+    family: Wan21Family, pipeline: Any, checkpoint: Path, guidance: float
+) -> None:
+    """From the same noise, Euler steps on the same grid: vtrain's `flow` here, FlowMatchEulerDiscreteScheduler there."""
+    shift = 5.0
+    pipeline.scheduler = Euler(shift=shift)
+    noise = torch.randn((1, *family.latent_shape(ClipShape(9, 64, 96))), generator=torch.Generator().manual_seed(3))
+    theirs, calls = recorded(
+        pipeline, prompt="a cat", num_inference_steps=4, guidance_scale=guidance, latents=noise, output_type="np"
+    )
+    sides = [conditioned(family, ["a cat"]), conditioned(family, [""], "negative")]
+    denoiser = family.load_denoiser("cpu", "fp32")
+
+    def predict(noisy: torch.Tensor, level: NoiseLevel) -> torch.Tensor:
+        found = denoiser.predict(noisy, level, sides[0])
+        if guidance == 1.0:
+            return found
+        other = denoiser.predict(noisy, level, sides[1])
+        return other + guidance * (found - other)
+
+    flow = FLOW.build(FLOW.options(shift=shift), family.scheduler_config())
+    with torch.no_grad(), family.open_video_codec("cpu") as codec:
+        ours = codec.decode(flow.solve(lambda noisy, level: predict(noisy, timed(family, level)), noise, steps=4))
+    assert len(calls) == (4 if guidance == 1.0 else 8)
+    found = (ours[0].permute(1, 2, 3, 0) / 2 + 0.5).clamp(0, 1).numpy() * 255
+    assert found.std() > 1
+    assert np.abs(found - theirs[0] * 255).max() < 1
+
+
+def test_latents_are_the_vaes_mode_normalised_as_the_pipeline_undoes_it(family: Wan21Family, pipeline: Any) -> None:
+    pixels = torch.rand((1, 3, 9, 64, 96), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    config = pipeline.vae.config
+    mean, std = (torch.tensor(each)[None, :, None, None, None] for each in (config.latents_mean, config.latents_std))
+    with torch.no_grad(), family.open_video_codec("cpu") as codec:
+        wanted = pipeline.vae.encode(pixels).latent_dist
+        found = codec.encode(pixels, std=True)
+        assert torch.equal(found.mean, (wanted.mode() - mean) / std)
+        assert found.std is not None
+        torch.testing.assert_close(found.std, wanted.std / std)
+        decoded = pipeline.vae.decode(found.mean / (1 / std) + mean).sample
+        assert torch.equal(codec.decode(found.mean), decoded)
+
+
+def adapted(denoiser: WanDenoiser) -> dict[str, torch.Tensor]:
+    """The state of an adapter that does something."""
+    denoiser.module.requires_grad_(False)
+    targets = list(denoiser.lora_targets)
+    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=8, target_modules=targets), denoiser.module)
+    for number, (name, parameter) in enumerate(denoiser.module.named_parameters()):
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(number))
+    return get_peft_model_state_dict(denoiser.module)
+
+
+SETTINGS: dict[str, object] = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
+
+
+def test_an_adapter_loads_in_the_pipeline_with_no_unmatched_key_and_predicts_the_same(
+    family: Wan21Family, pipeline: Any, tmp_path: Path
+) -> None:
+    denoiser = family.load_denoiser("cpu", "fp32")
+    state = adapted(denoiser)
+    assert len(state) == 2 * family.block_count * 10
+    denoiser.save_lora(tmp_path, state, SETTINGS | {"target_modules": list(denoiser.lora_targets)})
+    pipeline.load_lora_weights(tmp_path)
+    there = {name.replace(".default_0", "") for name in pipeline.transformer.state_dict() if "lora_" in name}
+    assert there == set(state)
+    text = conditioned(family, ["a boat"])
+    noisy = torch.randn((1, *family.latent_shape(ClipShape(9, 64, 96))), generator=torch.Generator().manual_seed(0))
+    level = NoiseLevel(torch.tensor([0.5]), torch.tensor([500.0]))
+    with torch.no_grad():
+        ours = denoiser.predict(noisy, level, text)
+        theirs = pipeline.transformer(noisy, torch.tensor([500.0]), text.text.only.embeds, return_dict=False)[0]
+        plain = family.load_denoiser("cpu", "fp32").predict(noisy, level, text)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(ours, plain, atol=1e-2)
+
+
+def test_original_names_are_those_that_diffusers_itself_translates_back(family: Wan21Family, tmp_path: Path) -> None:
+    """ComfyUI reads Wan's own names behind `diffusion_model.`; diffusers' converter of such files is the witness."""
+    denoiser = family.load_denoiser("cpu", "fp32")
+    state = adapted(denoiser)
+    names = comfyui_names(state, ORIGINAL_NAMES)
+    comfy = {names[name]: value for name, value in state.items()}
+    assert "diffusion_model.blocks.0.self_attn.q.lora_down.weight" in comfy
+    assert "diffusion_model.blocks.3.ffn.2.lora_up.weight" in comfy
+    back = _convert_non_diffusers_wan_lora_to_diffusers(comfy)
+    assert back.keys() == {f"transformer.{name}" for name in state}
+    assert all(torch.equal(back[f"transformer.{name}"], value) for name, value in state.items())
+
+
+def test_a_saved_denoiser_loads_with_from_pretrained(family: Wan21Family, tmp_path: Path) -> None:
+    denoiser = family.load_denoiser("cpu", "bf16")
+    denoiser.save(tmp_path, denoiser.module.state_dict())
+    module, report = WanTransformer3DModel.from_pretrained(
+        tmp_path / "transformer", torch_dtype=torch.bfloat16, output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    own = denoiser.module.state_dict()
+    assert all(
+        torch.equal(value, own[name]) and value.dtype == own[name].dtype for name, value in module.state_dict().items()
+    )
+    assert own["blocks.0.scale_shift_table"].dtype == torch.float32

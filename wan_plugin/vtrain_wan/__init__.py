@@ -1,0 +1,1 @@
+"""Wan for vtrain."""

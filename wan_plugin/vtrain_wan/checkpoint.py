@@ -1,0 +1,133 @@
+"""What a checkpoint of Wan is made of, which Wan it is, and what is wrong with one. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from vtrain.contract import (
+    DIFFUSERS_STEM,
+    TRANSFORMERS_STEM,
+    CausalCodecConfig,
+    CheckpointSource,
+    Component,
+    Problem,
+    Shape,
+    TransformerConfig,
+    check_components,
+    default_arguments,
+    layer,
+    misfit_problems,
+    read_codec,
+    read_config,
+    read_json,
+    stored_shapes,
+    unlike,
+    weight_problems,
+)
+
+COMPONENTS: Mapping[str, Component] = {
+    "transformer": Component(("WanTransformer3DModel",), DIFFUSERS_STEM),
+    "vae": Component(("AutoencoderKLWan",), DIFFUSERS_STEM),
+    "text_encoder": Component(("UMT5EncoderModel",), TRANSFORMERS_STEM),
+    "tokenizer": Component(
+        ("T5TokenizerFast", "T5Tokenizer"), config="tokenizer_config.json", one_of=("tokenizer.json", "spiece.model")
+    ),
+    "scheduler": Component(config="scheduler_config.json"),
+}
+
+
+class WanConfig(TransformerConfig):
+    """transformer/config.json of a WanTransformer3DModel. image_dim: width of an image encoder's features, if it takes any."""
+
+    text_dim: int
+    freq_dim: int
+    ffn_dim: int
+    cross_attn_norm: bool
+    image_dim: int | None
+
+    def shapes(self) -> dict[str, Shape]:
+        """Of text-to-video, which has no image embedder."""
+        width, embedder = self.width, "condition_embedder"
+        shapes: dict[str, Shape] = {
+            "scale_shift_table": (1, 2, width),
+            **layer("patch_embedding", width, self.in_channels, *self.patch_size),
+            **layer(f"{embedder}.time_embedder.linear_1", width, self.freq_dim),
+            **layer(f"{embedder}.time_embedder.linear_2", width, width),
+            **layer(f"{embedder}.time_proj", 6 * width, width),
+            **layer(f"{embedder}.text_embedder.linear_1", width, self.text_dim),
+            **layer(f"{embedder}.text_embedder.linear_2", width, width),
+            **layer("proj_out", math.prod(self.patch_size) * (self.out_channels or self.in_channels), width),
+        }
+        block = layer("ffn.net.0.proj", self.ffn_dim, width) | layer("ffn.net.2", width, self.ffn_dim)
+        block |= {"scale_shift_table": (1, 6, width), **(layer("norm2", width) if self.cross_attn_norm else {})}
+        for attention in ("attn1", "attn2"):
+            block |= {f"{attention}.norm_{of}.weight": (width,) for of in "qk"}
+            for name in ("to_q", "to_k", "to_v", "to_out.0"):
+                block |= layer(f"{attention}.{name}", width, width)
+        return shapes | {f"blocks.{n}.{name}": shape for n in range(self.num_layers) for name, shape in block.items()}
+
+
+def read_transformer(folder: Path) -> WanConfig:
+    """Completed by its class's defaults. Raises ModelError."""
+    defaults = default_arguments("diffusers", "models/transformers/transformer_wan.py", "WanTransformer3DModel")
+    return read_config(WanConfig, folder / "config.json", defaults)
+
+
+def vae_defaults() -> dict[str, object]:
+    return default_arguments("diffusers", "models/autoencoders/autoencoder_kl_wan.py", "AutoencoderKLWan")
+
+
+def read_vae(folder: Path) -> CausalCodecConfig:
+    """Completed by its class's defaults. Raises ModelError."""
+    return read_codec(folder, vae_defaults())
+
+
+TEXT_TO_VIDEO, TI2V = "Wan 2.1 text-to-video", "Wan 2.2 TI2V"
+_KINDS = {16: TEXT_TO_VIDEO, 36: "Wan 2.2 image-to-video A", 48: TI2V}
+_SIZES = {1536: "1.3B", 3072: "5B", 5120: "14B"}
+
+
+def identity(width: int, channels: int, images: bool, experts: bool = False) -> str:
+    """Which Wan it is, such as "Wan 2.1 text-to-video 14B". images: it embeds an image encoder's features."""
+    kind = "Wan 2.1 image-to-video" if images else _KINDS.get(channels, f"a Wan of {channels} channels")
+    if experts:
+        kind = "Wan 2.2 with two experts, A"
+    return f"{kind} {_SIZES.get(width, f'of width {width}')}".replace("A 14B", "A14B")
+
+
+def check(source: CheckpointSource, wanted: str) -> list[Problem]:
+    """Every problem of a checkpoint that is to be `wanted`, as `identity` calls it, or the start and the end of that."""
+    return check_components(source, wanted, lambda folder: _transformer(folder, wanted), _others)
+
+
+def _transformer(folder: Path, wanted: str) -> list[Problem]:
+    """Version and size by the index, by the config and by the headers of the weights."""
+    part, index = folder / "transformer", read_json(folder / "model_index.json")
+    config = read_transformer(part)
+    experts = index.get("boundary_ratio") is not None
+    known = identity(config.width, config.in_channels, config.image_dim is not None, experts)
+    if not all(word in known.split() for word in wanted.split()):
+        remedy = "Name another checkpoint in [model] path, or change use or size."
+        return [Problem(str(part / "config.json"), f"this is {known}, and not {wanted}.", remedy)]
+    if not weight_problems(part, DIFFUSERS_STEM):
+        stored = stored_shapes(part, DIFFUSERS_STEM)
+        images = any(name.startswith("condition_embedder.image_embedder") for name in stored)
+        width, channels, *_ = (*stored.get("patch_embedding.weight", ()), 0, 0)
+        found = identity(width, channels, images)
+        if found != known:
+            what = f"these weights are of {found}, and the config beside them is of {known}."
+            return [Problem(str(part), what, "Take weights and config.json from the same model.")]
+    return misfit_problems(part, DIFFUSERS_STEM, config.shapes())
+
+
+def _others(folder: Path) -> list[Problem]:
+    """Whether VAE and text encoder are the transformer's."""
+    vae, text, taken = folder / "vae", folder / "text_encoder", read_transformer(folder / "transformer")
+    codec, words = read_vae(vae), read_json(text / "config.json")
+    return [
+        *misfit_problems(vae, DIFFUSERS_STEM, codec.shapes(), some=True),
+        *unlike(vae, "the VAE has {} latent channels", codec.z_dim, taken.in_channels),
+        *unlike(text, "the text encoder's width is {}", words.get("d_model"), taken.text_dim),
+    ]

@@ -1,0 +1,127 @@
+"""The families `wan21` and `wan22-ti2v`: Wan on a checkpoint in diffusers layout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import ftfy
+
+from vtrain.contract import (
+    Caption,
+    CausalCodecConfig,
+    CheckpointOptions,
+    DiffusersFamily,
+    DType,
+    HashFile,
+    LatentShape,
+    Problem,
+    Role,
+    Size,
+    TextEncoderSpec,
+    TextPartSpec,
+    load_module,
+    opened,
+)
+from vtrain_wan import checkpoint, text
+from vtrain_wan.denoiser import WanDenoiser
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def buckets(official: Size, stride: int) -> tuple[Size, ...]:
+    """The official size and its upright one, then other aspects of at most its area.
+
+    As Wan's image2video.py and diffusers' guide round: round(sqrt(area x aspect)), down to a multiple of the stride.
+    """
+
+    def side(aspect: float) -> int:
+        return round(math.sqrt(official.area * aspect)) // stride * stride
+
+    aspects = (1, 4 / 3, 3 / 4, 3 / 2, 2 / 3)
+    return (official, Size(official.height, official.width), *(Size(side(each), side(1 / each)) for each in aspects))
+
+
+class Wan21Family(DiffusersFamily[checkpoint.WanConfig]):
+    """A vtrain.contract.Family. Members that read the model folder raise ModelError if it is not sound; `check` lists why."""
+
+    title = checkpoint.TEXT_TO_VIDEO
+    sizes: Mapping[str, tuple[Size, ...]] = {
+        "480p": buckets(Size(832, 480), 16),
+        "720p": buckets(Size(1280, 720), 16),
+    }
+    default_frames = 81
+    default_fps = 16.0
+    frame_levels = False
+
+    def __init__(self, options: CheckpointOptions, size: str | None = None) -> None:
+        super().__init__(options, checkpoint.COMPONENTS)
+        self._wanted = f"{self.title} {size}" if size else self.title
+
+    def read_transformer(self, folder: Path) -> checkpoint.WanConfig:
+        return checkpoint.read_transformer(folder)
+
+    def read_codec(self, folder: Path) -> CausalCodecConfig:
+        return checkpoint.read_vae(folder)
+
+    def check(self) -> Sequence[Problem]:
+        return checkpoint.check(self._source, self._wanted)
+
+    def describe(self) -> Sequence[tuple[str, str]]:
+        return (*self.rows(), ("text", f"UMT5 in {self._options.text_precision}, {text.TOKENS} tokens"))
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        return 1000 * sigma
+
+    def wording(self, caption: Caption, role: Role) -> str:
+        return text.wording(caption, role)
+
+    def text_encoders(self) -> Mapping[str, TextEncoderSpec]:
+        """UMT5. What stands behind a caption's tokens is zero, and no mask reaches the transformer."""
+        part = TextPartSpec(self._transformer.text_dim, text.TOKENS, "full", self._options.text_precision)
+        return {"umt5": TextEncoderSpec({"text": part}, self._text_fingerprint, self._open_text)}
+
+    def _text_fingerprint(self, hash_file: HashFile) -> str:
+        # With ftfy's version: another one may clean a caption otherwise.
+        settings = (ftfy.__version__, text.TOKENS, self._options.text_precision)
+        return self.component_fingerprint(hash_file, "text_encoder", "wan text 1", *settings, tokenizer="tokenizer")
+
+    def _open_text(self, device: str) -> AbstractContextManager[text.WanText]:
+        encoder, tokenizer = self._source.part("text_encoder"), self._source.part("tokenizer")
+        return opened(lambda: text.load(encoder, tokenizer, self._options.text_precision, device), device)
+
+    def video_fingerprint(self, hash_file: HashFile) -> str:
+        settings = (self._options.vae_precision, self._options.vae_tiling)
+        defaults = checkpoint.vae_defaults()
+        return self.component_fingerprint(hash_file, "vae", "wan video 1", *settings, defaults=defaults)
+
+    def codec_class(self) -> type[nn.Module]:
+        from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+
+        codec: type[nn.Module] = AutoencoderKLWan
+        return codec
+
+    def denoiser_of(self, folder: Path, device: str, dtype: DType) -> WanDenoiser:
+        from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+
+        module = load_module(WanTransformer3DModel, folder, dtype, device)
+        return WanDenoiser(module, self._geometry, blocks="blocks")
+
+
+class TI2VFamily(Wan21Family):
+    """Wan 2.2 TI2V. Its denoiser takes a level for each latent frame."""
+
+    title = checkpoint.TI2V
+    sizes: Mapping[str, tuple[Size, ...]] = {"720p": buckets(Size(1280, 704), 32)}
+    default_frames = 121
+    default_fps = 24.0
+    frame_levels = True
+
+    def frame_level_bytes(self, latents: LatentShape, *, weights: DType, compute: DType, checkpointing: bool) -> int:
+        """For each token instead of once for the clip: six vectors of the modulation, kept in fp32 by each block."""
+        tokens = math.prod(self.token_grid(latents)) - 1
+        return tokens * 6 * self._transformer.width * 4 * (2 if checkpointing else 1 + self.block_count)

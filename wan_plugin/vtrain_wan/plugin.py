@@ -1,0 +1,55 @@
+"""What vtrain_wan registers: the families `wan21` and `wan22-ti2v`, with their options."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from vtrain.contract import CheckpointOptions, Family, FamilySpec, fixed, hookimpl
+
+
+class Wan21Options(CheckpointOptions):
+    """[model] with use = "wan21"."""
+
+    size: Literal["1.3B", "14B"] | None = fixed(
+        None, description="which size the checkpoint must be; absent: whichever it is"
+    )
+
+
+class TI2VOptions(CheckpointOptions):
+    """[model] with use = "wan22-ti2v"."""
+
+
+def _wan21(options: Wan21Options) -> Family:
+    # Imported here: `vtrain plugins list` needs the options alone.
+    from vtrain_wan.family import Wan21Family
+
+    return Wan21Family(options, options.size)
+
+
+def _ti2v(options: TI2VOptions) -> Family:
+    from vtrain_wan.family import TI2VFamily
+
+    return TI2VFamily(options)
+
+
+WAN21 = FamilySpec(
+    name="wan21",
+    summary="Wan 2.1 text-to-video, 1.3B and 14B: the Wan transformer, the Wan VAE and the UMT5 text encoder",
+    options=Wan21Options,
+    build=_wan21,
+    sampler="flow",
+    sampler_options={"shift": 3.0},
+)
+WAN22_TI2V = FamilySpec(
+    name="wan22-ti2v",
+    summary="Wan 2.2 TI2V 5B: the Wan transformer, the Wan 2.2 VAE and the UMT5 text encoder",
+    options=TI2VOptions,
+    build=_ti2v,
+    sampler="flow",
+    sampler_options={"shift": 5.0},
+)
+
+
+@hookimpl
+def vtrain_families() -> tuple[FamilySpec, ...]:
+    return (WAN21, WAN22_TI2V)

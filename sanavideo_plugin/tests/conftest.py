@@ -19,6 +19,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.build(tmp_path_factory.mktemp("tiny") / "checkpoint")
 
 
+@pytest.fixture(scope="session")
+def checkpoint_720p(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint of the 720p model's format. Not to be written to."""
+    return tiny.build(tmp_path_factory.mktemp("tiny-720p") / "checkpoint", resolution="720p")
+
+
 @pytest.fixture
 def own_checkpoint(checkpoint: Path, tmp_path: Path) -> Path:
     """A copy to break."""

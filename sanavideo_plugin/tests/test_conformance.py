@@ -19,6 +19,16 @@ class TestFamily(FamilyTests):
         return SANAVIDEO.build(SANAVIDEO.options.model_validate({"path": str(checkpoint)}))
 
 
+@pytest.mark.slow
+class TestFamily720p(FamilyTests):
+    """Slow (the whole kit again): what differs of this checkpoint has its own tests."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def family(cls, checkpoint_720p: Path) -> Family:
+        return SANAVIDEO.build(SANAVIDEO.options.model_validate({"path": str(checkpoint_720p)}))
+
+
 class TestSampler(SamplerTests):
     # diffusers' schedulers start pure noise at their first level, 0.99987 with shift 8, and not at 1.
     tolerance = 5e-4

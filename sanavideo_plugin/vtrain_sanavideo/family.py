@@ -17,7 +17,6 @@ from vtrain.contract import (
     BlockMemory,
     Caption,
     CaptionExtra,
-    CausalCodecConfig,
     CheckpointSource,
     ClipShape,
     ConditionSpec,
@@ -43,7 +42,7 @@ from vtrain.contract import (
     weight_hashes,
 )
 from vtrain_sanavideo import check, codec, denoiser, text, tokens
-from vtrain_sanavideo.geometry import OFFICIAL_480P, TransformerConfig
+from vtrain_sanavideo.geometry import BUCKETS, AnyCodecConfig, Ltx2CodecConfig, TransformerConfig, vae_title
 from vtrain_sanavideo.memory import MEASURED
 from vtrain_sanavideo.options import MOTION_SCORE, SanaVideoOptions
 
@@ -68,7 +67,7 @@ class SanaVideoFamily:
         return check.read_transformer(self._source.folder / "transformer")
 
     @cached_property
-    def _codec(self) -> CausalCodecConfig:
+    def _codec(self) -> AnyCodecConfig:
         return check.read_vae((self._vae_source or self._source).place("vae"))
 
     @cached_property
@@ -90,7 +89,7 @@ class SanaVideoFamily:
 
     @property
     def default_size(self) -> Size:
-        return OFFICIAL_480P[0]
+        return BUCKETS[self._transformer.sample_size][1][0]
 
     @property
     def frame_rule(self) -> FrameRule:
@@ -113,17 +112,20 @@ class SanaVideoFamily:
         return sum(math.prod(shape) for shape in self._transformer.shapes().values())
 
     def resolutions(self) -> Mapping[str, tuple[Size, ...]]:
-        return {"480p": OFFICIAL_480P}
+        return dict([BUCKETS[self._transformer.sample_size]])
 
     def latent_shape(self, clip: ClipShape) -> LatentShape:
-        """Raises ValueError for a clip that the codec or the patches would cut."""
-        return self._geometry.latent_shape(clip, "SANA-Video")
+        """Raises ValueError for a clip that the codec or the patches would cut, ModelError for one that it cannot decode."""
+        shape, vae = self._geometry.latent_shape(clip, "SANA-Video"), self._codec
+        if isinstance(vae, Ltx2CodecConfig) and (fault := vae.undecodable(clip.size, tiled=self._options.vae_tiling)):
+            raise ModelError(Problem(str(clip), f"the {vae_title(vae)}: {fault}.", "Choose another size."))
+        return shape
 
     def pixel_frames(self, latent_frame: int) -> range:
         return self._geometry.pixel_frames(latent_frame)
 
     def token_grid(self, latents: LatentShape) -> TokenGrid:
-        """Patches of (1, 2, 2)."""
+        """Patches of (1, 2, 2) of the 480p model, of (1, 1, 1) of the 720p one."""
         return self._geometry.token_grid(latents)
 
     @property
@@ -157,8 +159,8 @@ class SanaVideoFamily:
             ("text", f"Gemma-2 in {options.text_precision}, {wording} instruction, {score}, {text.TEXT_TOKENS} tokens"),
             (
                 "video codec",
-                f"Wan VAE in {options.vae_precision}, x{vae.space_factor} space, x{vae.time_factor} time, "
-                f"{vae.z_dim} channels{', tiled' if options.vae_tiling else ''}"
+                f"{vae_title(vae)} in {options.vae_precision}, x{vae.space_factor} space, x{vae.time_factor} time, "
+                f"{self._geometry.channels} channels{', tiled' if options.vae_tiling else ''}"
                 f"{f', from {self._vae_source.describe()}' if self._vae_source else ''}",
             ),
         )
@@ -204,7 +206,7 @@ class SanaVideoFamily:
         folder = (self._vae_source or self._source).part("vae")
         return digest(
             "sanavideo video 1",
-            meaning(read_json(folder / "config.json"), check.vae_defaults()),
+            check.vae_meaning(folder),
             weight_hashes(folder, DIFFUSERS_STEM, hash_file),
             [self._options.vae_precision, self._options.vae_tiling],
         )

@@ -1,6 +1,7 @@
 """`sanavideo-flow`: the schedule SANA-Video was trained with, and the checkpoint's own scheduler for sampling.
 
-Training (NVlabs/Sana, Sana_2000M_480px_AdamW_fsdp.yaml): x_s = (1 - s) x0 + s e, target v = e - x0, where
+Training (NVlabs/Sana, Sana_2000M_480px_AdamW_fsdp.yaml, and for the 720p model Sana_2000M_720px_ltx2vae_AdamW_fsdp.yaml, which has
+the same schedule): x_s = (1 - s) x0 + s e, target v = e - x0, where
 u = sigmoid(N(0, 1)), s = floor(1000 u) / 1000, shifted to s' = 3 s / (1 + 2 s); the denoiser is given int(1000 s').
 Sampling: the scheduler of the model folder, with its own shift (8), as SanaVideoPipeline loops over it. The two shifts differ on
 purpose.

@@ -40,7 +40,10 @@ class SanaVideoOptions(Options):
         description='put before every prompt; absent: the video instruction of SanaVideoPipeline; "" is none',
     )
     text_precision: DType = fixed("bf16", description="storage type of the text encoder and of encoded text")
-    vae_precision: DType = fixed("fp32", description="storage type of the VAE; it was trained and used in fp32")
+    vae_precision: DType = fixed(
+        "fp32",
+        description="storage type of the VAE; official training used the 480p model's in fp32, the 720p model's in bf16",
+    )
     vae_tiling: bool = fixed(
         False, description="encode and decode large videos in tiles: less memory, slightly other latents"
     )

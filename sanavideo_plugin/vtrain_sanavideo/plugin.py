@@ -39,7 +39,7 @@ FLOW = SamplerSpec(
 
 SANAVIDEO = FamilySpec(
     name="sanavideo",
-    summary="SANA-Video: the Sana video transformer, the Wan VAE and the Gemma-2 text encoder",
+    summary="SANA-Video: the Sana video transformer, the Wan (480p) or LTX-2 (720p) VAE, the Gemma-2 text encoder",
     options=SanaVideoOptions,
     build=_family,
     sampler=FLOW.name,

@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from vtrain.contract import Device, quiet
 
@@ -47,13 +47,15 @@ PIPELINE_INDEX = {
     "text_encoder": ["transformers", "Gemma2Model"],
     "tokenizer": ["transformers", "GemmaTokenizerFast"],
     "transformer": ["diffusers", "SanaVideoTransformer3DModel"],
-    "vae": ["diffusers", "AutoencoderKLWan"],
 }
+VAES: Mapping[str, str] = {"480p": "AutoencoderKLWan", "720p": "AutoencoderKLLTX2Video"}
+"""The VAE of the checkpoint of each resolution."""
 
 
 def build(
     folder: Path,
     *,
+    resolution: Literal["480p", "720p"] = "480p",
     seed: int = 0,
     layers: int = 4,
     heads: int = 2,
@@ -65,21 +67,24 @@ def build(
     """Write a checkpoint into `folder`, which is created, and return it. Takes a few seconds.
 
     The defaults give a transformer of 0.9 M parameters (4 blocks x 96); layers=6, heads=8, head_dim=112 gives 104 M
-    (6 blocks x 896). Channels, patch, compression (x4 time, x8 space) and the scheduler are the real model's.
-    vae_dim: width of the Wan VAE (the real one: 96). max_shard_size: transformer files are split beyond it, as "1MB".
+    (6 blocks x 896). Channels, patch, compression and the scheduler are the real model's: for "480p" 16 channels of
+    x4 time and x8 space in patches of 2x2, for "720p" 128 channels of x8 time and x32 space, one by one.
+    vae_dim: width of the VAE (the real ones: Wan's 96, LTX-2's 256). max_shard_size: transformer files are split
+    beyond it, as "1MB".
     """
     import torch
 
     folder.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays; no card is asked
         Device().seed(seed)
-        _write_transformer(folder / "transformer", layers, heads, head_dim, text_width, max_shard_size)
-        _write_vae(folder / "vae", vae_dim)
+        _write_transformer(folder / "transformer", resolution, layers, heads, head_dim, text_width, max_shard_size)
+        _write_vae(folder / "vae", resolution, vae_dim)
         tokenizer = train_tokenizer()
         _write_text_encoder(folder / "text_encoder", tokenizer, text_width)
     tokenizer.save_pretrained(folder / "tokenizer")
     _write_scheduler(folder / "scheduler")
-    (folder / "model_index.json").write_text(json.dumps(PIPELINE_INDEX, indent=2) + "\n", encoding="utf-8")
+    index = PIPELINE_INDEX | {"vae": ["diffusers", VAES[resolution]]}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return folder
 
 
@@ -103,13 +108,15 @@ def train_tokenizer() -> GemmaTokenizer:
 
 
 def _write_transformer(
-    folder: Path, layers: int, heads: int, head_dim: int, text_width: int, max_shard_size: str
+    folder: Path, resolution: str, layers: int, heads: int, head_dim: int, text_width: int, max_shard_size: str
 ) -> None:
     from diffusers.models.transformers.transformer_sana_video import SanaVideoTransformer3DModel
 
+    latents: dict[str, Any] = {"in_channels": 16, "out_channels": 16, "patch_size": (1, 2, 2), "sample_size": 30}
+    if resolution == "720p":
+        latents = {"in_channels": 128, "out_channels": 128, "patch_size": (1, 1, 1), "sample_size": 22}
     SanaVideoTransformer3DModel(
-        in_channels=16,
-        out_channels=16,
+        **latents,
         num_layers=layers,
         num_attention_heads=heads,
         attention_head_dim=head_dim,
@@ -118,17 +125,36 @@ def _write_transformer(
         cross_attention_dim=heads * head_dim,
         caption_channels=text_width,
         mlp_ratio=3.0,
-        sample_size=30,
-        patch_size=(1, 2, 2),
         qk_norm="rms_norm_across_heads",
         rope_max_seq_len=1024,
     ).save_pretrained(folder, max_shard_size=max_shard_size)
 
 
-def _write_vae(folder: Path, dim: int) -> None:
+def _write_vae(folder: Path, resolution: str, dim: int) -> None:
+    if resolution == "720p":
+        _write_ltx2_vae(folder, dim)
+        return
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
     AutoencoderKLWan(base_dim=dim, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1).save_pretrained(folder)
+
+
+def _write_ltx2_vae(folder: Path, dim: int) -> None:
+    """One layer in each stage. Mean and std of the latents, which a trained one measured, are drawn."""
+    from diffusers.models.autoencoders.autoencoder_kl_ltx2 import AutoencoderKLLTX2Video
+
+    vae = AutoencoderKLLTX2Video(
+        block_out_channels=(2 * dim, 2 * dim, 4 * dim, 4 * dim),
+        decoder_block_out_channels=(dim, 2 * dim, 4 * dim),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1),
+        decoder_causal=False,
+        spatial_compression_ratio=32,
+        temporal_compression_ratio=8,
+    )
+    vae.latents_mean.normal_(0, 0.3)
+    vae.latents_std.uniform_(0.5, 1.5)
+    vae.save_pretrained(folder)
 
 
 def _write_text_encoder(folder: Path, tokenizer: GemmaTokenizer, width: int) -> None:
@@ -170,6 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m vtrain_sanavideo.tiny", description="Write a tiny SANA-Video checkpoint with random weights."
     )
     parser.add_argument("folder", type=Path, help="where to write it; created if missing")
+    parser.add_argument("--resolution", choices=[*VAES], default="480p", help="the checkpoint's (default: 480p)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights (default: 0)")
     parser.add_argument("--layers", type=int, default=4, help="transformer blocks (default: 4)")
     parser.add_argument("--heads", type=int, default=2, help="attention heads (default: 2)")
@@ -178,6 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     written = build(
         chosen.folder,
+        resolution=chosen.resolution,
         seed=chosen.seed,
         layers=chosen.layers,
         heads=chosen.heads,

@@ -17,7 +17,7 @@ from vtrain.cli.run import UNVALIDATED
 from vtrain.config.foreign import FORMATS
 from vtrain.contract import HOOK_SPECS, VtrainError
 from vtrain.data.decoding.video import SUFFIXES
-from vtrain_sanavideo.geometry import OFFICIAL_480P
+from vtrain_sanavideo.geometry import OFFICIAL_480P, OFFICIAL_720P
 from vtrain_wan.family import TI2VFamily, Wan21Family
 
 
@@ -53,6 +53,9 @@ def test_the_buckets_are_the_codes(said: Any) -> None:
     listed = re.search(r"is the 11 official buckets: ([0-9x ]+)\.", said("sanavideo.md"))
     assert listed is not None
     assert listed[1].split() == [str(size) for size in OFFICIAL_480P]
+    listed = re.search(r"has these 11 buckets: ([0-9x ]+)\.", said("sanavideo.md"))
+    assert listed is not None
+    assert listed[1].split() == [str(size) for size in OFFICIAL_720P]
 
 
 def test_the_hooks_are_the_codes(root: Path) -> None:

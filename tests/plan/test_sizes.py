@@ -103,3 +103,22 @@ def test_a_number_in_quotes_is_perhaps_a_bucket_set(plan_of: PlanOf, monkeypatch
         plan_of(data=data('resolution = "64"'))
     (problem,) = caught.value.problems
     assert problem.remedy == 'Did you mean "64p"? A number stands without quotes: resolution = 64'
+
+
+def test_sizes_far_beyond_the_checkpoints_own_are_pointed_out_smaller_ones_are_not(plan_of: PlanOf) -> None:
+    large = plan_of(
+        data=data('resolution = ["96x64", "128x96", "64x128"]'),
+        more='[validation]\nevery = "1 steps"\nsize = "96x128"\nframes = 5\nprompts = { one = "a cat" }',
+    )
+    largest = 'times the area of 96x64, the largest size of this checkpoint\'s own, "tiny"'
+    own = f"{largest}: it has not been trained on videos that large"
+    assert [text for text in large.warnings if "times the area" in text] == [
+        f"[[data]] clips: 128x96 has 2.0 {own}",
+        f"[validation] size: 96x128 has 2.0 {own}",
+    ]
+    for fine in ('resolution = "16x16"', 'resolution = "tiny"', 'resolution = "96x96"'):
+        assert plan_of(data=data(fine)).warnings == ()
+    by_edge = plan_of(data=data('resolution = 96\nresolution_type = "pixel"')).warnings
+    assert [text.partition(" has ")[0] for text in by_edge] == ["[[data]] clips: 192x96"]
+    by_area = plan_of(data=data("resolution = 480")).warnings
+    assert len(by_area) == 1, "of a number that is an area the warning above is enough"

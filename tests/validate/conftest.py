@@ -72,6 +72,35 @@ def write_config(tmp_path: Path, tiny: Path) -> Callable[..., Path]:
     return write
 
 
+@pytest.fixture(scope="session")
+def tiny_720p(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from vtrain_sanavideo.tiny import build
+
+    return build(tmp_path_factory.mktemp("model") / "tiny-720p", resolution="720p")
+
+
+@pytest.fixture
+def write_720p(write_config: Callable[..., Path], tiny: Path, tiny_720p: Path) -> Callable[..., Path]:
+    """The same on the tiny 720p checkpoint, at sizes and lengths that it takes. more: texts to replace."""
+
+    def write(more: tuple[tuple[str, str], ...] = (), **settings: Any) -> Path:
+        file = write_config(size="96x64", **settings)
+        text = file.read_text(encoding="utf-8")
+        swaps = (
+            (tiny.as_posix(), tiny_720p.as_posix()),
+            ('["64x32"]', '["96x64"]'),
+            ("frames = 5", "frames = 9"),
+            *more,
+        )
+        for old, new in swaps:
+            assert old in text
+            text = text.replace(old, new)
+        file.write_text(text, encoding="utf-8")
+        return file
+
+    return write
+
+
 @pytest.fixture
 def plan(write_config: Callable[..., Path]) -> Plan:
     return make_plan(load(write_config(), discover()))

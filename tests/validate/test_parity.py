@@ -14,11 +14,14 @@ from typing import Any
 import pytest
 import torch
 
+from vtrain.config import load
 from vtrain.config.tables import LoraTable
-from vtrain.contract import Device, Size, Text, TextEncoderSpec, TextPartSpec
+from vtrain.contract import ConfigError, Device, Size, Text, TextEncoderSpec, TextPartSpec
 from vtrain.data.batches import pad
 from vtrain.data.caching.caches import Caches, fill_caches
+from vtrain.plan.make import make_plan
 from vtrain.plan.records import Plan
+from vtrain.registry import discover
 from vtrain.run.prepare import extra_texts
 from vtrain.train.parameters import add_lora
 from vtrain.validate.generate import Interrupted, Validator
@@ -55,6 +58,81 @@ def test_latents_and_frames_equal_the_pipelines(
     assert theirs.std() > 0.1
     assert (ours - theirs).abs().max() < LATENT_TOLERANCE
     assert (decoded(plan, ours) - frames).abs().max() <= 1
+
+
+def test_latents_and_frames_of_the_720p_checkpoint_equal_the_pipelines(
+    write_720p: Callable[..., Path],
+    tiny_720p: Path,
+    generated: Callable[..., Any],
+    decoded: Callable[..., torch.Tensor],
+) -> None:
+    """Its VAE is another one, whose mean and std of latents are in the module."""
+    from diffusers import SanaVideoPipeline
+
+    plan = make_plan(load(write_720p(), discover()))
+    assert plan.validation is not None
+    ours = validator(plan).latents(plan.validation.prompts["rabbit"])
+    assert ours.shape == (1, 128, 2, 2, 3)
+    theirs, frames = generated(SanaVideoPipeline.from_pretrained(tiny_720p, torch_dtype=torch.float32), plan)
+    assert theirs.std() > 0.1
+    assert (ours - theirs).abs().max() < LATENT_TOLERANCE
+    assert frames.float().std() > 10, "a picture, not a surface"
+    assert (decoded(plan, ours) - frames).abs().max() <= 1
+
+
+@pytest.mark.parametrize(("size", "warned"), [("1280x704", 1), ("832x480", 0)])
+def test_720p_clips_with_the_480p_checkpoint_are_pointed_out(
+    write_config: Callable[..., Path], size: str, warned: int
+) -> None:
+    config = write_config()
+    config.write_text(config.read_text(encoding="utf-8").replace('"64x32"]', f'"{size}"]'), encoding="utf-8")
+    found = [text for text in make_plan(load(config, discover())).warnings if "not been trained" in text]
+    own = '2.2 times the area of 768x528, the largest size of this checkpoint\'s own, "480p"'
+    assert found == [f"[[data]] clips: 1280x704 has {own}: it has not been trained on videos that large"] * warned
+
+
+def test_sizes_that_the_720p_checkpoint_cannot_decode_are_problems_of_the_plan(write_720p: Callable[..., Path]) -> None:
+    """On its stride, and yet a single row of latents, which its decoder does not take."""
+    config = write_720p((('["96x64"]', '["96x64", "64x32"]'), ('size = "96x64"', 'size = "32x96"')))
+    with pytest.raises(ConfigError) as caught:
+        make_plan(load(config, discover()))
+    lines = config.read_text(encoding="utf-8").splitlines()
+    data, size = (lines.index(line) + 1 for line in ("[[data]]", 'size = "32x96"'))
+    what = "the LTX-2 VAE: 32 pixels are one latent of its decoder, which takes two."
+    assert [(problem.where, problem.what) for problem in caught.value.problems] == [
+        (f"{config}:{data}", f"64x32@9: {what}"),
+        (f"{config}:{size}", f"32x96@9: {what}"),
+    ]
+
+
+@pytest.mark.slow
+def test_a_lora_run_on_the_720p_checkpoint_makes_the_video_that_plain_diffusers_makes(
+    tmp_path: Path, write_720p: Callable[..., Path], run_here: Callable[[Path], None], tiny_720p: Path, generated: Any
+) -> None:
+    """Slow (a whole run): cache, LoRA with a share of image-to-video, validation from text and from a picture."""
+    from diffusers import SanaVideoPipeline
+    from PIL import Image
+
+    Image.linear_gradient("L").resize((96, 64)).convert("RGB").save(tmp_path / "boat.png")
+    more = (
+        ("fps = 8", "fps = 8\nimage_to_video = 0.5"),
+        ("prompts = { rabbit", 'images = { boat = "boat.png" }\nprompts = { boat = "A boat", rabbit'),
+        ("[precision]", "[model.lora]\nrank = 4\nalpha = 32.0\n[precision]"),
+    )
+    config = write_720p(more, train="lora", steps=6)
+    run_here(config)
+    checkpoint, samples = (tmp_path / "out" / name / "step-000006" for name in ("checkpoints", "samples"))
+    pipeline = SanaVideoPipeline.from_pretrained(tiny_720p, torch_dtype=torch.float32)
+    plan = make_plan(load(config, discover()))
+    _, before = generated(pipeline, plan)
+    pipeline.load_lora_weights(checkpoint)
+    _, theirs = generated(pipeline, plan)
+    ours = torch.stack([torch.from_numpy(frame) for frame in read_frames(samples / "rabbit.mp4")])
+    assert (samples / "boat.mp4").is_file()
+    luma = torch.tensor([0.2126, 0.7152, 0.0722])  # the file's chroma has half the resolution
+    errors = [((ours.float() - of) @ luma).abs().mean().item() for of in (theirs, before)]
+    assert errors[0] < 6, "what H.264 at CRF 18 leaves"
+    assert errors[1] > 1.5 * errors[0], "without what was learned it is another video"
 
 
 def test_the_start_is_the_same_at_every_validation_and_depends_on_the_seed_alone(plan: Plan) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import struct
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,6 +132,35 @@ def stored_shapes(folder: Path, stem: str) -> dict[str, Shape]:
         raise ModelError(problems)
     files = weight_files(folder, stem).present
     return {name: tensor.shape for path in files for name, tensor in stored_tensors(path).items()}
+
+
+def stored_numbers(folder: Path, stem: str, names: Collection[str]) -> dict[str, tuple[float, ...]]:
+    """The numbers of those of `names` that are stored, each flattened: for small tensors, such as a codec's statistics.
+
+    Raises ModelError for missing or broken files, and for a storage type that holds no floating-point numbers.
+    """
+    problems = weight_problems(folder, stem)
+    if problems:
+        raise ModelError(problems)
+    numbers: dict[str, tuple[float, ...]] = {}
+    for path in weight_files(folder, stem).present:
+        for name, tensor in stored_tensors(path).items():
+            if name in names:
+                numbers[name] = _numbers(path, name, tensor)
+    return numbers
+
+
+def _numbers(path: Path, name: str, tensor: StoredTensor) -> tuple[float, ...]:
+    with path.open("rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little") + tensor.begin)
+        data = file.read(tensor.end - tensor.begin)
+    if tensor.dtype == "BF16":  # the upper half of an fp32 number
+        data = b"".join(b"\0\0" + data[start : start + 2] for start in range(0, len(data), 2))
+    form = {"F64": "d", "F32": "f", "BF16": "f", "F16": "e"}.get(tensor.dtype)
+    if form is None:
+        what = f"{name} is stored as {tensor.dtype}, and numbers of F64, F32, BF16 or F16 are read."
+        raise ModelError(Problem(str(path), what, "Take the model's own weights."))
+    return tuple(number for (number,) in struct.iter_unpack(f"<{form}", data))
 
 
 def misfits(expected: Mapping[str, Shape], found: Mapping[str, Shape], unsqueezed: Collection[str] = ()) -> list[str]:

@@ -29,14 +29,14 @@ from vtrain.contract import (
     SupportsFeatures,
     SupportsStepCheck,
     SupportsTokenGrid,
-    TokenGrid,
     TrackerSpec,
 )
 from vtrain.contract.specs import listed
 from vtrain.plan.conditions import check_declared, encoder_problems, picture_problems, training_problems
-from vtrain.plan.datasets import check_frames, datasets, foreign_extras, nearest_size, token_grid, warnings
+from vtrain.plan.datasets import check_frames, datasets, foreign_extras, nearest_size, warnings
 from vtrain.plan.places import among_clips, output_problems
 from vtrain.plan.records import DatasetPlan, Plan, ValidationPlan
+from vtrain.plan.sizes import Clips, beyond, longest, refused
 from vtrain.plan.text import check_text
 from vtrain.registry.blame import blame
 from vtrain.registry.spelling import declared_faults, faults
@@ -74,10 +74,10 @@ def _make_plan(config: Config, processes: int, catalog: Catalog | None) -> Plan:
     made = datasets(config, family, problems, foreign_extras(spec, family, catalog))
     problems += [*training_problems(config, family, made), *encoder_problems(config, family, made)]
     problems += among_clips(config, made)
-    clips = _longest(family, made)
+    clips = longest(family, made)
     regularizers = _regularizers(config, family, clips, problems)
     validation = _validation(config, family, sampler, problems)
-    problems += _misspelt(config, family, sampler, made, regularizers)
+    problems += [*refused(config, family, made, validation), *_misspelt(config, family, sampler, made, regularizers)]
     if problems:
         raise ConfigError(sorted(problems, key=_place))
     return Plan(
@@ -94,6 +94,7 @@ def _make_plan(config: Config, processes: int, catalog: Catalog | None) -> Plan:
             *sampler.warnings(),
             *_unusual(config),
             *warnings(config, family),
+            *beyond(family, made, validation),
             *_said(regularizers),
         ),
     )
@@ -221,17 +222,6 @@ def _unusual(config: Config) -> Iterator[str]:
     for key, text in texts.items():
         if found := _TOKEN.search(text):
             yield f'{key} holds "{found[0]}", which nothing fills in: the model is given it as it stands'
-
-
-Clips = tuple[tuple[ClipShape, TokenGrid | None], ...]
-
-
-def _longest(family: Family, made: tuple[DatasetPlan, ...]) -> Clips:
-    """The longest clip of each bucket that the family takes, once, with its tokens."""
-    shapes = {ClipShape(each.frames, s.height, s.width) for each in made for s in each.sizes}
-    stride, rule = family.pixel_stride, family.frame_rule
-    taken = [s for s in sorted(shapes) if rule.accepts(s.frames) and not (s.height % stride or s.width % stride)]
-    return tuple((shape, token_grid(family, shape)) for shape in taken)
 
 
 def _said(regularizers: tuple[tuple[str, Regularizer], ...]) -> list[str]:

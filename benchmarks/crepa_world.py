@@ -35,7 +35,7 @@ from measured import put
 from steadiness import Steadiness, steadiness
 from torch import Tensor
 
-from vtrain.contract import Caption, Condition, Denoiser, Logged
+from vtrain.contract import Caption, Condition, Denoiser, Logged, timed
 from vtrain.data.batches import pad
 from vtrain.data.caching.caches import Caches, fill_caches
 from vtrain.data.scanning.scan import scan
@@ -157,7 +157,7 @@ def held_out(plan: Plan, model: Denoiser) -> float:
             some = slice(first, first + TOGETHER)
             text = pad([caches.text(caption, "prompt") for caption in captions[some]], plan.family.text_encoders())
             noise = torch.randn(clean[some].shape, generator=generator)
-            level = plan.sampler.draw(len(noise), generator)
+            level = timed(plan.family, plan.sampler.draw(len(noise), generator))
             noisy, target = plan.sampler.corrupt(clean[some], noise, level)
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
                 prediction = model.predict(noisy, level, Condition(text))

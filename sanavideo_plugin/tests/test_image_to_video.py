@@ -5,21 +5,30 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers.models.transformers.transformer_sana_video import SanaVideoTransformer3DModel
 from peft import LoraConfig, inject_adapter_in_model
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vtrain.contract import Condition, DType, LatentShape, NoiseLevel, SupportsFrameLevels, Text
+from vtrain.contract import Condition, DType, LatentShape, NoiseLevel, Text
+from vtrain.testing.family import MemoryTests, measured
 from vtrain_sanavideo.denoiser import SanaVideoDenoiser
 from vtrain_sanavideo.family import SanaVideoFamily
 from vtrain_sanavideo.flow import SanaVideoFlow
-from vtrain_sanavideo.options import SanaVideoFlowOptions
+from vtrain_sanavideo.options import SanaVideoFlowOptions, SanaVideoOptions
 
 LATENTS = LatentShape(16, 3, 4, 6)
 BLOCKS = 4
+SIZES_2B = {
+    "num_attention_heads": 20, "attention_head_dim": 112, "num_cross_attention_heads": 20, "cross_attention_head_dim": 112,
+    "cross_attention_dim": 2240, "num_layers": 20, "mlp_ratio": 3.0,
+}  # fmt: skip
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -116,10 +125,19 @@ def kept(denoiser: SanaVideoDenoiser, *inputs: torch.Tensor) -> Iterator[dict[in
         yield found
 
 
-@pytest.mark.parametrize(("weights", "compute"), [("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "bf16")])
+TYPES = pytest.mark.parametrize(("weights", "compute"), [("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "bf16")])
+
+
+def price(family: SanaVideoFamily, weights: DType, compute: DType, tokens: int, *, checkpointing: bool) -> float:
+    """Of a level for each frame, beyond one for the clip."""
+    found = [family.block_memory(weights=weights, compute=compute, frame_levels=each) for each in (True, False)]
+    kept = [each.kept(tokens, family.block_count, checkpointing=checkpointing) for each in found if each is not None]
+    return kept[0] - kept[1]
+
+
+@TYPES
 def test_the_price_is_what_autograd_keeps_more(family: SanaVideoFamily, weights: DType, compute: DType) -> None:
     """Counted in tensors saved for the backward pass; with checkpointing, one block's come when it is recomputed."""
-    assert isinstance(family, SupportsFrameLevels)
     noisy, given = normal(1, *LATENTS), condition(1)
 
     def held(timestep: list[float] | list[list[float]], checkpointing: bool) -> int:
@@ -133,11 +151,38 @@ def test_the_price_is_what_autograd_keeps_more(family: SanaVideoFamily, weights:
         return sum(found.values())
 
     more = [held([[0.0, 500.0, 500.0]], on) - held([500.0], on) for on in (False, True)]
-    told = [
-        family.frame_level_bytes(LATENTS, weights=weights, compute=compute, checkpointing=on) for on in (False, True)
-    ]
-    assert told[0] == more[0]
-    tokens, width, size = 3 * 2 * 3, 96, 4 if weights == "fp32" else 2
-    block = 8 * (tokens - 1) * width * size
-    assert told[1] == more[1] + block
+    # The first token's would be there for the clip as a whole.
+    tokens, width, size = 3 * 2 * 3 - 1, 96, 4 if weights == "fp32" else 2
+    block = 8 * tokens * width * size
+    assert price(family, weights, compute, tokens, checkpointing=False) == more[0]
+    assert price(family, weights, compute, tokens, checkpointing=True) == more[1] + block
     assert more[0] > BLOCKS * block
+
+
+@TYPES
+@pytest.mark.parametrize("frame_levels", [False, True])
+@pytest.mark.parametrize("model", ["checkpoint", pytest.param("checkpoint_720p", marks=pytest.mark.slow)])
+def test_the_stored_memory_of_the_2b_model_is_what_is_measured(
+    tmp_path: Path, request: pytest.FixtureRequest, model: str, weights: DType, compute: DType, frame_levels: bool
+) -> None:
+    """Its transformer at full size, on fake weights; the codec and the text of the tiny one, which do not count.
+
+    Slow of 720p (the same blocks once more).
+    """
+    own_checkpoint = Path(shutil.copytree(request.getfixturevalue(model), tmp_path / "model"))
+    family = SanaVideoFamily(SanaVideoOptions(path=str(own_checkpoint)))
+    examples = MemoryTests.examples(family, frame_levels)
+    file = own_checkpoint / "transformer" / "config.json"
+    real = json.loads(file.read_text()) | SIZES_2B
+    file.write_text(json.dumps(real))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        module = SanaVideoTransformer3DModel.from_config(real)
+        if weights == "bf16":
+            for part in module.modules():
+                for name, weight in part.named_parameters(recurse=False):
+                    setattr(part, name, torch.nn.Parameter(weight.detach().bfloat16()))
+    found = measured(family, SanaVideoDenoiser(module, family._geometry), examples, compute)
+    stored = SanaVideoFamily(SanaVideoOptions(path=str(own_checkpoint))).block_memory(
+        weights=weights, compute=compute, frame_levels=frame_levels
+    )
+    assert stored == found

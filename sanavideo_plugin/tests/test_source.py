@@ -38,7 +38,7 @@ try:
         denoiser = family.load_denoiser("cpu", "fp32")
         told["weights"] = sum(weight.numel() for weight in denoiser.module.parameters())
         with family.text_encoders()["gemma"].open("cpu") as encoder:
-            told["tokens"] = encoder.encode([Caption("a cat")], "prompt").mask.shape[1]
+            told["tokens"] = encoder.encode([Caption("a cat")], "prompt").only.mask.shape[1]
 except VtrainError as error:
     told["error"] = str(error)
 print(json.dumps(told))

@@ -83,7 +83,7 @@ def test_negative_prompts_and_dropped_captions_are_the_pipelines(
     assert torch.equal(text.only.embeds[0], embeds[: int(mask.sum())])
     if not negative:
         assert torch.equal(dropped.only.embeds, text.only.embeds)
-        assert dropped.mask.tolist() == [[True]]
+        assert dropped.only.mask.tolist() == [[True]]
 
 
 @pytest.mark.parametrize("instruction", ["", "Describe a video of this: "])
@@ -114,7 +114,7 @@ def test_captions_that_lost_their_end_are_counted(family: SanaVideoFamily) -> No
     with family.text_encoders()["gemma"].open("cpu") as encoder:
         encoder.encode([Caption("a cat"), Caption(LONG)], "prompt")
         assert encoder.truncated == 1
-        assert encoder.encode([Caption(LONG)], "negative").mask.shape == (1, 300)
+        assert encoder.encode([Caption(LONG)], "negative").only.mask.shape == (1, 300)
         assert encoder.truncated == 2
 
 
@@ -167,5 +167,5 @@ def test_the_wording_is_what_is_cut_into_tokens(checkpoint: Path, family_of: Fam
     tokens = GemmaTokenizer.from_pretrained(checkpoint / "tokenizer")
     with family.text_encoders()["gemma"].open("cpu") as encoder:
         for role in ("negative", "dropped"):
-            length = encoder.encode([caption], role).embeds.shape[1]
+            length = encoder.encode([caption], role).only.embeds.shape[1]
             assert length == len(tokens.encode(family.wording(caption, role)))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from vtrain.contract import (
     DIFFUSERS_STEM,
     TRANSFORMERS_STEM,
+    BlockMemory,
     Caption,
     CheckpointSource,
     ClipShape,
@@ -37,6 +38,7 @@ from vtrain.contract import (
 )
 from vtrain_sanavideo import check, codec, denoiser, text
 from vtrain_sanavideo.geometry import BUCKETS, AnyCodecConfig, Ltx2CodecConfig, TransformerConfig, vae_title
+from vtrain_sanavideo.memory import MEASURED
 from vtrain_sanavideo.options import SanaVideoOptions
 
 if TYPE_CHECKING:
@@ -44,10 +46,6 @@ if TYPE_CHECKING:
 
     from vtrain_sanavideo.denoiser import SanaVideoDenoiser
     from vtrain_sanavideo.text import SanaVideoText
-
-_BYTES = {"fp32": 4, "bf16": 2}
-_WAVES = 256
-"""Sines and cosines of a timestep, from which its embedding is made."""
 
 
 class SanaVideoFamily:
@@ -134,20 +132,10 @@ class SanaVideoFamily:
         # 1000 sigma of a level of that grid is whole, or below a whole number by 1 / 2998 at least; rounding moves it by 9e-5.
         return (1000 * sigma.float() + 2e-4).floor()
 
-    def frame_level_bytes(self, latents: LatentShape, *, weights: DType, compute: DType, checkpointing: bool) -> int:
-        """What is kept for the backward pass of full training; an adapter's keeps a little less.
-
-        For each token instead of once for the clip: in each block shift, scale and gate of two branches and twice
-        1 + scale, eight vectors; 1 + scale of the last norm; the waves of the timestep and four vectors of its embedder.
-        With checkpointing one block's eight at a time, and once the six that all blocks start from. Gradients are not
-        counted: they come while the activations of the blocks go.
-        """
-        width, kept, made = self._transformer.width, _BYTES[weights], _BYTES[compute]
-        block, last = 8 * width * max(kept, made), width * max(kept, made)
-        embedder = (_WAVES + 4 * width) * made
-        blocks = block + 6 * width * made if checkpointing else self.block_count * block
-        # The first token's would be there for the clip as a whole.
-        return (math.prod(self.token_grid(latents)) - 1) * (embedder + blocks + last)
+    def block_memory(self, *, weights: DType, compute: DType, frame_levels: bool) -> BlockMemory | None:
+        config = self._transformer
+        key = (config.width, config.mlp_ratio, config.in_channels, config.patch_size)
+        return MEASURED.get(key, {}).get((weights, compute, frame_levels))
 
     def check(self) -> Sequence[Problem]:
         return check.check(self._source, self._vae_source)

@@ -18,6 +18,7 @@ from vtrain.config.foreign import FORMATS
 from vtrain.contract import HOOK_SPECS, VtrainError
 from vtrain.data.decoding.video import SUFFIXES
 from vtrain_sanavideo.geometry import OFFICIAL_480P, OFFICIAL_720P
+from vtrain_wan.family import TI2VFamily, Wan21Family
 
 
 @pytest.fixture
@@ -113,3 +114,14 @@ def test_the_plugin_of_the_readme_is_that_of_the_page(every_block: tuple[Any, ..
 
 def test_planted_kinds_are_found() -> None:
     assert list(kinds('Skipped("dropped", "too odd", "because")')) == ["too odd"]
+
+
+def test_the_page_on_wan_lists_its_buckets(said: Any) -> None:
+    listed = dict(re.findall(r"\| (wan\S+ \| \S+) \| ([0-9x ]+) \|", said("wan.md")))
+    families = {"wan21": Wan21Family, "wan22-ti2v": TI2VFamily}
+    wanted = {
+        f"{name} | {bucket_set}": " ".join(map(str, sizes))
+        for name, family in families.items()
+        for bucket_set, sizes in family.sizes.items()
+    }
+    assert listed == wanted

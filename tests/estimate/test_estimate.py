@@ -42,6 +42,13 @@ def test_the_cache_holds_each_clip_once_whatever_the_repeats(plan_of: PlanOf) ->
     assert once.video_bytes == 10 * per_clip[SQUARE] + 6 * per_clip[WIDE]
 
 
+def test_text_is_counted_at_the_width_length_and_type_of_each_part(plan_of: PlanOf) -> None:
+    assert make_estimate(plan_of(), survey()).text_bytes == (16 + 1) * 16 * 24 * 4
+    plan = plan_of(model='use = "toy-duo"\ntrain = "full"')
+    words, letters, gist = 16 * 24 * 4, 32 * 8 * 2, 12 * 4
+    assert make_estimate(plan, survey()).text_bytes == (16 + 1) * (words + letters + gist)
+
+
 def _product(numbers: tuple[int, ...]) -> int:
     total = 1
     for number in numbers:

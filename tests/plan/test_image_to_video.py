@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vtrain.contract import ClipShape, ConfigError, FrameRule, LatentShape
+from vtrain.contract import ClipShape, ConfigError, FrameRule
 from vtrain.data.scanning.surveys import DatasetSurvey
 from vtrain.estimate.render import picture_rows, price_rows
 from vtrain.plan.make import picture_problems, training_problems
@@ -76,9 +76,6 @@ def test_a_family_whose_first_latent_frame_is_no_single_picture_is_refused(plan_
 
         def pixel_frames(self, latent_frame: int) -> range:
             return range(2 * latent_frame, 2 * latent_frame + 2)
-
-        def frame_level_bytes(self, latents: LatentShape, **_settings: object) -> int:
-            return 0
 
     family: Any = Pairs()
     plan = plan_of(data=DATA, validation=VALIDATION + 'images = { city = "config.toml" }')

@@ -23,6 +23,7 @@ from vtrain_toy.text import ToyTextEncoder
 from vtrain_toy.transformer import ToyTransformer
 
 from vtrain.contract import (
+    BlockMemory,
     Caption,
     ClipShape,
     Condition,
@@ -34,6 +35,7 @@ from vtrain.contract import (
     Text,
     TextEncoderSpec,
     TextPart,
+    TokenBytes,
     TokenGrid,
     timesteps,
 )
@@ -327,8 +329,9 @@ MUTANTS: Mapping[str, Callable[[Path], Subject]] = {
     "test_tokens_divide_the_latents": lambda _: geometry(
         token_grid=lambda self, latents: TokenGrid(latents.frames, latents.height - 1, latents.width)
     ),
-    "test_levels_for_each_frame_have_a_price": lambda _: geometry(
-        frame_level_bytes=lambda self, latents, **settings: 100 - latents.frames
+    "test_the_stored_memory_of_blocks_is_what_is_measured": lambda _: (
+        geometry(block_memory=lambda self, **how: BlockMemory(TokenBytes(2360, 1400), TokenBytes(128, 1400)))
+        | kit(weights="fp32", compute="fp32", frame_levels=True)
     ),
     "test_abilities_of_the_family_are_spelt_right": lambda _: geometry(wordings=lambda self, caption, role: ""),
     "test_abilities_of_the_codec_are_spelt_right": lambda _: kit(codec=WholeCodec()),

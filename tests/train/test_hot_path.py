@@ -22,10 +22,10 @@ from vtrain.contract import (
     Device,
     Family,
     Logged,
-    NoiseLevel,
     RunLength,
     Sampler,
     Text,
+    timed,
 )
 from vtrain.data.batches import pad
 from vtrain.run.inbox import Inbox
@@ -74,7 +74,7 @@ def fed(family: Family, sampler: Sampler) -> Iterator[Prefetched]:
         text: Text = pad([encoder.encode([Caption("a clip")], "prompt")], family.text_encoders())
     for number in itertools.count():
         generator = torch.Generator().manual_seed(number)
-        level: NoiseLevel = sampler.draw(1, generator)
+        level = timed(family, sampler.draw(1, generator))
         clean, noise = (torch.randn((1, *shape), generator=generator) for _ in range(2))
         given = StepInput(clean, noise, level, Condition(text), number)
         yield Prefetched(given, number, ("clip",), level.sigma.tolist())

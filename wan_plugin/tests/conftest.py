@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from vtrain.contract import CheckpointOptions
 from vtrain_wan import tiny
 from vtrain_wan.family import TI2VFamily, Wan21Family
-from vtrain_wan.plugin import WAN21, TI2VOptions, Wan21Options
+from vtrain_wan.plugin import WAN21, Wan21Options
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +46,7 @@ def family_of() -> Callable[..., Wan21Family]:
     def build(folder: Path, **options: object) -> Wan21Family:
         chosen = {"text_precision": "fp32", "path": str(folder)} | options
         if folder.name == "ti2v":
-            return TI2VFamily(TI2VOptions.model_validate(chosen))
+            return TI2VFamily(CheckpointOptions.model_validate(chosen))
         built = WAN21.build(Wan21Options.model_validate(chosen))
         assert isinstance(built, Wan21Family)
         return built

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +14,12 @@ import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vtrain.contract import Caption, ClipShape, DataError, LatentShape, ModelError, Size, TextPartSpec
+from vtrain.testing.family import MemoryTests, measured
 from vtrain_wan import checkpoint, tiny
+from vtrain_wan.denoiser import WanDenoiser
 from vtrain_wan.family import TI2VFamily, Wan21Family
 from vtrain_wan.plugin import WAN21, WAN22_TI2V
 from vtrain_wan.text import wording
@@ -43,7 +47,27 @@ def test_shapes_and_names_of_the_published_models_are_those_of_diffusers_class(n
     config = checkpoint.read_transformer(tmp_path)
     assert config.shapes() == {key: tuple(value.shape) for key, value in module.state_dict().items()}
     assert config.parameters == sum(value.numel() for value in module.parameters())
-    assert checkpoint.identity(config.width, config.in_channels, False) == name
+    assert checkpoint.identity(config.shapes()) == name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_stored_memory_of_the_published_models_is_what_is_measured(
+    name: str, wan21: Path, ti2v: Path, family_of: Families, tmp_path: Path
+) -> None:
+    """Slow (a minute): transformers at full size on fake weights; the codec and the text of the tiny one, which do not count."""
+    small = family_of(ti2v if "TI2V" in name else wan21, text_precision="bf16")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        module = WanTransformer3DModel(**PUBLISHED[name] | {"text_dim": 64})
+    model = tmp_path / small._source.folder.name
+    shutil.copytree(small._source.folder, model)
+    module.save_config(model / "transformer")
+    for levels in {False, small.frame_levels}:
+        examples = MemoryTests.examples(small, levels)
+        for compute in ("fp32", "bf16"):
+            found = measured(small, WanDenoiser(module, small._geometry, blocks="blocks"), examples, compute)
+            stored = family_of(model).block_memory(weights="fp32", compute=compute, frame_levels=levels)
+            assert stored == found
 
 
 def test_the_first_buckets_are_the_official_sizes(wan21: Path, ti2v: Path, family_of: Families) -> None:

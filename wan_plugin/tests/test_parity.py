@@ -143,31 +143,26 @@ def test_levels_by_frame_are_the_timesteps_by_token_that_the_pipeline_gives(ti2v
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 5.0])
-def test_frames_are_the_pipelines_within_one_of_255(
-    family: Wan21Family, pipeline: Any, checkpoint: Path, guidance: float
-) -> None:
+def test_frames_are_the_pipelines_within_one_of_255(family: Wan21Family, pipeline: Any, checkpoint: Path) -> None:
     """From the same noise, Euler steps on the same grid: vtrain's `flow` here, FlowMatchEulerDiscreteScheduler there."""
     shift = 5.0
     pipeline.scheduler = Euler(shift=shift)
     noise = torch.randn((1, *family.latent_shape(ClipShape(9, 64, 96))), generator=torch.Generator().manual_seed(3))
     theirs, calls = recorded(
-        pipeline, prompt="a cat", num_inference_steps=4, guidance_scale=guidance, latents=noise, output_type="np"
+        pipeline, prompt="a cat", num_inference_steps=4, guidance_scale=5.0, latents=noise, output_type="np"
     )
     sides = [conditioned(family, ["a cat"]), conditioned(family, [""], "negative")]
     denoiser = family.load_denoiser("cpu", "fp32")
 
     def predict(noisy: torch.Tensor, level: NoiseLevel) -> torch.Tensor:
         found = denoiser.predict(noisy, level, sides[0])
-        if guidance == 1.0:
-            return found
         other = denoiser.predict(noisy, level, sides[1])
-        return other + guidance * (found - other)
+        return other + 5.0 * (found - other)
 
     flow = FLOW.build(FLOW.options(shift=shift), family.scheduler_config())
     with torch.no_grad(), family.open_video_codec("cpu") as codec:
         ours = codec.decode(flow.solve(lambda noisy, level: predict(noisy, timed(family, level)), noise, steps=4))
-    assert len(calls) == (4 if guidance == 1.0 else 8)
+    assert len(calls) == 8
     found = (ours[0].permute(1, 2, 3, 0) / 2 + 0.5).clamp(0, 1).numpy() * 255
     assert found.std() > 1
     assert np.abs(found - theirs[0] * 255).max() < 1

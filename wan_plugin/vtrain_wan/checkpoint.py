@@ -9,6 +9,7 @@ from pathlib import Path
 from vtrain.contract import (
     DIFFUSERS_STEM,
     TRANSFORMERS_STEM,
+    VOCABULARIES,
     CausalCodecConfig,
     CheckpointSource,
     Component,
@@ -27,19 +28,18 @@ from vtrain.contract import (
     weight_problems,
 )
 
+_IMAGES = "condition_embedder.image_embedder"
 COMPONENTS: Mapping[str, Component] = {
     "transformer": Component(("WanTransformer3DModel",), DIFFUSERS_STEM),
     "vae": Component(("AutoencoderKLWan",), DIFFUSERS_STEM),
     "text_encoder": Component(("UMT5EncoderModel",), TRANSFORMERS_STEM),
-    "tokenizer": Component(
-        ("T5TokenizerFast", "T5Tokenizer"), config="tokenizer_config.json", one_of=("tokenizer.json", "spiece.model")
-    ),
+    "tokenizer": Component(("T5TokenizerFast", "T5Tokenizer"), config="tokenizer_config.json", one_of=VOCABULARIES),
     "scheduler": Component(config="scheduler_config.json"),
 }
 
 
 class WanConfig(TransformerConfig):
-    """transformer/config.json of a WanTransformer3DModel. image_dim: width of an image encoder's features, if it takes any."""
+    """transformer/config.json of a WanTransformer3DModel."""
 
     text_dim: int
     freq_dim: int
@@ -48,9 +48,10 @@ class WanConfig(TransformerConfig):
     image_dim: int | None
 
     def shapes(self) -> dict[str, Shape]:
-        """Of text-to-video, which has no image embedder."""
+        """Of an image embedder, which text-to-video has not, the first alone."""
         width, embedder = self.width, "condition_embedder"
-        shapes: dict[str, Shape] = {
+        images: dict[str, Shape] = {f"{_IMAGES}.norm1.weight": (self.image_dim,)} if self.image_dim else {}
+        shapes: dict[str, Shape] = images | {
             "scale_shift_table": (1, 2, width),
             **layer("patch_embedding", width, self.in_channels, *self.patch_size),
             **layer(f"{embedder}.time_embedder.linear_1", width, self.freq_dim),
@@ -89,11 +90,13 @@ _KINDS = {16: TEXT_TO_VIDEO, 36: "Wan 2.2 image-to-video A", 48: TI2V}
 _SIZES = {1536: "1.3B", 3072: "5B", 5120: "14B"}
 
 
-def identity(width: int, channels: int, images: bool, experts: bool = False) -> str:
-    """Which Wan it is, such as "Wan 2.1 text-to-video 14B". images: it embeds an image encoder's features."""
-    kind = "Wan 2.1 image-to-video" if images else _KINDS.get(channels, f"a Wan of {channels} channels")
-    if experts:
-        kind = "Wan 2.2 with two experts, A"
+def identity(shapes: Mapping[str, Shape], experts: bool = False) -> str:
+    """Which Wan has weights of these names and shapes, such as "Wan 2.1 text-to-video 14B"."""
+    width, channels, *_ = (*shapes.get("patch_embedding.weight", ()), 0, 0)
+    kind = _KINDS.get(channels, f"a Wan of {channels} channels")
+    if any(name.startswith(_IMAGES) for name in shapes):
+        kind = "Wan 2.1 image-to-video"
+    kind = "Wan 2.2 with two experts, A" if experts else kind
     return f"{kind} {_SIZES.get(width, f'of width {width}')}".replace("A 14B", "A14B")
 
 
@@ -106,16 +109,13 @@ def _transformer(folder: Path, wanted: str) -> list[Problem]:
     """Version and size by the index, by the config and by the headers of the weights."""
     part, index = folder / "transformer", read_json(folder / "model_index.json")
     config = read_transformer(part)
-    experts = index.get("boundary_ratio") is not None
-    known = identity(config.width, config.in_channels, config.image_dim is not None, experts)
+    known = identity(config.shapes(), index.get("boundary_ratio") is not None)
     if not all(word in known.split() for word in wanted.split()):
         remedy = "Name another checkpoint in [model] path, or change use or size."
         return [Problem(str(part / "config.json"), f"this is {known}, and not {wanted}.", remedy)]
     if not weight_problems(part, DIFFUSERS_STEM):
         stored = stored_shapes(part, DIFFUSERS_STEM)
-        images = any(name.startswith("condition_embedder.image_embedder") for name in stored)
-        width, channels, *_ = (*stored.get("patch_embedding.weight", ()), 0, 0)
-        found = identity(width, channels, images)
+        found = identity(stored)
         if found != known:
             what = f"these weights are of {found}, and the config beside them is of {known}."
             return [Problem(str(part), what, "Take weights and config.json from the same model.")]

@@ -22,7 +22,7 @@ ORIGINAL_NAMES = {
 
 
 class WanDenoiser(DiffusersDenoiser):
-    """The denoiser, and SupportsLora."""
+    """The denoiser, SupportsLora and SupportsDecayRule."""
 
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
     """All Linear layers of a block: what kohya-ss/musubi-tuner and DiffSynth-Studio train by default."""
@@ -43,6 +43,9 @@ class WanDenoiser(DiffusersDenoiser):
             timestep = timestep.repeat_interleave(grid.height * grid.width, dim=1)
         prediction: Tensor = self._module(noisy, timestep, text, return_dict=False)[0]
         return prediction
+
+    def decays(self, name: str, shape: tuple[int, ...]) -> bool | None:
+        return False if name.endswith("scale_shift_table") else None
 
     def lora_loader(self) -> Any:
         from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin

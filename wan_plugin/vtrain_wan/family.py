@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -11,18 +12,16 @@ from typing import TYPE_CHECKING
 import ftfy
 
 from vtrain.contract import (
-    Caption,
-    CausalCodecConfig,
+    BlockMemory,
     CheckpointOptions,
     DiffusersFamily,
     DType,
     HashFile,
-    LatentShape,
     Problem,
-    Role,
     Size,
     TextEncoderSpec,
     TextPartSpec,
+    TokenBytes,
     load_module,
     opened,
 )
@@ -31,6 +30,12 @@ from vtrain_wan.denoiser import WanDenoiser
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+
+_MEASURED: Mapping[str, Mapping[str, list[int]]] = json.loads(
+    Path(__file__).with_name("memory.json").read_text("utf-8")
+)
+"""Of the published models and the tiny ones, as `vtrain.testing.memory.block_memory` measured them; tests measure again."""
 
 
 def buckets(official: Size, stride: int) -> tuple[Size, ...]:
@@ -57,28 +62,27 @@ class Wan21Family(DiffusersFamily[checkpoint.WanConfig]):
     default_frames = 81
     default_fps = 16.0
     frame_levels = False
+    wording = staticmethod(text.wording)
+    read_transformer = staticmethod(checkpoint.read_transformer)
+    read_codec = staticmethod(checkpoint.read_vae)
 
     def __init__(self, options: CheckpointOptions, size: str | None = None) -> None:
         super().__init__(options, checkpoint.COMPONENTS)
         self._wanted = f"{self.title} {size}" if size else self.title
 
-    def read_transformer(self, folder: Path) -> checkpoint.WanConfig:
-        return checkpoint.read_transformer(folder)
-
-    def read_codec(self, folder: Path) -> CausalCodecConfig:
-        return checkpoint.read_vae(folder)
-
     def check(self) -> Sequence[Problem]:
         return checkpoint.check(self._source, self._wanted)
 
     def describe(self) -> Sequence[tuple[str, str]]:
-        return (*self.rows(), ("text", f"UMT5 in {self._options.text_precision}, {text.TOKENS} tokens"))
+        return self.rows(checkpoint.identity(self._transformer.shapes()), f"UMT5, {text.TOKENS} tokens,", "Wan VAE")
+
+    def block_memory(self, *, weights: DType, compute: DType, frame_levels: bool) -> BlockMemory | None:
+        model = f"{self._transformer.width} {self._transformer.ffn_dim} {self._transformer.in_channels}"
+        found = _MEASURED.get(model, {}).get(f"{weights} {compute} {'frames' if frame_levels else 'clip'}")
+        return BlockMemory(TokenBytes(*found[:2]), TokenBytes(*found[2:])) if found else None
 
     def timestep(self, sigma: Tensor) -> Tensor:
         return 1000 * sigma
-
-    def wording(self, caption: Caption, role: Role) -> str:
-        return text.wording(caption, role)
 
     def text_encoders(self) -> Mapping[str, TextEncoderSpec]:
         """UMT5. What stands behind a caption's tokens is zero, and no mask reaches the transformer."""
@@ -120,8 +124,3 @@ class TI2VFamily(Wan21Family):
     default_frames = 121
     default_fps = 24.0
     frame_levels = True
-
-    def frame_level_bytes(self, latents: LatentShape, *, weights: DType, compute: DType, checkpointing: bool) -> int:
-        """For each token instead of once for the clip: six vectors of the modulation, kept in fp32 by each block."""
-        tokens = math.prod(self.token_grid(latents)) - 1
-        return tokens * 6 * self._transformer.width * 4 * (2 if checkpointing else 1 + self.block_count)

@@ -15,36 +15,26 @@ class Wan21Options(CheckpointOptions):
     )
 
 
-class TI2VOptions(CheckpointOptions):
-    """[model] with use = "wan22-ti2v"."""
-
-
-def _wan21(options: Wan21Options) -> Family:
+def _family(options: CheckpointOptions) -> Family:
     # Imported here: `vtrain plugins list` needs the options alone.
-    from vtrain_wan.family import Wan21Family
+    from vtrain_wan.family import TI2VFamily, Wan21Family
 
-    return Wan21Family(options, options.size)
-
-
-def _ti2v(options: TI2VOptions) -> Family:
-    from vtrain_wan.family import TI2VFamily
-
-    return TI2VFamily(options)
+    return Wan21Family(options, options.size) if isinstance(options, Wan21Options) else TI2VFamily(options)
 
 
 WAN21 = FamilySpec(
     name="wan21",
     summary="Wan 2.1 text-to-video, 1.3B and 14B: the Wan transformer, the Wan VAE and the UMT5 text encoder",
     options=Wan21Options,
-    build=_wan21,
+    build=_family,
     sampler="flow",
     sampler_options={"shift": 3.0},
 )
 WAN22_TI2V = FamilySpec(
     name="wan22-ti2v",
     summary="Wan 2.2 TI2V 5B: the Wan transformer, the Wan 2.2 VAE and the UMT5 text encoder",
-    options=TI2VOptions,
-    build=_ti2v,
+    options=CheckpointOptions,
+    build=_family,
     sampler="flow",
     sampler_options={"shift": 5.0},
 )

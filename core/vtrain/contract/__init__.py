@@ -1,5 +1,6 @@
 """Everything a plugin imports of vtrain. Importing it imports no torch, diffusers, transformers or accelerate."""
 
+from vtrain.contract.backends import DataBackend, SupportsCaptions, SupportsFiles, SupportsShards
 from vtrain.contract.checkpoints import (
     DIFFUSERS_STEM,
     TRANSFORMERS_STEM,
@@ -92,20 +93,17 @@ from vtrain.contract.options import (
     without_secrets,
 )
 from vtrain.contract.protocols import (
-    DataBackend,
     Denoiser,
     DType,
     Family,
     HashFile,
     Predict,
     Sampler,
-    SupportsCaptions,
+    SupportsBlockMemory,
     SupportsDecayRule,
     SupportsDecoderOnly,
-    SupportsFiles,
     SupportsFrameLevels,
     SupportsLora,
-    SupportsShards,
     SupportsStepCheck,
     SupportsStepwise,
     SupportsTokenGrid,
@@ -117,6 +115,7 @@ from vtrain.contract.protocols import (
     VideoCodec,
 )
 from vtrain.contract.records import (
+    BlockMemory,
     Caption,
     Condition,
     FeatureSource,
@@ -132,6 +131,7 @@ from vtrain.contract.records import (
     StepView,
     Text,
     TextPart,
+    TokenBytes,
     Words,
 )
 from vtrain.contract.regularizers import (
@@ -191,6 +191,7 @@ __all__ = [
     "RESERVED_KEYS",
     "TRANSFORMERS_STEM",
     "VOCABULARIES",
+    "BlockMemory",
     "Caption",
     "Catalog",
     "CausalCodecConfig",
@@ -275,6 +276,7 @@ __all__ = [
     "StepMetrics",
     "StepView",
     "Stepped",
+    "SupportsBlockMemory",
     "SupportsCaptions",
     "SupportsCheck",
     "SupportsDecayRule",
@@ -298,6 +300,7 @@ __all__ = [
     "TextEncoderSpec",
     "TextPart",
     "TextPartSpec",
+    "TokenBytes",
     "TokenGrid",
     "Tracker",
     "TrackerSpec",

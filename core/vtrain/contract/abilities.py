@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from vtrain.contract import protocols, regularizers
+from vtrain.contract import backends, protocols, regularizers
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,13 @@ class Abilities:
 
 ABILITIES: Mapping[str, Abilities] = {
     "family": Abilities(
-        protocols.Family, (protocols.SupportsWording, protocols.SupportsTokenGrid, protocols.SupportsFrameLevels)
+        protocols.Family,
+        (
+            protocols.SupportsWording,
+            protocols.SupportsTokenGrid,
+            protocols.SupportsFrameLevels,
+            protocols.SupportsBlockMemory,
+        ),
     ),
     "video codec": Abilities(protocols.VideoCodec, (protocols.SupportsDecoderOnly,)),
     "denoiser": Abilities(protocols.Denoiser, (protocols.SupportsLora, protocols.SupportsDecayRule)),
@@ -33,7 +39,7 @@ ABILITIES: Mapping[str, Abilities] = {
         (regularizers.SupportsPauses, regularizers.SupportsFeedback, regularizers.SupportsLearningRate),
     ),
     "data backend": Abilities(
-        protocols.DataBackend, (protocols.SupportsShards, protocols.SupportsCaptions, protocols.SupportsFiles)
+        backends.DataBackend, (backends.SupportsShards, backends.SupportsCaptions, backends.SupportsFiles)
     ),
     "tracker": Abilities(protocols.Tracker, (protocols.SupportsWarnings,)),
 }

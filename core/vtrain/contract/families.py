@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
@@ -175,14 +175,18 @@ class DiffusersFamily(Generic[ConfigT]):
     def scheduler_config(self) -> Mapping[str, object]:
         return read_json(self._source.folder / "scheduler" / "scheduler_config.json")
 
-    def rows(self) -> tuple[tuple[str, str], ...]:
-        """Of the model, its denoiser and its video codec, for `describe`."""
+    def rows(self, denoiser: str, text: str, codec: str = "VAE") -> Sequence[tuple[str, str]]:
+        """For `describe`, of the model, its denoiser, its text encoder and its video codec: names, and what the configs say."""
         transformer, vae, options = self._transformer, self._codec, self._options
         factors = f"x{vae.space_factor} space, x{vae.time_factor} time, {vae.z_dim} channels"
         return (
             ("model", self._source.describe()),
-            ("denoiser", f"{transformer.num_layers} blocks x {transformer.width}, {self.parameters:,} parameters"),
-            ("video codec", f"VAE in {options.vae_precision}, {factors}{', tiled' if options.vae_tiling else ''}"),
+            (
+                "denoiser",
+                f"{denoiser}, {transformer.num_layers} blocks x {transformer.width}, {self.parameters:,} parameters",
+            ),
+            ("text", f"{text} in {options.text_precision}"),
+            ("video codec", f"{codec} in {options.vae_precision}, {factors}{', tiled' if options.vae_tiling else ''}"),
         )
 
     def component_fingerprint(

@@ -9,21 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from vtrain.contract.errors import Problem
 from vtrain.contract.events import Event
 from vtrain.contract.geometry import ClipShape, FrameRule, LatentShape, Size, TokenGrid
 from vtrain.contract.records import (
+    BlockMemory,
     Caption,
     Condition,
     Latents,
     NoiseLevel,
     Role,
     RunInfo,
-    SourceRef,
     Text,
-    Words,
 )
 
 if TYPE_CHECKING:
@@ -297,11 +296,16 @@ class SupportsFrameLevels(Protocol):
         """Whether the denoiser of this model folder does."""
         ...
 
-    def frame_level_bytes(self, latents: LatentShape, *, weights: DType, compute: DType, checkpointing: bool) -> int:
-        """Bytes that one clip takes in memory in training for it, beyond a level for the whole clip.
 
-        weights: storage type of the denoiser; compute: the type in which its layers compute; checkpointing: whether blocks
-        are recomputed, one at a time.
+@runtime_checkable
+class SupportsBlockMemory(Protocol):
+    """A family that knows what its denoiser keeps in memory in training (with SupportsTokenGrid): measured, not reckoned."""
+
+    def block_memory(self, *, weights: DType, compute: DType, frame_levels: bool) -> BlockMemory | None:
+        """As `vtrain.testing.memory.block_memory` gives it for the denoiser of this model folder; None if it was not measured.
+
+        weights: storage type of the denoiser; compute: the type in which its layers compute; frame_levels: with a level for
+        each latent frame.
         """
         ...
 
@@ -312,60 +316,6 @@ class SupportsDecoderOnly(Protocol):
 
     def drop_encoder(self) -> None:
         """Free it. `encode` may not be called afterwards."""
-        ...
-
-
-class DataBackend(Protocol):
-    """Where files are. It decodes nothing and knows no video."""
-
-    @property
-    def location(self) -> str:
-        """What names this place in the ledger: an absolute path or a URL, without secrets."""
-        ...
-
-    def refs(self) -> Iterator[SourceRef]:
-        """Every file, sorted by id, never all in memory at once.
-
-        Raises DataError when the place does not exist or cannot be read.
-        """
-        ...
-
-    def open(self, ref: SourceRef) -> BinaryIO:
-        """A seekable binary file, for a ref that `refs` gave, now or in an earlier process. Raises OSError."""
-        ...
-
-
-@runtime_checkable
-class SupportsShards(Protocol):
-    """A data backend whose files lie in shards (tar files): those that did not change are not listed again.
-
-    `refs` is then the members of all shards. A member's id is "<shard's id>/<name in the shard>".
-    """
-
-    def shards(self) -> Iterator[SourceRef]:
-        """The shards, sorted by id; cheap to list. Raises DataError."""
-        ...
-
-    def members(self, shard: SourceRef) -> Iterator[SourceRef]:
-        """The files in a shard, sorted by id; reads its index. Raises OSError if it cannot be read."""
-        ...
-
-
-@runtime_checkable
-class SupportsCaptions(Protocol):
-    """A data backend that knows captions of its own (a manifest): data.captions = "backend" takes them."""
-
-    def captions(self) -> Iterator[tuple[str, Words]]:
-        """(id of the clip, its words), sorted by id, never all in memory at once. Raises DataError."""
-        ...
-
-
-@runtime_checkable
-class SupportsFiles(Protocol):
-    """A data backend whose files are files of this machine: data.on_bad_file = "move" may move them."""
-
-    def file(self, ref: SourceRef) -> Path:
-        """The file itself, at an absolute path. Raises OSError if it is no longer of this size and version."""
         ...
 
 

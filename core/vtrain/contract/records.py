@@ -97,6 +97,31 @@ class NoiseLevel:
 
 
 @dataclass(frozen=True)
+class TokenBytes:
+    """Bytes kept for the backward pass, for each token of a clip. block: by each block; outside: beside the blocks."""
+
+    block: float
+    outside: float
+
+
+@dataclass(frozen=True)
+class BlockMemory:
+    """What full training of a denoiser keeps for the backward pass; an adapter's keeps a little less.
+
+    plain: as it is. checkpointed: with gradient checkpointing, where one block at a time keeps `plain.block` besides.
+    """
+
+    plain: TokenBytes
+    checkpointed: TokenBytes
+
+    def kept(self, tokens: int, blocks: int, *, checkpointing: bool) -> float:
+        """Bytes for a clip of so many tokens."""
+        if checkpointing:
+            return tokens * (self.checkpointed.outside + blocks * self.checkpointed.block + self.plain.block)
+        return tokens * (self.plain.outside + blocks * self.plain.block)
+
+
+@dataclass(frozen=True)
 class Condition:
     """All that a denoiser is conditioned on: text and, by name, whatever else the family takes (tensors with B first)."""
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import pluggy
 
+from vtrain.contract.backends import DataBackend
 from vtrain.contract.errors import ConfigError, PluginError, Problem
 from vtrain.contract.options import Options
-from vtrain.contract.protocols import DataBackend, Family, Sampler, Tracker
+from vtrain.contract.protocols import Family, Sampler, Tracker
 from vtrain.contract.records import ParameterGroup
 from vtrain.contract.regularizers import Regularizer
 

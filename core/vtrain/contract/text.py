@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
@@ -36,21 +36,25 @@ class TextPartSpec:
 
     def fault(self, part: TextPart, captions: int) -> str:
         """Why a part of so many captions, as an encoder gives it, is none that is promised here; "" if it is one."""
-        found, dtype = tuple(part.embeds.shape), str(part.embeds.dtype).removeprefix("torch.")
-        if self.tokens is None:
-            promised, fits = f"({captions}, {self.width})", found == (captions, self.width)
-        else:
-            promised = f"({captions}, 1 to {self.tokens}, {self.width})"
-            fits = len(found) == 3 and found[::2] == (captions, self.width) and 1 <= found[1] <= self.tokens
-        if not fits:
-            return f"is {found} where {promised} is promised"
+        import torch
+
+        found, mask = part.embeds.shape, part.mask
+        if not self._fits(found, captions):
+            within = "" if self.tokens is None else f"1 to {self.tokens}, "
+            return f"is {tuple(found)} where ({captions}, {within}{self.width}) is promised"
         if part.embeds.dtype is not torch_type(self.dtype):
-            return f"is {dtype} where {self.dtype} is promised"
+            return f"is {str(part.embeds.dtype).removeprefix('torch.')} where {self.dtype} is promised"
         if self.tokens is None:
-            return "" if part.mask is None else "is a pooled vector and has a mask"
-        if part.mask is None or (str(part.mask.dtype), tuple(part.mask.shape)) != ("torch.bool", found[:2]):
-            return f"has no mask of bool {found[:2]}"
+            return "" if mask is None else "is a pooled vector and has a mask"
+        if mask is None or mask.dtype is not torch.bool or mask.shape != found[:2]:
+            return f"has no mask of bool {tuple(found[:2])}"
         return ""
+
+    def _fits(self, found: Sequence[int], captions: int) -> bool:
+        """Whether embeddings have a shape that is promised."""
+        if self.tokens is None:
+            return found == (captions, self.width)
+        return len(found) == 3 and found[0] == captions and 1 <= found[1] <= self.tokens and found[2] == self.width
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class TextEncoderSpec:
 
     parts: what it gives, by names that no other encoder of the family uses. fingerprint: of HashFile; changes when, and only
     when, what it gives would: weights, config, tokenizer, instruction, storage type. open: *torch*, of a device; loads the
-    encoder for the length of a with block, and its memory is free afterwards. Two are never open together.
+    encoder for the length of a with block, and its memory is free afterwards. A run never has two open together.
     """
 
     parts: Mapping[str, TextPartSpec]
@@ -68,10 +72,8 @@ class TextEncoderSpec:
 
     def faults(self, text: Text, captions: int) -> Iterator[str]:
         """What of the encoded text of so many captions is not as promised: 'the part "text" is ...'."""
-        for name in sorted(self.parts.keys() - text.parts.keys()):
-            yield f'the part "{name}" is missing'
-        for name in sorted(text.parts.keys() - self.parts.keys()):
-            yield f'the part "{name}" is not declared'
+        for name in sorted(self.parts.keys() ^ text.parts.keys()):
+            yield f'the part "{name}" is {"missing" if name in self.parts else "not declared"}'
         for name, spec in self.parts.items():
             if name in text.parts and (fault := spec.fault(text.parts[name], captions)):
                 yield f'the part "{name}" {fault}'

@@ -262,12 +262,11 @@ def pad(texts: Sequence[Text], encoders: Mapping[str, TextEncoderSpec]) -> Text:
     """
     parts = {}
     for name, encoder in encoders.items():
-        for text in texts:
-            own = Text({part: text.parts[part] for part in encoder.parts})
-            if fault := next(encoder.faults(own, 1), None):
-                refuse(name, fault)
         for part, spec in encoder.parts.items():
-            parts[part] = _padded([text.parts[part] for text in texts], spec)
+            given = [text.parts[part] for text in texts]
+            if fault := next(filter(None, (spec.fault(each, 1) for each in given)), ""):
+                refuse(name, f'the part "{part}" {fault}')
+            parts[part] = _padded(given, spec)
     return Text(parts)
 
 

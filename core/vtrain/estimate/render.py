@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import prod
 
-from vtrain.contract import ClipShape, Family, Section, SupportsFrameLevels, takes_frame_levels
+from vtrain.contract import (
+    ClipShape,
+    DType,
+    Family,
+    Section,
+    SupportsBlockMemory,
+    SupportsTokenGrid,
+    takes_frame_levels,
+)
 from vtrain.data.scanning.surveys import Bucket, DatasetSurvey, Survey
 from vtrain.estimate.estimate import Estimate, bytes_text, feature_words
 from vtrain.estimate.estimate import section as memory_section
@@ -309,25 +318,31 @@ def price_rows(plan: Plan, dataset: DatasetPlan, found: DatasetSurvey) -> Iterab
     family = plan.family
     if not dataset.image_to_video or not takes_frame_levels(family):
         return ()
-    assert isinstance(family, SupportsFrameLevels)
     long = [shape.frames >= two_latent_frames(family) for shape in found.samples]
     if not any(long):
         return (("image to video", f"no draw: no clip here has {two_latent_frames(family)} frames, two latent frames"),)
-    precision, batch = plan.config.precision, plan.config.train.batch_size
-    compute = "bf16" if precision.mixed == "bf16" else plan.base
-    most = max(
-        family.frame_level_bytes(
-            family.latent_shape(ClipShape(dataset.frames, size.height, size.width)),
-            weights=plan.base,
-            compute=compute,
-            checkpointing=precision.gradient_checkpointing,
-        )
-        for size in dataset.sizes
-    )
+    most = plan.config.train.batch_size * _frame_levels_bytes(plan, dataset)
     whose = "draws" if all(long) else f"draws of clips of {frames_text(two_latent_frames(family))} or more"
     share = f"{100 * dataset.image_to_video:.4g}% of {whose} start from a clean first frame"
-    costs = f"; a batch with one takes up to {bytes_text(batch * most)} more, for a level at each token" if most else ""
+    costs = f"; a batch with one takes up to {bytes_text(most)} more, for a level at each token" if most else ""
     return (("image to video", share + costs),)
+
+
+def _frame_levels_bytes(plan: Plan, dataset: DatasetPlan) -> int:
+    """What the largest clip takes in training with a level for each frame, beyond one for the clip; 0 where nobody measured it."""
+    family, precision = plan.family, plan.config.precision
+    if not isinstance(family, SupportsBlockMemory) or not isinstance(family, SupportsTokenGrid):
+        return 0
+    compute: DType = "bf16" if precision.mixed == "bf16" else plan.base
+    found = [family.block_memory(weights=plan.base, compute=compute, frame_levels=each) for each in (True, False)]
+    shapes = (ClipShape(dataset.frames, size.height, size.width) for size in dataset.sizes)
+    # What the first token takes would be there for the clip as a whole.
+    tokens = max(prod(family.token_grid(family.latent_shape(shape))) for shape in shapes) - 1
+    with_levels, without = (
+        each.kept(tokens, family.block_count, checkpointing=precision.gradient_checkpointing) if each else 0.0
+        for each in found
+    )
+    return round(with_levels - without) if None not in found else 0
 
 
 def picture_rows(plan: Plan) -> Iterable[tuple[str, str]]:

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from vtrain.contract import (
+    BlockMemory,
     ClipShape,
     Denoiser,
+    DType,
     Family,
     HashFile,
-    SupportsFrameLevels,
+    SupportsBlockMemory,
     SupportsTokenGrid,
     VtrainError,
     takes_frame_levels,
 )
 from vtrain.testing.family_denoiser import DenoiserTests, LoraTests, TapTests
 from vtrain.testing.family_encoders import TextEncoderTests, VideoCodecTests
+from vtrain.testing.memory import block_memory
 from vtrain.testing.sampler import check_names, digest
-from vtrain.testing.subject import FamilySubject
+from vtrain.testing.subject import Example, FamilySubject
 
 
 class GeometryTests(FamilySubject):
@@ -63,20 +67,6 @@ class GeometryTests(FamilySubject):
             grid = family.token_grid(latents)
             assert min(grid) > 0
             assert not any(have % tokens for have, tokens in zip(latents[1:], grid, strict=True)), f"{latents}: {grid}"
-
-    def test_levels_for_each_frame_have_a_price(self, family: Family) -> None:
-        """frame_level_bytes, where the family has it, is never negative, and no less for a longer clip."""
-        if not isinstance(family, SupportsFrameLevels) or not takes_frame_levels(family):
-            pytest.skip("this family takes one level for a clip")
-        latents = family.latent_shape(ClipShape(family.default_frames, *reversed(family.default_size)))
-        for checkpointing in (False, True):
-            one, two = (
-                family.frame_level_bytes(
-                    latents._replace(frames=frames), weights="fp32", compute="bf16", checkpointing=checkpointing
-                )
-                for frames in (1, 2)
-            )
-            assert 0 <= one <= two, f"{one} bytes for one frame, {two} for two"
 
     def test_abilities_of_the_family_are_spelt_right(self, family: Family) -> None:
         """No public name of the family is almost that of an ability which it lacks."""
@@ -170,5 +160,51 @@ def fingerprints(family: Family) -> list[Callable[[HashFile], str]]:
     return [*(encoder.fingerprint for encoder in family.text_encoders().values()), family.video_fingerprint]
 
 
-class FamilyTests(GeometryTests, TextEncoderTests, VideoCodecTests, DenoiserTests, TapTests, LoraTests):
+class MemoryTests(FamilySubject):
+    """What the denoiser keeps in memory in training, where the family knows it (SupportsBlockMemory).
+
+    memory_tolerance: largest difference of a stored figure from the measured one, relative to it; versions of torch differ.
+    """
+
+    memory_tolerance: float = 0.05
+
+    @pytest.mark.parametrize("frame_levels", [False, True], ids=["clip", "frames"])
+    @pytest.mark.parametrize(("weights", "compute"), [("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "bf16")])
+    def test_the_stored_memory_of_blocks_is_what_is_measured(
+        self, family: Family, weights: DType, compute: DType, frame_levels: bool
+    ) -> None:
+        """block_memory is what `vtrain.testing.memory.block_memory` gives (memory_tolerance), the figures that are to be stored."""
+        if not isinstance(family, SupportsBlockMemory) or (frame_levels and not takes_frame_levels(family)):
+            pytest.skip("this family does not say what it keeps so (SupportsBlockMemory)")
+        stored = family.block_memory(weights=weights, compute=compute, frame_levels=frame_levels)
+        if stored is None:
+            pytest.skip("this family does not know it for this model folder")
+        found = self.measured(family, weights, compute, frame_levels)
+        for on in (False, True):
+            told, real = (each.kept(1000, family.block_count, checkpointing=on) for each in (stored, found))
+            assert abs(told - real) <= self.memory_tolerance * real, f"stored is {stored}, measured {found}"
+
+    @classmethod
+    def measured(cls, family: Family, weights: DType, compute: DType, frame_levels: bool) -> BlockMemory:
+        """Of the family's own denoiser, on clips of two lengths."""
+        return measured(family, family.load_denoiser("cpu", weights), cls.examples(family, frame_levels), compute)
+
+    @classmethod
+    def examples(cls, family: Family, frame_levels: bool) -> list[Example]:
+        stride, rule = family.pixel_stride, family.frame_rule
+        clips = (ClipShape(rule.offset + steps * rule.stride, 2 * stride, 3 * stride) for steps in (1, 3))
+        found = [cls.example_of(family, clip) for clip in clips]
+        return [cls.by_frame(family, each) for each in found] if frame_levels else found
+
+
+def measured(family: Family, denoiser: Denoiser, examples: Sequence[Example], compute: DType) -> BlockMemory:
+    """`block_memory` of a denoiser on two examples of different length."""
+    assert isinstance(family, SupportsTokenGrid), "bytes for each token, and no token_grid (SupportsTokenGrid)"
+    calls = [
+        (partial(each.run, denoiser), len(each.noisy) * math.prod(family.token_grid(each.latents))) for each in examples
+    ]
+    return block_memory(denoiser, calls, compute)
+
+
+class FamilyTests(GeometryTests, TextEncoderTests, VideoCodecTests, DenoiserTests, TapTests, LoraTests, MemoryTests):
     """Subclass it and give the fixture `family`: built from its options on a small model folder, scope class."""

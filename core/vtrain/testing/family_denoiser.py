@@ -22,7 +22,6 @@ from vtrain.contract import (
     SupportsTokenGrid,
     TextPart,
     takes_frame_levels,
-    timed,
     timesteps,
     with_clean,
 )
@@ -204,8 +203,7 @@ class DenoiserTests(FamilySubject):
         """The same with a level for each latent frame, if the family takes that."""
         if not takes_frame_levels(family):
             pytest.skip("this family takes one level for a clip (SupportsFrameLevels)")
-        sigma = example.level.sigma[:, None].repeat(1, example.latents.frames)
-        return replace(example, level=timed(family, NoiseLevel(sigma)))
+        return self.by_frame(family, example)
 
     def test_gradients_reach_every_parameter(self, denoiser: Denoiser, example: Example) -> None:
         """A loss on the prediction gives every parameter a gradient that is not all zero."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+
+from vtrain.contract import BlockMemory, Denoiser, Device, DType, TokenBytes
 
 Opened = TypeVar("Opened")
 
@@ -37,6 +40,53 @@ def survivors(opening: Callable[[], AbstractContextManager[Opened]], use: Callab
     if alive:
         left.append(f"{len(alive)} weights of {sum(weight.nbytes for weight in alive):,} bytes")
     return left
+
+
+Call = Callable[[], object]
+"""A call of a denoiser's `predict` on clips of some length, whose result is kept until the next one."""
+
+
+def block_memory(denoiser: Denoiser, calls: Sequence[tuple[Call, int]], compute: DType) -> BlockMemory:
+    """What a denoiser keeps for the backward pass, by what a call of `predict` leaves in memory: measured, not reckoned.
+
+    calls: two of different lengths, each with the number of tokens of all its clips; what does not grow with tokens (cast weights,
+    text) is no part of it. compute: the type in which layers compute, "bf16" under autocast. Nothing is computed: it is run
+    on fake tensors, and the weights may be fake too, so a model of any size is measured on any machine. Afterwards all
+    weights take gradients.
+    """
+    denoiser.module.requires_grad_(True).train()
+    found = []
+    for on in (False, True):
+        denoiser.gradient_checkpointing(on)
+        (short, few), (long, many) = ((_left(denoiser, call, compute), tokens) for call, tokens in calls)
+        total, block = ((after - before) / (many - few) for before, after in zip(short, long, strict=True))
+        found.append(TokenBytes(block, total - len(denoiser.blocks) * block))
+    denoiser.gradient_checkpointing(False)
+    return BlockMemory(*found)
+
+
+def _left(denoiser: Denoiser, call: Call, compute: DType) -> tuple[int, int]:
+    """Bytes made and left over by a call, and by the last of its blocks."""
+    weight = next(denoiser.module.parameters())
+    # Fake weights keep to the mode that made them.
+    mode = weight.fake_mode if isinstance(weight, FakeTensor) else FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, MemoryPeak() as memory:
+        marks: list[int] = []
+
+        def mark(*_: object) -> None:
+            marks.append(memory.now.total())
+
+        last = denoiser.blocks[-1]
+        handles = (last.register_forward_pre_hook(mark), last.register_forward_hook(mark))
+        try:
+            with Device().autocast("bf16" if compute == "bf16" else None):
+                kept = call()
+        finally:
+            for handle in handles:
+                handle.remove()
+        total = memory.now.total()
+        del kept
+    return total, marks[1] - marks[0]
 
 
 class MemoryPeak(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own is untyped

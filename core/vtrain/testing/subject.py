@@ -108,6 +108,12 @@ class FamilySubject:
         return Text(parts)
 
     @classmethod
+    def by_frame(cls, family: Family, example: Example) -> Example:
+        """The same with a level for each latent frame."""
+        sigma = example.level.sigma[:, None].repeat(1, example.latents.frames)
+        return replace(example, level=timed(family, NoiseLevel(sigma)))
+
+    @classmethod
     def disturbed(cls, denoiser: Denoiser) -> Denoiser:
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():

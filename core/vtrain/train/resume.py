@@ -189,10 +189,12 @@ def _refused(plan: Plan, state: RunState, change: Change, moved: Relocation) -> 
     if not change.location:
         return what
     table, *rest = key_path(change.key)
-    words, before, now = held_beside(plan), state.encoders, {}
+    now: dict[str, str] = {}
     if table == "regularizer":
         name = next((name for at, (name, _) in enumerate(plan.regularizers) if at == rest[0]), "")
         words, before = {name: "encoder"}, state.features
+    else:
+        words, before = held_beside(plan), state.encoders
     if words.keys() <= before.keys():
         now = encoder_marks(plan) if table == "model" else feature_marks(plan)
     if not words.keys() <= now.keys():  # nothing says what was there, or what is

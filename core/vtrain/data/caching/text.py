@@ -36,6 +36,7 @@ def _lengths(name: str, part: str, mask: Tensor | None) -> Sequence[int] | None:
     """The number of real tokens of each caption; None of a pooled part. Raises PluginError."""
     if mask is None:
         return None
+    mask = mask.cpu()
     counts = mask.sum(dim=1)
     if not torch.equal(mask, torch.arange(mask.shape[1]) < counts[:, None]):
         refuse(name, f'the real tokens of the part "{part}" do not come first')
@@ -52,9 +53,10 @@ def text_of(name: str, spec: TextEncoderSpec, tensors: Mapping[str, Tensor]) -> 
     """
     parts = {}
     for part, each in spec.parts.items():
-        if _stored(spec, part) not in tensors:
+        stored = tensors.get(_stored(spec, part))
+        if stored is None:
             refuse(name, f'the part "{part}" is missing in its cache entry, and its fingerprint is that of before')
-        embeds = tensors[_stored(spec, part)][None]
+        embeds = stored[None]
         mask = None if each.tokens is None else torch.ones(embeds.shape[:2], dtype=torch.bool)
         parts[part] = TextPart(embeds, mask)
     return Text(parts)

@@ -24,7 +24,7 @@ from vtrain.contract import (
     read_config,
     read_json,
     stored_shapes,
-    unlike,
+    unlike_parts,
     weight_problems,
 )
 
@@ -123,11 +123,5 @@ def _transformer(folder: Path, wanted: str) -> list[Problem]:
 
 
 def _others(folder: Path) -> list[Problem]:
-    """Whether VAE and text encoder are the transformer's."""
-    vae, text, taken = folder / "vae", folder / "text_encoder", read_transformer(folder / "transformer")
-    codec, words = read_vae(vae), read_json(text / "config.json")
-    return [
-        *misfit_problems(vae, DIFFUSERS_STEM, codec.shapes(), some=True),
-        *unlike(vae, "the VAE has {} latent channels", codec.z_dim, taken.in_channels),
-        *unlike(text, "the text encoder's width is {}", words.get("d_model"), taken.text_dim),
-    ]
+    taken = read_transformer(folder / "transformer")
+    return unlike_parts(folder, taken, read_vae(folder / "vae"), "d_model", taken.text_dim)

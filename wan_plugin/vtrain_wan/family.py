@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -23,6 +22,7 @@ from vtrain.contract import (
     TextPartSpec,
     TokenBytes,
     load_module,
+    official_sizes,
     opened,
 )
 from vtrain_wan import checkpoint, text
@@ -32,32 +32,17 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-_MEASURED: Mapping[str, Mapping[str, list[int]]] = json.loads(
-    Path(__file__).with_name("memory.json").read_text("utf-8")
-)
+_MEASURED: Mapping[str, Mapping[str, list[int]]] = json.loads(Path(__file__).with_name("memory.json").read_bytes())
 """Of the published models and the tiny ones, as `vtrain.testing.memory.block_memory` measured them; tests measure again."""
-
-
-def buckets(official: Size, stride: int) -> tuple[Size, ...]:
-    """The official size and its upright one, then other aspects of at most its area.
-
-    As Wan's image2video.py and diffusers' guide round: round(sqrt(area x aspect)), down to a multiple of the stride.
-    """
-
-    def side(aspect: float) -> int:
-        return round(math.sqrt(official.area * aspect)) // stride * stride
-
-    aspects = (1, 4 / 3, 3 / 4, 3 / 2, 2 / 3)
-    return (official, Size(official.height, official.width), *(Size(side(each), side(1 / each)) for each in aspects))
 
 
 class Wan21Family(DiffusersFamily[checkpoint.WanConfig]):
     """A vtrain.contract.Family. Members that read the model folder raise ModelError if it is not sound; `check` lists why."""
 
-    title = checkpoint.TEXT_TO_VIDEO
+    mark, title = "wan", checkpoint.TEXT_TO_VIDEO
     sizes: Mapping[str, tuple[Size, ...]] = {
-        "480p": buckets(Size(832, 480), 16),
-        "720p": buckets(Size(1280, 720), 16),
+        "480p": official_sizes(Size(832, 480), 16),
+        "720p": official_sizes(Size(1280, 720), 16),
     }
     default_frames = 81
     default_fps = 16.0
@@ -65,6 +50,7 @@ class Wan21Family(DiffusersFamily[checkpoint.WanConfig]):
     wording = staticmethod(text.wording)
     read_transformer = staticmethod(checkpoint.read_transformer)
     read_codec = staticmethod(checkpoint.read_vae)
+    codec_defaults = staticmethod(checkpoint.vae_defaults)
 
     def __init__(self, options: CheckpointOptions, size: str | None = None) -> None:
         super().__init__(options, checkpoint.COMPONENTS)
@@ -98,11 +84,6 @@ class Wan21Family(DiffusersFamily[checkpoint.WanConfig]):
         encoder, tokenizer = self._source.part("text_encoder"), self._source.part("tokenizer")
         return opened(lambda: text.load(encoder, tokenizer, self._options.text_precision, device), device)
 
-    def video_fingerprint(self, hash_file: HashFile) -> str:
-        settings = (self._options.vae_precision, self._options.vae_tiling)
-        defaults = checkpoint.vae_defaults()
-        return self.component_fingerprint(hash_file, "vae", "wan video 1", *settings, defaults=defaults)
-
     def codec_class(self) -> type[nn.Module]:
         from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
@@ -120,7 +101,7 @@ class TI2VFamily(Wan21Family):
     """Wan 2.2 TI2V. Its denoiser takes a level for each latent frame."""
 
     title = checkpoint.TI2V
-    sizes: Mapping[str, tuple[Size, ...]] = {"720p": buckets(Size(1280, 704), 32)}
+    sizes: Mapping[str, tuple[Size, ...]] = {"720p": official_sizes(Size(1280, 704), 32)}
     default_frames = 121
     default_fps = 24.0
     frame_levels = True

@@ -53,7 +53,14 @@ from vtrain.contract.events import (
     Validating,
     Warned,
 )
-from vtrain.contract.families import CheckpointOptions, DiffusersFamily, TransformerConfig, layer, unlike
+from vtrain.contract.families import (
+    CheckpointOptions,
+    DiffusersFamily,
+    TransformerConfig,
+    layer,
+    official_sizes,
+    unlike_parts,
+)
 from vtrain.contract.geometry import (
     ClipShape,
     FeatureShape,
@@ -334,6 +341,7 @@ __all__ = [
     "misfit_problem",
     "misfit_problems",
     "misfits",
+    "official_sizes",
     "opened",
     "quiet",
     "read_codec",
@@ -350,7 +358,7 @@ __all__ = [
     "timesteps",
     "tokenizer_hashes",
     "torch_type",
-    "unlike",
+    "unlike_parts",
     "weight_files",
     "weight_hashes",
     "weight_problems",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Generic, Literal, TypeVar
 from pydantic import Field
 
 from vtrain.contract.checkpoints import (
+    DIFFUSERS_STEM,
     CheckpointSource,
     Component,
     JsonObject,
@@ -27,7 +28,7 @@ from vtrain.contract.geometry import ClipShape, FrameRule, LatentGeometry, Laten
 from vtrain.contract.loading import opened
 from vtrain.contract.options import ModelSource, Options, fixed
 from vtrain.contract.protocols import Denoiser, DType, HashFile
-from vtrain.contract.weights import Shape, weight_hashes
+from vtrain.contract.weights import Shape, misfit_problems, weight_hashes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -79,12 +80,38 @@ def layer(name: str, *weight: int, bias: bool = True) -> dict[str, Shape]:
     return {f"{name}.weight": weight, **({f"{name}.bias": weight[:1]} if bias else {})}
 
 
-def unlike(folder: Path, what: str, found: object, taken: object) -> list[Problem]:
-    """A component that is not the transformer's: what it has ("the VAE has {} latent channels") and what that takes differ."""
-    if found == taken:
-        return []
-    fault = f"{what.format(found)}, and the transformer takes {taken}."
-    return [Problem(str(folder / "config.json"), fault, "Take this checkpoint's own.")]
+def official_sizes(
+    first: Size, stride: int, aspects: Sequence[float] = (1, 4 / 3, 3 / 4, 3 / 2, 2 / 3)
+) -> tuple[Size, ...]:
+    """A bucket set of an official size: that, its upright one, and other aspects (width : height) of at most its area.
+
+    Each side is round(sqrt(area x aspect)) pixels, down to a multiple of the stride, as diffusers' guide to Wan rounds.
+    """
+
+    def side(aspect: float) -> int:
+        return round(math.sqrt(first.area * aspect)) // stride * stride
+
+    return (first, Size(first.height, first.width), *(Size(side(each), side(1 / each)) for each in aspects))
+
+
+def unlike_parts(
+    folder: Path, transformer: TransformerConfig, codec: CausalCodecConfig, width: str, taken: int
+) -> list[Problem]:
+    """What of a checkpoint's VAE and text encoder is not its transformer's, for `Family.check`.
+
+    width: the key of the text encoder's config that has the width of its embeddings; taken: what the transformer takes.
+    """
+    vae, text = folder / "vae", folder / "text_encoder"
+    problems = misfit_problems(vae, DIFFUSERS_STEM, codec.shapes(), some=True)
+    pairs = (
+        (vae, f"the VAE has {codec.z_dim} latent channels", codec.z_dim, transformer.in_channels),
+        (text, f"the text encoder's width is {(found := read_json(text / 'config.json').get(width))}", found, taken),
+    )
+    for part, what, has, needed in pairs:
+        if has != needed:
+            fault = f"{what}, and the transformer takes {needed}."
+            problems.append(Problem(str(part / "config.json"), fault, "Take this checkpoint's own."))
+    return problems
 
 
 ConfigT = TypeVar("ConfigT", bound=TransformerConfig)
@@ -93,11 +120,12 @@ ConfigT = TypeVar("ConfigT", bound=TransformerConfig)
 class DiffusersFamily(Generic[ConfigT]):
     """The members of a `Family` that follow from the configs of its transformer and of its causal video codec.
 
-    A family's own adds the rest, the methods that here raise NotImplementedError, and: title, its name in messages; sizes, its
-    official bucket sets, the default first; default_frames and default_fps. components: of a checkpoint, with "transformer",
-    "vae" and "scheduler" among them.
+    A family's own adds the rest, the methods that here raise NotImplementedError, and: mark, its name in fingerprints; title, its
+    name in messages; sizes, its official bucket sets, the default first; default_frames and default_fps. components: of a
+    checkpoint, with "transformer", "vae" and "scheduler" among them.
     """
 
+    mark: str
     title: str
     sizes: Mapping[str, tuple[Size, ...]]
     default_frames: int
@@ -113,6 +141,10 @@ class DiffusersFamily(Generic[ConfigT]):
 
     def read_codec(self, folder: Path) -> CausalCodecConfig:
         """The config of a video codec in `folder`. Raises ModelError."""
+        raise NotImplementedError
+
+    def codec_defaults(self) -> JsonObject:
+        """The defaults of its class's arguments: a config that spells one out is the same model."""
         raise NotImplementedError
 
     def codec_class(self) -> type[nn.Module]:
@@ -204,6 +236,10 @@ class DiffusersFamily(Generic[ConfigT]):
         config = meaning(read_json(folder / "config.json"), defaults)
         weights = weight_hashes(folder, self._source.components[component].stem, hash_file)
         return digest(mark, *words, config, weights, list(settings))
+
+    def video_fingerprint(self, hash_file: HashFile) -> str:
+        settings, defaults = (self._options.vae_precision, self._options.vae_tiling), self.codec_defaults()
+        return self.component_fingerprint(hash_file, "vae", f"{self.mark} video 1", *settings, defaults=defaults)
 
     def open_video_codec(self, device: str) -> AbstractContextManager[NormalizedCodec]:
         return opened(lambda: self._load_codec(device), device)

@@ -98,12 +98,12 @@ def build(
     return folder
 
 
-def make_tokenizer() -> T5Tokenizer:
-    """A tokenizer built as T5's: unigrams, "▁" for spaces, </s> put last. Its pieces are the words and letters of CORPUS."""
+def make_tokenizer(corpus: Sequence[str] = CORPUS) -> T5Tokenizer:
+    """A tokenizer built as T5's: unigrams, "▁" for spaces, </s> put last. Its pieces are the words and letters of the corpus."""
     from transformers import T5Tokenizer
 
     # Not trained: two trainings of the same unigrams differ.
-    words = Counter(f"▁{word}" for line in CORPUS for word in line.split())
+    words = Counter(f"▁{word}" for line in corpus for word in line.split())
     letters = Counter("".join(words))
     counts = {**letters, **words}
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]

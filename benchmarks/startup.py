@@ -163,8 +163,8 @@ def middle(costs: list[Cost]) -> Cost:
 def command_line(configs: Mapping[str, Path], runs: int) -> list[Compared]:
     """`--help`, `plugins list` and `plan` of runs whose data are known, against importing typer, rich and pydantic.
 
-    configs: of each family, a run's. `plugins list` also beside what pydantic loads with its first model. `plan` reads TOML, plugins, headers and a database
-    too: it stands beside importing all the libraries for that as well.
+    configs: of each family, a run's. `plugins list` also stands beside what pydantic loads with its first model. `plan`
+    reads TOML, plugins, headers and a database too: it stands beside importing all the libraries for that as well.
     """
     plans = {f"vtrain plan, {family}": ["plan", str(config)] for family, config in configs.items()}
     for words in plans.values():

@@ -56,28 +56,24 @@ def test_the_bare_loop_does_the_same_work_as_vtrain(
     family = bare.FAMILIES[model.use]
     transformer = getattr(importlib.import_module(family.module), family.transformer)
     forward, sides = transformer.forward, {"bare": Work(), "vtrain": Work()}
-    now: Work | None = None
-
-    def seen(self: Any, *given: Any, **named: Any) -> Any:
-        assert now is not None
-        now.called(self, inspect.signature(forward).bind(self, *given, **named).arguments)
-        return forward(self, *given, **named)
-
-    monkeypatch.setattr(transformer, "forward", seen)
+    config = workload.write_config(tmp_path, model, mode, log_every=6)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     AcceleratorState._reset_state(reset_partial_state=True)
-    config = workload.write_config(tmp_path, model, mode, log_every=6)
-    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: now and now.stepped(optimizer))
-    try:
-        for now, opened in (
-            (sides["bare"], step.bare_block(config, model, mode, 6)),
-            (sides["vtrain"], step.vtrain_block(config)),
-        ):
-            with opened as block:
+    blocks = {"bare": step.bare_block(config, model, mode, 6), "vtrain": step.vtrain_block(config)}
+    for side, work in sides.items():
+
+        def seen(self: Any, *given: Any, _work: Work = work, **named: Any) -> Any:
+            _work.called(self, inspect.signature(forward).bind(self, *given, **named).arguments)
+            return forward(self, *given, **named)
+
+        monkeypatch.setattr(transformer, "forward", seen)
+        hook = register_optimizer_step_pre_hook(lambda optimizer, *_, _work=work: _work.stepped(optimizer))
+        try:
+            with blocks[side] as block:
                 assert block() > 0
-    finally:
-        hook.remove()
-        AcceleratorState._reset_state(reset_partial_state=True)
+        finally:
+            hook.remove()
+            AcceleratorState._reset_state(reset_partial_state=True)
     ours, theirs = sides["vtrain"], sides["bare"]
     assert ours.inputs == theirs.inputs
     assert ours.autocast == theirs.autocast == torch.bfloat16

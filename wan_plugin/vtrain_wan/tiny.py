@@ -45,7 +45,7 @@ def build(
 ) -> Path:
     """Write a checkpoint into `folder`, which is created, and return it. Takes a few seconds.
 
-    ti2v: of Wan 2.2 TI2V (a VAE of 48 channels, x16 space) instead of Wan 2.1. The defaults give a transformer of 0.8 M
+    ti2v: of Wan 2.2 TI2V (a VAE of 48 channels, x16 space) instead of Wan 2.1. The defaults give a transformer of 0.6 M
     parameters (4 blocks x 96). Channels, patch, compression and scheduler are the real models'.
     """
     import torch

@@ -25,9 +25,15 @@ def ti2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.build(tmp_path_factory.mktemp("tiny") / "ti2v", ti2v=True)
 
 
+@pytest.fixture(scope="session")
+def i2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint of Wan 2.1 image-to-video. Not to be written to."""
+    return tiny.build(tmp_path_factory.mktemp("tiny") / "i2v", i2v=True)
+
+
 @pytest.fixture(params=["wan21", "ti2v"])
 def checkpoint(request: pytest.FixtureRequest) -> Path:
-    """Each of the two in turn."""
+    """Each of the two that take text alone, in turn."""
     found = request.getfixturevalue(request.param)
     assert isinstance(found, Path)
     return found

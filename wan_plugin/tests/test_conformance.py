@@ -1,4 +1,4 @@
-"""The conformance kit on both families and the plugin as a whole."""
+"""The conformance kit on both families, one of them for either task, and the plugin as a whole."""
 
 from __future__ import annotations
 
@@ -17,6 +17,13 @@ class TestWan21(FamilyTests):
     @classmethod
     def family(cls, wan21: Path) -> Family:
         return WAN21.build(WAN21.options.model_validate({"path": str(wan21)}))
+
+
+class TestImageToVideo(FamilyTests):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def family(cls, i2v: Path) -> Family:
+        return WAN21.build(WAN21.options.model_validate({"path": str(i2v)}))
 
 
 class TestTI2V(FamilyTests):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +37,7 @@ from vtrain.contract import (
     meaning,
     opened,
     read_json,
+    token_digest,
     tokenizer_hashes,
     weight_hashes,
 )
@@ -179,13 +179,11 @@ class SanaVideoFamily:
 
     def token_fingerprint(self, hash_file: HashFile) -> str:
         """SupportsTokenCounts: the tokenizer, and all that is put around a caption."""
-        return digest(
-            "sanavideo tokens 1", tokenizer_hashes(self._source.part("tokenizer"), hash_file), metadata.version("tokenizers"),
-            text.TEXT_TOKENS, self._instruction, self._options.motion_score,
-        )  # fmt: skip
+        settings = (text.TEXT_TOKENS, self._instruction, self._options.motion_score)
+        return token_digest(self._source.part("tokenizer"), hash_file, "sanavideo tokens 1", *settings)
 
     def open_token_counter(self) -> AbstractContextManager[TokenCounter]:
-        return tokens.open_tokens(self._source.part("tokenizer"), self._options, self._instruction)
+        return nullcontext(tokens.SanaVideoTokens(self._source.part("tokenizer"), self._options, self._instruction))
 
     def text_encoders(self) -> Mapping[str, TextEncoderSpec]:
         """Gemma-2, whose tokens the transformer takes with their mask: padding changes nothing."""

@@ -13,6 +13,15 @@ from vtrain_wan.family import TI2VFamily, Wan21Family
 from vtrain_wan.plugin import WAN21, Wan21Options
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow of the kit (1 to 3 s each): memory as it is measured, and that of what core itself opens and closes."""
+    slow = ("the_stored_memory_of_blocks", "the_text_encoders_are_released", "the_codec_is_released")
+    for item in items:
+        if item.path.parent == Path(__file__).parent and any(name in item.name for name in slow):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def wan21(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny checkpoint of Wan 2.1. Not to be written to."""
@@ -25,9 +34,15 @@ def ti2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.build(tmp_path_factory.mktemp("tiny") / "ti2v", ti2v=True)
 
 
+@pytest.fixture(scope="session")
+def i2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint of Wan 2.1 image-to-video. Not to be written to."""
+    return tiny.build(tmp_path_factory.mktemp("tiny") / "i2v", i2v=True)
+
+
 @pytest.fixture(params=["wan21", "ti2v"])
 def checkpoint(request: pytest.FixtureRequest) -> Path:
-    """Each of the two in turn."""
+    """Each of the two that take text alone, in turn."""
     found = request.getfixturevalue(request.param)
     assert isinstance(found, Path)
     return found

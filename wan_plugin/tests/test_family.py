@@ -6,17 +6,20 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import ftfy
 import pytest
 import torch
-from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import T5Tokenizer
 
-from vtrain.contract import Caption, ClipShape, DataError, LatentShape, ModelError, Size, TextPartSpec
+from vtrain.contract import Caption, ClipShape, DataError, LatentShape, ModelError, Role, Size, TextPartSpec
 from vtrain.testing.family import MemoryTests, measured
 from vtrain_wan import checkpoint, tiny
 from vtrain_wan.denoiser import WanDenoiser
@@ -32,6 +35,10 @@ PUBLISHED = {
     # name: width, heads, layers, feed-forward, channels, parameters (counted by the class itself on the meta device)
     "Wan 2.1 text-to-video 1.3B": {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
     "Wan 2.1 text-to-video 14B": {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
+    "Wan 2.1 image-to-video 14B": {
+        "num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824, "in_channels": 36, "image_dim": 1280,
+        "added_kv_proj_dim": 5120,
+    },
     "Wan 2.2 TI2V 5B": {
         "num_attention_heads": 24, "num_layers": 30, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48,
     },
@@ -53,12 +60,14 @@ def test_shapes_and_names_of_the_published_models_are_those_of_diffusers_class(n
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_stored_memory_of_the_published_models_is_what_is_measured(
-    name: str, wan21: Path, ti2v: Path, family_of: Families, tmp_path: Path
+    name: str, wan21: Path, i2v: Path, ti2v: Path, family_of: Families, tmp_path: Path
 ) -> None:
     """Slow (a minute): transformers at full size on fake weights; the codec and the text of the tiny one, which do not count."""
-    small = family_of(ti2v if "TI2V" in name else wan21, text_precision="bf16")
+    chosen = ti2v if "TI2V" in name else i2v if "image" in name else wan21
+    small = family_of(chosen, text_precision="bf16")
+    narrow = {"text_dim": 64} | ({"image_dim": tiny.IMAGE_WIDTH} if chosen is i2v else {})
     with FakeTensorMode(allow_non_fake_inputs=True):
-        module = WanTransformer3DModel(**PUBLISHED[name] | {"text_dim": 64})
+        module = WanTransformer3DModel(**PUBLISHED[name] | narrow)
     model = tmp_path / small._source.folder.name
     shutil.copytree(small._source.folder, model)
     module.save_config(model / "transformer")
@@ -141,7 +150,120 @@ def test_a_checkpoint_of_another_version_is_named(wan21: Path, ti2v: Path) -> No
     assert "this is Wan 2.1 text-to-video of width 96, and not Wan 2.2 TI2V. Name another checkpoint" in said(asked)
     other = WAN21.build(WAN21.options.model_validate({"path": str(ti2v)}))
     assert isinstance(other, Wan21Family)
-    assert "this is Wan 2.2 TI2V of width 96, and not Wan 2.1 text-to-video." in said(other)
+    assert "this is Wan 2.2 TI2V of width 96, and not Wan 2.1 text-to-video or Wan 2.1 image-to-video." in said(other)
+
+
+def test_a_checkpoint_for_another_task_than_asked_for_is_named(wan21: Path, i2v: Path, family_of: Families) -> None:
+    assert said(family_of(i2v)) == said(family_of(i2v, task="image-to-video")) == ""
+    wanted = "this is Wan 2.1 image-to-video of width 96, and not Wan 2.1 text-to-video. Name another"
+    assert wanted in said(family_of(i2v, task="text-to-video"))
+    wanted = "this is Wan 2.1 text-to-video of width 96, and not Wan 2.1 image-to-video. Name another"
+    assert wanted in said(family_of(wan21, task="image-to-video"))
+
+
+def test_what_image_to_video_lacks_or_has_from_elsewhere_is_named(
+    i2v: Path, tmp_path: Path, family_of: Families
+) -> None:
+    folder = Path(shutil.copytree(i2v, tmp_path / "model"))
+    edit(folder / "image_encoder" / "config.json", hidden_size=48)
+    edit(folder / "transformer" / "config.json", in_channels=32)
+    told = said(family_of(folder))
+    assert "the image encoder's width is 48, and the transformer takes 32." in told
+    assert "embeddings.position_embedding.weight is [5, 32] instead of [5, 48]" in told
+    assert "noise, mask and picture have 36 channels, and the transformer takes 32." in told
+    (folder / "image_encoder" / "model.safetensors").unlink()
+    (folder / "image_processor" / "preprocessor_config.json").unlink()
+    told = said(family_of(folder))
+    assert "image_encoder/model.safetensors: this weight file is missing." in told
+    assert "preprocessor_config.json: this file is missing." in told
+    edit(folder / "model_index.json", image_encoder=[None, None])
+    assert "image_encoder is not listed, and this family works with CLIPVisionModel." in said(family_of(folder))
+
+
+def test_first_and_last_frames_are_another_model(i2v: Path, tmp_path: Path, family_of: Families) -> None:
+    folder = Path(shutil.copytree(i2v, tmp_path / "model"))
+    edit(folder / "transformer" / "config.json", pos_embed_seq_len=514)
+    assert "this is Wan 2.1 first-last-frame-to-video of width 96, and not" in said(family_of(folder))
+
+
+def test_conditions_are_those_of_the_checkpoint(i2v: Path, wan21: Path, family_of: Families, sha256: Hash) -> None:
+    """A picture's latents follow the codec, its embedding the image encoder and the processor."""
+    assert family_of(wan21).conditions() == ()
+    latents, embeds = family_of(i2v).conditions()
+    assert latents.encoder is not None
+    assert embeds.encoder is not None
+    assert latents.encoder.tensors(ClipShape(81, 480, 832)) == {"image_latents": ((20, 21, 60, 104), "fp32")}
+    assert embeds.encoder.tensors(ClipShape(81, 480, 832)) == {"image_embeds": ((5, 32), "fp32")}
+    tiled, same = (each.encoder for each in family_of(i2v, vae_tiling=True).conditions())
+    assert tiled is not None
+    assert same is not None
+    assert tiled.fingerprint(sha256) != latents.encoder.fingerprint(sha256)
+    assert same.fingerprint(sha256) == embeds.encoder.fingerprint(sha256)
+
+
+def test_the_processor_is_part_of_what_a_picture_is_known_by(
+    i2v: Path, tmp_path: Path, family_of: Families, sha256: Hash
+) -> None:
+    folder = Path(shutil.copytree(i2v, tmp_path / "model"))
+    marks = set()
+    for values in ({}, {"resample": 2}, {"_name_or_path": "elsewhere"}):
+        edit(folder / "image_processor" / "preprocessor_config.json", **values)
+        encoder = family_of(folder).conditions()[1].encoder
+        assert encoder is not None
+        marks.add(encoder.fingerprint(sha256))
+    assert len(marks) == 2
+
+
+@pytest.mark.parametrize("role", ["prompt", "negative", "dropped"])
+def test_tokens_are_those_of_the_encoder_and_what_is_cut_is_what_it_does_not_read(
+    wan21: Path, family_of: Families, role: Role
+) -> None:
+    """Against transformers' tokenizer, of every number of tokens around the limit."""
+    family, tokenizer = family_of(wan21), T5Tokenizer.from_pretrained(wan21 / "tokenizer")
+    lines = [
+        "",
+        "a cat",
+        "走る猫 &amp; Ü🐈\n  x",
+        *((("wet grass, " * 200)[:letters]) for letters in range(1830, 1910, 2)),
+    ]
+    captions = [Caption(line) for line in lines]
+    with family.open_token_counter() as counter:
+        counts = [count for (count,) in counter.count(captions, role)]
+    for caption, count in zip(captions, counts, strict=True):
+        words = wording(caption, role)
+        assert count.tokens == len(tokenizer(words)["input_ids"])
+        assert (count.encoder, count.limit, count.lost) == ("umt5", 512, ("text",) if count.tokens > 512 else ())
+        kept = tokenizer(words, truncation=True, max_length=512)["input_ids"]
+        assert count.tokens <= 512 or tokenizer.decode(kept[:-1]).rstrip() == words[: -len(count.cut)].rstrip()
+    assert role == "dropped" or len({count.tokens for count in counts if 508 < count.tokens < 520}) > 4
+
+
+def test_the_fingerprint_of_tokens_follows_whatever_changes_a_count(
+    own_checkpoint: Path, family_of: Families, sha256: Hash, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = family_of(own_checkpoint).token_fingerprint(sha256)
+    assert family_of(own_checkpoint, text_precision="bf16").token_fingerprint(sha256) == known
+    file = own_checkpoint / "tokenizer" / "tokenizer.json"
+    file.write_text(file.read_text() + "\n")
+    assert (other := family_of(own_checkpoint).token_fingerprint(sha256)) != known
+    monkeypatch.setattr(ftfy, "__version__", "another")
+    assert family_of(own_checkpoint).token_fingerprint(sha256) not in {known, other}
+
+
+COUNT = """
+import sys
+from vtrain.contract import Caption
+from vtrain_wan.plugin import WAN21
+family = WAN21.build(WAN21.options.model_validate({"path": sys.argv[1]}))
+with family.open_token_counter() as counter:
+    counter.count([Caption("a cat")], "prompt")
+print(len(family.conditions()), [name for name in ("torch", "transformers", "diffusers") if name in sys.modules])
+"""
+
+
+def test_counting_and_asking_for_conditions_import_no_torch(i2v: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", COUNT, str(i2v)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "2 []"
 
 
 @pytest.mark.parametrize(("size", "heads", "found"), [("14B", 12, "1.3B"), ("1.3B", 40, "14B")])
@@ -150,24 +272,19 @@ def test_a_checkpoint_of_another_size_than_asked_for_is_named(
 ) -> None:
     edit(own_checkpoint / "transformer" / "config.json", num_attention_heads=heads, attention_head_dim=128)
     wanted = f"config.json: this is Wan 2.1 text-to-video {found}, and not Wan 2.1 text-to-video {size}."
-    assert wanted in said(family_of(own_checkpoint, size=size))
+    assert wanted in said(family_of(own_checkpoint, size=size, task="text-to-video"))
 
 
 def test_two_experts_are_named(own_checkpoint: Path, family_of: Families) -> None:
     edit(own_checkpoint / "model_index.json", boundary_ratio=0.875)
     edit(own_checkpoint / "transformer" / "config.json", num_attention_heads=40, attention_head_dim=128)
-    assert "this is Wan 2.2 with two experts, A14B, and not Wan 2.1 text-to-video." in said(family_of(own_checkpoint))
+    assert "this is Wan 2.2 with two experts, A14B, and not Wan 2.1 text-to-video or" in said(family_of(own_checkpoint))
 
 
-@pytest.mark.parametrize(
-    ("values", "found"),
-    [({"image_dim": 1280}, "Wan 2.1 image-to-video 14B"), ({"in_channels": 36}, "Wan 2.2 image-to-video A14B")],
-)
-def test_an_image_to_video_config_is_named(
-    own_checkpoint: Path, family_of: Families, values: dict[str, object], found: str
-) -> None:
-    edit(own_checkpoint / "transformer" / "config.json", num_attention_heads=40, attention_head_dim=128, **values)
-    assert f"this is {found}, and not Wan 2.1 text-to-video." in said(family_of(own_checkpoint))
+def test_image_to_video_of_wan_22_is_named(own_checkpoint: Path, family_of: Families) -> None:
+    file = own_checkpoint / "transformer" / "config.json"
+    edit(file, num_attention_heads=40, attention_head_dim=128, in_channels=36)
+    assert "this is Wan 2.2 image-to-video A14B, and not Wan 2.1 text-to-video or" in said(family_of(own_checkpoint))
 
 
 @pytest.mark.parametrize("model", ["VACE", "Animate"])
@@ -209,15 +326,20 @@ def test_parts_of_another_checkpoint_are_told(own_checkpoint: Path, family_of: F
     assert "the text encoder's width is 64, and the transformer takes 128." in told or "latents_mean: 15" in told
 
 
+@pytest.mark.parametrize("kind", ["wan21", "i2v", "ti2v"])
 def test_a_tiny_checkpoint_is_the_same_for_the_same_seed_and_loads_in_the_pipeline(
-    checkpoint: Path, tmp_path: Path
+    request: pytest.FixtureRequest, kind: str, tmp_path: Path
 ) -> None:
-    tiny.main([str(tmp_path / "again"), *["--ti2v"] * (checkpoint.name == "ti2v")])
+    checkpoint = request.getfixturevalue(kind)
+    tiny.main([str(tmp_path / "again"), *([] if kind == "wan21" else [f"--{kind}"])])
     names = {path.relative_to(checkpoint) for path in checkpoint.rglob("*") if path.is_file()}
     odd = [name for name in names if (tmp_path / "again" / name).read_bytes() != (checkpoint / name).read_bytes()]
     assert odd == []
-    pipeline = WanPipeline.from_pretrained(checkpoint)
+    pipeline = (WanImageToVideoPipeline if kind == "i2v" else WanPipeline).from_pretrained(checkpoint)
     assert pipeline.tokenizer("a cat").input_ids[-1] == pipeline.tokenizer.eos_token_id
+
+
+def test_a_tiny_checkpoint_leaves_the_callers_random_state(tmp_path: Path) -> None:
     before = torch.random.get_rng_state()
     tiny.build(tmp_path / "other", layers=1)
     assert torch.equal(before, torch.random.get_rng_state())

@@ -1,4 +1,4 @@
-"""Whole runs of both families through the command line: full training, LoRA, CREPA, layersync, masks, validation, resume."""
+"""Whole runs, from text and from pictures, through the command line: all weights, LoRA, CREPA, layersync, masks, validation."""
 
 # diffusers is untyped.
 # mypy: disable-error-code="no-untyped-call, attr-defined, unused-ignore"
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 
 from vtrain.cli.app import main
 
@@ -36,6 +36,7 @@ resolution = ["{wide}x{high}", "{high}x{high}"]
 [data.video]
 frames = 9
 fps = 8
+{video}
 {masks}
 [train]
 steps = {steps}
@@ -90,13 +91,14 @@ def write(path: Path, frames: list[np.ndarray]) -> None:  # type: ignore[type-ar
 
 
 @pytest.fixture(scope="module")
-def run(folder: Path, wan21: Path, ti2v: Path) -> Run:
+def run(folder: Path, wan21: Path, i2v: Path, ti2v: Path) -> Run:
     """run("name", family, ...) -> (exit code, all that was printed), in this process, on the CPU."""
 
     def call(output: str, family: str = "wan21", command: str = "run", **settings: object) -> tuple[int, str]:
         values: dict[str, object] = {
-            "output": output, "family": family, "model": wan21 if family == "wan21" else ti2v, "train": "full",
-            "clips": "clips", "resume": "never", "wide": 96, "high": 64, "masks": "", "steps": 4, "more": "",
+            "output": output, "family": family.removesuffix("-i2v"), "train": "full",
+            "model": {"wan21": wan21, "wan21-i2v": i2v, "wan22-ti2v": ti2v}[family],
+            "clips": "clips", "resume": "never", "wide": 96, "high": 64, "video": "", "masks": "", "steps": 4, "more": "",
         }  # fmt: skip
         file = folder / f"{output}.toml"
         file.write_text(CONFIG.format(**values | settings))
@@ -140,8 +142,10 @@ teacher = 3
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["wan21", "wan22-ti2v"])
 def test_a_full_run_learns_validates_and_saves_what_diffusers_loads(run: Run, folder: Path, family: str) -> None:
+    """Slow (10 s): that of image-to-video below goes the same ways."""
     code, told = run(f"full-{family}", family, more=VALIDATION)
     assert code == 0, told
     found = rows(folder, f"full-{family}")
@@ -154,7 +158,9 @@ def test_a_full_run_learns_validates_and_saves_what_diffusers_loads(run: Run, fo
     assert list((folder / f"full-{family}" / "samples").rglob("boat*.mp4"))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_run(run: Run, folder: Path) -> None:
+    """Slow (5 s), for the same reason."""
     assert run("whole")[0] == 0
     code, told = run("half", resume="whole/checkpoints/step-000002")
     assert code == 0, told
@@ -194,4 +200,57 @@ def test_the_plan_says_the_recipe_and_warns_of_another(run: Run) -> None:
 def test_the_plan_refuses_a_checkpoint_of_another_version(run: Run, ti2v: Path) -> None:
     code, told = run("wrong", "wan21", "plan", model=ti2v)
     assert code == 2
-    assert "this is Wan 2.2 TI2V of width 96, and not Wan 2.1 text-to-video." in told
+    assert "this is Wan 2.2 TI2V of width 96, and not Wan 2.1 text-to-video or Wan 2.1 image-to-video." in told
+
+
+PICTURES = (
+    VALIDATION.replace("2 steps", "4 steps")
+    + """
+[validation.images]
+boat = "clips/1.mp4"
+"""
+)
+
+
+def test_a_run_of_image_to_video_learns_resumes_and_validates_from_a_picture(run: Run, folder: Path, i2v: Path) -> None:
+    """Every draw has its picture; the caches are filled once; the saved transformer is one for WanImageToVideoPipeline."""
+    code, told = run("pictures", "wan21-i2v", more=PICTURES)
+    assert code == 0, told
+    code, told = run("again", "wan21-i2v", more=PICTURES, resume="pictures/checkpoints/step-000002")
+    assert code == 0, told
+    numbers = [[(row["step"], row["loss"]) for row in rows(folder, name)] for name in ("pictures", "again")]
+    assert numbers[1] == numbers[0][2:]
+    assert [step for step, _ in numbers[0]] == [1, 2, 3, 4]
+    videos = [(folder / name / "samples" / "step-000004" / "boat.mp4").read_bytes() for name in ("pictures", "again")]
+    assert videos[0] == videos[1]
+    saved = folder / "pictures" / "checkpoints" / "step-000004" / "transformer"
+    transformer, report = WanTransformer3DModel.from_pretrained(saved, output_loading_info=True)
+    assert not report["unexpected_keys"]
+    assert not report["missing_keys"]
+    WanImageToVideoPipeline.from_pretrained(i2v, transformer=transformer)
+
+
+def test_a_share_of_ti2vs_draws_has_a_clean_first_frame(run: Run, folder: Path) -> None:
+    code, told = run("share", "wan22-ti2v", more=PICTURES, video="image_to_video = 0.5")
+    assert code == 0, told
+    sigmas = [sigma for row in rows(folder, "share") for sigma in row["sigmas"]]  # type: ignore[attr-defined]
+    assert {type(sigma) for sigma in sigmas} == {float, list}
+    assert all(sigma[0] == 0 for sigma in sigmas if isinstance(sigma, list))
+
+
+def test_the_plan_names_a_missing_picture_a_share_and_a_lacking_encoder(run: Run, tmp_path: Path, i2v: Path) -> None:
+    code, told = run("refused", "wan21-i2v", "plan", more=VALIDATION, video="image_to_video = 0.5")
+    assert code == 2
+    assert '"boat" has no picture, and this model family cannot do without the first frame and its CLIP emb' in told
+    assert "image_to_video = 0.5: this model family cannot do without the first frame and its CLIP embedding" in told
+    model = shutil.copytree(i2v, tmp_path / "i2v")
+    (model / "image_encoder" / "model.safetensors").unlink()
+    code, told = run("lacking", "wan21-i2v", "plan", more=PICTURES, model=model)
+    assert code == 2
+    assert "image_encoder/model.safetensors: this weight file is missing." in told
+
+
+def test_the_plan_refuses_pictures_for_text_to_video(run: Run) -> None:
+    code, told = run("unasked", "wan21", "plan", more=PICTURES, video="image_to_video = 0.5")
+    assert code == 2
+    assert told.count("this model family takes no picture, but text alone.") == 2

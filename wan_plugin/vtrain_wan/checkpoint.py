@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from vtrain.contract import (
@@ -13,6 +14,7 @@ from vtrain.contract import (
     CausalCodecConfig,
     CheckpointSource,
     Component,
+    PartConfig,
     Problem,
     Shape,
     TransformerConfig,
@@ -35,6 +37,8 @@ COMPONENTS: Mapping[str, Component] = {
     "text_encoder": Component(("UMT5EncoderModel",), TRANSFORMERS_STEM),
     "tokenizer": Component(("T5TokenizerFast", "T5Tokenizer"), config="tokenizer_config.json", one_of=VOCABULARIES),
     "scheduler": Component(config="scheduler_config.json"),
+    "image_encoder": Component(("CLIPVisionModel",), TRANSFORMERS_STEM, optional=True),
+    "image_processor": Component(("CLIPImageProcessor",), config="preprocessor_config.json", optional=True),
 }
 
 
@@ -46,12 +50,12 @@ class WanConfig(TransformerConfig):
     ffn_dim: int
     cross_attn_norm: bool
     image_dim: int | None
+    added_kv_proj_dim: int | None
+    pos_embed_seq_len: int | None
 
     def shapes(self) -> dict[str, Shape]:
-        """Of an image embedder, which text-to-video has not, the first alone."""
         width, embedder = self.width, "condition_embedder"
-        images: dict[str, Shape] = {f"{_IMAGES}.norm1.weight": (self.image_dim,)} if self.image_dim else {}
-        shapes: dict[str, Shape] = images | {
+        shapes: dict[str, Shape] = self._images() | {
             "scale_shift_table": (1, 2, width),
             **layer("patch_embedding", width, self.in_channels, *self.patch_size),
             **layer(f"{embedder}.time_embedder.linear_1", width, self.freq_dim),
@@ -59,7 +63,7 @@ class WanConfig(TransformerConfig):
             **layer(f"{embedder}.time_proj", 6 * width, width),
             **layer(f"{embedder}.text_embedder.linear_1", width, self.text_dim),
             **layer(f"{embedder}.text_embedder.linear_2", width, width),
-            **layer("proj_out", math.prod(self.patch_size) * (self.out_channels or self.in_channels), width),
+            **layer("proj_out", math.prod(self.patch_size) * self.latent_channels, width),
         }
         block = layer("ffn.net.0.proj", self.ffn_dim, width) | layer("ffn.net.2", width, self.ffn_dim)
         block |= {"scale_shift_table": (1, 6, width), **(layer("norm2", width) if self.cross_attn_norm else {})}
@@ -67,7 +71,39 @@ class WanConfig(TransformerConfig):
             block |= {f"{attention}.norm_{of}.weight": (width,) for of in "qk"}
             for name in ("to_q", "to_k", "to_v", "to_out.0"):
                 block |= layer(f"{attention}.{name}", width, width)
+        if added := self.added_kv_proj_dim:
+            block |= layer("attn2.add_k_proj", width, added) | layer("attn2.add_v_proj", width, added)
+            block["attn2.norm_added_k.weight"] = (width,)
         return shapes | {f"blocks.{n}.{name}": shape for n in range(self.num_layers) for name, shape in block.items()}
+
+    def _images(self) -> dict[str, Shape]:
+        """Of the embedder of pictures, which text-to-video has not."""
+        if not (wide := self.image_dim):
+            return {}
+        shapes = layer(f"{_IMAGES}.norm1", wide) | layer(f"{_IMAGES}.norm2", self.width)
+        shapes |= layer(f"{_IMAGES}.ff.net.0.proj", wide, wide) | layer(f"{_IMAGES}.ff.net.2", self.width, wide)
+        return shapes | ({f"{_IMAGES}.pos_embed": (1, ends, wide)} if (ends := self.pos_embed_seq_len) else {})
+
+
+class ImageEncoderConfig(PartConfig):
+    """image_encoder/config.json of a CLIPVisionModel."""
+
+    hidden_size: int = 768
+    image_size: int = 224
+    patch_size: int = 32
+
+    @property
+    def tokens(self) -> int:
+        return 1 + (self.image_size // self.patch_size) ** 2
+
+    def shapes(self) -> dict[str, Shape]:
+        """Of the weights that bear these numbers."""
+        width, patch, place = self.hidden_size, "patch_embedding.weight", "position_embedding.weight"
+        return {patch: (width, 3, self.patch_size, self.patch_size), place: (self.tokens, width)}
+
+
+def read_image_encoder(folder: Path) -> ImageEncoderConfig:
+    return read_config(ImageEncoderConfig, folder / "config.json")
 
 
 def read_transformer(folder: Path) -> WanConfig:
@@ -85,7 +121,7 @@ def read_vae(folder: Path) -> CausalCodecConfig:
     return read_codec(folder, vae_defaults())
 
 
-TEXT_TO_VIDEO, TI2V = "Wan 2.1 text-to-video", "Wan 2.2 TI2V"
+TEXT_TO_VIDEO, IMAGE_TO_VIDEO, TI2V = "Wan 2.1 text-to-video", "Wan 2.1 image-to-video", "Wan 2.2 TI2V"
 _KINDS = {16: TEXT_TO_VIDEO, 36: "Wan 2.2 image-to-video A", 48: TI2V}
 _SIZES = {1536: "1.3B", 3072: "5B", 5120: "14B"}
 
@@ -95,27 +131,26 @@ def identity(shapes: Mapping[str, Shape], experts: bool = False) -> str:
     width, channels, *_ = (*shapes.get("patch_embedding.weight", ()), 0, 0)
     kind = _KINDS.get(channels, f"a Wan of {channels} channels")
     if any(name.startswith(_IMAGES) for name in shapes):
-        kind = "Wan 2.1 image-to-video"
+        kind = "Wan 2.1 first-last-frame-to-video" if f"{_IMAGES}.pos_embed" in shapes else IMAGE_TO_VIDEO
     kind = "Wan 2.2 with two experts, A" if experts else kind
     return f"{kind} {_SIZES.get(width, f'of width {width}')}".replace("A 14B", "A14B")
 
 
-def check(source: CheckpointSource, wanted: str) -> list[Problem]:
-    """Every problem of a checkpoint that is to be `wanted`, as `identity` calls it, or the start and the end of that."""
-    return check_components(source, wanted, lambda folder: _transformer(folder, wanted), _others)
+def check(source: CheckpointSource, wanted: Sequence[str]) -> list[Problem]:
+    """Every problem of a checkpoint that is to be one of `wanted`, as `identity` calls them, or the start of that."""
+    return check_components(source, "Wan", lambda folder: _transformer(folder, wanted), _others)
 
 
-def _transformer(folder: Path, wanted: str) -> list[Problem]:
+def _transformer(folder: Path, wanted: Sequence[str]) -> list[Problem]:
     """Version and size by the index, by the config and by the headers of the weights."""
     part, index = folder / "transformer", read_json(folder / "model_index.json")
     config = read_transformer(part)
     known = identity(config.shapes(), index.get("boundary_ratio") is not None)
-    if not all(word in known.split() for word in wanted.split()):
-        remedy = "Name another checkpoint in [model] path, or change use or size."
-        return [Problem(str(part / "config.json"), f"this is {known}, and not {wanted}.", remedy)]
+    if not known.startswith(tuple(wanted)):
+        remedy = "Name another checkpoint in [model] path, or change use, task or size."
+        return [Problem(str(part / "config.json"), f"this is {known}, and not {' or '.join(wanted)}.", remedy)]
     if not weight_problems(part, DIFFUSERS_STEM):
-        stored = stored_shapes(part, DIFFUSERS_STEM)
-        found = identity(stored)
+        found = identity(stored_shapes(part, DIFFUSERS_STEM))
         if found != known:
             what = f"these weights are of {found}, and the config beside them is of {known}."
             return [Problem(str(part), what, "Take weights and config.json from the same model.")]
@@ -123,5 +158,17 @@ def _transformer(folder: Path, wanted: str) -> list[Problem]:
 
 
 def _others(folder: Path) -> list[Problem]:
-    taken = read_transformer(folder / "transformer")
-    return unlike_parts(folder, taken, read_vae(folder / "vae"), "d_model", taken.text_dim)
+    taken, codec = read_transformer(folder / "transformer"), read_vae(folder / "vae")
+    if not taken.image_dim:
+        return unlike_parts(folder, taken, codec, "d_model", taken.text_dim)
+    needed = {name: replace(COMPONENTS[name], optional=False) for name in ("image_encoder", "image_processor")}
+    if problems := check_components(CheckpointSource(str(folder), None, needed), IMAGE_TO_VIDEO):
+        return problems
+    part, given = folder / "image_encoder", 2 * codec.z_dim + codec.time_factor
+    found = read_image_encoder(part)
+    more = (
+        (part, f"the image encoder's width is {found.hidden_size}", found.hidden_size, taken.image_dim),
+        (folder / "vae", f"noise, mask and picture have {given} channels", given, taken.in_channels),
+    )
+    problems = misfit_problems(part, TRANSFORMERS_STEM, found.shapes(), some=True)
+    return [*problems, *unlike_parts(folder, taken, codec, "d_model", taken.text_dim, *more)]

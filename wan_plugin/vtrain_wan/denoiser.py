@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vtrain.contract import Condition, Device, DiffusersDenoiser, LatentShape, NoiseLevel, timesteps
+from vtrain_wan.images import EMBEDS, LATENTS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,6 +18,7 @@ ORIGINAL_NAMES = {
     "condition_embedder.time_embedder.linear_1": "time_embedding.0",
     "condition_embedder.time_embedder.linear_2": "time_embedding.2",
     "condition_embedder.time_proj": "time_projection.1", "proj_out": "head.head",
+    "add_k_proj": "k_img", "add_v_proj": "v_img",
 }  # fmt: skip
 """diffusers' names of modules -> Wan's own, which ComfyUI reads."""
 
@@ -24,24 +26,32 @@ ORIGINAL_NAMES = {
 class WanDenoiser(DiffusersDenoiser):
     """The denoiser, SupportsLora and SupportsDecayRule."""
 
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
-    """All Linear layers of a block: what kohya-ss/musubi-tuner and DiffSynth-Studio train by default."""
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        """All Linear layers of a block: what kohya-ss/musubi-tuner trains by default, a picture's keys and values included."""
+        of_pictures = ("add_k_proj", "add_v_proj") if self._module.config.added_kv_proj_dim else ()
+        return ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2", *of_pictures)
 
     def predict(self, noisy: Tensor, level: NoiseLevel, condition: Condition) -> Tensor:
         """v = e - x0, in the type that the module computes in.
 
         level.timestep: (B,) in 0..1000, or (B, f), one for each latent frame (Wan 2.2 TI2V). Inputs take the weights' type
-        unless autocast chooses. Raises ValueError for latents that the patches would not cover.
+        unless autocast chooses. Wan 2.1 image-to-video is given the picture's latents as more channels, and its embedding as
+        more text. Raises ValueError for latents that the patches would not cover.
         """
+        import torch
+
         self.check_latents(noisy)
-        text, timestep = condition.text.only.embeds, timesteps(level)
+        text, timestep, image = condition.text.only.embeds, timesteps(level), condition.extras.get(EMBEDS)
+        if image is not None:
+            noisy = torch.cat([noisy, condition.extras[LATENTS].to(noisy)], 1)
         if not Device.of(noisy).autocasting:
             dtype = self._module.patch_embedding.weight.dtype
-            noisy, text = noisy.to(dtype), text.to(dtype)
+            noisy, text, image = noisy.to(dtype), text.to(dtype), None if image is None else image.to(dtype)
         if timestep.ndim == 2:  # for each token, in the order of the patches
             grid = self._geometry.token_grid(LatentShape(*noisy.shape[1:]))
             timestep = timestep.repeat_interleave(grid.height * grid.width, dim=1)
-        prediction: Tensor = self._module(noisy, timestep, text, return_dict=False)[0]
+        prediction: Tensor = self._module(noisy, timestep, text, image, return_dict=False)[0]
         return prediction
 
     def decays(self, name: str, shape: tuple[int, ...]) -> bool | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,8 @@ import ftfy
 from vtrain.contract import (
     BlockMemory,
     CheckpointOptions,
+    ClipShape,
+    ConditionEncoderSpec,
     ConditionSpec,
     DiffusersFamily,
     DType,
@@ -22,11 +24,17 @@ from vtrain.contract import (
     TextEncoderSpec,
     TextPartSpec,
     TokenBytes,
+    TokenCounter,
+    TokenizerCounter,
+    digest,
     load_module,
+    meaning,
     official_sizes,
     opened,
+    read_json,
+    token_digest,
 )
-from vtrain_wan import checkpoint, text
+from vtrain_wan import checkpoint, images, text
 from vtrain_wan.denoiser import WanDenoiser
 
 if TYPE_CHECKING:
@@ -40,7 +48,8 @@ _MEASURED: Mapping[str, Mapping[str, list[int]]] = json.loads(Path(__file__).wit
 class Wan21Family(DiffusersFamily[checkpoint.WanConfig]):
     """A vtrain.contract.Family. Members that read the model folder raise ModelError if it is not sound; `check` lists why."""
 
-    mark, title = "wan", checkpoint.TEXT_TO_VIDEO
+    mark, title = "wan", "Wan 2.1"
+    kinds: tuple[str, ...] = (checkpoint.TEXT_TO_VIDEO, checkpoint.IMAGE_TO_VIDEO)
     sizes: Mapping[str, tuple[Size, ...]] = {
         "480p": official_sizes(Size(832, 480), 16),
         "720p": official_sizes(Size(1280, 720), 16),
@@ -53,9 +62,9 @@ class Wan21Family(DiffusersFamily[checkpoint.WanConfig]):
     read_codec = staticmethod(checkpoint.read_vae)
     codec_defaults = staticmethod(checkpoint.vae_defaults)
 
-    def __init__(self, options: CheckpointOptions, size: str | None = None) -> None:
+    def __init__(self, options: CheckpointOptions, task: str = "", size: str = "") -> None:
         super().__init__(options, checkpoint.COMPONENTS)
-        self._wanted = f"{self.title} {size}" if size else self.title
+        self._wanted = [f"{kind} {size}".rstrip() for kind in self.kinds if kind.endswith(task)]
 
     def check(self) -> Sequence[Problem]:
         return checkpoint.check(self._source, self._wanted)
@@ -85,6 +94,45 @@ class Wan21Family(DiffusersFamily[checkpoint.WanConfig]):
         encoder, tokenizer = self._source.part("text_encoder"), self._source.part("tokenizer")
         return opened(lambda: text.load(encoder, tokenizer, self._options.text_precision, device), device)
 
+    def token_fingerprint(self, hash_file: HashFile) -> str:
+        return token_digest(self._source.part("tokenizer"), hash_file, "wan tokens 1", ftfy.__version__, text.TOKENS)
+
+    def open_token_counter(self) -> AbstractContextManager[TokenCounter]:
+        return nullcontext(TokenizerCounter(self._source.part("tokenizer"), "umt5", text.TOKENS, text.wording))
+
+    def conditions(self) -> tuple[ConditionSpec, ...]:
+        """Of image-to-video: the first frame's latents with a mask, and its CLIP embedding. Both at every draw."""
+        if not self._transformer.image_dim:
+            return ()
+        latents = ConditionEncoderSpec(
+            lambda clip: {images.LATENTS: (self._image_shape(clip), "fp32")},
+            lambda hash_file: digest("wan image latents 1", self.video_fingerprint(hash_file)),
+            lambda device: opened(
+                lambda: images.ImageLatents(self._load_codec(device), self._codec.time_factor), device
+            ),
+        )
+        clip = checkpoint.read_image_encoder(self._source.place("image_encoder"))
+        size = (clip.tokens, clip.hidden_size)
+        embeds = ConditionEncoderSpec(
+            lambda _: {images.EMBEDS: (size, "fp32")}, self._image_fingerprint, self._open_clip
+        )
+        return (
+            ConditionSpec(images.LATENTS, "the first frame", "first_frame", True, 0, latents),
+            ConditionSpec(images.EMBEDS, "its CLIP embedding", "first_frame", True, 0, embeds),
+        )
+
+    def _image_shape(self, clip: ClipShape) -> tuple[int, ...]:
+        channels, *sides = self.latent_shape(clip)
+        return (self._codec.time_factor + channels, *sides)
+
+    def _image_fingerprint(self, hash_file: HashFile) -> str:
+        processor = meaning(read_json(self._source.place("image_processor") / "preprocessor_config.json"))
+        return self.component_fingerprint(hash_file, "image_encoder", "wan image embeds 1", processor)
+
+    def _open_clip(self, device: str) -> AbstractContextManager[images.ImageEmbeds]:
+        encoder, processor = self._source.part("image_encoder"), self._source.place("image_processor")
+        return opened(lambda: images.load(encoder, processor, device), device)
+
     def codec_class(self) -> type[nn.Module]:
         from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
@@ -102,6 +150,7 @@ class TI2VFamily(Wan21Family):
     """Wan 2.2 TI2V. Its denoiser takes a level for each latent frame."""
 
     title = checkpoint.TI2V
+    kinds = (checkpoint.TI2V,)
     sizes: Mapping[str, tuple[Size, ...]] = {"720p": official_sizes(Size(1280, 704), 32)}
     default_frames = 121
     default_fps = 24.0

@@ -10,6 +10,9 @@ from vtrain.contract import CheckpointOptions, Family, FamilySpec, fixed, hookim
 class Wan21Options(CheckpointOptions):
     """[model] with use = "wan21"."""
 
+    task: Literal["text-to-video", "image-to-video"] | None = fixed(
+        None, description="what the checkpoint must be made for; absent: whichever it is"
+    )
     size: Literal["1.3B", "14B"] | None = fixed(
         None, description="which size the checkpoint must be; absent: whichever it is"
     )
@@ -19,12 +22,14 @@ def _family(options: CheckpointOptions) -> Family:
     # Imported here: `vtrain plugins list` needs the options alone.
     from vtrain_wan.family import TI2VFamily, Wan21Family
 
-    return Wan21Family(options, options.size) if isinstance(options, Wan21Options) else TI2VFamily(options)
+    if isinstance(options, Wan21Options):
+        return Wan21Family(options, options.task or "", options.size or "")
+    return TI2VFamily(options)
 
 
 WAN21 = FamilySpec(
     name="wan21",
-    summary="Wan 2.1 text-to-video, 1.3B and 14B: the Wan transformer, the Wan VAE and the UMT5 text encoder",
+    summary="Wan 2.1, text-to-video 1.3B and 14B, image-to-video 14B: the Wan transformer and VAE, UMT5 and CLIP",
     options=Wan21Options,
     build=_family,
     sampler="flow",

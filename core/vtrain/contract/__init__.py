@@ -8,6 +8,8 @@ from vtrain.contract.captions import (
     SupportsWording,
     TokenCount,
     TokenCounter,
+    TokenizerCounter,
+    token_digest,
 )
 from vtrain.contract.checkpoints import (
     DIFFUSERS_STEM,
@@ -335,6 +337,7 @@ __all__ = [
     "TokenCount",
     "TokenCounter",
     "TokenGrid",
+    "TokenizerCounter",
     "Tracker",
     "TrackerSpec",
     "TrainingError",
@@ -384,6 +387,7 @@ __all__ = [
     "tensors_of",
     "timed",
     "timesteps",
+    "token_digest",
     "tokenizer_hashes",
     "torch_type",
     "unlike_parts",

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
+from vtrain.contract.checkpoints import digest, tokenizer_hashes
+from vtrain.contract.errors import ModelError, Problem
 from vtrain.contract.records import Caption, Role
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from vtrain.contract.protocols import HashFile
 
 _TAKEN = ("caption", "captions", "text", "file", "path", "bytes", "id", "role")
@@ -104,3 +110,67 @@ class SupportsTokenCounts(Protocol):
     def open_token_counter(self) -> AbstractContextManager[TokenCounter]:
         """Raises ModelError with the reason where this model folder's tokens can be counted by its text encoder alone."""
         ...
+
+
+def token_digest(folder: Path, hash_file: HashFile, mark: str, *settings: object) -> str:
+    """For `SupportsTokenCounts.token_fingerprint`: of the tokenizer in a folder, the package tokenizers and what else counts."""
+    return digest(mark, tokenizer_hashes(folder, hash_file), metadata.version("tokenizers"), *settings)
+
+
+def _read(folder: Path) -> Tokenizer:
+    """A tokenizer.json, which then neither cuts nor pads. Raises ModelError."""
+    from tokenizers import Tokenizer
+
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        what = (
+            "there is no tokenizer.json, so tokens cannot be counted without the text encoder; what is too long is cut."
+        )
+        remedy = "Save the tokenizer once with transformers, which writes it."
+        raise ModelError(Problem(str(folder), what, remedy))
+    try:
+        tokenizer: Tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the package raises bare Exceptions
+        raise ModelError(Problem(str(file), f"no tokenizer can be read: {error}", "Download it again.")) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+class TokenizerCounter:
+    """A `TokenCounter` of one text encoder that reads the first tokens of a wording, by a tokenizer.json, without transformers.
+
+    folder: of the tokenizer. encoder: its name. limit: tokens that the denoiser is given at most, those put around a text among
+    them. wording: as `SupportsWording` has it. A family whose encoder reads more tokens, or whose wording ends in an extra,
+    overrides `room` and `ending`. Raises ModelError.
+    """
+
+    def __init__(self, folder: Path, encoder: str, limit: int, wording: Callable[[Caption, Role], str]) -> None:
+        self._tokenizer, self._encoder, self._limit, self._wording = _read(folder), encoder, limit, wording
+        self._specials = len(self._tokenizer.encode("").ids)  # tokens that are put around every text
+
+    def room(self, role: Role) -> int:
+        """Tokens that the encoder reads: the limit, and those that the denoiser is not given, such as an instruction's."""
+        return self._limit
+
+    def ending(self, caption: Caption, role: Role) -> tuple[str, str]:
+        """The extra with which a wording ends, and how: ("pace", "pace: 3."); ("", "") for none."""
+        return "", ""
+
+    def count(self, captions: Sequence[Caption], role: Role) -> list[tuple[TokenCount, ...]]:
+        """One for each caption. Raises DataError as the wording does."""
+        words = [self._wording(caption, role) for caption in captions]
+        found = self._tokenizer.encode_batch(words, add_special_tokens=False)
+        room = self.room(role)
+        counts: list[tuple[TokenCount, ...]] = []
+        for caption, text, encoding in zip(captions, words, found, strict=True):
+            beyond = len(encoding.ids) + self._specials - room
+            lost, cut = self._lost(caption, role, text, encoding.offsets[-beyond][0]) if beyond > 0 else ((), "")
+            counts.append((TokenCount(self._encoder, self._limit + beyond, self._limit, lost, cut),))
+        return counts
+
+    def _lost(self, caption: Caption, role: Role, text: str, start: int) -> tuple[tuple[str, ...], str]:
+        """What is cut and the words themselves. start: of the first token that is not read."""
+        extra, ending = self.ending(caption, role)
+        words = text[start : len(text) - len(ending)].strip()
+        return (*(("text",) if words else ()), *((extra,) if extra else ())), text[start:]

@@ -70,6 +70,11 @@ class TransformerConfig(PartConfig):
         raise NotImplementedError
 
     @property
+    def latent_channels(self) -> int:
+        """Of what it predicts; what it is given may have more, such as a picture's beside them."""
+        return self.out_channels or self.in_channels
+
+    @property
     def parameters(self) -> int:
         """How many numbers these are."""
         return sum(math.prod(shape) for shape in self.shapes().values())
@@ -95,17 +100,24 @@ def official_sizes(
 
 
 def unlike_parts(
-    folder: Path, transformer: TransformerConfig, codec: CausalCodecConfig, width: str, taken: int
+    folder: Path,
+    transformer: TransformerConfig,
+    codec: CausalCodecConfig,
+    width: str,
+    taken: int,
+    *more: tuple[Path, str, int, int | None],
 ) -> list[Problem]:
-    """What of a checkpoint's VAE and text encoder is not its transformer's, for `Family.check`.
+    """What of a checkpoint's VAE, text encoder and other parts is not its transformer's, for `Family.check`.
 
-    width: the key of the text encoder's config that has the width of its embeddings; taken: what the transformer takes.
+    width: the key of the text encoder's config that has the width of its embeddings; taken: what the transformer takes. more:
+    folder of another part, what there is of what ("the image encoder's width is 1280"), how many, and how many are taken.
     """
     vae, text = folder / "vae", folder / "text_encoder"
     problems = misfit_problems(vae, DIFFUSERS_STEM, codec.shapes(), some=True)
     pairs = (
-        (vae, f"the VAE has {codec.z_dim} latent channels", codec.z_dim, transformer.in_channels),
+        (vae, f"the VAE has {codec.z_dim} latent channels", codec.z_dim, transformer.latent_channels),
         (text, f"the text encoder's width is {(found := read_json(text / 'config.json').get(width))}", found, taken),
+        *more,
     )
     for part, what, has, needed in pairs:
         if has != needed:

@@ -6,8 +6,8 @@ from fractions import Fraction
 import pytest
 import torch
 
-from vtrain.contract import DataError, PluginError, Text
-from vtrain.data.batches import Batches, pad
+from vtrain.contract import DataError, PluginError
+from vtrain.data.batches import Batches
 from vtrain.data.caching.caches import Caches, fill_caches
 from vtrain.data.index import build
 from vtrain.data.scanning.scan import scan
@@ -52,9 +52,9 @@ def test_a_batch_holds_the_latents_and_text_of_its_samples(seven) -> None:
             assert torch.equal(
                 batch.latents.mean[row : row + 1], caches.latents(by_id[name], by_id[name].starts[0]).mean
             )
-            text = caches.text(by_id[name].captions[0], "prompt")
-            length = text.only.embeds.shape[1]
-            assert torch.equal(batch.text.only.embeds[row, :length], text.only.embeds[0])
+            text = caches.text(by_id[name].captions[0], "prompt")["text"]
+            length = len(text)
+            assert torch.equal(batch.text.only.embeds[row, :length], text)
             assert not batch.text.only.embeds[row, length:].any()
             assert batch.text.only.mask[row].tolist() == [True] * length + [False] * (wide - length)
 
@@ -136,10 +136,13 @@ def test_no_sample_is_an_error() -> None:
         Batches(None, None, build((), None, None))
 
 
-def test_text_longer_than_the_family_takes_is_an_error_and_is_not_cut(setup) -> None:
-    given = Text.of(torch.zeros(1, 41, 6, dtype=torch.bfloat16), torch.ones(1, 41, dtype=torch.bool))
+def test_text_longer_than_the_family_takes_is_an_error_and_is_not_cut(seven) -> None:
+    batches = seven(batch_size=2, caption_dropout=0.0)
+    text = batches._caches._stores.text
+    for entry in text.files():
+        text.write(entry.stem, {"embeds": torch.zeros(41, 6, dtype=torch.bfloat16)})
     with pytest.raises(PluginError, match=r'encoder "words": the part "text" is \(1, 41, 6\) where \(1, 1 to 40, 6\)'):
-        pad([given], setup.family.text_encoders())
+        batches[0]
 
 
 def test_weights_say_how_often_datasets_are_drawn_relative_to_each_other(setup, make_video) -> None:

@@ -79,12 +79,11 @@ def test_latents_are_the_codecs_own_of_the_decoded_pixels(setup, clips) -> None:
 def test_text_holds_only_real_tokens_in_the_encoders_type(three) -> None:
     filled = fill(three, extra=[(Caption("blurry"), "negative")])
     text = filled.caches.text(Caption("caption number 1"), "prompt")
-    assert text.only.embeds.shape == (1, 4, 6)
-    assert text.only.embeds.dtype == torch.bfloat16
-    assert text.only.mask.tolist() == [[True] * 4]
-    assert filled.caches.text(Caption("blurry"), "negative").only.embeds.shape == (1, 2, 6)
-    assert filled.caches.text(DROPPED, "dropped").only.embeds.shape == (1, 1, 6)
-    assert not (text.only.embeds == 7.0).any()
+    assert text["text"].shape == (4, 6)
+    assert text["text"].dtype == torch.bfloat16
+    assert filled.caches.text(Caption("blurry"), "negative")["text"].shape == (2, 6)
+    assert filled.caches.text(DROPPED, "dropped")["text"].shape == (1, 6)
+    assert not (text["text"] == 7.0).any()
 
 
 def test_text_is_encoded_first_and_each_model_is_freed_before_the_next(three) -> None:
@@ -205,8 +204,8 @@ def test_another_process_opens_the_caches_without_filling(three) -> None:
             other.latents(sample, sample.starts[0]).mean, filled.caches.latents(sample, sample.starts[0]).mean
         )
         assert torch.equal(
-            other.text(sample.captions[0], "prompt").only.embeds,
-            filled.caches.text(sample.captions[0], "prompt").only.embeds,
+            other.text(sample.captions[0], "prompt")["text"],
+            filled.caches.text(sample.captions[0], "prompt")["text"],
         )
     assert three.family.opened == []
 

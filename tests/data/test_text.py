@@ -75,9 +75,7 @@ def test_entries_from_before_text_had_parts_are_still_found_and_read(setup) -> N
         caption = Caption(words, {} if score is None else {"motion_score": score})
         assert stores.text_keys(caption, role) == (key,)
         Entries(setup.cache, "text").write(key, {"embeds": torch.ones(3, 24)})
-        part = Caches(stores).text(caption, role).parts["text"]
-        assert torch.equal(part.embeds, torch.ones(1, 3, 24))
-        assert part.mask.all()
+        assert torch.equal(Caches(stores).text(caption, role)["text"], torch.ones(3, 24))
 
 
 def test_each_encoder_has_an_entry_of_its_own_for_each_caption_and_role(three) -> None:
@@ -91,10 +89,9 @@ def test_each_encoder_has_an_entry_of_its_own_for_each_caption_and_role(three) -
     assert {name: tuple(t.shape) for name, t in stores.text.read(words).items()} == {"embeds": (4, 6)}
     assert {name: tuple(t.shape) for name, t in stores.text.read(tail).items()} == {"tail": (4, 4), "gist": (5,)}
     text = filled.caches.text(Caption("caption number 1"), "prompt")
-    assert list(text.parts) == ["text", "tail", "gist"]
-    assert text.parts["tail"].embeds[0, :, 0].tolist() == [0, 7, 6, 1]
-    assert text.parts["gist"].embeds.tolist() == [[16] * 5]
-    assert text.parts["gist"].mask is None
+    assert list(text) == ["text", "tail", "gist"]
+    assert text["tail"][:, 0].tolist() == [0, 7, 6, 1]
+    assert text["gist"].tolist() == [16] * 5
     used = wanted(stores, list(scan(stores.plan).samples), [(Caption("blurry"), "negative")])
     found = take(stores.text, "text", used["text"])
     assert (found.wanted, found.missing, found.stale.count) == (10, 0, 0)
@@ -137,11 +134,10 @@ def test_a_batch_has_all_parts_of_the_caption_that_it_draws(setup, make_video) -
             (words,) = (
                 words
                 for words, own in alone.items()
-                if own.parts["text"].embeds.shape[1] == count
-                and torch.equal(own.parts["text"].embeds[0], text.parts["text"].embeds[row, :count])
+                if len(own["text"]) == count and torch.equal(own["text"], text.parts["text"].embeds[row, :count])
             )
-            assert torch.equal(text.parts["tail"].embeds[row, :count], alone[words].parts["tail"].embeds[0])
-            assert torch.equal(text.parts["gist"].embeds[row], alone[words].parts["gist"].embeds[0])
+            assert torch.equal(text.parts["tail"].embeds[row, :count], alone[words]["tail"])
+            assert torch.equal(text.parts["gist"].embeds[row], alone[words]["gist"])
             seen.add(words)
     assert seen == alone.keys()
 
@@ -155,7 +151,7 @@ def test_padding_is_to_the_longest_with_a_mask_or_in_full_without_one(three) -> 
     assert full.mask is None
     assert full.embeds.shape == (3, 40, 6)
     for row, length in enumerate((4, 2, 1)):
-        assert torch.equal(full.embeds[row, :length], given[row].parts["text"].embeds[0])
+        assert torch.equal(full.embeds[row, :length], given[row]["text"])
         assert not full.embeds[row, length:].any()
     tail = text.parts["tail"]
     assert tail.embeds.shape == (3, 8, 4), "the longest's length, rounded up to eight"

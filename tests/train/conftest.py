@@ -279,7 +279,8 @@ def given(toy: Any) -> Callable[[int], StepInput]:
         clean, noise = (torch.randn((batch, *shape), generator=generator) for _ in range(2))
         sigma = torch.rand(batch, generator=generator)
         with toy.text_encoders()["words"].open("cpu") as encoder:
-            text = pad([encoder.encode([Caption(f"clip {n}")], "prompt") for n in range(batch)], toy.text_encoders())
+            words = [encoder.encode([Caption(f"clip {n}")], "prompt").only.embeds[0] for n in range(batch)]
+        text = pad([{"text": each} for each in words], toy.text_encoders())
         return StepInput(clean, noise, NoiseLevel(sigma, sigma * 1000), Condition(text), 0)
 
     return make

@@ -71,7 +71,8 @@ def fed(family: Family, sampler: Sampler) -> Iterator[Prefetched]:
     shape = family.latent_shape(ClipShape(5, 64, 64))
     (spec,) = family.text_encoders().values()
     with spec.open("cpu") as encoder:
-        text: Text = pad([encoder.encode([Caption("a clip")], "prompt")], family.text_encoders())
+        words = encoder.encode([Caption("a clip")], "prompt").only.embeds[0]
+    text: Text = pad([{"text": words}], family.text_encoders())
     for number in itertools.count():
         generator = torch.Generator().manual_seed(number)
         level = timed(family, sampler.draw(1, generator))

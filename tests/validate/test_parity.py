@@ -16,7 +16,7 @@ import torch
 
 from vtrain.config import load
 from vtrain.config.tables import LoraTable
-from vtrain.contract import ConfigError, Device, Size, Text, TextEncoderSpec, TextPartSpec
+from vtrain.contract import ConfigError, Device, Size, TextEncoderSpec, TextPartSpec
 from vtrain.data.batches import pad
 from vtrain.data.caching.caches import Caches, fill_caches
 from vtrain.plan.make import make_plan
@@ -146,7 +146,7 @@ def encoders(tokens: int) -> dict[str, TextEncoderSpec]:
 
 
 def test_text_is_padded_with_zeros_that_the_mask_leaves_out() -> None:
-    short, long = (Text.of(torch.ones(1, length, 2), torch.ones(1, length, dtype=torch.bool)) for length in (3, 9))
+    short, long = ({"text": torch.ones(length, 2)} for length in (3, 9))
     text = pad([short, short], encoders(5))
     assert text.only.embeds[1, :, 0].tolist() == [1, 1, 1, 0, 0]
     assert text.only.mask[1].tolist() == [True, True, True, False, False]

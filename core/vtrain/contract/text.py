@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from vtrain.contract.protocols import DType, HashFile, TextEncoder
 from vtrain.contract.records import Text, TextPart
 from vtrain.contract.weights import torch_type
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Padding = Literal["longest", "full"]
 
@@ -39,7 +42,7 @@ class TextPartSpec:
         import torch
 
         found, mask = part.embeds.shape, part.mask
-        if not self._fits(found, captions):
+        if found[:1] != (captions,) or not self._fits(found[1:]):
             within = "" if self.tokens is None else f"1 to {self.tokens}, "
             return f"is {tuple(found)} where ({captions}, {within}{self.width}) is promised"
         if part.embeds.dtype is not torch_type(self.dtype):
@@ -50,11 +53,15 @@ class TextPartSpec:
             return f"has no mask of bool {tuple(found[:2])}"
         return ""
 
-    def _fits(self, found: Sequence[int], captions: int) -> bool:
-        """Whether embeddings have a shape that is promised."""
+    def holds(self, embeds: Tensor) -> bool:
+        """Whether these can be the embeddings of one caption: its real tokens (L, D), pooled (D,)."""
+        return self._fits(embeds.shape) and embeds.dtype is torch_type(self.dtype)
+
+    def _fits(self, found: Sequence[int]) -> bool:
+        """Whether embeddings of one caption have a shape that is promised."""
         if self.tokens is None:
-            return found == (captions, self.width)
-        return len(found) == 3 and found[0] == captions and 1 <= found[1] <= self.tokens and found[2] == self.width
+            return found == (self.width,)
+        return len(found) == 2 and 1 <= found[0] <= self.tokens and found[1] == self.width
 
 
 @dataclass(frozen=True)

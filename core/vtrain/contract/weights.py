@@ -10,6 +10,7 @@ import logging
 import struct
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -208,6 +209,7 @@ def misfit_problems(
     return [misfit_problem(folder, lines)] if lines else []
 
 
+@cache
 def torch_type(name: DType) -> torch.dtype:
     """The storage type of that name."""
     import torch

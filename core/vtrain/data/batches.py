@@ -22,7 +22,6 @@ from vtrain.contract import (
 )
 from vtrain.data.caching.caches import DROPPED, Caches
 from vtrain.data.caching.pictures import absent
-from vtrain.data.caching.text import refuse
 from vtrain.data.decoding.masks import is_empty, trained
 from vtrain.data.decoding.video import FileFault
 from vtrain.data.decoding.worker import DecodeJob, Workers, available_cpus
@@ -146,6 +145,8 @@ class Batches:
         self._plan, self._caches, self._index = plan, caches, index
         self._frames = SourceFrames(plan, index)
         self._encoders = plan.family.text_encoders()
+        # Those that some draw has.
+        self._given = [each for each in plan.conditions if any(dataset.has(each) for dataset in plan.datasets)]
         self._encoded = [each for each in plan.conditions if each.encoder is not None]
         self._online = {name for name, part in plan.regularizers if part.needs().features == "source"}
         uses = np.array([1 + dataset.table.repeats for dataset in plan.datasets], dtype=np.int32)
@@ -197,13 +198,13 @@ class Batches:
             ]
             clips = self._caches.video_entries([self._index.video.keys(sample)[window] for sample, window in windows])
             mask = self._mask(windows, clips.mean.shape[2:])
-            had = self._had(windows, numbers, mask, clips.mean.shape[2])
+            had, clean = self._had(windows, numbers, mask, clips.mean.shape[2])
             conditions = self._conditions(windows, had)
             read = {name: self._features(name, windows) for name in self._index.features if _read(name, features)}
         text = pad(texts, self._encoders)
         latents = Latents(drawn(self._plan.config.run.seed, clips, numbers))
         return Batch(
-            micro_batch, latents, text, numbers, ids, dropped, tuple(clean for _, clean in had), mask=mask, features=read,
+            micro_batch, latents, text, numbers, ids, dropped, clean, mask=mask, features=read,
             frames=self._frames.of(windows) if any(_read(name, features) for name in self._online) else None,
             conditions=conditions,
         )  # fmt: skip
@@ -237,17 +238,20 @@ class Batches:
 
     def _had(
         self, windows: Sequence[tuple[int, int]], draws: Sequence[int], mask: Tensor | None, frames: int
-    ) -> list[tuple[frozenset[str], int]]:
+    ) -> tuple[list[frozenset[str]], tuple[int, ...]]:
         """The names of the conditions that each draw has, and how many of its latent frames are clean. frames: latent ones."""
-        return [
+        if not self._given:
+            return [frozenset()] * len(draws), (0,) * len(draws)
+        found = [
             self._one_had(sample, draw, None if mask is None else mask[row], frames)
             for row, ((sample, _), draw) in enumerate(zip(windows, draws, strict=True))
         ]
+        return [names for names, _ in found], tuple(clean for _, clean in found)
 
     def _one_had(self, sample: int, draw: int, mask: Tensor | None, frames: int) -> tuple[frozenset[str], int]:
         chosen = self._continues(sample, draw)
         # Of a single latent frame nothing would be left to make.
-        had = [each for each in self._plan.conditions if each.required or (chosen and frames >= each.latent_frames)]
+        had = [each for each in self._given if each.required or (chosen and frames >= each.latent_frames)]
 
         def trains(clean: int) -> bool:
             """Whether something is left to train. invert=False: a batch's masks are inverted already."""
@@ -257,13 +261,11 @@ class Batches:
         clean = given_latents(had)
         return frozenset(each.name for each in had), clean if trains(clean) else 0
 
-    def _conditions(
-        self, windows: Sequence[tuple[int, int]], had: Sequence[tuple[frozenset[str], int]]
-    ) -> dict[str, Tensor]:
+    def _conditions(self, windows: Sequence[tuple[int, int]], had: Sequence[frozenset[str]]) -> dict[str, Tensor]:
         """Every tensor of the family's conditions, of clips of one shape. had: what each draw has."""
         found: dict[str, Tensor] = {}
         for condition in self._encoded:
-            rows = [row for row, (names, _) in enumerate(had) if condition.name in names]
+            rows = [row for row, names in enumerate(had) if condition.name in names]
             keys = [self._index.conditions[condition.name].keys(windows[row][0])[windows[row][1]] for row in rows]
             read = self._caches.condition_entries(keys) if keys else {}
             if len(rows) < len(windows):
@@ -300,35 +302,31 @@ def _read(name: str, wanted: Collection[str] | None) -> bool:
     return wanted is None or name in wanted
 
 
-def pad(texts: Sequence[Text], encoders: Mapping[str, TextEncoderSpec]) -> Text:
-    """Texts of one caption each, (1, L, D) of different L and pooled (1, D), as one of B, as the denoiser gets it.
+def pad(texts: Sequence[Mapping[str, Tensor]], encoders: Mapping[str, TextEncoderSpec]) -> Text:
+    """The parts of B captions as `Caches.text` gives them, (L, D) of different L and pooled (D,), as the denoiser gets them.
 
-    encoders: the family's. Raises PluginError, which names encoder and part, for a part that is not what they promise.
+    encoders: the family's.
     """
-    parts = {}
-    for name, encoder in encoders.items():
-        for part, spec in encoder.parts.items():
-            given = [text.parts[part] for text in texts]
-            if fault := next(filter(None, (spec.fault(each, 1) for each in given)), ""):
-                refuse(name, f'the part "{part}" {fault}')
-            parts[part] = _padded(given, spec)
-    return Text(parts)
+    specs = [item for encoder in encoders.values() for item in encoder.parts.items()]
+    return Text({part: _padded([text[part] for text in texts], spec) for part, spec in specs})
 
 
-def _padded(parts: Sequence[TextPart], spec: TextPartSpec) -> TextPart:
+def _padded(parts: Sequence[Tensor], spec: TextPartSpec) -> TextPart:
     """Tokens: zeros after the real ones. "full": to all of them, no mask. "longest": L is the longest's, rounded up to a
     whole ROUND, and no more than the most; padding to more changes no prediction and costs time.
     """
     if spec.tokens is None:
-        return TextPart(torch.cat([part.embeds for part in parts]))
-    longest = max(part.embeds.shape[1] for part in parts)
+        return TextPart(torch.stack(tuple(parts)))
+    lengths = list(map(len, parts))
     full = spec.padding == "full"
-    tokens = spec.tokens if full else min(spec.tokens, -(-longest // ROUND) * ROUND)
-    embeds = parts[0].embeds.new_empty((len(parts), tokens, spec.width))
-    mask = torch.zeros((len(parts), tokens), dtype=torch.bool)
-    for row, part in enumerate(parts):
-        length = part.embeds.shape[1]
-        embeds[row, :length] = part.embeds[0]
+    tokens = spec.tokens if full else min(spec.tokens, -(-max(lengths) // ROUND) * ROUND)
+    embeds = parts[0].new_empty((len(parts), tokens, spec.width))
+    for row, (part, length) in enumerate(zip(parts, lengths, strict=True)):
+        embeds[row, :length] = part
         embeds[row, length:] = 0
+    if full:
+        return TextPart(embeds)
+    mask = torch.zeros((len(parts), tokens), dtype=torch.bool)
+    for row, length in enumerate(lengths):
         mask[row, :length] = True
-    return TextPart(embeds, None if full else mask)
+    return TextPart(embeds, mask)

@@ -68,10 +68,11 @@ class Prefetcher:
         """Noise (B, C, f, h, w) fp32 and level of a batch, with its timesteps, on the CPU."""
         shape = batch.latents.mean.shape[1:]
         noise = [torch.randn(shape, generator=generator(self.seed, "noise", draw)) for draw in batch.draws]
-        drawn = (self.sampler.draw(1, generator(self.seed, "level", draw)) for draw in batch.draws)
-        levels = [timed(self.family, level) for level in drawn]
-        sigma, times = torch.cat([level.sigma for level in levels]), torch.cat([timesteps(level) for level in levels])
-        return torch.stack(noise), NoiseLevel(sigma, times)
+        levels = [self.sampler.draw(1, generator(self.seed, "level", draw)) for draw in batch.draws]
+        times = [level.timestep for level in levels if level.timestep is not None]
+        sigma = torch.cat([level.sigma for level in levels])
+        level = NoiseLevel(sigma, torch.cat(times) if len(times) == len(levels) else None)
+        return torch.stack(noise), timed(self.family, level)
 
     def prepare(self, number: int, step: int) -> Prefetched:
         """The global micro-batch `number`, which optimizer step `step` (zero-based) uses, but for what `complete` moves."""

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from vtrain.contract import Caption, DataError, Filling, Latents, Problem, Role, Text, TextPart
+from vtrain.contract import Caption, DataError, Filling, Latents, Problem, Role
 from vtrain.data.caching.artifacts import Artifact
 from vtrain.data.caching.fill import Unusable, fill_text, fill_windows
 from vtrain.data.caching.inventory import DROPPED, Stores
 from vtrain.data.caching.sharing import ALONE, Peers, together
-from vtrain.data.caching.text import text_of
+from vtrain.data.caching.text import parts_of
 from vtrain.data.index import Index, Keys, build
 from vtrain.data.sample import Sample
 from vtrain.data.scanning.surveys import Survey
@@ -30,19 +30,19 @@ class Caches:
         """The caches as they lie on the disk, filled by whichever process. Reads only."""
         return cls(Stores(plan))
 
-    def text(self, caption: Caption, role: Role) -> Text:
-        """All parts, of real tokens only: (1, L, D) with a mask all true, pooled (1, D), in the encoders' types.
+    def text(self, caption: Caption, role: Role) -> dict[str, Tensor]:
+        """All parts by name, of real tokens only: (L, D), pooled (D,), in the encoders' types.
 
         Raises DataError if it is not cached.
         """
         return self.text_entry(self._stores.text_keys(caption, role))
 
-    def text_entry(self, keys: Sequence[str]) -> Text:
+    def text_entry(self, keys: Sequence[str]) -> dict[str, Tensor]:
         """The same by its keys, one for each encoder."""
-        parts: dict[str, TextPart] = {}
+        parts: dict[str, Tensor] = {}
         for key, (name, spec) in zip(keys, self._stores.encoders.items(), strict=True):
-            parts |= text_of(name, spec, self._stores.text.read(key)).parts
-        return Text(parts)
+            parts |= parts_of(name, spec, self._stores.text.read(key))
+        return parts
 
     def latents(self, sample: Sample, start: float) -> Latents:
         """Of the window at one of the sample's starts: mean, and std if that is cached, (1, C, f, h, w) fp32.

@@ -46,20 +46,20 @@ def _lengths(name: str, part: str, mask: Tensor | None) -> Sequence[int] | None:
     return found
 
 
-def text_of(name: str, spec: TextEncoderSpec, tensors: Mapping[str, Tensor]) -> Text:
-    """The parts (1, L, D) with masks all true, and (1, D), of an entry's tensors. name: the encoder's.
+def parts_of(name: str, spec: TextEncoderSpec, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An entry's tensors by their parts: (L, D) and pooled (D,). name: the encoder's.
 
     Raises PluginError if they are not what the encoder promises, which then changed without its fingerprint.
     """
-    parts = {}
+    found = {}
     for part, each in spec.parts.items():
         stored = tensors.get(_stored(spec, part))
         if stored is None:
             refuse(name, f'the part "{part}" is missing in its cache entry, and its fingerprint is that of before')
-        embeds = stored[None]
-        mask = None if each.tokens is None else torch.ones(embeds.shape[:2], dtype=torch.bool)
-        parts[part] = TextPart(embeds, mask)
-    return Text(parts)
+        if not each.holds(stored):
+            refuse(name, f'the part "{part}" {each.fault(TextPart(stored[None]), 1)}')
+        found[part] = stored
+    return found
 
 
 def _stored(spec: TextEncoderSpec, part: str) -> str:
@@ -67,5 +67,4 @@ def _stored(spec: TextEncoderSpec, part: str) -> str:
 
 
 def refuse(encoder: str, fault: str) -> NoReturn:
-    """Raises PluginError."""
     raise PluginError(Problem("", f'the text encoder "{encoder}": {fault}.', FAULT))

@@ -51,7 +51,7 @@ def build(
     """Write a checkpoint into `folder`, which is created, and return it. Takes a few seconds.
 
     i2v: of Wan 2.1 image-to-video; ti2v: of Wan 2.2 TI2V (a VAE of 48 channels, x16 space); else of Wan 2.1 text-to-video.
-    The defaults give a transformer of 0.8 M parameters (4 blocks x 96). Channels, patch, compression and
+    The defaults give a transformer of 0.6 M parameters (4 blocks x 96). Channels, patch, compression and
     scheduler are the real models'.
     """
     import torch

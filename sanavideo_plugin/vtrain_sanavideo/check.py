@@ -9,10 +9,12 @@ from vtrain.contract import (
     DIFFUSERS_STEM,
     TRANSFORMERS_STEM,
     CheckpointSource,
+    CodecConfig,
     Component,
     ModelError,
     Problem,
     check_components,
+    codec_defaults,
     component_weights,
     default_arguments,
     meaning,
@@ -20,15 +22,18 @@ from vtrain.contract import (
     read_codec,
     read_config,
     read_json,
+    unlike,
     weight_problems,
 )
 from vtrain_sanavideo.codec import LTX2_STATISTICS, ltx2_statistics
 from vtrain_sanavideo.flow import scheduler_fault
-from vtrain_sanavideo.geometry import SCALE_SHIFT_TABLE, AnyCodecConfig, Ltx2CodecConfig, TransformerConfig
+from vtrain_sanavideo.geometry import SCALE_SHIFT_TABLE, Ltx2CodecConfig, TransformerConfig
+
+LTX2 = "AutoencoderKLLTX2Video"
 
 COMPONENTS: Mapping[str, Component] = {
     "transformer": Component(("SanaVideoTransformer3DModel",), DIFFUSERS_STEM),
-    "vae": Component(("AutoencoderKLWan", "AutoencoderKLLTX2Video"), DIFFUSERS_STEM),
+    "vae": Component(("AutoencoderKLWan", LTX2), DIFFUSERS_STEM),
     "text_encoder": Component(("Gemma2Model",), TRANSFORMERS_STEM),
     "tokenizer": Component(
         ("GemmaTokenizerFast", "GemmaTokenizer"),
@@ -40,10 +45,6 @@ COMPONENTS: Mapping[str, Component] = {
 """What this family works with; the scheduler may be any that follows a flow."""
 
 TRANSFORMER_SOURCE = "models/transformers/transformer_sana_video.py"
-VAE_SOURCES = {
-    "AutoencoderKLWan": "models/autoencoders/autoencoder_kl_wan.py",
-    "AutoencoderKLLTX2Video": "models/autoencoders/autoencoder_kl_ltx2.py",
-}
 
 
 def read_transformer(folder: Path) -> TransformerConfig:
@@ -52,13 +53,12 @@ def read_transformer(folder: Path) -> TransformerConfig:
     return read_config(TransformerConfig, folder / "config.json", defaults)
 
 
-def read_vae(folder: Path) -> AnyCodecConfig:
+def read_vae(folder: Path) -> CodecConfig:
     """The config of a VAE that this family works with, completed by its class's defaults. Raises ModelError."""
-    name, path = vae_class(folder), folder / "config.json"
-    defaults = _vae_defaults(name)
-    if name == "AutoencoderKLWan":
-        return read_codec(folder, defaults)
-    config = read_config(Ltx2CodecConfig, path, defaults)
+    path, name = folder / "config.json", vae_class(folder)
+    if name != LTX2:
+        return read_codec(folder)
+    config = read_config(Ltx2CodecConfig, path, vae_defaults(folder))
     if faults := config.faults():
         raise ModelError(Problem(str(path), fault, "Take the VAE's own config.") for fault in faults)
     return config
@@ -76,11 +76,14 @@ def vae_class(folder: Path) -> str:
 
 def vae_meaning(folder: Path) -> dict[str, object]:
     """What the VAE's config means, its class's defaults written out. Raises ModelError."""
-    return meaning(read_json(folder / "config.json"), _vae_defaults(vae_class(folder)))
+    return meaning(read_json(folder / "config.json"), vae_defaults(folder))
 
 
-def _vae_defaults(name: str) -> dict[str, object]:
-    return default_arguments("diffusers", VAE_SOURCES[name], name)
+def vae_defaults(folder: Path) -> Mapping[str, object]:
+    """Of its class's arguments. Raises ModelError."""
+    if vae_class(folder) != LTX2:
+        return codec_defaults()
+    return default_arguments("diffusers", "models/autoencoders/autoencoder_kl_ltx2.py", LTX2)
 
 
 def check(source: CheckpointSource, vae: CheckpointSource | None) -> list[Problem]:
@@ -114,16 +117,13 @@ def _vae_class(folder: Path) -> list[Problem]:
 
 def _vae(folder: Path) -> list[Problem]:
     part = folder / "vae"
-    config = read_vae(part)
+    config, taken = read_vae(part), read_transformer(folder / "transformer").in_channels
+    channels, remedy = config.geometry().channels, "Take the VAE of this checkpoint."
     problems = _vae_weights(part, config)
-    channels, taken = config.geometry().channels, read_transformer(folder / "transformer").in_channels
-    if channels != taken:
-        what = f"the VAE has {channels} latent channels, and the transformer takes {taken}."
-        problems.append(Problem(str(part / "config.json"), what, "Take the VAE of this checkpoint."))
-    return problems
+    return [*problems, *unlike(part, f"the VAE has {channels} latent channels", channels, taken, remedy)]
 
 
-def _vae_weights(folder: Path, config: AnyCodecConfig) -> list[Problem]:
+def _vae_weights(folder: Path, config: CodecConfig) -> list[Problem]:
     """From their headers; the LTX-2 VAE has the mean and std of its latents among them."""
     problems = misfit_problems(folder, DIFFUSERS_STEM, config.shapes(), some=True)
     if isinstance(config, Ltx2CodecConfig) and not weight_problems(folder, DIFFUSERS_STEM):
@@ -142,10 +142,7 @@ def _text_encoder(folder: Path) -> list[Problem]:
     if isinstance(width, int) and isinstance(words, int):
         problems = misfit_problems(part, TRANSFORMERS_STEM, {"embed_tokens.weight": (words, width)}, some=True)
     taken = read_transformer(folder / "transformer").caption_channels
-    if width != taken:
-        what = f"the text encoder's width is {width}, and the transformer takes {taken}."
-        problems.append(Problem(str(part / "config.json"), what, "Take this checkpoint's own."))
-    return problems
+    return [*problems, *unlike(part, f"the text encoder's width is {width}", width, taken)]
 
 
 def _other_vae(own: Path, other: CheckpointSource) -> list[Problem]:

@@ -1,7 +1,6 @@
-"""Pixels to latents and back through the checkpoint's VAE, normalised as SanaVideoPipeline does.
+"""Pixels to latents and back through the LTX-2 video VAE of the 720p checkpoint, normalised as SanaVideoPipeline does.
 
-The 480p checkpoint has the Wan VAE, whose config holds the latents' mean and std; the 720p one has the LTX-2 video VAE, which has
-them among its weights.
+It has the latents' mean and std among its weights. The 480p checkpoint has the Wan VAE, whose config holds them.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vtrain.contract import DIFFUSERS_STEM, ModelError, NormalizedCodec, Problem, load_autoencoder, stored_numbers
-from vtrain_sanavideo.geometry import AnyCodecConfig, Ltx2CodecConfig, vae_title
+from vtrain_sanavideo.geometry import Ltx2CodecConfig, vae_title
 from vtrain_sanavideo.options import SanaVideoOptions
 
 if TYPE_CHECKING:
@@ -32,20 +31,14 @@ class Ltx2Codec(NormalizedCodec):
         return super().decode(latents).clamp(-1, 1)
 
 
-def load(folder: Path, config: AnyCodecConfig, options: SanaVideoOptions, device: str) -> NormalizedCodec:
-    """The VAE of `folder`, with its statistics. Raises ModelError."""
-    geometry, title = config.geometry(), f"the {vae_title(config)}"
-    if isinstance(config, Ltx2CodecConfig):
-        from diffusers.models.autoencoders.autoencoder_kl_ltx2 import AutoencoderKLLTX2Video
+def load_ltx2(folder: Path, config: Ltx2CodecConfig, options: SanaVideoOptions, device: str) -> Ltx2Codec:
+    """The LTX-2 VAE of `folder`, with its statistics. Raises ModelError."""
+    from diffusers.models.autoencoders.autoencoder_kl_ltx2 import AutoencoderKLLTX2Video
 
-        # From the file, in full: the module's own are in the storage type of its weights.
-        mean, std = ltx2_statistics(folder, config)
-        vae = load_autoencoder(AutoencoderKLLTX2Video, folder, options.vae_precision, device, tiling=options.vae_tiling)
-        return Ltx2Codec(vae, mean, std, geometry, title)
-    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
-
-    vae = load_autoencoder(AutoencoderKLWan, folder, options.vae_precision, device, tiling=options.vae_tiling)
-    return NormalizedCodec(vae, config.latents_mean, config.latents_std, geometry, title)
+    # From the file, in full: the module's own are in the storage type of its weights.
+    mean, std = ltx2_statistics(folder, config)
+    vae = load_autoencoder(AutoencoderKLLTX2Video, folder, options.vae_precision, device, tiling=options.vae_tiling)
+    return Ltx2Codec(vae, mean, std, config.geometry(), f"the {vae_title(config)}")
 
 
 def ltx2_statistics(folder: Path, config: Ltx2CodecConfig) -> Statistics:

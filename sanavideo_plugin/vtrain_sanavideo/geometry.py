@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from vtrain.contract import CausalCodecConfig, FrameRule, LatentGeometry, PartConfig, Shape, Size
+from vtrain.contract import CodecConfig, FrameRule, LatentGeometry, PartConfig, Shape, Size, layer
+from vtrain.contract import TransformerConfig as DiffusersTransformer
 
 OFFICIAL_480P = (
     Size(832, 480), Size(896, 448), Size(768, 528), Size(720, 560), Size(624, 624), Size(592, 672),
@@ -31,44 +32,32 @@ SCALE_SHIFT_TABLE = "scale_shift_table"
 Positive = Annotated[int, Field(ge=1)]
 
 
-class TransformerConfig(PartConfig):
+class TransformerConfig(DiffusersTransformer):
     """transformer/config.json of a SanaVideoTransformer3DModel, over the class's own defaults."""
 
-    in_channels: Positive
-    out_channels: Positive | None
-    num_attention_heads: Positive
-    attention_head_dim: Positive
-    num_layers: Positive
     num_cross_attention_heads: Positive
     cross_attention_head_dim: Positive
     cross_attention_dim: Positive
     caption_channels: Positive
     mlp_ratio: float = Field(gt=0)
     attention_bias: bool
-    patch_size: tuple[Literal[1], Positive, Positive]
     norm_elementwise_affine: bool
     guidance_embeds: Literal[False]
     qk_norm: Literal["rms_norm_across_heads"] | None
     sample_size: Literal[30, 22]
 
-    @property
-    def width(self) -> int:
-        """D of a block's output."""
-        return self.num_attention_heads * self.attention_head_dim
-
     def shapes(self) -> dict[str, Shape]:
-        """Name and shape of every weight."""
-        width, out = self.width, self.out_channels or self.in_channels
+        width = self.width
         shapes: dict[str, Shape] = {
             SCALE_SHIFT_TABLE: (2, width),
-            **_layer("patch_embedding", (width, self.in_channels, *self.patch_size)),
-            **_layer("time_embed.emb.timestep_embedder.linear_1", (width, 256)),
-            **_layer("time_embed.emb.timestep_embedder.linear_2", (width, width)),
-            **_layer("time_embed.linear", (6 * width, width)),
-            **_layer("caption_projection.linear_1", (width, self.caption_channels)),
-            **_layer("caption_projection.linear_2", (width, width)),
+            **layer("patch_embedding", width, self.in_channels, *self.patch_size),
+            **layer("time_embed.emb.timestep_embedder.linear_1", width, 256),
+            **layer("time_embed.emb.timestep_embedder.linear_2", width, width),
+            **layer("time_embed.linear", 6 * width, width),
+            **layer("caption_projection.linear_1", width, self.caption_channels),
+            **layer("caption_projection.linear_2", width, width),
             "caption_norm.weight": (width,),
-            **_layer("proj_out", (math.prod(self.patch_size) * out, width)),
+            **layer("proj_out", math.prod(self.patch_size) * self.latent_channels, width),
         }
         block = self._block()
         for number in range(self.num_layers):
@@ -78,14 +67,14 @@ class TransformerConfig(PartConfig):
     def _block(self) -> dict[str, Shape]:
         width, hidden = self.width, int(self.mlp_ratio * self.width)
         cross = self.num_cross_attention_heads * self.cross_attention_head_dim
-        norm2 = _layer("norm2", (width,)) if self.norm_elementwise_affine else {}
+        norm2 = layer("norm2", width) if self.norm_elementwise_affine else {}
         return {
             SCALE_SHIFT_TABLE: (6, width),
             **self._attention("attn1", width, width, self.attention_bias),
             **self._attention("attn2", cross, self.cross_attention_dim, True),
             **norm2,
-            **_layer("ff.conv_inverted", (2 * hidden, width, 1, 1)),
-            **_layer("ff.conv_depth", (2 * hidden, 1, 3, 3)),
+            **layer("ff.conv_inverted", 2 * hidden, width, 1, 1),
+            **layer("ff.conv_depth", 2 * hidden, 1, 3, 3),
             "ff.conv_point.weight": (width, hidden, 1, 1),
             "ff.conv_temp.weight": (width, width, 3, 1),
         }
@@ -94,15 +83,11 @@ class TransformerConfig(PartConfig):
         norms = {f"{name}.norm_{of}.weight": (inner,) for of in "qk"} if self.qk_norm else {}
         return {
             **norms,
-            **_layer(f"{name}.to_q", (inner, self.width), bias),
-            **_layer(f"{name}.to_k", (inner, source), bias),
-            **_layer(f"{name}.to_v", (inner, source), bias),
-            **_layer(f"{name}.to_out.0", (self.width, inner)),
+            **layer(f"{name}.to_q", inner, self.width, bias=bias),
+            **layer(f"{name}.to_k", inner, source, bias=bias),
+            **layer(f"{name}.to_v", inner, source, bias=bias),
+            **layer(f"{name}.to_out.0", self.width, inner),
         }
-
-
-def _layer(name: str, weight: Shape, bias: bool = True) -> dict[str, Shape]:
-    return {f"{name}.weight": weight, **({f"{name}.bias": weight[:1]} if bias else {})}
 
 
 Stages = bool | tuple[bool, ...]
@@ -226,9 +211,6 @@ def _each(stages: Stages, count: int) -> tuple[bool, ...]:
     return (stages,) * count if isinstance(stages, bool) else stages
 
 
-AnyCodecConfig = CausalCodecConfig | Ltx2CodecConfig
-
-
-def vae_title(config: AnyCodecConfig) -> str:
+def vae_title(config: CodecConfig) -> str:
     """What the VAE is called in a plan and in messages."""
     return "LTX-2 VAE" if isinstance(config, Ltx2CodecConfig) else "Wan VAE"

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from vtrain.contract import CaptionExtra, DType, ModelSource, Options, fixed
+from vtrain.contract import CaptionExtra, CheckpointOptions, DType, ModelSource, Options, fixed
 
 MOTION_SCORE = CaptionExtra(
     "motion_score",
@@ -18,15 +18,12 @@ MOTION_SCORE = CaptionExtra(
 """The one thing that SANA-Video reads of a clip beside its caption."""
 
 
-class SanaVideoOptions(Options):
+class SanaVideoOptions(CheckpointOptions):
     """[model] with use = "sanavideo"."""
 
     path: ModelSource = fixed(
         description="the checkpoint: a folder in diffusers layout, or a hub id such as "
         '"Efficient-Large-Model/SANA-Video_2B_480p_diffusers"'
-    )
-    revision: str | None = fixed(
-        None, min_length=1, description="branch, tag or commit of a hub id; absent: its main branch"
     )
     vae_path: ModelSource | None = fixed(
         None, description="another copy of the same VAE: a folder or hub id; absent: the VAE of path"
@@ -39,13 +36,9 @@ class SanaVideoOptions(Options):
         None,
         description='put before every prompt; absent: the video instruction of SanaVideoPipeline; "" is none',
     )
-    text_precision: DType = fixed("bf16", description="storage type of the text encoder and of encoded text")
     vae_precision: DType = fixed(
         "fp32",
         description="storage type of the VAE; official training used the 480p model's in fp32, the 720p model's in bf16",
-    )
-    vae_tiling: bool = fixed(
-        False, description="encode and decode large videos in tiles: less memory, slightly other latents"
     )
 
 

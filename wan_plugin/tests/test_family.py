@@ -79,6 +79,19 @@ def test_the_stored_memory_of_the_published_models_is_what_is_measured(
             assert stored == found
 
 
+def test_what_is_kept_beside_the_blocks_does_not_depend_on_their_number(wan21: Path, family_of: Families) -> None:
+    """Under autocast, where a block's input is freed when the next one has begun."""
+    small = family_of(wan21)
+    config = json.loads((wan21 / "transformer" / "config.json").read_text())
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        modules = [WanTransformer3DModel.from_config(config | {"num_layers": number}) for number in (2, 5)]
+    examples = MemoryTests.examples(small, False)
+    denoisers = [WanDenoiser(module, small._geometry, blocks="blocks") for module in modules]
+    few, many = (measured(small, each, examples, "bf16") for each in denoisers)
+    assert few == many
+    assert min(few.plain.outside, few.checkpointed.outside) > 0
+
+
 def test_the_first_buckets_are_the_official_sizes(wan21: Path, ti2v: Path, family_of: Families) -> None:
     """SUPPORTED_SIZES of Wan-Video/Wan2.1 and Wan2.2."""
     small, large = family_of(wan21), family_of(ti2v)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import ftfy
 
 from vtrain.contract import (
-    BlockMemory,
     CheckpointOptions,
     ClipShape,
     ConditionEncoderSpec,
@@ -23,7 +22,6 @@ from vtrain.contract import (
     Size,
     TextEncoderSpec,
     TextPartSpec,
-    TokenBytes,
     TokenCounter,
     TokenizerCounter,
     digest,
@@ -38,11 +36,7 @@ from vtrain_wan import checkpoint, images, text
 from vtrain_wan.denoiser import WanDenoiser
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-
-_MEASURED: Mapping[str, Mapping[str, list[int]]] = json.loads(Path(__file__).with_name("memory.json").read_bytes())
-"""Of the published models and the tiny ones, as `vtrain.testing.memory.block_memory` measured them; tests measure again."""
+    from torch import Tensor
 
 
 class Wan21Family(DiffusersFamily[checkpoint.WanConfig]):
@@ -57,10 +51,10 @@ class Wan21Family(DiffusersFamily[checkpoint.WanConfig]):
     default_frames = 81
     default_fps = 16.0
     frame_levels = False
+    # The published models and the tiny ones; tests measure them again.
+    measured = json.loads(Path(__file__).with_name("memory.json").read_bytes())
     wording = staticmethod(text.wording)
     read_transformer = staticmethod(checkpoint.read_transformer)
-    read_codec = staticmethod(checkpoint.read_vae)
-    codec_defaults = staticmethod(checkpoint.vae_defaults)
 
     def __init__(self, options: CheckpointOptions, task: str = "", size: str = "") -> None:
         super().__init__(options, checkpoint.COMPONENTS)
@@ -70,12 +64,12 @@ class Wan21Family(DiffusersFamily[checkpoint.WanConfig]):
         return checkpoint.check(self._source, self._wanted)
 
     def describe(self) -> Sequence[tuple[str, str]]:
-        return self.rows(checkpoint.identity(self._transformer.shapes()), f"UMT5, {text.TOKENS} tokens,", "Wan VAE")
+        words = f"UMT5, {text.TOKENS} tokens, in {self._options.text_precision}"
+        return self.rows(words, checkpoint.identity(self._transformer.shapes()))
 
-    def block_memory(self, *, weights: DType, compute: DType, frame_levels: bool) -> BlockMemory | None:
-        model = f"{self._transformer.width} {self._transformer.ffn_dim} {self._transformer.in_channels}"
-        found = _MEASURED.get(model, {}).get(f"{weights} {compute} {'frames' if frame_levels else 'clip'}")
-        return BlockMemory(TokenBytes(*found[:2]), TokenBytes(*found[2:])) if found else None
+    @property
+    def memory_key(self) -> str:
+        return f"{self._transformer.width} {self._transformer.ffn_dim} {self._transformer.in_channels}"
 
     def timestep(self, sigma: Tensor) -> Tensor:
         return 1000 * sigma
@@ -132,12 +126,6 @@ class Wan21Family(DiffusersFamily[checkpoint.WanConfig]):
     def _open_clip(self, device: str) -> AbstractContextManager[images.ImageEmbeds]:
         encoder, processor = self._source.part("image_encoder"), self._source.place("image_processor")
         return opened(lambda: images.load(encoder, processor, device), device)
-
-    def codec_class(self) -> type[nn.Module]:
-        from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
-
-        codec: type[nn.Module] = AutoencoderKLWan
-        return codec
 
     def denoiser_of(self, folder: Path, device: str, dtype: DType) -> WanDenoiser:
         from diffusers.models.transformers.transformer_wan import WanTransformer3DModel

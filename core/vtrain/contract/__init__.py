@@ -27,7 +27,14 @@ from vtrain.contract.checkpoints import (
     read_json,
     tokenizer_hashes,
 )
-from vtrain.contract.codecs import CausalCodecConfig, NormalizedCodec, load_autoencoder, read_codec
+from vtrain.contract.codecs import (
+    CausalCodecConfig,
+    CodecConfig,
+    NormalizedCodec,
+    codec_defaults,
+    load_autoencoder,
+    read_codec,
+)
 from vtrain.contract.conditions import (
     ConditionEncoder,
     ConditionEncoderSpec,
@@ -79,6 +86,7 @@ from vtrain.contract.families import (
     TransformerConfig,
     layer,
     official_sizes,
+    unlike,
     unlike_parts,
 )
 from vtrain.contract.geometry import (
@@ -225,6 +233,7 @@ __all__ = [
     "CheckpointOptions",
     "CheckpointSource",
     "ClipShape",
+    "CodecConfig",
     "Component",
     "Condition",
     "ConditionEncoder",
@@ -351,6 +360,7 @@ __all__ = [
     "Words",
     "check_components",
     "check_path_text",
+    "codec_defaults",
     "comfyui_names",
     "component_weights",
     "conditions_of",
@@ -390,6 +400,7 @@ __all__ = [
     "token_digest",
     "tokenizer_hashes",
     "torch_type",
+    "unlike",
     "unlike_parts",
     "weight_files",
     "weight_hashes",

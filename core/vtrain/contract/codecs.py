@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 from pydantic import Field
 
-from vtrain.contract.checkpoints import JsonObject, PartConfig, read_config
+from vtrain.contract.checkpoints import JsonObject, PartConfig, default_arguments, read_config
 from vtrain.contract.device import Device
 from vtrain.contract.errors import ModelError, Problem
 from vtrain.contract.geometry import FrameRule, LatentGeometry
@@ -30,6 +30,28 @@ TOLERANCE = 1e-3
 """How far beyond [-1, 1] a pixel may be: resampling and bf16 rounding, not a range of [0, 255]."""
 
 Positive = Annotated[int, Field(ge=1)]
+
+
+class CodecConfig(Protocol):
+    """config.json of a video codec, as far as any is asked."""
+
+    @property
+    def time_factor(self) -> int:
+        """Pixel frames per latent frame, the first apart."""
+        ...
+
+    @property
+    def space_factor(self) -> int:
+        """Pixels per latent in height and width."""
+        ...
+
+    def geometry(self, patch: tuple[int, int, int] = (1, 1, 1)) -> LatentGeometry:
+        """patch: the denoiser's, latents per token."""
+        ...
+
+    def shapes(self) -> dict[str, Shape]:
+        """Of the weights that bear the config's numbers, for `misfit_problems(some=True)`."""
+        ...
 
 
 class CausalCodecConfig(PartConfig):
@@ -87,9 +109,15 @@ class CausalCodecConfig(PartConfig):
         return [f"{name}: {said}, but {why} {is_}." for name, said, is_, why in pairs if said not in (None, is_)]
 
 
-def read_codec(folder: Path, defaults: JsonObject) -> CausalCodecConfig:
-    """The codec's config. defaults: its class's own. Raises ModelError."""
-    config = read_config(CausalCodecConfig, folder / "config.json", defaults)
+def codec_defaults() -> JsonObject:
+    """Of the arguments of diffusers' AutoencoderKLWan: a config that spells one out is the same model. No torch."""
+    return default_arguments("diffusers", "models/autoencoders/autoencoder_kl_wan.py", "AutoencoderKLWan")
+
+
+def read_codec(folder: Path, defaults: JsonObject | None = None) -> CausalCodecConfig:
+    """The codec's config. defaults: of its class; None: `codec_defaults`. Raises ModelError."""
+    whole = codec_defaults() if defaults is None else defaults
+    config = read_config(CausalCodecConfig, folder / "config.json", whole)
     if faults := config.faults():
         raise ModelError(Problem(str(folder / "config.json"), fault, "Take the VAE's own config.") for fault in faults)
     return config

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Generic, Literal, TypeVar
+from typing import Annotated, Generic, Literal, TypeVar
 
 from pydantic import Field
 
@@ -22,16 +22,21 @@ from vtrain.contract.checkpoints import (
     read_json,
     tokenizer_hashes,
 )
-from vtrain.contract.codecs import CausalCodecConfig, NormalizedCodec, load_autoencoder
+from vtrain.contract.codecs import (
+    CausalCodecConfig,
+    CodecConfig,
+    NormalizedCodec,
+    codec_defaults,
+    load_autoencoder,
+    read_codec,
+)
 from vtrain.contract.errors import ModelError, Problem
 from vtrain.contract.geometry import ClipShape, FrameRule, LatentGeometry, LatentShape, Size, TokenGrid
 from vtrain.contract.loading import opened
 from vtrain.contract.options import ModelSource, Options, fixed
 from vtrain.contract.protocols import Denoiser, DType, HashFile
+from vtrain.contract.records import BlockMemory, TokenBytes
 from vtrain.contract.weights import Shape, misfit_problems, weight_hashes
-
-if TYPE_CHECKING:
-    from torch import nn
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -102,7 +107,7 @@ def official_sizes(
 def unlike_parts(
     folder: Path,
     transformer: TransformerConfig,
-    codec: CausalCodecConfig,
+    codec: CodecConfig,
     width: str,
     taken: int,
     *more: tuple[Path, str, int, int | None],
@@ -114,16 +119,22 @@ def unlike_parts(
     """
     vae, text = folder / "vae", folder / "text_encoder"
     problems = misfit_problems(vae, DIFFUSERS_STEM, codec.shapes(), some=True)
+    channels = codec.geometry().channels
     pairs = (
-        (vae, f"the VAE has {codec.z_dim} latent channels", codec.z_dim, transformer.latent_channels),
+        (vae, f"the VAE has {channels} latent channels", channels, transformer.latent_channels),
         (text, f"the text encoder's width is {(found := read_json(text / 'config.json').get(width))}", found, taken),
         *more,
     )
-    for part, what, has, needed in pairs:
-        if has != needed:
-            fault = f"{what}, and the transformer takes {needed}."
-            problems.append(Problem(str(part / "config.json"), fault, "Take this checkpoint's own."))
-    return problems
+    return [*problems, *(problem for pair in pairs for problem in unlike(*pair))]
+
+
+def unlike(
+    part: Path, what: str, has: object, taken: object, remedy: str = "Take this checkpoint's own."
+) -> list[Problem]:
+    """A part whose config has another number than the transformer takes. what: such as "the VAE has 16 latent channels"."""
+    if has == taken:
+        return []
+    return [Problem(str(part / "config.json"), f"{what}, and the transformer takes {taken}.", remedy)]
 
 
 ConfigT = TypeVar("ConfigT", bound=TransformerConfig)
@@ -133,8 +144,12 @@ class DiffusersFamily(Generic[ConfigT]):
     """The members of a `Family` that follow from the configs of its transformer and of its causal video codec.
 
     A family's own adds the rest, the methods that here raise NotImplementedError, and: mark, its name in fingerprints; title, its
-    name in messages; sizes, its official bucket sets, the default first; default_frames and default_fps. components: of a
-    checkpoint, with "transformer", "vae" and "scheduler" among them.
+    name in messages; sizes, its official bucket sets, the default first; default_frames and default_fps. One whose video codec
+    is no AutoencoderKLWan has read_codec, codec_defaults and _load_codec of its own. components: of a checkpoint, with
+    "transformer", "vae" and "scheduler" among them.
+
+    measured: `memory_key` of a model -> "<weights> <compute> clip", or "frames" with a level for each latent frame -> bytes as
+    `vtrain.testing.memory.block_memory` gave them: (plain block, outside, checkpointed block, outside).
     """
 
     mark: str
@@ -142,6 +157,7 @@ class DiffusersFamily(Generic[ConfigT]):
     sizes: Mapping[str, tuple[Size, ...]]
     default_frames: int
     default_fps: float
+    measured: Mapping[str, Mapping[str, Sequence[float]]] = {}
 
     def __init__(self, options: CheckpointOptions, components: Mapping[str, Component]) -> None:
         self._options = options
@@ -151,17 +167,18 @@ class DiffusersFamily(Generic[ConfigT]):
         """The config of a transformer in `folder`. Raises ModelError."""
         raise NotImplementedError
 
-    def read_codec(self, folder: Path) -> CausalCodecConfig:
+    def read_codec(self, folder: Path) -> CodecConfig:
         """The config of a video codec in `folder`. Raises ModelError."""
-        raise NotImplementedError
+        return read_codec(folder)
 
     def codec_defaults(self) -> JsonObject:
-        """The defaults of its class's arguments: a config that spells one out is the same model."""
-        raise NotImplementedError
+        """The defaults of its class's arguments: a config that spells one out is the same model. Raises ModelError."""
+        return codec_defaults()
 
-    def codec_class(self) -> type[nn.Module]:
-        """*torch* The class of the video codec."""
-        raise NotImplementedError
+    @property
+    def codec_title(self) -> str:
+        """What the video codec is called in a plan and in messages."""
+        return "Wan VAE"
 
     def denoiser_of(self, folder: Path, device: str, dtype: DType) -> Denoiser:
         """*torch* The denoiser of a folder whose config is the checkpoint's. Raises ModelError."""
@@ -171,9 +188,13 @@ class DiffusersFamily(Generic[ConfigT]):
     def _transformer(self) -> ConfigT:
         return self.read_transformer(self._source.place("transformer"))
 
+    def source_of(self, component: str) -> CheckpointSource:
+        """Where a component is: the checkpoint itself, if a family's own does not know better."""
+        return self._source
+
     @cached_property
-    def _codec(self) -> CausalCodecConfig:
-        return self.read_codec(self._source.place("vae"))
+    def _codec(self) -> CodecConfig:
+        return self.read_codec(self.source_of("vae").place("vae"))
 
     @cached_property
     def _geometry(self) -> LatentGeometry:
@@ -181,7 +202,7 @@ class DiffusersFamily(Generic[ConfigT]):
 
     @property
     def default_size(self) -> Size:
-        return next(iter(self.sizes.values()))[0]
+        return next(iter(self.resolutions().values()))[0]
 
     @property
     def frame_rule(self) -> FrameRule:
@@ -216,21 +237,36 @@ class DiffusersFamily(Generic[ConfigT]):
     def token_grid(self, latents: LatentShape) -> TokenGrid:
         return self._geometry.token_grid(latents)
 
+    @property
+    def memory_key(self) -> str:
+        """Of a model in `measured`: what in its config decides over what it keeps in memory."""
+        raise NotImplementedError
+
+    def block_memory(self, *, weights: DType, compute: DType, frame_levels: bool) -> BlockMemory | None:
+        how = f"{weights} {compute} {'frames' if frame_levels else 'clip'}"
+        found = self.measured.get(self.memory_key, {}).get(how) if self.measured else None
+        return BlockMemory(TokenBytes(*found[:2]), TokenBytes(*found[2:])) if found else None
+
     def scheduler_config(self) -> Mapping[str, object]:
         return read_json(self._source.folder / "scheduler" / "scheduler_config.json")
 
-    def rows(self, denoiser: str, text: str, codec: str = "VAE") -> Sequence[tuple[str, str]]:
-        """For `describe`, of the model, its denoiser, its text encoder and its video codec: names, and what the configs say."""
+    def rows(self, text: str, denoiser: str = "") -> Sequence[tuple[str, str]]:
+        """For `describe`, of the model, its denoiser, its text encoder and its video codec, with what the configs say.
+
+        text: all of its row. denoiser: what it is called; "" where the model's name says it.
+        """
         transformer, vae, options = self._transformer, self._codec, self._options
-        factors = f"x{vae.space_factor} space, x{vae.time_factor} time, {vae.z_dim} channels"
+        named = f"{denoiser}, " if denoiser else ""
+        blocks = f"{named}{transformer.num_layers} blocks x {transformer.width}, {self.parameters:,} parameters"
+        factors = f"x{vae.space_factor} space, x{vae.time_factor} time, {self._geometry.channels} channels"
+        source = self.source_of("vae")
+        place = f", from {source.describe()}" if source is not self._source else ""
+        tiled = ", tiled" if options.vae_tiling else ""
         return (
             ("model", self._source.describe()),
-            (
-                "denoiser",
-                f"{denoiser}, {transformer.num_layers} blocks x {transformer.width}, {self.parameters:,} parameters",
-            ),
-            ("text", f"{text} in {options.text_precision}"),
-            ("video codec", f"{codec} in {options.vae_precision}, {factors}{', tiled' if options.vae_tiling else ''}"),
+            ("denoiser", blocks),
+            ("text", text),
+            ("video codec", f"{self.codec_title} in {options.vae_precision}, {factors}{tiled}{place}"),
         )
 
     def component_fingerprint(
@@ -243,10 +279,11 @@ class DiffusersFamily(Generic[ConfigT]):
         defaults: JsonObject | None = None,
     ) -> str:
         """Of a component's weights and config, of its tokenizer if it has one, and of the settings that change what it gives."""
-        folder = self._source.part(component)
+        source = self.source_of(component)
+        folder = source.part(component)
         words = [tokenizer_hashes(self._source.part(tokenizer), hash_file)] if tokenizer else []
         config = meaning(read_json(folder / "config.json"), defaults)
-        weights = weight_hashes(folder, self._source.components[component].stem, hash_file)
+        weights = weight_hashes(folder, source.components[component].stem, hash_file)
         return digest(mark, *words, config, weights, list(settings))
 
     def video_fingerprint(self, hash_file: HashFile) -> str:
@@ -257,9 +294,13 @@ class DiffusersFamily(Generic[ConfigT]):
         return opened(lambda: self._load_codec(device), device)
 
     def _load_codec(self, device: str) -> NormalizedCodec:
-        codec, options, folder = self._codec, self._options, self._source.part("vae")
-        vae = load_autoencoder(self.codec_class(), folder, options.vae_precision, device, tiling=options.vae_tiling)
-        return NormalizedCodec(vae, codec.latents_mean, codec.latents_std, codec.geometry(), f"the VAE of {self.title}")
+        codec, options, folder = self._codec, self._options, self.source_of("vae").part("vae")
+        if not isinstance(codec, CausalCodecConfig):
+            raise NotImplementedError
+        from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+
+        vae = load_autoencoder(AutoencoderKLWan, folder, options.vae_precision, device, tiling=options.vae_tiling)
+        return NormalizedCodec(vae, codec.latents_mean, codec.latents_std, codec.geometry(), f"the {self.codec_title}")
 
     def load_denoiser(self, device: str, dtype: DType, weights: Path | None = None) -> Denoiser:
         folder = self._source.part("transformer") if weights is None else weights / "transformer"

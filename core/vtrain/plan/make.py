@@ -169,15 +169,14 @@ def _off_recipe(config: Config, family: FamilySpec) -> Iterator[str]:
         options = f" with {', '.join(f'{key} = {shown(value)}' for key, value in recipe.items())}" if recipe else ""
         yield (
             f'sampler.use = "{part.registered.spec.name}": the recipe of the family "{family.name}" is "{family.sampler}"'
-            f"{options}, which its weights were trained with"
+            f"{options}"
         )
         return
     given = part.options.model_dump(mode="json")
     for key, value in recipe.items():
         if given[key] != to_jsonable_python(value):
             yield (
-                f'sampler.{key} = {shown(given[key])}: the recipe of the family "{family.name}", which its weights were '
-                f"trained with, is {key} = {shown(value)}"
+                f'sampler.{key} = {shown(given[key])}: the recipe of the family "{family.name}" is {key} = {shown(value)}'
             )
 
 

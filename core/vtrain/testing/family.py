@@ -175,12 +175,19 @@ class MemoryTests(FamilySubject):
     def test_the_stored_memory_of_blocks_is_what_is_measured(
         self, family: Family, weights: DType, compute: DType, frame_levels: bool
     ) -> None:
-        """block_memory is what `vtrain.testing.memory.block_memory` gives (memory_tolerance), the figures that are to be stored."""
+        """block_memory is what `vtrain.testing.memory.block_memory` gives (memory_tolerance), the figures that are to be stored.
+
+        None of them is negative.
+        """
         if not isinstance(family, SupportsBlockMemory) or (frame_levels and not takes_frame_levels(family)):
             pytest.skip("this family does not say what it keeps so (SupportsBlockMemory)")
         stored = family.block_memory(weights=weights, compute=compute, frame_levels=frame_levels)
         if stored is None:
             pytest.skip("this family does not know it for this model folder")
+        parts = (stored.plain, stored.checkpointed)
+        assert min(min(each.block, each.outside) for each in parts) >= 0, (
+            f"bytes that are kept are not negative: {stored}"
+        )
         found = self.measured(family, weights, compute, frame_levels)
         for on in (False, True):
             told, real = (each.kept(1000, family.block_count, checkpointing=on) for each in (stored, found))

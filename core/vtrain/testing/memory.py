@@ -52,8 +52,10 @@ def block_memory(denoiser: Denoiser, calls: Sequence[tuple[Call, int]], compute:
     calls: two of different lengths, each with the number of tokens of all its clips; what does not grow with tokens (cast weights,
     text) is no part of it. compute: the type in which layers compute, "bf16" under autocast. Nothing is computed: it is run
     on fake tensors, and the weights may be fake too, so a model of any size is measured on any machine. Afterwards all
-    weights take gradients.
+    weights take gradients. Raises ValueError for a denoiser of one block: what it keeps cannot be told from what is beside it.
     """
+    if len(denoiser.blocks) < 2:
+        raise ValueError("memory is measured between two blocks, and this denoiser has one")
     denoiser.module.requires_grad_(True).train()
     found = []
     for on in (False, True):
@@ -66,7 +68,11 @@ def block_memory(denoiser: Denoiser, calls: Sequence[tuple[Call, int]], compute:
 
 
 def _left(denoiser: Denoiser, call: Call, compute: DType) -> tuple[int, int]:
-    """Bytes made and left over by a call, and by the last of its blocks."""
+    """Bytes made and left over by a call, and by the last of its blocks but one.
+
+    From where that block begins to where the next one does: at both, what a block is given is in memory, and is freed later
+    where it is not kept. When a block ends, its input and its output are there.
+    """
     weight = next(denoiser.module.parameters())
     # Fake weights keep to the mode that made them.
     mode = weight.fake_mode if isinstance(weight, FakeTensor) else FakeTensorMode(allow_non_fake_inputs=True)
@@ -76,8 +82,7 @@ def _left(denoiser: Denoiser, call: Call, compute: DType) -> tuple[int, int]:
         def mark(*_: object) -> None:
             marks.append(memory.now.total())
 
-        last = denoiser.blocks[-1]
-        handles = (last.register_forward_pre_hook(mark), last.register_forward_hook(mark))
+        handles = [block.register_forward_pre_hook(mark) for block in denoiser.blocks[-2:]]
         try:
             with Device().autocast("bf16" if compute == "bf16" else None):
                 kept = call()

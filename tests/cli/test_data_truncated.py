@@ -70,7 +70,7 @@ def test_a_file_is_shown_with_tokens_limit_and_what_is_not_read(config: Path, vt
     assert "  not read  text and mood and pace: word15 word16 word17 word18 word19 mood=calm pace=2.0\n" in text
     assert "caption extras\n  mood  text; a word for how the clip feels\n  pace  number from 0 to 10;" in text
     record: dict[str, Any] = shown(config, "short.mp4", "--no-sheet")
-    assert record["text"][0]["counts"] == [{"encoder": "text", "tokens": 3, "limit": 16, "lost": [], "cut": ""}]
+    assert record["text"][0]["counts"] == [{"encoder": "words", "tokens": 3, "limit": 16, "lost": [], "cut": ""}]
     assert [extra["name"] for extra in record["caption_extras"]] == ["mood", "pace"]
 
 

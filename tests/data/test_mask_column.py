@@ -112,7 +112,7 @@ def test_a_mask_that_leaves_nothing_drops_its_clip_before_it_is_encoded_and_that
     stores = Stores(again)
     names = wanted(stores, scan(again).samples, ())
     assert {kind: (len(each.keys), each.unread) for kind, each in names.items()} == {
-        "text": (3, 0), "video": (2, 0), "features": (0, 0), "mask": (1, 0),
+        "text": (3, 0), "video": (2, 0), "features": (0, 0), "mask": (1, 0), "condition": (0, 0),
     }  # fmt: skip
 
 

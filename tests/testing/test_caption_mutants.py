@@ -51,11 +51,11 @@ def tokens(change: Callable[[TokenCount], TokenCount]) -> ToyFamily:
 
 MUTANTS: Mapping[str, Callable[[], Subject]] = {
     "test_every_extra_is_read": lambda: kit(
-        family=family(caption_extras=(CaptionExtra("mood", "text", "x"),)), text_encoder=Moodless()
+        family=family(caption_extras=(CaptionExtra("mood", "text", "x"),)), text_encoders={"words": Moodless()}
     ),
     "test_every_extra_says_what_it_means": lambda: of_family(caption_extras=(CaptionExtra("mood", "text", " "),)),
     "test_tokens_are_counted_as_the_encoder_cuts": lambda: kit(
-        family=tokens(lambda count: replace(count, limit=17)), text_encoder=ToyTextEncoder()
+        family=tokens(lambda count: replace(count, limit=17)), text_encoders={"words": ToyTextEncoder()}
     ),
     "test_what_is_lost_is_the_text_or_an_extra": lambda: kit(
         family=tokens(lambda count: replace(count, lost=("end",)))

@@ -1,45 +1,83 @@
 """The loop that vtrain is measured against: torch, diffusers, and nothing around them.
 
-As a script it takes one step and tells its CPU-seconds: python bare.py TRANSFORMER DTYPE FOLDER RANK, where FOLDER
-holds samples.pt and RANK 0 trains all weights.
+As a script it takes one step and tells its CPU-seconds: python bare.py FAMILY TRANSFORMER DTYPE SAMPLES RANK, where FAMILY
+is one of FAMILIES, SAMPLES a file of samples, and RANK 0 trains all weights.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers.models.transformers.transformer_sana_video import SanaVideoTransformer3DModel
 from torch import Tensor, nn
-
-LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One clip, in memory. latents (1, C, f, h, w) fp32; embeds (1, L, D); mask (1, L) bool."""
+    """One clip, in memory. latents (1, C, f, h, w) fp32; embeds (1, L, D); mask (1, L) bool, None if the model takes none."""
 
     latents: Tensor
     embeds: Tensor
-    mask: Tensor
+    mask: Tensor | None
 
 
-def load_model(transformer: Path, dtype: torch.dtype) -> SanaVideoTransformer3DModel:
-    return SanaVideoTransformer3DModel.from_pretrained(transformer, torch_dtype=dtype)
+def sana_level(device: torch.device) -> tuple[Tensor, Tensor]:
+    """(sigma, timestep), both (1,): logit-normal on 1000 levels, shift 3, as SANA-Video was trained."""
+    s = (torch.randn(1, device=device).sigmoid() * 1000).floor() / 1000
+    sigma = 3 * s / (1 + 2 * s)
+    return sigma, (1000 * sigma).floor()
 
 
-def prepare(model: SanaVideoTransformer3DModel, lora_rank: int | None) -> SanaVideoTransformer3DModel:
+def wan_level(device: torch.device) -> tuple[Tensor, Tensor]:
+    """(sigma, timestep), both (1,): logit-normal, shift 3, which vtrain-wan has for Wan 2.1; WanPipeline's timesteps."""
+    s = torch.randn(1, device=device).sigmoid()
+    sigma = 3 * s / (1 + 2 * s)
+    return sigma, 1000 * sigma
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs from one model to another: diffusers' class, what an adapter is put on, and the levels."""
+
+    module: str
+    transformer: str
+    lora_targets: tuple[str, ...]
+    draw_level: Callable[[torch.device], tuple[Tensor, Tensor]]
+
+    def load(self, folder: Path, dtype: torch.dtype) -> Any:
+        model = getattr(importlib.import_module(self.module), self.transformer)
+        return model.from_pretrained(folder, torch_dtype=dtype)
+
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+SANA = Family(
+    "diffusers.models.transformers.transformer_sana_video", "SanaVideoTransformer3DModel", ATTENTION, sana_level
+)
+WAN = Family(
+    "diffusers.models.transformers.transformer_wan",
+    "WanTransformer3DModel",
+    (*ATTENTION, "ffn.net.0.proj", "ffn.net.2"),
+    wan_level,
+)
+FAMILIES = {"sanavideo": SANA, "wan21": WAN}
+"""By vtrain's names."""
+
+
+def prepare(family: Family, model: Any, lora_rank: int | None) -> Any:
     """Ready to train: everything, or an fp32 adapter on frozen weights."""
     if lora_rank is not None:
         from peft import LoraConfig
 
         model.requires_grad_(False)
-        model.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=LORA_TARGETS))
+        targets = list(family.lora_targets)
+        model.add_adapter(LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=targets))
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -55,29 +93,23 @@ def adamw(model: nn.Module, lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=True)
 
 
-def draw_level(device: torch.device) -> tuple[Tensor, Tensor]:
-    """(sigma, timestep), both (1,): logit-normal on 1000 levels, shift 3, as SANA-Video was trained."""
-    s = (torch.randn(1, device=device).sigmoid() * 1000).floor() / 1000
-    sigma = 3 * s / (1 + 2 * s)
-    return sigma, (1000 * sigma).floor()
-
-
 def train(
-    model: SanaVideoTransformer3DModel, optimizer: torch.optim.Optimizer, samples: Sequence[Sample]
+    family: Family, model: nn.Module, optimizer: torch.optim.Optimizer, samples: Sequence[Sample]
 ) -> Iterator[Tensor]:
     """Steps without end, one at each `next`, on the model's device. Gives the loss, detached and unread."""
     device = samples[0].latents.device
     for sample in cycle(samples):
         clean, noise = sample.latents, torch.randn_like(sample.latents)
-        sigma, timestep = draw_level(device)
+        sigma, timestep = family.draw_level(device)
         spread = sigma[:, None, None, None, None]
+        masked = {} if sample.mask is None else {"encoder_attention_mask": sample.mask}
         with torch.autocast(device.type, torch.bfloat16):
             prediction = model(
                 (1 - spread) * clean + spread * noise,
                 encoder_hidden_states=sample.embeds,
                 timestep=timestep,
-                encoder_attention_mask=sample.mask,
                 return_dict=False,
+                **masked,
             )[0]
             loss = nn.functional.mse_loss(prediction.float(), noise - clean)
         loss.backward()
@@ -87,10 +119,11 @@ def train(
 
 
 def main() -> None:
-    folder, dtype, samples, rank = sys.argv[1:]
-    model = prepare(load_model(Path(folder), getattr(torch, dtype)), int(rank) or None)
-    stored = torch.load(Path(samples) / "samples.pt", weights_only=True)
-    loss = next(train(model, adamw(model, 1e-5), [Sample(*each) for each in stored]))
+    name, folder, dtype, samples, rank = sys.argv[1:]
+    family = FAMILIES[name]
+    model = prepare(family, family.load(Path(folder), getattr(torch, dtype)), int(rank) or None)
+    stored = torch.load(samples, weights_only=True)
+    loss = next(train(family, model, adamw(model, 1e-5), [Sample(*each) for each in stored]))
     assert loss.isfinite()
     sys.stdout.write(f"cpu {time.process_time()}\n")
     sys.stdout.flush()

@@ -204,7 +204,7 @@ def memory_table(found: list[Memory]) -> str:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the tiny model, few rounds: to see that the script works")
-    parser.add_argument("--model", choices=MODELS, help="(default: small)")
+    parser.add_argument("--model", choices=ENCODERS, help="(default: small)")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--rounds", type=int, help=f"of blocks; 0: none (default: {ROUNDS})")

@@ -186,10 +186,10 @@ def bare_side(setup: Setup, _processes: Processes) -> Iterator[Block]:
         bare.Sample(latents.to(setup.device), embeds.to(setup.device), batches.mask.to(setup.device))
         for latents, embeds in zip(batches.latents, batches.embeds, strict=True)
     ]
-    model = bare.prepare(build(setup), RANK if setup.mode == "lora" else None)
+    model = bare.prepare(bare.SANA, build(setup), RANK if setup.mode == "lora" else None)
     if setup.checkpointing:
         model.enable_gradient_checkpointing()
-    losses = bare.train(model, bare.adamw(model, LR), samples)
+    losses = bare.train(bare.SANA, model, bare.adamw(model, LR), samples)
 
     def block() -> None:
         for _ in range(setup.steps):

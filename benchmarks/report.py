@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 RESAMPLES = 10_000
-OURS = ("vtrain", "vtrain-sanavideo")
+OURS = ("vtrain", "vtrain-sanavideo", "vtrain-wan")
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 
 

@@ -33,14 +33,14 @@ from functools import partial
 from importlib.util import cache_from_source
 from pathlib import Path
 
+import bare
 import psutil
 from report import Ratio, ratio, say, say_machine, table, write_json
-from workload import BASE, MODELS, MODES, RANK, Model, fill, read_samples, write_config
+from workload import BASE, MODELS, MODES, RANK, Model, fill, read_samples, samples_file, write_config
 
 import vtrain
 
 VTRAIN = [sys.executable, "-c", "from vtrain.cli.app import main; main()"]
-HERE = Path(__file__).resolve().parent
 LIBRARIES = "import typer, rich, pydantic"
 A_MODEL, ALL_OF_PLAN = "the same and one model", "import all libraries it uses"
 BARE = {
@@ -56,8 +56,8 @@ FIRST_STEP_LIMIT = 1.3
 LOAD = """
 import sys, time
 import torch, accelerate, safetensors{peft}
-from diffusers.models.transformers.transformer_sana_video import SanaVideoTransformer3DModel
-SanaVideoTransformer3DModel.from_pretrained(sys.argv[1], torch_dtype=getattr(torch, sys.argv[2]))
+from {module} import {transformer}
+{transformer}.from_pretrained(sys.argv[1], torch_dtype=getattr(torch, sys.argv[2]))
 print("cpu", time.process_time(), flush=True)
 """
 
@@ -160,27 +160,28 @@ def middle(costs: list[Cost]) -> Cost:
     return Cost(statistics.median(cost.cpu for cost in costs), statistics.median(cost.wall for cost in costs))
 
 
-def command_line(config: Path, runs: int) -> list[Compared]:
-    """`--help`, `plugins list` and `plan` of a run whose data are known, against importing typer, rich and pydantic.
+def command_line(configs: Mapping[str, Path], runs: int) -> list[Compared]:
+    """`--help`, `plugins list` and `plan` of runs whose data are known, against importing typer, rich and pydantic.
 
-    `plugins list` also beside what pydantic loads with its first model. `plan` reads TOML, plugins, headers and a database
-    too: it stands beside importing all the libraries for that as well.
+    configs: of each family, a run's. `plugins list` also stands beside what pydantic loads with its first model. `plan`
+    reads TOML, plugins, headers and a database too: it stands beside importing all the libraries for that as well.
     """
-    whole([*VTRAIN, "plan", str(config)])
-    commands = {
-        "vtrain --help": ["--help"],
-        "vtrain plugins list": ["plugins", "list"],
-        "vtrain plan": ["plan", str(config)],
-    }
+    plans = {f"vtrain plan, {family}": ["plan", str(config)] for family, config in configs.items()}
+    for words in plans.values():
+        whole([*VTRAIN, *words])
+    commands = {"vtrain --help": ["--help"], "vtrain plugins list": ["plugins", "list"], **plans}
     measures = {name: partial(whole, [*VTRAIN, *words]) for name, words in commands.items()}
-    bare = {what: partial(whole, [sys.executable, "-c", code]) for what, code in BARE.items()}
-    costs = rounds({**bare, **measures}, runs)
+    imports = {what: partial(whole, [sys.executable, "-c", code]) for what, code in BARE.items()}
+    costs = rounds({**imports, **measures}, runs)
     return [
         compared(costs, "vtrain --help", LIBRARIES, CLI_LIMIT),
         compared(costs, "vtrain plugins list", LIBRARIES, CLI_LIMIT),
         compared(costs, "vtrain plugins list", A_MODEL, None),
-        compared(costs, "vtrain plan", LIBRARIES, None),
-        compared(costs, "vtrain plan", ALL_OF_PLAN, CLI_LIMIT),
+        *(
+            compared(costs, plan, against, limit)
+            for plan in plans
+            for against, limit in ((LIBRARIES, None), (ALL_OF_PLAN, CLI_LIMIT))
+        ),
     ]
 
 
@@ -193,22 +194,22 @@ def first_steps(folder: Path, model: Model, mode: str, runs: int) -> list[Compar
     """The first step of `model`, warm caches, against imports and weight loading, and against the bare loop's own."""
     config = write_config(folder, model, mode, log_every=1, name=f"{model.name}-{mode}")
     fill(config)
-    read_samples(config)
+    read_samples(config, model)
     more = [str(model.build(folder) / "transformer"), {"fp32": "float32", "bf16": "bfloat16"}[BASE[mode]]]
-    load, bare, vtrain = (f"{model.name}, {mode}: {name}" for name in ("imports and weights", "bare loop", "vtrain"))
-    imports = LOAD.format(peft=", peft" if mode == "lora" else "")
+    load, by_hand, vtrain = (f"{model.name}, {mode}: {name}" for name in ("imports and weights", "bare loop", "vtrain"))
+    family, rank = bare.FAMILIES[model.use], RANK if mode == "lora" else 0
+    imports = LOAD.format(module=family.module, transformer=family.transformer, peft=", peft" if rank else "")
+    loop = [sys.executable, bare.__file__, model.use, *more, str(samples_file(folder, model)), str(rank)]
     measures = {
         load: partial(told, [sys.executable, "-c", imports, *more]),
-        bare: partial(
-            told, [sys.executable, str(HERE / "bare.py"), *more, str(folder), str(RANK if mode == "lora" else 0)]
-        ),
+        by_hand: partial(told, loop),
         vtrain: partial(first_step, config),
     }
     costs = rounds(measures, runs)
     return [
         compared(costs, vtrain, load, FIRST_STEP_LIMIT),
-        compared(costs, bare, load, None),
-        compared(costs, vtrain, bare, None),
+        compared(costs, by_hand, load, None),
+        compared(costs, vtrain, by_hand, None),
     ]
 
 
@@ -260,9 +261,13 @@ def main() -> None:
         folder = chosen.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vtrain-startup-")))
         folder.mkdir(parents=True, exist_ok=True)
         say_machine()
-        config = write_config(folder, MODELS["tiny"], "full", log_every=1, name="plan")
-        fill(config)
-        commands = command_line(config, chosen.runs)
+        configs = {
+            model.use: write_config(folder, model, "full", log_every=1, name=f"plan-{model.name}")
+            for model in (MODELS["tiny"], MODELS["wan-tiny"])
+        }
+        for config in configs.values():
+            fill(config)
+        commands = command_line(configs, chosen.runs)
         say(f"vtrain's bytecode: {'kept' if has_bytecode() else 'NOT KEPT: it is compiled at every start'}\n")
         say(cost_table(commands))
         starts = [
@@ -273,7 +278,7 @@ def main() -> None:
         ]
         if starts:
             say("\n" + cost_table(starts))
-        threads = {asked: sorted(threads_in_a_run(config, asked)) for asked in chosen.threads}
+        threads = {asked: sorted(threads_in_a_run(configs["sanavideo"], asked)) for asked in chosen.threads}
         for asked, found in threads.items():
             verdict = "respected" if found == [asked] else "NOT RESPECTED"
             say(f"\nOMP_NUM_THREADS={asked}: steps compute with {found} threads: {verdict}")

@@ -40,10 +40,10 @@ if TYPE_CHECKING:
     from vtrain.contract import Tracker
     from vtrain.run.listeners import Listeners
 
-TIME_LIMITS = {"small": 1.02, "tiny": 1.10}
+TIME_LIMITS = {"small": 1.02, "tiny": 1.10, "wan-small": 1.02, "wan-tiny": 1.10}
 MEMORY_LIMIT = 1.05
 LISTENERS_LIMIT = 1.01
-STEPS = {"small": 4, "tiny": 40}
+STEPS = {"small": 4, "tiny": 40, "wan-small": 4, "wan-tiny": 40}
 """Of one block, by default."""
 
 RSS_STEPS = 8
@@ -179,11 +179,11 @@ def bare_block(config: Path, model: Model, mode: str, steps: int) -> Iterator[Bl
     """The bare loop on the samples that vtrain cached for `config`."""
     import bare
 
-    samples = read_samples(config)
+    family, samples = bare.FAMILIES[model.use], read_samples(config, model)
     checkpoint = model.build(config.parent)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[BASE[mode]]
-    net = bare.prepare(bare.load_model(checkpoint / "transformer", dtype), RANK if mode == "lora" else None)
-    losses = bare.train(net, bare.adamw(net, 1e-5), [bare.Sample(*sample) for sample in samples])
+    net = bare.prepare(family, family.load(checkpoint / "transformer", dtype), RANK if mode == "lora" else None)
+    losses = bare.train(family, net, bare.adamw(net, 1e-5), [bare.Sample(*sample) for sample in samples])
 
     def block() -> float:
         for _ in range(steps):
@@ -257,7 +257,7 @@ def measure_memory(folder: Path, model: Model, mode: str, pairs: int, steps: int
     """Processes of their own, in turn."""
     config = write_config(folder, model, mode, log_every=steps, name=f"rss-{model.name}-{mode}")
     fill(config)
-    read_samples(config)
+    read_samples(config, model)
     peaks: dict[str, list[int]] = {"bare": [], "vtrain": []}
     options = ["--folder", str(folder), "--models", model.name, "--modes", mode, "--steps", str(steps)]
     for pair in range(pairs):

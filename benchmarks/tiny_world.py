@@ -1,9 +1,10 @@
 """What training modes teach the tiny world in equal steps: the judge's accuracy, loss, time and memory of each.
 
-    PYTHONPATH=examples/world python benchmarks/tiny_world.py [--output FOLDER] [--json FILE] [--write]
+    PYTHONPATH=examples/world python benchmarks/tiny_world.py [--output FOLDER] [--json FILE] [--write] [--wan]
 
 From random weights, then a new word by LoRA on the model that examples/world/demo.py leaves (run before, if it was not).
---write puts the table into docs/tiny-world.md. Wall times, one run after the other: compare them within one table alone.
+--wan: only the world with another family, in more steps. --write puts the table into docs/tiny-world.md. Wall times, one run
+after the other: compare them within one table alone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import checkpoint
 import crepa_world
 import demo
 import evaluate
@@ -45,6 +47,7 @@ class Mode:
 
     clips: the folder of clips below the output folder, "" for the world's own. crepa: whether CREPA is added, its teacher a
     real frozen encoder (crepa_world.py). continued: whether videos that go on from a true clip's first frame are a row too.
+    length: of the run.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Mode:
     clips: str = ""
     crepa: bool = False
     continued: bool = False
+    length: demo.Length = demo.SHORT
 
     @property
     def folder(self) -> str:
@@ -74,6 +78,12 @@ ASKED = (
 """Each against the first of FROM_NOTHING."""
 PATCH, BLACK = 16, 24
 """Pixels of noise in a corner of a spoilt clip, and of black in its mask: what the VAE mixes with the noise is left out too."""
+WAN = Mode(
+    "Wan 2.1, full, bf16",
+    {'use = "sanavideo"': 'use = "wan21"', '/checkpoint"': '/wan-checkpoint"'},
+    length=demo.Length(1500, 1500),
+)
+"""Another family on the same clips: attention over all tokens learns shapes later than SANA-Video's convolutions."""
 NEW_WORD = (
     Mode("LoRA, bf16, base fp32"),
     Mode("LoRA, bf16, base bf16", {'base = "fp32"': 'base = "bf16"'}),
@@ -121,15 +131,15 @@ def from_nothing(mode: Mode, output: Path) -> list[Measured]:
         "../../demo-output/world/run": (folder / "run").as_posix(),
         **demo.moved(output),
         "at_start = true": "at_start = false",
-        **demo.SHORT.changes,
-        f'every = "{demo.SHORT.every} steps"': f'every = "{demo.SHORT.steps} steps"',
+        **mode.length.changes,
+        f'every = "{mode.length.every} steps"': f'every = "{mode.length.steps} steps"',
         **({clips: clips.replace("/clips", f"/{mode.clips}")} if mode.clips else {}),
         **mode.changes,
     }
     config = demo.write_config(demo.HERE / "world.toml", folder / "world.toml", changes)
-    checkpoint = crepa_world.train(config, "CREPA") if mode.crepa else run(config)
+    trained = crepa_world.train(config, "CREPA") if mode.crepa else run(config)
     plan = planned(config)
-    model = evaluate.denoiser(plan, checkpoint)
+    model = evaluate.denoiser(plan, trained)
     rows = []
     for name, first_frames in ((mode.name, False), (f"{mode.name}, from a first frame", True)):
         if first_frames and not mode.continued:
@@ -203,25 +213,41 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=demo.OUTPUT, help="demo.py's output folder, used and kept")
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE.relative_to(ROOT)}")
+    parser.add_argument("--wan", action="store_true", help=f"only Wan 2.1, {WAN.length.steps} steps")
     chosen = parser.parse_args()
     output = chosen.output.resolve()
+    if chosen.wan:
+        demo.make_inputs(output, demo.CLIPS)
+        checkpoint.build_wan(output / "wan-checkpoint")
+        found = from_nothing(WAN, output)
+        publish(chosen, "wan-world", f"{measured_on()}\n\n{found[0].steps} steps:\n\n{table(found)}\n", found)
+        return
     subprocess.run([sys.executable, str(demo.HERE / "demo.py"), "--output", str(output)], check=True)
     trained = evaluate.newest(planned(output / "world.toml").config.run.output_dir)
     lora.prepare(output, trained, output / "lora")
     spoil(output)
     full = [row for mode in (*FROM_NOTHING, *ASKED) for row in from_nothing(mode, output)]
     adapters = [new_word(mode, output) for mode in NEW_WORD]
-    told = "; ".join(f"{name} {value}" for name, value in report.machine().items())
     text = (
-        f"Measured on {datetime.now(UTC):%Y-%m-%d}: {told}.\n\n"
+        f"{measured_on()}\n\n"
         f"From random weights, {full[0].steps} steps, 64 prompts:\n\n{table(full)}\n\n"
         f"A new word, {adapters[0].steps} steps on {lora.CLIPS} clips:\n\n{table(adapters)}\n"
     )
+    publish(chosen, "world", text, [*full, *adapters])
+
+
+def measured_on() -> str:
+    told = "; ".join(f"{name} {value}" for name, value in report.machine().items())
+    return f"Measured on {datetime.now(UTC):%Y-%m-%d}: {told}."
+
+
+def publish(chosen: argparse.Namespace, mark: str, text: str, found: list[Measured]) -> None:
+    """Print, write as JSON and into the page, where that is asked for."""
     report.say(text)
-    rows = [{**vars(each), "accuracy": {k: vars(v) for k, v in each.accuracy.items()}} for each in (*full, *adapters)]
-    report.write_json(chosen.json, {"world": rows})
+    rows = [{**vars(each), "accuracy": {k: vars(v) for k, v in each.accuracy.items()}} for each in found]
+    report.write_json(chosen.json, {mark: rows})
     if chosen.write:
-        put(PAGE, "world", text)
+        put(PAGE, mark, text)
 
 
 if __name__ == "__main__":

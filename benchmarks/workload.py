@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING
 import av
 import numpy as np
 
-from vtrain_sanavideo import tiny
+from vtrain_sanavideo import tiny as tiny_sanavideo
+from vtrain_wan import tiny as tiny_wan
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +30,7 @@ CONFIG = """
 output_dir = "{output}"
 
 [model]
-use = "sanavideo"
+use = "{use}"
 path = "{checkpoint}"
 train = "{train}"
 {lora}
@@ -62,11 +64,16 @@ every = "1000000 steps"
 """
 
 
+BUILDERS: dict[str, Callable[..., Path]] = {"sanavideo": tiny_sanavideo.build, "wan21": tiny_wan.build}
+"""Family -> what writes a checkpoint of it."""
+
+
 @dataclass(frozen=True)
 class Model:
-    """A transformer: `layers` blocks of width heads x head_dim."""
+    """A transformer of the family `use`: `layers` blocks of width heads x head_dim."""
 
     name: str
+    use: str
     layers: int
     heads: int
     head_dim: int
@@ -75,12 +82,20 @@ class Model:
         """Write the whole checkpoint (random weights) below `folder`, unless it is there."""
         checkpoint = folder / self.name
         if not (checkpoint / "model_index.json").exists():
-            tiny.build(checkpoint, layers=self.layers, heads=self.heads, head_dim=self.head_dim)
+            BUILDERS[self.use](checkpoint, layers=self.layers, heads=self.heads, head_dim=self.head_dim)
         return checkpoint
 
 
-MODELS = {model.name: model for model in (Model("tiny", 4, 2, 48), Model("small", 6, 8, 112))}
-"""0.9 M and 104 M parameters."""
+MODELS = {
+    model.name: model
+    for model in (
+        Model("tiny", "sanavideo", 4, 2, 48),
+        Model("small", "sanavideo", 6, 8, 112),
+        Model("wan-tiny", "wan21", 4, 2, 48),
+        Model("wan-small", "wan21", 6, 8, 112),
+    )
+}
+"""0.9 M, 104 M, 0.6 M and 74 M parameters."""
 
 MODES = ("full", "lora")
 """full: fp32 weights, all trained. lora: bf16 weights, an fp32 adapter of rank 16 on them. Both under bf16 autocast."""
@@ -116,6 +131,7 @@ def write_config(folder: Path, model: Model, mode: str, log_every: int, name: st
         write_clips(clips)
     text = CONFIG.format(
         output=(folder / name).as_posix(),
+        use=model.use,
         checkpoint=model.build(folder).as_posix(),
         train=mode,
         lora=f"\n[model.lora]\nrank = {RANK}\n" if mode == "lora" else "",
@@ -143,11 +159,16 @@ def fill(config: Path, clips: int | None = None) -> None:
     fill_caches(plan, samples, [], "cpu", lambda _: None)
 
 
-def read_samples(config: Path) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def samples_file(folder: Path, model: Model) -> Path:
+    """Of all models of a family: their VAE and text encoder are the same."""
+    return folder / f"samples-{model.use}.pt"
+
+
+def read_samples(config: Path, model: Model) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
     """(latents, embeds, mask) of each cached clip, written once to a file, so that reading them needs no vtrain."""
     import torch
 
-    path = config.parent / "samples.pt"
+    path = samples_file(config.parent, model)
     if not path.exists():
         from vtrain.data.batches import Batches
         from vtrain.data.caching.caches import fill_caches
@@ -159,5 +180,5 @@ def read_samples(config: Path) -> list[tuple[torch.Tensor, torch.Tensor, torch.T
         batches = Batches(plan, filled.caches, filled.index)
         found = [batches[number] for number in range(len(filled.index))]
         torch.save([(batch.latents.mean, batch.text.only.embeds, batch.text.only.mask) for batch in found], path)
-    loaded: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = torch.load(path, weights_only=True)
+    loaded: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = torch.load(path, weights_only=True)
     return loaded

@@ -198,7 +198,7 @@ def fresh(page: str) -> str:
 
 
 def main() -> None:
-    for path in (FOLDER.parent / "README.md", *sorted(FOLDER.glob("*.md"))):
+    for path in (FOLDER.parent / "README.md", *sorted(FOLDER.rglob("*.md"))):
         path.write_text(fresh(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 

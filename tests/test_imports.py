@@ -87,9 +87,10 @@ def test_listing_plugins_imports_nothing_heavy(
 ) -> None:
     code, packages, modules = imported(*arguments)
     assert code == 0
-    assert not packages & {*HEAVY, "av", "numpy", "tree_sitter"}
-    assert "vtrain_sanavideo.plugin" in modules
+    assert not packages & {*HEAVY, "av", "numpy", "tree_sitter", "ftfy", "wcwidth"}
+    assert {"vtrain_sanavideo.plugin", "vtrain_wan.plugin"} <= modules
     assert not modules & {"vtrain_sanavideo.family", "vtrain_sanavideo.flow", "vtrain_sanavideo.crepa"}
+    assert not modules & {"vtrain_wan.family", "vtrain_wan.text", "vtrain_wan.checkpoint"}
 
 
 @pytest.mark.parametrize("arguments", [("plugins", "show", "adamw"), ("config", "schema")])

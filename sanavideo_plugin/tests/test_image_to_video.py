@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -160,10 +161,17 @@ def test_the_price_is_what_autograd_keeps_more(family: SanaVideoFamily, weights:
 
 @TYPES
 @pytest.mark.parametrize("frame_levels", [False, True])
+@pytest.mark.parametrize("model", ["checkpoint", pytest.param("checkpoint_720p", marks=pytest.mark.slow)])
 def test_the_stored_memory_of_the_2b_model_is_what_is_measured(
-    own_checkpoint: Path, family: SanaVideoFamily, weights: DType, compute: DType, frame_levels: bool
+    tmp_path: Path, request: pytest.FixtureRequest, model: str, weights: DType, compute: DType, frame_levels: bool
 ) -> None:
-    """Its transformer at full size, on fake weights; the codec and the text of the tiny one, which do not count."""
+    """Its transformer at full size, on fake weights; the codec and the text of the tiny one, which do not count.
+
+    Slow of 720p (the same blocks once more).
+    """
+    own_checkpoint = Path(shutil.copytree(request.getfixturevalue(model), tmp_path / "model"))
+    family = SanaVideoFamily(SanaVideoOptions(path=str(own_checkpoint)))
+    examples = MemoryTests.examples(family, frame_levels)
     file = own_checkpoint / "transformer" / "config.json"
     real = json.loads(file.read_text()) | SIZES_2B
     file.write_text(json.dumps(real))
@@ -173,7 +181,6 @@ def test_the_stored_memory_of_the_2b_model_is_what_is_measured(
             for part in module.modules():
                 for name, weight in part.named_parameters(recurse=False):
                     setattr(part, name, torch.nn.Parameter(weight.detach().bfloat16()))
-    examples = MemoryTests.examples(family, frame_levels)
     found = measured(family, SanaVideoDenoiser(module, family._geometry), examples, compute)
     stored = SanaVideoFamily(SanaVideoOptions(path=str(own_checkpoint))).block_memory(
         weights=weights, compute=compute, frame_levels=frame_levels

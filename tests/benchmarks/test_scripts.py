@@ -71,10 +71,12 @@ def test_the_startup_benchmark_compares_commands_and_says_of_which_install(scrip
         "vtrain --help",
         "vtrain plugins list",
         "vtrain plugins list",
-        "vtrain plan",
-        "vtrain plan",
+        "vtrain plan, sanavideo",
+        "vtrain plan, sanavideo",
+        "vtrain plan, wan21",
+        "vtrain plan, wan21",
     ]
-    assert [row["ratio"]["limit"] for row in numbers["commands"]] == [3.0, 3.0, None, None, 3.0]
+    assert [row["ratio"]["limit"] for row in numbers["commands"]] == [3.0, 3.0, None, None, 3.0, None, 3.0]
     assert all(row["cost"]["cpu"] > 0 and row["base"]["cpu"] > 0 for row in numbers["commands"])
     assert numbers["first_steps"] == []
     assert numbers["threads"] == {"1": [1]}

@@ -123,6 +123,9 @@ class Noisy:
     def needs(self):
         return Needs()
 
+    def load(self, tap_widths):
+        raise AssertionError("a plan loads nothing")
+
 @hookimpl
 def vtrain_regularizers():
     return [RegularizerSpec("noisy", "prints", NoisyOptions, Noisy)]

@@ -63,7 +63,7 @@ def pages() -> tuple[Path, ...]:
     return (
         ROOT / "README.md",
         ROOT / "CHANGELOG.md",
-        *sorted((ROOT / "docs").glob("*.md")),
+        *sorted((ROOT / "docs").rglob("*.md")),
         ROOT / "examples/README.md",
     )
 

@@ -16,6 +16,7 @@ from vtrain.cli.app import app
 from vtrain.cli.run import UNVALIDATED
 from vtrain.config.foreign import FORMATS
 from vtrain.contract import HOOK_SPECS, VtrainError
+from vtrain.contract.abilities import ABILITIES, members
 from vtrain.data.decoding.video import SUFFIXES
 from vtrain_sanavideo.geometry import OFFICIAL_480P, OFFICIAL_720P
 from vtrain_wan.family import TI2VFamily, Wan21Family
@@ -62,6 +63,15 @@ def test_the_hooks_are_the_codes(root: Path) -> None:
     text = (root / "docs" / "plugins.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `(vtrain_\w+)` \| `(\w+)` \|", text, flags=re.MULTILINE))
     assert rows == {hook: spec.__name__ for hook, spec in HOOK_SPECS.items()}
+
+
+def test_every_member_and_ability_of_a_family_stands_on_its_page(root: Path) -> None:
+    text = (root / "docs" / "plugins" / "family.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(\w+)(?:\([^`]*\))?`", text))
+    for sort in ("family", "denoiser", "video codec"):
+        parts = ABILITIES[sort]
+        assert not {name for each in (parts.must, *parts.can) for name in members(each)} - named, sort
+        assert not {each.__name__ for each in parts.can} - named, sort
 
 
 def test_the_classes_of_the_kit_are_the_codes(said: Any) -> None:

@@ -15,6 +15,7 @@ from vtrain.config.record import Config
 from vtrain.contract import ConfigError
 from vtrain.plan.make import make_plan
 from vtrain.registry import discover
+from vtrain_wan import tiny
 
 EXAMPLES = ("sanavideo-2b-full.toml", "sanavideo-2b-lora.toml")
 Read = Callable[..., Config]
@@ -96,6 +97,21 @@ def test_an_example_is_planned_on_a_checkpoint_that_is_there(
     assert plan.validation is not None
     assert str(plan.validation.shape) == "832x480@81"
     assert (plan.validation.guidance, plan.validation.steps, plan.validation.fps) == (6.0, 50, 16)
+
+
+def test_the_example_of_wan_is_planned_as_it_stands_and_loads_with_its_hub_id(root: Path, tmp_path: Path) -> None:
+    text, hub = (
+        (root / "examples" / "wan21-1.3b-lora.toml").read_text(encoding="utf-8"),
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    )
+    assert text.count(f'path = "{hub}"') == 1
+    path = tmp_path / "wan.toml"
+    path.write_text(text.replace(hub, str(tiny.build(tmp_path / "tiny"))), encoding="utf-8")
+    plan = make_plan(load(path, discover()))
+    assert (len(plan.datasets[0].sizes), plan.datasets[0].frames, plan.datasets[0].fps) == (7, 81, 16)
+    assert plan.validation is not None
+    assert str(plan.validation.shape) == "832x480@81"
+    assert dict(load(root / "examples" / "wan21-1.3b-lora.toml", discover()).model.options)["path"] == hub
 
 
 def test_the_full_example_has_the_numbers_of_the_official_recipe(root: Path) -> None:

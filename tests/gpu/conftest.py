@@ -128,7 +128,7 @@ def machine() -> dict[str, object]:
 
     device, notices = Device.find()
     figures = device.figures()
-    names = ("torch", "diffusers", "transformers", "accelerate", "peft", "vtrain", "vtrain-sanavideo")
+    names = ("torch", "diffusers", "transformers", "accelerate", "peft", "vtrain", "vtrain-sanavideo", "vtrain-wan")
     return {
         "device": str(device),
         "name": device.name,

@@ -4,7 +4,7 @@
     python tests/gpu/wheels.py install FOLDER TARGET              there: into the folder TARGET, and says what is still missing
     PYTHONPATH=TARGET python -m pytest tests/gpu                  there
 
-vtrain and vtrain-sanavideo are collected as wheels too: plugins are found through the metadata of what is installed.
+vtrain and its model families are collected as wheels too: plugins are found through the metadata of what is installed.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 LACKING = (
-    "annotated-types", "av", "charset-normalizer", "diffusers", "importlib-metadata", "nvidia-ml-py", "pydantic",
-    "pydantic-core", "pytest-timeout", "requests", "tomli", "tree-sitter", "tree-sitter-toml", "typing-inspection", "zipp",
-    "zstandard",
+    "annotated-types", "av", "charset-normalizer", "diffusers", "ftfy", "importlib-metadata", "nvidia-ml-py", "pydantic",
+    "pydantic-core", "pytest-timeout", "requests", "tomli", "tree-sitter", "tree-sitter-toml", "typing-inspection",
+    "wcwidth", "zipp", "zstandard",
 )  # fmt: skip
-"""What an image made for PyTorch does not have, of what vtrain and vtrain-sanavideo need."""
+"""What an image made for PyTorch does not have, of what vtrain and the families need."""
 
-OURS = ("vtrain", "vtrain-sanavideo")
+OURS = {"vtrain": ".", "vtrain-sanavideo": "sanavideo_plugin", "vtrain-wan": "wan_plugin"}
+"""Distributions, and their folders."""
+
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 MOST = 56 << 20
 """Bytes that all wheels may have together: what can be carried along with a checkout."""
@@ -48,7 +50,7 @@ def collect(folder: Path, python: str) -> int:
     wanted = [*platforms, "--python-version", python, "--implementation", "cp", "--only-binary=:all:"]
     pip("download", "--no-deps", *wanted, "--dest", str(folder), *map(pinned, LACKING))
     with tempfile.TemporaryDirectory() as aside:
-        pip("wheel", "--no-deps", "--wheel-dir", aside, str(ROOT), str(ROOT / "sanavideo_plugin"))
+        pip("wheel", "--no-deps", "--wheel-dir", aside, *(str(ROOT / place) for place in OURS.values()))
         for wheel in Path(aside).iterdir():
             (folder / wheel.name).write_bytes(wheel.read_bytes())
     return sum(wheel.stat().st_size for wheel in folder.glob("*.whl"))
@@ -61,7 +63,7 @@ def install(folder: Path, target: Path) -> None:
 
 
 def missing() -> list[str]:
-    """Requirements of vtrain and vtrain-sanavideo that nothing on the path meets by name; extras do not count."""
+    """Requirements of vtrain and the families that nothing on the path meets by name; extras do not count."""
     lacking = []
     for line in [line for name in OURS for line in requires(name) or []]:
         name = re.match(r"[A-Za-z0-9._-]+", line)

@@ -172,6 +172,44 @@ def test_frames_are_the_pipelines_within_one_of_255(family: Wan21Family, pipelin
     frames_are(family, predict, noise, theirs, steps=3)
 
 
+def test_frames_from_a_picture_are_the_image_to_video_pipelines_within_one_of_255(
+    ti2v: Path, family_of: Families
+) -> None:
+    """WanImageToVideoPipeline with expand_timesteps: the picture's latents stay, as the family's condition says."""
+    text_to_video, shift = opened(ti2v), 5.0
+    parts = text_to_video.components | {"scheduler": Euler(shift=shift)}
+    pipeline = WanImageToVideoPipeline(**parts, image_encoder=None, image_processor=None, expand_timesteps=True)
+    pipeline.set_progress_bar_config(disable=True)
+    family = family_of(ti2v)
+    (condition,) = family.conditions()
+    assert (condition.source, condition.clean_frames, condition.required) == ("first_frame", 1, False)
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randn((1, *family.latent_shape(ClipShape(9, 64, 96))), generator=generator)
+    picture = torch.rand((1, 3, 64, 96), generator=generator)
+    theirs, calls = recorded(
+        pipeline,
+        image=picture,
+        prompt="a cat",
+        num_inference_steps=4,
+        guidance_scale=5.0,
+        latents=noise,
+        output_type="np",
+    )
+    text = conditioned(family, [""], "negative").text.parts["text"].embeds
+    both = Text.of(torch.cat([text, conditioned(family, ["a cat"]).text.parts["text"].embeds]), None)
+    guess = guided(family.load_denoiser("cpu", "fp32"), Condition(both), 5.0)
+    flow = FLOW.build(FLOW.options(shift=shift), family.scheduler_config())
+    with torch.no_grad(), family.open_video_codec("cpu") as codec:
+        clean = codec.encode(2 * picture[:, :, None] - 1).mean
+        following = after(family, clean, guess)
+        solved = flow.solve(lambda noisy, level: following(noisy, timed(family, level)), noise[:, :, 1:], steps=4)
+        ours = codec.decode(torch.cat([clean, solved], 2))
+    assert len(calls) == 8
+    found = (ours[0].permute(1, 2, 3, 0) / 2 + 0.5).clamp(0, 1).numpy() * 255
+    assert found.std() > 1
+    assert np.abs(found - theirs[0] * 255).max() < 1
+
+
 @pytest.mark.slow
 def test_latents_are_the_vaes_mode_normalised_as_the_pipeline_undoes_it(family: Wan21Family, pipeline: Any) -> None:
     """Slow (3 s): encoding is compared with a picture, decoding in frames."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from typing import cast
 
 import av
 import numpy as np
@@ -156,6 +157,20 @@ def test_a_full_run_learns_validates_and_saves_what_diffusers_loads(run: Run, fo
     assert not report["unexpected_keys"]
     assert not report["missing_keys"]
     assert list((folder / f"full-{family}" / "samples").rglob("boat*.mp4"))
+
+
+def test_ti2v_is_trained_and_validated_from_a_first_frame(run: Run, folder: Path) -> None:
+    pictures = VALIDATION + '[validation.images]\nboat = "clips/0.mp4"\n'
+    video = "image_to_video = 0.5"
+    code, told = run("pictured", "wan22-ti2v", masks=video, steps=2, more=pictures)
+    assert code == 0, told
+    sigmas = [each for row in rows(folder, "pictured") for each in cast("list[object]", row["sigmas"])]
+    assert {type(each) for each in sigmas} == {float, list}
+    assert all(each[0] == 0 for each in sigmas if isinstance(each, list))
+    assert list((folder / "pictured" / "samples").rglob("boat*.mp4"))
+    code, told = run("refused", "wan21", "plan", masks=video)
+    assert code == 2
+    assert "this model family takes no picture, but text alone" in told
 
 
 @pytest.mark.slow

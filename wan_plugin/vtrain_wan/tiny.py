@@ -51,7 +51,7 @@ def build(
     """Write a checkpoint into `folder`, which is created, and return it. Takes a few seconds.
 
     i2v: of Wan 2.1 image-to-video; ti2v: of Wan 2.2 TI2V (a VAE of 48 channels, x16 space); else of Wan 2.1 text-to-video.
-    The defaults give a transformer of 0.8 M parameters (4 blocks x 96). Channels, patch, compression and
+    The defaults give a transformer of 0.6 M parameters (4 blocks x 96). Channels, patch, compression and
     scheduler are the real models'.
     """
     import torch
@@ -125,12 +125,12 @@ def image_encoder(folder: Path) -> None:
     CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=size).save_pretrained(folder / "image_processor")
 
 
-def make_tokenizer() -> T5Tokenizer:
-    """A tokenizer built as T5's: unigrams, "▁" for spaces, </s> put last. Its pieces are the words and letters of CORPUS."""
+def make_tokenizer(corpus: Sequence[str] = CORPUS) -> T5Tokenizer:
+    """A tokenizer built as T5's: unigrams, "▁" for spaces, </s> put last. Its pieces are the words and letters of the corpus."""
     from transformers import T5Tokenizer
 
     # Not trained: two trainings of the same unigrams differ.
-    words = Counter(f"▁{word}" for line in CORPUS for word in line.split())
+    words = Counter(f"▁{word}" for line in corpus for word in line.split())
     letters = Counter("".join(words))
     counts = {**letters, **words}
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]

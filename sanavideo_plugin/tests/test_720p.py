@@ -31,7 +31,7 @@ from vtrain.contract import (
     default_arguments,
 )
 from vtrain_sanavideo import tiny
-from vtrain_sanavideo.check import LTX2, read_vae
+from vtrain_sanavideo.check import LTX2, VAE_SOURCES, read_vae
 from vtrain_sanavideo.codec import ltx2_statistics
 from vtrain_sanavideo.family import SanaVideoFamily
 from vtrain_sanavideo.geometry import Ltx2CodecConfig
@@ -222,7 +222,7 @@ def test_the_real_checkpoints_vae_is_taken(tmp_path: Path) -> None:
 
 
 def test_the_vaes_defaults_are_those_of_its_class() -> None:
-    read = default_arguments("diffusers", "models/autoencoders/autoencoder_kl_ltx2.py", LTX2)
+    read = default_arguments("diffusers", VAE_SOURCES[LTX2], LTX2)
     signature = inspect.signature(AutoencoderKLLTX2Video.__init__).parameters
     assert read == {name: value.default for name, value in signature.items() if value.default is not value.empty}
 

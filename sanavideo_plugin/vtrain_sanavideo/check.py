@@ -14,7 +14,6 @@ from vtrain.contract import (
     ModelError,
     Problem,
     check_components,
-    codec_defaults,
     component_weights,
     default_arguments,
     meaning,
@@ -30,6 +29,10 @@ from vtrain_sanavideo.flow import scheduler_fault
 from vtrain_sanavideo.geometry import SCALE_SHIFT_TABLE, Ltx2CodecConfig, TransformerConfig
 
 LTX2 = "AutoencoderKLLTX2Video"
+VAE_SOURCES = {
+    "AutoencoderKLWan": "models/autoencoders/autoencoder_kl_wan.py",
+    LTX2: "models/autoencoders/autoencoder_kl_ltx2.py",
+}
 
 COMPONENTS: Mapping[str, Component] = {
     "transformer": Component(("SanaVideoTransformer3DModel",), DIFFUSERS_STEM),
@@ -55,10 +58,10 @@ def read_transformer(folder: Path) -> TransformerConfig:
 
 def read_vae(folder: Path) -> CodecConfig:
     """The config of a VAE that this family works with, completed by its class's defaults. Raises ModelError."""
-    path, name = folder / "config.json", vae_class(folder)
-    if name != LTX2:
-        return read_codec(folder)
-    config = read_config(Ltx2CodecConfig, path, vae_defaults(folder))
+    path, defaults = folder / "config.json", vae_defaults(folder)
+    if vae_class(folder) != LTX2:
+        return read_codec(folder, defaults)
+    config = read_config(Ltx2CodecConfig, path, defaults)
     if faults := config.faults():
         raise ModelError(Problem(str(path), fault, "Take the VAE's own config.") for fault in faults)
     return config
@@ -81,9 +84,8 @@ def vae_meaning(folder: Path) -> dict[str, object]:
 
 def vae_defaults(folder: Path) -> Mapping[str, object]:
     """Of its class's arguments. Raises ModelError."""
-    if vae_class(folder) != LTX2:
-        return codec_defaults()
-    return default_arguments("diffusers", "models/autoencoders/autoencoder_kl_ltx2.py", LTX2)
+    name = vae_class(folder)
+    return default_arguments("diffusers", VAE_SOURCES[name], name)
 
 
 def check(source: CheckpointSource, vae: CheckpointSource | None) -> list[Problem]:

@@ -36,7 +36,7 @@ from vtrain_sanavideo.geometry import BUCKETS, Ltx2CodecConfig, TransformerConfi
 from vtrain_sanavideo.options import MOTION_SCORE, SanaVideoOptions
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from vtrain_sanavideo.denoiser import SanaVideoDenoiser
     from vtrain_sanavideo.text import SanaVideoText
@@ -141,6 +141,13 @@ class SanaVideoFamily(DiffusersFamily[TransformerConfig]):
     def _open_text(self, device: str) -> AbstractContextManager[SanaVideoText]:
         encoder, tokenizer = self._source.part("text_encoder"), self._source.part("tokenizer")
         return opened(lambda: text.load(encoder, tokenizer, self._options, self._instruction, device), device)
+
+    def codec_class(self) -> type[nn.Module]:
+        """Of the 480p checkpoint."""
+        from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+
+        kind: type[nn.Module] = AutoencoderKLWan
+        return kind
 
     def _load_codec(self, device: str) -> NormalizedCodec:
         if not isinstance(self._codec, Ltx2CodecConfig):

@@ -111,6 +111,10 @@ def read_transformer(folder: Path) -> WanConfig:
     return read_config(WanConfig, folder / "config.json", defaults)
 
 
+def vae_defaults() -> dict[str, object]:
+    return default_arguments("diffusers", "models/autoencoders/autoencoder_kl_wan.py", "AutoencoderKLWan")
+
+
 TEXT_TO_VIDEO, IMAGE_TO_VIDEO, TI2V = "Wan 2.1 text-to-video", "Wan 2.1 image-to-video", "Wan 2.2 TI2V"
 _KINDS = {16: TEXT_TO_VIDEO, 36: "Wan 2.2 image-to-video A", 48: TI2V}
 _SIZES = {1536: "1.3B", 3072: "5B", 5120: "14B"}
@@ -148,7 +152,7 @@ def _transformer(folder: Path, wanted: Sequence[str]) -> list[Problem]:
 
 
 def _others(folder: Path) -> list[Problem]:
-    taken, codec = read_transformer(folder / "transformer"), read_codec(folder / "vae")
+    taken, codec = read_transformer(folder / "transformer"), read_codec(folder / "vae", vae_defaults())
     if not taken.image_dim:
         return unlike_parts(folder, taken, codec, "d_model", taken.text_dim)
     needed = {name: replace(COMPONENTS[name], optional=False) for name in ("image_encoder", "image_processor")}

@@ -36,7 +36,7 @@ from vtrain_wan import checkpoint, images, text
 from vtrain_wan.denoiser import WanDenoiser
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 class Wan21Family(DiffusersFamily[checkpoint.WanConfig]):
@@ -54,7 +54,9 @@ class Wan21Family(DiffusersFamily[checkpoint.WanConfig]):
     # The published models and the tiny ones; tests measure them again.
     measured = json.loads(Path(__file__).with_name("memory.json").read_bytes())
     wording = staticmethod(text.wording)
+    codec_title = "Wan VAE"
     read_transformer = staticmethod(checkpoint.read_transformer)
+    codec_defaults = staticmethod(checkpoint.vae_defaults)
 
     def __init__(self, options: CheckpointOptions, task: str = "", size: str = "") -> None:
         super().__init__(options, checkpoint.COMPONENTS)
@@ -126,6 +128,12 @@ class Wan21Family(DiffusersFamily[checkpoint.WanConfig]):
     def _open_clip(self, device: str) -> AbstractContextManager[images.ImageEmbeds]:
         encoder, processor = self._source.part("image_encoder"), self._source.place("image_processor")
         return opened(lambda: images.load(encoder, processor, device), device)
+
+    def codec_class(self) -> type[nn.Module]:
+        from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+
+        codec: type[nn.Module] = AutoencoderKLWan
+        return codec
 
     def denoiser_of(self, folder: Path, device: str, dtype: DType) -> WanDenoiser:
         from diffusers.models.transformers.transformer_wan import WanTransformer3DModel

@@ -31,7 +31,6 @@ from vtrain.contract.codecs import (
     CausalCodecConfig,
     CodecConfig,
     NormalizedCodec,
-    codec_defaults,
     load_autoencoder,
     read_codec,
 )
@@ -360,7 +359,6 @@ __all__ = [
     "Words",
     "check_components",
     "check_path_text",
-    "codec_defaults",
     "comfyui_names",
     "component_weights",
     "conditions_of",

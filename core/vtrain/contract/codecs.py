@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 from pydantic import Field
 
-from vtrain.contract.checkpoints import JsonObject, PartConfig, default_arguments, read_config
+from vtrain.contract.checkpoints import JsonObject, PartConfig, read_config
 from vtrain.contract.device import Device
 from vtrain.contract.errors import ModelError, Problem
 from vtrain.contract.geometry import FrameRule, LatentGeometry
@@ -109,15 +109,9 @@ class CausalCodecConfig(PartConfig):
         return [f"{name}: {said}, but {why} {is_}." for name, said, is_, why in pairs if said not in (None, is_)]
 
 
-def codec_defaults() -> JsonObject:
-    """Of the arguments of diffusers' AutoencoderKLWan: a config that spells one out is the same model. No torch."""
-    return default_arguments("diffusers", "models/autoencoders/autoencoder_kl_wan.py", "AutoencoderKLWan")
-
-
-def read_codec(folder: Path, defaults: JsonObject | None = None) -> CausalCodecConfig:
-    """The codec's config. defaults: of its class; None: `codec_defaults`. Raises ModelError."""
-    whole = codec_defaults() if defaults is None else defaults
-    config = read_config(CausalCodecConfig, folder / "config.json", whole)
+def read_codec(folder: Path, defaults: JsonObject) -> CausalCodecConfig:
+    """The codec's config. defaults: its class's own. Raises ModelError."""
+    config = read_config(CausalCodecConfig, folder / "config.json", defaults)
     if faults := config.faults():
         raise ModelError(Problem(str(folder / "config.json"), fault, "Take the VAE's own config.") for fault in faults)
     return config

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Generic, Literal, TypeVar
 
 from pydantic import Field
 
@@ -26,7 +26,6 @@ from vtrain.contract.codecs import (
     CausalCodecConfig,
     CodecConfig,
     NormalizedCodec,
-    codec_defaults,
     load_autoencoder,
     read_codec,
 )
@@ -37,6 +36,9 @@ from vtrain.contract.options import ModelSource, Options, fixed
 from vtrain.contract.protocols import Denoiser, DType, HashFile
 from vtrain.contract.records import BlockMemory, TokenBytes
 from vtrain.contract.weights import Shape, misfit_problems, weight_hashes
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -145,7 +147,7 @@ class DiffusersFamily(Generic[ConfigT]):
 
     A family's own adds the rest, the methods that here raise NotImplementedError, and: mark, its name in fingerprints; title, its
     name in messages; sizes, its official bucket sets, the default first; default_frames and default_fps. One whose video codec
-    is no AutoencoderKLWan has read_codec, codec_defaults and _load_codec of its own. components: of a checkpoint, with
+    has another config than CausalCodecConfig has read_codec and _load_codec of its own. components: of a checkpoint, with
     "transformer", "vae" and "scheduler" among them.
 
     measured: `memory_key` of a model -> "<weights> <compute> clip", or "frames" with a level for each latent frame -> bytes as
@@ -169,16 +171,20 @@ class DiffusersFamily(Generic[ConfigT]):
 
     def read_codec(self, folder: Path) -> CodecConfig:
         """The config of a video codec in `folder`. Raises ModelError."""
-        return read_codec(folder)
+        return read_codec(folder, self.codec_defaults())
 
     def codec_defaults(self) -> JsonObject:
         """The defaults of its class's arguments: a config that spells one out is the same model. Raises ModelError."""
-        return codec_defaults()
+        raise NotImplementedError
+
+    def codec_class(self) -> type[nn.Module]:
+        """*torch* The class of the video codec."""
+        raise NotImplementedError
 
     @property
     def codec_title(self) -> str:
         """What the video codec is called in a plan and in messages."""
-        return "Wan VAE"
+        return "VAE"
 
     def denoiser_of(self, folder: Path, device: str, dtype: DType) -> Denoiser:
         """*torch* The denoiser of a folder whose config is the checkpoint's. Raises ModelError."""
@@ -297,9 +303,7 @@ class DiffusersFamily(Generic[ConfigT]):
         codec, options, folder = self._codec, self._options, self.source_of("vae").part("vae")
         if not isinstance(codec, CausalCodecConfig):
             raise NotImplementedError
-        from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
-
-        vae = load_autoencoder(AutoencoderKLWan, folder, options.vae_precision, device, tiling=options.vae_tiling)
+        vae = load_autoencoder(self.codec_class(), folder, options.vae_precision, device, tiling=options.vae_tiling)
         return NormalizedCodec(vae, codec.latents_mean, codec.latents_std, codec.geometry(), f"the {self.codec_title}")
 
     def load_denoiser(self, device: str, dtype: DType, weights: Path | None = None) -> Denoiser:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from vtrain.contract import Caption, Words
 from vtrain.data.decoding.video import FileFault, faults
 from vtrain.data.sample import Skipped
-from vtrain.data.scanning.extras import declared, raw
+from vtrain.data.scanning.extras import declared, encodable, raw
 from vtrain.plan.records import CaptionsFrom, DatasetPlan
 
 SUFFIX = ".txt"
@@ -88,17 +88,9 @@ def _texts(data: Mapping[str, Any]) -> list[str]:
     if several is not None and not (isinstance(several, list) and all(isinstance(text, str) for text in several)):
         raise FileFault(f"captions in its caption file is {_sort(several)}: write a list of texts")
     texts = [one] if isinstance(one, str) else several or []
-    if any(not _encodable(text) for text in texts):
+    if any(not encodable(text) for text in texts):
         raise FileFault("a caption in its caption file has half a character (a lone surrogate)")
     return [" ".join(text.split()) for text in texts]
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _sort(value: object) -> str:

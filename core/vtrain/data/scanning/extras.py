@@ -47,7 +47,7 @@ def is_absent(value: object) -> bool:
 def value_of(extra: CaptionExtra, given: object, where: str = "") -> float | int | str:
     """As captions have it. where: its place, for the message. Raises FileFault."""
     if extra.type == "text":
-        if isinstance(given, str) and _encodable(given):
+        if isinstance(given, str) and encodable(given):
             return " ".join(given.split())
     elif (number := _number(given)) is not None:
         low, high = extra.minimum, extra.maximum
@@ -85,7 +85,8 @@ def _shown(given: object) -> str:
     return text[:40].encode(errors="backslashreplace").decode()
 
 
-def _encodable(text: str) -> bool:
+def encodable(text: str) -> bool:
+    """Whether a text from JSON has whole characters alone, no lone surrogate."""
     try:
         text.encode()
     except UnicodeEncodeError:

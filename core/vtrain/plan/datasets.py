@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -14,25 +14,22 @@ from vtrain.config.keys import KeyPath
 from vtrain.config.record import Config, Part
 from vtrain.config.tables import DataTable, MasksTable
 from vtrain.contract import (
-    Catalog,
     ClipShape,
     DataBackend,
     DataBackendSpec,
     Family,
-    FamilySpec,
     FrameRule,
-    PluginError,
     Problem,
     Size,
-    SupportsCaptionExtras,
     SupportsCaptions,
     SupportsFiles,
     SupportsTokenGrid,
     TokenGrid,
     conditions_of,
 )
-from vtrain.contract.specs import did_you_mean, listed
+from vtrain.contract.specs import did_you_mean
 from vtrain.plan.records import DatasetPlan, MasksPlan
+from vtrain.plan.text import with_extras
 
 
 def token_grid(family: Family, clip: ClipShape) -> TokenGrid | None:
@@ -182,43 +179,12 @@ def datasets(
     plans: list[DatasetPlan] = []
     for number, part in enumerate(config.data):
         if part.table.enabled:
-            plans.append(_with_extras(_dataset(config, family, number, part, problems), family, foreign_extras))
+            plans.append(with_extras(_dataset(config, family, number, part, problems), family, foreign_extras))
     names = [dataset.id for dataset in plans]
     for dataset in plans:
         if names.count(dataset.id) > 1:
             problems.append(Problem(dataset.where, f'two datasets are called "{dataset.id}".', "Give each its own id."))
     return tuple(plans)
-
-
-def _with_extras(dataset: DatasetPlan, family: Family, foreign: Mapping[str, str]) -> DatasetPlan:
-    ignored = dataset.table.ignore_extras
-    own = family.caption_extras if isinstance(family, SupportsCaptionExtras) else ()
-    return replace(
-        dataset,
-        extras=tuple(extra for extra in own if extra.name not in ignored),
-        foreign_extras={name: reader for name, reader in foreign.items() if name not in ignored},
-    )
-
-
-def foreign_extras(spec: FamilySpec, family: Family, catalog: Catalog | None) -> dict[str, str]:
-    """Caption extras that this family does not read, and another installed one does -> its name. catalog: None for none.
-
-    Raises PluginError where the family, once built, reads others than its spec says.
-    """
-    own = family.caption_extras if isinstance(family, SupportsCaptionExtras) else ()
-    if [replace(extra, default="") for extra in own] != [replace(extra, default="") for extra in spec.caption_extras]:
-        what = f"its spec declares the caption extras {listed(extra.name for extra in spec.caption_extras)}, and the family "
-        what += f"{listed(extra.name for extra in own)}."
-        raise PluginError(Problem("", what, "FamilySpec.caption_extras and caption_extras have to be the same."))
-    parts = [part.spec for (kind, _), part in sorted(catalog.parts.items()) if kind == "family"] if catalog else []
-    names = {extra.name for extra in own}
-    return {
-        extra.name: each.name
-        for each in parts
-        if isinstance(each, FamilySpec)
-        for extra in each.caption_extras
-        if extra.name not in names
-    }
 
 
 def warnings(config: Config, family: Family) -> Iterator[str]:

@@ -33,11 +33,11 @@ from vtrain.contract import (
 )
 from vtrain.contract.specs import listed
 from vtrain.plan.conditions import check_declared, encoder_problems, picture_problems, training_problems
-from vtrain.plan.datasets import check_frames, datasets, foreign_extras, nearest_size, warnings
+from vtrain.plan.datasets import check_frames, datasets, nearest_size, warnings
 from vtrain.plan.places import among_clips, output_problems
 from vtrain.plan.records import DatasetPlan, Plan, ValidationPlan
 from vtrain.plan.sizes import Clips, beyond, longest, refused
-from vtrain.plan.text import check_text
+from vtrain.plan.text import check_text, foreign_extras
 from vtrain.registry.blame import blame
 from vtrain.registry.spelling import declared_faults, faults
 

@@ -1,12 +1,26 @@
-"""A family's text encoders: whether they are declared as the contract says, what they are called, what marks what they give."""
+"""A family's text: whether encoders and caption extras are declared as the contract says, their names, their fingerprints."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import get_args
 
-from vtrain.contract import DType, Family, HashFile, PluginError, Problem, TextEncoderSpec, TextPartSpec
+from vtrain.contract import (
+    Catalog,
+    DType,
+    Family,
+    FamilySpec,
+    HashFile,
+    PluginError,
+    Problem,
+    SupportsCaptionExtras,
+    TextEncoderSpec,
+    TextPartSpec,
+)
+from vtrain.contract.specs import listed
 from vtrain.contract.text import Padding
+from vtrain.plan.records import DatasetPlan
 
 FAULT = "This is a fault of the model family's plugin."
 
@@ -70,3 +84,35 @@ def text_marks(family: Family, hash_file: HashFile) -> dict[str, str]:
     found = text_fingerprints(family, hash_file)
     names = told(found)
     return {names[name]: mark for name, mark in found.items()}
+
+
+def with_extras(dataset: DatasetPlan, family: Family, foreign: Mapping[str, str]) -> DatasetPlan:
+    """The dataset with the caption extras that are read of it. foreign: as `foreign_extras` gives it."""
+    ignored = dataset.table.ignore_extras
+    own = family.caption_extras if isinstance(family, SupportsCaptionExtras) else ()
+    return replace(
+        dataset,
+        extras=tuple(extra for extra in own if extra.name not in ignored),
+        foreign_extras={name: reader for name, reader in foreign.items() if name not in ignored},
+    )
+
+
+def foreign_extras(spec: FamilySpec, family: Family, catalog: Catalog | None) -> dict[str, str]:
+    """Caption extras that this family does not read, and another installed one does -> its name. catalog: None for none.
+
+    Raises PluginError where the family, once built, reads others than its spec says.
+    """
+    own = family.caption_extras if isinstance(family, SupportsCaptionExtras) else ()
+    if [replace(extra, default="") for extra in own] != [replace(extra, default="") for extra in spec.caption_extras]:
+        what = f"its spec declares the caption extras {listed(extra.name for extra in spec.caption_extras)}, and the family "
+        what += f"{listed(extra.name for extra in own)}."
+        raise PluginError(Problem("", what, "FamilySpec.caption_extras and caption_extras have to be the same."))
+    parts = [part.spec for (kind, _), part in sorted(catalog.parts.items()) if kind == "family"] if catalog else []
+    names = {extra.name for extra in own}
+    return {
+        extra.name: each.name
+        for each in parts
+        if isinstance(each, FamilySpec)
+        for extra in each.caption_extras
+        if extra.name not in names
+    }

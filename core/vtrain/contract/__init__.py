@@ -27,13 +27,7 @@ from vtrain.contract.checkpoints import (
     read_json,
     tokenizer_hashes,
 )
-from vtrain.contract.codecs import (
-    CausalCodecConfig,
-    CodecConfig,
-    NormalizedCodec,
-    load_autoencoder,
-    read_codec,
-)
+from vtrain.contract.codecs import CausalCodecConfig, CodecConfig, NormalizedCodec, load_autoencoder, read_codec
 from vtrain.contract.conditions import (
     ConditionEncoder,
     ConditionEncoderSpec,
@@ -88,15 +82,7 @@ from vtrain.contract.families import (
     unlike,
     unlike_parts,
 )
-from vtrain.contract.geometry import (
-    ClipShape,
-    FeatureShape,
-    FrameRule,
-    LatentGeometry,
-    LatentShape,
-    Size,
-    TokenGrid,
-)
+from vtrain.contract.geometry import ClipShape, FeatureShape, FrameRule, LatentGeometry, LatentShape, Size, TokenGrid
 from vtrain.contract.levels import takes_frame_levels, timed, timesteps, with_clean
 from vtrain.contract.loading import (
     DiffusersDenoiser,

@@ -30,15 +30,17 @@ Python = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def pytest_configure() -> None:
-    """Ctrl-C is heard here and in every process that a test starts, also where the suite itself was started to ignore it.
+    """Ctrl-C and a hang-up are heard here and in every process that a test starts, also where the suite was started to ignore them.
 
-    A shell does so for what a script starts in the background, and processes inherit it; what is caught they inherit as default.
+    A shell does so for what a script starts in the background, and nohup; processes inherit it, what is caught as default.
     Hypothesis measures no time: a busy machine stops any example for longer than its limits. Plugins are not tried in processes
     of their own, which tests/registry/test_trials.py asks for.
     """
     os.environ["VTRAIN_PLUGIN_TIMEOUT"] = "0"
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda number, frame: None)  # the suite itself goes on
     settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("any machine")
 

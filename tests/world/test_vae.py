@@ -11,9 +11,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
-from vtrain.contract import CausalCodecConfig
-from vtrain_sanavideo import codec as video_codec
-from vtrain_sanavideo.options import SanaVideoOptions
+from vtrain.contract import CausalCodecConfig, NormalizedCodec, load_autoencoder
 
 STORED = Path(__file__).parents[2] / "examples" / "world" / "vae"
 
@@ -63,8 +61,9 @@ def test_the_judge_reads_clips_that_went_through_it(
 
 def test_latents_are_normalised_by_its_own_mean_and_std(world: ModuleType, train_vae: ModuleType) -> None:
     config = CausalCodecConfig.model_validate(dict(AutoencoderKLWan.load_config(STORED)))
-    options = SanaVideoOptions(path="unused")
-    with closing(video_codec.load(STORED, config, options, "cpu")) as codec:
+    vae = load_autoencoder(AutoencoderKLWan, STORED, "fp32", "cpu")
+    own = NormalizedCodec(vae, config.latents_mean, config.latents_std, config.geometry(), "the VAE")
+    with closing(own) as codec:
         latents = torch.cat([codec.encode(part).mean for part in unseen(world, train_vae, 48, seed=6).split(8)])
     assert latents.shape == (48, 16, 3, 8, 8)
     each = latents.transpose(0, 1).flatten(1)

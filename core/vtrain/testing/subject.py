@@ -85,7 +85,8 @@ class FamilySubject:
     @classmethod
     def text_encoders(cls, family: Family) -> Iterator[Mapping[str, TextEncoder]]:
         """All of them, by name."""
-        with ExitStack() as stack, torch.no_grad():
+        # No no_grad here: it would last for all tests of the class that come after the first that asks for this.
+        with ExitStack() as stack:
             yield {name: stack.enter_context(spec.open("cpu")) for name, spec in family.text_encoders().items()}
 
     @pytest.fixture(scope="class")

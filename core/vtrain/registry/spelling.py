@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from functools import cache
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -13,7 +14,7 @@ from vtrain.contract import PluginError, Problem, Registered
 from vtrain.contract.abilities import misspelt, names_of
 from vtrain.contract.specs import origin
 
-_EMPTY_BASES = frozenset({"nn.Module", "torch.nn.Module", "Module", "object", "Protocol"})
+_EMPTY_BASES = frozenset({"nn.Module", "torch.nn.Module", "Module", "object", "Protocol", "ABC"})
 
 
 def faults(sort: str, part: object, whose: Registered, where: str) -> Iterator[Problem]:
@@ -65,23 +66,38 @@ def _given(annotation: object) -> str:
 
 def _names(module: str, name: str, depth: int = 0) -> set[str] | None:
     """Public names of the class that a module knows as `name`; None if its source does not tell them all."""
-    tree = _tree(module)
-    if tree is None or not name or depth > 8:
+    if module.partition(".")[0] == "vtrain":  # the contract is imported already
+        known = getattr(sys.modules.get(module), name, None)
+        return names_of(known) if isinstance(known, type) else None
+    source = _source(module)
+    if source is None or not name or depth > 8:
         return None
-    for node in ast.walk(tree):
+    tree, lines = source
+    for node in _statements(tree.body):
         if isinstance(node, ast.ClassDef) and node.name == name:
-            return _members(module, node, depth)
+            return _members(module, node, lines, depth)
         if isinstance(node, ast.ImportFrom):
             for alias in node.names:
-                source = _absolute(module, node)
+                of = _absolute(module, node)
                 # Of the same plugin, and of the contract, whose classes a part may extend: other sources are not its author's.
-                own = source.partition(".")[0] in (module.partition(".")[0], "vtrain")
+                own = of.partition(".")[0] in (module.partition(".")[0], "vtrain")
                 if own and (alias.asname or alias.name) == name:
-                    return _names(source, alias.name, depth + 1)
+                    return _names(of, alias.name, depth + 1)
     return None
 
 
-def _members(module: str, node: ast.ClassDef, depth: int) -> set[str] | None:
+def _statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
+    """All of them, also those inside of others; expressions, most of a tree, are not looked at."""
+    for node in body:
+        yield node
+        yield from _statements(getattr(node, "body", ()))
+        yield from _statements(getattr(node, "orelse", ()))
+
+
+_SET_ON_SELF = re.compile(r"\bself\.(\w+)\s*(?::[^=\n]+)?=(?!=)")
+
+
+def _members(module: str, node: ast.ClassDef, lines: Sequence[str], depth: int) -> set[str] | None:
     names: set[str] = set()
     for base in node.bases:
         text = ast.unparse(base)
@@ -92,14 +108,7 @@ def _members(module: str, node: ast.ClassDef, depth: int) -> set[str] | None:
     for each in node.body:
         if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef):
             names.add(each.name)
-            names |= {
-                inner.attr
-                for inner in ast.walk(each)
-                if isinstance(inner, ast.Attribute)
-                and isinstance(inner.ctx, ast.Store)
-                and isinstance(inner.value, ast.Name)
-                and inner.value.id == "self"
-            }
+            names |= {name for line in lines[each.lineno : each.end_lineno] for name in _SET_ON_SELF.findall(line)}
         elif isinstance(each, ast.Assign | ast.AnnAssign):
             targets = each.targets if isinstance(each, ast.Assign) else [each.target]
             names |= {target.id for target in targets if isinstance(target, ast.Name)}
@@ -117,8 +126,8 @@ def _absolute(module: str, node: ast.ImportFrom) -> str:
 
 
 @cache
-def _tree(module: str) -> ast.Module | None:
-    """The parsed source of a module, which is not imported for it; None if it is not found as a file."""
+def _source(module: str) -> tuple[ast.Module, Sequence[str]] | None:
+    """The source of a module, parsed and by lines; it is not imported for it. None if it is not found as a file."""
     path = None
     origin_of = getattr(sys.modules.get(module), "__file__", None)
     if origin_of is None:
@@ -132,6 +141,7 @@ def _tree(module: str) -> ast.Module | None:
             path = list(loaded) if loaded is not None else list((spec and spec.submodule_search_locations) or ())
             origin_of = spec.origin if spec is not None else None
     try:
-        return ast.parse(Path(str(origin_of)).read_bytes())
+        text = Path(str(origin_of)).read_text(encoding="utf-8")
+        return ast.parse(text), text.splitlines()
     except (OSError, SyntaxError, ValueError):
         return None

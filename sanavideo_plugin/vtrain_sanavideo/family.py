@@ -31,7 +31,7 @@ from vtrain.contract import (
     opened,
     token_digest,
 )
-from vtrain_sanavideo import check, codec, denoiser, text, tokens
+from vtrain_sanavideo import check, codec, denoiser, text
 from vtrain_sanavideo.geometry import BUCKETS, Ltx2CodecConfig, TransformerConfig, vae_title
 from vtrain_sanavideo.options import MOTION_SCORE, SanaVideoOptions
 
@@ -124,12 +124,12 @@ class SanaVideoFamily(DiffusersFamily[TransformerConfig]):
         return token_digest(self._source.part("tokenizer"), hash_file, "sanavideo tokens 1", *settings)
 
     def open_token_counter(self) -> AbstractContextManager[TokenCounter]:
-        return nullcontext(tokens.SanaVideoTokens(self._source.part("tokenizer"), self._options, self._instruction))
+        return nullcontext(text.SanaVideoTokens(self._source.part("tokenizer"), self._options, self._instruction))
 
     def text_encoders(self) -> Mapping[str, TextEncoderSpec]:
         """Gemma-2, whose tokens the transformer takes with their mask: padding changes nothing."""
         part = TextPartSpec(self._transformer.caption_channels, text.TEXT_TOKENS, dtype=self._options.text_precision)
-        return {tokens.ENCODER: TextEncoderSpec({"text": part}, self._text_fingerprint, self._open_text)}
+        return {text.ENCODER: TextEncoderSpec({"text": part}, self._text_fingerprint, self._open_text)}
 
     def _text_fingerprint(self, hash_file: HashFile) -> str:
         options = self._options
@@ -149,9 +149,9 @@ class SanaVideoFamily(DiffusersFamily[TransformerConfig]):
         kind: type[nn.Module] = AutoencoderKLWan
         return kind
 
-    def _load_codec(self, device: str) -> NormalizedCodec:
+    def load_codec(self, device: str) -> NormalizedCodec:
         if not isinstance(self._codec, Ltx2CodecConfig):
-            return super()._load_codec(device)
+            return super().load_codec(device)
         return codec.load_ltx2(self.source_of("vae").part("vae"), self._codec, self._options, device)
 
     def denoiser_of(self, folder: Path, device: str, dtype: DType) -> SanaVideoDenoiser:

@@ -16,15 +16,18 @@ from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
 from vtrain.contract import (
     ClipShape,
+    Condition,
     DiffusersDenoiser,
     FrameRule,
     LatentGeometry,
     LatentShape,
     ModelError,
+    NoiseLevel,
     NormalizedCodec,
     SupportsDecoderOnly,
     comfyui_names,
@@ -54,8 +57,20 @@ RENAMES = {
 
 
 class Denoiser(DiffusersDenoiser):
+    lora_targets = ("to_q",)
+
+    def predict(self, noisy: Tensor, level: NoiseLevel, condition: Condition) -> Tensor:
+        return noisy
+
     def lora_loader(self) -> Any:
         return WanLoraLoaderMixin
+
+
+def test_a_denoiser_that_lacks_what_its_adapters_need_is_no_denoiser() -> None:
+    """Else it would be missed when the first adapter is saved."""
+    unfinished: Any = type("Unfinished", (DiffusersDenoiser,), {"predict": Denoiser.predict})
+    with pytest.raises(TypeError, match=r"lora_loader.*lora_targets|lora_targets.*lora_loader"):
+        unfinished(None, GEOMETRY)
 
 
 @pytest.fixture(scope="module")

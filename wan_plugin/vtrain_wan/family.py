@@ -104,7 +104,7 @@ class Wan21Family(DiffusersFamily[checkpoint.WanConfig]):
             lambda clip: {images.LATENTS: (self._image_shape(clip), "fp32")},
             lambda hash_file: digest("wan image latents 1", self.video_fingerprint(hash_file)),
             lambda device: opened(
-                lambda: images.ImageLatents(self._load_codec(device), self._codec.time_factor), device
+                lambda: images.ImageLatents(self.load_codec(device), self._codec.time_factor), device
             ),
         )
         clip = checkpoint.read_image_encoder(self._source.place("image_encoder"))

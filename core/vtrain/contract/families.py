@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -72,9 +73,9 @@ class TransformerConfig(PartConfig):
         """D of a block's output."""
         return self.num_attention_heads * self.attention_head_dim
 
+    @abstractmethod
     def shapes(self) -> dict[str, Shape]:
         """Name and shape of every weight."""
-        raise NotImplementedError
 
     @property
     def latent_channels(self) -> int:
@@ -142,12 +143,12 @@ def unlike(
 ConfigT = TypeVar("ConfigT", bound=TransformerConfig)
 
 
-class DiffusersFamily(Generic[ConfigT]):
+class DiffusersFamily(ABC, Generic[ConfigT]):
     """The members of a `Family` that follow from the configs of its transformer and of its causal video codec.
 
-    A family's own adds the rest, the methods that here raise NotImplementedError, and: mark, its name in fingerprints; title, its
+    A family's own adds the rest, the methods that here are abstract, and: mark, its name in fingerprints; title, its
     name in messages; sizes, its official bucket sets, the default first; default_frames and default_fps. One whose video codec
-    has another config than CausalCodecConfig has read_codec and _load_codec of its own. components: of a checkpoint, with
+    has another config than CausalCodecConfig has read_codec and load_codec of its own. components: of a checkpoint, with
     "transformer", "vae" and "scheduler" among them.
 
     measured: `memory_key` of a model -> "<weights> <compute> clip", or "frames" with a level for each latent frame -> bytes as
@@ -165,30 +166,30 @@ class DiffusersFamily(Generic[ConfigT]):
         self._options = options
         self._source = CheckpointSource(options.path, options.revision, components)
 
+    @abstractmethod
     def read_transformer(self, folder: Path) -> ConfigT:
         """The config of a transformer in `folder`. Raises ModelError."""
-        raise NotImplementedError
 
     def read_codec(self, folder: Path) -> CodecConfig:
         """The config of a video codec in `folder`. Raises ModelError."""
         return read_codec(folder, self.codec_defaults())
 
+    @abstractmethod
     def codec_defaults(self) -> JsonObject:
         """The defaults of its class's arguments: a config that spells one out is the same model. Raises ModelError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def codec_class(self) -> type[nn.Module]:
         """*torch* The class of the video codec."""
-        raise NotImplementedError
 
     @property
     def codec_title(self) -> str:
         """What the video codec is called in a plan and in messages."""
         return "VAE"
 
+    @abstractmethod
     def denoiser_of(self, folder: Path, device: str, dtype: DType) -> Denoiser:
         """*torch* The denoiser of a folder whose config is the checkpoint's. Raises ModelError."""
-        raise NotImplementedError
 
     @cached_property
     def _transformer(self) -> ConfigT:
@@ -245,12 +246,12 @@ class DiffusersFamily(Generic[ConfigT]):
 
     @property
     def memory_key(self) -> str:
-        """Of a model in `measured`: what in its config decides over what it keeps in memory."""
-        raise NotImplementedError
+        """Of a model in `measured`: what in its config decides over what it keeps in memory; "": none is measured."""
+        return ""
 
     def block_memory(self, *, weights: DType, compute: DType, frame_levels: bool) -> BlockMemory | None:
         how = f"{weights} {compute} {'frames' if frame_levels else 'clip'}"
-        found = self.measured.get(self.memory_key, {}).get(how) if self.measured else None
+        found = self.measured.get(self.memory_key, {}).get(how)
         return BlockMemory(TokenBytes(*found[:2]), TokenBytes(*found[2:])) if found else None
 
     def scheduler_config(self) -> Mapping[str, object]:
@@ -297,12 +298,13 @@ class DiffusersFamily(Generic[ConfigT]):
         return self.component_fingerprint(hash_file, "vae", f"{self.mark} video 1", *settings, defaults=defaults)
 
     def open_video_codec(self, device: str) -> AbstractContextManager[NormalizedCodec]:
-        return opened(lambda: self._load_codec(device), device)
+        return opened(lambda: self.load_codec(device), device)
 
-    def _load_codec(self, device: str) -> NormalizedCodec:
+    def load_codec(self, device: str) -> NormalizedCodec:
+        """*torch* The video codec of the checkpoint. Raises ModelError."""
         codec, options, folder = self._codec, self._options, self.source_of("vae").part("vae")
         if not isinstance(codec, CausalCodecConfig):
-            raise NotImplementedError
+            raise TypeError(f"{type(self).__name__} reads a {type(codec).__name__}, and has no load_codec for it")
         vae = load_autoencoder(self.codec_class(), folder, options.vae_precision, device, tiling=options.vae_tiling)
         return NormalizedCodec(vae, codec.latents_mean, codec.latents_std, codec.geometry(), f"the {self.codec_title}")
 

@@ -6,6 +6,7 @@ The classes come from the plugin, and are used unmodified. Importing this module
 # mypy: allow-untyped-calls
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from vtrain.contract.errors import ModelError, Problem
 from vtrain.contract.geometry import LatentGeometry, LatentShape
 from vtrain.contract.lora_files import load_lora_file, save_lora_file
 from vtrain.contract.protocols import DType
+from vtrain.contract.records import Condition, NoiseLevel
 from vtrain.contract.weights import fill_module, misfit_problem, torch_type, weight_problems
 
 if TYPE_CHECKING:
@@ -86,7 +88,7 @@ def load_pretrained(
     """
     if "state_dict" not in settings and (problems := weight_problems(folder, TRANSFORMERS_STEM)):
         raise ModelError(problems)
-    # What does not fit is then in the report, and told below with what is missing; else transformers raises.
+    # What does not fit is then in the report, and reported below with what is missing; else transformers raises.
     settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     settings |= {"dtype": torch_type(dtype), "use_safetensors": True, "local_files_only": True}
     typeless: Any = kind
@@ -126,9 +128,8 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-class DiffusersDenoiser:
-    """What a `Denoiser` around a transformer of diffusers does alike in every family. A family's own adds `predict`, and
-    `lora_targets` and `lora_loader` if it has adapters.
+class DiffusersDenoiser(ABC):
+    """What a `Denoiser` with adapters around a transformer of diffusers does alike in every family: a family's own adds the rest.
 
     blocks: name of the module's list of blocks. part: of the pipeline that the module is.
     """
@@ -173,9 +174,18 @@ class DiffusersDenoiser:
         """Write folder/<part>, as the module's class reads it. Raises RuntimeError for a state with other names or shapes."""
         save_module(self._module, folder / self._part, state)
 
+    @abstractmethod
+    def predict(self, noisy: Tensor, level: NoiseLevel, condition: Condition) -> Tensor:
+        """As `Denoiser.predict`."""
+
+    @property
+    @abstractmethod
+    def lora_targets(self) -> tuple[str, ...]:
+        """As `SupportsLora.lora_targets`."""
+
+    @abstractmethod
     def lora_loader(self) -> Any:
         """The class of diffusers whose `save_lora_weights` writes adapters of this model."""
-        raise NotImplementedError
 
     def save_lora(self, folder: Path, state: Mapping[str, Tensor], settings: Mapping[str, object]) -> None:
         """As `save_lora_file`."""

@@ -1,6 +1,6 @@
 """The loop that vtrain is measured against: torch, diffusers, and nothing around them.
 
-As a script it takes one step and tells its CPU-seconds: python bare.py FAMILY TRANSFORMER DTYPE SAMPLES RANK, where FAMILY
+As a script it takes one step and prints its CPU-seconds: python bare.py FAMILY TRANSFORMER DTYPE SAMPLES RANK, where FAMILY
 is one of FAMILIES, SAMPLES a file of samples, and RANK 0 trains all weights.
 """
 

@@ -237,8 +237,8 @@ def main() -> None:
 
 
 def measured_on() -> str:
-    told = "; ".join(f"{name} {value}" for name, value in report.machine().items())
-    return f"Measured on {datetime.now(UTC):%Y-%m-%d}: {told}."
+    machine = "; ".join(f"{name} {value}" for name, value in report.machine().items())
+    return f"Measured on {datetime.now(UTC):%Y-%m-%d}: {machine}."
 
 
 def publish(chosen: argparse.Namespace, mark: str, text: str, found: list[Measured]) -> None:

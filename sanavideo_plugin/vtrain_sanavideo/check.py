@@ -112,7 +112,7 @@ def _vae_class(folder: Path) -> list[Problem]:
     entry, found = read_json(path).get("vae"), vae_class(folder / "vae")
     listed = entry[-1] if isinstance(entry, list) and entry else None
     if listed == found or listed not in COMPONENTS["vae"].classes:
-        return []  # the same, or told of as no VAE of this family
+        return []  # the same, or reported as no VAE of this family
     what = f"the VAE is listed as a {listed}, and vae/config.json is of a {found}."
     return [Problem(str(path), what, "Take both files from the same checkpoint.")]
 
@@ -167,7 +167,7 @@ def _other_vae(own: Path, other: CheckpointSource) -> list[Problem]:
 
 def _other_statistics(own: Path, other: Path, config: Ltx2CodecConfig, remedy: str) -> list[Problem]:
     if any(weight_problems(each, DIFFUSERS_STEM) for each in (own, other)):
-        return []  # told of, or still on the hub
+        return []  # reported, or still on the hub
     pairs = zip(ltx2_statistics(own, config), ltx2_statistics(other, config), LTX2_STATISTICS, strict=True)
     # The share that the rounding of a copy in bf16 changes.
     odd = [

@@ -1,9 +1,11 @@
-"""Captions to Gemma-2 embeddings, token for token and bit for bit as SanaVideoPipeline.encode_prompt."""
+"""Captions to Gemma-2 embeddings, bit for bit as SanaVideoPipeline.encode_prompt, and how many tokens they are."""
 
 # mypy: allow-untyped-calls
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,7 @@ from vtrain.contract import (
     Problem,
     Role,
     Text,
+    TokenizerCounter,
     default_arguments,
     load_pretrained,
     load_tokenizer,
@@ -23,6 +26,9 @@ from vtrain_sanavideo.options import MOTION_SCORE, SanaVideoOptions
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import Gemma2Model, GemmaTokenizer
+
+ENCODER = "gemma"
+"""The name of the text encoder, of which there is one."""
 
 TEXT_TOKENS = 300
 """Tokens that the denoiser is given: SanaVideoPipeline's max_sequence_length."""
@@ -142,3 +148,26 @@ def load(encoder: Path, tokenizer: Path, options: SanaVideoOptions, instruction:
         attn_implementation="eager",  # "sdpa" does not do Gemma-2's capped logits
     )
     return SanaVideoText(load_tokenizer(GemmaTokenizer, tokenizer), model, options, instruction)
+
+
+class SanaVideoTokens(TokenizerCounter):
+    """A vtrain.contract.TokenCounter. folder: of the tokenizer. Raises ModelError."""
+
+    def __init__(self, folder: Path, options: SanaVideoOptions, instruction: str) -> None:
+        super().__init__(folder, ENCODER, TEXT_TOKENS, partial(wording, options=options, instruction=instruction))
+        self._options = options
+        # As GemmaTokenizer does it: what tokenizer_config.json asks for, and where it asks for none, the tokenizer's own.
+        file = folder / "tokenizer_config.json"
+        said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        self._specials = sum(bool(said.get(name)) for name in ("add_bos_token", "add_eos_token")) or self._specials
+        own = len(self._tokenizer.encode(instruction, add_special_tokens=False).ids) + self._specials
+        self._instruction_tokens = own if instruction else 0
+
+    def room(self, role: Role) -> int:
+        """With what the instruction takes, whose last tokens are among those that the denoiser is given."""
+        return room(role, self._instruction_tokens)
+
+    def ending(self, caption: Caption, role: Role) -> tuple[str, str]:
+        """The motion score of a prompt."""
+        said = scored(caption, role, self._options).strip()
+        return (MOTION_SCORE.name if said else "", said)

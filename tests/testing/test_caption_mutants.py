@@ -9,9 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from vtrain_toy.family import ToyFamily, ToyOptions
+from vtrain_toy.family import ToyFamily, ToyOptions, ToyTokenCounter
 from vtrain_toy.text import ToyTextEncoder
-from vtrain_toy.words import ToyTokenCounter
 
 from vtrain.contract import Caption, CaptionExtra, Text, TokenCount
 from vtrain.testing.family_captions import CaptionTests

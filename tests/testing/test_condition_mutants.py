@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from vtrain_toy.codec import PictureEncoder
 from vtrain_toy.denoiser import ToyDenoiser
 from vtrain_toy.family import ToyFamily, ToyOptions
 from vtrain_toy.pictures import ToyPicturesFamily, ToyPicturesOptions
-from vtrain_toy.picturing import PictureEncoder
 from vtrain_toy.transformer import ToyTransformer
 
 from vtrain.contract import ClipShape, Condition, ConditionSpec, NoiseLevel, Problem

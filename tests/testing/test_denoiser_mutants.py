@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from vtrain_toy.denoiser import ToyDenoiser, build_denoiser
+from vtrain_toy.denoiser import DuoDenoiser, DuoTransformer, ToyDenoiser, build_denoiser
 from vtrain_toy.duo import DuoFamily
-from vtrain_toy.duo_denoiser import DuoDenoiser, DuoTransformer
 from vtrain_toy.family import ToyFamily, ToyOptions
 from vtrain_toy.transformer import ToyTransformer
 

@@ -180,15 +180,15 @@ def test_what_image_to_video_lacks_or_has_from_elsewhere_is_named(
     folder = Path(shutil.copytree(i2v, tmp_path / "model"))
     edit(folder / "image_encoder" / "config.json", hidden_size=48)
     edit(folder / "transformer" / "config.json", in_channels=32)
-    told = said(family_of(folder))
-    assert "the image encoder's width is 48, and the transformer takes 32." in told
-    assert "embeddings.position_embedding.weight is [5, 32] instead of [5, 48]" in told
-    assert "noise, mask and picture have 36 channels, and the transformer takes 32." in told
+    problems = said(family_of(folder))
+    assert "the image encoder's width is 48, and the transformer takes 32." in problems
+    assert "embeddings.position_embedding.weight is [5, 32] instead of [5, 48]" in problems
+    assert "noise, mask and picture have 36 channels, and the transformer takes 32." in problems
     (folder / "image_encoder" / "model.safetensors").unlink()
     (folder / "image_processor" / "preprocessor_config.json").unlink()
-    told = said(family_of(folder))
-    assert "image_encoder/model.safetensors: this weight file is missing." in told
-    assert "preprocessor_config.json: this file is missing." in told
+    problems = said(family_of(folder))
+    assert "image_encoder/model.safetensors: this weight file is missing." in problems
+    assert "preprocessor_config.json: this file is missing." in problems
     edit(folder / "model_index.json", image_encoder=[None, None])
     assert "image_encoder is not listed, and this family works with CLIPVisionModel." in said(family_of(folder))
 
@@ -312,9 +312,10 @@ def test_weights_of_another_model_than_their_config_are_named_from_their_headers
 ) -> None:
     state = load_file(own_checkpoint / WEIGHTS)
     save_file(state | {"condition_embedder.image_embedder.norm1.weight": torch.zeros(4)}, own_checkpoint / WEIGHTS)
-    told = said(family_of(own_checkpoint))
+    problems = said(family_of(own_checkpoint))
     assert (
-        "these weights are of Wan 2.1 image-to-video of width 96, and the config beside them is of Wan 2.1 text" in told
+        "these weights are of Wan 2.1 image-to-video of width 96, and the config beside them is of Wan 2.1 text"
+        in problems
     )
     (own_checkpoint / WEIGHTS).write_bytes((ti2v / WEIGHTS).read_bytes())
     assert "these weights are of Wan 2.2 TI2V of width 96" in said(family_of(own_checkpoint))
@@ -335,8 +336,10 @@ def test_misshapen_weights_are_a_problem_before_anything_is_loaded(own_checkpoin
 def test_parts_of_another_checkpoint_are_told(own_checkpoint: Path, family_of: Families) -> None:
     edit(own_checkpoint / "transformer" / "config.json", text_dim=128)
     edit(own_checkpoint / "vae" / "config.json", latents_mean=[0.0] * 15)
-    told = said(family_of(own_checkpoint))
-    assert "the text encoder's width is 64, and the transformer takes 128." in told or "latents_mean: 15" in told
+    problems = said(family_of(own_checkpoint))
+    assert (
+        "the text encoder's width is 64, and the transformer takes 128." in problems or "latents_mean: 15" in problems
+    )
 
 
 @pytest.mark.parametrize("kind", ["wan21", "i2v", "ti2v"])

@@ -147,8 +147,8 @@ teacher = 3
 @pytest.mark.parametrize("family", ["wan21", "wan22-ti2v"])
 def test_a_full_run_learns_validates_and_saves_what_diffusers_loads(run: Run, folder: Path, family: str) -> None:
     """Slow (10 s): that of image-to-video below goes the same ways."""
-    code, told = run(f"full-{family}", family, more=VALIDATION)
-    assert code == 0, told
+    code, printed = run(f"full-{family}", family, more=VALIDATION)
+    assert code == 0, printed
     found = rows(folder, f"full-{family}")
     assert [row["step"] for row in found] == [1, 2, 3, 4]
     assert all(np.isfinite(float(str(row["loss"]))) for row in found)
@@ -162,23 +162,23 @@ def test_a_full_run_learns_validates_and_saves_what_diffusers_loads(run: Run, fo
 def test_ti2v_is_trained_and_validated_from_a_first_frame(run: Run, folder: Path) -> None:
     pictures = VALIDATION + '[validation.images]\nboat = "clips/0.mp4"\n'
     video = "image_to_video = 0.5"
-    code, told = run("pictured", "wan22-ti2v", masks=video, steps=2, more=pictures)
-    assert code == 0, told
+    code, printed = run("pictured", "wan22-ti2v", masks=video, steps=2, more=pictures)
+    assert code == 0, printed
     sigmas = [each for row in rows(folder, "pictured") for each in cast("list[object]", row["sigmas"])]
     assert {type(each) for each in sigmas} == {float, list}
     assert all(each[0] == 0 for each in sigmas if isinstance(each, list))
     assert list((folder / "pictured" / "samples").rglob("boat*.mp4"))
-    code, told = run("refused", "wan21", "plan", masks=video)
+    code, printed = run("refused", "wan21", "plan", masks=video)
     assert code == 2
-    assert "this model family takes no picture, but text alone" in told
+    assert "this model family takes no picture, but text alone" in printed
 
 
 @pytest.mark.slow
 def test_a_resumed_run_is_the_same_run(run: Run, folder: Path) -> None:
     """Slow (5 s), for the same reason."""
     assert run("whole")[0] == 0
-    code, told = run("half", resume="whole/checkpoints/step-000002")
-    assert code == 0, told
+    code, printed = run("half", resume="whole/checkpoints/step-000002")
+    assert code == 0, printed
     numbers = [
         [{key: row[key] for key in ("step", "loss", "samples")} for row in rows(folder, n)] for n in ("whole", "half")
     ]
@@ -190,8 +190,8 @@ def test_an_adapter_with_crepa_layersync_and_masks(
     run: Run, folder: Path, wan21: Path, ti2v: Path, family: str
 ) -> None:
     masks = '[data.masks]\nfolder = "masks"'
-    code, told = run(f"lora-{family}", family, train="lora", more=CREPA, clips="masked", masks=masks, steps=2)
-    assert code == 0, told
+    code, printed = run(f"lora-{family}", family, train="lora", more=CREPA, clips="masked", masks=masks, steps=2)
+    assert code == 0, printed
     terms = rows(folder, f"lora-{family}")[-1]["terms"]
     assert isinstance(terms, dict)
     assert {"crepa/similarity", "layersync/loss"} <= set(terms)
@@ -203,19 +203,19 @@ def test_an_adapter_with_crepa_layersync_and_masks(
 
 
 def test_the_plan_says_the_recipe_and_warns_of_another(run: Run) -> None:
-    code, told = run("plan", "wan22-ti2v", "plan")
-    assert code == 0, told
-    assert "shift 5" in told
-    code, told = run("other", "wan22-ti2v", "plan", more="[sampler]\nshift = 1.0")
-    assert code == 0, told
-    assert "sampler.shift = 1.0" in told
-    assert "is shift = 5.0" in told
+    code, printed = run("plan", "wan22-ti2v", "plan")
+    assert code == 0, printed
+    assert "shift 5" in printed
+    code, printed = run("other", "wan22-ti2v", "plan", more="[sampler]\nshift = 1.0")
+    assert code == 0, printed
+    assert "sampler.shift = 1.0" in printed
+    assert "is shift = 5.0" in printed
 
 
 def test_the_plan_refuses_a_checkpoint_of_another_version(run: Run, ti2v: Path) -> None:
-    code, told = run("wrong", "wan21", "plan", model=ti2v)
+    code, printed = run("wrong", "wan21", "plan", model=ti2v)
     assert code == 2
-    assert "this is Wan 2.2 TI2V of width 96, and not Wan 2.1 text-to-video or Wan 2.1 image-to-video." in told
+    assert "this is Wan 2.2 TI2V of width 96, and not Wan 2.1 text-to-video or Wan 2.1 image-to-video." in printed
 
 
 PICTURES = (
@@ -229,10 +229,10 @@ boat = "clips/1.mp4"
 
 def test_a_run_of_image_to_video_learns_resumes_and_validates_from_a_picture(run: Run, folder: Path, i2v: Path) -> None:
     """Every draw has its picture; the caches are filled once; the saved transformer is one for WanImageToVideoPipeline."""
-    code, told = run("pictures", "wan21-i2v", more=PICTURES)
-    assert code == 0, told
-    code, told = run("again", "wan21-i2v", more=PICTURES, resume="pictures/checkpoints/step-000002")
-    assert code == 0, told
+    code, printed = run("pictures", "wan21-i2v", more=PICTURES)
+    assert code == 0, printed
+    code, printed = run("again", "wan21-i2v", more=PICTURES, resume="pictures/checkpoints/step-000002")
+    assert code == 0, printed
     numbers = [[(row["step"], row["loss"]) for row in rows(folder, name)] for name in ("pictures", "again")]
     assert numbers[1] == numbers[0][2:]
     assert [step for step, _ in numbers[0]] == [1, 2, 3, 4]
@@ -246,26 +246,26 @@ def test_a_run_of_image_to_video_learns_resumes_and_validates_from_a_picture(run
 
 
 def test_a_share_of_ti2vs_draws_has_a_clean_first_frame(run: Run, folder: Path) -> None:
-    code, told = run("share", "wan22-ti2v", more=PICTURES, video="image_to_video = 0.5")
-    assert code == 0, told
+    code, printed = run("share", "wan22-ti2v", more=PICTURES, video="image_to_video = 0.5")
+    assert code == 0, printed
     sigmas = [sigma for row in rows(folder, "share") for sigma in row["sigmas"]]  # type: ignore[attr-defined]
     assert {type(sigma) for sigma in sigmas} == {float, list}
     assert all(sigma[0] == 0 for sigma in sigmas if isinstance(sigma, list))
 
 
 def test_the_plan_names_a_missing_picture_a_share_and_a_lacking_encoder(run: Run, tmp_path: Path, i2v: Path) -> None:
-    code, told = run("refused", "wan21-i2v", "plan", more=VALIDATION, video="image_to_video = 0.5")
+    code, printed = run("refused", "wan21-i2v", "plan", more=VALIDATION, video="image_to_video = 0.5")
     assert code == 2
-    assert '"boat" has no picture, and this model family cannot do without the first frame and its CLIP emb' in told
-    assert "image_to_video = 0.5: this model family cannot do without the first frame and its CLIP embedding" in told
+    assert '"boat" has no picture, and this model family cannot do without the first frame and its CLIP emb' in printed
+    assert "image_to_video = 0.5: this model family cannot do without the first frame and its CLIP embedding" in printed
     model = shutil.copytree(i2v, tmp_path / "i2v")
     (model / "image_encoder" / "model.safetensors").unlink()
-    code, told = run("lacking", "wan21-i2v", "plan", more=PICTURES, model=model)
+    code, printed = run("lacking", "wan21-i2v", "plan", more=PICTURES, model=model)
     assert code == 2
-    assert "image_encoder/model.safetensors: this weight file is missing." in told
+    assert "image_encoder/model.safetensors: this weight file is missing." in printed
 
 
 def test_the_plan_refuses_pictures_for_text_to_video(run: Run) -> None:
-    code, told = run("unasked", "wan21", "plan", more=PICTURES, video="image_to_video = 0.5")
+    code, printed = run("unasked", "wan21", "plan", more=PICTURES, video="image_to_video = 0.5")
     assert code == 2
-    assert told.count("this model family takes no picture, but text alone.") == 2
+    assert printed.count("this model family takes no picture, but text alone.") == 2

@@ -88,7 +88,7 @@ REMOVED = (
         "it was this key's default). Remove the line.",
     ),
 )
-"""The one table of keys that are gone. A file that has one is told why; in a checkpoint's settings it says nothing, at `meant`."""
+"""The one table of keys that are gone. A file that has one is refused with the reason; a checkpoint may have one at `meant`."""
 
 
 def removed(path: KeyPath) -> Removed | None:

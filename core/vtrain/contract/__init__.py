@@ -36,6 +36,7 @@ from vtrain.contract.conditions import (
     ConditionTensors,
     SupportsConditions,
     conditions_of,
+    takes_frame_levels,
     tensors_of,
 )
 from vtrain.contract.device import Device
@@ -83,7 +84,6 @@ from vtrain.contract.families import (
     unlike_parts,
 )
 from vtrain.contract.geometry import ClipShape, FeatureShape, FrameRule, LatentGeometry, LatentShape, Size, TokenGrid
-from vtrain.contract.levels import takes_frame_levels, timed, timesteps, with_clean
 from vtrain.contract.loading import (
     DiffusersDenoiser,
     load_module,
@@ -151,6 +151,9 @@ from vtrain.contract.records import (
     TextPart,
     TokenBytes,
     Words,
+    timed,
+    timesteps,
+    with_clean,
 )
 from vtrain.contract.regularizers import (
     FeatureEncoder,

@@ -190,7 +190,7 @@ def check_components(source: CheckpointSource, title: str, *own: Callable[[Path]
     """Every problem of a checkpoint, each once: its index, configs, tokenizers and weight files, without loading any.
 
     title: what is asked for, such as "SANA-Video". own: what the family looks at itself, in `source.folder`; each may raise
-    ModelError, whose problems are told with the others.
+    ModelError, whose problems are reported with the others.
     """
     problems: list[Problem] = []
     if source.revision and not source.on_hub:

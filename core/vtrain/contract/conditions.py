@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from vtrain.contract.errors import Problem
 from vtrain.contract.geometry import ClipShape
-from vtrain.contract.protocols import DType, Family, HashFile
+from vtrain.contract.protocols import DType, Family, HashFile, SupportsFrameLevels
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,6 +87,11 @@ class SupportsConditions(Protocol):
     def conditions(self) -> tuple[ConditionSpec, ...]:
         """The same each time. The names of all their tensors are unique."""
         ...
+
+
+def takes_frame_levels(family: Family) -> bool:
+    """Whether the family's denoiser takes a level for each latent frame, in which clean frames can stand among noisy ones."""
+    return isinstance(family, SupportsFrameLevels) and family.frame_levels
 
 
 def conditions_of(family: Family) -> tuple[ConditionSpec, ...]:

@@ -121,7 +121,7 @@ class SupportsLora(Protocol):
 
 @runtime_checkable
 class SupportsDecayRule(Protocol):
-    """A denoiser with parameters for which weight decay is not as their shape tells. *torch*"""
+    """A denoiser with parameters for which weight decay does not follow from their shape. *torch*"""
 
     def decays(self, name: str, shape: tuple[int, ...]) -> bool | None:
         """Whether weight decay applies to a parameter, by its name in `module`; None: to matrices and kernels, not to vectors."""

@@ -6,11 +6,13 @@ B clips in a batch, C latent channels, f h w latent frames, height and width, L 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from vtrain.contract.protocols import Family
 
 Role = Literal["prompt", "negative", "dropped"]
 
@@ -119,6 +121,37 @@ class BlockMemory:
         if checkpointing:
             return tokens * (self.checkpointed.outside + blocks * self.checkpointed.block + self.plain.block)
         return tokens * (self.plain.outside + blocks * self.plain.block)
+
+
+def timed(family: Family, level: NoiseLevel) -> NoiseLevel:
+    """The same level with its timestep: the sampler's own where it gave one, else the family's. *torch*"""
+    return replace(level, timestep=family.timestep(level.sigma)) if level.timestep is None else level
+
+
+def timesteps(level: NoiseLevel) -> Tensor:
+    """The timesteps of a level that has them, as each has that a denoiser is given. Raises ValueError for one without."""
+    if level.timestep is None:
+        raise ValueError("a level without timesteps: `timed` gives it the family's own")
+    return level.timestep
+
+
+def with_clean(family: Family, level: NoiseLevel, clean: Tensor) -> NoiseLevel:
+    """A level for each latent frame: 0, with the family's timestep for it, where clean (B, f) bool says so. *torch*
+
+    level: (B,), (B, f), or (B, g) of the last g frames alone where those before them are clean.
+    """
+    zero = level.sigma.new_zeros(1)
+    times = timesteps(timed(family, level))
+    return NoiseLevel(_by_frame(level.sigma, clean, zero), _by_frame(times, clean, family.timestep(zero)))
+
+
+def _by_frame(values: Tensor, clean: Tensor, of_clean: Tensor) -> Tensor:
+    """Levels or timesteps as `with_clean` takes them -> (B, f), `of_clean` (1,) where clean."""
+    frames = clean.shape[1]
+    each = values[:, None].expand(-1, frames) if values.ndim == 1 else values
+    whole = of_clean.expand(len(each), frames).clone()
+    whole[:, frames - each.shape[1] :] = each
+    return whole.where(~clean, of_clean)
 
 
 @dataclass(frozen=True)

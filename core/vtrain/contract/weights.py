@@ -196,7 +196,7 @@ def misfit_problems(
 
     expected: the shapes that the config asks for; some: of a few weights alone, those that bear its numbers, each by the end of
     its name, and others are no matter. unsqueezed: as `misfits` takes it. Files that are missing or broken are for
-    `weight_problems` to tell, and not told here.
+    `weight_problems` to report, and not reported here.
     """
     if weight_problems(folder, stem):
         return []

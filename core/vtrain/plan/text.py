@@ -64,7 +64,7 @@ def _odd(part: TextPartSpec) -> Iterator[str]:
         yield f'dtype = "{part.dtype}"'
 
 
-def told(encoders: Collection[str]) -> dict[str, str]:
+def stage_names(encoders: Collection[str]) -> dict[str, str]:
     """Encoder -> what it is called in progress and in what a run records: "text"; of several "text (name)"."""
     return {name: "text" if len(encoders) == 1 else f"text ({name})" for name in encoders}
 
@@ -80,9 +80,9 @@ def text_fingerprints(family: Family, hash_file: HashFile) -> dict[str, str]:
 
 
 def text_marks(family: Family, hash_file: HashFile) -> dict[str, str]:
-    """The same by what they are `told` as. Raises ModelError, PluginError."""
+    """The same by their `stage_names`. Raises ModelError, PluginError."""
     found = text_fingerprints(family, hash_file)
-    names = told(found)
+    names = stage_names(found)
     return {names[name]: mark for name, mark in found.items()}
 
 

@@ -82,7 +82,7 @@ def _flush() -> None:
 def _flush_c(new: Iterable[str]) -> None:
     """What C libraries hold back of their output, if there may be any. new: names of the modules that were imported.
 
-    Importing ctypes takes longer than all else here, so it is left out where no code but Python's and its own library's
+    Importing ctypes takes longer than all else here, so it is not imported where no code but Python's and its own library's
     came in.
     """
     foreign = (name for name in new if name.partition(".")[0] not in sys.stdlib_module_names)

@@ -190,8 +190,8 @@ class MemoryTests(FamilySubject):
         )
         found = self.measured(family, weights, compute, frame_levels)
         for on in (False, True):
-            told, real = (each.kept(1000, family.block_count, checkpointing=on) for each in (stored, found))
-            assert abs(told - real) <= self.memory_tolerance * real, f"stored is {stored}, measured {found}"
+            expected, real = (each.kept(1000, family.block_count, checkpointing=on) for each in (stored, found))
+            assert abs(expected - real) <= self.memory_tolerance * real, f"stored is {stored}, measured {found}"
 
     @classmethod
     def measured(cls, family: Family, weights: DType, compute: DType, frame_levels: bool) -> BlockMemory:

@@ -52,7 +52,7 @@ def block_memory(denoiser: Denoiser, calls: Sequence[tuple[Call, int]], compute:
     calls: two of different lengths, each with the number of tokens of all its clips; what does not grow with tokens (cast weights,
     text) is no part of it. compute: the type in which layers compute, "bf16" under autocast. Nothing is computed: it is run
     on fake tensors, and the weights may be fake too, so a model of any size is measured on any machine. Afterwards all
-    weights take gradients. Raises ValueError for a denoiser of one block: what it keeps cannot be told from what is beside it.
+    weights take gradients. Raises ValueError for a denoiser of one block: what it keeps cannot be separated from what is beside it.
     """
     if len(denoiser.blocks) < 2:
         raise ValueError("memory is measured between two blocks, and this denoiser has one")

@@ -19,7 +19,7 @@ from vtrain.data.sample import TRANSFORM_VERSION
 from vtrain.data.scanning.database import HASHES, FileHashes
 from vtrain.plan.places import CHECKPOINT, CHECKPOINTS, checkpoints_there, resume_path
 from vtrain.plan.records import Plan
-from vtrain.plan.text import text_marks, told
+from vtrain.plan.text import stage_names, text_marks
 from vtrain.train import checkpoint
 from vtrain.train.checkpoint import misread, read_model
 from vtrain.train.settings import Change, compare, counted_once, is_path, settings, shown
@@ -107,7 +107,7 @@ _CONDITION = "condition ("
 
 def held_beside(plan: Plan, marks: Mapping[str, str]) -> dict[str, str]:
     """What a model folder holds beside the denoiser: mark -> its name in a sentence. Of conditions' encoders those in `marks`."""
-    encoders = told(plan.family.text_encoders())
+    encoders = stage_names(plan.family.text_encoders())
     texts = {key: f'text encoder "{name}"' if len(encoders) > 1 else "text encoder" for name, key in encoders.items()}
     conditions = {key: f"encoder of the {key}" for key in marks if key.startswith(_CONDITION)}
     return {**texts, "video": "video codec", "scheduler": "scheduler's configuration", **conditions}

@@ -43,7 +43,7 @@ from vtrain.data.decoding.worker import Decoded, DecodeJob, MaskJob, Workers, av
 from vtrain.data.sample import Sample, Skipped
 from vtrain.data.scanning.decisions import settings_key
 from vtrain.data.scanning.ledger import Ledger
-from vtrain.plan.text import told
+from vtrain.plan.text import stage_names
 
 AGAIN_S = 0.5
 """Seconds until one looks again for what another run is making."""
@@ -69,7 +69,7 @@ class _TextFilling:
 
     def __init__(self, stores: Stores, name: str, peers: Peers, device: str) -> None:
         self.stores, self.name, self.peers, self.device = stores, name, peers, device
-        self.spec, self.stage = stores.encoders[name], told(stores.encoders)[name]
+        self.spec, self.stage = stores.encoders[name], stage_names(stores.encoders)[name]
 
     def run(self, texts: Texts) -> Generator[Filling, None, None]:
         missing: dict[str, tuple[Caption, Role]] = {}

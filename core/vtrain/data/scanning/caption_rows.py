@@ -84,10 +84,10 @@ def _checked(dataset: DatasetPlan, path: Path, rows: Iterator[CaptionRow]) -> It
             nameless.append(number)
             continue
         ref = posixpath.normpath(file.strip().removeprefix(place))
-        told = Words((), given, f"{path.name}:{number}")
-        strangers.look(replace(told, where=f"{path}:{number}"))
+        row = Words((), given, f"{path.name}:{number}")
+        strangers.look(replace(row, where=f"{path}:{number}"))
         try:
-            texts, read = _cell_texts(caption), own_extras(told, dataset)
+            texts, read = _cell_texts(caption), own_extras(row, dataset)
         except FileFault as error:
             texts, read = [], error
         if isinstance(read, FileFault):

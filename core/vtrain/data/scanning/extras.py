@@ -22,7 +22,7 @@ def declared(dataset: DatasetPlan) -> list[object]:
 
 
 def asked_for(dataset: DatasetPlan) -> tuple[str, ...]:
-    """Names that are looked for in tables: the family's own extras, and those of other families, which are told."""
+    """Names that are looked for in tables: the family's own extras, and those of other families, which are errors."""
     return tuple(dict.fromkeys((*(extra.name for extra in dataset.extras), *dataset.foreign_extras)))
 
 
@@ -115,7 +115,7 @@ def _kept(value: object) -> object:
 
 
 class Strangers:
-    """Extras of table rows and backends that the family does not read. They are told at once, each with its first place."""
+    """Extras of table rows and backends that the family does not read. They are reported at once, each with its first place."""
 
     def __init__(self, dataset: DatasetPlan) -> None:
         self._dataset = dataset

@@ -158,7 +158,7 @@ _USED = """SELECT ref, captions FROM file_decision WHERE decision = :decision AN
 
 
 def count_captions(ledger: Ledger, decision: int, counts: TokenCounts) -> CutCaptions:
-    """Of a decision that is up to date; counted anew only where something changed since."""
+    """Of a decision that is up to date; counted again only where something changed since."""
     values = {"decision": decision, "fingerprint": counts.fingerprint}
     query = """SELECT summary FROM token_survey JOIN decision ON number = decision AND token_survey.generation = decision.generation
         WHERE decision = :decision AND fingerprint = :fingerprint"""

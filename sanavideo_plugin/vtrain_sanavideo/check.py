@@ -26,7 +26,7 @@ from vtrain.contract import (
 )
 from vtrain_sanavideo.codec import LTX2_STATISTICS, ltx2_statistics
 from vtrain_sanavideo.flow import scheduler_fault
-from vtrain_sanavideo.geometry import SCALE_SHIFT_TABLE, Ltx2CodecConfig, TransformerConfig
+from vtrain_sanavideo.geometry import SCALE_SHIFT_TABLE, Ltx2CodecConfig, SanaVideoConfig
 
 LTX2 = "AutoencoderKLLTX2Video"
 VAE_SOURCES = {
@@ -50,10 +50,10 @@ COMPONENTS: Mapping[str, Component] = {
 TRANSFORMER_SOURCE = "models/transformers/transformer_sana_video.py"
 
 
-def read_transformer(folder: Path) -> TransformerConfig:
+def read_transformer(folder: Path) -> SanaVideoConfig:
     """The transformer's config, completed by its class's defaults. Raises ModelError."""
     defaults = default_arguments("diffusers", TRANSFORMER_SOURCE, "SanaVideoTransformer3DModel")
-    return read_config(TransformerConfig, folder / "config.json", defaults)
+    return read_config(SanaVideoConfig, folder / "config.json", defaults)
 
 
 def read_vae(folder: Path) -> CodecConfig:

@@ -32,7 +32,7 @@ from vtrain.contract import (
     token_digest,
 )
 from vtrain_sanavideo import check, codec, denoiser, text
-from vtrain_sanavideo.geometry import BUCKETS, Ltx2CodecConfig, TransformerConfig, vae_title
+from vtrain_sanavideo.geometry import BUCKETS, Ltx2CodecConfig, SanaVideoConfig, vae_title
 from vtrain_sanavideo.options import MOTION_SCORE, SanaVideoOptions
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from vtrain_sanavideo.text import SanaVideoText
 
 
-class SanaVideoFamily(DiffusersFamily[TransformerConfig]):
+class SanaVideoFamily(DiffusersFamily[SanaVideoConfig]):
     """A vtrain.contract.Family. Members that read the model folder raise ModelError if it is not sound; `check` lists why."""
 
     mark, title = "sanavideo", "SANA-Video"

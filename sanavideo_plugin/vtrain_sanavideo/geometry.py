@@ -8,8 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from vtrain.contract import CodecConfig, FrameRule, LatentGeometry, PartConfig, Shape, Size, layer
-from vtrain.contract import TransformerConfig as DiffusersTransformer
+from vtrain.contract import CodecConfig, FrameRule, LatentGeometry, PartConfig, Shape, Size, TransformerConfig, layer
 
 OFFICIAL_480P = (
     Size(832, 480), Size(896, 448), Size(768, 528), Size(720, 560), Size(624, 624), Size(592, 672),
@@ -32,7 +31,7 @@ SCALE_SHIFT_TABLE = "scale_shift_table"
 Positive = Annotated[int, Field(ge=1)]
 
 
-class TransformerConfig(DiffusersTransformer):
+class SanaVideoConfig(TransformerConfig):
     """transformer/config.json of a SanaVideoTransformer3DModel, over the class's own defaults."""
 
     num_cross_attention_heads: Positive

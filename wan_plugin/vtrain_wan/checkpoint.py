@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from vtrain.contract import (
@@ -13,7 +12,6 @@ from vtrain.contract import (
     VOCABULARIES,
     CheckpointSource,
     Component,
-    PartConfig,
     Problem,
     Shape,
     TransformerConfig,
@@ -28,6 +26,7 @@ from vtrain.contract import (
     unlike_parts,
     weight_problems,
 )
+from vtrain_wan import images
 
 _IMAGES = "condition_embedder.image_embedder"
 COMPONENTS: Mapping[str, Component] = {
@@ -36,9 +35,10 @@ COMPONENTS: Mapping[str, Component] = {
     "text_encoder": Component(("UMT5EncoderModel",), TRANSFORMERS_STEM),
     "tokenizer": Component(("T5TokenizerFast", "T5Tokenizer"), config="tokenizer_config.json", one_of=VOCABULARIES),
     "scheduler": Component(config="scheduler_config.json"),
-    "image_encoder": Component(("CLIPVisionModel",), TRANSFORMERS_STEM, optional=True),
-    "image_processor": Component(("CLIPImageProcessor",), config="preprocessor_config.json", optional=True),
+    **images.COMPONENTS,
 }
+IGNORED = ("norm_added_q",)
+"""Weights that published checkpoints hold and the class reads over (its `_keys_to_ignore_on_load_unexpected`)."""
 
 
 class WanConfig(TransformerConfig):
@@ -84,27 +84,6 @@ class WanConfig(TransformerConfig):
         return shapes | ({f"{_IMAGES}.pos_embed": (1, ends, wide)} if (ends := self.pos_embed_seq_len) else {})
 
 
-class ImageEncoderConfig(PartConfig):
-    """image_encoder/config.json of a CLIPVisionModel."""
-
-    hidden_size: int = 768
-    image_size: int = 224
-    patch_size: int = 32
-
-    @property
-    def tokens(self) -> int:
-        return 1 + (self.image_size // self.patch_size) ** 2
-
-    def shapes(self) -> dict[str, Shape]:
-        """Of the weights that bear these numbers."""
-        width, patch, place = self.hidden_size, "patch_embedding.weight", "position_embedding.weight"
-        return {patch: (width, 3, self.patch_size, self.patch_size), place: (self.tokens, width)}
-
-
-def read_image_encoder(folder: Path) -> ImageEncoderConfig:
-    return read_config(ImageEncoderConfig, folder / "config.json")
-
-
 def read_transformer(folder: Path) -> WanConfig:
     """Completed by its class's defaults. Raises ModelError."""
     defaults = default_arguments("diffusers", "models/transformers/transformer_wan.py", "WanTransformer3DModel")
@@ -117,7 +96,8 @@ def vae_defaults() -> dict[str, object]:
 
 TEXT_TO_VIDEO, IMAGE_TO_VIDEO, TI2V = "Wan 2.1 text-to-video", "Wan 2.1 image-to-video", "Wan 2.2 TI2V"
 _KINDS = {16: TEXT_TO_VIDEO, 36: "Wan 2.2 image-to-video A", 48: TI2V}
-_SIZES = {1536: "1.3B", 3072: "5B", 5120: "14B"}
+SMALL = 1536
+_SIZES = {SMALL: "1.3B", 3072: "5B", 5120: "14B"}
 
 
 def identity(shapes: Mapping[str, Shape], experts: bool = False) -> str:
@@ -132,7 +112,9 @@ def identity(shapes: Mapping[str, Shape], experts: bool = False) -> str:
 
 def check(source: CheckpointSource, wanted: Sequence[str]) -> list[Problem]:
     """Every problem of a checkpoint that is to be one of `wanted`, as `identity` calls them, or the start of that."""
-    return check_components(source, "Wan", lambda folder: _transformer(folder, wanted), _others)
+    return check_components(
+        source, "Wan", lambda folder: _transformer(folder, wanted), lambda folder: _others(source, folder)
+    )
 
 
 def _transformer(folder: Path, wanted: Sequence[str]) -> list[Problem]:
@@ -148,21 +130,13 @@ def _transformer(folder: Path, wanted: Sequence[str]) -> list[Problem]:
         if found != known:
             what = f"these weights are of {found}, and the config beside them is of {known}."
             return [Problem(str(part), what, "Take weights and config.json from the same model.")]
-    return misfit_problems(part, DIFFUSERS_STEM, config.shapes())
+    return misfit_problems(part, DIFFUSERS_STEM, config.shapes(), ignored=IGNORED)
 
 
-def _others(folder: Path) -> list[Problem]:
+def _others(source: CheckpointSource, folder: Path) -> list[Problem]:
     taken, codec = read_transformer(folder / "transformer"), read_codec(folder / "vae", vae_defaults())
-    if not taken.image_dim:
-        return unlike_parts(folder, taken, codec, "d_model", taken.text_dim)
-    needed = {name: replace(COMPONENTS[name], optional=False) for name in ("image_encoder", "image_processor")}
-    if problems := check_components(CheckpointSource(str(folder), None, needed), IMAGE_TO_VIDEO):
-        return problems
-    part, given = folder / "image_encoder", 2 * codec.z_dim + codec.time_factor
-    found = read_image_encoder(part)
-    more = (
-        (part, f"the image encoder's width is {found.hidden_size}", found.hidden_size, taken.image_dim),
-        (folder / "vae", f"noise, mask and picture have {given} channels", given, taken.in_channels),
-    )
-    problems = misfit_problems(part, TRANSFORMERS_STEM, found.shapes(), some=True)
+    problems, more = images.check(source, folder, taken.image_dim) if taken.image_dim else ([], ())
+    if taken.image_dim:
+        given = 2 * codec.z_dim + codec.time_factor
+        more += ((folder / "vae", f"noise, mask and picture have {given} channels", given, taken.in_channels),)
     return [*problems, *unlike_parts(folder, taken, codec, "d_model", taken.text_dim, *more)]

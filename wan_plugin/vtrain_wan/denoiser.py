@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 ORIGINAL_NAMES = {
     "attn1": "self_attn", "attn2": "cross_attn", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o",
     "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2",
+    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
     "condition_embedder.text_embedder.linear_1": "text_embedding.0",
     "condition_embedder.text_embedder.linear_2": "text_embedding.2",
     "condition_embedder.time_embedder.linear_1": "time_embedding.0",
@@ -24,7 +26,9 @@ ORIGINAL_NAMES = {
 
 
 class WanDenoiser(DiffusersDenoiser):
-    """The denoiser, SupportsLora and SupportsDecayRule."""
+    """The denoiser, SupportsLora, SupportsOriginalNames and SupportsDecayRule."""
+
+    original_names = ORIGINAL_NAMES
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
@@ -37,11 +41,13 @@ class WanDenoiser(DiffusersDenoiser):
 
         level.timestep: (B,) in 0..1000, or (B, f), one for each latent frame (Wan 2.2 TI2V). Inputs take the weights' type
         unless autocast chooses. Wan 2.1 image-to-video is given the picture's latents as more channels, and its embedding as
-        more text. Raises ValueError for latents that the patches would not cover.
+        more text. Raises ValueError for latents that the patches would not cover, and for another condition than the model's.
         """
         import torch
 
         self.check_latents(noisy)
+        if condition.extras.keys() != (taken := {LATENTS, EMBEDS} if self._module.config.image_dim else set()):
+            raise ValueError(f"conditions {sorted(condition.extras)}, and this model takes {sorted(taken)}")
         text, timestep, image = condition.text.only.embeds, timesteps(level), condition.extras.get(EMBEDS)
         if image is not None:
             noisy = torch.cat([noisy, condition.extras[LATENTS].to(noisy)], 1)

@@ -69,6 +69,10 @@ class Wan21Family(DiffusersFamily[checkpoint.WanConfig]):
         words = f"UMT5, {text.TOKENS} tokens, in {self._options.text_precision}"
         return self.rows(words, checkpoint.identity(self._transformer.shapes()))
 
+    def resolutions(self) -> Mapping[str, tuple[Size, ...]]:
+        """1.3B was published for 480p alone; the others' configs do not say which they are for."""
+        return {"480p": self.sizes["480p"]} if self._transformer.width == checkpoint.SMALL else self.sizes
+
     @property
     def memory_key(self) -> str:
         return f"{self._transformer.width} {self._transformer.ffn_dim} {self._transformer.in_channels}"
@@ -107,7 +111,7 @@ class Wan21Family(DiffusersFamily[checkpoint.WanConfig]):
                 lambda: images.ImageLatents(self.load_codec(device), self._codec.time_factor), device
             ),
         )
-        clip = checkpoint.read_image_encoder(self._source.place("image_encoder"))
+        clip = images.read_encoder(self._source.place("image_encoder"))
         size = (clip.tokens, clip.hidden_size)
         embeds = ConditionEncoderSpec(
             lambda _: {images.EMBEDS: (size, "fp32")}, self._image_fingerprint, self._open_clip

@@ -2,16 +2,73 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtrain.contract import ClipShape, NormalizedCodec, load_pretrained, read_json
+from vtrain.contract import (
+    TRANSFORMERS_STEM,
+    CheckpointSource,
+    ClipShape,
+    Component,
+    NormalizedCodec,
+    PartConfig,
+    Problem,
+    Shape,
+    check_components,
+    load_pretrained,
+    misfit_problems,
+    read_config,
+    read_json,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+Unlike = tuple[Path, str, int, int | None]
 LATENTS, EMBEDS = "image_latents", "image_embeds"
 """The conditions, and the one tensor of each."""
+
+# diffusers' converter makes one with a projection, which nothing of the pipeline reads; processors are read from their JSON.
+_ENCODERS = ("CLIPVisionModel", "CLIPVisionModelWithProjection")
+_PROJECTION = (r"^visual_projection\.weight$",)
+COMPONENTS: Mapping[str, Component] = {
+    "image_encoder": Component(_ENCODERS, TRANSFORMERS_STEM, optional=True),
+    "image_processor": Component(config="preprocessor_config.json", optional=True),
+}
+
+
+class ImageEncoderConfig(PartConfig):
+    """image_encoder/config.json of a CLIPVisionModel."""
+
+    hidden_size: int = 768
+    image_size: int = 224
+    patch_size: int = 32
+
+    @property
+    def tokens(self) -> int:
+        return 1 + (self.image_size // self.patch_size) ** 2
+
+    def shapes(self) -> dict[str, Shape]:
+        """Of the weights that bear these numbers."""
+        width, patch, place = self.hidden_size, "patch_embedding.weight", "position_embedding.weight"
+        return {patch: (width, 3, self.patch_size, self.patch_size), place: (self.tokens, width)}
+
+
+def read_encoder(folder: Path) -> ImageEncoderConfig:
+    return read_config(ImageEncoderConfig, folder / "config.json")
+
+
+def check(source: CheckpointSource, folder: Path, width: int) -> tuple[list[Problem], tuple[Unlike, ...]]:
+    """What is wrong with the parts that only image-to-video has, and what `unlike_parts` is to compare. width: of what is taken."""
+    needed = {name: replace(component, optional=False) for name, component in COMPONENTS.items()}
+    if problems := check_components(CheckpointSource(source.name, source.revision, needed), "Wan"):
+        return problems, ()
+    part = folder / "image_encoder"
+    found = read_encoder(part)
+    problems = misfit_problems(part, TRANSFORMERS_STEM, found.shapes(), some=True)
+    return problems, ((part, f"the image encoder's width is {found.hidden_size}", found.hidden_size, width),)
 
 
 class ImageLatents:
@@ -62,5 +119,5 @@ def load(encoder: Path, processor: Path, device: str) -> ImageEmbeds:
     from transformers import CLIPImageProcessorPil, CLIPVisionModel
 
     settings = dict(read_json(processor / "preprocessor_config.json"))
-    model = load_pretrained(CLIPVisionModel, encoder, "fp32", device, "image encoder")
+    model = load_pretrained(CLIPVisionModel, encoder, "fp32", device, "image encoder", _PROJECTION)
     return ImageEmbeds(CLIPImageProcessorPil.from_dict(settings), model)

@@ -33,9 +33,16 @@ class WanText:
         self._tokenizer, self._model = tokenizer, model
 
     def encode(self, captions: Sequence[Caption], role: Role) -> Text:
-        """The part "text": embeds (B, L, D) on the CPU in the storage type, L = tokens of the longest caption, at most TOKENS."""
+        """The part "text": embeds (B, L, D) on the CPU in the storage type, L = tokens of the longest caption, at most TOKENS.
+
+        Raises ValueError for no captions, DataError for extras.
+        """
         import torch
 
+        if not captions:
+            raise ValueError("no captions to encode")
+        if self._model is None:
+            raise RuntimeError("this text encoder is closed")
         words = [wording(caption, role) for caption in captions]
         # Padding is encoded too: shorter inputs would change the last bits.
         settings = {"padding": "max_length", "max_length": TOKENS, "truncation": True, "return_tensors": "pt"}

@@ -34,7 +34,9 @@ ABILITIES: Mapping[str, Abilities] = {
         ),
     ),
     "video codec": Abilities(protocols.VideoCodec, (protocols.SupportsDecoderOnly,)),
-    "denoiser": Abilities(protocols.Denoiser, (protocols.SupportsLora, protocols.SupportsDecayRule)),
+    "denoiser": Abilities(
+        protocols.Denoiser, (protocols.SupportsLora, protocols.SupportsOriginalNames, protocols.SupportsDecayRule)
+    ),
     "sampler": Abilities(protocols.Sampler, (protocols.SupportsStepwise, protocols.SupportsStepCheck)),
     "regularizer": Abilities(regularizers.Regularizer, (regularizers.SupportsFeatures, regularizers.SupportsCheck)),
     "loss module": Abilities(

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vtrain.contract.errors import ModelError, PluginError, Problem
 from vtrain.contract.protocols import HashFile
@@ -45,7 +45,10 @@ _SILENT = ("transformers_version", "torch_dtype", "dtype", "architectures")
 """Keys of a config that say nothing about the model; those that start with "_" do not either."""
 
 JsonObject = Mapping[str, object]
-ConfigT = TypeVar("ConfigT", bound="PartConfig")
+PartT = TypeVar("PartT", bound="PartConfig")
+
+Positive = Annotated[int, Field(ge=1)]
+"""A number of a config that is 1 or more."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,11 @@ class CheckpointSource:
         if not (folder / "model_index.json").exists():
             return (folder / "config.json").is_file()
         needed = {name: part for name, part in self.components.items() if not part.optional or _listed(folder, name)}
-        return all((folder / name / part.config).is_file() for name, part in needed.items())
+        return all(
+            (folder / name / part.config).is_file()
+            and (not part.one_of or any((folder / name / file).is_file() for file in part.one_of))
+            for name, part in needed.items()
+        )
 
     def _snapshot(self, patterns: tuple[str, ...], revision: str | None, *, offline: bool) -> Path | None:
         """The snapshot's folder; offline: what the cache has of it, complete or not, None if nothing."""
@@ -281,8 +288,8 @@ def read_json(path: Path) -> JsonObject:
 
 
 def read_config(
-    kind: type[ConfigT], path: Path, defaults: JsonObject | None = None, remedy: str = "This family cannot use that."
-) -> ConfigT:
+    kind: type[PartT], path: Path, defaults: JsonObject | None = None, remedy: str = "This family cannot use that."
+) -> PartT:
     """A config.json as a typed record. defaults: of keys that it may leave out, as its class would take them.
 
     Raises ModelError with a problem for each key that is missing or odd; remedy: what to do about it.

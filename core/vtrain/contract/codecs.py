@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 from pydantic import Field
 
-from vtrain.contract.checkpoints import JsonObject, PartConfig, read_config
+from vtrain.contract.checkpoints import JsonObject, PartConfig, Positive, read_config
 from vtrain.contract.device import Device
 from vtrain.contract.errors import ModelError, Problem
 from vtrain.contract.geometry import FrameRule, LatentGeometry
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-3
 """How far beyond [-1, 1] a pixel may be: resampling and bf16 rounding, not a range of [0, 255]."""
-
-Positive = Annotated[int, Field(ge=1)]
 
 
 class CodecConfig(Protocol):

@@ -8,9 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Generic, Literal, TypeVar
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from vtrain.contract.checkpoints import (
     DIFFUSERS_STEM,
@@ -18,6 +16,7 @@ from vtrain.contract.checkpoints import (
     Component,
     JsonObject,
     PartConfig,
+    Positive,
     digest,
     meaning,
     read_json,
@@ -40,8 +39,6 @@ from vtrain.contract.weights import Shape, misfit_problems, weight_hashes
 
 if TYPE_CHECKING:
     from torch import nn
-
-Positive = Annotated[int, Field(ge=1)]
 
 
 class CheckpointOptions(Options):
@@ -140,10 +137,10 @@ def unlike(
     return [Problem(str(part / "config.json"), f"{what}, and the transformer takes {taken}.", remedy)]
 
 
-ConfigT = TypeVar("ConfigT", bound=TransformerConfig)
+TransformerT = TypeVar("TransformerT", bound=TransformerConfig)
 
 
-class DiffusersFamily(ABC, Generic[ConfigT]):
+class DiffusersFamily(ABC, Generic[TransformerT]):
     """The members of a `Family` that follow from the configs of its transformer and of its causal video codec.
 
     A family's own adds the rest, the methods that here are abstract, and: mark, its name in fingerprints; title, its
@@ -167,7 +164,7 @@ class DiffusersFamily(ABC, Generic[ConfigT]):
         self._source = CheckpointSource(options.path, options.revision, components)
 
     @abstractmethod
-    def read_transformer(self, folder: Path) -> ConfigT:
+    def read_transformer(self, folder: Path) -> TransformerT:
         """The config of a transformer in `folder`. Raises ModelError."""
 
     def read_codec(self, folder: Path) -> CodecConfig:
@@ -192,7 +189,7 @@ class DiffusersFamily(ABC, Generic[ConfigT]):
         """*torch* The denoiser of a folder whose config is the checkpoint's. Raises ModelError."""
 
     @cached_property
-    def _transformer(self) -> ConfigT:
+    def _transformer(self) -> TransformerT:
         return self.read_transformer(self._source.place("transformer"))
 
     def source_of(self, component: str) -> CheckpointSource:

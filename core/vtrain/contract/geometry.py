@@ -123,6 +123,11 @@ class LatentGeometry:
     space_factor: int
     patch: tuple[int, int, int] = (1, 1, 1)
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a frame rule that leaves the first latent frame without a frame of its own."""
+        if self.frame_rule.offset < 1:
+            raise ValueError(f"frames by {self.frame_rule}: the first latent frame would stand for none")
+
     @property
     def pixel_stride(self) -> int:
         """Heights and widths of clips are multiples of this."""

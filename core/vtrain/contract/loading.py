@@ -19,7 +19,7 @@ from vtrain.contract.geometry import LatentGeometry, LatentShape
 from vtrain.contract.lora_files import load_lora_file, save_lora_file
 from vtrain.contract.protocols import DType
 from vtrain.contract.records import Condition, NoiseLevel
-from vtrain.contract.weights import fill_module, misfit_problem, torch_type, weight_problems
+from vtrain.contract.weights import fill_module, is_ignored, misfit_problem, torch_type, weight_problems
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -79,12 +79,18 @@ def save_module(module: nn.Module, folder: Path, state: Mapping[str, Tensor]) ->
 
 
 def load_pretrained(
-    kind: type[ModuleT], folder: Path, dtype: DType, device: str, title: str, **settings: Any
+    kind: type[ModuleT],
+    folder: Path,
+    dtype: DType,
+    device: str,
+    title: str,
+    ignored: Collection[str] = (),
+    **settings: Any,
 ) -> ModuleT:
     """A model of transformers, of class `kind`, from a folder with its config and safetensors; frozen, in evaluation mode.
 
-    title: what it is, for messages ("text encoder"). settings: more arguments of from_pretrained. Raises ModelError for missing,
-    unexpected, misshapen or truncated weights.
+    title: what it is, for messages ("text encoder"). ignored: as `misfits` takes it, beside what the class itself reads over.
+    settings: more arguments of from_pretrained. Raises ModelError for missing, unexpected, misshapen or truncated weights.
     """
     if "state_dict" not in settings and (problems := weight_problems(folder, TRANSFORMERS_STEM)):
         raise ModelError(problems)
@@ -99,7 +105,8 @@ def load_pretrained(
         raise ModelError(Problem(str(folder), f"the {title} cannot be loaded: {error}")) from error
     lines = [f"{name} is missing" for name in sorted(report["missing_keys"])]
     lines += [f"{name} is {list(found)} instead of {list(shape)}" for name, found, shape in report["mismatched_keys"]]
-    lines += [f"{name} is unexpected" for name in sorted(report["unexpected_keys"])]
+    unexpected = sorted(name for name in report["unexpected_keys"] if not is_ignored(name, ignored))
+    lines += [f"{name} is unexpected" for name in unexpected]
     if lines:
         raise ModelError(misfit_problem(folder, lines))
     loaded: ModuleT = model.to(device).eval().requires_grad_(False)
@@ -116,14 +123,17 @@ def load_tokenizer(kind: type[Any], folder: Path) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bar of transformers' own: it would tear the run's display. Its setting is as before afterwards."""
+    """No progress bar or report of transformers' own: they would tear the run's display, and what is wrong with weights is an
+    error here. Its settings are as before afterwards."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
 

@@ -120,6 +120,16 @@ class SupportsLora(Protocol):
 
 
 @runtime_checkable
+class SupportsOriginalNames(Protocol):
+    """A denoiser whose modules its authors name otherwise: ComfyUI finds an adapter's weights by their names (`comfyui_names`)."""
+
+    @property
+    def original_names(self) -> Mapping[str, str]:
+        """Whole parts of a dotted name in `module` -> what stands for them there, such as {"attn1": "self_attn", "to_q": "q"}."""
+        ...
+
+
+@runtime_checkable
 class SupportsDecayRule(Protocol):
     """A denoiser with parameters for which weight decay does not follow from their shape. *torch*"""
 

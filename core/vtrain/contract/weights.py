@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import struct
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -164,19 +165,30 @@ def _numbers(path: Path, name: str, tensor: StoredTensor) -> tuple[float, ...]:
     return tuple(number for (number,) in struct.iter_unpack(f"<{form}", data))
 
 
-def misfits(expected: Mapping[str, Shape], found: Mapping[str, Shape], unsqueezed: Collection[str] = ()) -> list[str]:
+def misfits(
+    expected: Mapping[str, Shape],
+    found: Mapping[str, Shape],
+    unsqueezed: Collection[str] = (),
+    ignored: Collection[str] = (),
+) -> list[str]:
     """How stored weights differ from what the model has, one line for each weight, missing ones first.
 
-    unsqueezed: names that some checkpoints store with a leading 1 more, which is no difference.
+    unsqueezed: names that some checkpoints store with a leading 1 more, which is no difference. ignored: patterns (`re.search`)
+    of names that the model's class reads over, as its `_keys_to_ignore_on_load_unexpected` has them.
     """
     missing = [f"{name} is missing" for name in expected if name not in found]
-    odd = [f"{name} is unexpected" for name in found if name not in expected]
+    odd = [f"{name} is unexpected" for name in found if name not in expected and not is_ignored(name, ignored)]
     wrong = [
         f"{name} is {list(found[name])} instead of {list(shape)}"
         for name, shape in expected.items()
         if name in found and found[name] != shape and not (name in unsqueezed and found[name] == (1, *shape))
     ]
     return missing + wrong + odd
+
+
+def is_ignored(name: str, patterns: Collection[str]) -> bool:
+    """Whether a stored weight that the model has not may be there, as `misfits` takes it."""
+    return any(re.search(pattern, name) for pattern in patterns)
 
 
 def misfit_problem(folder: Path, lines: Sequence[str]) -> Problem:
@@ -190,12 +202,18 @@ def misfit_problem(folder: Path, lines: Sequence[str]) -> Problem:
 
 
 def misfit_problems(
-    folder: Path, stem: str, expected: Mapping[str, Shape], *, unsqueezed: Collection[str] = (), some: bool = False
+    folder: Path,
+    stem: str,
+    expected: Mapping[str, Shape],
+    *,
+    unsqueezed: Collection[str] = (),
+    ignored: Collection[str] = (),
+    some: bool = False,
 ) -> list[Problem]:
     """Whether stored weights fit a config, from their headers: without loading any, so that a plan can tell.
 
     expected: the shapes that the config asks for; some: of a few weights alone, those that bear its numbers, each by the end of
-    its name, and others are no matter. unsqueezed: as `misfits` takes it. Files that are missing or broken are for
+    its name, and others are no matter. unsqueezed, ignored: as `misfits` takes them. Files that are missing or broken are for
     `weight_problems` to report, and not reported here.
     """
     if weight_problems(folder, stem):
@@ -205,7 +223,7 @@ def misfit_problems(
         found = {end: name for name in stored for end in expected if f".{name}".endswith(f".{end}")}
         expected = {found.get(end, end): shape for end, shape in expected.items()}
         stored = {name: stored[name] for name in found.values()}
-    lines = misfits(expected, stored, unsqueezed)
+    lines = misfits(expected, stored, unsqueezed, ignored)
     return [misfit_problem(folder, lines)] if lines else []
 
 
@@ -223,20 +241,22 @@ def fill_module(
     """Give `module`, whose parameters are on the meta device, its weights, tensor by tensor, each in memory of its own.
 
     dtype: of all but what the module's class names in `_keep_in_fp32_modules`, which is fp32 as from_pretrained has it.
-    unsqueezed: as `misfits` takes it; a leading 1 is dropped. Raises ModelError for missing, unexpected, misshapen or
-    truncated weights. Buffers are left as they are.
+    unsqueezed: as `misfits` takes it; a leading 1 is dropped. What the class names in `_keys_to_ignore_on_load_unexpected` is
+    not read, as from_pretrained has it. Raises ModelError for missing, unexpected, misshapen or truncated weights. Buffers are
+    left as they are.
     """
     from safetensors import safe_open
 
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    lines = misfits(expected, stored_shapes(folder, stem), unsqueezed)
+    ignored: Collection[str] = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
+    lines = misfits(expected, stored_shapes(folder, stem), unsqueezed, ignored)
     if lines:
         raise ModelError(misfit_problem(folder, lines))
     precise = set(getattr(module, "_keep_in_fp32_modules", None) or ())
     state: dict[str, torch.Tensor] = {}
     for path in weight_files(folder, stem).present:
         with safe_open(path, framework="pt", device="cpu") as file:
-            for name in file.keys():  # noqa: SIM118 - the file is no mapping
+            for name in expected.keys() & file.keys():
                 stored = file.get_tensor(name)
                 if stored.shape != expected[name]:
                     logger.info("%s: %s is stored as %s; its leading 1 is dropped", folder, name, list(stored.shape))

@@ -49,6 +49,9 @@ def test_what_is_not_read_to_the_end_is_listed_with_tokens_and_limit(config: Pat
     assert rows[0]["cut"] == "word15 word16 word17 word18 word19"
     one = vtrain("data", "list", config, "--truncated", "--json", "--limit", "1").stdout
     assert len(one.splitlines()) == 1
+    for limit in (0, 1):
+        some = vtrain("data", "list", config, "--truncated", "--limit", str(limit)).stdout
+        assert some.endswith(f"\n2 texts are not read to the end, {limit} of them shown\n")
     assert "fox" not in vtrain("data", "list", config, "--truncated", "--dataset", "clips").stdout
 
 
@@ -56,6 +59,14 @@ def test_where_nothing_is_cut_that_is_said(config: Path, vtrain) -> None:
     config.write_text(config.read_text().replace(TOO_LONG, "a fox"))
     (config.parent / "clips" / "long.json").write_text('{"caption": "a dog"}')
     assert vtrain("data", "list", config, "--truncated").stdout.endswith("\nevery text is read whole\n")
+
+
+def test_files_of_another_fate_are_no_truncated_ones(config: Path, vtrain) -> None:
+    done = vtrain("data", "list", config, "--truncated", "--failed", "--used", error=SystemExit)
+    assert done.exit_code == 2
+    assert "--truncated lists files that are used, and goes without --used and --failed" in " ".join(
+        done.stderr.replace("│", "").split()
+    )
 
 
 def test_a_family_that_cannot_count_says_so(config: Path, vtrain, monkeypatch: pytest.MonkeyPatch) -> None:

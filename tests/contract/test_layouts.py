@@ -269,6 +269,11 @@ def test_a_codec_normalises_as_its_statistics_say_and_takes_what_its_geometry_sa
         codec.decode(latents)
 
 
+def test_a_first_latent_frame_that_would_stand_for_no_frame_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"8k\+0: the first latent frame would stand for none"):
+        LatentGeometry(16, FrameRule(8, 0), 8)
+
+
 def test_each_pixel_frame_belongs_to_one_latent_frame() -> None:
     for rule in (FrameRule(4, 1), FrameRule(8, 1), FrameRule(4, 4)):
         geometry = LatentGeometry(16, rule, 8)

@@ -12,7 +12,7 @@ import pytest
 
 from vtrain.config.tables import DataTable
 from vtrain.contract import Size, SourceRef
-from vtrain.data.scanning.quarantine import Moved, quarantine
+from vtrain.data.scanning.quarantine import MovedFile, quarantine
 from vtrain.plan.records import DatasetPlan
 from vtrain_builtin.folder import LocalFolder
 
@@ -20,10 +20,10 @@ BAD = "is empty (0 bytes)"
 
 
 @pytest.fixture
-def move(tmp_path: Path) -> Callable[..., list[Moved]]:
+def move(tmp_path: Path) -> Callable[..., list[MovedFile]]:
     """move("a.mp4", ...): the files as they are listed now, unless refs are given."""
 
-    def move(*names: str, refs: list[SourceRef] | None = None, **table: Any) -> list[Moved]:
+    def move(*names: str, refs: list[SourceRef] | None = None, **table: Any) -> list[MovedFile]:
         settings = {"on_bad_file": "move", "quarantine": tmp_path / "bad", **table}
         backend = LocalFolder(str(tmp_path / "clips"))
         plan = DatasetPlan(
@@ -51,7 +51,7 @@ def test_a_bad_file_keeps_its_path_and_its_bytes_and_the_others_stay(tmp_path: P
     add(tmp_path, "sub/deep/a.mp4", b"bytes")
     good = add(tmp_path, "sub/good.mp4")
     target = tmp_path / "bad" / "sub" / "deep" / "a.mp4"
-    assert move("sub/deep/a.mp4") == [Moved("clips", "sub/deep/a.mp4", BAD, target)]
+    assert move("sub/deep/a.mp4") == [MovedFile("clips", "sub/deep/a.mp4", BAD, target)]
     assert target.read_bytes() == b"bytes"
     assert good.exists()
     assert [ref.id for ref in refs(tmp_path)] == ["sub/good.mp4"]
@@ -166,7 +166,7 @@ def test_a_copy_that_fails_leaves_the_file_and_no_trace(tmp_path: Path, move, mo
 
     monkeypatch.setattr("shutil.copy2", full)
     file = add(tmp_path, "a.mp4")
-    assert move("a.mp4") == [Moved("clips", "a.mp4", BAD, None, "No space left on device")]
+    assert move("a.mp4") == [MovedFile("clips", "a.mp4", BAD, None, "No space left on device")]
     assert file.read_bytes() == b"bad"
     assert list((tmp_path / "bad").iterdir()) == []
 
@@ -177,6 +177,6 @@ def test_a_file_that_may_not_be_moved_is_not_copied(tmp_path: Path, move, monkey
 
     monkeypatch.setattr(Path, "replace", refuse)
     file = add(tmp_path, "a.mp4")
-    assert move("a.mp4") == [Moved("clips", "a.mp4", BAD, None, "Permission denied")]
+    assert move("a.mp4") == [MovedFile("clips", "a.mp4", BAD, None, "Permission denied")]
     assert file.read_bytes() == b"bad"
     assert list((tmp_path / "bad").iterdir()) == []

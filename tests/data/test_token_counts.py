@@ -151,16 +151,18 @@ def test_what_cannot_be_counted_is_said(setup, make_video, counting) -> None:
     why = "model/tokenizer: it has no tokenizer.json. Save it."
     assert survey.datasets[0].tokens == CutCaptions(why_not=why)
     assert list(token_rows(survey.datasets[0])) == [("tokens", f"not counted: {why}")]
-    assert list(token_warnings(plan, survey)) == []
+    assert list(token_warnings(plan, survey)) == [f"captions that are too long are cut, and which is not known: {why}"]
     counting.refuses = False
     assert tokens_of(setup).cut == 1
 
 
-def test_a_family_that_cannot_count_says_nothing(setup, make_video) -> None:
+def test_of_a_family_that_cannot_count_that_is_said(setup, make_video) -> None:
     captioned(setup, make_video, a="w " * 9)
     survey = scan(setup.plan()).survey
     assert survey.datasets[0].tokens is None
-    assert list(token_rows(survey.datasets[0])) == []
+    (row,) = token_rows(survey.datasets[0])
+    assert row[0] == "tokens"
+    assert row[1].startswith("not counted: the model family needs its text encoder for it")
     assert tokens_json(None) is None
     assert not (setup.cache / TOKENS).exists()
 

@@ -283,9 +283,10 @@ def test_a_dataset_knows_its_familys_extras_and_those_of_others(
 
 
 def test_extras_are_ignored_where_there_are_some(plan_of: PlanOf) -> None:
-    assert refused(plan_of, 'ignore_extras = ["pace"]\ncaptions = "textfile"') == [
-        '1: ignore_extras has no meaning without a place of captions that has extras, which "textfile" is not. Remove it.'
-    ]
+    for chosen in ('captions = "textfile"', ""):  # the folder has no captions of its own
+        assert refused(plan_of, f'ignore_extras = ["pace"]\n{chosen}') == [
+            '1: ignore_extras has no meaning without a place of captions that has extras, which "textfile" is not. Remove it.'
+        ]
 
 
 def test_a_family_that_reads_other_extras_than_its_spec_says_is_a_fault_of_the_plugin(

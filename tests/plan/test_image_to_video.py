@@ -127,6 +127,7 @@ def test_a_family_whose_first_latent_frame_is_no_single_picture_is_refused(plan_
         (ByFrame(condition(clean_frames=2)), "gives 2 clean latent frames of a single picture"),
         (ByFrame(condition(clean_frames=0)), "gives the denoiser nothing: no clean frame, and no encoder"),
         (ByFrame(condition(clean_frames=-1, encoder=encoder())), "gives -1 clean frames"),
+        (ByFrame(condition(source="first-frame")), 'made of "first-frame", and there is "clip", "first_frame"'),
     ],
 )
 def test_conditions_that_contradict_themselves_are_the_plugins_fault(family: Any, fault: str) -> None:
@@ -147,6 +148,15 @@ def test_several_clean_frames_are_those_of_a_clip(plan_of: PlanOf) -> None:
     (generating,) = picture_problems(plan.config, family, 5)
     assert generating.what == "images: a video of 5 frames is too short, with nothing to make after the picture."
     assert not list(picture_problems(plan.config, family, 9))
+
+
+def test_clips_too_short_for_one_condition_name_that_one(plan_of: PlanOf) -> None:
+    """The required one would do with them."""
+    needed = condition(name="mask", summary="a mask", source="clip", required=True, clean_frames=0, encoder=encoder())
+    family: Any = ByFrame(needed, condition(source="clip", clean_frames=2))
+    plan = plan_of(data=DATA + "frames = 5\n")
+    (problem,) = training_problems(plan.config, family, plan.datasets)
+    assert problem.what == "image_to_video = 0.3: clips of 5 frames are too short, with nothing to make after it."
 
 
 def test_a_share_below_1_of_what_the_family_cannot_do_without_is_refused(plan_of: PlanOf) -> None:

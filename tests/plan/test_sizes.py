@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vtrain.contract import ConfigError, Size
+from vtrain.contract import ClipShape, ConfigError, LatentShape, Size
 from vtrain.plan.datasets import ASPECTS, buckets
 from vtrain.plan.records import Plan
 
@@ -122,3 +122,16 @@ def test_sizes_far_beyond_the_checkpoints_own_are_pointed_out_smaller_ones_are_n
     assert [text.partition(" has ")[0] for text in by_edge] == ["[[data]] clips: 192x96"]
     by_area = plan_of(data=data("resolution = 480")).warnings
     assert len(by_area) == 1, "of a number that is an area the warning above is enough"
+
+
+def test_a_size_by_the_rules_that_the_family_does_not_take_is_refused_in_its_words(
+    plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vtrain_toy.family import ToyFamily
+
+    def refuse(self: ToyFamily, clip: ClipShape) -> LatentShape:
+        raise ValueError(f"{clip.size} has a row too many")
+
+    monkeypatch.setattr(ToyFamily, "latent_shape", refuse)
+    with pytest.raises(ConfigError, match=r"this size: \d+x\d+ has a row too many\. Choose another size"):
+        plan_of()

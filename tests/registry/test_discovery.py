@@ -238,6 +238,8 @@ def test_an_optimizer_without_lr_is_reported(install_plugin: InstallPlugin) -> N
         ("('pace',)", "not a tuple of vtrain.contract.CaptionExtra"),
         ("(CaptionExtra('pace', 'int', 'x'),) * 2", 'a name twice: "pace", "pace"'),
         ("(CaptionExtra('Pace', 'int', 'x'),)", '"Pace" is no name of an extra'),
+        ("(CaptionExtra('pace', 'integer', 'x'),)", "the extra pace is of type 'integer', not one of int, float, text"),
+        ("(CaptionExtra('pace', 'int', ''),)", "the summary of the extra pace is not one line: ''"),
     ],
 )
 def test_caption_extras_that_could_not_be_read_are_reported(

@@ -104,6 +104,11 @@ class Family:
     def open_video_codec(self, device) -> Iterator[Codec]: ...
     def unsaid(self): ...
     def elsewhere(self) -> nowhere.Thing: ...
+    def load(self, widths) -> nn.Module:
+        from lazy_plugin.heavy import Loss
+        if widths:
+            return Loss(widths)
+        raise ValueError
 """
 HEAVY = """
 from torch import nn
@@ -117,6 +122,8 @@ class LazyDenoiser(Base):
 class Codec(nn.Module):
     def __init__(self):
         self.drop_encoders = None
+class Loss(nn.Module):
+    def observed(self): ...
 class Foreign(nn.Linear):
     def load_loras(self): ...
 """
@@ -142,6 +149,8 @@ def test_what_is_loaded_later_is_read_in_its_source_and_not_imported(lazy: Any) 
     assert 'the denoiser Net of vtrain-odd 1.0 has "load_loras"' in denoiser.what
     (codec,) = declared_faults("video codec", lazy.open_video_codec, WHOSE, "")
     assert 'has "drop_encoders"' in codec.what
+    (loss,) = declared_faults("loss module", lazy.load, WHOSE, "")
+    assert 'the loss module Loss of vtrain-odd 1.0 has "observed"' in loss.what
     assert "lazy_plugin.heavy" not in sys.modules
 
 
@@ -154,14 +163,27 @@ def test_the_denoisers_of_this_repository_are_read_without_torch() -> None:
     """Else the plan would find no misspelt `load_lora` of theirs."""
     code = """
 import sys
-from vtrain.registry.spelling import _given, _names
-for module, name, member in (
-    ("vtrain_toy.family", "ToyDenoiser", "load_lora"),
-    ("vtrain_toy.family", "ToyCodec", "decode"),
-    ("vtrain_sanavideo.family", "SanaVideoDenoiser", "load_lora"),
-    ("vtrain_wan.family", "WanDenoiser", "load_lora"),
-):
-    assert member in _names(module, name), name
+from types import SimpleNamespace
+from vtrain.contract import CheckpointOptions
+from vtrain.contract.abilities import misspelt
+from vtrain.plan import make
+from vtrain.registry import spelling
+from vtrain_builtin.layersync import LayerSync
+from vtrain_sanavideo.crepa import Crepa
+from vtrain_sanavideo.family import SanaVideoFamily
+from vtrain_sanavideo.options import SanaVideoOptions
+from vtrain_toy.family import TOY
+from vtrain_wan.family import Wan21Family
+seen, whose = [], SimpleNamespace(distribution="vtrain", version="1")
+spelling.misspelt = lambda sort, names: (seen.append((sort, names)), misspelt(sort, names))[1]
+families = (TOY.build(TOY.options()), SanaVideoFamily(SanaVideoOptions(path="a/b")), Wan21Family(CheckpointOptions(path="a/b")))
+for family in families:
+    for sort, maker in make._makers(family):
+        assert not list(spelling.declared_faults(sort, maker, whose, "")), maker
+for regularizer in (Crepa, LayerSync):
+    assert not list(spelling.declared_faults("loss module", regularizer.load, whose, "")), regularizer
+assert [sort for sort, _ in seen] == ["denoiser", "video codec"] * 3 + ["loss module"] * 2, seen
+assert all({"denoiser": "load_lora", "video codec": "decode", "loss module": "forward"}[sort] in names for sort, names in seen)
 assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -173,17 +173,21 @@ def _data_list(
     ] = False,
     dataset: Annotated[Optional[str], typer.Option("--dataset", metavar="ID", help="only this dataset")] = None,  # noqa: UP045
     json: Annotated[bool, typer.Option("--json", help="print a JSON object a line, one for each file")] = False,
-    limit: Annotated[Optional[int], typer.Option("--limit", min=0, help="at most so many files")] = None,  # noqa: UP045
+    limit: Annotated[Optional[int], typer.Option("--limit", min=0, help="at most so many of them")] = None,  # noqa: UP045
 ) -> None:
     """Every source file: used or skipped, its bucket and caption, or why not; files that changed are scanned first."""
+    chosen = [name for name, wanted in (("used", used), ("dropped", dropped), ("failed", failed)) if wanted]
     if truncated:
+        if chosen:
+            raise typer.BadParameter(
+                f"--truncated lists files that are used, and goes without --{' and --'.join(chosen)}"
+            )
         from vtrain.cli.data_truncated import list_truncated
 
         list_truncated(config, dataset, json, limit)
         return
     from vtrain.cli.data import list_files
 
-    chosen = [name for name, wanted in (("used", used), ("dropped", dropped), ("failed", failed)) if wanted]
     list_files(config, chosen, dataset, json, limit)
 
 

@@ -42,24 +42,28 @@ def list_truncated(path: Path, dataset: str | None, as_json: bool, limit: int | 
         )
     with blame(plan.config.parts()), counts:
         prompts = list(_prompts(plan, counts)) if dataset is None else []
-        shown = 0
+        found = 0
         if not as_json:
             sys.stdout.write("tokens  limit  what\n")
-        for long, caption in islice(_all(files, counts, prompts), limit):
-            shown += 1
-            sys.stdout.writelines(f"{line}\n" for line in _lines(long, caption, as_json=as_json))
+        for found, (long, caption) in enumerate(_all(files, counts, prompts), start=1):
+            if limit is None or found <= limit:
+                sys.stdout.writelines(f"{line}\n" for line in _lines(long, caption, as_json=as_json))
         sys.stdout.flush()
         if counts.why_not:
             raise ConfigError(Problem(plan.config.where("model"), f"tokens cannot be counted: {counts.why_not}"))
     if not as_json:
         typer.echo()
-        say(
-            f"{shown} {'text is' if shown == 1 else 'texts are'} not read to the end"
-            if shown
-            else "every text is read whole"
-        )
+        say(_summary(found, limit, whole=not files.problems))
     if files.problems:
         raise DataError(files.problems)
+
+
+def _summary(found: int, limit: int | None, *, whole: bool) -> str:
+    """whole: whether every dataset was scanned."""
+    shown = "" if limit is None or found <= limit else f", {limit} of them shown"
+    if found:
+        return f"{found} {'text is' if found == 1 else 'texts are'} not read to the end{shown}"
+    return "every text is read whole" if whole else "every text that was found is read whole"
 
 
 def _prompts(plan: Plan, counts: TokenCounts) -> Iterator[tuple[LongText, str]]:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, get_args, runtime_checkable
 
 from vtrain.contract.checkpoints import digest, tokenizer_hashes
 from vtrain.contract.errors import ModelError, Problem
@@ -23,6 +23,9 @@ _TAKEN = ("caption", "captions", "text", "file", "path", "bytes", "id", "role")
 """Keys of caption files and columns of tables that mean something else."""
 
 
+ExtraType = Literal["int", "float", "text"]
+
+
 @dataclass(frozen=True)
 class CaptionExtra:
     """What a family reads of a clip beside its caption: a key of JSON sidecars, a column of tables.
@@ -32,7 +35,7 @@ class CaptionExtra:
     """
 
     name: str
-    type: Literal["int", "float", "text"]
+    type: ExtraType
     summary: str
     minimum: float | None = None
     maximum: float | None = None
@@ -42,6 +45,12 @@ class CaptionExtra:
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name) or self.name in _TAKEN:
             what = f"lower case letters, digits and _, and none of {', '.join(_TAKEN)}"
             raise ValueError(f'"{self.name}" is no name of an extra: {what}')
+        if self.type not in get_args(ExtraType):
+            raise ValueError(
+                f"the extra {self.name} is of type {self.type!r}, not one of {', '.join(get_args(ExtraType))}"
+            )
+        if not self.summary.strip() or "\n" in self.summary:
+            raise ValueError(f"the summary of the extra {self.name} is not one line: {self.summary!r}")
         if self.type == "text" and (self.minimum, self.maximum) != (None, None):
             raise ValueError(f"the extra {self.name} is a text, which has no least and no largest value")
         if self.minimum is not None and self.maximum is not None and self.minimum > self.maximum:
@@ -165,7 +174,11 @@ class TokenizerCounter:
         counts: list[tuple[TokenCount, ...]] = []
         for caption, text, encoding in zip(captions, words, found, strict=True):
             beyond = len(encoding.ids) + self._specials - room
-            lost, cut = self._lost(caption, role, text, encoding.offsets[-beyond][0]) if beyond > 0 else ((), "")
+            lost, cut = (
+                self._lost(caption, role, text, encoding.offsets[max(0, len(encoding.ids) - beyond)][0])
+                if beyond > 0
+                else ((), "")
+            )
             counts.append((TokenCount(self._encoder, self._limit + beyond, self._limit, lost, cut),))
         return counts
 

@@ -180,7 +180,7 @@ class Family(Protocol):
         ...
 
     def latent_shape(self, clip: ClipShape) -> LatentShape:
-        """Arithmetic only; equals what the codec gives."""
+        """Arithmetic only; equals what the codec gives. Raises ValueError or ModelError for a clip that it does not take."""
         ...
 
     def pixel_frames(self, latent_frame: int) -> range:

@@ -14,11 +14,14 @@ _END = 60
 
 
 def token_rows(found: DatasetSurvey) -> Iterator[tuple[str, str]]:
-    """(label, text) of one dataset's captions; none where the family cannot count."""
+    """(label, text) of one dataset's captions."""
     tokens = found.tokens
     if tokens is None:
-        return
-    if tokens.why_not:
+        yield (
+            "tokens",
+            "not counted: the model family needs its text encoder for it; what is longer than that takes is cut",
+        )
+    elif tokens.why_not:
         yield "tokens", f"not counted: {tokens.why_not}"
     elif tokens.cut:
         worst = ", ".join(f"{each.name} {of_limit(each.count)}" for each in tokens.worst)
@@ -63,7 +66,10 @@ def prompt_rows(survey: Survey) -> Iterator[tuple[str, str]]:
 
 
 def token_warnings(plan: Plan, survey: Survey) -> Iterator[str]:
-    """Prompts that are cut, and captions that lose an extra by it: their end is where it stands."""
+    """Prompts that are cut, captions that lose an extra by it, whose place is at the end, and that none could be counted."""
+    for why_not in dict.fromkeys(found.tokens.why_not for found in survey.datasets if found.tokens is not None):
+        if why_not:
+            yield f"captions that are too long are cut, and which is not known: {why_not}"
     for dataset, found in zip(plan.datasets, survey.datasets, strict=True):
         if found.tokens is None:
             continue

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import get_args
 
 from vtrain.config.record import Config
 from vtrain.contract import (
     ClipShape,
+    ConditionSource,
     ConditionSpec,
     Family,
     PluginError,
@@ -16,9 +18,8 @@ from vtrain.contract import (
     takes_frame_levels,
 )
 from vtrain.contract.specs import did_you_mean, listed
-from vtrain.plan.records import DatasetPlan
-
-_FAULT = "This is a fault of the model family's plugin."
+from vtrain.plan.records import DatasetPlan, encoded
+from vtrain.plan.text import FAULT
 
 
 def check_declared(family: Family) -> None:
@@ -31,7 +32,7 @@ def check_declared(family: Family) -> None:
     for each in conditions:
         found += [f'its condition "{each.name}" {what}' for what in _faults(each, family)]
     if found:
-        raise PluginError(Problem("", what, _FAULT) for what in found)
+        raise PluginError(Problem("", what, FAULT) for what in found)
 
 
 def _twice(names: Sequence[str]) -> list[str]:
@@ -39,6 +40,8 @@ def _twice(names: Sequence[str]) -> list[str]:
 
 
 def _faults(spec: ConditionSpec, family: Family) -> Iterator[str]:
+    if spec.source not in get_args(ConditionSource):
+        yield f'is made of "{spec.source}", and there is {listed(get_args(ConditionSource))}.'
     if spec.clean_frames < 0:
         yield f"gives {spec.clean_frames} clean frames."
     if spec.clean_frames == 0 and spec.encoder is None:
@@ -63,10 +66,10 @@ def training_problems(config: Config, family: Family, made: Sequence[DatasetPlan
     """Datasets that cannot be trained with the family's conditions, and shall be."""
     enabled = [number for number, part in enumerate(config.data) if part.table.enabled]
     for number, dataset in zip(enabled, made, strict=True):
-        yield from _Checks(config, family, number, dataset).all()
+        yield from _ConditionChecks(config, family, number, dataset).all()
 
 
-class _Checks:
+class _ConditionChecks:
     """Of one dataset."""
 
     def __init__(self, config: Config, family: Family, number: int, dataset: DatasetPlan) -> None:
@@ -92,13 +95,14 @@ class _Checks:
         wanted = [each for each in self._all if self._dataset.has(each)]
         if not wanted:
             return
-        least = least_frames(self._family, max(each.latent_frames for each in wanted))
+        most = max(each.latent_frames for each in wanted)
+        least, longest = least_frames(self._family, most), [each for each in wanted if each.latent_frames == most]
         clean = [each for each in self._required if each.clean_frames]
         if frames < least:
             one = "are one latent frame" if frames < least_frames(self._family, 2) else "are too short"
             what = f"clips of {frames_text(frames)} {one}, with nothing to make after it."
-            if self._required:
-                what = f"{what[:-1]}, and this model family is given {_names(self._required)}."
+            if any(each.required for each in longest):
+                what = f"{what[:-1]}, and this model family is given {_names(longest)}."
                 yield self._at("frames", what, f"Set frames to {least} or more.")
             else:
                 what = f"image_to_video = {share:g}: {what}"
@@ -117,12 +121,11 @@ class _Checks:
 def encoder_problems(config: Config, family: Family, made: Sequence[DatasetPlan]) -> Iterator[Problem]:
     """What is wrong with the files of encoders that the run uses."""
     pictures = config.validation is not None and bool(config.validation.images)
-    for each in conditions_of(family):
-        if each.encoder is not None and (pictures or any(dataset.has(each) for dataset in made)):
-            for found in each.encoder.check():
-                place = f"{found.where}: " if found.where else ""
-                what = f"the encoder of the condition {each.name}: {place}{found.what}"
-                yield Problem(config.where("model", "path"), what, found.remedy)
+    for each in encoded(conditions_of(family), made, pictures=pictures):
+        for found in each.encoder.check() if each.encoder is not None else ():
+            place = f"{found.where}: " if found.where else ""
+            what = f"the encoder of the condition {each.name}: {place}{found.what}"
+            yield Problem(config.where("model", "path"), what, found.remedy)
 
 
 def picture_problems(config: Config, family: Family, frames: int) -> Iterator[Problem]:

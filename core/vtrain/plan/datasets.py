@@ -346,6 +346,7 @@ class _Checks:
 
     def captions(self, backend: DataBackend, use: str) -> Iterator[Problem]:
         table = self.table
+        place = table.captions or ("backend" if isinstance(backend, SupportsCaptions) else "textfile")
         if table.captions == "backend" and not isinstance(backend, SupportsCaptions):
             what = f'captions = "backend": the data backend "{use}" has no captions of its own.'
             yield self._problem("captions", what, 'Leave the key out for text files, or choose, for example, "json".')
@@ -354,14 +355,12 @@ class _Checks:
         elif table.caption is None:
             what = 'captions = "instance_prompt" needs the key "caption".'
             yield self._problem("captions", what, 'Add, for example: caption = "a cartoon in black and white"')
-        if table.captions not in (None, "textfile") or (
-            table.captions is None and isinstance(backend, SupportsCaptions)
-        ):
+        if place != "textfile":
             yield from self._pointless(
                 "caption_per", 'captions = "textfile"', 'Set captions = "textfile", or remove it.'
             )
-        if table.captions in ("textfile", "filename", "instance_prompt"):
-            what = f'a place of captions that has extras, which "{table.captions}" is not'
+        if place in ("textfile", "filename", "instance_prompt"):
+            what = f'a place of captions that has extras, which "{place}" is not'
             yield from self._pointless("ignore_extras", what, "Remove it.")
         if table.captions in ("csv", "parquet"):
             yield from self._caption_file()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from pydantic_core import to_jsonable_python
 
@@ -14,6 +14,7 @@ from vtrain.contract import (
     Catalog,
     ClipShape,
     ConfigError,
+    DiffusersFamily,
     DType,
     Family,
     FamilySpec,
@@ -110,8 +111,8 @@ def _misspelt(
     """Abilities that a part's author has misspelt: without a word they would not be there, or be missed when all is encoded."""
     model, where = config.model.registered, config.where("model", "use")
     yield from faults("family", family, model, where)
-    yield from declared_faults("denoiser", family.load_denoiser, model, where)
-    yield from declared_faults("video codec", family.open_video_codec, model, where)
+    for sort, maker in _makers(family):
+        yield from declared_faults(sort, maker, model, where)
     yield from faults("sampler", sampler, config.sampler.registered, config.where("sampler", "use"))
     enabled = [part.registered for part in config.data if part.table.enabled]
     for registered, dataset in zip(enabled, made, strict=True):
@@ -124,6 +125,13 @@ def _misspelt(
         spec = part.registered.spec
         assert isinstance(spec, TrackerSpec)
         yield from declared_faults("tracker", spec.build, part.registered, config.where("tracker", number))
+
+
+def _makers(family: Family) -> tuple[tuple[str, Callable[..., object]], ...]:
+    """What gives a family's denoiser and codec, by sort."""
+    if isinstance(family, DiffusersFamily):  # its loading methods are the contract's, and call those of the plugin
+        return ("denoiser", family.denoiser_of), ("video codec", family.load_codec)
+    return ("denoiser", family.load_denoiser), ("video codec", family.open_video_codec)
 
 
 def base_of(train: str) -> DType:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
@@ -110,6 +110,15 @@ class ValidationPlan:
         return tuple(prompts)
 
 
+def encoded(
+    conditions: Sequence[ConditionSpec], datasets: Sequence[DatasetPlan], *, pictures: bool
+) -> tuple[ConditionSpec, ...]:
+    """Those with an encoder that are used: in training, or with `pictures`, of validation."""
+    return tuple(
+        each for each in conditions if each.encoder is not None and (pictures or any(d.has(each) for d in datasets))
+    )
+
+
 @dataclass(frozen=True)
 class Plan:
     """The parts of a run, built and checked, and the values core resolved.
@@ -136,12 +145,8 @@ class Plan:
     @cached_property
     def encoded(self) -> tuple[ConditionSpec, ...]:
         """Those of them with an encoder that the run uses: in training, or for a validation picture."""
-        asked = self.validation is not None and bool(self.validation.images)
-        return tuple(
-            each
-            for each in self.conditions
-            if each.encoder is not None and (asked or any(d.has(each) for d in self.datasets))
-        )
+        pictures = self.validation is not None and bool(self.validation.images)
+        return encoded(self.conditions, self.datasets, pictures=pictures)
 
     @property
     def shares(self) -> tuple[Fraction, ...]:

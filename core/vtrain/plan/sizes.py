@@ -31,7 +31,7 @@ def refused(
     for where, shape in clips:
         fault = _refusal(family, shape) if _by_rule(family, shape) else None
         if fault is not None:
-            yield Problem(where, f"{fault.where}: {fault.what}", fault.remedy)
+            yield Problem(where, f"{fault.where or 'this size'}: {fault.what}", fault.remedy)
 
 
 def beyond(family: Family, made: Sequence[DatasetPlan], validation: ValidationPlan | None) -> Iterator[str]:
@@ -67,4 +67,6 @@ def _refusal(family: Family, clip: ClipShape) -> Problem | None:
         family.latent_shape(clip)
     except ModelError as error:
         return error.problems[0]
+    except ValueError as error:
+        return Problem("", f"{error}.", "Choose another size, or another number of frames.")
     return None

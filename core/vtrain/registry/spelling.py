@@ -23,17 +23,18 @@ def faults(sort: str, part: object, whose: Registered, where: str) -> Iterator[P
 
 
 def declared_faults(sort: str, maker: Callable[..., object], whose: Registered, where: str) -> Iterator[Problem]:
-    """Of what a function of a plugin says that it gives, read from the source: nothing is imported for it, nothing called.
+    """Of what a function of a plugin gives, read from the source: nothing is imported for it, nothing called.
 
-    Nothing where the source does not tell: a function without an annotation or with a protocol's, a class with bases from
-    elsewhere.
+    It is the class of its annotation, or, where that is a protocol of the contract's or torch's Module, the class that it makes
+    in a `return`. Nothing where the source does not tell either, and of a class with bases from elsewhere.
     """
     if isinstance(maker, type):
-        name, names = maker.__name__, names_of(maker)
-    else:
-        name = _given(getattr(maker, "__annotations__", {}).get("return"))
-        names = _names(getattr(maker, "__module__", ""), name) or set()
-    return _problems(sort, name, names, f" of {origin(whose)}", where)
+        return _problems(sort, maker.__name__, names_of(maker), f" of {origin(whose)}", where)
+    module = getattr(maker, "__module__", "")
+    for name in (_given(getattr(maker, "__annotations__", {}).get("return")), *_made(module, maker)):
+        if names := _names(module, name):
+            return _problems(sort, name, names, f" of {origin(whose)}", where)
+    return iter(())
 
 
 def check_spelling(sort: str, part: object) -> None:
@@ -64,11 +65,24 @@ def _given(annotation: object) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
+def _made(module: str, maker: Callable[..., object]) -> Iterator[str]:
+    """ "ToyLoss" of a function with `return ToyLoss(...)`."""
+    source = _source(module)
+    body: Sequence[ast.stmt] = source[0].body if source is not None else ()
+    for part in getattr(maker, "__qualname__", "").split("."):
+        named = (node for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == part)
+        body = next((node.body for node in named), ())
+    for node in _statements(body):
+        if isinstance(node, ast.Return) and isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Name):
+            yield node.value.func.id
+
+
 def _names(module: str, name: str, depth: int = 0) -> set[str] | None:
     """Public names of the class that a module knows as `name`; None if its source does not tell them all."""
     if module.partition(".")[0] == "vtrain":  # the contract is imported already
         known = getattr(sys.modules.get(module), name, None)
-        return names_of(known) if isinstance(known, type) else None
+        # A protocol says what a part must have, and not what this one has.
+        return names_of(known) if isinstance(known, type) and not getattr(known, "_is_protocol", False) else None
     source = _source(module)
     if source is None or not name or depth > 8:
         return None

@@ -24,6 +24,7 @@ from vtrain.data.decoding.decode import unit_range
 from vtrain.data.decoding.masks import is_empty
 from vtrain.data.decoding.worker import Decoded, DecodeJob, MaskJob
 from vtrain.data.sample import Sample
+from vtrain.plan.text import FAULT
 from vtrain.registry.spelling import check_spelling
 
 DecodingJob = DecodeJob | MaskJob
@@ -54,7 +55,6 @@ def opened(artifact: Artifact, device: str) -> Iterator[EncodeWindows]:
 
 def _video(artifact: VideoArtifact, codec: VideoCodec, device: str) -> EncodeWindows:
     here, sampled = Device.of(device), artifact.plan.config.cache.latents == "sample"
-    fault = "This is a fault of the model family's plugin."
 
     def encode(pixels: Sequence[Tensor], sample: Sample) -> list[dict[str, Tensor]]:
         with torch.no_grad():
@@ -63,11 +63,11 @@ def _video(artifact: VideoArtifact, codec: VideoCodec, device: str) -> EncodeWin
         expected = (len(pixels), *artifact.plan.family.latent_shape(sample.shape))
         if sampled and "std" not in parts:
             what = 'the video codec gave no std, which cache.latents = "sample" needs.'
-            raise PluginError(Problem("", what, fault))
+            raise PluginError(Problem("", what, FAULT))
         for part in parts.values():
             if part.shape != expected:
                 what = f"the video codec made latents of {tuple(part.shape)} where {expected} were promised."
-                raise PluginError(Problem("", what, fault))
+                raise PluginError(Problem("", what, FAULT))
         whole = {name: part.float().cpu() for name, part in parts.items()}
         return [{name: part[number] for name, part in whole.items()} for number in range(len(pixels))]
 
@@ -108,7 +108,7 @@ def _conditions(artifact: ConditionArtifact, encoder: ConditionEncoder, device: 
                 wrong.append(f"{name} {tuple(have.shape)} of {have.dtype} where {expected} of {dtype} were promised")
         if wrong:
             what = f"the encoder of the condition {artifact.condition.name} made {'; '.join(wrong)}."
-            raise PluginError(Problem("", what, "This is a fault of the model family's plugin."))
+            raise PluginError(Problem("", what, FAULT))
         whole = {name: part.cpu() for name, part in found.items()}
         return [{name: part[number] for name, part in whole.items()} for number in range(len(pixels))]
 

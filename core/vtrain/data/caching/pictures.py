@@ -47,7 +47,7 @@ def absent(conditions: Sequence[ConditionSpec], clip: ClipShape, count: int) -> 
 
 
 @dataclass(frozen=True)
-class _Entry:
+class _PictureEntry:
     """One entry of one picture. sample: of its file; shape and speed are those of what is decoded, or generated."""
 
     artifact: VideoArtifact | ConditionArtifact
@@ -62,13 +62,13 @@ class _Entry:
             return decode(stream, self.sample if frames is None else self.sample.only(frames), 0.0)
 
 
-def _entries(stores: Stores) -> dict[str, list[_Entry]]:
+def _entries(stores: Stores) -> dict[str, list[_PictureEntry]]:
     """nickname -> all that is encoded of its picture, as that of a clip whose dataset is decoded by PyAV. Raises FileFault."""
     plan, shape = stores.plan, clean_shape(stores.plan)
     return {nickname: list(_of_picture(stores, sample, shape)) for nickname, sample in pictures(plan).items()}
 
 
-def _of_picture(stores: Stores, sample: Sample, clean: ClipShape | None) -> Iterator[_Entry]:
+def _of_picture(stores: Stores, sample: Sample, clean: ClipShape | None) -> Iterator[_PictureEntry]:
     """clean: of what the codec encodes of it."""
     # A single picture has no speed; and entries from before there was more than one keep their names.
     still = replace(sample, fps=1.0)
@@ -79,7 +79,7 @@ def _of_picture(stores: Stores, sample: Sample, clean: ClipShape | None) -> Iter
     if clean is not None:
         artifacts.insert(0, (stores.videos, replace(still if clean.frames == 1 else sample, shape=clean)))
     for artifact, own in artifacts:
-        yield _Entry(artifact, own, artifact.made_key(own, 0.0, own.content, TRANSFORM_VERSION))
+        yield _PictureEntry(artifact, own, artifact.made_key(own, 0.0, own.content, TRANSFORM_VERSION))
 
 
 def fill_pictures(plan: Plan, device: str) -> None:

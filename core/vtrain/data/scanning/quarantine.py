@@ -29,7 +29,7 @@ _BAD = """
 
 
 @dataclass(frozen=True)
-class Moved:
+class MovedFile:
     """A bad file of a dataset. reason: why it is bad. target: where it is now; None where it stayed, and `stays` says why."""
 
     dataset: str
@@ -39,7 +39,7 @@ class Moved:
     stays: str = ""
 
 
-def move_bad(plan: Plan) -> Iterator[Moved]:
+def move_bad(plan: Plan) -> Iterator[MovedFile]:
     """Move what the last scan and filling found bad, in the datasets whose settings say so. Raises DataError.
 
     A file of two datasets is moved once.
@@ -57,7 +57,7 @@ def move_bad(plan: Plan) -> Iterator[Moved]:
                 yield each
 
 
-def quarantine(dataset: DatasetPlan, bad: Iterable[tuple[SourceRef, str]]) -> Iterator[Moved]:
+def quarantine(dataset: DatasetPlan, bad: Iterable[tuple[SourceRef, str]]) -> Iterator[MovedFile]:
     """Move the bad files of a dataset, each with its reason, if its settings say so; under the same path in the folder.
 
     A file stays where it is if it has changed since it was found bad, lies behind a link out of the dataset, or cannot be
@@ -72,9 +72,9 @@ def quarantine(dataset: DatasetPlan, bad: Iterable[tuple[SourceRef, str]]) -> It
             # The folder's place, not the file's own: of a link, the link is moved.
             if not file.parent.resolve().is_relative_to(Path(backend.location).resolve()):
                 raise OSError("it lies outside the dataset, behind a link")
-            yield Moved(dataset.id, ref.id, reason, _move(file, folder.joinpath(*_parts(ref.id))))
+            yield MovedFile(dataset.id, ref.id, reason, _move(file, folder.joinpath(*_parts(ref.id))))
         except OSError as error:
-            yield Moved(dataset.id, ref.id, reason, None, error.strerror or str(error))
+            yield MovedFile(dataset.id, ref.id, reason, None, error.strerror or str(error))
 
 
 def _parts(ref_id: str) -> tuple[str, ...]:

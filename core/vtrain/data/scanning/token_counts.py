@@ -16,6 +16,7 @@ from vtrain.contract import Caption, Family, ModelError, PluginError, Problem, R
 from vtrain.data.scanning.database import HASHES, DatabaseTables, FileHashes, database_faults, open_database
 from vtrain.data.scanning.ledger import Ledger, marks
 from vtrain.plan.records import ValidationPlan
+from vtrain.plan.text import FAULT
 
 TOKENS = "tokens.sqlite"
 
@@ -112,7 +113,7 @@ class TokenCounts:
         counts = [tuple(each) for each in self._counter.count(captions, role)]
         if len(counts) != len(captions):
             what = f"its token counter gave {len(counts)} counts for {len(captions)} captions."
-            raise PluginError(Problem("", what, "This is a fault of the model family's plugin."))
+            raise PluginError(Problem("", what, FAULT))
         return counts
 
 
@@ -140,7 +141,7 @@ class LongText:
 @dataclass(frozen=True)
 class CutCaptions:
     """Of one dataset's used files. captions: counted. cut: that an encoder does not read to their end; lost: what of them, "text"
-    or the name of an extra -> how many. longest: of those that are read, by encoder. worst: the longest that are cut.
+    or the name of an extra -> how many. longest: of all, by encoder. worst: the longest that are cut.
 
     why_not: why none could be counted, or "".
     """

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 
 from vtrain.contract import backends, captions, conditions, protocols, regularizers
 
@@ -76,9 +77,10 @@ def misspelt(sort: str, names: Collection[str]) -> Iterator[Misspelt]:
             yield Misspelt(name, meant, optional[meant])
 
 
-def members(protocol: type) -> set[str]:
+@cache
+def members(protocol: type) -> frozenset[str]:
     """Names of a protocol's members."""
-    return _public(name for each in protocol.__mro__ for name in _named_in(each))
+    return frozenset(_public(name for each in protocol.__mro__ for name in _named_in(each)))
 
 
 def names_of(part: object) -> set[str]:

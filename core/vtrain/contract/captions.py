@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, get_args, runtime_checkable
@@ -124,14 +123,7 @@ class SupportsTokenCounts(Protocol):
 
 def token_digest(folder: Path, hash_file: HashFile, mark: str, *settings: object) -> str:
     """For `SupportsTokenCounts.token_fingerprint`: of the tokenizer in a folder, the package tokenizers and what else counts."""
-    return digest(mark, tokenizer_hashes(folder, hash_file), _tokenizers_version(), *settings)
-
-
-@cache
-def _tokenizers_version() -> str:
-    # importlib.metadata.version parses all of the file as an e-mail: 5 ms.
-    text = metadata.distribution("tokenizers").read_text("METADATA") or ""
-    return next((line[9:].strip() for line in text.splitlines() if line.startswith("Version: ")), "unknown")
+    return digest(mark, tokenizer_hashes(folder, hash_file), metadata.version("tokenizers"), *settings)
 
 
 def _read(folder: Path) -> Tokenizer:

@@ -85,9 +85,9 @@ def _finding(
         return unknown_key(document, place, sorted({*owner, *(known if len(place) == len(table) + 1 else ())}))
     if detail["type"] == "missing":
         field = owner.get(str(place[-1]))
-        remedy = f"Add, for example: {example_line(field, str(place[-1]))}" if field else ""
-        needed = f", which {whose} needs" if whose else ""
-        return problem(document, place[:-1], f"the key {key_text(place)} is missing{needed}.", remedy)
+        needed = [f"{whose[:1].upper()}{whose[1:]} needs it."] if whose else []
+        example = [f"Add, for example: {example_line(field, str(place[-1]))}"] if field else []
+        return problem(document, place[:-1], f"the key {key_text(place)} is missing.", " ".join((*needed, *example)))
     expected = list(dict.fromkeys(text for text in map(expectation, details) if text))
     texts = list(dict.fromkeys(fault(each) for each in details if not expectation(each)))
     if expected:

@@ -31,7 +31,7 @@ def check_text(family: Family) -> None:
         raise PartFault("family", "", f"its text_encoders gave {encoders!r}, not TextEncoderSpecs by name")
     faults = []
     if not 1 <= len(encoders) <= _MOST:
-        faults.append(f"it has {len(encoders)} text encoders and needs 1 to {_MOST}")
+        faults.append(f"it has {len(encoders)} text encoders; it needs 1 to {_MOST}")
     owners: dict[str, str] = {}
     for name, encoder in encoders.items():
         faults += [f'the text encoder "{name}" {fault}' for fault in _faults(encoder, owners)]

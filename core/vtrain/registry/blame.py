@@ -28,7 +28,8 @@ class PartFault(PluginError):
         noun = NOUNS[kind][0]
         part = " ".join(("the", noun, *([f'"{name}"'] if name else []), *([f"of {whose}"] if whose else [])))
         mend = f"Report it to its author, or use another version of {whose.rpartition(' ')[0]}." if whose else ""
-        remedy = remedy or f"This is a fault of the {noun}'s plugin. {mend}".rstrip()
+        fault = f"This is a fault of the {'model family' if kind == 'family' else noun}'s plugin."
+        remedy = remedy or f"{fault} {mend}".rstrip()
         super().__init__(Problem(where, f"{part}: {each}.", remedy) for each in self.what)
 
     def __reduce__(self) -> tuple[type[PartFault], tuple[object, ...]]:  # type: ignore[override]

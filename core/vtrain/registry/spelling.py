@@ -54,7 +54,7 @@ _MODULE = frozenset({"forward", "named_parameters", "state_dict", "to"})
 
 
 def lacking(sort: str, part: object) -> str:
-    """ "None", "the class Toy, not an object" or 'a Toy, which lacks "draw"', for a part that is none; "" for one that is.
+    """ "None", "the class Toy, not an object" or 'Toy, which lacks "draw"', for a part that is none; "" for one that is.
 
     sort: as in ABILITIES. No property is read.
     """
@@ -65,7 +65,7 @@ def lacking(sort: str, part: object) -> str:
     wanted = members(ABILITIES[sort].must) | (_MODULE if sort == "loss module" else frozenset())
     there = set(dir(part))
     missing = [name for name in wanted - there if not hasattr(part, name)]  # which asks __getattr__ alone
-    return f"a {type(part).__name__}, which lacks {listed(missing)}" if missing else ""
+    return f"{type(part).__name__}, which lacks {listed(missing)}" if missing else ""
 
 
 def check_members(sort: str, part: object, name: str = "", where: str = "") -> None:

@@ -30,6 +30,7 @@ from vtrain.data.caching.caches import Caches
 from vtrain.data.index import Index
 from vtrain.data.seeds import derive
 from vtrain.estimate.estimate import Estimate
+from vtrain.estimate.render import counted
 from vtrain.plan.places import CHECKPOINTS
 from vtrain.plan.records import Plan
 from vtrain.registry.blame import PartFault
@@ -202,13 +203,13 @@ def build_optimizer(plan: Plan, parameters: Sequence[ParameterGroup]) -> torch.o
     assert isinstance(part.registered.spec, OptimizerSpec)
     optimizer: object = part.registered.spec.build(part.options, parameters)
     if not isinstance(optimizer, torch.optim.Optimizer):
-        found = optimizer.__name__ if isinstance(optimizer, type) else type(optimizer).__name__
-        raise PartFault("optimizer", "", f"its build gave {found}, not an object of torch.optim.Optimizer")
+        found = repr(optimizer) if optimizer is None or isinstance(optimizer, type) else type(optimizer).__name__
+        raise PartFault("optimizer", "", f"its build gave {found}, not a torch.optim.Optimizer")
     moved = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
     left = [name for group in parameters for name, weight in group.parameters if id(weight) not in moved]
     if left:
         more = ", ..." if len(left) > 3 else ""
-        what = f"its build was given {len(left)} parameters that no group of it has ({', '.join(left[:3])}{more})"
+        what = f"its build was given {counted(len(left), 'parameter')} that no group of it has ({', '.join(left[:3])}{more})"
         raise PartFault("optimizer", "", what)
     if any("lr" not in group for group in optimizer.param_groups):
         raise PartFault("optimizer", "", 'a group of it has no "lr", which the learning-rate schedule sets')

@@ -60,12 +60,26 @@ def _options(spec: Spec) -> str:
     options: object = spec.options
     if not (isinstance(options, type) and issubclass(options, Options)):
         return f"its options are {options!r}, not a subclass of vtrain.contract.Options"
+    if fault := _unmade(options):
+        return fault
     if options.model_config.get("extra") != "forbid" or not options.model_config.get("frozen"):
         return f"its options {options.__name__} must stay frozen and forbid unknown keys"
     if aliased := [name for name, field in options.model_fields.items() if field.alias or field.validation_alias]:
         return f"options are written in the file by their field names, so an alias is not possible: {listed(aliased)}"
     if taken := RESERVED_KEYS[spec.kind] & set(options.model_fields):
         return f"its options {listed(taken)} collide with vtrain's own keys of that table"
+    return ""
+
+
+def _unmade(options: type[Options]) -> str:
+    """Why pydantic cannot read values into a class: a type that is imported for type checkers alone, for example."""
+    if options.__pydantic_complete__:
+        return ""
+    try:
+        options.model_rebuild()
+    except Exception as error:
+        why = " ".join(str(error).splitlines()[0].split())
+        return f"its options {options.__name__} cannot be made: {why}"
     return ""
 
 

@@ -86,6 +86,7 @@ RUNS = {
     ("sampler", "high"): "step 1: {}: its draw gave the level [1.",
     ("sampler", "two"): "step 1: {}: its draw gave levels float32 (2,) for one clip, not float32 (1,) or (1, 3).",
     ("sampler", "double"): "step 1: {}: its draw gave levels float64 (1,) for one clip,",
+    ("sampler", "unit"): "step 1: {}: its draw gave timesteps, and its spec names no family (timesteps_of).",
     ("sampler", "tensor"): "step 1: {}: its draw gave a Tensor, not a NoiseLevel.",
     ("sampler", "corrupt"): "step 1: {}: its corrupt gave (float32 (2, 12, 3, 8, 8), float32 (2, 12, 1, 8, 8)) where",
     ("optimizer", "none"): "{}: its build gave None, not a torch.optim.Optimizer.",

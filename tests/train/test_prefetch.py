@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vtrain.contract import DataError, Device, DeviceError, Latents, NoiseLevel, Problem, Text
+from vtrain.contract import DataError, Device, DeviceError, Latents, NoiseLevel, PluginError, Problem, Text
 from vtrain.data.batches import Batch
 from vtrain.train.prefetch import AHEAD, Prefetcher
 from vtrain.train.readings import Reading, _longest_wait
@@ -165,7 +165,10 @@ def test_timesteps_are_the_familys_where_the_sampler_gives_none_and_else_the_sam
             return NoiseLevel(torch.full((n,), 0.5), torch.full((n,), 3.0))
 
     assert prefetcher(Made()).prepare(0, 0).given.level.timestep.tolist() == [57]
-    assert prefetcher(Made(), Own()).prepare(0, 0).given.level.timestep.tolist() == [3]
+    own = Prefetcher(Made(), Hundreds(), Own(), 1, Device(), timesteps_of="hundreds")  # type: ignore[arg-type]
+    assert own.prepare(0, 0).given.level.timestep.tolist() == [3]
+    with pytest.raises(PluginError, match="its draw gave timesteps, and its spec names no family"):
+        prefetcher(Made(), Own()).prepare(0, 0)
 
 
 def test_masks_features_and_frames_reach_the_step_and_only_what_it_needs_is_read() -> None:

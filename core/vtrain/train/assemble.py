@@ -22,6 +22,7 @@ from vtrain.contract import (
     ParameterGroup,
     Problem,
     RunLength,
+    SamplerSpec,
     Saved,
     Warned,
 )
@@ -94,6 +95,8 @@ class Trainer:
         owed: as `Ends` has it.
         """
         config, state, per_epoch = self.plan.config, self.start.state, self.estimate.steps_per_epoch
+        spec = config.sampler.registered.spec
+        assert isinstance(spec, SamplerSpec)
         table = config.validation
         interval = Interval(table.every, per_epoch, time.monotonic()) if table else None
         with self.held:
@@ -109,6 +112,7 @@ class Trainer:
                     config.run.seed,
                     self.processes.device,
                     self.step.needed,
+                    spec.timesteps_of,
                 ),
                 self.processes,
                 config.train,

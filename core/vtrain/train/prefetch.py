@@ -59,9 +59,13 @@ class Prefetcher:
         seed: int,
         device: Device,
         needed: Callable[[int], Collection[str] | None] = lambda step: None,
+        timesteps_of: str = "",
     ) -> None:
-        """needed: the regularizers for which features and frames are read at a step; None: all that ask for some."""
-        self.batches, self.family, self.sampler = batches, family, sampler
+        """needed: the regularizers for which features and frames are read at a step; None: all that ask for some.
+
+        timesteps_of: of the sampler's spec.
+        """
+        self.batches, self.family, self.sampler, self.timesteps_of = batches, family, sampler, timesteps_of
         self.seed, self.device, self.needed = seed, device, needed
 
     def draw(self, batch: Batch) -> tuple[torch.Tensor, NoiseLevel]:
@@ -70,7 +74,7 @@ class Prefetcher:
         noise = [torch.randn(shape, generator=generator(self.seed, "noise", draw)) for draw in batch.draws]
         levels = [self.sampler.draw(1, generator(self.seed, "level", draw)) for draw in batch.draws]
         for drawn in levels:
-            check_level(drawn, shape[1])
+            check_level(drawn, shape[1], self.timesteps_of)
         times = [level.timestep for level in levels if level.timestep is not None]
         sigma = torch.cat([level.sigma for level in levels])
         level = NoiseLevel(sigma, torch.cat(times) if len(times) == len(levels) else None)
@@ -131,8 +135,11 @@ class Prefetcher:
                     future.cancel()  # the pool, which is left next, waits for all that it has
 
 
-def check_level(level: object, frames: int) -> None:
-    """Raises PartFault for what is no level of one clip with so many latent frames. It is on the CPU: reading it costs nothing."""
+def check_level(level: object, frames: int, timesteps_of: str) -> None:
+    """Raises PartFault for what is no level of one clip with so many latent frames. It is on the CPU: reading it costs nothing.
+
+    timesteps_of: of the sampler's spec; without, a timestep would be in a unit that no family was asked for.
+    """
     if not isinstance(level, NoiseLevel):
         raise PartFault("sampler", "", f"its draw gave a {type(level).__name__}, not a NoiseLevel")
     sigma, time = level.sigma, level.timestep
@@ -141,6 +148,11 @@ def check_level(level: object, frames: int) -> None:
         raise PartFault("sampler", "", f"its draw gave levels {found} for one clip, not float32 (1,) or (1, {frames})")
     if not bool(((sigma >= 0) & (sigma <= 1)).all()):  # NaN is not either
         raise PartFault("sampler", "", f"its draw gave the level {sigma.flatten().tolist()}; levels are from 0 to 1")
+    if (time is not None) != bool(timesteps_of):
+        said = f'names the family "{timesteps_of}"' if timesteps_of else "names no family"
+        raise PartFault(
+            "sampler", "", f"its draw gave {'no ' if time is None else ''}timesteps, and its spec {said} (timesteps_of)"
+        )
     if time is not None and time.shape != sigma.shape:
         what = f"its draw gave timesteps {tuple(time.shape)} for levels {tuple(sigma.shape)}"
         raise PartFault("sampler", "", what)

@@ -17,8 +17,8 @@ from vtrain_sanavideo.options import SanaVideoOptions
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow of the kit (1 to 3 s each): graphs of blocks, weights of other bytes, and adapters, which test_denoiser loads too."""
-    slow = ("a_block_is_one_graph", "fingerprints_change_with_weights", "adapters_do_the_same_in_the_original")
+    """Slow of the kit (1 to 3 s each): graphs of blocks, and weights of other bytes."""
+    slow = ("a_block_is_one_graph", "fingerprints_change_with_weights")
     for item in items:
         if item.path.parent == Path(__file__).parent and any(name in item.name for name in slow):
             item.add_marker(pytest.mark.slow)

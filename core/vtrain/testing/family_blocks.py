@@ -206,7 +206,8 @@ class TapTests(FamilySubject):
             batch, frames, height, width, depth = tap.shape
             assert (batch, depth) == (len(example.noisy), family.block_width), f"block {number}: {tuple(tap.shape)}"
             assert tap.numel() == outputs[0].numel(), f"block {number}: fold loses or adds values"
-            assert latents.frames % frames == latents.height % height == latents.width % width == 0
+            found = f"block {number} folds to {frames} x {height} x {width} tokens, and latents are {latents}"
+            assert latents.frames % frames == latents.height % height == latents.width % width == 0, found
             assert height * latents.width == width * latents.height, f"block {number}: height and width are swapped"
             if isinstance(family, SupportsTokenGrid):
                 assert family.token_grid(latents) == (frames, height, width), "token_grid is another grid than fold's"

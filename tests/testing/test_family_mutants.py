@@ -70,7 +70,7 @@ class Renamed(ToyDenoiser):
     """Its load_lora has another name."""
 
     read_lora = ToyDenoiser.load_lora
-    load_lora = property()  # type: ignore[assignment]  # as if there were none
+    load_lora = None  # type: ignore[assignment]  # as if there were none
 
 
 def expecting(ability: str, **parts: object) -> Subject:

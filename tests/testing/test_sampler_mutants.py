@@ -206,7 +206,7 @@ PLANTED: tuple[tuple[str, str, str, Callable[[], Subject]], ...] = (
         "`solving` that was renamed",
         "test_it_has_the_abilities_that_its_author_expects",
         "the sampler has lost SupportsStepwise: it has no solving",
-        lambda: sampler(solving=property()) | {"attributes": {"expects": frozenset({"SupportsStepwise"})}},
+        lambda: sampler(solving=None) | {"attributes": {"expects": frozenset({"SupportsStepwise"})}},
     ),
 )
 """(the mistake, the rule that finds it, a piece of its message, the arguments with the mistake in them)."""

@@ -91,7 +91,7 @@ def check_expected(expects: Collection[str], parts: Mapping[str, object]) -> Non
     for name in sorted(expects):
         assert name in known, f"`expects` names {name}, which is no ability here. {did_you_mean(name, known)}".rstrip()
         sort, ability = known[name]
-        lacking = sorted(member for member in members(ability) if not hasattr(parts[sort], member))
+        lacking = sorted(member for member in members(ability) if getattr(parts[sort], member, None) is None)
         assert isinstance(parts[sort], ability), f"the {sort} has lost {name}: it has no {', '.join(lacking)}"
 
 

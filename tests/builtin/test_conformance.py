@@ -82,6 +82,7 @@ class TestManifestSpec(SpecTests):
 
 class TestFlow(SamplerTests):
     tolerance = 1e-5
+    expects = frozenset({"SupportsStepwise"})
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -91,6 +92,7 @@ class TestFlow(SamplerTests):
 
 class TestUniformShiftedFlow(SamplerTests):
     tolerance = 1e-5
+    expects = frozenset({"SupportsStepwise"})
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -107,6 +109,7 @@ class TestLayerSyncSpec(SpecTests):
 
 class TestLayerSync(RegularizerTests):
     stopped = (15,)
+    expects = frozenset({"SupportsCheck", "SupportsPauses"})
 
     @pytest.fixture(scope="class")
     @classmethod

@@ -14,11 +14,14 @@ import pytest
 for _module in (
     "data_backend",
     "family",
+    "family_blocks",
     "family_captions",
     "family_conditions",
     "family_denoiser",
     "family_encoders",
+    "family_files",
     "plugin",
+    "references",
     "regularizer",
     "sampler",
 ):

@@ -58,10 +58,10 @@ PLANTED: tuple[tuple[str, str, str, Callable[[], Subject]], ...] = (
         ),
     ),
     (
-        "an extra without a meaning",
-        "test_every_extra_says_what_it_means",
-        "the summary of mood is blank",
-        lambda: of_family(caption_extras=(CaptionExtra("mood", "text", " "),)),
+        "an extra that is declared twice",
+        "test_no_extra_is_there_twice",
+        "an extra is there twice",
+        lambda: of_family(caption_extras=(CaptionExtra("mood", "text", "x"), CaptionExtra("mood", "int", "y"))),
     ),
     (
         "tokens that are counted with another limit than the encoder's",

@@ -129,6 +129,10 @@ class OddTarget(ToyDenoiser):
     lora_targets = ("to_q", "to_gate")  # type: ignore[assignment]
 
 
+class Misnamed(ToyDenoiser):
+    original_names: Mapping[str, str] = {"to_query": "q"}
+
+
 class Forgetful(ToyDenoiser):
     def load_lora(self, folder: Path) -> dict[str, Tensor]:
         return dict(list(super().load_lora(folder).items())[1:])
@@ -276,6 +280,12 @@ PLANTED: tuple[tuple[str, str, str, Callable[[Path], Subject]], ...] = (
         "test_a_saved_adapter_loads_unchanged",
         "names differ",
         lambda folder: kit(family=with_denoiser(Forgetful), tmp_path=folder),
+    ),
+    (
+        "original names of modules that it has not",
+        "test_every_adapter_weight_has_a_name_of_its_authors",
+        "original_names names no module that has an adapter",
+        lambda _: kit(family=with_denoiser(Misnamed)),
     ),
 )
 """(the mistake, the rule that finds it, a piece of its message, the arguments with the mistake in them)."""

@@ -26,7 +26,7 @@ class WanKit(FamilyTests):
     kind: Any = WanPipeline
     expects = frozenset(
         {"SupportsBlockMemory", "SupportsDecayRule", "SupportsDecoderOnly", "SupportsLora", "SupportsTokenCounts"}
-        | {"SupportsTokenGrid", "SupportsWording"}
+        | {"SupportsOriginalNames", "SupportsTokenGrid", "SupportsWording"}
     )
 
     @pytest.fixture(scope="class")

@@ -17,7 +17,9 @@ from vtrain.contract import (
     ModelError,
     NoiseLevel,
     SupportsLora,
+    SupportsOriginalNames,
     TextPart,
+    comfyui_names,
     takes_frame_levels,
     timesteps,
     with_clean,
@@ -80,6 +82,21 @@ class LoraTests(FamilySubject):
         assert loaded.keys() == state.keys(), f"names differ: {sorted(loaded.keys() ^ state.keys())[:4]}"
         odd = [name for name in state if not torch.equal(loaded[name], state[name])]
         assert not odd, f"values differ: {', '.join(odd)}"
+
+    def test_every_adapter_weight_has_a_name_of_its_authors(self, family: Family) -> None:
+        """original_names (SupportsOriginalNames) give each adapter weight a name for ComfyUI, and no two the same."""
+        from peft import get_peft_model_state_dict
+
+        denoiser, _ = adapted(family)
+        if not isinstance(denoiser, SupportsOriginalNames):
+            pytest.skip("this denoiser's modules have no other names (SupportsOriginalNames)")
+        own = get_peft_model_state_dict(denoiser.module)
+        found = comfyui_names(own, denoiser.original_names)
+        modules = {
+            name.rsplit(".", 2)[0]: new.removeprefix("diffusion_model.").rsplit(".", 2)[0]
+            for name, new in found.items()
+        }
+        assert any(name != new for name, new in modules.items()), "original_names names no module that has an adapter"
 
 
 def masked_parts(example: Example) -> Iterator[tuple[str, TextPart]]:

@@ -69,8 +69,9 @@ def hooks_are_spelt_right(entry: object) -> Problems:
 
 def specs_of(entry: object) -> list[Spec]:
     """All that the hooks return and that is a spec of the hook's kind."""
-    found = ((kind, getattr(entry, hook, tuple)()) for hook, kind in HOOK_SPECS.items())
-    return [spec for kind, specs in found for spec in specs if isinstance(spec, kind)]
+    return [
+        spec for hook, kind in HOOK_SPECS.items() for spec in getattr(entry, hook, tuple)() if isinstance(spec, kind)
+    ]
 
 
 def hooks_return_specs_of_their_kind(entry: object) -> Problems:

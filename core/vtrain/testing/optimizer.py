@@ -219,11 +219,11 @@ class OptimizerTests:
             pytest.skip('this optimizer does not say that it moves parts of weights ("sharded" in moves)')
         start = weights_of(self.dtype(spec))["block.weight"].detach()
         whole = self.trained(spec, values={"w": start})
-        parts = [self.trained(spec, values={"w": part}) for part in start.split([5, 11])]
+        parts = [self.trained(spec, values={"w": part}) for part in torch.split(start, [5, 11])]
         for number in range(20):
             gradient = gradients_of(whole.weights, number)["w"]
             whole.step(number, {"w": gradient})
-            for part, own in zip(parts, gradient.split([5, 11]), strict=True):
+            for part, own in zip(parts, torch.split(gradient, [5, 11]), strict=True):
                 part.step(number, {"w": own})
         together = torch.cat([part.values()["w"] for part in parts])
         found = gap(together, whole.values()["w"])

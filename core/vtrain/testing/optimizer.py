@@ -71,11 +71,42 @@ def grouped(weights: Mapping[str, nn.Parameter]) -> list[ParameterGroup]:
     ]
 
 
-def states_of(trained: Trained) -> Iterator[tuple[str, object]]:
+def states_of(weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, object]]:
     """("name of the parameter::name of the part", what the optimizer keeps there), as checkpoints name it."""
-    for name, weight in trained.weights.items():
-        for part, value in trained.optimizer.state.get(weight, {}).items():
+    for name, weight in weights.items():
+        for part, value in optimizer.state.get(weight, {}).items():
             yield f"{name}::{part}", value
+
+
+def saved(weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, spec: OptimizerSpec) -> tuple[bytes, str]:
+    """What a checkpoint keeps of an optimizer: its parameters' states as safetensors and JSON, and numbers that it counts in
+    its groups, without those that the configuration file gives."""
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, object] = {}
+    for key, value in states_of(weights, optimizer):
+        if isinstance(value, Tensor):
+            tensors[key] = value.detach().contiguous()
+        else:
+            plain[key] = value
+    fixed = {"lr", "initial_lr", *spec.options.model_fields}
+    counted = [
+        {key: value for key, value in group.items() if type(value) in (int, float) and key not in fixed}
+        for group in optimizer.param_groups
+    ]
+    try:
+        return save(tensors), json.dumps({"state": plain, "groups": counted}, allow_nan=False)
+    except (RuntimeError, TypeError, ValueError) as error:
+        pytest.fail(f"its state cannot be saved: {error}", pytrace=False)
+
+
+def restore(trained: Trained, tensors: bytes, plain: str) -> None:
+    """Put what `saved` gave into a fresh optimizer."""
+    stored = json.loads(plain)
+    for group, numbers in zip(trained.optimizer.param_groups, stored["groups"], strict=True):
+        group.update(numbers)
+    for key, value in {**load(tensors), **stored["state"]}.items():
+        name, _, part = key.rpartition("::")
+        trained.optimizer.state[trained.weights[name]][part] = value
 
 
 class OptimizerTests:
@@ -97,7 +128,7 @@ class OptimizerTests:
         """The spec. Override it."""
         required("spec", "the OptimizerSpec under test, as the plugin registers it")
 
-    def options(self, spec: OptimizerSpec, **changes: object) -> Options:
+    def options_with(self, spec: OptimizerSpec, **changes: object) -> Options:
         return spec.options.model_validate({**self.table, **changes})
 
     def dtype(self, spec: OptimizerSpec) -> torch.dtype:
@@ -109,7 +140,7 @@ class OptimizerTests:
     ) -> Trained:
         """A fresh optimizer on fresh weights."""
         weights = weights_of(self.dtype(spec), values)
-        return Trained(weights, spec.build(options or self.options(spec), grouped(weights)))
+        return Trained(weights, spec.build(options or self.options_with(spec), grouped(weights)))
 
     def test_it_is_an_optimizer_of_all_parameters(self, spec: OptimizerSpec) -> None:
         """build gives a torch.optim.Optimizer with each parameter in one of its groups, and no other."""
@@ -125,7 +156,7 @@ class OptimizerTests:
 
     def test_the_learning_rate_reaches_every_group(self, spec: OptimizerSpec) -> None:
         """A group's "lr" is the option `lr` times lr_factor of the group it came from."""
-        options, trained = self.options(spec), self.trained(spec)
+        options, trained = self.options_with(spec), self.trained(spec)
         rates = {id(weight): group["lr"] for group in trained.optimizer.param_groups for weight in group["params"]}
         for name, weight in trained.weights.items():
             wanted = options.model_dump()["lr"] * GROUPS[name][1]
@@ -161,8 +192,8 @@ class OptimizerTests:
     def test_weight_decay_is_where_a_group_asks_for_it(self, spec: OptimizerSpec) -> None:
         """A weight without slope shrinks where its group decays, if there is an option `weight_decay`; elsewhere it stays."""
         fields = spec.options.model_fields
-        rate = spec.usual_lr[1] if spec.usual_lr else self.options(spec).model_dump()["lr"]
-        options = self.options(spec, lr=rate, **({"weight_decay": 0.1} if "weight_decay" in fields else {}))
+        rate = spec.usual_lr[1] if spec.usual_lr else self.options_with(spec).model_dump()["lr"]
+        options = self.options_with(spec, lr=rate, **({"weight_decay": 0.1} if "weight_decay" in fields else {}))
         for resting in ("block.weight", "block.norm"):
             trained = self.trained(spec, options)
             before = trained.values()[resting].double()
@@ -204,7 +235,7 @@ class OptimizerTests:
         moved = {}
         for name, dtype in DTYPES.items():
             weights = weights_of(dtype, start)
-            options = self.options(spec, lr=self.small_lr)
+            options = self.options_with(spec, lr=self.small_lr)
             trained = Trained(weights, spec.build(options, grouped(weights)))
             for number in range(500):
                 trained.step(number, {"weight": start["weight"]})
@@ -234,9 +265,9 @@ class OptimizerTests:
         found = 0.0
         for name in sorted(DTYPES.keys() & set(spec.moves)):
             weights = weights_of(DTYPES[name], {"w": _weight((128, 128), 0)})
-            trained = Trained(weights, spec.build(self.options(spec), grouped(weights)))
+            trained = Trained(weights, spec.build(self.options_with(spec), grouped(weights)))
             trained.step(0)
-            kept = [value for _, value in states_of(trained) if isinstance(value, Tensor)]
+            kept = [value for _, value in states_of(weights, trained.optimizer) if isinstance(value, Tensor)]
             found = max(found, sum(value.numel() * value.element_size() for value in kept) / weights["w"].numel())
         said = f"state_bytes is {spec.state_bytes:g} and {found:.3g} are kept"
         assert abs(found - spec.state_bytes) <= max(self.state_tolerance * spec.state_bytes, 0.01), said
@@ -248,7 +279,7 @@ class OptimizerTests:
         own = set(trained.weights.values())
         foreign = [key for key in trained.optimizer.state if key not in own]
         assert not foreign, "it keeps a state under something else than its parameters, which no checkpoint holds"
-        _saved(trained, spec)
+        saved(trained.weights, trained.optimizer, spec)
 
     def test_a_resumed_run_is_the_same_bit_for_bit(self, spec: OptimizerSpec) -> None:
         """Built again and given its saved state, it goes on as if it had never stopped: it keeps nothing elsewhere."""
@@ -256,7 +287,7 @@ class OptimizerTests:
         for number in range(12):
             if number == 6:
                 resumed = self.trained(spec, values=straight.values())
-                _restore(resumed, *_saved(straight, spec))
+                restore(resumed, *saved(straight.weights, straight.optimizer, spec))
             straight.step(number)
             if number >= 6:
                 resumed.step(number)
@@ -289,36 +320,4 @@ class OptimizerTests:
             "usual_lr is not sensible"
         )
         for rate in spec.usual_lr or ():
-            self.options(spec, lr=rate)
-
-
-Numbers = dict[str, int | float]
-
-
-def _saved(trained: Trained, spec: OptimizerSpec) -> tuple[bytes, str]:
-    """What a checkpoint keeps of an optimizer: its parameters' states as safetensors and JSON, and numbers that it counts in
-    its groups, without those that the configuration file gives."""
-    tensors, plain = {}, {}
-    for key, value in states_of(trained):
-        if isinstance(value, Tensor):
-            tensors[key] = value.detach().contiguous()
-        else:
-            plain[key] = value
-    fixed = {"lr", "initial_lr", *spec.options.model_fields}
-    counted: list[Numbers] = [
-        {key: value for key, value in group.items() if type(value) in (int, float) and key not in fixed}
-        for group in trained.optimizer.param_groups
-    ]
-    try:
-        return save(tensors), json.dumps({"state": plain, "groups": counted}, allow_nan=False)
-    except (RuntimeError, TypeError, ValueError) as error:
-        pytest.fail(f"its state cannot be saved: {error}", pytrace=False)
-
-
-def _restore(trained: Trained, tensors: bytes, plain: str) -> None:
-    stored = json.loads(plain)
-    for group, numbers in zip(trained.optimizer.param_groups, stored["groups"], strict=True):
-        group.update(numbers)
-    for key, value in {**load(tensors), **stored["state"]}.items():
-        name, _, part = key.rpartition("::")
-        trained.optimizer.state[trained.weights[name]][part] = value
+            self.options_with(spec, lr=rate)

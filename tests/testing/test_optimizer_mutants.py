@@ -210,6 +210,8 @@ def test_every_rule_has_a_mutant(rules_of: Callable[[type], set[str]]) -> None:
 class TestASoundOptimizer(SpecTests, Kit):
     """What the mutants are made from passes every rule."""
 
+    table = Kit.table
+
     @pytest.fixture(scope="class")
     @classmethod
     def spec(cls) -> OptimizerSpec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -11,6 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from vtrain.contract import DataBackend, DataError, SourceRef, SupportsCaptions, SupportsShards, Words
+from vtrain.contract.abilities import ABILITIES, members, names_of
 from vtrain.testing.sampler import check_names, required
 
 FILES: Mapping[str, bytes] = {
@@ -43,13 +45,27 @@ def captioned(backend: DataBackend) -> SupportsCaptions:
     return backend
 
 
+def check_expected(sort: str, part: object, expects: frozenset[str]) -> None:
+    """Fail for an ability that the author of such a part means it to have, and it lacks. sort: as contract.abilities has it."""
+    known = {each.__name__: each for each in ABILITIES[sort].can}
+    unknown = sorted(expects - known.keys())
+    assert not unknown, f"`expects` names no ability of a {sort}: {', '.join(unknown)}; there are {', '.join(known)}"
+    lost = {
+        name: members(known[name]) - names_of(part) for name in sorted(expects) if not isinstance(part, known[name])
+    }
+    words = [f"{name} (without {', '.join(sorted(absent))})" for name, absent in lost.items()]
+    assert not words, f"the {sort} lacks {', '.join(words)}"
+
+
 class DataBackendTests:
     """Where files are.
 
     secrets: words of the backend's options that must not be shown (passwords, tokens).
-    rewritten: the id of the file that the test of versions rewrites.
+    rewritten: the id of the file that the test of versions rewrites; the test of vanished files removes it.
+    expects: names of the optional abilities that its author means it to have ("SupportsShards").
     """
 
+    expects: frozenset[str] = frozenset()
     secrets: tuple[str, ...] = ()
     rewritten: str = "deep/er/clip.mp4"
 
@@ -69,6 +85,11 @@ class DataBackendTests:
         required("rewrite", "a function (id, bytes) that replaces a file at the place of `backend`")
 
     @pytest.fixture
+    def remove(self) -> Callable[[str], None]:
+        """Removes a file at the place of `backend`. Override it."""
+        pytest.skip("give a fixture `remove`, a function (id) that removes a file at the place of `backend`")
+
+    @pytest.fixture
     def missing(self) -> DataBackend:
         """A backend on a place that does not exist. Override it."""
         required("missing", "a DataBackend, built without an error, on a place that does not exist")
@@ -85,6 +106,10 @@ class DataBackendTests:
     def test_abilities_of_the_backend_are_spelt_right(self, backend: DataBackend) -> None:
         """No public name of the backend is almost that of an ability which it lacks."""
         check_names("data backend", backend)
+
+    def test_the_backend_has_the_abilities_that_are_expected(self, backend: DataBackend) -> None:
+        """It has every ability that `expects` names."""
+        check_expected("data backend", backend, self.expects)
 
     def test_ids_are_relative_with_forward_slashes(self, backend: DataBackend) -> None:
         """An id does not depend on where the place is or on the operating system."""
@@ -144,6 +169,25 @@ class DataBackendTests:
     def test_listing_is_repeatable(self, backend: DataBackend) -> None:
         """Asked twice, an unchanged place gives the same refs, versions too."""
         assert list(backend.refs()) == list(backend.refs())
+
+    def test_a_copy_lists_and_opens_the_same(self, backend: DataBackend, files: Mapping[str, bytes]) -> None:
+        """A backend goes to another process by pickle, after it was used too; there it gives the same refs and bytes."""
+        fresh = pickle.dumps(backend)
+        refs = list(backend.refs())
+        for copied in (fresh, pickle.dumps(backend)):
+            other: DataBackend = pickle.loads(copied)  # noqa: S301 (made two lines above)
+            assert list(other.refs()) == refs
+            assert other.location == backend.location
+            for ref in refs:
+                with other.open(ref) as file:
+                    assert file.read() == files[ref.id], ref.id
+
+    def test_a_vanished_file_is_an_os_error_in_words(self, remove: Callable[[str], None], backend: DataBackend) -> None:
+        """A file that is removed after refs gave it is an OSError that says why, not empty bytes; a run adds the file's name."""
+        ref = _ref(backend, self.rewritten)
+        remove(self.rewritten)
+        with pytest.raises(OSError, match=r"\w"), backend.open(ref) as file:
+            file.read()
 
     def test_a_changed_file_has_another_version(
         self, backend: DataBackend, files: Mapping[str, bytes], rewrite: Callable[[str, bytes], None]

@@ -126,6 +126,27 @@ def _plugins_check(
     check_plugin(name, kind, config, json)
 
 
+@plugins.command("new")
+@uncollected(collect_first=False)
+def _plugins_new(
+    name: Annotated[
+        str,
+        typer.Argument(metavar="NAME", help='of the distribution, such as "vtrain-motion"', show_default=False),
+    ],
+    kind: Annotated[
+        str,
+        typer.Option(
+            "--kind", help="family, sampler, regularizer, data-backend, optimizer or tracker", show_default=False
+        ),
+    ],
+    directory: Annotated[Path, typer.Option("--directory", metavar="D", help="where to put its folder")] = Path(),
+) -> None:
+    """Write a plugin that works: package, tests on the conformance kit, settings of ruff and mypy, CI."""
+    from vtrain.cli.plugins import write_plugin
+
+    write_plugin(name, kind, directory)
+
+
 @config.command("schema")
 @uncollected(collect_first=False)
 def _config_schema() -> None:

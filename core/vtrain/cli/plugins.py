@@ -12,7 +12,7 @@ import typer
 
 from vtrain.cli.report import print_json, print_table, say
 from vtrain.contract import KINDS, Catalog, ConfigError, Failure, FamilySpec, PluginError, Problem, Registered, Spec
-from vtrain.contract.specs import did_you_mean, listed, origin
+from vtrain.contract.specs import NOUNS, did_you_mean, listed, origin
 from vtrain.registry import discover
 
 if TYPE_CHECKING:
@@ -129,6 +129,22 @@ def kind_called(kind: str | None) -> str | None:
     if found is not None and found not in kinds:
         raise ConfigError(Problem("", f'no kind of part is called "{kind}".', f"The kinds are {listed(kinds)}."))
     return found
+
+
+def write_plugin(name: str, kind: str, directory: Path) -> None:
+    """A new package, and what to do next. Raises ConfigError."""
+    from vtrain.scaffold.package import Names, new_plugin
+
+    chosen = kind_called(kind)
+    assert chosen is not None
+    place = new_plugin(name, chosen, directory, discover())
+    files = sorted(path for path in place.rglob("*") if path.is_file())
+    for file in files:
+        typer.echo(f"  {file.relative_to(directory)}")
+    part = Names.of(name).part
+    say(f'wrote the {NOUNS[chosen][0]} "{part}", {len(files)} files. Next:')
+    for line in (f"cd {place}", 'pip install -e ".[test]"', f"vtrain plugins check {name}", "python -m pytest"):
+        typer.echo(f"  {line}")
 
 
 def check_plugin(name: str, kind: str | None, config: Path | None, as_json: bool) -> None:

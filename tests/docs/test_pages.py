@@ -103,9 +103,10 @@ def sketched(page: str) -> set[str]:
     return {path for picture in pictures for path in re.findall(r"[\w/]+/\w+\.py", picture)}
 
 
-def test_files_in_the_pictures_of_the_architecture_exist(root: Path) -> None:
-    paths = sketched((root / "docs" / "architecture.md").read_text(encoding="utf-8"))
-    assert len(paths) > 20
+@pytest.mark.parametrize(("name", "least"), [("architecture.md", 20), ("plugins.md", 10)])
+def test_files_in_the_pictures_of_the_architecture_and_of_plugins_exist(root: Path, name: str, least: int) -> None:
+    paths = sketched((root / "docs" / name).read_text(encoding="utf-8"))
+    assert len(paths) > least
     assert [path for path in paths if not (root / path).exists() and not (root / "core/vtrain" / path).exists()] == []
 
 

@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -79,6 +80,9 @@ def knowing(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def refs(self) -> Iterator[SourceRef]:
             yield from ()
+
+        def open(self, ref: SourceRef) -> BinaryIO:
+            raise OSError("there are no files")
 
         def captions(self, extras: Sequence[str] = ()) -> Iterator[tuple[str, Words]]:
             yield from ()

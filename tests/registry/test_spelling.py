@@ -16,7 +16,7 @@ from vtrain import contract
 from vtrain.contract import DataBackendSpec, Options, PluginError, Registered
 from vtrain.contract.abilities import ABILITIES, members, misspelt, names_of
 from vtrain.registry import discover
-from vtrain.registry.spelling import check_spelling, declared_faults, faults
+from vtrain.registry.spelling import check_part, declared_faults, faults
 
 WHOSE = Registered(DataBackendSpec("odd", "odd", Options, SimpleNamespace), "odd", "vtrain-odd", "1.0")  # type: ignore[arg-type]
 
@@ -78,7 +78,7 @@ def test_names_of_torchs_own_are_no_authors() -> None:
 
     assert names_of(Term()) == {"observed", "projection"}
     with pytest.raises(PluginError, match=r'the loss module Term has "observed", .* no "observe" \(SupportsFeedback\)'):
-        check_spelling("loss module", Term())
+        check_part("loss module", Term())
 
 
 def test_a_fault_says_whose_it_is_and_what_was_meant() -> None:

@@ -30,9 +30,15 @@ def problem(document: Document, path: KeyPath, what: str, remedy: str = "") -> F
 
 
 def findings(
-    document: Document, path: KeyPath, model: type[Options], error: ValidationError, known: Sequence[str] = ()
+    document: Document,
+    path: KeyPath,
+    model: type[Options],
+    error: ValidationError,
+    known: Sequence[str] = (),
+    whose: str = "",
 ) -> list[Found]:
-    """Problems of the table at `path`. known: further keys that the table takes, for the did-you-mean."""
+    """Problems of the table at `path`. known: further keys that the table takes, for the did-you-mean. whose: the part that a
+    missing key is an option of, "" for core's own."""
     groups: dict[KeyPath, list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
         groups.setdefault(_place(document.tree, path, detail), []).append(detail)
@@ -42,7 +48,7 @@ def findings(
         for place in groups
         if not any(len(other) > len(place) and other[: len(place)] == place for other in groups)
     ]
-    return [_finding(document, path, place, groups[place], model, known) for place in deepest]
+    return [_finding(document, path, place, groups[place], model, known, whose) for place in deepest]
 
 
 def _place(tree: Mapping[str, Any], path: KeyPath, detail: ErrorDetails) -> KeyPath:
@@ -71,6 +77,7 @@ def _finding(
     details: list[ErrorDetails],
     model: type[Options],
     known: Sequence[str],
+    whose: str,
 ) -> Found:
     detail = details[0]
     owner = fields_at(model, place[len(table) : -1])
@@ -78,8 +85,9 @@ def _finding(
         return unknown_key(document, place, sorted({*owner, *(known if len(place) == len(table) + 1 else ())}))
     if detail["type"] == "missing":
         field = owner.get(str(place[-1]))
-        remedy = f"Add, for example: {example_line(field, str(place[-1]))}" if field else ""
-        return problem(document, place[:-1], f"the key {key_text(place)} is missing.", remedy)
+        needed = [f"{whose[:1].upper()}{whose[1:]} needs it."] if whose else []
+        example = [f"Add, for example: {example_line(field, str(place[-1]))}"] if field else []
+        return problem(document, place[:-1], f"the key {key_text(place)} is missing.", " ".join((*needed, *example)))
     expected = list(dict.fromkeys(text for text in map(expectation, details) if text))
     texts = list(dict.fromkeys(fault(each) for each in details if not expectation(each)))
     if expected:

@@ -113,12 +113,14 @@ class Reader:
             read = [self.part((table.name, number), table, raw) for number, raw in enumerate(raws)]
         return tuple(part for part in read if part is not None)
 
-    def options(self, path: KeyPath, model: type[TableT], raw: Raw, known: tuple[str, ...] = ()) -> TableT | None:
-        """The values at `path` as `model`; None if one is wrong. known: other keys of that table."""
+    def options(
+        self, path: KeyPath, model: type[TableT], raw: Raw, known: tuple[str, ...] = (), whose: str = ""
+    ) -> TableT | None:
+        """The values at `path` as `model`; None if one is wrong. known: other keys of that table. whose: the part they are of."""
         try:
             return model.model_validate(raw, context={"folder": self.document.folder})
         except ValidationError as error:
-            self.found += findings(self.document, path, model, error, known)
+            self.found += findings(self.document, path, model, error, known, whose)
             return None
 
     def part(
@@ -138,7 +140,8 @@ class Reader:
             return None
         rest = {key: value for key, value in raw.items() if key not in core.model_fields and key != "use"}
         recipe = sound_recipe(family, registered) if family else {}
-        options = self.options(path, registered.spec.options, {**recipe, **rest}, ("use", *core.model_fields))
+        whose = f'the {NOUNS[table.kind][0]} "{registered.spec.name}" of {origin(registered)}'
+        options = self.options(path, registered.spec.options, {**recipe, **rest}, ("use", *core.model_fields), whose)
         if options is not None and recipe:
             # As if they were the options' own defaults: what a sampler says of options that were given is of the file's.
             options = type(options).model_construct({*rest}, **dict(options))

@@ -33,10 +33,13 @@ ABILITIES: Mapping[str, Abilities] = {
             conditions.SupportsConditions,
         ),
     ),
+    "text encoder": Abilities(protocols.TextEncoder, ()),
     "video codec": Abilities(protocols.VideoCodec, (protocols.SupportsDecoderOnly,)),
+    "condition encoder": Abilities(conditions.ConditionEncoder, ()),
     "denoiser": Abilities(protocols.Denoiser, (protocols.SupportsLora, protocols.SupportsDecayRule)),
     "sampler": Abilities(protocols.Sampler, (protocols.SupportsStepwise, protocols.SupportsStepCheck)),
     "regularizer": Abilities(regularizers.Regularizer, (regularizers.SupportsFeatures, regularizers.SupportsCheck)),
+    "feature encoder": Abilities(regularizers.FeatureEncoder, ()),
     "loss module": Abilities(
         regularizers.LossModule,
         (regularizers.SupportsPauses, regularizers.SupportsFeedback, regularizers.SupportsLearningRate),

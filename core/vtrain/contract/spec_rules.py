@@ -91,6 +91,10 @@ def options_are_a_table(spec: Spec, table: Table = NONE) -> Problems:
         what = f"its options are {options!r}, not a subclass of vtrain.contract.Options."
         yield Problem("", what, "Derive them: class MyOptions(Options).")
         return
+    if why := _unmade(options):
+        what = f"its options {options.__name__} cannot be made: {why}."
+        yield Problem(place_of(options), what, "Import their types for real, not for type checkers alone.")
+        return
     if options.model_config.get("extra") != "forbid" or not options.model_config.get("frozen"):
         what = f"its options {options.__name__} must stay frozen and forbid unknown keys."
         yield Problem(place_of(options), what, "Leave `extra` and `frozen` of Options as they are.")
@@ -98,6 +102,18 @@ def options_are_a_table(spec: Spec, table: Table = NONE) -> Problems:
         if field.alias or field.validation_alias:
             what = f'options are written in the file by their field names, so an alias is not possible: "{name}".'
             yield Problem(place_of(options, name), what, "Rename the field and drop its alias.")
+
+
+def _unmade(options: type[Options]) -> str:
+    """Why pydantic cannot read values into a class: a type that is imported for type checkers alone, for example."""
+    from pydantic.errors import PydanticErrorMixin
+
+    if not options.__pydantic_complete__:
+        try:
+            options.model_rebuild()
+        except (PydanticErrorMixin, NameError, TypeError) as error:
+            return " ".join(str(error).splitlines()[0].split()).removesuffix(".")
+    return ""
 
 
 def no_option_is_a_key_of_vtrain(spec: Spec, table: Table = NONE) -> Problems:

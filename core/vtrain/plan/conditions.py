@@ -10,28 +10,26 @@ from vtrain.contract import (
     ClipShape,
     ConditionSpec,
     Family,
-    PluginError,
     Problem,
     conditions_of,
     takes_frame_levels,
 )
 from vtrain.contract.specs import did_you_mean, listed
 from vtrain.plan.records import DatasetPlan
-
-_FAULT = "This is a fault of the model family's plugin."
+from vtrain.registry.blame import PartFault
 
 
 def check_declared(family: Family) -> None:
-    """Raises PluginError for conditions that contradict themselves or the family."""
+    """Raises PartFault for conditions that contradict themselves or the family."""
     conditions = conditions_of(family)
     clip = ClipShape(family.default_frames, family.default_size.height, family.default_size.width)
     tensors = [name for each in conditions if each.encoder is not None for name in each.encoder.tensors(clip)]
-    found = [f'two of its conditions are called "{name}".' for name in _twice([each.name for each in conditions])]
-    found += [f'two tensors of its conditions are called "{name}".' for name in _twice(tensors)]
+    found = [f'two of its conditions are called "{name}"' for name in _twice([each.name for each in conditions])]
+    found += [f'two tensors of its conditions are called "{name}"' for name in _twice(tensors)]
     for each in conditions:
         found += [f'its condition "{each.name}" {what}' for what in _faults(each, family)]
     if found:
-        raise PluginError(Problem("", what, _FAULT) for what in found)
+        raise PartFault("family", "", found)
 
 
 def _twice(names: Sequence[str]) -> list[str]:

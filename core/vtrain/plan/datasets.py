@@ -30,6 +30,7 @@ from vtrain.contract import (
 from vtrain.contract.specs import did_you_mean
 from vtrain.plan.records import DatasetPlan, MasksPlan
 from vtrain.plan.text import with_extras
+from vtrain.registry.spelling import check_members
 
 
 def token_grid(family: Family, clip: ClipShape) -> TokenGrid | None:
@@ -219,6 +220,7 @@ def _dataset(
     spec = part.registered.spec
     assert isinstance(spec, DataBackendSpec)
     backend = spec.build(part.options)
+    check_members("data backend", backend, spec.name, config.where("data", number))
     table, fps = part.table, part.table.video.fps
     lengths = _Lengths.of(table, family)
     sizes = dataset_sizes(config, family, number, part, problems)
@@ -243,6 +245,7 @@ def _dataset(
         crop_seed=config.run.seed if table.crop == "random" else 0,
         image_to_video=_share(table, family),
         masks=None if table.masks is None else _masks(table.masks, config.where("data", number, "masks", "folder")),
+        use=spec.name,
     )
 
 

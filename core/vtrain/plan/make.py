@@ -18,7 +18,6 @@ from vtrain.contract import (
     Family,
     FamilySpec,
     OptimizerSpec,
-    PluginError,
     Problem,
     Regularizer,
     RegularizerSpec,
@@ -38,14 +37,15 @@ from vtrain.plan.places import among_clips, output_problems
 from vtrain.plan.records import DatasetPlan, Plan, ValidationPlan
 from vtrain.plan.sizes import Clips, beyond, longest, refused
 from vtrain.plan.text import check_text, foreign_extras
-from vtrain.registry.blame import blame
-from vtrain.registry.spelling import declared_faults, faults
+from vtrain.registry.blame import PartFault, blame
+from vtrain.registry.spelling import check_members, declared_faults, faults
 
 
 def make_plan(config: Config, processes: int = 1, catalog: Catalog | None = None) -> Plan:
     """Build every part that the config names and check the whole. processes: how many train together.
 
-    catalog: of what is installed, to know other families' caption extras. Raises ConfigError with all problems found.
+    catalog: of what is installed, to know other families' caption extras. Raises ConfigError with all problems found,
+    PluginError for a part that is none.
     """
     with blame(config.parts()):
         return _make_plan(config, processes, catalog)
@@ -55,6 +55,7 @@ def _make_plan(config: Config, processes: int, catalog: Catalog | None) -> Plan:
     spec = config.model.registered.spec
     assert isinstance(spec, FamilySpec)
     family = spec.build(config.model.options)
+    check_members("family", family, where=config.where("model", "use"))
     broken = [
         Problem(
             config.where("model", "path"), f"{found.where}: {found.what}" if found.where else found.what, found.remedy
@@ -70,6 +71,7 @@ def _make_plan(config: Config, processes: int, catalog: Catalog | None) -> Plan:
     assert isinstance(sampler_spec, SamplerSpec)
     problems += _check_unit(config, spec, sampler_spec)
     sampler = sampler_spec.build(config.sampler.options, family.scheduler_config())
+    check_members("sampler", sampler, where=config.where("sampler", "use"))
     check_declared(family)
     made = datasets(config, family, problems, foreign_extras(spec, family, catalog))
     problems += [*training_problems(config, family, made), *encoder_problems(config, family, made)]
@@ -233,7 +235,7 @@ def _said(regularizers: tuple[tuple[str, Regularizer], ...]) -> list[str]:
     ]
 
 
-def _misfits(part: Regularizer, family: Family, clips: Clips) -> list[Problem]:
+def _misfits(name: str, part: Regularizer, family: Family, clips: Clips) -> list[Problem]:
     """Why a regularizer cannot work with this model and these clips."""
     needs = part.needs()
     found = [
@@ -242,7 +244,8 @@ def _misfits(part: Regularizer, family: Family, clips: Clips) -> list[Problem]:
         if not 0 <= tap < family.block_count
     ]
     if needs.features is not None and not isinstance(part, SupportsFeatures):
-        raise PluginError(Problem("", "it asks for features and has no encoder that makes them (SupportsFeatures)."))
+        what = "it asks for features and has no encoder that makes them (SupportsFeatures)"
+        raise PartFault("regularizer", name, what)
     if needs.features is not None and not isinstance(family, SupportsTokenGrid):
         what = "it compares each token with the picture, and this model family does not say where its tokens lie."
         found.append(Problem("", what, "Ask the author of its plugin for SupportsTokenGrid."))
@@ -257,9 +260,10 @@ def _regularizers(
         spec = part.registered.spec
         assert isinstance(spec, RegularizerSpec)
         regularizer = spec.build(part.options)
+        check_members("regularizer", regularizer, spec.name, config.where("regularizer", number))
         problems += [
             Problem(config.where("regularizer", number), f"{spec.name}: {fault.what}", fault.remedy)
-            for fault in _misfits(regularizer, family, clips)
+            for fault in _misfits(spec.name, regularizer, family, clips)
         ]
         if spec.name in (name for name, _ in built):
             problems.append(Problem(config.where("regularizer", number), f"{spec.name} is given twice."))

@@ -55,7 +55,7 @@ class DatasetPlan:
     that have the family's conditions that are not required, from 0 to 1; 1 where all are required.
     decoder: "" for PyAV, else the name and version of what decodes instead, as they stand in the keys of entries.
     extras: those that the family reads of its clips; foreign_extras: those that other installed families read -> one of them.
-    Neither has those of data.ignore_extras.
+    Neither has those of data.ignore_extras. use: the backend's name.
     """
 
     id: str
@@ -73,6 +73,7 @@ class DatasetPlan:
     decoder: str = ""
     extras: tuple[CaptionExtra, ...] = ()
     foreign_extras: Mapping[str, str] = field(default_factory=dict)
+    use: str = ""
 
     def has(self, condition: ConditionSpec) -> bool:
         """Whether some of its draws have the condition."""

@@ -12,8 +12,6 @@ from vtrain.contract import (
     Family,
     FamilySpec,
     HashFile,
-    PluginError,
-    Problem,
     SupportsCaptionExtras,
     TextEncoderSpec,
     TextPartSpec,
@@ -21,24 +19,25 @@ from vtrain.contract import (
 from vtrain.contract.specs import listed
 from vtrain.contract.text import Padding
 from vtrain.plan.records import DatasetPlan
-
-FAULT = "This is a fault of the model family's plugin."
+from vtrain.registry.blame import PartFault
 
 _MOST = 3
 
 
 def check_text(family: Family) -> None:
-    """Raises PluginError with all that is wrong with the declaration."""
-    encoders = family.text_encoders()
+    """Raises PartFault with all that is wrong with the declaration."""
+    encoders: object = family.text_encoders()
+    if not isinstance(encoders, Mapping) or not all(isinstance(each, TextEncoderSpec) for each in encoders.values()):
+        raise PartFault("family", "", f"its text_encoders gave {encoders!r}, not TextEncoderSpecs by name")
     faults = []
     if not 1 <= len(encoders) <= _MOST:
-        faults.append(f"the model family has {len(encoders)} text encoders; it needs 1 to {_MOST}.")
+        faults.append(f"it has {len(encoders)} text encoders; it needs 1 to {_MOST}")
     owners: dict[str, str] = {}
     for name, encoder in encoders.items():
-        faults += [f'the text encoder "{name}" {fault}.' for fault in _faults(encoder, owners)]
+        faults += [f'the text encoder "{name}" {fault}' for fault in _faults(encoder, owners)]
         owners |= dict.fromkeys(encoder.parts, name)
     if faults:
-        raise PluginError(Problem("", fault, FAULT) for fault in faults)
+        raise PartFault("family", "", faults)
 
 
 def _faults(encoder: TextEncoderSpec, owners: Mapping[str, str]) -> Iterator[str]:
@@ -70,17 +69,16 @@ def stage_names(encoders: Collection[str]) -> dict[str, str]:
 
 
 def text_fingerprints(family: Family, hash_file: HashFile) -> dict[str, str]:
-    """Encoder -> its fingerprint. Raises ModelError, and PluginError if two are the same: their entries would be too."""
+    """Encoder -> its fingerprint. Raises ModelError, and PartFault if two are the same: their entries would be too."""
     found = {name: encoder.fingerprint(hash_file) for name, encoder in family.text_encoders().items()}
     for name, mark in found.items():
         if same := next((other for other, its in found.items() if other != name and its == mark), None):
-            what = f'the text encoders "{name}" and "{same}" have the same fingerprint.'
-            raise PluginError(Problem("", what, FAULT))
+            raise PartFault("family", "", f'the text encoders "{name}" and "{same}" have the same fingerprint')
     return found
 
 
 def text_marks(family: Family, hash_file: HashFile) -> dict[str, str]:
-    """The same by their `stage_names`. Raises ModelError, PluginError."""
+    """The same by their `stage_names`. Raises ModelError, PartFault."""
     found = text_fingerprints(family, hash_file)
     names = stage_names(found)
     return {names[name]: mark for name, mark in found.items()}
@@ -100,13 +98,13 @@ def with_extras(dataset: DatasetPlan, family: Family, foreign: Mapping[str, str]
 def foreign_extras(spec: FamilySpec, family: Family, catalog: Catalog | None) -> dict[str, str]:
     """Caption extras that this family does not read, and another installed one does -> its name. catalog: None for none.
 
-    Raises PluginError where the family, once built, reads others than its spec says.
+    Raises PartFault where the family, once built, reads others than its spec says.
     """
     own = family.caption_extras if isinstance(family, SupportsCaptionExtras) else ()
     if [replace(extra, default="") for extra in own] != [replace(extra, default="") for extra in spec.caption_extras]:
         what = f"its spec declares the caption extras {listed(extra.name for extra in spec.caption_extras)}, and the family "
-        what += f"{listed(extra.name for extra in own)}."
-        raise PluginError(Problem("", what, "FamilySpec.caption_extras and caption_extras have to be the same."))
+        what += listed(extra.name for extra in own)
+        raise PartFault("family", "", what, "FamilySpec.caption_extras and caption_extras have to be the same.")
     parts = [part.spec for (kind, _), part in sorted(catalog.parts.items()) if kind == "family"] if catalog else []
     names = {extra.name for extra in own}
     return {

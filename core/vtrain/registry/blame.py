@@ -1,32 +1,79 @@
-"""Says whose code failed: an exception that comes from inside a plugin leaves with a note that names it."""
+"""Says whose code failed: an exception from inside a plugin leaves with a note that names it, and what a part did against the
+contract as a PluginError that does."""
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
-from vtrain.contract import Registered, VtrainError
+from vtrain.contract import PROJECT, PluginError, Problem, Registered, VtrainError
+from vtrain.contract.specs import NOUNS, origin
+
+
+class PartFault(PluginError):
+    """What a part did against the contract, raised where it is seen; `blame` adds whose part it is.
+
+    kind, name: of the part, name "" for the only one of its kind in the run. what: faults, which go on after the part's name.
+    remedy: "" for that of every fault of a plugin. where: a line of the file, "step 3" or "".
+    """
+
+    def __init__(
+        self, kind: str, name: str, what: str | Iterable[str], remedy: str = "", where: str = "", whose: str = ""
+    ) -> None:
+        """whose: distribution and version, "" while they are not known."""
+        self.kind, self.name, self.remedy, self.where, self.whose = kind, name, remedy, where, whose
+        self.what: tuple[str, ...] = tuple(each.rstrip(".") for each in ((what,) if isinstance(what, str) else what))
+        noun = NOUNS[kind][0]
+        part = " ".join(("the", noun, *([f'"{name}"'] if name else []), *([f"of {whose}"] if whose else [])))
+        mend = f"Report it to its author, or use another version of {whose.rpartition(' ')[0]}." if whose else ""
+        fault = f"This is a fault of the {'model family' if kind == 'family' else noun}'s plugin."
+        remedy = remedy or f"{fault} {mend}".rstrip()
+        super().__init__(Problem(where, f"{part}: {each}.", remedy) for each in self.what)
+
+    def __reduce__(self) -> tuple[type[PartFault], tuple[object, ...]]:  # type: ignore[override]
+        return type(self), (self.kind, self.name, self.what, self.remedy, self.where, self.whose)
+
+    def of(self, parts: Sequence[Registered]) -> PartFault:
+        """The same with the distribution and version of the part, where it is known which it is."""
+        own = [part for part in parts if part.spec.kind == self.kind and self.name in ("", part.spec.name)]
+        if len(own) != 1 or self.whose:
+            return self
+        return self._with(own[0].spec.name, self.where, origin(own[0]))
+
+    def at(self, where: str) -> PartFault:
+        """The same at a place, unless it has one."""
+        return self._with(self.name, self.where or where, self.whose)
+
+    def _with(self, name: str, where: str, whose: str) -> PartFault:
+        found = PartFault(self.kind, name, self.what, self.remedy, where, whose)
+        found.reported = self.reported
+        return found
 
 
 @contextmanager
 def blame(parts: Sequence[Registered]) -> Iterator[None]:
     """Add a note with part, distribution and version to what is raised inside, if a plugin's code is on its way.
 
-    Of several plugins on the way, the innermost is named, and those of its parts that the run uses.
+    Of several plugins on the way, the innermost is named, and those of its parts that the run uses. A PartFault is raised again
+    with distribution and version.
     """
     try:
         yield
+    except PartFault as error:
+        raise error.of(parts) from error
     except VtrainError:
         raise
     except Exception as error:
-        packages = {_package(part): part for part in parts}
+        packages = {_package(part) for part in parts} - {PROJECT, ""}
         for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):  # the innermost first
             module = str(frame.f_globals.get("__name__", ""))
-            if module.partition(".")[0] in packages:
-                own = [part for part in parts if _package(part) == module.partition(".")[0]]
+            package = module.partition(".")[0]
+            if package in packages:
+                own = [part for part in parts if _package(part) == package]
                 names = ", ".join(dict.fromkeys(f"{part.spec.kind} {part.spec.name}" for part in own))
-                error.add_note(f"in {own[0].distribution} {own[0].version} ({names}), module {module}")
+                error.add_note(f"in {origin(own[0])} ({names}), module {module}")
                 break
         raise
 
@@ -36,6 +83,8 @@ def at_step(step: int) -> Iterator[None]:
     """Add the optimizer step (1-based) to what is raised inside."""
     try:
         yield
+    except PartFault as error:
+        raise error.at(f"step {step}") from error
     except VtrainError:
         raise
     except Exception as error:
@@ -62,4 +111,9 @@ def in_background(where: str) -> Iterator[None]:
 
 
 def _package(part: Registered) -> str:
-    return part.spec.options.__module__.partition(".")[0]
+    """Where a part's code is. Of one whose options are the contract's own class, where its build is."""
+    package = part.spec.options.__module__.partition(".")[0]
+    build: object = getattr(part.spec, "build", None)
+    while package == PROJECT and isinstance(build, partial):
+        build = build.func
+    return package if package != PROJECT else str(getattr(build, "__module__", "")).partition(".")[0]

@@ -1,4 +1,5 @@
-"""Misspelt abilities of a plugin's parts, as problems: of parts that are there, and of those whose source alone is."""
+"""What is wrong with the names of a plugin's parts, as problems: members that are missing, and abilities that are misspelt, of
+parts that are there, and of those whose source alone is."""
 
 from __future__ import annotations
 
@@ -10,9 +11,10 @@ from functools import cache
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-from vtrain.contract import PluginError, Problem, Registered
-from vtrain.contract.abilities import misspelt, names_of
-from vtrain.contract.specs import origin
+from vtrain.contract import Problem, Registered
+from vtrain.contract.abilities import ABILITIES, members, misspelt, names_of
+from vtrain.contract.specs import listed, origin
+from vtrain.registry.blame import PartFault
 
 _EMPTY_BASES = frozenset({"nn.Module", "torch.nn.Module", "Module", "object", "Protocol", "ABC"})
 
@@ -36,11 +38,51 @@ def declared_faults(sort: str, maker: Callable[..., object], whose: Registered, 
     return _problems(sort, name, names, f" of {origin(whose)}", where)
 
 
-def check_spelling(sort: str, part: object) -> None:
-    """Of a part that is there only when it is used. Raises PluginError."""
-    found = tuple(_problems(sort, type(part).__name__, names_of(part), "", ""))
-    if found:
-        raise PluginError(found)
+_MADE_BY = {
+    "denoiser": ("family", "load_denoiser"),
+    "video codec": ("family", "open_video_codec"),
+    "text encoder": ("family", "open of a text encoder"),
+    "feature encoder": ("regularizer", "open_feature_encoder"),
+    "condition encoder": ("family", "open of a condition's encoder"),
+    "loss module": ("regularizer", "load"),
+    "data backend": ("data_backend", "build"),
+}
+"""Sort -> the kind of part that gives it, and the function by which; other sorts are kinds, which `build` gives."""
+
+_MODULE = frozenset({"forward", "named_parameters", "state_dict", "to"})
+"""What tells an nn.Module, which a loss module is, without torch."""
+
+
+def lacking(sort: str, part: object) -> str:
+    """ "None", "the class Toy, not an object" or 'Toy, which lacks "draw"', for a part that is none; "" for one that is.
+
+    sort: as in ABILITIES. No property is read.
+    """
+    if part is None:
+        return "None"
+    if isinstance(part, type):
+        return f"the class {part.__name__}, not an object"
+    wanted = members(ABILITIES[sort].must) | (_MODULE if sort == "loss module" else frozenset())
+    there = set(dir(part))
+    missing = [name for name in wanted - there if not hasattr(part, name)]  # which asks __getattr__ alone
+    return f"{type(part).__name__}, which lacks {listed(missing)}" if missing else ""
+
+
+def check_members(sort: str, part: object, name: str = "", where: str = "") -> None:
+    """That a part is one. name: of the registered part that gives it, "" if it is the only one of its kind in the run.
+
+    where: what names it in the file. Raises PartFault, with the members that it lacks.
+    """
+    kind, maker = _MADE_BY.get(sort, (sort, "build"))
+    if fault := lacking(sort, part):
+        raise PartFault(kind, name, f"its {maker} gave {fault}", where=where)
+
+
+def check_part(sort: str, part: object, name: str = "") -> None:
+    """That a part which is there only when it is used is one, with abilities that are spelt right. Raises PartFault."""
+    check_members(sort, part, name)
+    if found := list(_problems(sort, type(part).__name__, names_of(part), "", "")):
+        raise PartFault(_MADE_BY[sort][0], name, (each.what for each in found), found[0].remedy)
 
 
 def _problems(sort: str, name: str, names: Set[str], whose: str, where: str) -> Iterator[Problem]:

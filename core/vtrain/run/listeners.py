@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 from vtrain.config import Config
 from vtrain.contract import Event, RunInfo, SupportsWarnings, Tracker, TrackerSpec
 from vtrain.contract.specs import listed
+from vtrain.registry.spelling import lacking
 from vtrain.train import checkpoint
 from vtrain.train.checkpoint import State
 
@@ -39,8 +40,10 @@ class Listener:
     """One tracker at work. key: what its state is kept under. name: as warnings call it."""
 
     def __init__(self, key: str, name: str, tracker: Tracker, info: RunInfo, saved: Kept, warn: deque[str]) -> None:
-        """Raises what the tracker raises when it is asked for its events; TypeError if they are none."""
+        """Raises what the tracker raises when it is asked for its events; TypeError if it is none, or they are none."""
         self.key, self.name, self._tracker, self._warn = key, name, tracker, warn
+        if fault := lacking("tracker", tracker):
+            raise TypeError(f"its build gave {fault}")
         self._info, self._saved = info, saved
         self._wanted = tuple(tracker.events)
         if odd := [each for each in self._wanted if not (isinstance(each, type) and issubclass(each, Event))]:

@@ -39,7 +39,9 @@ def planned(path: Path) -> Plan:
         raise ConfigError(Problem("", what, "Start several processes with torchrun, or unset it."))
     with stdout_on_stderr():  # parts are built, and what their code prints must not stand in a command's JSON
         catalog = discover()
-        return with_decoders(make_plan(load(path, catalog), int(said), catalog))
+        with blame(tuple(catalog.parts.values())):  # validators of options are plugins' code
+            config = load(path, catalog)
+        return with_decoders(make_plan(config, int(said), catalog))
 
 
 def prepare(path: Path, on_file: Callable[[int], None] | None = None) -> Prepared:

@@ -19,6 +19,7 @@ from vtrain.contract import (
     Noted,
     OptimizerSpec,
     Options,
+    ParameterGroup,
     Problem,
     RunLength,
     Saved,
@@ -29,9 +30,11 @@ from vtrain.data.caching.caches import Caches
 from vtrain.data.index import Index
 from vtrain.data.seeds import derive
 from vtrain.estimate.estimate import Estimate
+from vtrain.estimate.render import counted
 from vtrain.plan.places import CHECKPOINTS
 from vtrain.plan.records import Plan
-from vtrain.registry.spelling import check_spelling
+from vtrain.registry.blame import PartFault
+from vtrain.registry.spelling import check_part
 from vtrain.train import checkpoint
 from vtrain.train.changes import SampleMarks, SamplesPiece, data_changes
 from vtrain.train.checkpoint import Piece
@@ -47,7 +50,7 @@ from vtrain.train.pieces import (
 )
 from vtrain.train.prefetch import Prefetcher
 from vtrain.train.processes import Processes
-from vtrain.train.resume import RunState, Start, encoder_marks, feature_marks
+from vtrain.train.resume import RunState, Start, encoder_marks, feature_marks, versions
 from vtrain.train.settings import settings
 from vtrain.train.step import Step, Term, open_teachers
 
@@ -58,6 +61,7 @@ class Trainer:
 
     base, data, features, encoders: marks of what it stands on, as in RunState. pieces: what a checkpoint keeps of it and loads.
     samples: what it keeps of the data. held: what stays in memory beside them until the run ends: teachers that run at each step.
+    check_optimizer: raises PartFault, after a step, where the optimizer's state would not come back.
     """
 
     plan: Plan
@@ -73,6 +77,7 @@ class Trainer:
     step: Step
     optimizer: torch.optim.Optimizer
     named: list[tuple[str, Tensor]]
+    check_optimizer: Callable[[], None]
     pieces: tuple[Piece, ...]
     samples: SamplesPiece
     held: ExitStack
@@ -108,7 +113,7 @@ class Trainer:
                 self.processes,
                 config.train,
                 # Of the step itself: DDP's wrapper has its forward alone.
-                Ends(partial(self.save, also), validate, requests, self.step.observe, owed),
+                Ends(partial(self.save, also), validate, requests, self.step.observe, owed, self.check_optimizer),
                 first=state.step,
                 last=self.estimate.steps,
                 micro_batch=state.micro_batch,
@@ -134,7 +139,7 @@ class Trainer:
         values = {key: setting.value for key, setting in settings(self.plan).items()}
         config = self.plan.config
         marks = (self.data, self.base, self.features, self.encoders)
-        state = RunState(step, micro_batch, values, *marks, str(config.path.parent.absolute()))
+        state = RunState(step, micro_batch, values, *marks, str(config.path.parent.absolute()), versions(config))
         pieces = (*self.pieces, *also, self.samples, CountersPiece(state), ConfigPiece(config.text))
 
         def write() -> tuple[Saved, str]:
@@ -175,13 +180,11 @@ def assemble(
         # from_pretrained leaves a model in eval mode, in which dropout does nothing.
         step.train()
         named = trained(step)
-        part = plan.config.optimizer
-        assert isinstance(part.registered.spec, OptimizerSpec)
-        optimizer = part.registered.spec.build(part.options, groups(named, own_rates(modules), denoiser))
+        optimizer = build_optimizer(plan, groups(named, own_rates(modules), denoiser))
         pieces = (
             weights_piece(plan, denoiser),
             *(RegularizerPiece(name, module) for name, module in modules.items()),
-            OptimizerPiece(optimizer, named, own_keys(part.options)),
+            kept := optimizer_piece(plan, optimizer, named),
         )
         # After the optimizer is built: its piece fills the state of these very parameters.
         if start.folder is not None:
@@ -190,8 +193,36 @@ def assemble(
         held.callback(batches.close)
         return Trainer(
             plan, estimate, start, index.mark(), batches, processes, denoiser, base, features, encoders, step, optimizer,
-            named, pieces, SamplesPiece(index), held.pop_all(),
+            named, kept.check, pieces, SamplesPiece(index), held.pop_all(),
         )  # fmt: skip
+
+
+def build_optimizer(plan: Plan, parameters: Sequence[ParameterGroup]) -> torch.optim.Optimizer:
+    """The optimizer of these parameters. Raises PartFault for what is none, or does not move all of them."""
+    part = plan.config.optimizer
+    assert isinstance(part.registered.spec, OptimizerSpec)
+    optimizer: object = part.registered.spec.build(part.options, parameters)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        found = repr(optimizer) if optimizer is None or isinstance(optimizer, type) else type(optimizer).__name__
+        raise PartFault("optimizer", "", f"its build gave {found}, not a torch.optim.Optimizer")
+    moved = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    left = [name for group in parameters for name, weight in group.parameters if id(weight) not in moved]
+    if left:
+        more = ", ..." if len(left) > 3 else ""
+        what = f"its build was given {counted(len(left), 'parameter')} that no group of it has ({', '.join(left[:3])}{more})"
+        raise PartFault("optimizer", "", what)
+    if any("lr" not in group for group in optimizer.param_groups):
+        raise PartFault("optimizer", "", 'a group of it has no "lr", which the learning-rate schedule sets')
+    return optimizer
+
+
+def optimizer_piece(plan: Plan, optimizer: torch.optim.Optimizer, named: list[tuple[str, Tensor]]) -> OptimizerPiece:
+    """What a checkpoint keeps of it. Raises PartFault where it keeps what no checkpoint brings back."""
+    part = plan.config.optimizer
+    assert isinstance(part.registered.spec, OptimizerSpec)
+    piece = OptimizerPiece(optimizer, named, own_keys(part.options), part.registered.spec.state_bytes > 0)
+    piece.check(stepped=False)
+    return piece
 
 
 def own_keys(options: Options) -> frozenset[str]:
@@ -205,7 +236,7 @@ def load_model(plan: Plan, start: Start, device: str) -> tuple[Denoiser, str]:
     lora = config.model.table.lora
     weights = None if lora else start.folder  # a checkpoint of LoRA holds the adapter alone
     denoiser = plan.family.load_denoiser(device, plan.base, weights)
-    check_spelling("denoiser", denoiser)
+    check_part("denoiser", denoiser)
     if lora is None:
         denoiser.module.requires_grad_(True)
         return denoiser, ""
@@ -232,6 +263,6 @@ def build_regularizers(plan: Plan, device: Device) -> dict[str, nn.Module]:
         # Seeded and drawn on the CPU, then moved: the same first weights on every device.
         Device().seed(derive(plan.config.run.seed, f"regularizer {name}"))
         module = regularizer.load(dict.fromkeys(regularizer.needs().taps, plan.family.block_width))
-        check_spelling("loss module", module)
+        check_part("loss module", module, name)
         modules[name] = module.to(device.torch)
     return modules

@@ -56,6 +56,7 @@ class Ends:
 
     owed: optimizer steps done, whether a validation is due there -> whether one is still to be made. The first process asks.
     observe: a step's numbers when they are read, steps in order, and whether conclusions may be drawn from them.
+    stepped: after the first step of the session.
     """
 
     save: Callable[[int, int], Iterator[Event]]
@@ -63,6 +64,7 @@ class Ends:
     requests: Requests
     observe: Callable[[StepMetrics, bool], None] = lambda row, decide: None
     owed: Callable[[int, bool], bool] = lambda done, due: False
+    stepped: Callable[[], None] = lambda: None
 
 
 class Interval:
@@ -149,6 +151,8 @@ class Loop:
         for number in range(self.first, self.last):
             with at_step(number + 1):
                 self.optimizer_step(number, fed)
+                if number == self.first:
+                    self.ends.stepped()
             done, ended = number + 1, number + 1 == self.last
             yield Stepped(done)
             if ended or done % self.table.log_every == 0:
@@ -230,7 +234,8 @@ class Loop:
             found, broken = rows(unread, self.processes, self.steps_per_epoch, seconds, self.processes.device.peak())
             for row in found:
                 # At other steps reading is a matter of chance: a signal, a checkpoint.
-                self.ends.observe(row, row.step % self.table.log_every == 0)
+                with at_step(row.step):
+                    self.ends.observe(row, row.step % self.table.log_every == 0)
             if found:
                 yield Logged(found)
             if broken is not None:
@@ -259,7 +264,8 @@ class Loop:
         yield from self.read()
         self.check_weights(done)
         try:
-            yield from self.ends.save(done, self.micro_batch + (done - self.first) * self.per_step)
+            with at_step(done):
+                yield from self.ends.save(done, self.micro_batch + (done - self.first) * self.per_step)
             self.saved = done
         except CheckpointError as error:
             if must:

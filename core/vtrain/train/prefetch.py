@@ -23,7 +23,7 @@ from vtrain.contract import (
 )
 from vtrain.data.batches import Batch, Batches
 from vtrain.data.seeds import generator
-from vtrain.registry.blame import in_background
+from vtrain.registry.blame import PartFault, in_background
 from vtrain.train.step import StepInput
 
 AHEAD = 4
@@ -69,10 +69,16 @@ class Prefetcher:
         shape = batch.latents.mean.shape[1:]
         noise = [torch.randn(shape, generator=generator(self.seed, "noise", draw)) for draw in batch.draws]
         levels = [self.sampler.draw(1, generator(self.seed, "level", draw)) for draw in batch.draws]
+        for drawn in levels:
+            check_level(drawn, shape[1])
         times = [level.timestep for level in levels if level.timestep is not None]
         sigma = torch.cat([level.sigma for level in levels])
         level = NoiseLevel(sigma, torch.cat(times) if len(times) == len(levels) else None)
-        return torch.stack(noise), timed(self.family, level)
+        level = timed(self.family, level)
+        if timesteps(level).shape != level.sigma.shape:
+            what = f"its timestep gave {tuple(timesteps(level).shape)} for levels {tuple(level.sigma.shape)}"
+            raise PartFault("family", "", what)
+        return torch.stack(noise), level
 
     def prepare(self, number: int, step: int) -> Prefetched:
         """The global micro-batch `number`, which optimizer step `step` (zero-based) uses, but for what `complete` moves."""
@@ -123,6 +129,21 @@ class Prefetcher:
             finally:
                 for future in waiting:
                     future.cancel()  # the pool, which is left next, waits for all that it has
+
+
+def check_level(level: object, frames: int) -> None:
+    """Raises PartFault for what is no level of one clip with so many latent frames. It is on the CPU: reading it costs nothing."""
+    if not isinstance(level, NoiseLevel):
+        raise PartFault("sampler", "", f"its draw gave a {type(level).__name__}, not a NoiseLevel")
+    sigma, time = level.sigma, level.timestep
+    if sigma.shape not in ((1,), (1, frames)) or sigma.dtype is not torch.float32:
+        found = f"{str(sigma.dtype).removeprefix('torch.')} {tuple(sigma.shape)}"
+        raise PartFault("sampler", "", f"its draw gave levels {found} for one clip, not float32 (1,) or (1, {frames})")
+    if not bool(((sigma >= 0) & (sigma <= 1)).all()):  # NaN is not either
+        raise PartFault("sampler", "", f"its draw gave the level {sigma.flatten().tolist()}; levels are from 0 to 1")
+    if time is not None and time.shape != sigma.shape:
+        what = f"its draw gave timesteps {tuple(time.shape)} for levels {tuple(sigma.shape)}"
+        raise PartFault("sampler", "", what)
 
 
 def given_clean(

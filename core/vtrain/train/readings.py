@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vtrain.contract import Problem, StepMetrics, TrainingError
+from vtrain.contract.specs import listed
 from vtrain.train.processes import Processes
 
 
@@ -125,9 +126,14 @@ def check_finite(step: int, parts: Sequence[Reading], norm: float | None, before
     before: readings of the step before, if the norm of its gradient is not known.
     """
     what = "the loss is not finite"
+    terms = sorted({name for part in parts for name, value in part.terms.items() if not math.isfinite(value)})
     bad = [
         name for part in parts for name, value in zip(part.samples, part.flow, strict=True) if not math.isfinite(value)
-    ] or [name for part in parts if not math.isfinite(part.loss) for name in part.samples]
+    ]
+    # Where the clips' own losses are finite, what is not comes from a regularizer, whose name a term's begins with.
+    if not bad and (owners := dict.fromkeys(name.partition("/")[0] for name in terms if name.endswith("/loss"))):
+        what = f"the loss of the regularizer {listed(owners)} is not finite"
+    bad = bad or [name for part in parts if not math.isfinite(part.loss) for name in part.samples]
     if not bad and norm is not None and not math.isfinite(norm):
         what, bad = "the gradient is not finite", [name for part in parts for name in part.samples]
     if bad:

@@ -12,9 +12,11 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from vtrain import __version__
 from vtrain.config.keys import key_path
 from vtrain.config.record import Config
 from vtrain.contract import CheckpointError, HashFile, Problem, SupportsFeatures
+from vtrain.contract.specs import NOUNS, origin
 from vtrain.data.sample import TRANSFORM_VERSION
 from vtrain.data.scanning.database import HASHES, FileHashes
 from vtrain.plan.places import CHECKPOINT, CHECKPOINTS, checkpoints_there, resume_path
@@ -36,8 +38,8 @@ class RunState:
     step: optimizer steps done. micro_batch: the next global one. settings: key -> value. data: names the samples and
     their shapes (`Index.mark`). base: names the weights under an adapter (`base_mark`), "" when all weights are trained.
     features: regularizer -> fingerprint of the features that it learns from, of those that read some. encoders: marks of
-    what makes clips and captions latents and embeddings (`encoder_marks`). folder: the configuration file's, absolute. The
-    last two are empty in checkpoints of before.
+    what makes clips and captions latents and embeddings (`encoder_marks`). folder: the configuration file's, absolute.
+    versions: who did what (`versions`). The last three are empty in checkpoints of before.
     """
 
     step: int
@@ -48,6 +50,7 @@ class RunState:
     features: Mapping[str, str] = field(default_factory=dict)
     encoders: Mapping[str, str] = field(default_factory=dict)
     folder: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 Count = Annotated[int, Field(ge=0, le=MOST)]
@@ -66,6 +69,7 @@ class _Stored(BaseModel):
     features: dict[str, str] = {}
     encoders: dict[str, str] = {}
     folder: str = ""
+    versions: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,23 @@ def _encoder_changes(before: Mapping[str, str], plan: Plan) -> Iterator[str]:
         yield "this vtrain cuts and scales clips otherwise than the one of the checkpoint: they are encoded again"
 
 
+def versions(config: Config) -> dict[str, str]:
+    """ "family toy" -> "vtrain-toy 0.1.0", of each part that the run uses; "core" -> vtrain's own."""
+    parts = {f"{part.spec.kind} {part.spec.name}": origin(part) for part in config.parts()}
+    return {"core": f"vtrain {__version__}", **parts}
+
+
+def _version_changes(before: Mapping[str, str], config: Config) -> Iterator[str]:
+    """Of what the checkpoint and this run both use, where its distribution is of another version, or is another."""
+    found: dict[tuple[str, str], list[tuple[str, str, str]]] = {}
+    for part, now in versions(config).items():
+        if before.get(part, now) != now:
+            found.setdefault((before[part], now), []).append(part.partition(" "))
+    for (was, now), parts in found.items():
+        words = ", ".join(f"{NOUNS[kind][0]} {name}" if name else kind for kind, _, name in parts)
+        yield f"{was} became {now} since the checkpoint ({words}): the run continues with the new code"
+
+
 def feature_marks(plan: Plan) -> dict[str, str]:
     """Regularizer -> fingerprint of its features, of those that read some. Raises ModelError."""
     hash_file = FileHashes(plan.config.cache.dir / HASHES)
@@ -191,8 +212,9 @@ def find_start(plan: Plan) -> Start:
         )
     notices.append(f"resuming from {folder} (step {state.step})")
     reported = (each for each in changes if each.resume != "free" and not (each.location and moved.alike(each)))
-    warnings = tuple(_encoder_changes(state.encoders, plan)) if state.encoders else ()
-    return Start(folder, state, tuple(notices), tuple(map(str, reported)), warnings)
+    warnings = [*_version_changes(state.versions, plan.config)]
+    warnings += _encoder_changes(state.encoders, plan) if state.encoders else ()
+    return Start(folder, state, tuple(notices), tuple(map(str, reported)), tuple(warnings))
 
 
 def _refused(plan: Plan, state: RunState, change: Change, moved: Relocation) -> str:

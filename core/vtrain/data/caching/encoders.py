@@ -14,8 +14,7 @@ from vtrain.contract import (
     ConditionEncoder,
     Device,
     FeatureEncoder,
-    PluginError,
-    Problem,
+    Latents,
     VideoCodec,
     torch_type,
 )
@@ -24,14 +23,15 @@ from vtrain.data.decoding.decode import unit_range
 from vtrain.data.decoding.masks import is_empty
 from vtrain.data.decoding.worker import Decoded, DecodeJob, MaskJob
 from vtrain.data.sample import Sample
-from vtrain.registry.spelling import check_spelling
+from vtrain.registry.blame import PartFault
+from vtrain.registry.spelling import check_part
 
 DecodingJob = DecodeJob | MaskJob
 
 EncodeWindows = Callable[[Sequence[Tensor], Sample], list[dict[str, Tensor]]]
 """What was decoded of windows of one shape, and one of their samples -> the tensors of each one's entry, on the CPU.
 
-Raises PluginError for tensors of other shapes than were promised.
+Raises PartFault for tensors of other shapes than were promised.
 """
 
 
@@ -40,13 +40,15 @@ def opened(artifact: Artifact, device: str) -> Iterator[EncodeWindows]:
     """The artifact's model is in memory for the length of the with block. Raises ModelError."""
     if isinstance(artifact, VideoArtifact):
         with artifact.plan.family.open_video_codec(device) as codec:
-            check_spelling("video codec", codec)
+            check_part("video codec", codec)
             yield _video(artifact, codec, device)
     elif isinstance(artifact, FeatureArtifact):
         with artifact.part.open_feature_encoder(device) as encoder:
+            check_part("feature encoder", encoder, artifact.name)
             yield _features(artifact, encoder, device)
     elif isinstance(artifact, ConditionArtifact):
         with artifact.encoder.open(device) as conditions:
+            check_part("condition encoder", conditions)
             yield _conditions(artifact, conditions, device)
     else:
         yield _masks
@@ -54,20 +56,20 @@ def opened(artifact: Artifact, device: str) -> Iterator[EncodeWindows]:
 
 def _video(artifact: VideoArtifact, codec: VideoCodec, device: str) -> EncodeWindows:
     here, sampled = Device.of(device), artifact.plan.config.cache.latents == "sample"
-    fault = "This is a fault of the model family's plugin."
 
     def encode(pixels: Sequence[Tensor], sample: Sample) -> list[dict[str, Tensor]]:
         with torch.no_grad():
             latents = codec.encode(unit_range(here.move(torch.stack(list(pixels)))), std=sampled)
+        if not isinstance(latents, Latents):
+            raise PartFault("family", "", f"its video codec's encode gave a {type(latents).__name__}, not Latents")
         parts = {"mean": latents.mean} | ({} if latents.std is None or not sampled else {"std": latents.std})
         expected = (len(pixels), *artifact.plan.family.latent_shape(sample.shape))
         if sampled and "std" not in parts:
-            what = 'the video codec gave no std, which cache.latents = "sample" needs.'
-            raise PluginError(Problem("", what, fault))
+            raise PartFault("family", "", 'the video codec gave no std, which cache.latents = "sample" needs')
         for part in parts.values():
             if part.shape != expected:
-                what = f"the video codec made latents of {tuple(part.shape)} where {expected} were promised."
-                raise PluginError(Problem("", what, fault))
+                what = f"the video codec made latents of {tuple(part.shape)} where {expected} were promised"
+                raise PartFault("family", "", what)
         whole = {name: part.float().cpu() for name, part in parts.items()}
         return [{name: part[number] for name, part in whole.items()} for number in range(len(pixels))]
 
@@ -83,10 +85,8 @@ def _features(artifact: FeatureArtifact, encoder: FeatureEncoder, device: str) -
             found = encoder.encode(unit_range(here.move(torch.stack(list(pixels)))), grid)
         expected = (len(pixels), *shape)
         if found.shape != expected:
-            what = (
-                f"the encoder of {artifact.name} made features of {tuple(found.shape)} where {expected} were promised."
-            )
-            raise PluginError(Problem("", what, "This is a fault of the regularizer's plugin."))
+            what = f"its encoder made features of {tuple(found.shape)} where {expected} were promised"
+            raise PartFault("regularizer", artifact.name, what)
         return [{"features": each} for each in found.to(dtype).cpu()]  # the type first: fewer bytes to copy
 
     return encode
@@ -107,8 +107,8 @@ def _conditions(artifact: ConditionArtifact, encoder: ConditionEncoder, device: 
             elif (tuple(have.shape), have.dtype) != (expected, torch_type(dtype)):
                 wrong.append(f"{name} {tuple(have.shape)} of {have.dtype} where {expected} of {dtype} were promised")
         if wrong:
-            what = f"the encoder of the condition {artifact.condition.name} made {'; '.join(wrong)}."
-            raise PluginError(Problem("", what, "This is a fault of the model family's plugin."))
+            what = f"the encoder of the condition {artifact.condition.name} made {'; '.join(wrong)}"
+            raise PartFault("family", "", what)
         whole = {name: part.cpu() for name, part in found.items()}
         return [{name: part[number] for name, part in whole.items()} for number in range(len(pixels))]
 

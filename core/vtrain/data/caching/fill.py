@@ -44,6 +44,7 @@ from vtrain.data.sample import Sample, Skipped
 from vtrain.data.scanning.decisions import settings_key
 from vtrain.data.scanning.ledger import Ledger
 from vtrain.plan.text import stage_names
+from vtrain.registry.spelling import check_part
 
 AGAIN_S = 0.5
 """Seconds until one looks again for what another run is making."""
@@ -101,7 +102,9 @@ class _TextFilling:
                     # Looked at again under the lease: another run may have written it since.
                     keys = [key for key in free if not self.stores.text.sound(key)]
                     if keys:
-                        encoder = encoder or stack.enter_context(self.spec.open(self.device))
+                        if encoder is None:
+                            encoder = stack.enter_context(self.spec.open(self.device))
+                            check_part("text encoder", encoder)
                         self._encode(encoder, missing, keys)
                         made += len(keys)
                     for key in free:

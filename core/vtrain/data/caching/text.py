@@ -8,8 +8,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from vtrain.contract import PluginError, Problem, Text, TextEncoderSpec, TextPart
-from vtrain.plan.text import FAULT
+from vtrain.contract import Text, TextEncoderSpec, TextPart
+from vtrain.registry.blame import PartFault
 
 ONLY = "embeds"
 """The tensor of an encoder with one part, whatever that is called; of several, each has its part's name."""
@@ -18,8 +18,10 @@ ONLY = "embeds"
 def tensors_of(name: str, spec: TextEncoderSpec, text: Text, captions: int) -> Iterator[dict[str, Tensor]]:
     """What is stored of each caption: (L, D), pooled (D,). name: the encoder's.
 
-    Raises PluginError, which names encoder and part, for text of other parts, shapes or types than the encoder promises.
+    Raises PartFault, which names encoder and part, for text of other parts, shapes or types than the encoder promises.
     """
+    if not isinstance(text, Text):
+        refuse(name, f"encode gave a {type(text).__name__}, not a Text")
     for fault in spec.faults(text, captions):
         refuse(name, fault)
     lengths = {part: _lengths(name, part, each.mask) for part, each in text.parts.items()}
@@ -33,7 +35,7 @@ def tensors_of(name: str, spec: TextEncoderSpec, text: Text, captions: int) -> I
 
 
 def _lengths(name: str, part: str, mask: Tensor | None) -> Sequence[int] | None:
-    """The number of real tokens of each caption; None of a pooled part. Raises PluginError."""
+    """The number of real tokens of each caption; None of a pooled part. Raises PartFault."""
     if mask is None:
         return None
     mask = mask.cpu()
@@ -49,7 +51,7 @@ def _lengths(name: str, part: str, mask: Tensor | None) -> Sequence[int] | None:
 def parts_of(name: str, spec: TextEncoderSpec, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """An entry's tensors by their parts: (L, D) and pooled (D,). name: the encoder's.
 
-    Raises PluginError if they are not what the encoder promises, which then changed without its fingerprint.
+    Raises PartFault if they are not what the encoder promises, which then changed without its fingerprint.
     """
     found = {}
     for part, each in spec.parts.items():
@@ -67,4 +69,4 @@ def _stored(spec: TextEncoderSpec, part: str) -> str:
 
 
 def refuse(encoder: str, fault: str) -> NoReturn:
-    raise PluginError(Problem("", f'the text encoder "{encoder}": {fault}.', FAULT))
+    raise PartFault("family", "", f'the text encoder "{encoder}": {fault}')

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
-from vtrain.contract import DataBackend, PluginError, Problem, SourceRef, SupportsShards, Words
+from vtrain.contract import DataBackend, SourceRef, SupportsShards, Words
 from vtrain.data.decoding.probe import Probe
 from vtrain.data.decoding.video import FileFault, faults
 from vtrain.data.decoding.worker import ProbeJob, Workers
@@ -28,6 +28,7 @@ from vtrain.data.scanning.ledger import (
     words_text,
 )
 from vtrain.plan.records import DatasetPlan
+from vtrain.registry.blame import PartFault
 
 _ROWS = 256
 """Rows per transaction: an interrupted scan loses at most these."""
@@ -38,14 +39,25 @@ _BESIDE = frozenset(BESIDE.values())
 class Changes:
     """The changes that one scan makes to one place. The generation moves with the first of them, or not at all."""
 
-    def __init__(self, ledger: Ledger, place: int) -> None:
-        self.ledger, self.place = ledger, place
+    def __init__(self, ledger: Ledger, place: int, dataset: DatasetPlan) -> None:
+        self.ledger, self.place, self._dataset = ledger, place, dataset
         self._generation: int | None = None
         self._found: list[tuple[object, ...]] = []
         self._gone: list[str] = []
         self._seen: list[tuple[object, ...]] = []
         self._captions: list[tuple[str, str, str | None]] = []
         self._stems: set[str] = set()
+
+    def fault(self, what: str) -> PartFault:
+        """Of the data backend, to be raised."""
+        return PartFault("data_backend", self._dataset.use, what, where=self._dataset.where)
+
+    def unsorted(self, before: str, after: str) -> PartFault:
+        """after: what was listed behind `before`, where it may not stand."""
+        if before == after:
+            return self.fault(f'it lists "{escaped(after)}" twice')
+        said = f'"{escaped(after)}" comes after "{escaped(before)}"'
+        return self.fault(f"the files are not listed in order of their ids: {said}")
 
     def found(self, ref: SourceRef, kind: str | None = None) -> None:
         """A file is new, or another than it was."""
@@ -149,11 +161,11 @@ _BESIDE_A_CLIP = """AND EXISTS (SELECT 1 FROM source clip WHERE clip.place = sou
 def refresh(ledger: Ledger, dataset: DatasetPlan, workers: Workers, count: Callable[[], None] | None = None) -> int:
     """The number of the dataset's place, whose rows are then true. count: called for each file that is done with.
 
-    Raises DataError.
+    Raises DataError, and PartFault for files that are not listed as the contract says.
     """
     backend = dataset.backend
     place = ledger.place(backend.location)
-    changes = Changes(ledger, place)
+    changes = Changes(ledger, place, dataset)
     if isinstance(backend, SupportsShards):
         _merge_shards(changes, backend, count)
     else:
@@ -179,10 +191,14 @@ def _merge(changes: Changes, listed: Iterator[SourceRef], shard: str, count: Cal
     known = _known(changes, shard)
     row, last = next(known, None), ""
     misnamed: dict[str, SourceRef] = {}
+    if not isinstance(listed, Iterable):
+        raise changes.fault(f"it lists {listed!r}, not files")
     for ref in listed:
+        if not isinstance(ref, SourceRef):
+            raise changes.fault(f"it lists {ref!r}, which is no SourceRef")
         name = ref.id
         if name <= last:
-            raise _unsorted(last, name)
+            raise changes.unsorted(last, name)
         last = name
         if hidden(name):
             continue
@@ -230,11 +246,6 @@ def _merge_misnamed(changes: Changes, shard: str, listed: dict[str, SourceRef]) 
             changes.found(SourceRef(ref_id, ref.size, ref.version), MISNAMED)
 
 
-def _unsorted(before: str, after: str) -> PluginError:
-    what = f'the files are not listed in order of their ids: "{escaped(after)}" comes after "{escaped(before)}".'
-    return PluginError(Problem("", what, "This is a fault of the data backend's plugin."))
-
-
 def _merge_shards(changes: Changes, backend: SupportsShards, count: Callable[[], None] | None) -> None:
     """List the members of shards that are new or changed; the ledger remembers the others."""
     values = {"place": changes.place}
@@ -243,7 +254,7 @@ def _merge_shards(changes: Changes, backend: SupportsShards, count: Callable[[],
     row, last = next(known, None), ""
     for shard in backend.shards():
         if shard.id <= last:
-            raise _unsorted(last, shard.id)
+            raise changes.unsorted(last, shard.id)
         last = shard.id
         while row is not None and row[0] < shard.id:
             _forget_shard(changes, row[0])
@@ -294,7 +305,7 @@ def _merge_captions(changes: Changes, dataset: DatasetPlan) -> None:
     row, last = next(known, None), ""
     for name, words in caption_rows(dataset):
         if name <= last:
-            raise _unsorted(last, name)
+            raise changes.unsorted(last, name)
         last = name
         if not is_utf8(name):
             continue  # such a file is skipped for its name

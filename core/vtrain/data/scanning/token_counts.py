@@ -12,10 +12,11 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Self
 
-from vtrain.contract import Caption, Family, ModelError, PluginError, Problem, Role, SupportsTokenCounts, TokenCount
+from vtrain.contract import Caption, Family, ModelError, Role, SupportsTokenCounts, TokenCount
 from vtrain.data.scanning.database import HASHES, DatabaseTables, FileHashes, database_faults, open_database
 from vtrain.data.scanning.ledger import Ledger, marks
 from vtrain.plan.records import ValidationPlan
+from vtrain.registry.blame import PartFault
 
 TOKENS = "tokens.sqlite"
 
@@ -111,8 +112,7 @@ class TokenCounts:
             return None
         counts = [tuple(each) for each in self._counter.count(captions, role)]
         if len(counts) != len(captions):
-            what = f"its token counter gave {len(counts)} counts for {len(captions)} captions."
-            raise PluginError(Problem("", what, "This is a fault of the model family's plugin."))
+            raise PartFault("family", "", f"its token counter gave {len(counts)} counts for {len(captions)} captions")
         return counts
 
 

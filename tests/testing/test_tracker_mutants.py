@@ -122,7 +122,11 @@ TRACKERS: Mapping[str, tuple[type[Lines], Mapping[str, Any], str]] = {
         {"warning": lambda self: ()},
         r"warning \(for warnings of SupportsWarnings\?\)",
     ),
-    "test_the_tracker_has_the_abilities_that_are_expected": (Lines, {}, r"lacks SupportsWarnings \(without warnings\)"),
+    "test_it_has_the_abilities_that_its_author_expects": (
+        Lines,
+        {},
+        "the tracker has lost SupportsWarnings: it has no warnings",
+    ),
     "test_a_whole_run_is_taken": (Lines, {"show": lambda self, event: None}, "nothing has arrived after finish"),
     "test_a_run_without_events_is_taken": (Lines, {"finish": lambda self: print(self.last)}, "'last'"),
     "test_events_are_read_and_not_changed": (Lines, {"show": clearing}, "assert"),
@@ -179,7 +183,7 @@ def release() -> Iterator[None]:
 def test_the_rule_fails_for_a_tracker_that_breaks_it(rule: str, tmp_path: Path) -> None:
     kind, members, words = TRACKERS[rule]
     kit = Fixtures(type("Broken", (kind,), dict(members)), tmp_path)
-    kit.expects = frozenset({"SupportsWarnings"} if "expected" in rule else ())
+    kit.expects = frozenset({"SupportsWarnings"} if "expects" in rule else ())
     with pytest.raises((Exception, pytest.fail.Exception), match=words):
         kit.check(rule)
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,18 +16,23 @@ from vtrain.contract import (
     Denoiser,
     DType,
     Family,
-    HashFile,
     SupportsBlockMemory,
+    SupportsCaptionExtras,
     SupportsTokenGrid,
+    VideoCodec,
     VtrainError,
+    conditions_of,
     takes_frame_levels,
 )
+from vtrain.testing.family_blocks import BlockTests, TapTests
 from vtrain.testing.family_captions import CaptionTests
 from vtrain.testing.family_conditions import ConditionTests
-from vtrain.testing.family_denoiser import DenoiserTests, LoraTests, TapTests
+from vtrain.testing.family_denoiser import DenoiserTests, LoraTests
 from vtrain.testing.family_encoders import TextEncoderTests, VideoCodecTests
+from vtrain.testing.family_files import FileTests
 from vtrain.testing.memory import block_memory
-from vtrain.testing.sampler import check_names, digest
+from vtrain.testing.references import ReferenceTests
+from vtrain.testing.sampler import check_expected, check_names
 from vtrain.testing.subject import Example, FamilySubject
 
 
@@ -137,29 +141,27 @@ class GeometryTests(FamilySubject):
                 assert spec.padding != "full" or spec.tokens is not None, f"{part} is pooled and padded in full"
                 assert spec.dtype in ("fp32", "bf16"), f"{part} is {spec.dtype}"
 
-    def test_fingerprints_are_stable_and_differ_from_each_other(self, family: Family) -> None:
-        """Asked twice, a fingerprint is the same text; no two encoders have the same."""
-        first, again = ([mark(digest) for mark in fingerprints(family)] for _ in range(2))
-        assert first == again
-        assert len(set(first)) == len(first), "a change of one encoder would be taken for a change of another"
 
-    def test_fingerprints_follow_the_files_they_hash(self, family: Family) -> None:
-        """If a fingerprint asks for a file's hash, another hash gives another fingerprint."""
-        for fingerprint in fingerprints(family):
-            asked: list[Path] = []
+class AbilityTests(FamilySubject):
+    """What the author means the family to be able to do.
 
-            def changed(file: Path, asked: list[Path] = asked) -> str:
-                asked.append(file)
-                return "changed " + digest(file)
+    expects: names of the optional protocols (SupportsLora ...) that the family, its video codec and its denoiser are meant to have.
+    """
 
-            after = fingerprint(changed)
-            if asked:
-                assert after != fingerprint(digest), f"it ignores the contents of {asked[0].name}"
+    expects: frozenset[str] = frozenset()
 
-
-def fingerprints(family: Family) -> list[Callable[[HashFile], str]]:
-    """Of the text encoders and of the codec."""
-    return [*(encoder.fingerprint for encoder in family.text_encoders().values()), family.video_fingerprint]
+    def test_it_has_the_abilities_that_its_author_expects(
+        self, family: Family, codec: VideoCodec, denoiser: Denoiser
+    ) -> None:
+        """Each name in `expects` is a protocol that the family, its codec or its denoiser has and makes use of."""
+        check_expected(self.expects, {"family": family, "video codec": codec, "denoiser": denoiser})
+        idle = {
+            "SupportsFrameLevels": not takes_frame_levels(family),
+            "SupportsConditions": not conditions_of(family),
+            "SupportsCaptionExtras": isinstance(family, SupportsCaptionExtras) and not family.caption_extras,
+        }
+        unused = sorted(name for name in self.expects if idle.get(name))
+        assert not unused, f"the family has the members of {', '.join(unused)}, and they say that it has nothing"
 
 
 class MemoryTests(FamilySubject):
@@ -217,13 +219,22 @@ def measured(family: Family, denoiser: Denoiser, examples: Sequence[Example], co
 
 class FamilyTests(
     GeometryTests,
+    AbilityTests,
     CaptionTests,
     TextEncoderTests,
     VideoCodecTests,
     ConditionTests,
     DenoiserTests,
+    BlockTests,
     TapTests,
     LoraTests,
+    FileTests,
     MemoryTests,
+    ReferenceTests,
 ):
-    """Subclass it and give the fixture `family`: built from its options on a small model folder, scope class."""
+    """Subclass it and give the fixture `family`: built from its options on a small model folder, scope class.
+
+    That proves that the family agrees with itself. That it agrees with the original model is proved by what more you give: the
+    fixtures of ReferenceTests, `model_folder`, and the class attribute `least_psnr`. A rule that lacks one is skipped, and
+    `pytest -rs` says what is not proved.
+    """

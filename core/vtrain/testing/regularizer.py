@@ -25,7 +25,7 @@ from vtrain.contract import (
     TokenGrid,
 )
 from vtrain.testing.memory import survivors
-from vtrain.testing.sampler import check_names, digest, gap, level_of, moving_picture, noise, required
+from vtrain.testing.sampler import check_expected, check_names, digest, gap, level_of, moving_picture, noise, required
 
 
 def encoding(regularizer: Regularizer) -> SupportsFeatures:
@@ -107,6 +107,7 @@ class RegularizerTests(FeatureTests):
 
     latents: of a clip. patch: latents of a token, each way; pixels: of a latent, each way. tap_width: D of every tap.
     step: optimizer steps done, at which the term is at work. stopped: taps that it reads and sends no gradient to.
+    expects: names of the optional protocols (SupportsFeatures, SupportsFeedback ...) that it and its module are meant to have.
     """
 
     latents: LatentShape = LatentShape(4, 3, 4, 6)
@@ -115,6 +116,7 @@ class RegularizerTests(FeatureTests):
     tap_width: int = 24
     step: int = 0
     stopped: tuple[int, ...] = ()
+    expects: frozenset[str] = frozenset()
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -183,6 +185,10 @@ class RegularizerTests(FeatureTests):
         """No public name of the regularizer, or of its module, is almost that of an ability which it lacks."""
         check_names("regularizer", regularizer)
         check_names("loss module", module)
+
+    def test_it_has_the_abilities_that_its_author_expects(self, regularizer: Regularizer, module: nn.Module) -> None:
+        """Each name in `expects` is a protocol that the regularizer or its module has."""
+        check_expected(self.expects, {"regularizer": regularizer, "loss module": module})
 
     def test_the_loss_is_a_finite_scalar(self, regularizer: Regularizer, module: nn.Module) -> None:
         """The term's value is a finite scalar tensor in the graph."""

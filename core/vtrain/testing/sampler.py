@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,7 +26,8 @@ from vtrain.contract import (
     TextPart,
     TextPartSpec,
 )
-from vtrain.contract.abilities import misspelt, names_of
+from vtrain.contract.abilities import ABILITIES, members, misspelt, names_of
+from vtrain.contract.specs import did_you_mean
 
 
 def required(fixture: str, meaning: str) -> NoReturn:
@@ -84,6 +85,16 @@ def check_names(sort: str, part: object) -> None:
     assert not found, f"nothing asks the {sort} for {', '.join(found)}; a name of its own may start with _"
 
 
+def check_expected(expects: Collection[str], parts: Mapping[str, object]) -> None:
+    """Fail for an ability that is expected and that no part has. parts: by what they are, as vtrain.contract.abilities has it."""
+    known = {ability.__name__: (sort, ability) for sort in parts for ability in ABILITIES[sort].can}
+    for name in sorted(expects):
+        assert name in known, f"`expects` names {name}, which is no ability here. {did_you_mean(name, known)}".rstrip()
+        sort, ability = known[name]
+        lacking = sorted(member for member in members(ability) if not hasattr(parts[sort], member))
+        assert isinstance(parts[sort], ability), f"the {sort} has lost {name}: it has no {', '.join(lacking)}"
+
+
 STEPS = (1, 2, 140, 150, 200, 300, 999, 1000)
 """Numbers of solver steps that every sampler is tried with: the ends of what a configuration may ask for, and numbers at which
 the timesteps of 1000 levels are no whole ones, or two are the same one when they are rounded."""
@@ -93,10 +104,12 @@ class SamplerTests:
     """A noise schedule, for training and sampling.
 
     tolerance: largest error of a solved clip and of levels, relative to the largest value. steps: of the solver.
-    timesteps_of: as the sampler's spec says it.
+    timesteps_of: as the sampler's spec says it. expects: names of the optional protocols (SupportsStepwise ...) that it is
+    meant to have.
     """
 
     tolerance: float = 1e-4
+    expects: frozenset[str] = frozenset()
     steps: int = 10
     latents: LatentShape = LatentShape(4, 3, 6, 8)
     timesteps_of: str = ""
@@ -148,6 +161,10 @@ class SamplerTests:
     def test_abilities_of_the_sampler_are_spelt_right(self, sampler: Sampler) -> None:
         """No public name of the sampler is almost that of an ability which it lacks."""
         check_names("sampler", sampler)
+
+    def test_it_has_the_abilities_that_its_author_expects(self, sampler: Sampler) -> None:
+        """Each name in `expects` is a protocol that the sampler has."""
+        check_expected(self.expects, {"sampler": sampler})
 
     def test_draws_come_from_the_generator_alone(self, sampler: Sampler) -> None:
         """The same generator state gives the same levels; torch's global generator is neither used nor moved."""

@@ -106,12 +106,12 @@ def options_are_a_table(spec: Spec, table: Table = NONE) -> Problems:
 
 def _unmade(options: type[Options]) -> str:
     """Why pydantic cannot read values into a class: a type that is imported for type checkers alone, for example."""
-    from pydantic.errors import PydanticErrorMixin
+    from pydantic import PydanticUndefinedAnnotation, PydanticUserError
 
     if not options.__pydantic_complete__:
         try:
             options.model_rebuild()
-        except (PydanticErrorMixin, NameError, TypeError) as error:
+        except (PydanticUndefinedAnnotation, PydanticUserError, TypeError) as error:
             return " ".join(str(error).splitlines()[0].split()).removesuffix(".")
     return ""
 

@@ -67,7 +67,7 @@ def test_a_sound_plugin_has_no_problem_and_every_rule_is_tried(checked: Callable
     report = checked()
     assert report.parts == ("data backend shelf",)
     assert {each.result for each in report.outcomes} == {"ok"}
-    assert len(report.outcomes) == 26
+    assert len(report.outcomes) == 23
 
 
 @pytest.mark.parametrize("name", ["shelf", "Shelf"])

@@ -60,7 +60,7 @@ def hooks_are_spelt_right(entry: object) -> Problems:
         if not callable(hook):
             yield Problem("", f"{name} is not a function.", "Make it one that returns the specs.")
         elif not _is_marked(hook):
-            remedy = "Mark it: `from vtrain.contract import hookimpl`."
+            remedy = "Put @hookimpl above it, from vtrain.contract."
             yield Problem(place_of(hook), f"{name} has no @hookimpl, so it would never be called.", remedy)
         elif given := ", ".join(inspect.signature(hook).parameters):
             what = f"a registration hook takes no arguments: {name} takes {given}."
@@ -150,7 +150,7 @@ PROBE_S = 120.0
 """Seconds that registering and building may take."""
 
 _PROBE = """
-import json, sys
+import json, sys, traceback
 from importlib.metadata import EntryPoint
 path, value, heavy, tables = map(json.loads, sys.argv[1:])
 sys.path[:] = path
@@ -168,7 +168,8 @@ for kind, name, table in tables:
             part.check_steps(50)
         found[f"{kind} {name}"] = [each for each in seen() if each not in before]
     except Exception as error:
-        found[f"{kind} {name}"] = f"{type(error).__name__}: {error}"
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        found[f"{kind} {name}"] = f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})"
 print("\\n" + json.dumps(found))
 """
 """Run in a process of its own: which heavy modules registration, and building each of the given parts, import."""
@@ -203,7 +204,7 @@ def registration_imports_nothing_heavy(value: str) -> Problems:
     elif heavy:
         place = next((place for place, name, top in imports_of(value) if top and name.split(".")[0] in heavy), "")
         what = f"importing {value} imports {', '.join(heavy)}."
-        yield Problem(place, what, "Import it in the functions that need it, as `load_denoiser` does.")
+        yield Problem(place, what, "Import it in the functions that need it; for types, below `if TYPE_CHECKING:`.")
 
 
 def parts_are_built_without_anything_heavy(value: str, tables: Tables) -> Problems:
@@ -216,7 +217,7 @@ def parts_are_built_without_anything_heavy(value: str, tables: Tables) -> Proble
         if isinstance(heavy, str):
             yield Problem("", f"building {part} raises {heavy}.", "A part is built before anything is read or loaded.")
         elif heavy:
-            remedy = "Import it in the methods that need it, as `load_denoiser` does."
+            remedy = "Import it in the methods that load or open something."
             yield Problem("", f"building {part} imports {', '.join(heavy)}.", remedy)
 
 
@@ -234,7 +235,10 @@ def imports_of(value: str) -> Iterator[tuple[str, str, bool]]:
     roots = [Path(place) for place in found.submodule_search_locations or ()] or [Path(str(found.origin))]
     for root in roots:
         for file in sorted(root.rglob("*.py")) if root.is_dir() else [root]:
-            tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
+            try:
+                tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
+            except (SyntaxError, ValueError) as error:
+                raise NotChecked(f"{file} is no Python source: {error}") from error
             for node, top in _nodes(tree, True):
                 yield from ((f"{file}:{line}", name, top) for line, name in _imported(node))
 

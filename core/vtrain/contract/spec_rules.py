@@ -312,3 +312,10 @@ SPEC_RULES: tuple[SpecRule, ...] = (
     options_have_a_json_schema,
 )
 """All that is asked of a spec."""
+
+OF_KINDS: Mapping[SpecRule, tuple[type[Spec], ...]] = {
+    an_optimizer_has_a_learning_rate: (OptimizerSpec,),
+    an_optimizer_says_which_weights_it_moves: (OptimizerSpec,),
+    what_a_spec_names_can_be_found: (FamilySpec, SamplerSpec),
+}
+"""Rules that say nothing of other kinds than these."""

@@ -97,10 +97,8 @@ def _report(plugin: Installed, catalog: Catalog, kind: str | None, tables: Table
         *_tried(rules.only_the_contract_is_imported, value),
     ]
     loaded, fault = _imported(plugin)
-    if fault:
-        what = f"{value}: {fault.removesuffix('.')}."
-        remedy = "Its import must come back, and without an error; then the other rules are checked."
-        return Report(plugin, (), (*outcomes, Outcome(IMPORTED, "", "problem", Problem("", what, remedy))))
+    if fault is not None:
+        return Report(plugin, (), (*outcomes, Outcome(IMPORTED, "", "problem", fault)))
     outcomes.append(Outcome(IMPORTED, "", "ok"))
     specs = list[Spec]()
     with stdout_on_stderr(), in_time(limit_s()):
@@ -119,18 +117,21 @@ def _report(plugin: Installed, catalog: Catalog, kind: str | None, tables: Table
 IMPORTED = "the_plugin_can_be_imported"
 
 
-def _imported(plugin: Installed) -> tuple[object, str]:
+def _imported(plugin: Installed) -> tuple[object, Problem | None]:
     """What its entry point names, and why it cannot be imported: tried in a process of its own, then in this one."""
     (fault,) = trial_faults([plugin])
-    if fault:
-        return None, fault
-    try:
-        with stdout_on_stderr(), in_time(limit_s()):
-            return plugin.entry.load(), ""
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # a module that calls sys.exit() breaks itself only
-        return None, described(error, plugin.entry.module)
+    place = ""
+    if not fault:
+        try:
+            with stdout_on_stderr(), in_time(limit_s()):
+                return plugin.entry.load(), None
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a module that calls sys.exit() breaks itself only
+            fault = described(error, plugin.entry.module)
+            place = f"{error.filename}:{error.lineno}" if isinstance(error, SyntaxError) else ""
+    what = f"{plugin.entry.value}: {fault.removesuffix('.')}."
+    return None, Problem(place, what, "Its import must come back, without an error; then the other rules are checked.")
 
 
 def _title(spec: Spec) -> str:
@@ -166,7 +167,8 @@ def names_are_nobody_elses(spec: Spec, plugin: Installed, catalog: Catalog) -> I
 
 def _of_spec(spec: Spec, plugin: Installed, catalog: Catalog, table: Table) -> Iterator[Outcome]:
     for rule in spec_rules.SPEC_RULES:
-        yield from _tried(rule, spec, table, part=_title(spec))
+        if isinstance(spec, spec_rules.OF_KINDS.get(rule, Spec)):
+            yield from _tried(rule, spec, table, part=_title(spec))
     yield from _tried(names_are_nobody_elses, spec, plugin, catalog, part=_title(spec))
 
 

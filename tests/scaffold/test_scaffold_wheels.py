@@ -1,7 +1,7 @@
 """Each kind's new package, from its wheel beside vtrain's: its own tests, `plugins check`, ruff and mypy --strict pass as it was
 generated.
 
-Slow (a minute and a half): for each of six packages a wheel, a pytest with torch, and mypy.
+Slow (two minutes): for each of six packages a wheel, a pytest with torch, and mypy.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ TORCH_FREE = (
     "tests/contract",
     "tests/config",
     "tests/registry",
+    "tests/scaffold/test_package.py",
     "tests/plan",
     *(f"tests/builtin/test_{source}.py" for source in SOURCES),
     "tests/cli/test_config_command.py",

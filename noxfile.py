@@ -17,7 +17,9 @@ CONSTRAINTS = "constraints.txt"
 FAMILIES = ("sanavideo_plugin", "wan_plugin")
 EDITABLE = [word for folder in FAMILIES for word in ("-e", f"./{folder}")]
 CODE = ("core", "plugins", "sanavideo_plugin", "wan_plugin", "tests", "benchmarks", "examples", "docs", "noxfile.py")
-WITH_TORCH = re.compile(r"(torch|accelerate|peft|diffusers|transformers|efficientnet-\S+?|vtrain)(?=[<>=]|$)")
+WITH_TORCH = re.compile(
+    r"(torch|accelerate|peft|diffusers|transformers|efficientnet-\S+?|lion-pytorch|vtrain)(?=[<>=]|$)"
+)
 """Dependencies that are torch, or install it."""
 SOURCES = ("folder", "frames", "manifest", "s3", "seekable", "storage", "tar", "web")
 TORCH_FREE = (
@@ -26,6 +28,7 @@ TORCH_FREE = (
     "tests/contract",
     "tests/config",
     "tests/registry",
+    "tests/scaffold/test_package.py",
     "tests/plan",
     *(f"tests/builtin/test_{source}.py" for source in SOURCES),
     "tests/cli/test_config_command.py",
@@ -121,10 +124,11 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def plugins(session: nox.Session) -> None:
-    """The conformance kit on every part of ours and on the toy plugin, then the wheels in an empty environment."""
+    """The conformance kit on every part of ours and on the toy plugin, then the wheels in an empty environment: the toy, a new
+    package of each kind, and the page of the first family, followed to the letter."""
     install(session, extras="[test]")
     session.install("-q", "--no-deps", "-e", "tests/fixtures/toy_plugin")
-    session.run("pytest", "-k", "conformance or wheel or toy", *session.posargs)
+    session.run("pytest", "-k", "conformance or wheel or toy or walkthrough", *session.posargs)
 
 
 @nox.session

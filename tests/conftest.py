@@ -10,8 +10,10 @@ import socket
 import struct
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
+import venv
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -245,6 +247,51 @@ def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixt
     name = f"bucket-{abs(hash(request.node.nodeid)):x}"
     client.create_bucket(Bucket=name)
     return Bucket(name, s3_server, client)
+
+
+class Environment:
+    """A fresh Python environment that holds wheels alone, and sees the libraries of the environment that runs the tests behind
+    them. Nothing in it asks a network. programs: the folder of its programs."""
+
+    def __init__(self, place: Path) -> None:
+        venv.create(place / "env", symlinks=True)
+        self.place, self.programs = place, place / "env" / "bin"
+        own = self.run("python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=place)
+        libraries = dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))
+        (Path(own.strip()) / "libraries_of_the_tests.pth").write_text("\n".join(libraries) + "\n", encoding="utf-8")
+
+    def install(self, *projects: Path) -> None:
+        """Build a wheel of each and install it, --no-deps --no-index."""
+        pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+        for project in projects:
+            wheels = self.place / f"wheels-of-{project.name}"
+            build = ("wheel", "-q", "--no-deps", "--no-index", "--no-build-isolation", "-w", wheels)
+            self.run(*pip, *build, project, cwd=self.place)
+            (wheel,) = wheels.iterdir()
+            python = self.programs / "python"
+            self.run(*pip, "--python", python, "install", "-q", "--no-deps", "--no-index", wheel, cwd=self.place)
+
+    def run(self, program: str | Path, *arguments: str | Path, cwd: Path, code: int = 0, **variables: str) -> str:
+        """What one of its programs prints, or another of an absolute path; its output is in the failure."""
+        clean = {key: value for key, value in os.environ.items() if not key.startswith(("VTRAIN_", "PYTHONPATH"))}
+        path = os.pathsep.join((str(self.programs), os.environ["PATH"]))
+        environment = {**clean, "PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables}
+        command = [str(self.programs / program), *map(str, arguments)]
+        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == code, f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Environment]:
+    """environment(project, ...): a fresh one with vtrain and these, each from its wheel."""
+
+    def make(*projects: Path) -> Environment:
+        made = Environment(tmp_path_factory.mktemp("environment"))
+        made.install(Path(__file__).parents[1], *projects)
+        return made
+
+    return make
 
 
 BUSY = b"HTTP/1.1 %d Busy\r\nContent-Type: application/xml\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s"

@@ -22,13 +22,14 @@ RANK = {
     "validate": 5,
     "run": 6,
     "api": 7,
+    "scaffold": 7,
     "cli": 8,
 }
 DATA_RANK = {"decoding": 1, "scanning": 2, "caching": 3}
 """Of the packages in data/: bytes to pixels, files to the ledger, pixels to artifacts."""
 DATA_BELOW = {"draws", "index", "locks", "sample", "seeds"}
 """Modules of data/ that all of them may use. The others (batches, frames, order) are for training, above them all."""
-SHIPPED = {"testing", "scaffold"}  # for plugin authors: may use the contract, and nothing in core imports them
+SHIPPED = {"testing"}  # for plugin authors: may use the contract, and nothing in core imports it
 FAMILIES = {"sanavideo", "sana", "wan", "gemma"}
 FOREIGN = {"diffusers", "transformers"}
 FOREIGN_HOME = CORE / "contract" / "loading.py"

@@ -91,6 +91,13 @@ class Targets:
         self._lock = Lock()
         self._secret: sqlite3.Connection | None = None
 
+    def __getstate__(self) -> tuple[PlaceOptions, Callable[[], Iterator[Target]]]:
+        """Without connections: a copy in another process makes its own."""
+        return self._options, self._again
+
+    def __setstate__(self, state: tuple[PlaceOptions, Callable[[], Iterator[Target]]]) -> None:
+        Targets.__init__(self, *state)
+
     def refs(self, targets: Iterable[Target]) -> Iterator[SourceRef]:
         """In the order of the targets. One that is not there is reported, and does not open. Raises StorageError."""
         remaining = iter(targets)

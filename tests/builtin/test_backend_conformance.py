@@ -23,6 +23,8 @@ from vtrain_builtin.plugin import FOLDER, FRAMES, MANIFEST, TAR
 
 
 class TestFolder(DataBackendTests):
+    expects = frozenset({"SupportsFiles"})
+
     @pytest.fixture
     def place(self, tmp_path: Path, files: Mapping[str, bytes]) -> Path:
         for name, data in files.items():
@@ -40,6 +42,10 @@ class TestFolder(DataBackendTests):
             (place / name).write_bytes(data)
 
         return replace
+
+    @pytest.fixture
+    def remove(self, place: Path) -> Callable[[str], None]:
+        return lambda name: (place / name).unlink()
 
     @pytest.fixture
     def missing(self, tmp_path: Path) -> DataBackend:
@@ -83,6 +89,10 @@ class TestFrames(DataBackendTests):
         return replace
 
     @pytest.fixture
+    def remove(self, place: Path) -> Callable[[str], None]:
+        return lambda name: [image.unlink() for image in (place / name.removesuffix(".mov")).iterdir()] and None
+
+    @pytest.fixture
     def missing(self, tmp_path: Path) -> DataBackend:
         return FRAMES.build(FRAMES.options(path=str(tmp_path / "nowhere"), fps=24.0))
 
@@ -112,6 +122,12 @@ class TestFolderInMemory(DataBackendTests):
         import fsspec
 
         return lambda name, data: fsspec.filesystem("memory").pipe(f"{root}/{name}", data)
+
+    @pytest.fixture
+    def remove(self, root: str) -> Callable[[str], None]:
+        import fsspec
+
+        return lambda name: fsspec.filesystem("memory").rm(f"{root}/{name}")
 
     @pytest.fixture
     def missing(self, root: str) -> DataBackend:
@@ -172,6 +188,8 @@ class Sharded(DataBackendTests):
 
 
 class TestTar(Sharded):
+    expects = frozenset({"SupportsShards"})
+
     @pytest.fixture
     def place(self, tmp_path: Path) -> Path:
         return tmp_path / "shards"
@@ -190,6 +208,15 @@ class TestTar(Sharded):
             (place / shard).write_bytes(in_shards({**files, name: data})[shard])
 
         return replace
+
+    @pytest.fixture
+    def remove(self, place: Path, files: Mapping[str, bytes]) -> Callable[[str], None]:
+        def leave(name: str) -> None:
+            left = {other: data for other, data in files.items() if other != name}
+            shard = name.partition("/")[0]
+            (place / shard).write_bytes(in_shards(left)[shard])
+
+        return leave
 
     @pytest.fixture
     def missing(self, tmp_path: Path) -> DataBackend:
@@ -259,6 +286,8 @@ class Told(DataBackendTests):
 class TestManifest(Told):
     """Local paths in CSV."""
 
+    expects = frozenset({"SupportsCaptions"})
+
     @pytest.fixture
     def backend(self, tmp_path: Path, files: Mapping[str, bytes]) -> DataBackend:
         for name, data in files.items():
@@ -270,6 +299,10 @@ class TestManifest(Told):
     @pytest.fixture
     def rewrite(self, tmp_path: Path) -> Callable[[str, bytes], None]:
         return lambda name, data: (tmp_path / name).write_bytes(data) and None
+
+    @pytest.fixture
+    def remove(self, tmp_path: Path) -> Callable[[str], None]:
+        return lambda name: (tmp_path / name).unlink()
 
     @pytest.fixture
     def missing(self, tmp_path: Path) -> DataBackend:
@@ -343,6 +376,10 @@ class TestManifestOfBytes(Told):
             (tmp_path / shard).write_bytes(as_parquet({**files, name: data})[shard])
 
         return replace
+
+    @pytest.fixture
+    def remove(self, tmp_path: Path) -> Callable[[str], None]:
+        return lambda name: (tmp_path / name.partition("/")[0]).unlink()
 
     @pytest.fixture
     def missing(self, tmp_path: Path) -> DataBackend:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pytest
 
-from vtrain.contract import Regularizer, Sampler, Spec
-from vtrain.testing import PluginTests, RegularizerTests, SamplerTests, SpecTests
+from vtrain.contract import OptimizerSpec, Regularizer, Sampler, Spec, Tracker
+from vtrain.testing import OptimizerTests, PluginTests, RegularizerTests, SamplerTests, SpecTests, TrackerTests
 from vtrain_builtin.plugin import ADAMW, FLOW, FOLDER, FRAMES, LAYERSYNC, MANIFEST, TAR, TENSORBOARD
 
 
@@ -37,11 +38,32 @@ class TestAdamWSpec(SpecTests):
         return ADAMW
 
 
+class TestAdamW(OptimizerTests):
+    table: Mapping[str, object] = {"lr": 1e-4}
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def spec(cls) -> OptimizerSpec:
+        return ADAMW
+
+
 class TestTensorBoardSpec(SpecTests):
     @pytest.fixture(scope="class")
     @classmethod
     def spec(cls) -> Spec:
         return TENSORBOARD
+
+
+class TestTensorBoard(TrackerTests):
+    expects = frozenset({"SupportsWarnings"})
+
+    @pytest.fixture
+    def tracker(self) -> Tracker:
+        return TENSORBOARD.build(TENSORBOARD.options())
+
+    @pytest.fixture
+    def received(self, tmp_path: Path) -> Callable[[], bytes]:
+        return lambda: b"".join(file.read_bytes() for file in sorted(tmp_path.rglob("*.tfevents.*")))
 
 
 class TestFolderSpec(SpecTests):

@@ -269,3 +269,73 @@ def test_of_many_problems_the_first_twenty_are_shown_and_the_rest_counted(capsys
     assert str(error).count("number") == 51, "the library, events and JSON have all"
     report_error(ConfigError(error.problems[:20]))
     assert "more" not in capsys.readouterr().err
+
+
+SHELF = """
+from pydantic import Field
+from vtrain.contract import Options, TrackerSpec, hookimpl
+
+class Loud(Options):
+    volume: int = Field(3, description=" ")
+
+class Drum:
+    events, start, show, state = (), None, None, None
+    def finish(self): ...
+
+@hookimpl
+def vtrain_trackers():
+    return (SPEC,)
+
+SPEC = TrackerSpec("shelf", "a tracker", Loud, lambda options: Drum())
+"""
+
+
+def test_check_says_each_problem_with_place_and_remedy_and_ends_with_exit_code_2(
+    vtrain_command: Vtrain, install_plugin: InstallPlugin
+) -> None:
+    shelf = install_plugin("shelf", SHELF)
+    done = vtrain_command("plugins", "check", "shelf", path=(shelf,))
+    assert done.returncode == 2
+    assert re.search(r"^1 problem +options_are_described$", done.stdout, re.MULTILINE)
+    assert f"tracker shelf: options_are_described ({shelf / 'shelf_plugin.py'}:6)" in done.stdout
+    assert done.stdout.count("problem:") == 1
+    assert 'Say it: Field(..., description="...").' in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_check_as_json_of_a_sound_plugin_is_exit_code_0(
+    vtrain_command: Vtrain, install_plugin: InstallPlugin, tmp_path: Path
+) -> None:
+    """Options without a default come from a run's file."""
+    source = SHELF.replace('Field(3, description=" ")', 'Field(description="how loud")')
+    shelf = install_plugin("shelf", source)
+    tables = ('[run]\noutput_dir = "o"', '[model]\nuse = "toy"\ntrain = "full"', "[train]\nsteps = 1")
+    more = (
+        '[[data]]\nuse = "folder"\npath = "clips"',
+        "[optimizer]\nlr = 1.0",
+        '[[tracker]]\nuse = "shelf"\nvolume = 3',
+    )
+    config = tmp_path / "config.toml"
+    config.write_text("\n".join((*tables, *more)), encoding="utf-8")
+    for given, result in (((), "not checked"), (("--config", str(config)), "ok")):
+        done = vtrain_command("plugins", "check", "shelf", "--json", *given, path=(shelf,))
+        assert done.returncode == 0, done.stdout
+        (report,) = json.loads(done.stdout)
+        assert (report["distribution"], report["problems"], report["parts"]) == ("shelf", 0, ["tracker shelf"])
+        results = {each["rule"]: each["result"] for each in report["rules"]}
+        assert results["parts_are_built_without_anything_heavy"] == result
+        assert results["hooks_are_spelt_right"] == "ok"
+
+
+def test_new_writes_a_package_says_what_is_next_and_overwrites_nothing(vtrain_command: Vtrain, tmp_path: Path) -> None:
+    arguments = ("plugins", "new", "vtrain-drum", "--kind", "data-backend", "--directory", str(tmp_path))
+    done = vtrain_command(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert f"  cd {tmp_path / 'vtrain-drum'}" in done.stdout
+    assert (tmp_path / "vtrain-drum" / "vtrain_drum" / "plugin.py").is_file()
+    again = vtrain_command(*arguments)
+    assert again.returncode == 2
+    assert "this is there already" in again.stderr
+    wrong = vtrain_command(*arguments[:3], "--kind", "vegetable")
+    assert wrong.returncode == 2
+    assert 'no kind of part is called "vegetable"' in wrong.stderr

@@ -48,6 +48,10 @@ class Memory:
         self.files[name] = data
         self.versions[name] += 1
 
+    def remove(self, name: str) -> None:
+        assert self.files is not None
+        del self.files[name]
+
 
 def changed(change: Callable[[list[SourceRef]], Sequence[SourceRef]]) -> Memory:
     """A backend whose list of refs passes through `change`."""
@@ -84,6 +88,20 @@ class Racing(Memory):
         time.sleep(0.002)
         assert self.files is not None
         return io.BytesIO(self.files[self.wanted])
+
+
+class Stamped(Memory):
+    """Its versions are those of this process: every file is new in another one."""
+
+    def refs(self) -> Iterator[SourceRef]:
+        yield from (SourceRef(ref.id, ref.size, f"{ref.version} {id(self)}") for ref in super().refs())
+
+
+class Forgiving(Memory):
+    """It opens what is gone as an empty file."""
+
+    def open(self, ref: SourceRef) -> BinaryIO:
+        return io.BytesIO((self.files or {}).get(ref.id, b""))
 
 
 class Shards(Memory):
@@ -150,6 +168,10 @@ def captions(change: Callable[[list[tuple[str, Words]]], object]) -> Memory:
     )
 
 
+def removing(part: Memory) -> Subject:
+    return {"backend": part, "remove": part.remove}
+
+
 class Timeless(Memory):
     def rewrite(self, name: str, data: bytes) -> None:
         assert self.files is not None
@@ -166,6 +188,9 @@ def with_files(part: Memory) -> Subject:
 
 BACKENDS: Mapping[str, Callable[[], Subject]] = {
     "test_every_file_is_listed_once_sorted_by_id": lambda: with_files(changed(lambda refs: refs[::-1])),
+    "test_it_has_the_abilities_that_its_author_expects": lambda: backend(Memory(FILES)),
+    "test_a_copy_lists_and_opens_the_same": lambda: with_files(Stamped(FILES)),
+    "test_a_vanished_file_is_an_os_error_in_words": lambda: removing(Forgiving(FILES)),
     "test_abilities_of_the_backend_are_spelt_right": lambda: backend(
         type("BrokenMemory", (Memory,), {"captoins": lambda self: iter(())})(FILES)
     ),
@@ -221,10 +246,18 @@ BACKENDS: Mapping[str, Callable[[], Subject]] = {
 @pytest.mark.parametrize("rule", BACKENDS)
 def test_the_rule_fails_for_a_data_backend_that_breaks_it(rule: str, breaks: Callable[..., None]) -> None:
     kit = DataBackendTests()
+    kit.expects = frozenset({"SupportsFiles"}) if "expects" in rule else frozenset()
     subject = BACKENDS[rule]()
     if isinstance(subject.get("backend"), Shards):
         kit.rewritten = REWRITTEN
     breaks(kit, rule, subject)
+
+
+def test_a_backend_that_cannot_be_pickled_is_found() -> None:
+    place = Memory(FILES)
+    place.read = lambda: None  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match="pickle"):
+        DataBackendTests().test_a_copy_lists_and_opens_the_same(place, FILES)
 
 
 def test_every_rule_has_a_mutant(rules_of: Callable[[type], set[str]]) -> None:
@@ -241,6 +274,10 @@ class TestASoundBackend(DataBackendTests):
     @pytest.fixture
     def rewrite(self, backend: Memory) -> Callable[[str, bytes], None]:
         return backend.rewrite
+
+    @pytest.fixture
+    def remove(self, backend: Memory) -> Callable[[str], None]:
+        return backend.remove
 
     @pytest.fixture
     def missing(self) -> Memory:
@@ -265,6 +302,10 @@ class TestSoundShards(DataBackendTests):
         return backend.rewrite
 
     @pytest.fixture
+    def remove(self, backend: Memory) -> Callable[[str], None]:
+        return backend.remove
+
+    @pytest.fixture
     def missing(self) -> Memory:
         return Shards(None, "memory://nowhere")
 
@@ -279,6 +320,10 @@ class TestSoundCaptions(DataBackendTests):
     @pytest.fixture
     def rewrite(self, backend: Memory) -> Callable[[str, bytes], None]:
         return backend.rewrite
+
+    @pytest.fixture
+    def remove(self, backend: Memory) -> Callable[[str], None]:
+        return backend.remove
 
     @pytest.fixture
     def missing(self) -> Memory:

@@ -21,7 +21,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-plugins = typer.Typer(help="What is installed.", no_args_is_help=True, rich_markup_mode=None)
+plugins = typer.Typer(
+    help="What is installed, whether it is sound, and a new one.", no_args_is_help=True, rich_markup_mode=None
+)
 config = typer.Typer(help="The configuration file.", no_args_is_help=True, rich_markup_mode=None)
 cache = typer.Typer(help="Encoded text and video.", no_args_is_help=True, rich_markup_mode=None)
 data = typer.Typer(help="Source files, and what becomes of them.", no_args_is_help=True, rich_markup_mode=None)
@@ -102,6 +104,47 @@ def _plugins_show(
     from vtrain.cli.plugins import show_plugin
 
     show_plugin(name, kind, json)
+
+
+@plugins.command("check")
+@uncollected(collect_first=False)
+def _plugins_check(
+    name: Annotated[
+        str,
+        typer.Argument(metavar="NAME", help="an entry point, a distribution, or a part of one", show_default=False),
+    ],
+    kind: Annotated[Optional[str], typer.Option("--kind", help="only parts of this kind")] = None,  # noqa: UP045
+    config: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--config", metavar="CONFIG", help="a run's file: parts with required options are built of it"),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Whether a plugin keeps the rules that need no model; with a problem the exit code is 2."""
+    from vtrain.cli.plugins import check_plugin
+
+    check_plugin(name, kind, config, json)
+
+
+@plugins.command("new")
+@uncollected(collect_first=False)
+def _plugins_new(
+    name: Annotated[
+        str,
+        typer.Argument(metavar="NAME", help='of the distribution, such as "vtrain-motion"', show_default=False),
+    ],
+    kind: Annotated[
+        str,
+        typer.Option(
+            "--kind", help="family, sampler, regularizer, data-backend, optimizer or tracker", show_default=False
+        ),
+    ],
+    directory: Annotated[Path, typer.Option("--directory", metavar="D", help="where to put its folder")] = Path(),
+) -> None:
+    """Write a plugin that works: package, tests on the conformance kit, settings of ruff and mypy, CI."""
+    from vtrain.cli.plugins import write_plugin
+
+    write_plugin(name, kind, directory)
 
 
 @config.command("schema")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -10,11 +12,15 @@ import typer
 
 from vtrain.cli.report import print_json, print_table, say
 from vtrain.contract import KINDS, Catalog, ConfigError, Failure, FamilySpec, PluginError, Problem, Registered, Spec
-from vtrain.contract.specs import did_you_mean, listed, origin
+from vtrain.contract.specs import NOUNS, did_you_mean, listed, origin
 from vtrain.registry import discover
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from vtrain.config.schema import Option
+    from vtrain.contract.plugin_rules import Tables
+    from vtrain.registry.check import Outcome, Report
 
 
 def list_plugins(as_json: bool) -> None:
@@ -102,9 +108,7 @@ def _print_options(options: Sequence[Option]) -> None:
 
 
 def _parts_called(catalog: Catalog, name: str, kind: str | None) -> list[Registered]:
-    kinds = sorted(spec.kind for spec in KINDS)
-    if kind is not None and kind not in kinds:
-        raise ConfigError(Problem("", f'no kind of part is called "{kind}".', f"The kinds are {listed(kinds)}."))
+    kind = kind_called(kind)
     parts = [part for (of, called), part in catalog.parts.items() if called == name and kind in (None, of)]
     if parts:
         return parts
@@ -116,3 +120,104 @@ def _parts_called(catalog: Catalog, name: str, kind: str | None) -> list[Registe
     names = sorted({called for of, called in catalog.parts if kind in (None, of)})
     remedy = f"{did_you_mean(name, names)} Installed: {listed(names)}.".strip()
     raise ConfigError(Problem("", f'no {kind or "part"} is called "{name}".', remedy))
+
+
+def kind_called(kind: str | None) -> str | None:
+    """As specs name it, also of "data-backend". Raises ConfigError."""
+    kinds = sorted(spec.kind for spec in KINDS)
+    found = kind.replace("-", "_") if kind is not None else None
+    if found is not None and found not in kinds:
+        raise ConfigError(Problem("", f'no kind of part is called "{kind}".', f"The kinds are {listed(kinds)}."))
+    return found
+
+
+def write_plugin(name: str, kind: str, directory: Path) -> None:
+    """A new package, and what to do next. Raises ConfigError."""
+    from vtrain.scaffold.package import Names, new_plugin
+
+    chosen = kind_called(kind)
+    assert chosen is not None
+    place = new_plugin(name, chosen, directory, discover())
+    files = sorted(path for path in place.rglob("*") if path.is_file())
+    for file in files:
+        typer.echo(f"  {file.relative_to(directory)}")
+    part = Names.of(name).part
+    say(f'wrote the {NOUNS[chosen][0]} "{part}", {len(files)} files. Next:')
+    for line in (f"cd {place}", 'pip install -e ".[test]"', f"vtrain plugins check {name}", "python -m pytest"):
+        typer.echo(f"  {line}")
+
+
+def check_plugin(name: str, kind: str | None, config: Path | None, as_json: bool) -> None:
+    """Every rule of a plugin that needs no model. Raises typer.Exit with code 2 if one is broken."""
+    from vtrain.registry.check import check
+
+    reports = check(name, kind_called(kind), _tables(config) if config is not None else {})
+    if as_json:
+        print_json([_checked(report) for report in reports])
+    else:
+        for index, report in enumerate(reports):
+            if index:
+                typer.echo()
+            _print_report(report)
+    if any(report.problems for report in reports):
+        raise typer.Exit(2)
+
+
+def _tables(config: Path) -> Tables:
+    """The options of every part that a run's file names, as JSON."""
+    from vtrain.config import load
+    from vtrain.config.record import TABLES, Part
+
+    read = load(config, discover())
+    parts = [part for table in TABLES.values() for _, part in read.held(table) if isinstance(part, Part)]
+    return {
+        (part.registered.spec.kind, part.registered.spec.name): json.loads(part.options.model_dump_json())
+        for part in parts
+    }
+
+
+def _checked(report: Report) -> dict[str, object]:
+    rules = [
+        {"rule": each.rule, "part": each.part, "result": each.result, **(asdict(each.problem) if each.problem else {})}
+        for each in report.outcomes
+    ]
+    plugin = report.plugin
+    about = {"entry_point": plugin.entry.name, "distribution": plugin.distribution, "version": plugin.version}
+    return {**about, "parts": report.parts, "problems": len(report.problems), "rules": rules}
+
+
+def _print_report(report: Report) -> None:
+    plugin = report.plugin
+    named = f'"{plugin.entry.name}" of {plugin.distribution} {plugin.version}'
+    say(f"{named}: {', '.join(report.parts) or 'no part'}")
+    rules = dict.fromkeys(each.rule for each in report.outcomes)
+    print_table(
+        ("result", "rule"), [(_summed([each for each in report.outcomes if each.rule == rule]), rule) for rule in rules]
+    )
+    skipped = [each for each in report.outcomes if each.result == "not checked"]
+    if skipped:
+        typer.echo("\nNot checked:")
+        print_table(("part", "why"), list(dict.fromkeys((each.part, _what(each)) for each in skipped)))
+        for hint in {each.problem.remedy for each in skipped if each.problem and each.problem.remedy}:
+            say(hint)
+    count = len(report.problems)
+    typer.echo("\nNo problem." if not count else f"\n{count} problem{'s' if count > 1 else ''}:")
+    for each in report.problems:
+        if each.problem is not None:
+            place = f" ({each.problem.where})" if each.problem.where else ""
+            say(f"  {f'{each.part}: ' if each.part else ''}{each.rule}{place}")
+            say(f"      {each.problem.what} {each.problem.remedy}".rstrip())
+
+
+def _what(outcome: Outcome) -> str:
+    return outcome.problem.what if outcome.problem else ""
+
+
+def _summed(outcomes: Sequence[Outcome]) -> str:
+    """ "ok", "2 problems", "ok, 1 not checked": of one rule, over all parts."""
+    counts = Counter(each.result for each in outcomes)
+    problems, skipped = counts["problem"], counts["not checked"]
+    words = [f"{problems} problem{'s' if problems > 1 else ''}"] if problems else ["ok"] if counts["ok"] else []
+    if skipped:
+        words.append("not checked" if not words else f"{skipped} not checked")
+    return ", ".join(words)

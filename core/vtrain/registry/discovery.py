@@ -6,11 +6,9 @@ import faulthandler
 import os
 import re
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import Distribution, EntryPoint, distributions
-from types import ModuleType
-from typing import get_args
 
 import pluggy
 
@@ -18,105 +16,23 @@ from vtrain.contract import (
     API_VERSION,
     HOOK_SPECS,
     PROJECT,
-    RESERVED_KEYS,
-    CaptionExtra,
     Catalog,
     Failure,
-    FamilySpec,
     Hooks,
-    Moved,
-    OptimizerSpec,
-    Options,
     Registered,
-    SamplerSpec,
     Spec,
 )
-from vtrain.contract.specs import did_you_mean, listed, origin
+from vtrain.contract.plugin_rules import hooks_are_spelt_right
+from vtrain.contract.spec_rules import NEEDED
+from vtrain.contract.specs import did_you_mean, origin
 from vtrain.registry.guard import in_time, stdout_on_stderr
 from vtrain.registry.trials import BEGUN, CAME_THROUGH, faults, limit_s
-
-_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
 
 def fault_of(spec: Spec) -> str:
     """What is wrong with a spec, in one sentence; "" if nothing is. A spec's fields are not trusted to be of their types."""
-    faults = (_name, _summary, _options, _build, _own)
-    return next((fault for check in faults if (fault := check(spec))), "")
-
-
-def _name(spec: Spec) -> str:
-    if isinstance(spec.name, str) and _NAME.fullmatch(spec.name):
-        return ""
-    return f"{spec.name!r} is not a name: lower case letters, digits, - and _, starting with a letter or digit"
-
-
-def _summary(spec: Spec) -> str:
-    if isinstance(spec.summary, str) and spec.summary.strip() and len(spec.summary.splitlines()) == 1:
-        return ""
-    return "its summary is not one line of text"
-
-
-def _options(spec: Spec) -> str:
-    options: object = spec.options
-    if not (isinstance(options, type) and issubclass(options, Options)):
-        return f"its options are {options!r}, not a subclass of vtrain.contract.Options"
-    if fault := _unmade(options):
-        return fault
-    if options.model_config.get("extra") != "forbid" or not options.model_config.get("frozen"):
-        return f"its options {options.__name__} must stay frozen and forbid unknown keys"
-    if aliased := [name for name, field in options.model_fields.items() if field.alias or field.validation_alias]:
-        return f"options are written in the file by their field names, so an alias is not possible: {listed(aliased)}"
-    if taken := RESERVED_KEYS[spec.kind] & set(options.model_fields):
-        return f"its options {listed(taken)} collide with vtrain's own keys of that table"
-    return ""
-
-
-def _unmade(options: type[Options]) -> str:
-    """Why pydantic cannot read values into a class: a type that is imported for type checkers alone, for example."""
-    if options.__pydantic_complete__:
-        return ""
-    try:
-        options.model_rebuild()
-    except Exception as error:
-        why = " ".join(str(error).splitlines()[0].split())
-        return f"its options {options.__name__} cannot be made: {why}"
-    return ""
-
-
-def _build(spec: Spec) -> str:
-    build: object = getattr(spec, "build", None)
-    return "" if callable(build) else f"its build is {build!r}, not a function"
-
-
-def _extras(extras: object) -> str:
-    """What is wrong with a family's caption extras."""
-    if not (isinstance(extras, tuple) and all(isinstance(extra, CaptionExtra) for extra in extras)):
-        return f"its caption_extras are {extras!r}, not a tuple of vtrain.contract.CaptionExtra"
-    names = [extra.name for extra in extras]
-    return "" if len(set(names)) == len(names) else f"its caption_extras have a name twice: {listed(names)}"
-
-
-def _own(spec: Spec) -> str:
-    """What one kind asks for beyond the others."""
-    if isinstance(spec, FamilySpec) and not (isinstance(spec.sampler, str) and _NAME.fullmatch(spec.sampler)):
-        return f"its sampler is {spec.sampler!r}, not the name of one"
-    if isinstance(spec, FamilySpec):
-        recipe: object = spec.sampler_options
-        if not isinstance(recipe, Mapping) or not all(isinstance(name, str) for name in recipe):
-            return f"its sampler_options are {recipe!r}, not values by the name of an option"
-        if fault := _extras(spec.caption_extras):
-            return fault
-    if isinstance(spec, SamplerSpec) and not (
-        isinstance(spec.timesteps_of, str) and _NAME.fullmatch(spec.timesteps_of or "none")
-    ):
-        return f"its timesteps_of is {spec.timesteps_of!r}, not the name of a family"
-    if isinstance(spec, OptimizerSpec) and "lr" not in spec.options.model_fields:
-        return 'an optimizer has an option "lr"'
-    if isinstance(spec, OptimizerSpec) and not (
-        isinstance(spec.moves, Set) and set(get_args(Moved)) >= set(spec.moves)
-    ):
-        return f"its moves are {spec.moves!r}, not of {listed(get_args(Moved))}"
-    return ""
+    found = next((problem for rule in NEEDED for problem in rule(spec, {})), None)
+    return found.what.removesuffix(".") if found else ""
 
 
 Result = tuple[list[Registered], list[Failure]]
@@ -128,14 +44,14 @@ def registrations(plugin: Installed, loaded: object) -> Result:
     Each plugin has a pluggy manager of its own, so that none can see or break another. A misspelt hook fails the
     whole plugin; one bad part fails alone. Raises what the plugin's own code raises.
     """
+    if faults := [problem.what.removesuffix(".") for problem in hooks_are_spelt_right(loaded)]:
+        return [], [plugin.failure(fault) for fault in faults]
     manager = pluggy.PluginManager(PROJECT)
     manager.add_hookspecs(Hooks)
     try:
         manager.register(loaded, name=plugin.entry.name)
     except pluggy.PluginValidationError as error:
         return [], [plugin.failure("a registration hook takes no arguments: " + " ".join(str(error).split()))]
-    if faults := _misspelt(manager, loaded):
-        return [], [plugin.failure(fault) for fault in faults]
     parts: list[Registered] = []
     failures: list[Failure] = []
     for implementation in manager.get_hookcallers(loaded) or ():
@@ -143,27 +59,6 @@ def registrations(plugin: Installed, loaded: object) -> Result:
         parts += found
         failures += failed
     return parts, failures or ([] if parts else [plugin.failure("it registers nothing")])
-
-
-def _misspelt(manager: pluggy.PluginManager, loaded: object) -> list[str]:
-    """Hooks that would never be called: an unknown name, or a known one without @hookimpl."""
-    marked = {caller.name for caller in manager.get_hookcallers(loaded) or ()}
-    named = {
-        name
-        for name in dir(loaded)
-        if name.startswith(f"{PROJECT}_")
-        and callable(value := getattr(loaded, name))
-        and not isinstance(value, ModuleType)
-    }
-    unknown = sorted((marked | named) - set(HOOK_SPECS))
-    faults = [f"no hook is called {name}. {_known(name)}" for name in unknown]
-    return faults + [
-        f"{name} has no @hookimpl, so it would never be called" for name in sorted(named - marked - {*unknown})
-    ]
-
-
-def _known(name: str) -> str:
-    return did_you_mean(name, HOOK_SPECS) or f"The hooks are {listed(HOOK_SPECS)}."
 
 
 def _from_hook(plugin: Installed, hook: str, implementations: Sequence[pluggy.HookImpl]) -> Result:
@@ -229,7 +124,7 @@ def installed() -> tuple[list[Installed], list[Failure]]:
     seen: set[str] = set()
     for distribution in _declaring():
         name, version = _identity(distribution)
-        if (key := re.sub(r"[-_.]+", "-", name).lower()) in seen:  # names are equal as PEP 503 has it
+        if (key := canonical(name)) in seen:
             continue
         seen.add(key)
         try:
@@ -242,6 +137,11 @@ def installed() -> tuple[list[Installed], list[Failure]]:
             failures.append(Failure("", name, version, f"its entry_points.txt cannot be read: {error}"))
     order = sorted(plugins, key=lambda plugin: (plugin.entry.name, plugin.api, plugin.distribution, plugin.entry.value))
     return order, failures
+
+
+def canonical(distribution: str) -> str:
+    """A distribution's name as PEP 503 compares it."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
 def _declaring() -> Iterator[Distribution]:
@@ -328,10 +228,10 @@ def _load(plugin: Installed, limit: float) -> tuple[list[Registered], list[Failu
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a module that calls sys.exit() breaks itself only
-        return [], [plugin.failure(_described(error, plugin.entry.module))]
+        return [], [plugin.failure(described(error, plugin.entry.module))]
 
 
-def _described(error: BaseException, module: str) -> str:
+def described(error: BaseException, module: str) -> str:
     """ "ImportError: no module named x (toy/plugin.py:3)": type, message and the plugin's own deepest line."""
     text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
     if isinstance(error, SyntaxError):  # its message has the place already

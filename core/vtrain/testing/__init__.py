@@ -20,17 +20,30 @@ for _module in (
     "family_denoiser",
     "family_encoders",
     "family_files",
+    "optimizer",
     "plugin",
     "references",
     "regularizer",
     "sampler",
+    "tracker",
 ):
     pytest.register_assert_rewrite(f"vtrain.testing.{_module}")
 
 from vtrain.testing.data_backend import DataBackendTests  # noqa: E402  # after the assertions' rewriting is asked for
 from vtrain.testing.family import FamilyTests  # noqa: E402
+from vtrain.testing.optimizer import OptimizerTests  # noqa: E402
 from vtrain.testing.plugin import PluginTests, SpecTests  # noqa: E402
 from vtrain.testing.regularizer import RegularizerTests  # noqa: E402
 from vtrain.testing.sampler import SamplerTests  # noqa: E402
+from vtrain.testing.tracker import TrackerTests  # noqa: E402
 
-__all__ = ["DataBackendTests", "FamilyTests", "PluginTests", "RegularizerTests", "SamplerTests", "SpecTests"]
+__all__ = [
+    "DataBackendTests",
+    "FamilyTests",
+    "OptimizerTests",
+    "PluginTests",
+    "RegularizerTests",
+    "SamplerTests",
+    "SpecTests",
+    "TrackerTests",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -11,7 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from vtrain.contract import DataBackend, DataError, SourceRef, SupportsCaptions, SupportsShards, Words
-from vtrain.testing.sampler import check_names, required
+from vtrain.testing.sampler import check_expected, check_names, required
 
 FILES: Mapping[str, bytes] = {
     "b.mp4": bytes(range(256)) * 40,
@@ -47,9 +48,11 @@ class DataBackendTests:
     """Where files are.
 
     secrets: words of the backend's options that must not be shown (passwords, tokens).
-    rewritten: the id of the file that the test of versions rewrites.
+    rewritten: the id of the file that the test of versions rewrites; the test of vanished files removes it.
+    expects: names of the optional protocols (SupportsShards ...) that it is meant to have.
     """
 
+    expects: frozenset[str] = frozenset()
     secrets: tuple[str, ...] = ()
     rewritten: str = "deep/er/clip.mp4"
 
@@ -69,6 +72,11 @@ class DataBackendTests:
         required("rewrite", "a function (id, bytes) that replaces a file at the place of `backend`")
 
     @pytest.fixture
+    def remove(self) -> Callable[[str], None]:
+        """Removes a file at the place of `backend`. Override it."""
+        pytest.skip("give a fixture `remove`, a function (id) that removes a file at the place of `backend`")
+
+    @pytest.fixture
     def missing(self) -> DataBackend:
         """A backend on a place that does not exist. Override it."""
         required("missing", "a DataBackend, built without an error, on a place that does not exist")
@@ -85,6 +93,10 @@ class DataBackendTests:
     def test_abilities_of_the_backend_are_spelt_right(self, backend: DataBackend) -> None:
         """No public name of the backend is almost that of an ability which it lacks."""
         check_names("data backend", backend)
+
+    def test_it_has_the_abilities_that_its_author_expects(self, backend: DataBackend) -> None:
+        """Each name in `expects` is a protocol that the backend has."""
+        check_expected(self.expects, {"data backend": backend})
 
     def test_ids_are_relative_with_forward_slashes(self, backend: DataBackend) -> None:
         """An id does not depend on where the place is or on the operating system."""
@@ -144,6 +156,25 @@ class DataBackendTests:
     def test_listing_is_repeatable(self, backend: DataBackend) -> None:
         """Asked twice, an unchanged place gives the same refs, versions too."""
         assert list(backend.refs()) == list(backend.refs())
+
+    def test_a_copy_lists_and_opens_the_same(self, backend: DataBackend, files: Mapping[str, bytes]) -> None:
+        """A backend goes to another process by pickle, after it was used too; there it gives the same refs and bytes."""
+        fresh = pickle.dumps(backend)
+        refs = list(backend.refs())
+        for copied in (fresh, pickle.dumps(backend)):
+            other: DataBackend = pickle.loads(copied)  # noqa: S301 (made two lines above)
+            assert list(other.refs()) == refs
+            assert other.location == backend.location
+            for ref in refs:
+                with other.open(ref) as file:
+                    assert file.read() == files[ref.id], ref.id
+
+    def test_a_vanished_file_is_an_os_error_in_words(self, remove: Callable[[str], None], backend: DataBackend) -> None:
+        """A file that is removed after refs gave it is an OSError that says why, not empty bytes; a run adds the file's name."""
+        ref = _ref(backend, self.rewritten)
+        remove(self.rewritten)
+        with pytest.raises(OSError, match=r"\w"), backend.open(ref) as file:
+            file.read()
 
     def test_a_changed_file_has_another_version(
         self, backend: DataBackend, files: Mapping[str, bytes], rewrite: Callable[[str, bytes], None]

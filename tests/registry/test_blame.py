@@ -20,10 +20,11 @@ def backend(name: str, version: str) -> Registered:
 
 
 def test_a_fault_gains_distribution_version_and_step_and_survives_the_way_to_another_process() -> None:
+    fault = pickle.loads(pickle.dumps(PartFault("data_backend", "b", ["it lists None.", "and more"])))  # noqa: S301
     with pytest.raises(PluginError) as caught, blame([backend("a", "1"), backend("b", "2")]), at_step(812):
-        raise PartFault("data_backend", "b", ["it lists None.", "and more"])
-    found = pickle.loads(pickle.dumps(caught.value))  # noqa: S301
-    assert [str(each) for each in found.problems] == [
+        raise fault
+    assert type(caught.value) is PluginError, "the class that events name"
+    assert [str(each) for each in caught.value.problems] == [
         f'step 812: the data backend "b" of vtrain-b 2: {what}. This is a fault of the data backend\'s plugin. '
         "Report it to its author, or use another version of vtrain-b."
         for what in ("it lists None", "and more")
@@ -32,7 +33,7 @@ def test_a_fault_gains_distribution_version_and_step_and_survives_the_way_to_ano
 
 def test_a_fault_of_one_of_several_parts_blames_none_of_them() -> None:
     with (
-        pytest.raises(PartFault, match=r"^the data backend: it lists None") as caught,
+        pytest.raises(PluginError, match=r"^the data backend: it lists None") as caught,
         blame([backend("a", "1"), backend("b", "2")]),
     ):
         raise PartFault("data_backend", "", "it lists None")
@@ -42,7 +43,7 @@ def test_a_fault_of_one_of_several_parts_blames_none_of_them() -> None:
 def test_the_first_process_alone_reports_a_fault_that_all_raise() -> None:
     fault = PartFault("data_backend", "", "it lists None")
     fault.reported = True
-    assert fault.of([backend("a", "1")]).at("step 3").reported
+    assert fault.at("step 3").of([backend("a", "1")]).reported
 
 
 def fails() -> None:

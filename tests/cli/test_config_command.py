@@ -123,6 +123,9 @@ class Noisy:
     def needs(self):
         return Needs()
 
+    def describe(self):
+        return ()
+
     def load(self, tap_widths):
         raise AssertionError("a plan loads nothing")
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from vtrain.contract import CheckpointError
+from vtrain.contract import CheckpointError, PluginError
 from vtrain.train.pieces import SCALARS, TENSORS, OptimizerPiece
 
 
@@ -178,3 +179,13 @@ def test_a_planted_pickle_is_never_run(tmp_path: Path, monkeypatch: pytest.Monke
     load_optimizer(tmp_path, optimizer, named)
     pickle.loads(pickle.dumps(Hostile()))  # noqa: S301 - shows that the planted pickle would have acted
     assert (tmp_path / "pwned").exists()
+
+
+def test_a_checkpoint_without_the_state_that_an_optimizer_says_it_keeps_is_refused(tmp_path: Path) -> None:
+    named = [("weight", nn.Parameter(torch.zeros(2)))]
+    (tmp_path / "optimizer.json").write_text('{"state": {}, "groups": [{}]}', encoding="utf-8")
+    save_file({}, tmp_path / "optimizer.safetensors")
+    plain = torch.optim.SGD([weight for _, weight in named], lr=0.1)
+    OptimizerPiece(plain, named).load(tmp_path)
+    with pytest.raises(PluginError, match=r"its spec has state_bytes > 0, and .* holds nothing of it"):
+        OptimizerPiece(plain, named, stateful=True).load(tmp_path)

@@ -19,35 +19,34 @@ class PartFault(PluginError):
     remedy: "" for that of every fault of a plugin. where: a line of the file, "step 3" or "".
     """
 
-    def __init__(
-        self, kind: str, name: str, what: str | Iterable[str], remedy: str = "", where: str = "", whose: str = ""
-    ) -> None:
-        """whose: distribution and version, "" while they are not known."""
-        self.kind, self.name, self.remedy, self.where, self.whose = kind, name, remedy, where, whose
+    def __init__(self, kind: str, name: str, what: str | Iterable[str], remedy: str = "", where: str = "") -> None:
+        self.kind, self.name, self.remedy, self.where = kind, name, remedy, where
         self.what: tuple[str, ...] = tuple(each.rstrip(".") for each in ((what,) if isinstance(what, str) else what))
-        noun = NOUNS[kind][0]
-        part = " ".join(("the", noun, *([f'"{name}"'] if name else []), *([f"of {whose}"] if whose else [])))
-        mend = f"Report it to its author, or use another version of {whose.rpartition(' ')[0]}." if whose else ""
-        fault = f"This is a fault of the {'model family' if kind == 'family' else noun}'s plugin."
-        remedy = remedy or f"{fault} {mend}".rstrip()
-        super().__init__(Problem(where, f"{part}: {each}.", remedy) for each in self.what)
+        super().__init__(self._problems(name, ""))
 
     def __reduce__(self) -> tuple[type[PartFault], tuple[object, ...]]:  # type: ignore[override]
-        return type(self), (self.kind, self.name, self.what, self.remedy, self.where, self.whose)
+        return type(self), (self.kind, self.name, self.what, self.remedy, self.where)
 
-    def of(self, parts: Sequence[Registered]) -> PartFault:
-        """The same with the distribution and version of the part, where it is known which it is."""
+    def _problems(self, name: str, whose: str) -> Iterator[Problem]:
+        """whose: distribution and version, "" where they are not known."""
+        noun = NOUNS[self.kind][0]
+        part = " ".join(("the", noun, *([f'"{name}"'] if name else []), *([f"of {whose}"] if whose else [])))
+        mend = f"Report it to its author, or use another version of {whose.rpartition(' ')[0]}." if whose else ""
+        fault = f"This is a fault of the {'model family' if self.kind == 'family' else noun}'s plugin."
+        for each in self.what:
+            yield Problem(self.where, f"{part}: {each}.", self.remedy or f"{fault} {mend}".rstrip())
+
+    def of(self, parts: Sequence[Registered]) -> PluginError:
+        """With the distribution and version of the part, where it is known which it is."""
         own = [part for part in parts if part.spec.kind == self.kind and self.name in ("", part.spec.name)]
-        if len(own) != 1 or self.whose:
-            return self
-        return self._with(own[0].spec.name, self.where, origin(own[0]))
+        name, whose = (own[0].spec.name, origin(own[0])) if len(own) == 1 else (self.name, "")
+        found = PluginError(self._problems(name, whose))
+        found.reported = self.reported
+        return found
 
     def at(self, where: str) -> PartFault:
         """The same at a place, unless it has one."""
-        return self._with(self.name, self.where or where, self.whose)
-
-    def _with(self, name: str, where: str, whose: str) -> PartFault:
-        found = PartFault(self.kind, name, self.what, self.remedy, where, whose)
+        found = PartFault(self.kind, self.name, self.what, self.remedy, self.where or where)
         found.reported = self.reported
         return found
 
@@ -57,7 +56,7 @@ def blame(parts: Sequence[Registered]) -> Iterator[None]:
     """Add a note with part, distribution and version to what is raised inside, if a plugin's code is on its way.
 
     Of several plugins on the way, the innermost is named, and those of its parts that the run uses. A PartFault is raised again
-    with distribution and version.
+    as a PluginError with distribution and version.
     """
     try:
         yield

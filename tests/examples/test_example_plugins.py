@@ -143,7 +143,9 @@ def test_a_run_with_all_five_trains_and_is_resumed(installed: Path, service: Any
     metrics = [json.loads(line) for line in (tmp_path / "output/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in metrics] == [1, 2, 3]
     assert all(row["terms"]["disperse/loss"] < 0 and math.isfinite(row["loss"]) for row in metrics)
-    assert all(sample.startswith("clips.zip/clips/b") for row in metrics for sample in row["samples"]), metrics[0]["samples"]
+    assert all(sample.startswith("clips.zip/clips/b") for row in metrics for sample in row["samples"]), metrics[0][
+        "samples"
+    ]
     posted = [step for each in service.received if each["event"] == "logged" for step in each["steps"]]
     assert [(step["step"], step["loss"]) for step in posted] == [(row["step"], row["loss"]) for row in metrics]
     assert len({each["run"] for each in service.received}) == 1, "the resumed run has another name"

@@ -5,6 +5,8 @@ A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`; t
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
@@ -12,6 +14,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import vtrain.testing
 from vtrain.config import TABLES, Option, Table, describe
 from vtrain.config.schema import REFUSED
 from vtrain.contract import Catalog, DatasetStatistics, Options, Registered, Section, StepMetrics
@@ -182,10 +185,45 @@ def type_words(hint: Any) -> str:
     return f"object: {type_words(inner[0])} -> {type_words(inner[1])}"
 
 
+def kit() -> Iterator[str]:
+    """Every class of the conformance kit with its rules, by the class that has them."""
+    for name in vtrain.testing.__all__:
+        whole = getattr(vtrain.testing, name)
+        parts = [part for part in whole.__mro__ if any(rule.startswith("test_") for rule in vars(part))]
+        yield f"## `{name}`\n"
+        for part in (whole, *(part for part in parts if part is not whole)):
+            about = inspect.cleandoc(part.__doc__ or "").replace("[", "\\[")
+            yield f"{f'### {part.__name__}{chr(10)}{chr(10)}' if part is not whole else ''}{about}\n"
+            rules = [
+                (rule, inspect.getdoc(value) or "") for rule, value in vars(part).items() if rule.startswith("test_")
+            ]
+            if rules:
+                yield from grid(
+                    ("rule", "what it holds"), ((f"`{rule}`", " ".join(text.split())) for rule, text in rules)
+                )
+                yield ""
+
+
+def planted() -> Iterator[str]:
+    """Mistakes, the rule that finds each, and what it says of it, as the tests of the kit have them."""
+    rows: list[tuple[str, ...]] = []
+    for file in sorted((FOLDER.parent / "tests" / "testing").glob("test_*_mutants.py")):
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        rows += [(bug, f"`{rule}`", says) for bug, rule, says, _ in getattr(module, "PLANTED", ())]
+    yield f"{len(rows)} mistakes.\n"
+    yield from grid(("mistake", "rule", "its message has"), rows)
+
+
 GENERATED: dict[str, Callable[[], Iterator[str]]] = {
     "tables": tables,
     "events": event_tables,
     "example": example,
+    "kit": kit,
+    "planted": planted,
     "refuse": lambda: rule_grid("refuse"),
     "tell": lambda: rule_grid("tell"),
     "free": lambda: rule_grid("free"),

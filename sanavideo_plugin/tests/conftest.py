@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,15 @@ import torch
 from vtrain_sanavideo import tiny
 from vtrain_sanavideo.family import SanaVideoFamily
 from vtrain_sanavideo.options import SanaVideoOptions
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow of the kit (1 to 3 s each): graphs of blocks, and weights of other bytes."""
+    slow = ("a_block_is_one_graph", "fingerprints_change_with_weights")
+    for item in items:
+        if item.path.parent == Path(__file__).parent and any(name in item.name for name in slow):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +34,32 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoint_720p(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny checkpoint of the 720p model's format. Not to be written to."""
     return tiny.build(tmp_path_factory.mktemp("tiny-720p") / "checkpoint", resolution="720p")
+
+
+@pytest.fixture(scope="session")
+def text_pipeline() -> Callable[[Path, torch.dtype], Any]:
+    """SanaVideoPipeline of a folder with its text encoder alone, in a storage type."""
+    from diffusers import SanaVideoPipeline
+    from transformers import Gemma2Model
+
+    def build(folder: Path, dtype: torch.dtype) -> Any:
+        encoder = Gemma2Model.from_pretrained(folder / "text_encoder", dtype=dtype, attn_implementation="eager")
+        return SanaVideoPipeline.from_pretrained(folder, text_encoder=encoder, transformer=None, vae=None)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def encode_prompt() -> Callable[..., tuple[torch.Tensor, ...]]:
+    """encode_prompt as SanaVideoPipeline.__call__ calls it: embeds (300, D) and mask, of prompt and of negative prompt."""
+
+    def encode(pipeline: Any, prompt: str, **settings: object) -> tuple[torch.Tensor, ...]:
+        defaults = inspect.signature(type(pipeline).__call__).parameters
+        settings.setdefault("complex_human_instruction", defaults["complex_human_instruction"].default)
+        with torch.no_grad():
+            return tuple(part[0] for part in pipeline.encode_prompt(prompt, device=torch.device("cpu"), **settings))
+
+    return encode
 
 
 @pytest.fixture

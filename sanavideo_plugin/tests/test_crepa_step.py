@@ -36,7 +36,15 @@ def crepa(encoder: Path, **values: object) -> Crepa:
     return Crepa(CrepaOptions.model_validate({"block": 1, "encoder": str(encoder), **values}))
 
 
+EXPECTED = frozenset(
+    {"SupportsCheck", "SupportsFeatures", "SupportsFeedback", "SupportsLearningRate", "SupportsPauses"}
+)
+"""What CREPA and its module are meant to be able to do."""
+
+
 class TestCached(RegularizerTests):
+    expects = EXPECTED
+
     @pytest.fixture(scope="class")
     @classmethod
     def regularizer(cls, dino: Path) -> Regularizer:
@@ -44,6 +52,8 @@ class TestCached(RegularizerTests):
 
 
 class TestSquare(RegularizerTests):
+    expects = EXPECTED
+
     @pytest.fixture(scope="class")
     @classmethod
     def regularizer(cls, dino: Path) -> Regularizer:
@@ -52,6 +62,7 @@ class TestSquare(RegularizerTests):
 
 class TestScheduled(RegularizerTests):
     step = 30
+    expects = EXPECTED
 
     @pytest.fixture(scope="class")
     @classmethod

@@ -6,43 +6,25 @@ import gc
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import SanaVideoPipeline
-from transformers import Gemma2Model
 
 from vtrain.contract import Caption, DataError, ModelError
 from vtrain_sanavideo.family import SanaVideoFamily
 
 LONG = "a small dog runs along the beach while waves roll in behind it, " * 40
 Families = Callable[..., SanaVideoFamily]
+Encode = Callable[..., tuple[torch.Tensor, ...]]
 
 
 @pytest.fixture(scope="module")
-def pipelines(checkpoint: Path) -> dict[str, SanaVideoPipeline]:
-    """SanaVideoPipeline with its text encoder alone, in both storage types."""
+def pipelines(checkpoint: Path, text_pipeline: Callable[..., Any]) -> dict[str, Any]:
+    """In both storage types."""
     return {
-        name: SanaVideoPipeline.from_pretrained(
-            checkpoint,
-            text_encoder=Gemma2Model.from_pretrained(
-                checkpoint / "text_encoder", dtype=dtype, attn_implementation="eager"
-            ),
-            transformer=None,
-            vae=None,
-        )
-        for name, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items()
+        name: text_pipeline(checkpoint, dtype) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
     }
-
-
-def reference(pipeline: SanaVideoPipeline, prompt: str, **settings: object) -> tuple[torch.Tensor, ...]:
-    """encode_prompt as SanaVideoPipeline.__call__ calls it: embeds (300, D) and mask, of prompt and of negative prompt."""
-    import inspect
-
-    defaults = inspect.signature(SanaVideoPipeline.__call__).parameters
-    settings.setdefault("complex_human_instruction", defaults["complex_human_instruction"].default)
-    with torch.no_grad():
-        return tuple(part[0] for part in pipeline.encode_prompt(prompt, device=torch.device("cpu"), **settings))
 
 
 @pytest.mark.parametrize(("precision", "score"), [("fp32", 30), ("bf16", 30), ("fp32", "none")])
@@ -54,13 +36,14 @@ def reference(pipeline: SanaVideoPipeline, prompt: str, **settings: object) -> t
 def test_prompts_are_encoded_bit_for_bit_as_the_pipeline_does(
     checkpoint: Path,
     family_of: Families,
-    pipelines: dict[str, SanaVideoPipeline],
+    pipelines: dict[str, Any],
+    encode_prompt: Encode,
     caption: str,
     precision: str,
     score: object,
 ) -> None:
     ending = "" if score == "none" else f" motion score: {score}."
-    embeds, mask, *_ = reference(pipelines[precision], caption + ending)
+    embeds, mask, *_ = encode_prompt(pipelines[precision], caption + ending)
     family = family_of(checkpoint, text_precision=precision, motion_score=score)
     with family.text_encoders()["gemma"].open("cpu") as encoder:
         text = encoder.encode([Caption(caption)], "prompt")
@@ -74,9 +57,9 @@ def test_prompts_are_encoded_bit_for_bit_as_the_pipeline_does(
 
 @pytest.mark.parametrize("negative", ["", "A blurry video, Distorted.", LONG])
 def test_negative_prompts_and_dropped_captions_are_the_pipelines(
-    checkpoint: Path, family_of: Families, pipelines: dict[str, SanaVideoPipeline], negative: str
+    checkpoint: Path, family_of: Families, pipelines: dict[str, Any], encode_prompt: Encode, negative: str
 ) -> None:
-    *_, embeds, mask = reference(pipelines["fp32"], "a cat", negative_prompt=negative)
+    *_, embeds, mask = encode_prompt(pipelines["fp32"], "a cat", negative_prompt=negative)
     with family_of(checkpoint).text_encoders()["gemma"].open("cpu") as encoder:
         text = encoder.encode([Caption(negative)], "negative")
         dropped = encoder.encode([Caption("a dog")], "dropped")
@@ -88,10 +71,10 @@ def test_negative_prompts_and_dropped_captions_are_the_pipelines(
 
 @pytest.mark.parametrize("instruction", ["", "Describe a video of this: "])
 def test_an_instruction_of_the_users_own_replaces_the_pipelines(
-    checkpoint: Path, family_of: Families, pipelines: dict[str, SanaVideoPipeline], instruction: str
+    checkpoint: Path, family_of: Families, pipelines: dict[str, Any], encode_prompt: Encode, instruction: str
 ) -> None:
     own = [instruction] if instruction else None
-    embeds, mask, *_ = reference(pipelines["fp32"], "a cat motion score: 7.", complex_human_instruction=own)
+    embeds, mask, *_ = encode_prompt(pipelines["fp32"], "a cat motion score: 7.", complex_human_instruction=own)
     family = family_of(checkpoint, instruction=instruction)
     with family.text_encoders()["gemma"].open("cpu") as encoder:
         text = encoder.encode([Caption("a cat", {"motion_score": 7})], "prompt")

@@ -104,6 +104,7 @@ class TestManifestSpec(SpecTests):
 
 class TestFlow(SamplerTests):
     tolerance = 1e-5
+    expects = frozenset({"SupportsStepwise"})
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -113,6 +114,7 @@ class TestFlow(SamplerTests):
 
 class TestUniformShiftedFlow(SamplerTests):
     tolerance = 1e-5
+    expects = frozenset({"SupportsStepwise"})
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -129,6 +131,7 @@ class TestLayerSyncSpec(SpecTests):
 
 class TestLayerSync(RegularizerTests):
     stopped = (15,)
+    expects = frozenset({"SupportsCheck", "SupportsPauses"})
 
     @pytest.fixture(scope="class")
     @classmethod

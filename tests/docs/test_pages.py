@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import vtrain.testing
 from vtrain.config import load
 from vtrain.contract.events import EVENTS
 from vtrain.registry import discover
@@ -184,6 +185,21 @@ def test_every_event_and_each_of_its_fields_is_on_the_page_with_its_type_and_mea
         rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \| ([^|]+) \|$", part, re.MULTILINE)
         assert [name for name, _, _ in rows] == [each.name for each in fields(kind)], kind
         assert all(of_type.strip() and meaning.strip() for _, of_type, meaning in rows), kind
+
+
+def test_every_rule_of_the_kit_is_on_its_page_with_what_it_holds(root: Path) -> None:
+    page = (root / "docs" / "plugins" / "rules.md").read_text(encoding="utf-8")
+    kits = [getattr(vtrain.testing, name) for name in vtrain.testing.__all__]
+    rules = {name for kit in kits for name in dir(kit) if name.startswith("test_")}
+    assert len(rules) > 100
+    assert [rule for rule in sorted(rules) if not re.search(rf"^\| `{rule}` \| \S.* \|$", page, re.MULTILINE)] == []
+
+
+def test_each_planted_mistake_names_a_rule_that_the_kit_has(root: Path) -> None:
+    page = (root / "docs" / "plugins" / "rules.md").read_text(encoding="utf-8").split("## Planted mistakes")[1]
+    found = re.findall(r"^\| .+ \| `(test_\w+)` \| .+ \|$", page, re.MULTILINE)
+    assert len(found) >= 25
+    assert set(found) <= {name for kit in vtrain.testing.__all__ for name in dir(getattr(vtrain.testing, kit))}
 
 
 def test_a_field_that_nobody_explains_is_no_page(generator: ModuleType) -> None:

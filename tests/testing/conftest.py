@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 
 
 @pytest.fixture
-def breaks() -> Callable[[object, str, Mapping[str, object]], None]:
-    """Run the named rule of a kit; it must fail as a test does, and with some text that says what is wrong."""
+def breaks() -> Callable[..., None]:
+    """Run the named rule of a kit; it must fail as a test does, and with a text that says what is wrong, `says` among it.
 
-    def check(kit: object, rule: str, subject: Mapping[str, object]) -> None:
+    subject: the rule's arguments; under "attributes" those of the kit's class, where it needs some.
+    """
+
+    def check(kit: object, rule: str, subject: Mapping[str, Any], says: str = "") -> None:
+        for name, value in subject.get("attributes", {}).items():
+            setattr(kit, name, value)
+        given = {name: value for name, value in subject.items() if name != "attributes"}
         with pytest.raises((AssertionError, pytest.fail.Exception)) as caught:
-            getattr(type(kit), rule)(kit, **subject)
-        assert str(caught.value)
+            getattr(type(kit), rule)(kit, **given)
+        first = str(caught.value).partition("\nassert ")[0]
+        assert first
+        assert says in first, f"{first!r} does not say {says!r}"
 
     return check
 

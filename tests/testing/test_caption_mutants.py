@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -48,28 +48,49 @@ def tokens(change: Callable[[TokenCount], TokenCount]) -> ToyFamily:
     return family(open_token_counter=contextmanager(lambda self: iter([Counter()])))
 
 
-MUTANTS: Mapping[str, Callable[[], Subject]] = {
-    "test_every_extra_is_read": lambda: kit(
-        family=family(caption_extras=(CaptionExtra("mood", "text", "x"),)), text_encoders={"words": Moodless()}
+PLANTED: tuple[tuple[str, str, str, Callable[[], Subject]], ...] = (
+    (
+        "an extra that is declared in vain",
+        "test_every_extra_is_read",
+        "mood changes nothing",
+        lambda: kit(
+            family=family(caption_extras=(CaptionExtra("mood", "text", "x"),)), text_encoders={"words": Moodless()}
+        ),
     ),
-    "test_every_extra_says_what_it_means": lambda: of_family(caption_extras=(CaptionExtra("mood", "text", " "),)),
-    "test_tokens_are_counted_as_the_encoder_cuts": lambda: kit(
-        family=tokens(lambda count: replace(count, limit=17)), text_encoders={"words": ToyTextEncoder()}
+    (
+        "an extra without a meaning",
+        "test_every_extra_says_what_it_means",
+        "the summary of mood is blank",
+        lambda: of_family(caption_extras=(CaptionExtra("mood", "text", " "),)),
     ),
-    "test_what_is_lost_is_the_text_or_an_extra": lambda: kit(
-        family=tokens(lambda count: replace(count, lost=("end",)))
+    (
+        "tokens that are counted with another limit than the encoder's",
+        "test_tokens_are_counted_as_the_encoder_cuts",
+        "16 tokens, counted as",
+        lambda: kit(family=tokens(lambda count: replace(count, limit=17)), text_encoders={"words": ToyTextEncoder()}),
     ),
-    "test_the_fingerprint_of_tokens_is_stable": lambda: of_family(
-        token_fingerprint=lambda self, hash_file: str(next(counter))
+    (
+        "a part of the caption that nobody declared",
+        "test_what_is_lost_is_the_text_or_an_extra",
+        "what is lost is called end",
+        lambda: kit(family=tokens(lambda count: replace(count, lost=("end",)))),
     ),
-}
-"""Rule -> the arguments that break it."""
+    (
+        "a fingerprint of tokens that is another one each time",
+        "test_the_fingerprint_of_tokens_is_stable",
+        "another one the second time",
+        lambda: of_family(token_fingerprint=lambda self, hash_file: str(next(counter))),
+    ),
+)
+"""(the mistake, the rule that finds it, a piece of its message, the arguments with the mistake in them)."""
 
 
-@pytest.mark.parametrize("rule", MUTANTS)
-def test_the_rule_fails_for_a_family_that_breaks_it(rule: str, breaks: Callable[..., None]) -> None:
-    breaks(CaptionTests(), rule, MUTANTS[rule]())
+@pytest.mark.parametrize(("rule", "says", "subject"), [each[1:] for each in PLANTED], ids=[each[0] for each in PLANTED])
+def test_the_rule_fails_for_a_family_that_breaks_it(
+    rule: str, says: str, subject: Callable[..., Subject], breaks: Callable[..., None]
+) -> None:
+    breaks(CaptionTests(), rule, subject(), says)
 
 
 def test_every_rule_of_captions_has_a_mutant(rules_of: Callable[[type], set[str]]) -> None:
-    assert rules_of(CaptionTests) == MUTANTS.keys()
+    assert rules_of(CaptionTests) == {rule for _, rule, _, _ in PLANTED}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -111,39 +111,82 @@ def later(made: Made) -> Made:
     return {**made, "colours": made["colours"] + next(counter)}
 
 
-MUTANTS: Mapping[str, Callable[[], Subject]] = {
-    "test_conditions_are_declared_without_contradiction": lambda: twice("picture"),
-    "test_encoded_conditions_are_what_was_declared": lambda: encoding(
-        lambda made: {**made, "colours": made["colours"].float()}
+PLANTED: tuple[tuple[str, str, str, Callable[[], Subject]], ...] = (
+    (
+        "two conditions of one name",
+        "test_conditions_are_declared_without_contradiction",
+        "two conditions are called alike",
+        lambda: twice("picture"),
     ),
-    "test_encoding_a_condition_is_deterministic": lambda: encoding(later),
-    "test_encoding_a_condition_sees_the_pixels": lambda: encoding(
-        lambda made: {name: torch.zeros_like(each) for name, each in made.items()}
+    (
+        "a condition in another type than declared",
+        "test_encoded_conditions_are_what_was_declared",
+        "colours is torch.float32",
+        lambda: encoding(lambda made: {**made, "colours": made["colours"].float()}),
     ),
-    "test_conditions_in_a_batch_do_not_see_each_other": lambda: encoding(mixed),
-    "test_the_encoders_of_conditions_are_released": kept,
-    "test_fingerprints_of_conditions_follow_their_files_alone": lambda: {"family": Family(fingerprint=unread)},
-    "test_conditions_reach_the_denoiser": lambda: {
-        "family": Family(),
-        "denoiser": Ignoring(ToyTransformer(32, 3, pictures=True)),
-        "example": FamilyTests.example_of(Family(), CLIP),
-    },
-    "test_clean_frames_reach_the_others": lambda: {
-        "family": ToyFamily(ToyOptions()),
-        "denoiser": Alone(ToyTransformer(32, 3)),
-        "example": FamilyTests.example_of(ToyFamily(ToyOptions()), CLIP),
-    },
-}
-"""Rule -> the arguments that break it."""
+    (
+        "an encoder of a condition with dropout on",
+        "test_encoding_a_condition_is_deterministic",
+        "differ: colours",
+        lambda: encoding(later),
+    ),
+    (
+        "a condition of zeros",
+        "test_encoding_a_condition_sees_the_pixels",
+        "picture ignores the pixels",
+        lambda: encoding(lambda made: {name: torch.zeros_like(each) for name, each in made.items()}),
+    ),
+    (
+        "conditions that are mixed over the batch",
+        "test_conditions_in_a_batch_do_not_see_each_other",
+        "picture differs by",
+        lambda: encoding(mixed),
+    ),
+    (
+        "an encoder of a condition that stays in memory",
+        "test_the_encoders_of_conditions_are_released",
+        "picture: still in memory",
+        kept,
+    ),
+    (
+        "a condition's fingerprint that forgets a file's hash",
+        "test_fingerprints_of_conditions_follow_their_files_alone",
+        "picture ignores the contents of",
+        lambda: {"family": Family(fingerprint=unread)},
+    ),
+    (
+        "a condition that predict does not hand on",
+        "test_conditions_reach_the_denoiser",
+        "its value of colours changes nothing",
+        lambda: {
+            "family": Family(),
+            "denoiser": Ignoring(ToyTransformer(32, 3, pictures=True)),
+            "example": FamilyTests.example_of(Family(), CLIP),
+        },
+    ),
+    (
+        "frames that do not see the given one",
+        "test_clean_frames_reach_the_others",
+        "the frames that are given change nothing in the others",
+        lambda: {
+            "family": ToyFamily(ToyOptions()),
+            "denoiser": Alone(ToyTransformer(32, 3)),
+            "example": FamilyTests.example_of(ToyFamily(ToyOptions()), CLIP),
+        },
+    ),
+)
+"""(the mistake, the rule that finds it, a piece of its message, the arguments with the mistake in them)."""
 
 
-@pytest.mark.parametrize("rule", MUTANTS)
-def test_the_rule_fails_for_a_family_that_breaks_it(rule: str, breaks: Callable[..., None]) -> None:
-    breaks(FamilyTests(), rule, MUTANTS[rule]())
+@pytest.mark.parametrize(("rule", "says", "subject"), [each[1:] for each in PLANTED], ids=[each[0] for each in PLANTED])
+def test_the_rule_fails_for_a_family_that_breaks_it(
+    rule: str, says: str, subject: Callable[..., Subject], breaks: Callable[..., None]
+) -> None:
+    breaks(FamilyTests(), rule, subject(), says)
 
 
 def test_every_rule_about_conditions_has_a_mutant(rules_of: Callable[[type], set[str]]) -> None:
-    assert rules_of(ConditionTests) == MUTANTS.keys()
+    assert rules_of(ConditionTests) == {rule for _, rule, _, _ in PLANTED}
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,12 @@ class Hidden(Options):
     size: int = Field(default_factory=lambda: 3, description="a number")
 
 
+class Gappy(Options):
+    """Options whose default has nothing in a list, which JSON can hold and TOML cannot."""
+
+    sizes: tuple[int | None, ...] = Field((3, None), description="numbers")
+
+
 class Unknown(Spec):
     """A seventh kind."""
 
@@ -67,6 +73,7 @@ SPECS: Mapping[str, Callable[[], Subject]] = {
     "test_an_unknown_option_is_an_error": lambda: {"spec": replace(FLOW, options=Loose)},
     "test_options_are_frozen": lambda: {"options": Loose()},
     "test_options_survive_json": lambda: {"spec": replace(FLOW, options=OneWay), "options": OneWay(size=3)},
+    "test_options_survive_toml": lambda: {"spec": replace(FLOW, options=Gappy), "options": Gappy()},
     "test_options_have_a_json_schema": lambda: {"spec": replace(FLOW, options=Hidden)},
     "test_an_optimizer_says_which_weights_it_moves": lambda: {"spec": replace(ADAMW, moves=frozenset({"sharded"}))},
     "test_an_optimizer_has_a_learning_rate": lambda: {"spec": replace(ADAMW, options=FlowOptions)},

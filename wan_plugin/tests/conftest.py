@@ -15,8 +15,10 @@ from vtrain_wan.plugin import WAN21, Wan21Options
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow of the kit (1 to 3 s each): memory as it is measured, and that of what core itself opens and closes."""
+    """Slow of the kit (1 to 3 s each): memory as it is measured, that of what core itself opens and closes, graphs of blocks, and
+    weights of other bytes."""
     slow = ("the_stored_memory_of_blocks", "the_text_encoders_are_released", "the_codec_is_released")
+    slow += ("a_block_is_one_graph", "fingerprints_change_with_weights")
     for item in items:
         if item.path.parent == Path(__file__).parent and any(name in item.name for name in slow):
             item.add_marker(pytest.mark.slow)

@@ -47,7 +47,7 @@ class GeometryTests(FamilySubject):
 
     def test_the_default_speed_is_a_number_of_frames_per_second(self, family: Family) -> None:
         """default_fps is above 0 and finite."""
-        assert 0 < family.default_fps < math.inf
+        assert 0 < family.default_fps < math.inf, f"default_fps = {family.default_fps}"
 
     def test_every_bucket_is_a_multiple_of_the_pixel_stride(self, family: Family) -> None:
         """Widths and heights of the official sizes, and of the default one, are multiples of pixel_stride."""
@@ -111,20 +111,24 @@ class GeometryTests(FamilySubject):
         """The ranges of pixel_frames follow each other, without gap or overlap, over the whole clip."""
         latents = family.latent_shape(clip)
         covered = [frame for number in range(latents.frames) for frame in family.pixel_frames(number)]
-        assert covered == list(range(clip.frames))
+        assert covered == list(range(clip.frames)), f"latent frames stand for the frames {covered} of {clip.frames}"
 
     def test_counts_agree_with_the_denoiser(self, family: Family, denoiser: Denoiser) -> None:
         """parameters and block_count, known without loading, are those of the loaded denoiser."""
-        assert family.parameters == sum(weight.numel() for weight in denoiser.module.parameters())
-        assert family.block_count == len(denoiser.blocks)
+        found = sum(weight.numel() for weight in denoiser.module.parameters())
+        assert family.parameters == found, f"parameters is {family.parameters}, and the denoiser has {found}"
+        blocks = len(denoiser.blocks)
+        assert family.block_count == blocks, f"block_count is {family.block_count}, and the denoiser has {blocks}"
 
     def test_a_sound_model_folder_has_no_problem(self, family: Family) -> None:
         """check() finds nothing wrong with the folder that the tests use."""
-        assert not list(family.check())
+        found = [problem.what for problem in family.check()]
+        assert not found, f"check() finds: {'; '.join(found)}"
 
     def test_descriptions_are_pairs_of_texts(self, family: Family) -> None:
         """describe() gives (label, text) rows; scheduler_config() is plain JSON."""
-        assert all(isinstance(label, str) and isinstance(text, str) for label, text in family.describe())
+        rows = list(family.describe())
+        assert all(isinstance(label, str) and isinstance(text, str) for label, text in rows), f"describe() gives {rows}"
         json.dumps(dict(family.scheduler_config()))
 
     def test_text_is_declared_in_parts(self, family: Family) -> None:

@@ -15,6 +15,11 @@ from vtrain.testing.sampler import gap
 from vtrain.testing.subject import Example, FamilySubject
 
 
+def tensor_of(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """What a block's output begins with."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 @contextmanager
 def outputs_of(blocks: Sequence[nn.Module], read: Callable[[Tensor], Tensor]) -> Iterator[list[list[Tensor]]]:
     """`read` of what each block returns, once for each time it runs, while the with block does.
@@ -25,7 +30,7 @@ def outputs_of(blocks: Sequence[nn.Module], read: Callable[[Tensor], Tensor]) ->
 
     def keeper(number: int) -> torch.utils.hooks.RemovableHandle:
         def hook(module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            seen[number].append(read(output[0] if isinstance(output, tuple) else output))
+            seen[number].append(read(tensor_of(output)))
 
         return blocks[number].register_forward_hook(hook)
 
@@ -165,8 +170,7 @@ class BlockTests(FamilySubject):
                 pytest.fail(f"a block is more than one graph: {str(error).splitlines()[0]}", pytrace=False)
             finally:
                 torch.compiler.reset()
-        first = lambda output: output[0] if isinstance(output, tuple) else output  # noqa: E731
-        assert gap(first(found), first(wanted)) <= 1e-5, "compiled it computes something else"
+        assert gap(tensor_of(found), tensor_of(wanted)) <= 1e-5, "compiled it computes something else"
 
 
 class TapTests(FamilySubject):
@@ -206,7 +210,8 @@ class TapTests(FamilySubject):
             batch, frames, height, width, depth = tap.shape
             assert (batch, depth) == (len(example.noisy), family.block_width), f"block {number}: {tuple(tap.shape)}"
             assert tap.numel() == outputs[0].numel(), f"block {number}: fold loses or adds values"
-            assert latents.frames % frames == latents.height % height == latents.width % width == 0
+            found = f"block {number} folds to {frames} x {height} x {width} tokens, and latents are {latents}"
+            assert latents.frames % frames == latents.height % height == latents.width % width == 0, found
             assert height * latents.width == width * latents.height, f"block {number}: height and width are swapped"
             if isinstance(family, SupportsTokenGrid):
                 assert family.token_grid(latents) == (frames, height, width), "token_grid is another grid than fold's"

@@ -66,10 +66,10 @@ class CaptionTests(FamilySubject):
     def test_every_extra_says_what_it_means(self, family: Family) -> None:
         """A summary is one line; no name is there twice."""
         extras = extras_of(family)
-        assert len({extra.name for extra in extras}) == len(extras)
+        assert len({extra.name for extra in extras}) == len(extras), "an extra is there twice"
         for extra in extras:
-            assert len(extra.summary.splitlines()) == 1, extra.name
-            assert extra.summary.strip(), extra.name
+            assert len(extra.summary.splitlines()) == 1, f"the summary of {extra.name} is not one line"
+            assert extra.summary.strip(), f"the summary of {extra.name} is blank"
 
     def test_tokens_are_counted_as_the_encoder_cuts(
         self, family: Family, text_encoders: Mapping[str, TextEncoder]
@@ -90,7 +90,9 @@ class CaptionTests(FamilySubject):
             for single in count:
                 text = text_encoders[single.encoder].encode((caption,), "prompt")
                 real = max(int(each.mask.sum()) for each in text.parts.values() if each.mask is not None)
-                assert real == min(single.tokens, single.limit), f"{caption.text[:40]}: {single}"
+                assert real == min(single.tokens, single.limit), (
+                    f"{caption.text[:40]}: {real} tokens, counted as {single}"
+                )
                 assert bool(single.lost) == (single.tokens > single.limit), f"{caption.text[:40]}: {single}"
         assert any(each.lost for count in counts for each in count), "no caption was too long"
 
@@ -104,12 +106,13 @@ class CaptionTests(FamilySubject):
         long = Caption("a cat walks over the wet grass " * longest(family))
         with part.open_token_counter() as counter:
             first, again = ([*counter.count([long, *CAPTIONS], role)] for role in ("prompt", "prompt"))
-        assert first == again
+        assert first == again, "counted twice, there are other numbers"
         counts: list[TokenCount] = [count for each in first for count in each]
-        assert {name for count in counts for name in count.lost} <= names
+        odd = {name for count in counts for name in count.lost} - names
+        assert not odd, f"what is lost is called {', '.join(sorted(odd))}"
         assert all(bool(count.cut) == bool(count.lost) for count in counts)
 
     def test_the_fingerprint_of_tokens_is_stable(self, family: Family) -> None:
         """Asked twice, it is the same text."""
         part = counting(family)
-        assert part.token_fingerprint(digest) == part.token_fingerprint(digest)
+        assert part.token_fingerprint(digest) == part.token_fingerprint(digest), "another one the second time"

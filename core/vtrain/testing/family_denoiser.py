@@ -61,7 +61,8 @@ class LoraTests(FamilySubject):
         denoiser, _ = adapted(family)
         prediction = example.run(denoiser)
         with torch.no_grad():
-            assert torch.allclose(prediction, example.run(family.load_denoiser("cpu", "fp32")), atol=1e-6)
+            plain = example.run(family.load_denoiser("cpu", "fp32"))
+        assert torch.allclose(prediction, plain, atol=1e-6), "a fresh adapter changes the prediction"
         torch.autograd.backward(prediction.float().square().mean())
         outer = {name: w.grad for name, w in denoiser.module.named_parameters() if ".lora_B." in name}
         dry = [name for name, grad in outer.items() if grad is None]
@@ -108,8 +109,9 @@ class DenoiserTests(FamilySubject):
         """predict gives finite values in the shape of `noisy`."""
         with torch.no_grad():
             prediction = example.run(denoiser)
-        assert prediction.shape == example.noisy.shape
-        assert prediction.isfinite().all()
+        shape = tuple(prediction.shape)
+        assert shape == tuple(example.noisy.shape), f"a prediction {shape} for latents {tuple(example.noisy.shape)}"
+        assert prediction.isfinite().all(), "the prediction is not finite"
 
     def test_clips_in_a_batch_do_not_see_each_other(self, denoiser: Denoiser, example: Example) -> None:
         """Changing one clip, its level, its text and its conditions leaves the other's prediction (within batch_tolerance)."""
@@ -231,7 +233,9 @@ class DenoiserTests(FamilySubject):
         denoiser.save(folder, denoiser.module.state_dict())
         loaded = family.load_denoiser("cpu", "fp32", weights=folder)
         with torch.no_grad():
-            assert torch.equal(example.run(loaded), example.run(denoiser))
+            assert torch.equal(example.run(loaded), example.run(denoiser)), (
+                "saved and loaded it predicts something else"
+            )
 
     def test_saving_writes_the_weights_that_are_given(self, family: Family, denoiser: Denoiser, tmp_path: Path) -> None:
         """save writes its `state`, whatever the module's own weights are, and leaves those as they are."""
@@ -254,6 +258,7 @@ class DenoiserTests(FamilySubject):
         denoiser = family.load_denoiser("cpu", "bf16")
         weights = list(denoiser.module.parameters())
         stored = sum(weight.numel() for weight in weights if weight.dtype is torch.bfloat16)
-        assert stored > 0.5 * sum(weight.numel() for weight in weights)
+        share = stored / sum(weight.numel() for weight in weights)
+        assert share > 0.5, f"{share:.0%} of the weights are bf16"
         with torch.no_grad(), Device().autocast("bf16"):
             assert example.run(denoiser).isfinite().all()

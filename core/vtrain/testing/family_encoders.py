@@ -57,16 +57,16 @@ class VideoCodecTests(FamilySubject):
     def test_latents_are_finite_fp32_without_a_graph(self, codec: VideoCodec, clip: ClipShape) -> None:
         """Latents are fp32, finite and carry no gradient."""
         latents = codec.encode(moving_picture(clip)).mean
-        assert latents.dtype is torch.float32
-        assert latents.isfinite().all()
-        assert not latents.requires_grad
+        assert latents.dtype is torch.float32, f"latents are {latents.dtype}"
+        assert latents.isfinite().all(), "a latent is not finite"
+        assert not latents.requires_grad, "latents are in a graph"
 
     def test_the_spread_is_given_when_asked(self, codec: VideoCodec, clip: ClipShape) -> None:
         """With std=True a std like the mean, not negative; the mean is the same. Without, none."""
         pixels = moving_picture(clip)
         plain, asked = codec.encode(pixels), codec.encode(pixels, std=True)
-        assert plain.std is None
-        assert asked.std is not None
+        assert plain.std is None, "a spread that nobody asked for"
+        assert asked.std is not None, "std=True gives no spread"
         assert asked.std.shape == asked.mean.shape
         assert (asked.std >= 0).all()
         assert torch.equal(plain.mean, asked.mean)
@@ -76,24 +76,26 @@ class VideoCodecTests(FamilySubject):
         pixels = moving_picture(clip)
         first = codec.encode(pixels).mean
         codec.encode(moving_picture(clip._replace(height=clip.width, width=clip.height), seed=1))
-        assert torch.equal(first, codec.encode(pixels).mean)
+        assert torch.equal(first, codec.encode(pixels).mean), "the same clip has other latents the second time"
 
     def test_encoding_sees_the_pixels(self, codec: VideoCodec, clip: ClipShape) -> None:
         """Different clips have different latents."""
-        assert not torch.equal(*(codec.encode(moving_picture(clip, seed=seed)).mean for seed in (0, 1)))
+        one, other = (codec.encode(moving_picture(clip, seed=seed)).mean for seed in (0, 1))
+        assert not torch.equal(one, other), "two clips have the same latents"
 
     def test_encoded_clips_in_a_batch_do_not_see_each_other(self, codec: VideoCodec, clip: ClipShape) -> None:
         """A clip encoded in a batch has the latents that it has alone (within codec_tolerance)."""
         pixels = moving_picture(clip, batch=2)
         together = codec.encode(pixels).mean
         for row in range(2):
-            assert gap(together[row : row + 1], codec.encode(pixels[row : row + 1]).mean) <= self.codec_tolerance
+            off = gap(together[row : row + 1], codec.encode(pixels[row : row + 1]).mean)
+            assert off <= self.codec_tolerance, f"latents of a clip in a batch differ by {off:.1e}"
 
     def test_decoding_gives_back_the_pixel_shape(self, codec: VideoCodec, clip: ClipShape) -> None:
         """decode(encode(x)) is fp32 (B, 3, F, H, W) in [-1, 1]."""
         pixels = moving_picture(clip, batch=2)
         decoded = codec.decode(codec.encode(pixels).mean)
-        assert decoded.shape == pixels.shape
+        assert decoded.shape == pixels.shape, f"pixels {tuple(pixels.shape)} come back as {tuple(decoded.shape)}"
         assert decoded.dtype is torch.float32
         assert decoded.isfinite().all()
         assert decoded.abs().max() <= 1, "pixels are in [-1, 1]"
@@ -114,7 +116,8 @@ class VideoCodecTests(FamilySubject):
         latents = codec.encode(moving_picture(clip, batch=2)).mean
         together = codec.decode(latents)
         for row in range(2):
-            assert gap(together[row : row + 1], codec.decode(latents[row : row + 1])) <= self.codec_tolerance
+            off = gap(together[row : row + 1], codec.decode(latents[row : row + 1]))
+            assert off <= self.codec_tolerance, f"pixels of a clip in a batch differ by {off:.1e}"
 
     def test_a_clip_off_the_rules_is_refused(self, family: Family, codec: VideoCodec, clip: ClipShape) -> None:
         """Frames off the frame rule, or a height or width off the stride, raise: nothing is cropped in silence."""
@@ -225,14 +228,16 @@ class TextEncoderTests(FamilySubject):
         for name, _, encoder in encoders_of(family, text_encoders):
             first, second = (encoder.encode((Caption(text),), "prompt") for text in ("a cat", "a dog"))
             for part in first.parts:
-                assert not torch.equal(real(first.parts[part], 0), real(second.parts[part], 0)), f"{name}: {part}"
+                assert not torch.equal(real(first.parts[part], 0), real(second.parts[part], 0)), (
+                    f"{name}: {part} is the same for two captions"
+                )
 
     def test_no_embedding_is_in_a_graph(self, family: Family, text_encoders: Encoders) -> None:
         """Embeddings carry no gradient: text encoders are not trained."""
         for name, _, encoder in encoders_of(family, text_encoders):
             with torch.enable_grad():
                 found = encoder.encode(CAPTIONS, "prompt")
-            assert not any(part.embeds.requires_grad for part in found.parts.values()), name
+            assert not any(part.embeds.requires_grad for part in found.parts.values()), f"{name}: in a graph"
 
     def test_the_text_encoders_are_released(self, family: Family) -> None:
         """Nothing of an encoder is in memory after its with block."""

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import get_args
 
 import pytest
+import tomli
 from pydantic import ValidationError
 
 from vtrain.contract import ENTRY_POINT_GROUP, HOOK_SPECS, KINDS, PROJECT, Moved, OptimizerSpec, Options, Spec
@@ -77,6 +78,11 @@ class SpecTests:
         written = json.loads(options.model_dump_json())
         assert spec.options.model_validate(written) == options
 
+    def test_options_survive_toml(self, spec: Spec, options: Options) -> None:
+        """Written into a configuration file, every option, and so every default, is read back as it was."""
+        text = "\n".join(f"{name} = {toml_text(value)}" for name, value in written_options(options).items())
+        assert spec.options.model_validate(tomli.loads(text)) == options, f"they are others after\n{text}"
+
     def test_options_have_a_json_schema(self, spec: Spec) -> None:
         """`vtrain config schema` can describe every option, with its default."""
         schema = json.loads(json.dumps(spec.options.model_json_schema()))
@@ -95,6 +101,23 @@ class SpecTests:
         if isinstance(spec, OptimizerSpec):
             assert spec.moves <= set(get_args(Moved)), f"moves: {sorted(spec.moves)}"
             assert spec.moves - {"sharded"}, "it moves neither fp32 nor bf16 weights"
+
+
+def written_options(options: Options) -> dict[str, object]:
+    """As a file has them: what is None is absent."""
+    return {name: value for name, value in options.model_dump(mode="json").items() if value is not None}
+
+
+def toml_text(value: object) -> str:
+    """A value as TOML has it; in tables what is None is absent."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{toml_text(str(k))} = {toml_text(v)}' for k, v in value.items() if v is not None)}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(toml_text, value))}]"
+    assert value is not None, "a list with nothing in it, None, which no TOML file can hold"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 HEAVY = ("torch", "diffusers", "transformers", "accelerate")

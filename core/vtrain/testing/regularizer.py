@@ -83,8 +83,8 @@ class FeatureTests:
         """feature_fingerprint gives the same text each time, and the storage type is fp32 or bf16."""
         part = encoding(regularizer)
         first, second = (part.feature_fingerprint(digest) for _ in range(2))
-        assert first == second
-        assert first
+        assert first == second, "the fingerprint of features is another one the second time"
+        assert first, "the fingerprint of features is empty"
         assert part.feature_dtype in ("fp32", "bf16")
 
     def test_the_encoder_is_no_part_of_the_module_and_is_released(self, regularizer: Regularizer) -> None:
@@ -177,7 +177,7 @@ class RegularizerTests(FeatureTests):
     def test_needs_are_pure(self, regularizer: Regularizer) -> None:
         """needs() gives the same each time: block numbers from 0, none twice."""
         taps = regularizer.needs().taps
-        assert taps == regularizer.needs().taps
+        assert taps == regularizer.needs().taps, "needs() gives other taps the second time"
         assert all(isinstance(tap, int) and tap >= 0 for tap in taps)
         assert len(set(taps)) == len(taps)
 
@@ -193,9 +193,9 @@ class RegularizerTests(FeatureTests):
     def test_the_loss_is_a_finite_scalar(self, regularizer: Regularizer, module: nn.Module) -> None:
         """The term's value is a finite scalar tensor in the graph."""
         value = self.loss(module, self.view(regularizer)).value
-        assert value.ndim == 0
-        assert value.isfinite()
-        assert value.requires_grad
+        assert value.ndim == 0, f"the value is no scalar: {tuple(value.shape)}"
+        assert value.isfinite(), f"the value is {value.item()}"
+        assert value.requires_grad, "the value is in no graph"
 
     def test_the_loss_reaches_every_tap(self, regularizer: Regularizer, module: nn.Module) -> None:
         """The value has a gradient, not all zero, in each tap but those it stops at; without taps, in the prediction."""
@@ -224,7 +224,8 @@ class RegularizerTests(FeatureTests):
         read = (view.clean, view.noise, view.noisy, view.target, *view.taps.values())
         kept = [tensor.detach().clone() for tensor in read]
         torch.autograd.backward(self.loss(module, view).value)
-        assert all(torch.equal(tensor.detach(), copy) for tensor, copy in zip(read, kept, strict=True))
+        same = all(torch.equal(tensor.detach(), copy) for tensor, copy in zip(read, kept, strict=True))
+        assert same, "it writes to what it is given"
         assert not any(tensor.requires_grad for tensor in (view.clean, view.noise, view.noisy, view.target))
 
     def test_features_are_read_and_get_no_gradient(self, regularizer: Regularizer, module: nn.Module) -> None:
@@ -234,7 +235,7 @@ class RegularizerTests(FeatureTests):
         view = self.view(regularizer)
         assert view.features is not None
         other = replace(view, features=view.features.flip(-1))
-        assert self.loss(module, view).value != self.loss(module, other).value
+        assert self.loss(module, view).value != self.loss(module, other).value, "other features change nothing"
 
     def test_metrics_are_detached_scalars(self, regularizer: Regularizer, module: nn.Module) -> None:
         """Each metric is a scalar tensor outside the graph, so that logging it costs nothing until it is read."""
@@ -246,13 +247,28 @@ class RegularizerTests(FeatureTests):
     def test_one_latent_frame_is_enough(self, regularizer: Regularizer, module: nn.Module) -> None:
         """A clip of one latent frame (a picture) gives a finite value that can be trained on."""
         value = self.loss(module, self.view(regularizer, frames=1)).value
-        assert value.isfinite()
+        assert value.isfinite(), f"of a picture the value is {value.item()}"
         torch.autograd.backward(value)
+
+    def test_a_step_without_a_difference_is_finite(self, regularizer: Regularizer, module: nn.Module) -> None:
+        """With taps of zeros and a prediction that is the target, value and gradients are finite: no root or norm divides by 0."""
+        view = self.view(regularizer)
+        with torch.no_grad():
+            view.prediction.copy_(view.target)
+            for tap in view.taps.values():
+                tap.zero_()
+        value = self.loss(module, view).value
+        assert value.isfinite(), f"the value is {value.item()}"
+        torch.autograd.backward(value)
+        read = {f"tap {number}": tap for number, tap in view.taps.items()} | {"the prediction": view.prediction}
+        odd = [name for name, tensor in read.items() if tensor.grad is not None and not tensor.grad.isfinite().all()]
+        assert not odd, f"the gradient in {', '.join(odd)} is not finite"
 
     def test_bf16_taps_are_taken(self, regularizer: Regularizer, module: nn.Module) -> None:
         """Taps in bf16, as under autocast, give a finite value."""
         with Device().autocast("bf16"):
-            assert self.loss(module, self.view(regularizer, dtype=torch.bfloat16)).value.isfinite()
+            value = self.loss(module, self.view(regularizer, dtype=torch.bfloat16)).value
+        assert value.isfinite(), f"of bf16 taps the value is {value.item()}"
 
     def test_its_state_comes_back(self, regularizer: Regularizer, module: nn.Module) -> None:
         """A second module with the first one's state gives the same loss, bit for bit."""
@@ -262,8 +278,12 @@ class RegularizerTests(FeatureTests):
         other = self.loaded(regularizer)
         other.load_state_dict(module.state_dict())
         view = self.view(regularizer)
-        assert torch.equal(self.loss(module, view).value, self.loss(other, view).value)
+        one, two = self.loss(module, view).value, self.loss(other, view).value
+        assert torch.equal(one, two), (
+            f"with its state in another module the value is {two.item():g}, not {one.item():g}"
+        )
 
     def test_descriptions_are_pairs_of_texts(self, regularizer: Regularizer) -> None:
         """describe() gives (label, text) rows."""
-        assert all(isinstance(label, str) and isinstance(text, str) for label, text in regularizer.describe())
+        rows = list(regularizer.describe())
+        assert all(isinstance(label, str) and isinstance(text, str) for label, text in rows), f"describe() gives {rows}"

@@ -91,7 +91,7 @@ def check_expected(expects: Collection[str], parts: Mapping[str, object]) -> Non
     for name in sorted(expects):
         assert name in known, f"`expects` names {name}, which is no ability here. {did_you_mean(name, known)}".rstrip()
         sort, ability = known[name]
-        lacking = sorted(member for member in members(ability) if not hasattr(parts[sort], member))
+        lacking = sorted(member for member in members(ability) if getattr(parts[sort], member, None) is None)
         assert isinstance(parts[sort], ability), f"the {sort} has lost {name}: it has no {', '.join(lacking)}"
 
 
@@ -136,8 +136,8 @@ class SamplerTests:
             assert level.sigma.ndim in (1, 2)
             assert level.sigma.dtype is torch.float32
             assert Device.of(level.sigma) == Device()
-            assert level.sigma.min() >= 0
-            assert level.sigma.max() <= 1
+            low, high = float(level.sigma.min()), float(level.sigma.max())
+            assert 0 <= low <= high <= 1, f"levels lie from {low:g} to {high:g}"
 
     def test_timesteps_are_given_only_in_the_unit_of_a_named_family(self, sampler: Sampler, start: Tensor) -> None:
         """Levels have timesteps, one for each sigma, if timesteps_of names their family; else none: the family fills them in."""
@@ -182,7 +182,8 @@ class SamplerTests:
         """Levels spread: 256 draws, each from a generator of its own, have many values and one shape."""
         levels = [sampler.draw(1, torch.Generator().manual_seed(seed)).sigma for seed in range(256)]
         assert len({level.shape for level in levels}) == 1
-        assert len(set(torch.cat(levels).flatten().tolist())) > 64
+        values = len(set(torch.cat(levels).flatten().tolist()))
+        assert values > 64, f"256 draws have {values} values"
 
     def test_level_zero_is_clean_and_level_one_is_noise(self, sampler: Sampler, clean: Tensor, start: Tensor) -> None:
         """corrupt at sigma 0 gives the clean clip, at sigma 1 the noise."""
@@ -199,8 +200,8 @@ class SamplerTests:
                 assert result.shape == clean.shape
                 assert result.is_floating_point()
                 assert result.isfinite().all()
-            assert torch.equal(first, kept[0])
-            assert torch.equal(last, kept[1])
+            assert torch.equal(first, kept[0]), "corrupt writes to the clean clip"
+            assert torch.equal(last, kept[1]), "corrupt writes to the noise"
 
     def test_each_clip_has_its_own_level(self, sampler: Sampler, clean: Tensor, start: Tensor) -> None:
         """Corrupted in a batch, a clip is what it is alone."""
@@ -208,15 +209,16 @@ class SamplerTests:
         for row, sigma in enumerate((0.2, 0.7)):
             alone = sampler.corrupt(clean[row : row + 1], start[row : row + 1], level_of((sigma,)))
             for found, wanted in zip(together, alone, strict=True):
-                assert gap(found[row : row + 1], wanted) <= 1e-6
+                off = gap(found[row : row + 1], wanted)
+                assert off <= 1e-6, f"a clip corrupted in a batch differs by {off:.1e}"
 
     def test_levels_may_differ_by_latent_frame(self, sampler: Sampler, clean: Tensor, start: Tensor) -> None:
         """corrupt takes sigma (B, f): a frame at level 0 is clean, one at level 1 noise."""
         sigma = torch.zeros(2, self.latents.frames)
         sigma[:, 1:] = 1.0
         noisy, _ = sampler.corrupt(clean, start, NoiseLevel(sigma))
-        assert gap(noisy[:, :, :1], clean[:, :, :1]) <= 1e-6
-        assert gap(noisy[:, :, 1:], start[:, :, 1:]) <= 1e-6
+        assert gap(noisy[:, :, :1], clean[:, :, :1]) <= 1e-6, "a frame at level 0 is not clean"
+        assert gap(noisy[:, :, 1:], start[:, :, 1:]) <= 1e-6, "a frame at level 1 is not noise"
 
     def test_a_perfect_denoiser_is_solved(self, sampler: Sampler, clean: Tensor, start: Tensor) -> None:
         """Given the true target at each level, solve ends at the clean clip (within tolerance)."""
@@ -247,10 +249,10 @@ class SamplerTests:
             return torch.zeros_like(noisy)
 
         sampler.solve(predict, start, self.steps)
-        assert len(sigmas) == self.steps
-        assert sigmas[0] > 0.9
-        assert sigmas == sorted(sigmas, reverse=True)
-        assert len(set(sigmas)) == self.steps
+        assert len(sigmas) == self.steps, f"{self.steps} steps took {len(sigmas)} predictions"
+        assert sigmas[0] > 0.9, f"the first level is {sigmas[0]:g}"
+        assert sigmas == sorted(sigmas, reverse=True), f"levels rise: {sigmas}"
+        assert len(set(sigmas)) == self.steps, f"a level is used twice: {sigmas}"
 
     @pytest.mark.parametrize("number", STEPS)
     def test_any_number_of_steps_is_solved_or_refused_before(self, sampler: Sampler, number: int) -> None:
@@ -300,19 +302,21 @@ class SamplerTests:
         result = sampler.solve(
             lambda noisy, level: noisy * 0.1, start, self.steps, lambda number, state: done.append((number, state))
         )
-        assert [number for number, _ in done] == list(range(1, self.steps + 1))
-        assert torch.equal(done[-1][1], result)
+        counted = [number for number, _ in done]
+        assert counted == list(range(1, self.steps + 1)), f"on_step counted {counted}"
+        assert torch.equal(done[-1][1], result), "the last latents that on_step got are not the result"
 
     def test_solving_is_repeatable_and_keeps_its_noise(self, sampler: Sampler, start: Tensor) -> None:
         """Solved twice with one sampler: the same clip, bit for bit; the noise is not written to, no random number drawn."""
         kept, before = start.clone(), torch.get_rng_state()
         first, again = (sampler.solve(lambda noisy, level: noisy * 0.5, start, self.steps) for _ in range(2))
-        assert torch.equal(first, again)
-        assert torch.equal(start, kept)
-        assert torch.equal(before, torch.get_rng_state())
+        assert torch.equal(start, kept), "solve writes to the noise"
+        assert torch.equal(first, again), "solved again it is another clip"
+        assert torch.equal(before, torch.get_rng_state()), "solve draws random numbers"
 
     def test_descriptions_are_texts(self, sampler: Sampler) -> None:
         """describe() gives (label, text) rows, warnings() texts."""
         assert sampler.describe()
-        assert all(isinstance(label, str) and isinstance(text, str) for label, text in sampler.describe())
+        rows = list(sampler.describe())
+        assert all(isinstance(label, str) and isinstance(text, str) for label, text in rows), f"describe() gives {rows}"
         assert all(isinstance(text, str) for text in sampler.warnings())

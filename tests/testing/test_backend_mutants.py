@@ -186,71 +186,177 @@ def with_files(part: Memory) -> Subject:
     return {"backend": part, "files": FILES}
 
 
-BACKENDS: Mapping[str, Callable[[], Subject]] = {
-    "test_every_file_is_listed_once_sorted_by_id": lambda: with_files(changed(lambda refs: refs[::-1])),
-    "test_it_has_the_abilities_that_its_author_expects": lambda: backend(Memory(FILES)),
-    "test_a_copy_lists_and_opens_the_same": lambda: with_files(Stamped(FILES)),
-    "test_a_vanished_file_is_an_os_error_in_words": lambda: removing(Forgiving(FILES)),
-    "test_abilities_of_the_backend_are_spelt_right": lambda: backend(
-        type("BrokenMemory", (Memory,), {"captoins": lambda self: iter(())})(FILES)
+PLANTED: tuple[tuple[str, str, str, Callable[[], Subject]], ...] = (
+    (
+        "files in another order",
+        "test_every_file_is_listed_once_sorted_by_id",
+        "refs are other ids than `files`, or in another order",
+        lambda: with_files(changed(lambda refs: refs[::-1])),
     ),
-    "test_ids_are_relative_with_forward_slashes": lambda: backend(
-        changed(lambda refs: [SourceRef("/" + ref.id, ref.size, ref.version) for ref in refs])
+    (
+        "`file` that was renamed",
+        "test_it_has_the_abilities_that_its_author_expects",
+        "the data backend has lost SupportsFiles: it has no file",
+        lambda: backend(Memory(FILES)),
     ),
-    "test_sizes_are_true": lambda: with_files(
-        changed(lambda refs: [SourceRef(ref.id, max(ref.size, 1), ref.version) for ref in refs])
+    (
+        "versions that are those of this process",
+        "test_a_copy_lists_and_opens_the_same",
+        "a copy that was made before the first listing lists otherwise",
+        lambda: with_files(Stamped(FILES)),
     ),
-    "test_files_open_to_their_bytes": lambda: with_files(opening(lambda data: io.BytesIO(data[:64]))),
-    "test_open_files_can_be_read_anywhere": lambda: with_files(opening(Stream)),
-    "test_two_files_are_open_at_once": lambda: with_files(Sharing(FILES)),
-    "test_threads_open_files_at_once": lambda: with_files(Racing(FILES)),
-    "test_refs_come_one_by_one": lambda: backend(
-        type("BrokenMemory", (Memory,), {"refs": lambda self: list(Memory.refs(self))})(FILES)
+    (
+        "empty bytes for a file that is gone",
+        "test_a_vanished_file_is_an_os_error_in_words",
+        "DID NOT RAISE",
+        lambda: removing(Forgiving(FILES)),
     ),
-    "test_listing_is_repeatable": lambda: backend(
-        changed(lambda refs: [SourceRef(ref.id, ref.size, str(next(counter))) for ref in refs])
+    (
+        "`captoins` for `captions`",
+        "test_abilities_of_the_backend_are_spelt_right",
+        "for captions of SupportsCaptions?",
+        lambda: backend(type("BrokenMemory", (Memory,), {"captoins": lambda self: iter(())})(FILES)),
     ),
-    "test_a_changed_file_has_another_version": lambda: rewriting(Timeless(FILES), FILES),
-    "test_shards_hold_every_file": lambda: shards(shards=lambda self: iter(list(Shards.shards(self))[1:])),
-    "test_a_changed_file_changes_its_shard": lambda: rewriting(
-        type(
-            "BrokenShards", (Shards,), {"shards": lambda self: (SourceRef(s.id, 100, "") for s in Shards.shards(self))}
-        )(FILES),
-        SHARDED,
+    (
+        "ids that begin with a slash",
+        "test_ids_are_relative_with_forward_slashes",
+        "the id /a.txt is absolute",
+        lambda: backend(changed(lambda refs: [SourceRef("/" + ref.id, ref.size, ref.version) for ref in refs])),
     ),
-    "test_an_absent_shard_is_an_os_error": lambda: shards(members=lambda self, shard: iter(())),
-    "test_captions_are_told_with_their_clips": lambda: {
-        "backend": captions(lambda found: iter(found[::-1])),
-        "request": Request(),
-    },
-    "test_captions_are_of_files_that_are_listed": lambda: backend(
-        captions(lambda found: iter([*found, ("deep/none.mp4", Words(("nothing",)))]))
+    (
+        "an empty file of one byte",
+        "test_sizes_are_true",
+        "deep/empty.mp4 is said to have 1 bytes, not 0",
+        lambda: with_files(changed(lambda refs: [SourceRef(ref.id, max(ref.size, 1), ref.version) for ref in refs])),
     ),
-    "test_captions_of_a_missing_place_are_a_data_error": lambda: {
-        "missing": type("BrokenCaptions", (Captions,), {"captions": lambda self, extras=(): iter(())})(None)
-    },
-    "test_extras_that_are_not_there_are_left_out": lambda: backend(
-        captions(lambda found: iter([("b.mp4", Words(("a red ball",), {"no_such_extra": ""}))]))
+    (
+        "the first 64 bytes of each file",
+        "test_files_open_to_their_bytes",
+        "opens to other bytes",
+        lambda: with_files(opening(lambda data: io.BytesIO(data[:64]))),
     ),
-    "test_an_absent_file_is_an_os_error": lambda: backend(
-        type("BrokenMemory", (Memory,), {"open": lambda self, ref: io.BytesIO()})(FILES)
+    (
+        "a stream in place of a file",
+        "test_open_files_can_be_read_anywhere",
+        "an open file is not seekable",
+        lambda: with_files(opening(Stream)),
     ),
-    "test_a_missing_place_is_a_data_error": lambda: {"missing": Memory({})},
-    "test_the_location_names_the_place_without_secrets": lambda: {
-        "backend": Memory(FILES, "https://me:secret@host/clips"),
-        "missing": Memory(None, "memory://nowhere"),
-    },
-}
+    (
+        "one handle for all readers of a file",
+        "test_two_files_are_open_at_once",
+        "two open files share a position",
+        lambda: with_files(Sharing(FILES)),
+    ),
+    (
+        "the file to open kept in an attribute",
+        "test_threads_open_files_at_once",
+        "beside other threads",
+        lambda: with_files(Racing(FILES)),
+    ),
+    (
+        "all refs in a list",
+        "test_refs_come_one_by_one",
+        "refs returns a collection",
+        lambda: backend(type("BrokenMemory", (Memory,), {"refs": lambda self: list(Memory.refs(self))})(FILES)),
+    ),
+    (
+        "versions that count listings",
+        "test_listing_is_repeatable",
+        "a second listing of an unchanged place differs",
+        lambda: backend(changed(lambda refs: [SourceRef(ref.id, ref.size, str(next(counter))) for ref in refs])),
+    ),
+    (
+        "a version that a rewritten file keeps",
+        "test_a_changed_file_has_another_version",
+        "was rewritten and has the version that it had",
+        lambda: rewriting(Timeless(FILES), FILES),
+    ),
+    (
+        "the first shard forgotten",
+        "test_shards_hold_every_file",
+        "members of all shards are not refs",
+        lambda: shards(shards=lambda self: iter(list(Shards.shards(self))[1:])),
+    ),
+    (
+        "shards without a version",
+        "test_a_changed_file_changes_its_shard",
+        "a file of ['d.tar'] was rewritten",
+        lambda: rewriting(
+            type(
+                "BrokenShards",
+                (Shards,),
+                {"shards": lambda self: (SourceRef(s.id, 100, "") for s in Shards.shards(self))},
+            )(FILES),
+            SHARDED,
+        ),
+    ),
+    (
+        "no members of a shard that is not there",
+        "test_an_absent_shard_is_an_os_error",
+        "DID NOT RAISE",
+        lambda: shards(members=lambda self, shard: iter(())),
+    ),
+    (
+        "captions in another order",
+        "test_captions_are_told_with_their_clips",
+        "captions are not `words`, or not sorted by id",
+        lambda: {
+            "backend": captions(lambda found: iter(found[::-1])),
+            "request": Request(),
+        },
+    ),
+    (
+        "captions of a clip that is not there",
+        "test_captions_are_of_files_that_are_listed",
+        "captions are of deep/none.mp4, which refs does not list",
+        lambda: backend(captions(lambda found: iter([*found, ("deep/none.mp4", Words(("nothing",)))]))),
+    ),
+    (
+        "no captions of a place that is not there",
+        "test_captions_of_a_missing_place_are_a_data_error",
+        "DID NOT RAISE",
+        lambda: {"missing": type("BrokenCaptions", (Captions,), {"captions": lambda self, extras=(): iter(())})(None)},
+    ),
+    (
+        "an empty text for an extra that is not there",
+        "test_extras_that_are_not_there_are_left_out",
+        "empty extras: b.mp4",
+        lambda: backend(captions(lambda found: iter([("b.mp4", Words(("a red ball",), {"no_such_extra": ""}))]))),
+    ),
+    (
+        "empty bytes for an id that never was",
+        "test_an_absent_file_is_an_os_error",
+        "DID NOT RAISE",
+        lambda: backend(type("BrokenMemory", (Memory,), {"open": lambda self, ref: io.BytesIO()})(FILES)),
+    ),
+    (
+        "no files of a place that is not there",
+        "test_a_missing_place_is_a_data_error",
+        "DID NOT RAISE",
+        lambda: {"missing": Memory({})},
+    ),
+    (
+        "a password in the location",
+        "test_the_location_names_the_place_without_secrets",
+        "location shows a password",
+        lambda: {
+            "backend": Memory(FILES, "https://me:secret@host/clips"),
+            "missing": Memory(None, "memory://nowhere"),
+        },
+    ),
+)
+"""(the mistake, the rule that finds it, a piece of its message, the arguments with the mistake in them)."""
 
 
-@pytest.mark.parametrize("rule", BACKENDS)
-def test_the_rule_fails_for_a_data_backend_that_breaks_it(rule: str, breaks: Callable[..., None]) -> None:
-    kit = DataBackendTests()
-    kit.expects = frozenset({"SupportsFiles"}) if "expects" in rule else frozenset()
-    subject = BACKENDS[rule]()
-    if isinstance(subject.get("backend"), Shards):
+@pytest.mark.parametrize(("rule", "says", "subject"), [each[1:] for each in PLANTED], ids=[each[0] for each in PLANTED])
+def test_the_rule_fails_for_a_data_backend_that_breaks_it(
+    rule: str, says: str, subject: Callable[[], Subject], breaks: Callable[..., None]
+) -> None:
+    kit, given = DataBackendTests(), subject()
+    kit.expects = frozenset({"SupportsFiles"} if "expects" in rule else ())
+    if isinstance(given.get("backend"), Shards):
         kit.rewritten = REWRITTEN
-    breaks(kit, rule, subject)
+    breaks(kit, rule, given, says)
 
 
 def test_a_backend_that_cannot_be_pickled_is_found() -> None:
@@ -261,7 +367,7 @@ def test_a_backend_that_cannot_be_pickled_is_found() -> None:
 
 
 def test_every_rule_has_a_mutant(rules_of: Callable[[type], set[str]]) -> None:
-    assert rules_of(DataBackendTests) == BACKENDS.keys()
+    assert rules_of(DataBackendTests) == {rule for _, rule, _, _ in PLANTED}
 
 
 class TestASoundBackend(DataBackendTests):

@@ -139,42 +139,6 @@ class Counting(Signs):
         return mean.sign() * min(1.0, self.count / 10)
 
 
-OPTIMIZERS: Mapping[str, Callable[[], OptimizerSpec]] = {
-    "test_it_is_an_optimizer_of_all_parameters": lambda: replace(SIGNS, build=lambda o, groups: Signs(o, groups[:-1])),
-    "test_building_moves_nothing": lambda: replace(SIGNS, build=shrinking),
-    "test_the_learning_rate_reaches_every_group": lambda: made(Signs, settings=one_rate),
-    "test_the_schedule_scales_the_learning_rate": lambda: made(Signs, move=own_rate),
-    "test_a_loss_falls": lambda: made(Signs, direction=lambda self, mean: -mean.sign()),
-    "test_weight_decay_is_where_a_group_asks_for_it": lambda: made(Signs, settings=decaying),
-    "test_parameters_without_a_gradient_stay": lambda: made(Signs, step=without_gradients),
-    "test_gradients_of_zeros_are_taken": lambda: made(Signs, direction=lambda self, mean: mean / mean.norm()),
-    "test_small_steps_in_bf16_are_not_lost": lambda: made(Signs, move=rounded),
-    "test_parts_of_a_weight_are_moved_as_the_whole_is": lambda: made(
-        Signs, direction=lambda self, mean: mean / mean.abs().mean().clamp(min=1e-8)
-    ),
-    "test_its_state_takes_the_bytes_that_it_says": lambda: replace(SIGNS, state_bytes=4.0),
-    "test_its_state_can_be_saved": lambda: made(Signs, move=generating),
-    "test_a_resumed_run_is_the_same_bit_for_bit": lambda: replace(SIGNS, build=Counting),
-    "test_it_draws_nothing_from_the_global_generator": lambda: made(
-        Signs, direction=lambda self, mean: mean.sign() * torch.rand(mean.shape)
-    ),
-    "test_usual_learning_rates_are_below_the_largest_sensible_one": lambda: replace(SIGNS, usual_lr=(1e-2, 1e-5)),
-}
-MORE: Mapping[str, tuple[str, Callable[[], OptimizerSpec]]] = {
-    "build gives something else": ("test_it_is_an_optimizer_of_all_parameters", lambda: replace(SIGNS, build=Lost)),
-    "nothing decays": (
-        "test_weight_decay_is_where_a_group_asks_for_it",
-        lambda: made(Signs, settings=never_decaying),
-    ),
-    "two names of one memory": ("test_its_state_can_be_saved", lambda: made(Signs, move=sharing)),
-    "a state of all parameters": ("test_its_state_can_be_saved", lambda: made(Signs, move=keeping)),
-    "usual rates beyond the sensible one": (
-        "test_usual_learning_rates_are_below_the_largest_sensible_one",
-        lambda: replace(SIGNS, sensible_lr=1e-3),
-    ),
-}
-
-
 class Lost:
     """No optimizer, but something around one."""
 
@@ -188,23 +152,144 @@ class Lost:
         )
 
 
+PLANTED: tuple[tuple[str, str, str, Callable[[], OptimizerSpec]], ...] = (
+    (
+        "something around an optimizer",
+        "test_it_is_an_optimizer_of_all_parameters",
+        "build gave a Lost",
+        lambda: replace(SIGNS, build=Lost),
+    ),
+    (
+        "the last group of parameters forgotten",
+        "test_it_is_an_optimizer_of_all_parameters",
+        "its groups hold other parameters",
+        lambda: replace(SIGNS, build=lambda options, groups: Signs(options, groups[:-1])),
+    ),
+    (
+        "weights that are scaled when it is built",
+        "test_building_moves_nothing",
+        "build changes block.weight",
+        lambda: replace(SIGNS, build=shrinking),
+    ),
+    (
+        "lr_factor ignored",
+        "test_the_learning_rate_reaches_every_group",
+        "head.weight: 0.01, not 0.001",
+        lambda: made(Signs, settings=one_rate),
+    ),
+    (
+        "a learning rate that is read when it is built",
+        "test_the_schedule_scales_the_learning_rate",
+        "it moves at a rate of 0",
+        lambda: made(Signs, move=own_rate),
+    ),
+    (
+        "steps uphill",
+        "test_a_loss_falls",
+        "its loss did not fall",
+        lambda: made(Signs, direction=lambda self, mean: -mean.sign()),
+    ),
+    (
+        "norms and biases that decay",
+        "test_weight_decay_is_where_a_group_asks_for_it",
+        "block.norm moves, in a group that does not decay",
+        lambda: made(Signs, settings=decaying),
+    ),
+    (
+        "an option weight_decay without effect",
+        "test_weight_decay_is_where_a_group_asks_for_it",
+        "block.weight does not shrink",
+        lambda: made(Signs, settings=never_decaying),
+    ),
+    (
+        "no gradient taken for one of ones",
+        "test_parameters_without_a_gradient_stay",
+        "it moves without a gradient",
+        lambda: made(Signs, step=without_gradients),
+    ),
+    (
+        "a division by the size of the gradient",
+        "test_gradients_of_zeros_are_taken",
+        "not finite",
+        lambda: made(Signs, direction=lambda self, mean: mean / mean.norm()),
+    ),
+    (
+        '"bf16" in moves, and updates that rounding loses',
+        "test_small_steps_in_bf16_are_not_lost",
+        "bf16 weights moved 0% of what fp32 weights did",
+        lambda: made(Signs, move=rounded),
+    ),
+    (
+        '"sharded" in moves, and a step that goes by the mean of the whole weight',
+        "test_parts_of_a_weight_are_moved_as_the_whole_is",
+        "differ from the whole by",
+        lambda: made(Signs, direction=lambda self, mean: mean / mean.abs().mean().clamp(min=1e-8)),
+    ),
+    (
+        "half of its state declared",
+        "test_its_state_takes_the_bytes_that_it_says",
+        "state_bytes is 4 and 8 are kept",
+        lambda: replace(SIGNS, state_bytes=4.0),
+    ),
+    (
+        "a generator in its state",
+        "test_its_state_can_be_saved",
+        "its state cannot be saved",
+        lambda: made(Signs, move=generating),
+    ),
+    (
+        "two parts of its state in one memory",
+        "test_its_state_can_be_saved",
+        "its state cannot be saved",
+        lambda: made(Signs, move=sharing),
+    ),
+    (
+        "a state of all parameters under a key of its own",
+        "test_its_state_can_be_saved",
+        "which no checkpoint holds",
+        lambda: made(Signs, move=keeping),
+    ),
+    (
+        "steps that are counted in an attribute",
+        "test_a_resumed_run_is_the_same_bit_for_bit",
+        "a resumed run differs in block.weight",
+        lambda: replace(SIGNS, build=Counting),
+    ),
+    (
+        "rounding drawn from torch's generator",
+        "test_it_draws_nothing_from_the_global_generator",
+        "it draws from torch's global generator",
+        lambda: made(Signs, direction=lambda self, mean: mean.sign() * torch.rand(mean.shape)),
+    ),
+    (
+        "usual_lr the wrong way round",
+        "test_usual_learning_rates_are_below_the_largest_sensible_one",
+        "usual_lr is (0.01, 1e-05)",
+        lambda: replace(SIGNS, usual_lr=(1e-2, 1e-5)),
+    ),
+    (
+        "usual rates beyond the sensible one",
+        "test_usual_learning_rates_are_below_the_largest_sensible_one",
+        "usual_lr is not sensible",
+        lambda: replace(SIGNS, sensible_lr=1e-3),
+    ),
+)
+"""(the mistake, the rule that finds it, a piece of its message, the optimizer with the mistake in it)."""
+
+
 class Kit(OptimizerTests):
     table: Mapping[str, object] = {"lr": 1e-2}
 
 
-@pytest.mark.parametrize("rule", OPTIMIZERS)
-def test_the_rule_fails_for_an_optimizer_that_breaks_it(rule: str, breaks: Callable[..., None]) -> None:
-    breaks(Kit(), rule, {"spec": OPTIMIZERS[rule]()})
-
-
-@pytest.mark.parametrize("bug", MORE)
-def test_other_bugs_are_found_too(bug: str, breaks: Callable[..., None]) -> None:
-    rule, spec = MORE[bug]
-    breaks(Kit(), rule, {"spec": spec()})
+@pytest.mark.parametrize(("rule", "says", "spec"), [each[1:] for each in PLANTED], ids=[each[0] for each in PLANTED])
+def test_the_rule_fails_for_an_optimizer_that_breaks_it(
+    rule: str, says: str, spec: Callable[[], OptimizerSpec], breaks: Callable[..., None]
+) -> None:
+    breaks(Kit(), rule, {"spec": spec()}, says)
 
 
 def test_every_rule_has_a_mutant(rules_of: Callable[[type], set[str]]) -> None:
-    assert rules_of(OptimizerTests) == OPTIMIZERS.keys()
+    assert rules_of(OptimizerTests) == {rule for _, rule, _, _ in PLANTED}
 
 
 class TestASoundOptimizer(SpecTests, Kit):

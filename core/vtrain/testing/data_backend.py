@@ -88,7 +88,9 @@ class DataBackendTests:
 
     def test_every_file_is_listed_once_sorted_by_id(self, backend: DataBackend, files: Mapping[str, bytes]) -> None:
         """refs gives every file, in deep folders too, sorted by id, none twice."""
-        assert [ref.id for ref in backend.refs()] == sorted(files)
+        assert [ref.id for ref in backend.refs()] == sorted(files), (
+            "refs are other ids than `files`, or in another order"
+        )
 
     def test_abilities_of_the_backend_are_spelt_right(self, backend: DataBackend) -> None:
         """No public name of the backend is almost that of an ability which it lacks."""
@@ -101,26 +103,29 @@ class DataBackendTests:
     def test_ids_are_relative_with_forward_slashes(self, backend: DataBackend) -> None:
         """An id does not depend on where the place is or on the operating system."""
         for ref in backend.refs():
-            assert not ref.id.startswith("/"), ref.id
-            assert "\\" not in ref.id, ref.id
-            assert ".." not in ref.id.split("/"), ref.id
+            assert not ref.id.startswith("/"), f"the id {ref.id} is absolute"
+            assert "\\" not in ref.id, f"the id {ref.id} has a backslash"
+            assert ".." not in ref.id.split("/"), f"the id {ref.id} leads out of the place"
 
     def test_sizes_are_true(self, backend: DataBackend, files: Mapping[str, bytes]) -> None:
         """A ref's size is the file's, in bytes."""
-        assert {ref.id: ref.size for ref in backend.refs()} == {name: len(data) for name, data in files.items()}
+        for ref in backend.refs():
+            assert ref.size == len(files[ref.id]), (
+                f"{ref.id} is said to have {ref.size} bytes, not {len(files[ref.id])}"
+            )
 
     def test_files_open_to_their_bytes(self, backend: DataBackend, files: Mapping[str, bytes]) -> None:
         """open gives the file's bytes."""
         for ref in backend.refs():
             with backend.open(ref) as file:
-                assert file.read() == files[ref.id], ref.id
+                assert file.read() == files[ref.id], f"{ref.id} opens to other bytes"
 
     def test_open_files_can_be_read_anywhere(self, backend: DataBackend, files: Mapping[str, bytes]) -> None:
         """An open file seeks, as video decoders do: from the start, from here and from the end."""
         name = _largest(files)
         data = files[name]
         with backend.open(_ref(backend, name)) as file:
-            assert file.seekable()
+            assert file.seekable(), "an open file is not seekable"
             assert file.seek(-10, io.SEEK_END) == len(data) - 10
             assert file.read() == data[-10:]
             file.seek(100)
@@ -132,7 +137,7 @@ class DataBackendTests:
         ref = _ref(backend, _largest(files))
         with backend.open(ref) as first, backend.open(ref) as second:
             first.read(50)
-            assert second.read(4) == files[ref.id][:4]
+            assert second.read(4) == files[ref.id][:4], "two open files share a position"
 
     def test_threads_open_files_at_once(self, backend: DataBackend, files: Mapping[str, bytes]) -> None:
         """Several threads open and read files of one backend, each its own."""
@@ -143,7 +148,7 @@ class DataBackendTests:
 
         with ThreadPoolExecutor(4) as threads:
             for name, data in threads.map(content, list(backend.refs()) * 4):
-                assert data == files[name], name
+                assert data == files[name], f"beside other threads {name} opens to other bytes"
 
     def test_refs_come_one_by_one(self, backend: DataBackend) -> None:
         """refs is an iterator, so that a million files are never a list; one that is not used up can be thrown away."""
@@ -155,19 +160,20 @@ class DataBackendTests:
 
     def test_listing_is_repeatable(self, backend: DataBackend) -> None:
         """Asked twice, an unchanged place gives the same refs, versions too."""
-        assert list(backend.refs()) == list(backend.refs())
+        assert list(backend.refs()) == list(backend.refs()), "a second listing of an unchanged place differs"
 
     def test_a_copy_lists_and_opens_the_same(self, backend: DataBackend, files: Mapping[str, bytes]) -> None:
         """A backend goes to another process by pickle, after it was used too; there it gives the same refs and bytes."""
         fresh = pickle.dumps(backend)
         refs = list(backend.refs())
-        for copied in (fresh, pickle.dumps(backend)):
-            other: DataBackend = pickle.loads(copied)  # noqa: S301 (made two lines above)
-            assert list(other.refs()) == refs
+        used = pickle.dumps(backend)
+        for copied, several in ((used, refs[:1]), (fresh, refs)):
+            other: DataBackend = pickle.loads(copied)  # noqa: S301 (made above)
             assert other.location == backend.location
-            for ref in refs:
+            for ref in several:
                 with other.open(ref) as file:
-                    assert file.read() == files[ref.id], ref.id
+                    assert file.read() == files[ref.id], f"in a copy {ref.id} opens to other bytes"
+        assert list(other.refs()) == refs, "a copy that was made before the first listing lists otherwise"
 
     def test_a_vanished_file_is_an_os_error_in_words(self, remove: Callable[[str], None], backend: DataBackend) -> None:
         """A file that is removed after refs gave it is an OSError that says why, not empty bytes; a run adds the file's name."""
@@ -184,7 +190,7 @@ class DataBackendTests:
         rewrite(self.rewritten, files[self.rewritten].swapcase())
         after = {ref.id: ref.version for ref in backend.refs()}
         changed = {name for name in before if before[name] != after[name]}
-        assert self.rewritten in changed
+        assert self.rewritten in changed, f"{self.rewritten} was rewritten and has the version that it had"
         shards = [shard.id for shard in backend.shards()] if isinstance(backend, SupportsShards) else []
         own = [f"{shard}/" for shard in shards if self.rewritten.startswith(f"{shard}/")]
         assert [name for name in changed if name != self.rewritten and not name.startswith(tuple(own))] == []
@@ -195,7 +201,7 @@ class DataBackendTests:
         shards = list(part.shards())
         assert [shard.id for shard in shards] == sorted({shard.id for shard in shards})
         members = {shard.id: list(part.members(shard)) for shard in shards}
-        assert list(chain.from_iterable(members.values())) == list(backend.refs())
+        assert list(chain.from_iterable(members.values())) == list(backend.refs()), "members of all shards are not refs"
         for shard, refs in members.items():
             assert not [ref.id for ref in refs if not ref.id.startswith(f"{shard}/")], shard
 
@@ -208,7 +214,8 @@ class DataBackendTests:
         rewrite(self.rewritten, files[self.rewritten].swapcase())
         after = {shard.id: shard.version for shard in part.shards()}
         changed = [shard for shard in before if before[shard] != after[shard]]
-        assert changed == [shard for shard in before if self.rewritten.startswith(f"{shard}/")]
+        own = [shard for shard in before if self.rewritten.startswith(f"{shard}/")]
+        assert changed == own, f"a file of {own} was rewritten, and another version have {changed}"
 
     def test_an_absent_shard_is_an_os_error(self, backend: DataBackend) -> None:
         """members raises OSError for a shard that is not there."""
@@ -222,14 +229,14 @@ class DataBackendTests:
         words: Mapping[str, Words] = request.getfixturevalue("words")
         told = part.captions()
         assert iter(told) is told, "captions returns a collection"
-        assert list(told) == sorted(words.items())
+        assert list(told) == sorted(words.items()), "captions are not `words`, or not sorted by id"
 
     def test_captions_are_of_files_that_are_listed(self, backend: DataBackend) -> None:
         """Every id that captions gives is one that refs gives; texts are texts."""
         part = captioned(backend)
         ids = {ref.id for ref in backend.refs()}
         for name, words in part.captions():
-            assert name in ids, name
+            assert name in ids, f"captions are of {name}, which refs does not list"
             assert isinstance(words.texts, tuple)
             assert all(isinstance(text, str) for text in words.texts), name
 
@@ -263,5 +270,5 @@ class DataBackendTests:
         """location is the same each time, differs between places and shows no password or token."""
         assert backend.location == backend.location
         assert backend.location != missing.location
-        assert urlsplit(backend.location).password is None
+        assert urlsplit(backend.location).password is None, "location shows a password"
         assert not [secret for secret in self.secrets if secret in backend.location]

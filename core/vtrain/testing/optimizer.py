@@ -152,7 +152,8 @@ class OptimizerTests:
     def test_building_moves_nothing(self, spec: OptimizerSpec) -> None:
         """build changes no weight: a resumed run builds it again."""
         found, fresh = self.trained(spec).values(), weights_of(self.dtype(spec))
-        assert not [name for name in fresh if not torch.equal(found[name], fresh[name])]
+        moved = [name for name in fresh if not torch.equal(found[name], fresh[name])]
+        assert not moved, f"build changes {', '.join(moved)}"
 
     def test_the_learning_rate_reaches_every_group(self, spec: OptimizerSpec) -> None:
         """A group's "lr" is the option `lr` times lr_factor of the group it came from."""
@@ -225,7 +226,8 @@ class OptimizerTests:
         trained = self.trained(spec)
         for number in range(3):
             trained.step(number, {name: torch.zeros(weight.shape) for name, weight in trained.weights.items()})
-        assert all(value.isfinite().all() for value in trained.values().values())
+        odd = [name for name, value in trained.values().items() if not value.isfinite().all()]
+        assert not odd, f"not finite after gradients of zeros: {', '.join(odd)}"
 
     def test_small_steps_in_bf16_are_not_lost(self, spec: OptimizerSpec) -> None:
         """With "bf16" in moves: 500 steps, each less than bf16 can hold, move weights as far as the same steps in fp32, nearly."""

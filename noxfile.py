@@ -17,7 +17,9 @@ CONSTRAINTS = "constraints.txt"
 FAMILIES = ("sanavideo_plugin", "wan_plugin")
 EDITABLE = [word for folder in FAMILIES for word in ("-e", f"./{folder}")]
 CODE = ("core", "plugins", "sanavideo_plugin", "wan_plugin", "tests", "benchmarks", "examples", "docs", "noxfile.py")
-WITH_TORCH = re.compile(r"(torch|accelerate|peft|diffusers|transformers|efficientnet-\S+?|lion-pytorch|vtrain)(?=[<>=]|$)")
+WITH_TORCH = re.compile(
+    r"(torch|accelerate|peft|diffusers|transformers|efficientnet-\S+?|lion-pytorch|vtrain)(?=[<>=]|$)"
+)
 """Dependencies that are torch, or install it."""
 SOURCES = ("folder", "frames", "manifest", "s3", "seekable", "storage", "tar", "web")
 TORCH_FREE = (

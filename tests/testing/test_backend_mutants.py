@@ -10,17 +10,11 @@ from typing import Any, BinaryIO
 
 import pytest
 
-from vtrain.contract import (
-    DataError,
-    Problem,
-    SourceRef,
-    Words,
-)
+from vtrain.contract import DataError, Problem, SourceRef, Words
 from vtrain.testing import DataBackendTests
 from vtrain.testing.data_backend import FILES
 
 Subject = dict[str, Any]
-
 
 counter = itertools.count(1)
 
@@ -126,9 +120,7 @@ class Shards(Memory):
 
 SHARDED = {f"{name[0]}.tar/{name}": data for name, data in FILES.items()}
 
-
 REWRITTEN = "d.tar/deep/er/clip.mp4"
-
 
 WORDS = {
     "b.mp4": Words(("a red ball", "a ball"), {"pace": 7}),
@@ -163,13 +155,8 @@ def rewriting(part: Memory, files: Mapping[str, bytes]) -> Subject:
 
 def captions(change: Callable[[list[tuple[str, Words]]], object]) -> Memory:
     """A backend whose captions pass through `change`."""
-    return type("BrokenCaptions", (Captions,), {"captions": lambda self, extras=(): change(sorted(WORDS.items()))})(
-        FILES
-    )
-
-
-def removing(part: Memory) -> Subject:
-    return {"backend": part, "remove": part.remove}
+    members = {"captions": lambda self, extras=(): change(sorted(WORDS.items()))}
+    return type("BrokenCaptions", (Captions,), members)(FILES)
 
 
 class Timeless(Memory):
@@ -209,7 +196,7 @@ PLANTED: tuple[tuple[str, str, str, Callable[[], Subject]], ...] = (
         "empty bytes for a file that is gone",
         "test_a_vanished_file_is_an_os_error_in_words",
         "DID NOT RAISE",
-        lambda: removing(Forgiving(FILES)),
+        lambda: {"backend": (part := Forgiving(FILES)), "remove": part.remove},
     ),
     (
         "`captoins` for `captions`",
@@ -373,9 +360,11 @@ def test_every_rule_has_a_mutant(rules_of: Callable[[type], set[str]]) -> None:
 class TestASoundBackend(DataBackendTests):
     """What the mutants are made from passes every rule."""
 
+    kind: type[Memory] = Memory
+
     @pytest.fixture
-    def backend(self, files: Mapping[str, bytes]) -> Memory:
-        return Memory(files)
+    def backend(self) -> Memory:
+        return self.kind(FILES)
 
     @pytest.fixture
     def rewrite(self, backend: Memory) -> Callable[[str, bytes], None]:
@@ -387,53 +376,23 @@ class TestASoundBackend(DataBackendTests):
 
     @pytest.fixture
     def missing(self) -> Memory:
-        return Memory(None, "memory://nowhere")
+        return self.kind(None, "memory://nowhere")
 
 
-class TestSoundShards(DataBackendTests):
+class TestSoundShards(TestASoundBackend):
     """So does what the mutants with shards are made from."""
 
-    rewritten = REWRITTEN
+    kind, rewritten = Shards, REWRITTEN
 
     @pytest.fixture
     def files(self) -> Mapping[str, bytes]:
         return SHARDED
 
-    @pytest.fixture
-    def backend(self) -> Memory:
-        return Shards(FILES)
 
-    @pytest.fixture
-    def rewrite(self, backend: Memory) -> Callable[[str, bytes], None]:
-        return backend.rewrite
-
-    @pytest.fixture
-    def remove(self, backend: Memory) -> Callable[[str], None]:
-        return backend.remove
-
-    @pytest.fixture
-    def missing(self) -> Memory:
-        return Shards(None, "memory://nowhere")
-
-
-class TestSoundCaptions(DataBackendTests):
+class TestSoundCaptions(TestASoundBackend):
     """And what the mutants with captions are made from."""
 
-    @pytest.fixture
-    def backend(self, files: Mapping[str, bytes]) -> Memory:
-        return Captions(files)
-
-    @pytest.fixture
-    def rewrite(self, backend: Memory) -> Callable[[str, bytes], None]:
-        return backend.rewrite
-
-    @pytest.fixture
-    def remove(self, backend: Memory) -> Callable[[str], None]:
-        return backend.remove
-
-    @pytest.fixture
-    def missing(self) -> Memory:
-        return Captions(None, "memory://nowhere")
+    kind = Captions
 
     @pytest.fixture
     def words(self) -> Mapping[str, Words]:

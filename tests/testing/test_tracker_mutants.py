@@ -127,18 +127,8 @@ PLANTED: tuple[tuple[str, str, str, Callable[[], type[Lines]]], ...] = (
         "no events: [<class 'vtrain.contract.records.RunInfo'>]",
         lambda: made(events=(Logged, RunInfo)),
     ),
-    (
-        "nothing asked for",
-        "test_it_asks_for_events_that_there_are",
-        "it asks for no event",
-        lambda: made(events=()),
-    ),
-    (
-        "a list of events",
-        "test_it_asks_for_events_that_there_are",
-        "events is a list",
-        lambda: made(events=[Logged]),
-    ),
+    ("nothing asked for", "test_it_asks_for_events_that_there_are", "it asks for no event", lambda: made(events=())),
+    ("a list of events", "test_it_asks_for_events_that_there_are", "events is a list", lambda: made(events=[Logged])),
     (
         "`warning` for `warnings`",
         "test_abilities_of_the_tracker_are_spelt_right",

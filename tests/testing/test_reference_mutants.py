@@ -225,7 +225,7 @@ PLANTED: tuple[tuple[str, str, str, Callable[[Path], Subject]], ...] = (
     (
         "a decode that does not undo normalisation",
         "test_decoded_pixels_are_the_originals",
-        "the pixels: ",
+        "the pixels: it differs from the original's",
         lambda _: coding(Codec(given=lambda latents: 2 * latents), decoded=True),
     ),
     (

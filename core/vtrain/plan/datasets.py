@@ -12,7 +12,7 @@ from typing import Literal
 
 from vtrain.config.keys import KeyPath
 from vtrain.config.record import Config, Part
-from vtrain.config.tables import DataTable, MasksTable
+from vtrain.config.tables import DataTable
 from vtrain.contract import (
     ClipShape,
     DataBackend,
@@ -221,7 +221,8 @@ def _dataset(
     assert isinstance(spec, DataBackendSpec)
     backend = spec.build(part.options)
     check_members("data backend", backend, spec.name, config.where("data", number))
-    table, fps = part.table, part.table.video.fps
+    table, fps, masks = part.table, part.table.video.fps, part.table.masks
+    folder: KeyPath = ("data", number, "masks", "folder")
     lengths = _Lengths.of(table, family)
     sizes = dataset_sizes(config, family, number, part, problems)
     checks = _Checks(config, number, table)
@@ -244,7 +245,7 @@ def _dataset(
         max_frames=lengths.piece,
         crop_seed=config.run.seed if table.crop == "random" else 0,
         image_to_video=_share(table, family),
-        masks=None if table.masks is None else _masks(table.masks, config.where("data", number, "masks", "folder")),
+        masks=None if masks is None else MasksPlan(masks.folder, masks.invert, masks.missing, config.where(*folder)),
         use=spec.name,
     )
 
@@ -253,10 +254,6 @@ def _share(table: DataTable, family: Family) -> float:
     """Of draws with what the family does not require."""
     taken = conditions_of(family)
     return 1.0 if taken and all(each.required for each in taken) else table.video.image_to_video
-
-
-def _masks(table: MasksTable, where: str) -> MasksPlan:
-    return MasksPlan(table.folder, table.invert, table.missing, where)
 
 
 def check_frames(config: Config, rule: FrameRule, key: KeyPath, frames: int) -> list[Problem]:

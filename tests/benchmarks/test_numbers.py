@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from vtrain_sanavideo.geometry import TransformerConfig
+from vtrain_sanavideo.geometry import SanaVideoConfig
 
 Load = Callable[[str], ModuleType]
 
@@ -78,7 +78,7 @@ def test_crepa_adds_little_to_the_peak_of_a_step(module: Load) -> None:
 
 def test_the_2b_model_has_the_parameters_of_the_real_one(module: Load) -> None:
     gpu = module("gpu_sides")
-    config = TransformerConfig.model_validate(gpu.REAL)
+    config = SanaVideoConfig.model_validate(gpu.REAL)
     with torch.device("meta"):
         model = gpu.SanaVideoTransformer3DModel(**gpu.REAL)
     assert sum(weight.numel() for weight in model.parameters()) == 2_056_862_144

@@ -287,3 +287,28 @@ def test_a_part_that_is_gone_at_a_resume_is_an_error_and_the_checkpoint_stays(
     done = within("run", file, check=2)
     assert 'the regularizer "odd" of odd 1.5 cannot be used: not in VTRAIN_PLUGINS.' in done.stderr
     assert (folder.output / "checkpoints" / "step-000004" / "MANIFEST.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("decode raises", "ZeroDivisionError: inside (in odd 1.5 (family odd), module odd_plugin)"),
+        pytest.param(
+            "decoded", "its video codec decoded (1, 3, 8, 64, 64) where (1, 3, 9, 64, 64)", marks=pytest.mark.slow
+        ),
+        pytest.param("shape", "its predict gave (1, 1, 3, 8, 8) where (1, 12, 3, 8, 8)", marks=pytest.mark.slow),
+    ],
+)
+def test_what_breaks_in_validation_ends_no_run_and_names_part_distribution_and_version(
+    odd: Odd, within: Run, folder: Any, fault: str, words: str
+) -> None:
+    """Two steps are trained; the third call of predict is validation's."""
+    file = odd("family", f'fault = "{fault}"\nat = 3', steps=2)
+    text = (
+        '\n[validation]\nevery = "2 steps"\nsteps = 2\nsize = "64x64"\nframes = 9\n[validation.prompts]\na = "a boat"\n'
+    )
+    file.write_text(file.read_text(encoding="utf-8") + text, encoding="utf-8")
+    done = within("run", file, check=3)
+    assert words in done.stdout, done.stdout
+    assert "odd 1.5" in done.stdout
+    assert (folder.output / "checkpoints" / "step-000002").is_dir()

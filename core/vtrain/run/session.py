@@ -391,9 +391,8 @@ class Session:
         validator = Validator(
             made, plan.family, plan.sampler, caches, trainer.denoiser, processes.device, autocast, stopping, pictures
         )
-        return Validation(
-            validator, plan.config.run.output_dir / SAMPLES, processes, partial(self._explained, "validating")
-        )
+        explained, parts = partial(self._explained, "validating"), plan.config.parts()
+        return Validation(validator, plan.config.run.output_dir / SAMPLES, processes, explained, parts)
 
     def _explained(self, doing: Doing) -> AbstractContextManager[None]:
         """A full device is an error with what lowers the memory that this plan takes."""

@@ -25,7 +25,9 @@ from vtrain.contract import (
     Family,
     Generating,
     NoiseLevel,
+    PluginError,
     Predict,
+    Registered,
     Sampler,
     Size,
     SupportsStepwise,
@@ -42,6 +44,7 @@ from vtrain.data.caching.caches import Caches
 from vtrain.data.caching.pictures import Given, absent
 from vtrain.data.caching.sharing import Peers
 from vtrain.plan.records import ValidationPlan
+from vtrain.registry.blame import PartFault, blame
 from vtrain.validate.videos import Strip, read_frames, spread, write_mp4, write_sheet
 
 _COLUMNS = 6
@@ -168,7 +171,11 @@ class Validator:
         def predict(noisy: Tensor, level: NoiseLevel) -> Tensor:
             """In training's autocast; the solver's own arithmetic stays fp32."""
             with self.autocast():
-                return guess(noisy, timed(self.family, level))
+                found = guess(noisy, timed(self.family, level))
+            if found.shape != noisy.shape:
+                what = f"its predict gave {tuple(found.shape)} where {tuple(noisy.shape)} was asked for"
+                raise PartFault("family", "", what)
+            return found
 
         states = self._states(predict, noise)
         while True:
@@ -238,6 +245,11 @@ class Validator:
                 files[nickname] = folder / f"{nickname}.mp4"
                 with torch.no_grad():
                     pixels = codec.decode(self.device.move(latents[nickname]))
+                if pixels.shape != (1, 3, *self.plan.shape):
+                    what = (
+                        f"its video codec decoded {tuple(pixels.shape)} where {(1, 3, *self.plan.shape)} was asked for"
+                    )
+                    raise PartFault("family", "", what)
                 write_mp4(files[nickname], to_frames(fitted(pixels[0], self.plan.size)), self.plan.fps)
         return files
 
@@ -252,13 +264,15 @@ class Validator:
 class Validation:
     """Validations of a run, each as events. It never ends the run: what fails is in the event.
 
-    folder: of all samples. peers: each generates its share. explained: a full device's error, in words that help.
+    folder: of all samples. peers: each generates its share. explained: a full device's error, in words that help. parts: of the
+    run, of which one is named by what its plugin raises.
     """
 
     validator: Validator
     folder: Path
     peers: Peers
     explained: Callable[[], AbstractContextManager[None]]
+    parts: Sequence[Registered]
 
     def __call__(self, step: int) -> Iterator[Event]:
         """Generate all prompts after `step` optimizer steps."""
@@ -299,11 +313,12 @@ class Validation:
     ) -> Generator[Event, None, tuple[dict[str, Path], str, bool]]:
         """(files, why there are no others, whether the run was asked to stop before they were made)."""
         try:
-            with self.explained():
+            with self.explained(), blame(self.parts):
                 return (yield from self.validator.generating(folder, nicknames, step=step)), "", False
         except Interrupted:
             return {}, "", True
-        except DeviceError as error:
+        except (DeviceError, PluginError) as error:
             return {}, str(error), False
         except Exception as error:  # noqa: BLE001 - validation never ends a run
-            return {}, f"{type(error).__name__}: {error}", False
+            whose = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+            return {}, f"{type(error).__name__}: {error}{whose}", False

@@ -99,7 +99,7 @@ RUNS = {
     (
         "optimizer",
         "nothing",
-    ): "step 1: {}: its spec has state_bytes > 0, and after a step its optimizer.state is empty.",
+    ): 'step 1: {}: it keeps what no checkpoint brings back: "moments", an attribute with tensors that',
     ("optimizer", "shared"): "step 1: {}: it keeps what no checkpoint brings back: optimizer.state of all.",
     ("optimizer", "object"): 'step 1: {}: it keeps what no checkpoint brings back: "kept" of a parameter, a set.',
     ("data_backend", "no list"): "{}: it lists None, not files.",

@@ -279,7 +279,7 @@ PLANTED: tuple[tuple[str, str, str, Callable[[Path], Subject]], ...] = (
     (
         "partly_used that names a file which is not there",
         FILES,
-        "partly_used names what is no *.safetensors of the model folder: vision.safetensors",
+        "partly_used names what is no safetensors file of the model folder: vision.safetensors",
         lambda folder: on_folder(folder) | {"attributes": {"partly_used": frozenset({"vision.safetensors"})}},
     ),
     (

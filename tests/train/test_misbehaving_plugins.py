@@ -77,7 +77,7 @@ RUNS = {
     ("family", "codec"): '{}: its open_video_codec gave object, which lacks "decode", "encode".',
     ("family", "denoiser"): '{}: its load_denoiser gave ToyTransformer, which lacks "fold", ',
     ("regularizer", "number"): "step 3: {}: its loss module gave a float, not a LossTerm.",
-    ("regularizer", "per clip"): "step 3: {}: its loss is float32 (2,), not a tensor of a single number.",
+    ("regularizer", "per clip"): "step 3: {}: its loss is float32 (2,), not a tensor of a single number in fp32,",
     ("regularizer", "detached"): "step 3: {}: its loss is outside the graph, so that nothing learns from it;",
     ("regularizer", "metric"): 'step 3: {}: its metric "size" is float32 () in the graph, not a detached',
     ("regularizer", "nan"): 'step 3: the loss of the regularizer "odd" is not finite; samples: clips/clip_',

@@ -127,7 +127,7 @@ class DenoiserTests(FamilySubject):
         """predict gives finite values in the shape of `noisy`, in fp32, bf16 or fp16: a run ends at others."""
         with torch.no_grad():
             prediction = example.run(denoiser)
-        fault = prediction_fault(prediction, example.noisy)
+            fault = prediction_fault(prediction, example.noisy)
         assert not fault, fault
         assert prediction.isfinite().all(), "the prediction is not finite"
 
@@ -285,6 +285,6 @@ class DenoiserTests(FamilySubject):
         assert share > 0.5, f"{share:.0%} of the weights are bf16"
         with torch.no_grad(), Device().autocast("bf16"):
             prediction = example.run(denoiser)
-        fault = prediction_fault(prediction, example.noisy)
+            fault = prediction_fault(prediction, example.noisy)
         assert not fault, fault
         assert prediction.isfinite().all(), "the prediction is not finite"

@@ -92,7 +92,7 @@ def change_weights(file: Path) -> None:
 class FileTests(FamilySubject):
     """Fingerprints, by which core knows whether a cached entry is still what the encoder would give.
 
-    partly_used: *.safetensors, as paths in the model folder, with weights that no encoder uses (a vision tower, an lm_head beside
+    partly_used: safetensors files, as paths in the model folder, with weights that no encoder uses (a vision tower, an lm_head beside
     a text encoder): a fingerprint goes by the whole file. Name them with a comment that says why.
     """
 
@@ -137,12 +137,12 @@ class FileTests(FamilySubject):
     def test_fingerprints_change_with_weights_and_only_then(
         self, family: Family, clip: ClipShape, model_folder: ModelFolder, tmp_path: Path
     ) -> None:
-        """With other weights in a *.safetensors, those fingerprints change whose encoders give something else, and no others."""
+        """With other weights in a safetensors file, those fingerprints change whose encoders give something else, and no others."""
         folder, build = model_folder
         copy = Path(shutil.copytree(folder, tmp_path / "copy"))
         files = {file.relative_to(copy).as_posix(): file for file in sorted(copy.rglob("*.safetensors"))}
         absent = sorted(self.partly_used - files.keys())
-        assert not absent, f"partly_used names what is no *.safetensors of the model folder: {', '.join(absent)}"
+        assert not absent, f"partly_used names what is no safetensors file of the model folder: {', '.join(absent)}"
         clip = clip._replace(frames=max(1, family.frame_rule.offset))  # a picture shows it, and is encoded soon
         given = {name: each.given(clip) for name, each in encoders(build(copy)).items()}
         before = marks(build(copy))
@@ -162,6 +162,6 @@ class FileTests(FamilySubject):
             of = f" in {', '.join(others)}" if others else ""
             unproved(
                 f"that fingerprints change with weights{of}",
-                "*.safetensors of them",
+                "safetensors file of them",
                 "a test of your own that changes them",
             )

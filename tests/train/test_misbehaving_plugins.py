@@ -133,6 +133,16 @@ def test_what_breaks_the_contract_in_a_run_names_step_part_distribution_and_vers
         assert "use another" in done.stderr
 
 
+@pytest.mark.slow
+def test_an_optimizer_without_a_state_trains_and_is_resumed_whatever_its_state_bytes_are(
+    odd: Odd, within: Run, folder: Any
+) -> None:
+    """Plain SGD, whose spec has the default of 8 bytes: nothing is lost, so that nothing is refused."""
+    within("run", odd("optimizer", ""), check=0)
+    within("run", odd("optimizer", "", steps=6), check=0)
+    assert list((folder.output / "checkpoints").glob("step-000006"))
+
+
 def test_an_exception_of_a_plugins_own_keeps_its_traceback_and_names_step_part_distribution_and_version(
     odd: Odd,
 ) -> None:

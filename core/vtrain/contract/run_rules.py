@@ -40,7 +40,10 @@ def term_fault(found: object) -> str:
     if fault := loss_fault(found):
         return fault
     assert isinstance(found, LossTerm)
-    return next(filter(None, (metric_fault(key, value) for key, value in found.metrics.items())), "")
+    for key, value in found.metrics.items():
+        if fault := metric_fault(key, value):
+            return fault
+    return ""
 
 
 def loss_fault(found: object) -> str:

@@ -92,8 +92,8 @@ def change_weights(file: Path) -> None:
 class FileTests(FamilySubject):
     """Fingerprints, by which core knows whether a cached entry is still what the encoder would give.
 
-    partly_used: safetensors files, as paths in the model folder, with weights that no encoder uses (a vision tower, an lm_head beside
-    a text encoder): a fingerprint goes by the whole file. Name them with a comment that says why.
+    partly_used: safetensors files, as paths in the model folder, with weights that no encoder uses (a vision tower, an lm_head
+    beside a text encoder): a fingerprint goes by the whole file. Name them with a comment that says why.
     """
 
     partly_used: frozenset[str] = frozenset()

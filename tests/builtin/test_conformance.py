@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from vtrain.contract import OptimizerSpec, Regularizer, Sampler, Spec, Tracker
 from vtrain.testing import OptimizerTests, PluginTests, RegularizerTests, SamplerTests, SpecTests, TrackerTests
@@ -111,11 +112,14 @@ class TestFlow(SamplerTests):
     def sampler(cls) -> Sampler:
         return FLOW.build(FLOW.options(), {})
 
+    @pytest.fixture(scope="class")
+    @classmethod
+    def reference_target(cls) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """v = e - x0, the time derivative of x_s = (1 - s) x0 + s e (Liu et al., arXiv 2209.03003)."""
+        return lambda clean, noise, sigma: noise - clean
 
-class TestUniformShiftedFlow(SamplerTests):
-    tolerance = 1e-5
-    expects = frozenset({"SupportsStepwise"})
 
+class TestUniformShiftedFlow(TestFlow):
     @pytest.fixture(scope="class")
     @classmethod
     def sampler(cls) -> Sampler:

@@ -285,7 +285,7 @@ PLANTED: tuple[tuple[str, str, str, Callable[[], Subject]], ...] = (
     ),
     (
         "captions in another order",
-        "test_captions_are_told_with_their_clips",
+        "test_captions_come_with_their_clips",
         "captions are not `words`, or not sorted by id",
         lambda: {
             "backend": captions(lambda found: iter(found[::-1])),
@@ -306,7 +306,7 @@ PLANTED: tuple[tuple[str, str, str, Callable[[], Subject]], ...] = (
     ),
     (
         "an empty text for an extra that is not there",
-        "test_extras_that_are_not_there_are_left_out",
+        "test_extras_that_are_not_there_are_skipped",
         "empty extras: b.mp4",
         lambda: backend(captions(lambda found: iter([("b.mp4", Words(("a red ball",), {"no_such_extra": ""}))]))),
     ),

@@ -106,7 +106,7 @@ class NeverCheckpointing(Denoiser):
 
 PLANTED: tuple[tuple[str, str, str, Callable[[], Subject]], ...] = (
     (
-        "blocks that are wrapped anew",
+        "blocks that are wrapped again each time",
         "test_blocks_are_parts_of_the_module",
         "block 0 is no part of the module",
         lambda: blocks(lambda own: [nn.Sequential(each) for each in own]),

@@ -60,6 +60,22 @@ class Misshapen(Denoiser):
         return super().predict(*inputs)[:, :, :-1]
 
 
+class Precise(Denoiser):
+    def predict(self, *inputs: Any) -> Tensor:
+        return super().predict(*inputs).double()
+
+
+class Wrapped(Denoiser):
+    def predict(self, *inputs: Any) -> Any:
+        return (super().predict(*inputs),)
+
+
+class Gradless(Denoiser):
+    @torch.no_grad()
+    def predict(self, *inputs: Any) -> Tensor:
+        return super().predict(*inputs)
+
+
 class Mixing(Denoiser):
     def predict(self, *inputs: Any) -> Tensor:
         prediction = super().predict(*inputs)
@@ -187,8 +203,20 @@ PLANTED: tuple[tuple[str, str, str, Callable[[Path], Subject]], ...] = (
     (
         "a prediction that lacks the last frame",
         "test_a_prediction_is_shaped_like_its_input",
-        "a prediction (2, 12, 2, 4, 6) for latents (2, 12, 3, 4, 6)",
+        "its predict gave float32 (2, 12, 2, 4, 6) where (2, 12, 3, 4, 6) of fp32,",
         lambda _: example_with(Misshapen()),
+    ),
+    (
+        "a prediction in double precision",
+        "test_a_prediction_is_shaped_like_its_input",
+        "its predict gave float64 (2, 12, 3, 4, 6) where",
+        lambda _: example_with(Precise()),
+    ),
+    (
+        "a prediction in a tuple, as diffusers gives it",
+        "test_a_prediction_is_shaped_like_its_input",
+        "its predict gave a tuple where",
+        lambda _: example_with(Wrapped()),
     ),
     (
         "a norm over the batch",
@@ -234,7 +262,19 @@ PLANTED: tuple[tuple[str, str, str, Callable[[Path], Subject]], ...] = (
         lambda _: example_with(Denoiser(WithIdleWeight)),
     ),
     (
-        "weights that are drawn anew when the file lacks them",
+        "without_gradient that names a weight which learns",
+        "test_gradients_reach_every_parameter",
+        "without_gradient names what gets one, or is not trained: patch_in.weight",
+        lambda _: example_with(Denoiser(), attributes={"without_gradient": frozenset({"patch_in.weight"})}),
+    ),
+    (
+        "a prediction under no_grad",
+        "test_gradients_reach_every_parameter",
+        "outside the graph, from which no weight learns",
+        lambda _: example_with(Gradless()),
+    ),
+    (
+        "weights that are drawn at random when the file lacks them",
         "test_loading_is_reproducible",
         "differ: patch_in.weight",
         lambda _: kit(family=family(load_denoiser=another)),

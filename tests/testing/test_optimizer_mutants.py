@@ -120,6 +120,37 @@ def generating(self: Signs, weight: Tensor, gradient: Tensor, group: Mapping[str
     self.state[weight]["generator"] = torch.Generator()
 
 
+def listing(self: Signs, weight: Tensor, gradient: Tensor, group: Mapping[str, float]) -> None:
+    Signs.move(self, weight, gradient, group)
+    self.state[weight]["means"] = [self.state[weight]["mean"].clone()]
+
+
+class Scaled(Signs):
+    """It keeps a tensor in its groups."""
+
+    def settings(self, group: ParameterGroup) -> dict[str, Any]:
+        return {**super().settings(group), "scale": torch.ones(())}
+
+
+class Beside(Signs):
+    """It saves more in a state_dict of its own."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "scale": 1.0}
+
+
+class Apart(Signs):
+    """Its state lies in an attribute."""
+
+    def __init__(self, options: SignOptions, groups: Sequence[ParameterGroup]) -> None:
+        super().__init__(options, groups)
+        self.means: dict[int, dict[str, Tensor]] = {}
+
+    def move(self, weight: Tensor, gradient: Tensor, group: Mapping[str, float]) -> None:
+        mean = self.means.setdefault(id(weight), {"mean": torch.zeros_like(gradient)})["mean"].lerp_(gradient, 0.1)
+        weight.add_(self.direction(mean), alpha=-group["lr"])
+
+
 def keeping(self: Signs, weight: Tensor, gradient: Tensor, group: Mapping[str, float]) -> None:
     """A state of all parameters, under a name of its own."""
     Signs.move(self, weight, gradient, group)
@@ -234,7 +265,7 @@ PLANTED: tuple[tuple[str, str, str, Callable[[], OptimizerSpec]], ...] = (
     (
         "a generator in its state",
         "test_its_state_can_be_saved",
-        "its state cannot be saved",
+        '"generator" of a parameter, a Generator',
         lambda: made(Signs, move=generating),
     ),
     (
@@ -246,8 +277,32 @@ PLANTED: tuple[tuple[str, str, str, Callable[[], OptimizerSpec]], ...] = (
     (
         "a state of all parameters under a key of its own",
         "test_its_state_can_be_saved",
-        "which no checkpoint holds",
+        "it keeps what no checkpoint brings back: optimizer.state of all",
         lambda: made(Signs, move=keeping),
+    ),
+    (
+        "a list of tensors under a parameter",
+        "test_its_state_can_be_saved",
+        'it keeps what no checkpoint brings back: "means" of a parameter, a list',
+        lambda: made(Signs, move=listing),
+    ),
+    (
+        "a tensor in a group",
+        "test_its_state_can_be_saved",
+        'it keeps what no checkpoint brings back: "scale" of a group, a tensor',
+        lambda: made(Scaled),
+    ),
+    (
+        "more in a state_dict of its own",
+        "test_its_state_can_be_saved",
+        'it keeps what no checkpoint brings back: "scale" of its state_dict',
+        lambda: made(Beside),
+    ),
+    (
+        "moments in an attribute",
+        "test_its_state_can_be_saved",
+        'brings back: "means", an attribute with tensors that are shaped like weights',
+        lambda: made(Apart),
     ),
     (
         "steps that are counted in an attribute",

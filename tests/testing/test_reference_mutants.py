@@ -277,6 +277,12 @@ PLANTED: tuple[tuple[str, str, str, Callable[[Path], Subject]], ...] = (
         lambda folder: on_folder(folder, video_fingerprint=with_denoiser_weights),
     ),
     (
+        "partly_used that names a file which is not there",
+        FILES,
+        "partly_used names what is no safetensors file of the model folder: vision.safetensors",
+        lambda folder: on_folder(folder) | {"attributes": {"partly_used": frozenset({"vision.safetensors"})}},
+    ),
+    (
         "a fingerprint with the folder's path in it",
         "test_a_copied_model_folder_has_the_same_fingerprints",
         "the video codec",
@@ -307,3 +313,29 @@ def test_the_rule_fails_for_a_family_that_is_not_the_original(
 
 def test_every_rule_with_a_reference_has_a_mutant(rules_of: Callable[[type], set[str]]) -> None:
     assert rules_of(ReferenceTests) | rules_of(FileTests) == {rule for _, rule, _, _ in PLANTED}
+
+
+class Sharing(FamilyTests):
+    """Of a family whose codec's fingerprint covers a file that the codec does not use, by design."""
+
+    partly_used = frozenset({"denoiser.safetensors"})
+
+
+def test_a_file_that_is_partly_used_may_change_a_fingerprint_in_vain(tmp_path: Path) -> None:
+    Sharing().test_fingerprints_change_with_weights_and_only_then(
+        **on_folder(tmp_path, video_fingerprint=with_denoiser_weights)
+    )
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["beside safetensors", "alone"])
+def test_weights_that_the_kit_does_not_change_are_skipped_with_what_is_not_proved(tmp_path: Path, kept: bool) -> None:
+    subject = on_folder(tmp_path)
+    folder, build = subject["model_folder"]
+    if kept:
+        (folder / "vae.pth").write_bytes(b"weights")
+    else:
+        (tmp_path / "none").mkdir()
+        subject["model_folder"] = (tmp_path / "none", lambda _: build(folder))
+    said = "in vae.pth" if kept else "weights. There is no"
+    with pytest.raises(pytest.skip.Exception, match=f"NOT PROVED: that fingerprints change with .*{said}"):
+        FamilyTests().test_fingerprints_change_with_weights_and_only_then(**subject)

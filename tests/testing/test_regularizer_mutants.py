@@ -174,8 +174,20 @@ PLANTED: tuple[tuple[str, str, str, Callable[[], Subject]], ...] = (
     (
         "a loss for each clip",
         "test_the_loss_is_a_finite_scalar",
-        "the value is no scalar: (2,)",
+        "its loss is float32 (2,), not a tensor of a single number",
         lambda: loss(lambda term, _: LossTerm(term.value.expand(2))),
+    ),
+    (
+        "a loss in double precision",
+        "test_the_loss_is_a_finite_scalar",
+        "its loss is float64 (), not a tensor of a single number in fp32, bf16 or fp16",
+        lambda: loss(lambda term, _: LossTerm(term.value.double())),
+    ),
+    (
+        "a loss outside the graph",
+        "test_the_loss_is_a_finite_scalar",
+        "its loss is outside the graph",
+        lambda: loss(lambda term, _: LossTerm(term.value.detach())),
     ),
     (
         "a tap that is detached",
@@ -231,7 +243,7 @@ PLANTED: tuple[tuple[str, str, str, Callable[[], Subject]], ...] = (
     (
         "a metric in the graph",
         "test_metrics_are_detached_scalars",
-        "loss is in the graph",
+        'its metric "loss" is float32 () in the graph',
         lambda: loss(lambda term, _: LossTerm(term.value, {"loss": term.value})),
     ),
     (

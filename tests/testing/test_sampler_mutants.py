@@ -24,6 +24,10 @@ def sampler(**members: object) -> Subject:
     return {"sampler": type("BrokenFlow", (Flow,), members)(FlowOptions(), {})}
 
 
+def against_the_paper(**members: object) -> Subject:
+    return clips(**members) | {"reference_target": lambda clean, drawn, sigma: drawn - clean}
+
+
 def clips(**members: object) -> Subject:
     shape = (2, *SamplerTests.latents)
     return sampler(**members) | {"clean": noise(shape, 1), "start": noise(shape, 2)}
@@ -52,6 +56,28 @@ def swapped(self: Flow, clean: Tensor, drawn: Tensor, level: NoiseLevel) -> tupl
 def in_place(self: Flow, clean: Tensor, drawn: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
     noisy, target = Flow.corrupt(self, clean, drawn, level)
     return clean.copy_(noisy), target
+
+
+def in_double(self: Flow, clean: Tensor, drawn: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+    noisy, target = Flow.corrupt(self, clean, drawn, level)
+    return noisy, target.double()
+
+
+def as_a_list(self: Flow, clean: Tensor, drawn: Tensor, level: NoiseLevel) -> list[Tensor]:
+    return list(Flow.corrupt(self, clean, drawn, level))
+
+
+def scaled(self: Flow, clean: Tensor, drawn: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+    noisy, target = Flow.corrupt(self, clean, drawn, level)
+    return noisy, -7 * target
+
+
+def unscaling(self: Flow, predict: Any, start: Tensor, steps: int, on_step: Any = None) -> Tensor:
+    return Flow.solve(self, lambda noisy, level: predict(noisy, level) / -7, start, steps, on_step)
+
+
+def noise_alone(self: Flow, clean: Tensor, drawn: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+    return Flow.corrupt(self, clean, drawn, level)[0], drawn
 
 
 def first_level(self: Flow, clean: Tensor, drawn: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
@@ -137,6 +163,30 @@ PLANTED: tuple[tuple[str, str, str, Callable[[], Subject]], ...] = (
         lambda: clips(corrupt=in_place),
     ),
     (
+        "a target in double precision",
+        "test_corrupt_keeps_the_shape_and_its_inputs",
+        "its corrupt gave (float32 (2, 4, 3, 6, 8), float64 (2, 4, 3, 6, 8)) where",
+        lambda: clips(corrupt=in_double),
+    ),
+    (
+        "noisy clip and target in a list",
+        "test_corrupt_keeps_the_shape_and_its_inputs",
+        "its corrupt gave (a list) where (noisy, target)",
+        lambda: clips(corrupt=as_a_list),
+    ),
+    (
+        "a target with the sign flipped and another scale, which the solver undoes",
+        "test_targets_are_those_of_the_paper",
+        "the target is the paper's times -7",
+        lambda: against_the_paper(corrupt=scaled, solve=unscaling),
+    ),
+    (
+        "the noise for a target where the paper has a velocity",
+        "test_targets_are_those_of_the_paper",
+        "the target is off by",
+        lambda: against_the_paper(corrupt=noise_alone),
+    ),
+    (
         "the first clip's level for the whole batch",
         "test_each_clip_has_its_own_level",
         "a clip corrupted in a batch differs by",
@@ -156,7 +206,7 @@ PLANTED: tuple[tuple[str, str, str, Callable[[], Subject]], ...] = (
     ),
     (
         "a solver that asks at another level than its input has",
-        "test_predict_is_told_the_level_of_its_input",
+        "test_predict_gets_the_level_of_its_input",
         "at call 0",
         lambda: clips(solve=wrong_level),
     ),
@@ -217,6 +267,14 @@ def test_the_rule_fails_for_a_sampler_that_breaks_it(
     rule: str, says: str, subject: Callable[..., Subject], breaks: Callable[..., None]
 ) -> None:
     breaks(SamplerTests(), rule, subject(), says)
+
+
+def test_a_wrong_target_that_the_solver_undoes_passes_every_other_rule_of_it() -> None:
+    given = clips(corrupt=scaled, solve=unscaling)
+    kit = SamplerTests()
+    kit.test_a_perfect_denoiser_is_solved(**given)
+    kit.test_predict_gets_the_level_of_its_input(**given)
+    kit.test_corrupt_keeps_the_shape_and_its_inputs(**given)
 
 
 def test_every_rule_has_a_mutant(rules_of: Callable[[type], set[str]]) -> None:

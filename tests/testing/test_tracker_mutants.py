@@ -16,7 +16,7 @@ import pytest
 from vtrain.contract import Event, Logged, RunInfo, Validated
 from vtrain.contract.events import EVENTS
 from vtrain.testing import TrackerTests
-from vtrain.testing.tracker import events_of
+from vtrain.testing.tracker import copied, events_of
 
 
 class Lines:
@@ -172,7 +172,7 @@ PLANTED: tuple[tuple[str, str, str, Callable[[], type[Lines]]], ...] = (
         lambda: made(state=lambda self: {"shown": {self.shown: 1}}),
     ),
     (
-        "a file that each start begins anew",
+        "a file that each start empties",
         "test_a_resumed_run_is_taken_up",
         "the earlier steps are gone",
         lambda: made(start=starting_afresh),
@@ -271,6 +271,20 @@ def test_the_rule_fails_for_a_tracker_that_breaks_it(
 
 def test_every_rule_has_a_mutant(rules_of: Callable[[type], set[str]]) -> None:
     assert rules_of(TrackerTests) == {rule for _, rule, _, _ in PLANTED}
+
+
+def test_a_tracker_that_cannot_be_copied_is_asked_for_a_second_one() -> None:
+    class Locked(Lines):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lock = threading.Lock()
+
+    said = r"Give a fixture `another`: a second Tracker with the same options; this one cannot be copied \(.*lock"
+    with pytest.raises(pytest.fail.Exception, match=said):
+        copied(Locked())
+    tracker = Lines()
+    second = copied(tracker)
+    assert (type(second), second is tracker) == (Lines, False)
 
 
 def test_the_kit_shows_an_event_of_every_kind(tmp_path: Path) -> None:

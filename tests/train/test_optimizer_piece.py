@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from vtrain.contract import CheckpointError, PluginError
@@ -181,11 +180,31 @@ def test_a_planted_pickle_is_never_run(tmp_path: Path, monkeypatch: pytest.Monke
     assert (tmp_path / "pwned").exists()
 
 
-def test_a_checkpoint_without_the_state_that_an_optimizer_says_it_keeps_is_refused(tmp_path: Path) -> None:
-    named = [("weight", nn.Parameter(torch.zeros(2)))]
-    (tmp_path / "optimizer.json").write_text('{"state": {}, "groups": [{}]}', encoding="utf-8")
-    save_file({}, tmp_path / "optimizer.safetensors")
-    plain = torch.optim.SGD([weight for _, weight in named], lr=0.1)
-    OptimizerPiece(plain, named).load(tmp_path)
-    with pytest.raises(PluginError, match=r"its spec has state_bytes > 0, and .* holds nothing of it"):
-        OptimizerPiece(plain, named, stateful=True).load(tmp_path)
+def test_an_optimizer_whose_options_leave_it_without_a_state_is_saved_and_loaded(tmp_path: Path) -> None:
+    """SGD keeps a momentum if there is one: its plugin says state_bytes = 4."""
+    module = model()
+    plain = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.0)
+    piece = OptimizerPiece(plain, list(module.named_parameters()), stateful=True)
+    piece.check(stepped=False)
+    train(module, plain, 1)
+    piece.write(tmp_path, piece.gather(keep=True))
+    piece.load(tmp_path)
+    assert not any(plain.state.values())
+
+
+class Apart(torch.optim.SGD):
+    """Its momentum lies in an attribute, by the parameter."""
+
+    def step(self, closure: object = None) -> None:
+        self.kept = {id(p): {"momentum": p.grad.clone()} for group in self.param_groups for p in group["params"]}
+        super().step()
+
+
+def test_a_state_in_an_attribute_is_found_where_its_plugin_says_that_there_is_one() -> None:
+    module = model()
+    optimizer = Apart(module.parameters(), lr=0.1)
+    train(module, optimizer, 1)
+    named = list(module.named_parameters())
+    with pytest.raises(PluginError, match=r'brings back: "kept", an attribute with tensors that are shaped like'):
+        OptimizerPiece(optimizer, named, stateful=True).check()
+    OptimizerPiece(optimizer, named).check()

@@ -91,8 +91,9 @@ class OptimizerSpec(Spec):
 
     moves: the weights that it moves rightly. "bf16": with stochastic rounding or Kahan summation; without, updates of the usual
     size are lost in rounding. "sharded": of which each process holds a part: each number's update depends on that number's own.
-    state_bytes: bytes of state per trained parameter, for the plan; 0: it keeps none. What it keeps are tensors and numbers in
-    optimizer.state[parameter], and numbers in its groups: a checkpoint holds these, and state_dict is not asked.
+    state_bytes: bytes of state per trained parameter, for the plan; 0: it keeps none. Where options decide it, the most that they
+    make it keep: with others it may keep less, or nothing. What it keeps are tensors and numbers in optimizer.state[parameter],
+    and numbers in its groups: a checkpoint holds these, and state_dict is not asked.
     usual_lr: lowest and highest learning rate of usual training; beyond it the plan warns. sensible_lr: above it nothing is
     learned, which is an error. None: any.
     """

@@ -223,13 +223,13 @@ class DataBackendTests:
         with pytest.raises(OSError, match=r".*"):
             list(part.members(SourceRef("no such shard.tar", 100, "")))
 
-    def test_captions_are_told_with_their_clips(self, backend: DataBackend, request: pytest.FixtureRequest) -> None:
+    def test_captions_come_with_their_clips(self, backend: DataBackend, request: pytest.FixtureRequest) -> None:
         """captions gives each clip's words, sorted by id, none twice, one by one."""
         part = captioned(backend)
         words: Mapping[str, Words] = request.getfixturevalue("words")
-        told = part.captions()
-        assert iter(told) is told, "captions returns a collection"
-        assert list(told) == sorted(words.items()), "captions are not `words`, or not sorted by id"
+        given = part.captions()
+        assert iter(given) is given, "captions returns a collection"
+        assert list(given) == sorted(words.items()), "captions are not `words`, or not sorted by id"
 
     def test_captions_are_of_files_that_are_listed(self, backend: DataBackend) -> None:
         """Every id that captions gives is one that refs gives; texts are texts."""
@@ -240,7 +240,7 @@ class DataBackendTests:
             assert isinstance(words.texts, tuple)
             assert all(isinstance(text, str) for text in words.texts), name
 
-    def test_extras_that_are_not_there_are_left_out(self, backend: DataBackend) -> None:
+    def test_extras_that_are_not_there_are_skipped(self, backend: DataBackend) -> None:
         """captions is asked for extras by name: what the place does not have changes nothing, and is no empty value."""
         part = captioned(backend)
         asked = list(part.captions(["no_such_extra"]))

@@ -24,6 +24,7 @@ from vtrain.contract import (
     timesteps,
     with_clean,
 )
+from vtrain.contract.run_rules import prediction_fault
 from vtrain.testing.sampler import check_names, gap, noise
 from vtrain.testing.subject import Example, FamilySubject
 
@@ -123,11 +124,11 @@ class DenoiserTests(FamilySubject):
         check_names("denoiser", denoiser)
 
     def test_a_prediction_is_shaped_like_its_input(self, denoiser: Denoiser, example: Example) -> None:
-        """predict gives finite values in the shape of `noisy`."""
+        """predict gives finite values in the shape of `noisy`, in fp32, bf16 or fp16: a run ends at others."""
         with torch.no_grad():
             prediction = example.run(denoiser)
-        shape = tuple(prediction.shape)
-        assert shape == tuple(example.noisy.shape), f"a prediction {shape} for latents {tuple(example.noisy.shape)}"
+            fault = prediction_fault(prediction, example.noisy)
+        assert not fault, fault
         assert prediction.isfinite().all(), "the prediction is not finite"
 
     def test_clips_in_a_batch_do_not_see_each_other(self, denoiser: Denoiser, example: Example) -> None:
@@ -224,16 +225,21 @@ class DenoiserTests(FamilySubject):
         return self.by_frame(family, example)
 
     def test_gradients_reach_every_parameter(self, denoiser: Denoiser, example: Example) -> None:
-        """A loss on the prediction gives every parameter a gradient that is not all zero."""
+        """A loss on the prediction gives every parameter a gradient that is not all zero, but those in without_gradient."""
         denoiser.module.zero_grad()
-        torch.autograd.backward(example.run(denoiser).float().square().mean())
+        prediction = example.run(denoiser)
+        fault = prediction_fault(prediction, example.noisy)
+        assert not fault, fault
+        torch.autograd.backward(prediction.float().square().mean())
         dry = {
             name
             for name, weight in denoiser.module.named_parameters()
             if weight.requires_grad and (weight.grad is None or not weight.grad.any())
         }
         denoiser.module.zero_grad()
-        assert dry == self.without_gradient, f"without a gradient: {', '.join(sorted(dry ^ self.without_gradient))}"
+        lacking, reached = sorted(dry - self.without_gradient), sorted(self.without_gradient - dry)
+        assert not lacking, f"without a gradient: {', '.join(lacking)}"
+        assert not reached, f"without_gradient names what gets one, or is not trained: {', '.join(reached)}"
 
     def test_loading_is_reproducible(self, family: Family) -> None:
         """Loaded twice, the weights are the same, bit for bit."""
@@ -271,11 +277,14 @@ class DenoiserTests(FamilySubject):
             family.load_denoiser("cpu", "fp32", weights=tmp_path)
 
     def test_bf16_is_a_storage_type(self, family: Family, example: Example) -> None:
-        """Loaded in bf16, most weights are bf16 and predictions are finite."""
+        """Loaded in bf16, most weights are bf16, and predictions under autocast are finite and as a run takes them."""
         denoiser = family.load_denoiser("cpu", "bf16")
         weights = list(denoiser.module.parameters())
         stored = sum(weight.numel() for weight in weights if weight.dtype is torch.bfloat16)
         share = stored / sum(weight.numel() for weight in weights)
         assert share > 0.5, f"{share:.0%} of the weights are bf16"
         with torch.no_grad(), Device().autocast("bf16"):
-            assert example.run(denoiser).isfinite().all()
+            prediction = example.run(denoiser)
+            fault = prediction_fault(prediction, example.noisy)
+        assert not fault, fault
+        assert prediction.isfinite().all(), "the prediction is not finite"

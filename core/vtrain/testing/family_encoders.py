@@ -21,8 +21,8 @@ from vtrain.contract import (
     VtrainError,
 )
 from vtrain.testing.memory import survivors
-from vtrain.testing.sampler import check_names, gap, moving_picture
-from vtrain.testing.subject import CAPTIONS, FamilySubject, unproved
+from vtrain.testing.sampler import check_names, gap, moving_picture, unproved
+from vtrain.testing.subject import CAPTIONS, FamilySubject
 
 
 def psnr(found: Tensor, wanted: Tensor) -> float:

@@ -28,8 +28,8 @@ from vtrain.contract import (
     timesteps,
 )
 from vtrain.testing.family_denoiser import RANK, adapted, settings_of
-from vtrain.testing.sampler import gap, moving_picture, noise, padded
-from vtrain.testing.subject import Example, FamilySubject, unproved
+from vtrain.testing.sampler import gap, moving_picture, noise, padded, unproved
+from vtrain.testing.subject import Example, FamilySubject
 
 Original = Callable[[Tensor, Tensor, Condition], Tensor]
 """(noisy (B, C, f, h, w), sigma (B,), condition) -> the original model's prediction, as its own sampler takes it."""

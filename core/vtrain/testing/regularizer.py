@@ -24,6 +24,7 @@ from vtrain.contract import (
     Text,
     TokenGrid,
 )
+from vtrain.contract.run_rules import loss_fault, metric_fault
 from vtrain.testing.memory import survivors
 from vtrain.testing.sampler import check_expected, check_names, digest, gap, level_of, moving_picture, noise, required
 
@@ -191,11 +192,11 @@ class RegularizerTests(FeatureTests):
         check_expected(self.expects, {"regularizer": regularizer, "loss module": module})
 
     def test_the_loss_is_a_finite_scalar(self, regularizer: Regularizer, module: nn.Module) -> None:
-        """The term's value is a finite scalar tensor in the graph."""
-        value = self.loss(module, self.view(regularizer)).value
-        assert value.ndim == 0, f"the value is no scalar: {tuple(value.shape)}"
-        assert value.isfinite(), f"the value is {value.item()}"
-        assert value.requires_grad, "the value is in no graph"
+        """The term's value is a finite scalar tensor in the graph, in fp32, bf16 or fp16: a run ends at others."""
+        term = self.loss(module, self.view(regularizer))
+        fault = loss_fault(term)
+        assert not fault, fault
+        assert term.value.isfinite(), f"the value is {term.value.item()}"
 
     def test_the_loss_reaches_every_tap(self, regularizer: Regularizer, module: nn.Module) -> None:
         """The value has a gradient, not all zero, in each tap but those it stops at; without taps, in the prediction."""
@@ -240,9 +241,8 @@ class RegularizerTests(FeatureTests):
     def test_metrics_are_detached_scalars(self, regularizer: Regularizer, module: nn.Module) -> None:
         """Each metric is a scalar tensor outside the graph, so that logging it costs nothing until it is read."""
         for name, metric in self.loss(module, self.view(regularizer)).metrics.items():
-            assert isinstance(metric, Tensor), f"{name} is no tensor"
-            assert metric.ndim == 0, f"{name} has shape {tuple(metric.shape)}"
-            assert not metric.requires_grad, f"{name} is in the graph"
+            fault = metric_fault(name, metric)
+            assert not fault, fault
 
     def test_one_latent_frame_is_enough(self, regularizer: Regularizer, module: nn.Module) -> None:
         """A clip of one latent frame (a picture) gives a finite value that can be trained on."""
@@ -265,10 +265,12 @@ class RegularizerTests(FeatureTests):
         assert not odd, f"the gradient in {', '.join(odd)} is not finite"
 
     def test_bf16_taps_are_taken(self, regularizer: Regularizer, module: nn.Module) -> None:
-        """Taps in bf16, as under autocast, give a finite value."""
+        """Taps in bf16, as under autocast, give a finite value that a run takes."""
         with Device().autocast("bf16"):
-            value = self.loss(module, self.view(regularizer, dtype=torch.bfloat16)).value
-        assert value.isfinite(), f"of bf16 taps the value is {value.item()}"
+            term = self.loss(module, self.view(regularizer, dtype=torch.bfloat16))
+        fault = loss_fault(term)
+        assert not fault, f"of bf16 taps {fault}"
+        assert term.value.isfinite(), f"of bf16 taps the value is {term.value.item()}"
 
     def test_its_state_comes_back(self, regularizer: Regularizer, module: nn.Module) -> None:
         """A second module with the first one's state gives the same loss, bit for bit."""

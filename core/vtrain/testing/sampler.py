@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,12 +27,18 @@ from vtrain.contract import (
     TextPartSpec,
 )
 from vtrain.contract.abilities import ABILITIES, members, misspelt, names_of
+from vtrain.contract.run_rules import corrupt_fault
 from vtrain.contract.specs import did_you_mean
 
 
 def required(fixture: str, meaning: str) -> NoReturn:
     """Fail with what the author still has to give."""
     pytest.fail(f"Give a fixture `{fixture}`: {meaning}.", pytrace=False)
+
+
+def unproved(what: str, fixture: str, meaning: str) -> NoReturn:
+    """Skip, and say what nothing proves because the author did not give a fixture. what: "that predict is right"."""
+    pytest.skip(f"NOT PROVED: {what}. There is no {fixture}: give {meaning}")
 
 
 def noise(shape: Sequence[int], seed: int = 0) -> Tensor:
@@ -95,6 +101,9 @@ def check_expected(expects: Collection[str], parts: Mapping[str, object]) -> Non
         assert isinstance(parts[sort], ability), f"the {sort} has lost {name}: it has no {', '.join(lacking)}"
 
 
+Target = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(clean (B, C, f, h, w), noise, sigma (B,)) -> what the denoiser is to predict there."""
+
 STEPS = (1, 2, 140, 150, 200, 300, 999, 1000)
 """Numbers of solver steps that every sampler is tried with: the ends of what a configuration may ask for, and numbers at which
 the timesteps of 1000 levels are no whole ones, or two are the same one when they are rounded."""
@@ -119,6 +128,14 @@ class SamplerTests:
     def sampler(cls) -> Sampler:
         """The sampler, built from its options. Override it."""
         required("sampler", "the Sampler under test, built from its options and a scheduler config, scope class")
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def reference_target(cls) -> Target:
+        """(clean, noise, sigma (B,)) -> the target (B, C, f, h, w), by the paper's equation. Override it."""
+        unproved(
+            "that the denoiser is trained on the right target", "reference_target", "the target by the paper's equation"
+        )
 
     @pytest.fixture
     def clean(self) -> Tensor:
@@ -192,16 +209,32 @@ class SamplerTests:
             assert gap(noisy, wanted) <= 1e-6, f"at sigma {sigma:g} it is off by {gap(noisy, wanted):.1e}"
 
     def test_corrupt_keeps_the_shape_and_its_inputs(self, sampler: Sampler, clean: Tensor, start: Tensor) -> None:
-        """(noisy, target) are finite and shaped like `clean`, in fp32 and bf16; the inputs are not written to."""
+        """Of clips in fp32 and bf16, corrupt gives a tuple (noisy, target), both finite, shaped like `clean`, in fp32, bf16 or
+        fp16: a run ends at others. The inputs are not written to."""
         for dtype in (torch.float32, torch.bfloat16):
             first, last = clean.to(dtype), start.to(dtype)
             kept = first.clone(), last.clone()
-            for result in sampler.corrupt(first, last, level_of((0.2, 0.7))):
-                assert result.shape == clean.shape
-                assert result.is_floating_point()
-                assert result.isfinite().all()
+            found = sampler.corrupt(first, last, level_of((0.2, 0.7)))
+            fault = corrupt_fault(found, first)
+            assert not fault, fault
+            for name, result in zip(("noisy", "target"), found, strict=True):
+                assert result.isfinite().all(), f"{name} is not finite"
             assert torch.equal(first, kept[0]), "corrupt writes to the clean clip"
             assert torch.equal(last, kept[1]), "corrupt writes to the noise"
+
+    def test_targets_are_those_of_the_paper(
+        self, sampler: Sampler, clean: Tensor, start: Tensor, reference_target: Target
+    ) -> None:
+        """corrupt's target is what reference_target gives, with its sign and its scale: a solver that undoes a wrong one
+        proves nothing of models that others have trained."""
+        sigma = torch.tensor([0.2, 0.7])
+        found, wanted = sampler.corrupt(clean, start, NoiseLevel(sigma))[1], reference_target(clean, start, sigma)
+        factor = float((found * wanted).sum() / wanted.square().sum().clamp(min=1e-12))
+        off = gap(found, wanted)
+        as_it_is = (
+            f"off by {off:.1e}" if gap(found, factor * wanted) > self.tolerance else f"the paper's times {factor:.3g}"
+        )
+        assert off <= self.tolerance, f"the target is {as_it_is}"
 
     def test_each_clip_has_its_own_level(self, sampler: Sampler, clean: Tensor, start: Tensor) -> None:
         """Corrupted in a batch, a clip is what it is alone."""
@@ -226,8 +259,8 @@ class SamplerTests:
         assert solved.shape == clean.shape
         assert gap(solved, clean) <= self.tolerance, f"off by {gap(solved, clean):.1e}"
 
-    def test_predict_is_told_the_level_of_its_input(self, sampler: Sampler, clean: Tensor, start: Tensor) -> None:
-        """On a perfect path, what predict gets is corrupt's own noisy clip at the level that it is told (tolerance)."""
+    def test_predict_gets_the_level_of_its_input(self, sampler: Sampler, clean: Tensor, start: Tensor) -> None:
+        """On a perfect path, what predict gets is corrupt's own noisy clip at the level that comes with it (tolerance)."""
         gaps: list[float] = []
 
         def perfect(noisy: Tensor, level: NoiseLevel) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import NoReturn
 
 import pytest
 import torch
@@ -29,12 +28,6 @@ from vtrain.contract import (
     torch_type,
 )
 from vtrain.testing.sampler import level_of, noise, padded, required
-
-
-def unproved(what: str, fixture: str, meaning: str) -> NoReturn:
-    """Skip, and say what nothing proves because the author did not give a fixture. what: "that predict is right"."""
-    pytest.skip(f"NOT PROVED: {what}. There is no {fixture}: give {meaning}")
-
 
 CAPTIONS = (Caption("a cat walks slowly over the wet grass"), Caption("a boat"))
 

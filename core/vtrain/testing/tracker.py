@@ -70,6 +70,14 @@ def write_video(file: Path) -> Path:
     return file
 
 
+def copied(tracker: Tracker) -> Tracker:
+    """A second one like it. Fails with what to give where it cannot be copied: a tracker may hold a lock or a connection."""
+    try:
+        return copy.deepcopy(tracker)
+    except Exception as error:  # noqa: BLE001 - whatever stops the copy
+        required("another", f"a second Tracker with the same options; this one cannot be copied ({error})")
+
+
 class TrackerTests:
     """Where numbers and videos go. Every call comes from one thread, which is not the main one, as in a run.
 
@@ -88,7 +96,7 @@ class TrackerTests:
     @pytest.fixture
     def another(self, tracker: Tracker) -> Tracker:
         """A second one with the same options, not started. Override it for a tracker that cannot be copied."""
-        return copy.deepcopy(tracker)
+        return copied(tracker)
 
     @pytest.fixture
     def received(self) -> Callable[[], Sized]:

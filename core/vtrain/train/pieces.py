@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vtrain.contract import CheckpointError, Denoiser, Problem, SupportsLora
+from vtrain.contract.run_rules import lost_state
 from vtrain.registry.blame import PartFault
 from vtrain.train.checkpoint import State, misread, read_json
 from vtrain.train.parameters import load_lora_state, lora_state
@@ -150,7 +151,7 @@ class OptimizerPiece:
     """The state of each named parameter, and numbers that an optimizer counts in its groups (schedule-free's k, prodigy's d).
 
     own: settings of groups that the configuration file gives. They, and learning rates, never come from a checkpoint.
-    stateful: whether its plugin says that it keeps something of each parameter.
+    stateful: whether its plugin says that it keeps something of each parameter. With some options it may keep nothing.
     """
 
     optimizer: torch.optim.Optimizer
@@ -190,8 +191,6 @@ class OptimizerPiece:
             more = ", ..." if len(odd) > 5 else ""
             what = f"the optimizer's state is of other parameters ({', '.join(odd[:5])}{more})."
             raise CheckpointError(Problem(str(folder), what))
-        if self.stateful and not found:
-            raise _no_state(f"{folder} holds nothing of it")
         for group, numbers in zip(self.optimizer.param_groups, counted, strict=True):
             group.update(_counted(numbers, self.own))
         counts_on_device = {
@@ -211,33 +210,13 @@ class OptimizerPiece:
     def check(self, *, stepped: bool = True) -> None:
         """Raises PartFault where the optimizer keeps what a checkpoint does not bring back: a resumed run would be another run.
 
-        stepped: whether it has made a step, so that there is a state. Nothing is read from the device.
+        stepped: whether it has made a step, so that there may be a state. Nothing is read from the device.
         """
-        if lost := list(dict.fromkeys(self._lost())):
+        parameters = (parameter for _, parameter in self.named)
+        found = lost_state(self.optimizer, parameters, self.own, stateful=stepped and self.stateful)
+        if lost := list(dict.fromkeys(found)):
             what = f"it keeps what no checkpoint brings back: {'; '.join(lost[:3])}{'; ...' if len(lost) > 3 else ''}"
             raise PartFault("optimizer", "", what, _KEPT)
-        if stepped and self.stateful and not any(self.optimizer.state.values()):
-            raise _no_state("after a step its optimizer.state is empty")
-
-    def _lost(self) -> Iterator[str]:
-        kind = type(self.optimizer)
-        if kind.state_dict is not torch.optim.Optimizer.state_dict:
-            yield from (
-                f'"{key}" of its state_dict'
-                for key in sorted(self.optimizer.state_dict().keys() - {"state", "param_groups"})
-            )
-        own = {id(parameter) for _, parameter in self.named}
-        for key, state in self.optimizer.state.items():
-            if id(key) not in own:
-                yield f"optimizer.state of {key if isinstance(key, str) else f'a {type(key).__name__}'}"
-                continue
-            for field, value in state.items():
-                if not isinstance(value, Tensor | int | float | str | None):
-                    yield f'"{field}" of a parameter, a {type(value).__name__}'
-        for group in self.optimizer.param_groups:
-            for field, value in group.items():
-                if isinstance(value, Tensor) and field not in ("lr", "initial_lr", *self.own):
-                    yield f'"{field}" of a group, a tensor'
 
     def _state(self) -> dict[str, object]:
         """Name of the parameter, MARK, name of the part -> what the optimizer keeps there."""
@@ -268,10 +247,6 @@ _KEPT = (
     "What an optimizer keeps are tensors and numbers in optimizer.state[parameter], and numbers in its groups: "
     "state_dict and load_state_dict are not called. Report it to the author of its plugin, or use another optimizer."
 )
-
-
-def _no_state(what: str) -> PartFault:
-    return PartFault("optimizer", "", f"its spec has state_bytes > 0, and {what}", _KEPT)
 
 
 def _counted(group: Mapping[str, object], own: Collection[str]) -> dict[str, int | float]:

@@ -31,6 +31,7 @@ from vtrain.contract import (
     TokenGrid,
     VideoCodec,
 )
+from vtrain.contract.run_rules import corrupt_fault, prediction_fault, term_fault
 from vtrain.data.decoding.decode import unit_range
 from vtrain.plan.datasets import token_frames
 from vtrain.plan.records import Plan
@@ -197,7 +198,8 @@ class Step(nn.Module):
                 features=given.features.get(name) if term.teach is None else term.teach(given),
             )
             found: LossTerm = term.module(view)
-            check_term(name, found)
+            if fault := term_fault(found):
+                raise PartFault("regularizer", name, fault)
             loss = loss + found.value
             metrics[f"{name}/loss"] = found.value.detach()
             metrics |= {f"{name}/{key}": value for key, value in found.metrics.items()}
@@ -224,66 +226,21 @@ class Step(nn.Module):
         return not isinstance(module, SupportsPauses) or module.active(step, self.run)
 
 
-_TYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
-"""In which noisy clips, targets, predictions and losses may be. What broadcasts or is cast would train without a word."""
-
-
 def corrupted(sampler: Sampler, given: StepInput) -> tuple[Tensor, Tensor]:
     """(noisy, target). Raises PartFault if the sampler gives something else."""
-    found: object = sampler.corrupt(given.clean, given.noise, given.level)
-    if isinstance(found, tuple) and len(found) == 2:
-        noisy, target = found
-        if all(_is_like(each, given.clean) for each in found):
-            return noisy, target
-    gave = ", ".join(map(_described, found)) if isinstance(found, tuple) else _described(found)
-    what = f"its corrupt gave ({gave}) where (noisy, target) of {tuple(given.clean.shape)} were asked for"
-    raise PartFault("sampler", "", what)
+    found = sampler.corrupt(given.clean, given.noise, given.level)
+    if fault := corrupt_fault(found, given.clean):
+        raise PartFault("sampler", "", fault)
+    return found
 
 
 def check_prediction(prediction: object, noisy: Tensor, blocks: Iterable[int], taps: Mapping[int, Tensor]) -> None:
-    """Raises PartFault for a prediction of another shape or type, or without a graph, and for blocks that did not run.
-
-    It looks at shapes and types alone: nothing is read from the device.
-    """
-    if not _is_like(prediction, noisy):
-        what = (
-            f"its predict gave {_described(prediction)} where {tuple(noisy.shape)} of fp32, bf16 or fp16 was asked for"
-        )
-    elif isinstance(prediction, Tensor) and torch.is_grad_enabled() and not prediction.requires_grad:
-        what = "its predict gave a tensor outside the graph, from which no weight learns"
-    elif cold := [block for block in blocks if block not in taps]:
-        what = f"its predict did not run block {', '.join(map(str, cold))}, which a regularizer reads"
-    else:
-        return
-    raise PartFault("family", "", what)
-
-
-def check_term(name: str, found: object) -> None:
-    """Raises PartFault for what is no loss term of the regularizer `name`. Nothing is read from the device."""
-    if not isinstance(found, LossTerm):
-        raise PartFault("regularizer", name, f"its loss module gave {_described(found)}, not a LossTerm")
-    if not _is_like(found.value, None):
-        raise PartFault("regularizer", name, f"its loss is {_described(found.value)}, not a tensor of a single number")
-    if torch.is_grad_enabled() and not found.value.requires_grad:
-        why = "outside the graph, so that nothing learns from it; where it has nothing to do, SupportsPauses says so"
-        raise PartFault("regularizer", name, f"its loss is {why}")
-    for key, value in found.metrics.items():
-        if not isinstance(value, Tensor) or value.ndim or value.requires_grad:
-            kept = " in the graph" if isinstance(value, Tensor) and value.requires_grad else ""
-            what = f'its metric "{key}" is {_described(value)}{kept}, not a detached tensor of a single number'
-            raise PartFault("regularizer", name, what)
-
-
-def _is_like(value: object, other: Tensor | None) -> bool:
-    """Whether it is a tensor of a type that is trained in, shaped like the other; None: a single number."""
-    return isinstance(value, Tensor) and value.dtype in _TYPES and value.shape == (() if other is None else other.shape)
-
-
-def _described(value: object) -> str:
-    """ "float64 (2, 4, 3, 8, 8)" of a tensor, "a tuple" of what is none."""
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
-    return "None" if value is None else f"a {type(value).__name__}"
+    """Raises PartFault for a prediction that is none, and for blocks that did not run. Nothing is read from the device."""
+    fault = prediction_fault(prediction, noisy)
+    if not fault and (cold := [block for block in blocks if block not in taps]):
+        fault = f"its predict did not run block {', '.join(map(str, cold))}, which a regularizer reads"
+    if fault:
+        raise PartFault("family", "", fault)
 
 
 def flow_loss(prediction: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:

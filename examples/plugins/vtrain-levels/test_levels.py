@@ -27,6 +27,11 @@ class TestMode(SamplerTests):
     def sampler(cls):
         return Levels(cls.options, {})
 
+    @pytest.fixture(scope="class")
+    @classmethod
+    def reference_target(cls):
+        return lambda clean, noise, sigma: noise - clean  # d/ds of x_s = (1 - s) x0 + s e
+
     def share_below(self, level):
         """Of levels below `level`: equation 20 falls as u rises, so that u is found by halving."""
         low, high = 0.0, 1.0

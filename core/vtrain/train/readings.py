@@ -125,7 +125,9 @@ def check_finite(step: int, parts: Sequence[Reading], norm: float | None, before
 
     before: readings of the step before, if the norm of its gradient is not known.
     """
-    what = "the loss is not finite"
+    what, remedy = "the loss is not finite", "Look at these clips, lower the learning rate, or clip the gradient."
+    if step == 1:
+        remedy = "No weight has moved yet, so it is not the learning rate: look at these clips, at [precision], at the model."
     terms = sorted({name for part in parts for name, value in part.terms.items() if not math.isfinite(value)})
     bad = [
         name for part in parts for name, value in zip(part.samples, part.flow, strict=True) if not math.isfinite(value)
@@ -133,6 +135,7 @@ def check_finite(step: int, parts: Sequence[Reading], norm: float | None, before
     # Where the clips' own losses are finite, what is not comes from a regularizer, whose name a term's begins with.
     if not bad and (owners := dict.fromkeys(name.partition("/")[0] for name in terms if name.endswith("/loss"))):
         what = f"the loss of the regularizer {listed(owners)} is not finite"
+        remedy = "Lower its weight, or look at these clips; if it is so with any, report it to the regularizer's author."
     bad = bad or [name for part in parts if not math.isfinite(part.loss) for name in part.samples]
     if not bad and norm is not None and not math.isfinite(norm):
         what, bad = "the gradient is not finite", [name for part in parts for name in part.samples]
@@ -143,7 +146,7 @@ def check_finite(step: int, parts: Sequence[Reading], norm: float | None, before
             Problem(
                 f"step {step}",
                 f"{what}; samples: {', '.join(dict.fromkeys(bad))}.{also}",
-                "No checkpoint holds these weights. Look at these clips, lower the learning rate, or clip the gradient.",
+                f"No checkpoint holds these weights. {remedy}",
             )
         )
 

@@ -97,7 +97,7 @@ def hooks_return_specs_of_their_kind(entry: object) -> Problems:
     """Each hook returns an iterable of its kind of spec, the same each time, no name twice."""
     for name, hook in hooks_of(entry).items():
         kind = HOOK_SPECS.get(name)
-        if kind is None or not callable(hook):
+        if kind is None or not callable(hook) or inspect.signature(hook).parameters:  # the rule above says so
             continue
         place, (specs, others) = place_of(hook), returned(name, hook)
         for other in dict.fromkeys(others):

@@ -72,18 +72,19 @@ class Names:
             yield Problem("", f'"{name}" is a word of Python: no module can be called so.', such)
         elif self.module in sys.stdlib_module_names or self.module == "tests":
             yield Problem("", f'the module "{self.module}" would hide one that is there.', such)
-        for each in sorted({self.class_name, f"{self.class_name}Options"} & _used(kind)):
-            yield Problem("", f"its class would be called {each}, which its own module uses for something else.", such)
+        if self.class_name in _used(kind):
+            what = f"its class would be called {self.class_name}, which its own module uses for something else."
+            yield Problem("", what, such)
 
 
 def _used(kind: str) -> set[str]:
-    """Every name in the files of a new package that define its classes, which these would hide."""
+    """Every name in the file of a new package that defines its class, which would hide it."""
     neutral = Names.of("vtrain-neutral")
     found: set[str] = set()
     for path, text in rendered(neutral, kind):
         if path.suffix == ".py" and f"class {neutral.class_name}" in text:
             found.update(*map(_names_in, ast.walk(ast.parse(text))))
-    return found - {neutral.class_name, f"{neutral.class_name}Options"}
+    return found - {neutral.class_name}
 
 
 def _names_in(node: ast.AST) -> set[str]:

@@ -226,6 +226,17 @@ def test_options_that_a_validator_refuses_without_a_table_are_not_checked_and_no
     assert {each.result for each in report.outcomes} == {"ok"}
 
 
+def test_options_that_a_validator_refuses_when_they_are_read_again_are_a_finding_with_its_words(
+    checked: Callable[..., Report],
+) -> None:
+    refuses = BEFORE.replace('"path" not in given', '"path" in given')
+    report = checked(("import Field", "import Field, model_validator"), ("\nclass Shelf:", f"{refuses}\nclass Shelf:"))
+    assert {each.rule for each in report.problems} == {"options_survive_json", "options_survive_toml"}
+    for each in report.problems:
+        assert each.problem is not None
+        assert "read again, it is refused: Value error, give another path." in each.problem.what
+
+
 def test_a_validator_that_drops_unknown_keys_is_found(checked: Callable[..., Report]) -> None:
     drops = BEFORE.replace('if "path" not in given:', 'given.pop("no_such_option", None)\n        if False:')
     imported = ("import Field", "import Field, model_validator")

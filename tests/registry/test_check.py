@@ -220,7 +220,7 @@ def test_options_that_a_validator_refuses_without_a_table_are_not_checked_and_no
     (report,) = check("shelf")
     assert not report.problems
     (words,) = {each.problem.what for each in report.outcomes if each.rule == "options_are_frozen" and each.problem}
-    assert words == "no options: Value error, give another path"
+    assert words == "it refuses a table without options: Value error, give another path"
     assert hints(report) == {checking.HINT}
     (report,) = check("shelf", tables={("data_backend", "shelf"): {"path": "films"}})
     assert {each.result for each in report.outcomes} == {"ok"}

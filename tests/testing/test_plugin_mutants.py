@@ -170,13 +170,17 @@ def test_what_a_plugin_prints_and_does_when_python_ends_is_no_result(
     assert problem.what == "importing leaves ends Python, with exit code 0."
 
 
-def test_what_a_part_raises_when_it_is_built_is_said_with_its_line(
+def test_what_registration_and_building_raise_is_said_with_its_line(
     plugin: Callable[[str], type[PluginTests]], tmp_path: Path
 ) -> None:
     plugin(SOUND.replace("    return Flow", "    options.no_such_option\n    return Flow"))
     (problem,) = plugin_rules.parts_are_built_without_anything_heavy("mutant_plugin", {("sampler", "odd"): {}})
     assert problem.where == f"{tmp_path}/mutant_plugin.py:7"
     assert problem.what.startswith("building sampler odd raises AttributeError: ")
+    plugin(SOUND.replace("    return (Sampler", "    1 / 0\n    return (Sampler"))
+    (problem,) = plugin_rules.registration_imports_nothing_heavy("mutant_plugin")
+    assert problem.where == f"{tmp_path}/mutant_plugin.py:12"
+    assert problem.what == "importing mutant_plugin raises ZeroDivisionError: division by zero."
 
 
 def test_a_plugin_without_an_entry_point_is_found(

@@ -169,8 +169,12 @@ from vtrain.contract import SupportsStepCheck
 from vtrain.contract.plugin_rules import Found, built, line_of, said, specs_of
 def seen():
     return sorted(set(heavy) & sys.modules.keys())
-specs = specs_of(EntryPoint("probed", value, "").load())
-found = {"registration": Found(seen())}
+module = value.partition(":")[0]
+try:
+    specs = specs_of(EntryPoint("probed", value, "").load())
+    found = {"registration": Found(seen())}
+except Exception as error:
+    found, tables = {"registration": Found([], f"raises {said(error)}", line_of(error, module))}, []
 for kind, name, table in tables:
     before, spec = seen(), next(each for each in specs if (each.kind, each.name) == (kind, name))
     try:
@@ -179,7 +183,7 @@ for kind, name, table in tables:
             part.check_steps(50)
         found[f"{kind} {name}"] = Found([each for each in seen() if each not in before])
     except Exception as error:
-        found[f"{kind} {name}"] = Found([], said(error), line_of(error, value.partition(":")[0]))
+        found[f"{kind} {name}"] = Found([], said(error), line_of(error, module))
 print("\\n" + mark + json.dumps(found), flush=True)
 """
 """Run in a process of its own: which heavy modules registration, and building each of the given parts, import."""

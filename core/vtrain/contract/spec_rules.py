@@ -68,8 +68,8 @@ def options_of(spec: Spec, table: Table) -> Options:
     try:
         return spec.options.model_validate(dict(table))
     except ValidationError as error:
-        given = f"the options {listed(table)}" if table else "no options"
-        raise OptionsNeeded(f"{given}: {_refusal(error)}") from error
+        given = f"with {listed(table)}" if table else "without options"
+        raise OptionsNeeded(f"it refuses a table {given}: {_refusal(error)}") from error
 
 
 def _refusal(error: ValidationError) -> str:

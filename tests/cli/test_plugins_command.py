@@ -328,11 +328,13 @@ def test_check_as_json_of_a_sound_plugin_is_exit_code_0(
 
 
 def test_new_writes_a_package_says_what_is_next_and_overwrites_nothing(vtrain_command: Vtrain, tmp_path: Path) -> None:
-    arguments = ("plugins", "new", "vtrain-drum", "--kind", "data-backend", "--directory", str(tmp_path))
+    place = tmp_path / "my plugins"
+    place.mkdir()
+    arguments = ("plugins", "new", "vtrain-drum", "--kind", "data-backend", "--directory", str(place))
     done = vtrain_command(*arguments)
     assert done.returncode == 0, done.stderr
-    assert f"  cd {tmp_path / 'vtrain-drum'}" in done.stdout
-    assert (tmp_path / "vtrain-drum" / "vtrain_drum" / "plugin.py").is_file()
+    assert f"  cd '{place / 'vtrain-drum'}'\n" in done.stdout, "it can be pasted into a shell"
+    assert (place / "vtrain-drum" / "vtrain_drum" / "plugin.py").is_file()
     again = vtrain_command(*arguments)
     assert again.returncode == 2
     assert "this is there already" in again.stderr

@@ -27,6 +27,9 @@ FOLDER = Path(__file__).parent / "api"
 ENTRY_POINTS = ("builtin", "sanavideo", "wan")
 """The plugins of this repository, whose options are part of the text; whatever else is installed is not."""
 
+PLUGINS = ("plugins", "sanavideo_plugin", "wan_plugin", "examples/plugins", "tests/fixtures")
+"""Their folders."""
+
 WRITE = "python tests/contract/api.py --write"
 WIDTH = 118
 EVENTS = "vtrain.contract.events"
@@ -263,6 +266,24 @@ def spec_lines(spec: Any) -> Iterator[str]:
             yield from folded(f"    ({each.name} = {named})")
 
 
+def contract() -> Iterator[str]:
+    """What the package exports, then what plugins of this repository take from its modules: others may, too."""
+    yield from module_text("vtrain.contract", without=lambda home: home == EVENTS)
+    for module, names in sorted(taken().items()):
+        yield from module_text(module, only=tuple(names))
+
+
+def taken() -> dict[str, set[str]]:
+    """Module below vtrain.contract -> names that a plugin of this repository imports from it. Events have a text of their own."""
+    found: dict[str, set[str]] = {}
+    files = (file for folder in PLUGINS for file in (CORE.parent / folder).rglob("*.py"))
+    for node in (node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vtrain.contract."):
+            found.setdefault(str(node.module), set()).update(alias.name for alias in node.names)
+    found.pop(EVENTS, None)
+    return found
+
+
 def events() -> Iterator[str]:
     names = importlib.import_module(EVENTS).EVENTS
     yield f"names: {', '.join(names)}"
@@ -277,7 +298,7 @@ def library() -> Iterator[str]:
 
 
 PARTS: Mapping[str, Callable[[], Iterator[str]]] = {
-    "contract": lambda: module_text("vtrain.contract", without=lambda home: home == EVENTS),
+    "contract": contract,
     "testing": lambda: module_text("vtrain.testing", "vtrain.testing.memory"),
     "library": library,
     "events": events,

@@ -64,3 +64,13 @@ def test_what_is_inherited_from_a_class_that_is_not_exported_stands_with_the_cla
     rules = text.split("class RegularizerTests")[1].split("\n\n")[0]
     assert "rule test_feature_arithmetic_equals_what_the_encoder_gives" in rules
     assert "fixture of the class regularizer -> Regularizer" in rules
+
+
+def test_what_a_plugin_of_this_repository_imports_of_the_contract_is_in_the_text(api: ModuleType) -> None:
+    """Also of its modules below: "plugins import vtrain.contract" says of them what may be relied on."""
+    text = (api.FOLDER / "contract.txt").read_text(encoding="utf-8")
+    assert "listed" in api.taken()["vtrain.contract.specs"]
+    for module, names in api.taken().items():
+        section = text.split(f"# {module}\n")[1].split("\n# ")[0]
+        for name in names:
+            assert any(line.startswith((f"def {name}(", f"class {name}", f"{name} =")) for line in section.splitlines())

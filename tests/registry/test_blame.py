@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import pickle
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -59,3 +62,34 @@ def test_a_part_with_the_contracts_own_options_is_found_by_its_build_and_not_bla
     with pytest.raises(ValueError, match="without a problem") as in_core, blame([elsewhere]):
         PluginError(())
     assert not hasattr(in_core.value, "__notes__")
+
+
+SHARED = """
+from vtrain.contract import Options
+class Own(Options): ...
+def fails(): raise KeyError("here")
+"""
+
+
+def test_of_packages_in_one_namespace_the_one_whose_code_it_is_is_blamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("first", "second", "neighbour"):
+        (tmp_path / "ourcompany" / name).mkdir(parents=True)
+        (tmp_path / "ourcompany" / name / "__init__.py").touch()
+        (tmp_path / "ourcompany" / name / "plugin.py").write_text(SHARED, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    names = ("first", "second", "neighbour")
+    modules = {name: importlib.import_module(f"ourcompany.{name}.plugin") for name in names}
+    parts = [
+        Registered(TrackerSpec(name, name, modules[name].Own, object), name, f"vtrain-{name}", "1")  # type: ignore[arg-type]
+        for name in names[:2]
+    ]
+    with pytest.raises(KeyError) as caught, blame(parts):
+        modules["second"].fails()
+    assert caught.value.__notes__ == ["in vtrain-second 1 (tracker second), module ourcompany.second.plugin"]
+    with pytest.raises(KeyError) as foreign, blame(parts):
+        modules["neighbour"].fails()
+    assert not hasattr(foreign.value, "__notes__"), "no part of the run is in that package"
+    for name in [name for name in sys.modules if name.startswith("ourcompany")]:
+        monkeypatch.delitem(sys.modules, name)

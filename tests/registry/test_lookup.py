@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vtrain.contract import Catalog, ConfigError, Failure, Options, PluginError, Registered, TrackerSpec
-from vtrain.registry import part_or_error
+from vtrain.registry import discover, part_or_error
 
 
 class Nothing(Options):
@@ -35,6 +35,8 @@ def test_an_unknown_name_gets_a_likely_one_and_the_list() -> None:
 def test_a_part_of_another_kind_is_pointed_out() -> None:
     with pytest.raises(ConfigError, match='"drum" is a tracker'):
         part_or_error(catalog(), "sampler", "drum", "")
+    with pytest.raises(ConfigError, match='"adamw" is an optimizer'):
+        part_or_error(discover(["builtin"]), "sampler", "adamw", "")
 
 
 def test_a_broken_part_is_a_plugin_error_with_its_reason() -> None:

@@ -166,7 +166,6 @@ import sys
 from types import SimpleNamespace
 from vtrain.contract import CheckpointOptions
 from vtrain.contract.abilities import misspelt
-from vtrain.plan import make
 from vtrain.registry import spelling
 from vtrain_builtin.layersync import LayerSync
 from vtrain_sanavideo.crepa import Crepa
@@ -178,7 +177,7 @@ seen, whose = [], SimpleNamespace(distribution="vtrain", version="1")
 spelling.misspelt = lambda sort, names: (seen.append((sort, names)), misspelt(sort, names))[1]
 families = (TOY.build(TOY.options()), SanaVideoFamily(SanaVideoOptions(path="a/b")), Wan21Family(CheckpointOptions(path="a/b")))
 for family in families:
-    for sort, maker in make._makers(family):
+    for sort, maker in spelling.makers("family", family):
         assert not list(spelling.declared_faults(sort, maker, whose, "")), maker
 for regularizer in (Crepa, LayerSync):
     assert not list(spelling.declared_faults("loss module", regularizer.load, whose, "")), regularizer

@@ -76,6 +76,8 @@ def test_a_package_has_all_that_its_author_needs_and_nothing_is_left_to_fill_in(
     assert files.keys() > wanted | {"vtrain_drum/py.typed", "vtrain_drum/plugin.py", "tests/test_conformance.py"}
     assert 'drum = "vtrain_drum.plugin"' in files["pyproject.toml"]
     assert '"vtrain>=0.1,<0.2"' in files["pyproject.toml"]
+    an = "An optimizer" if kind == "optimizer" else f"A {kind.replace('_', ' ')}"
+    assert f"\n{an} for vtrain: " in files["README.md"]
     left = [path for path, text in files.items() for word in ("$$", "$module", "$part", "${Name") if word in text]
     assert left == []
 
@@ -90,7 +92,8 @@ def test_a_package_has_all_that_its_author_needs_and_nothing_is_left_to_fill_in(
         ("x" * (LONGEST + 1), f"{LONGEST} are the most"),
         ("class", "a word of Python"),
         ("json", "would hide one"),
-        ("vtrain-path", "its class would be called Path"),
+        ("vtrain-3d", "its class would be called 3d, which Python takes for no name"),
+        ("vtrain-noise-level", "its class would be called NoiseLevel"),
         ("vtrain", "is installed already"),
         ("pytest", "is installed already"),
     ],
@@ -100,9 +103,47 @@ def test_a_name_that_cannot_be_is_refused_and_nothing_is_written(tmp_path: Path,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("vtrain-size", "family"),
+        ("vtrain-needs", "regularizer"),
+        ("vtrain-path", "data_backend"),
+        ("vtrain-field", "optimizer"),
+        ("vtrain-event", "tracker"),
+    ],
+)
+def test_a_class_that_would_hide_what_its_module_uses_is_refused_and_only_there(
+    tmp_path: Path, name: str, kind: str
+) -> None:
+    """What a template uses is read from it: whatever it will use is refused too."""
+    assert "which its own module uses for something else" in refused(name, tmp_path, kind)
+    assert new_plugin(name, "sampler", tmp_path, NOTHING).is_dir()
+
+
+def test_the_name_of_a_part_can_be_written_whatever_is_between_its_words() -> None:
+    assert {Names.of(f"vtrain{mark}motion{mark}loss").part for mark in ("-", "--", ".", "_-", "__")} == {"motion-loss"}
+
+
 def test_a_name_that_another_distribution_has_is_refused(tmp_path: Path) -> None:
     told = refused("vtrain-flow", tmp_path, catalog=discover(["builtin"]))
     assert 'has a sampler called "flow"' in told
+    assert 'has an optimizer called "adamw"' in refused("vtrain-adamw", tmp_path, "optimizer", discover(["builtin"]))
+
+
+def test_a_package_that_cannot_be_written_whole_is_removed_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Path.write_text
+
+    def full(path: Path, text: str, **settings: str) -> int:
+        if path.name == "plugin.py":
+            raise OSError(28, "No space left on device", str(path))
+        return write(path, text, **settings)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert "plugin.py: it cannot be written: No space left on device." in refused("vtrain-drum", tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_there_is_not_overwritten_and_all_problems_are_said_at_once(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import pytest
 from pydantic import AfterValidator, ConfigDict, Field, create_model
 
-from vtrain.contract import Options, SamplerSpec, Spec
+from vtrain.contract import Options, SamplerSpec, Spec, plugin_rules
 from vtrain.testing import (
     DataBackendTests,
     FamilyTests,
@@ -157,6 +157,30 @@ def test_the_rule_passes_for_the_plugin_that_the_mutants_are_made_from(
 ) -> None:
     kit = plugin(SOUND)
     getattr(kit, rule)(kit(), **arguments(kit, rule))
+
+
+def test_what_a_plugin_prints_and_does_when_python_ends_is_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "talks.py").write_text("import atexit; atexit.register(print, '[1]\\nbye')", encoding="utf-8")
+    assert list(plugin_rules.registration_imports_nothing_heavy("talks")) == []
+    (tmp_path / "leaves.py").write_text("import os; os._exit(0)", encoding="utf-8")
+    (problem,) = plugin_rules.registration_imports_nothing_heavy("leaves")
+    assert problem.what == "importing leaves ends Python, with exit code 0."
+
+
+def test_what_registration_and_building_raise_is_said_with_its_line(
+    plugin: Callable[[str], type[PluginTests]], tmp_path: Path
+) -> None:
+    plugin(SOUND.replace("    return Flow", "    options.no_such_option\n    return Flow"))
+    (problem,) = plugin_rules.parts_are_built_without_anything_heavy("mutant_plugin", {("sampler", "odd"): {}})
+    assert problem.where == f"{tmp_path}/mutant_plugin.py:7"
+    assert problem.what.startswith("building sampler odd raises AttributeError: ")
+    plugin(SOUND.replace("    return (Sampler", "    1 / 0\n    return (Sampler"))
+    (problem,) = plugin_rules.registration_imports_nothing_heavy("mutant_plugin")
+    assert problem.where == f"{tmp_path}/mutant_plugin.py:12"
+    assert problem.what == "importing mutant_plugin raises ZeroDivisionError: division by zero."
 
 
 def test_a_plugin_without_an_entry_point_is_found(

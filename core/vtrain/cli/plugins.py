@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -143,7 +144,12 @@ def write_plugin(name: str, kind: str, directory: Path) -> None:
         typer.echo(f"  {file.relative_to(directory)}")
     part = Names.of(name).part
     say(f'wrote the {NOUNS[chosen][0]} "{part}", {len(files)} files. Next:')
-    for line in (f"cd {place}", 'pip install -e ".[test]"', f"vtrain plugins check {name}", "python -m pytest"):
+    for line in (
+        f"cd {shlex.quote(str(place))}",
+        'pip install -e ".[test]"',
+        f"vtrain plugins check {name}",
+        "python -m pytest",
+    ):
         typer.echo(f"  {line}")
 
 

@@ -1,4 +1,4 @@
-"""What each part must have and what more it can have, by name; and names that look like a misspelt ability.
+"""What each part must have and what more it can have, by name; what a part lacks; and names that look like a misspelt ability.
 
 Abilities are found by isinstance: one misspelt is one that the part does not have, without a word. So names are compared.
 """
@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from functools import cache
 
 from vtrain.contract import backends, captions, conditions, protocols, regularizers
+from vtrain.contract.specs import listed
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,25 @@ class Misspelt:
     name: str
     meant: str
     ability: str
+
+
+_MODULE = frozenset({"forward", "named_parameters", "state_dict", "to"})
+"""What tells an nn.Module, which a loss module is, without torch."""
+
+
+def lacking(sort: str, part: object) -> str:
+    """ "None", "the class Toy, not an object" or 'Toy, which lacks "draw"', for a part that is none; "" for one that is.
+
+    sort: a key of ABILITIES. No property is read.
+    """
+    if part is None:
+        return "None"
+    if isinstance(part, type):
+        return f"the class {part.__name__}, not an object"
+    wanted = members(ABILITIES[sort].must) | (_MODULE if sort == "loss module" else frozenset())
+    there = set(dir(part))
+    missing = [name for name in wanted - there if not hasattr(part, name)]  # which asks __getattr__ alone
+    return f"{type(part).__name__}, which lacks {listed(missing)}" if missing else ""
 
 
 def misspelt(sort: str, names: Collection[str]) -> Iterator[Misspelt]:

@@ -6,10 +6,11 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vtrain.contract.errors import Problem
 from vtrain.contract.spec_rules import NotChecked, Problems, Table, options_of, place_of
@@ -24,6 +25,7 @@ from vtrain.contract.specs import (
     Spec,
     did_you_mean,
     listed,
+    with_article,
 )
 
 if TYPE_CHECKING:
@@ -69,55 +71,64 @@ def hooks_are_spelt_right(entry: object) -> Problems:
 
 def specs_of(entry: object) -> list[Spec]:
     """All that the hooks return and that is a spec of the hook's kind."""
-    return [
-        spec for hook, kind in HOOK_SPECS.items() for spec in getattr(entry, hook, tuple)() if isinstance(spec, kind)
-    ]
+    hooks = [(name, getattr(entry, name, None)) for name in HOOK_SPECS]
+    return [spec for name, hook in hooks if callable(hook) for spec in returned(name, hook)[0]]
+
+
+def returned(name: str, hook: Callable[..., object]) -> tuple[list[Spec], list[str]]:
+    """The specs of its kind that a hook returns, and what is wrong with all else. Raises what the plugin's own code raises."""
+    kind, value = HOOK_SPECS[name], hook()
+    if not isinstance(value, Iterable) or isinstance(value, Spec | str | bytes):
+        return [], [f"{name} returned {_typed(value)}, not an iterable of {kind.__name__}"]
+    specs, others = list[Spec](), list[str]()
+    for each in value:
+        if isinstance(each, kind):
+            specs.append(each)
+        else:
+            others.append(f"{name} returned {_typed(each)} among its {kind.__name__}s")
+    return specs, others
+
+
+def _typed(value: object) -> str:
+    return "None" if value is None else with_article(type(value).__name__)
 
 
 def hooks_return_specs_of_their_kind(entry: object) -> Problems:
     """Each hook returns an iterable of its kind of spec, the same each time, no name twice."""
     for name, hook in hooks_of(entry).items():
         kind = HOOK_SPECS.get(name)
-        if kind is None or not callable(hook):
+        if kind is None or not callable(hook) or inspect.signature(hook).parameters:  # the rule above says so
             continue
-        place, specs = place_of(hook), hook()
-        if not isinstance(specs, Iterable) or isinstance(specs, Spec | str | bytes):
-            what = f"{name} returns {_a(specs)}, not an iterable of {kind.__name__}."
-            yield Problem(place, what, "Return a tuple of the specs.")
-            continue
-        specs = list(specs)
-        if others := {type(spec).__name__ for spec in specs if not isinstance(spec, kind)}:
-            what = f"{name} returns {listed(others)} among its {kind.__name__}s."
-            yield Problem(place, what, f"Return {kind.__name__}s alone.")
-            continue
-        names = [spec.name for spec in specs]
+        place, (specs, others) = place_of(hook), returned(name, hook)
+        for other in dict.fromkeys(others):
+            yield Problem(place, f"{other}.", f"Return a tuple of {kind.__name__}s alone.")
+        names = [spec.name for spec in specs if isinstance(spec.name, str)]
         for twice in sorted({each for each in names if names.count(each) > 1}):
             yield Problem(place, f'{name} returns a name twice: "{twice}".', "Rename one.")
-        if specs != list(hook()):
+        if not others and specs != returned(name, hook)[0]:
             remedy = "Make the specs once, at the top of a module."
             yield Problem(place, f"{name} returns something else the second time.", remedy)
 
 
-def _a(value: object) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"
-
-
 def a_part_is_what_its_kind_must_be(spec: Spec, part: object) -> Problems:
     """What build gives has every member of its kind's protocol."""
-    from vtrain.contract.abilities import ABILITIES, members
+    from vtrain.contract.abilities import ABILITIES, lacking
 
     noun = NOUNS[spec.kind][0]
-    absent = sorted(name for name in members(ABILITIES[noun].must) if name not in dir(part) and not hasattr(part, name))
-    if absent:
-        what = f"build gives {_a(part)}, which has no {listed(absent)}: it is no {noun}."
-        remedy = f"{ABILITIES[noun].must.__name__} in vtrain.contract says what each means."
-        yield Problem(place_of(type(part)), what, remedy)
+    if fault := lacking(noun, part):
+        remedy = f"{ABILITIES[noun].must.__name__} in vtrain.contract says what each member means."
+        place = place_of(part if isinstance(part, type) else type(part))
+        yield Problem(place, f"build gave {fault}: it is no {noun}.", remedy)
+
+
+OPTIMIZER = "an optimizer is built with torch, of a model's parameters: the kit's OptimizerTests does it"
+"""Why no rule here builds one."""
 
 
 def built(spec: Spec, table: Table) -> object:
     """The part, of its options. Raises NotChecked, and what the plugin's own code raises."""
     if isinstance(spec, OptimizerSpec):
-        raise NotChecked("an optimizer is built with torch, of a model's parameters: OptimizerTests does it")
+        raise NotChecked(OPTIMIZER)
     options, build = options_of(spec, table), vars(spec)["build"]
     return build(options, {}) if isinstance(spec, SamplerSpec) else build(options)
 
@@ -150,60 +161,78 @@ PROBE_S = 120.0
 """Seconds that registering and building may take."""
 
 _PROBE = """
-import json, sys, traceback
+import json, sys
 from importlib.metadata import EntryPoint
-path, value, heavy, tables = map(json.loads, sys.argv[1:])
+path, value, heavy, tables, mark = map(json.loads, sys.argv[1:])
 sys.path[:] = path
-from vtrain.contract import HOOK_SPECS, SupportsStepCheck
+from vtrain.contract import SupportsStepCheck
+from vtrain.contract.plugin_rules import Found, built, line_of, said, specs_of
 def seen():
     return sorted(set(heavy) & sys.modules.keys())
-entry = EntryPoint("probed", value, "").load()
-specs = {(spec.kind, spec.name): spec for hook in HOOK_SPECS for spec in getattr(entry, hook, tuple)()}
-found = {"registration": seen()}
+module = value.partition(":")[0]
+try:
+    specs = specs_of(EntryPoint("probed", value, "").load())
+    found = {"registration": Found(seen())}
+except Exception as error:
+    found, tables = {"registration": Found([], f"raises {said(error)}", line_of(error, module))}, []
 for kind, name, table in tables:
-    before, spec = seen(), specs[kind, name]
+    before, spec = seen(), next(each for each in specs if (each.kind, each.name) == (kind, name))
     try:
-        part = spec.build(spec.options.model_validate(table), *([{}] if kind == "sampler" else []))
+        part = built(spec, table)
         if isinstance(part, SupportsStepCheck):
             part.check_steps(50)
-        found[f"{kind} {name}"] = [each for each in seen() if each not in before]
+        found[f"{kind} {name}"] = Found([each for each in seen() if each not in before])
     except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        found[f"{kind} {name}"] = f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})"
-print("\\n" + json.dumps(found))
+        found[f"{kind} {name}"] = Found([], said(error), line_of(error, module))
+print("\\n" + mark + json.dumps(found), flush=True)
 """
 """Run in a process of its own: which heavy modules registration, and building each of the given parts, import."""
+
+_MARK = "found by vtrain: "
+"""In front of the line with what was found: the plugin may print more, also when its process ends."""
 
 Tables = Mapping[tuple[str, str], Table]
 """(kind, name) -> what its table needs."""
 
 
-def _probed(value: str, tables: Tables) -> dict[str, list[str] | str]:
-    """ "registration", "family toy" -> heavy modules that it imports, or in one text what went wrong. value: of the entry point."""
+class Found(NamedTuple):
+    """Heavy modules that registration, or building a part, imports; or what went wrong, and the plugin's line."""
+
+    heavy: Sequence[str]
+    fault: str = ""
+    place: str = ""
+
+
+def _probed(value: str, tables: Tables) -> dict[str, Found]:
+    """ "registration", "family toy" -> what was found. value: of the entry point."""
     import subprocess
 
     given = json.dumps([(kind, name, dict(table)) for (kind, name), table in tables.items()])
-    command = [sys.executable, "-c", _PROBE, json.dumps(sys.path), json.dumps(value), json.dumps(HEAVY), given]
+    about = (json.dumps(each) for each in (sys.path, value, HEAVY))
+    command = [sys.executable, "-c", _PROBE, *about, given, json.dumps(_MARK)]
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=PROBE_S, stdin=subprocess.DEVNULL
-        )
+        done = subprocess.run(command, capture_output=True, check=False, timeout=PROBE_S, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:
-        return {"registration": f"takes longer than {PROBE_S:g} s"}
+        return {"registration": Found([], f"takes longer than {PROBE_S:g} s")}
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return {"registration": f"ends with: {last}"}
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+        last = (done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return {"registration": Found([], f"ends with: {last}")}
+    lines = done.stdout.decode(errors="replace").splitlines()
+    found = next((line.removeprefix(_MARK) for line in reversed(lines) if line.startswith(_MARK)), None)
+    if found is None:
+        return {"registration": Found([], "ends Python, with exit code 0")}
+    return {name: Found(*each) for name, each in json.loads(found).items()}
 
 
 def registration_imports_nothing_heavy(value: str) -> Problems:
     """Importing the entry module and calling its hooks imports no torch, diffusers, transformers or accelerate."""
-    heavy = _probed(value, {})["registration"]
-    if isinstance(heavy, str):
-        yield Problem("", f"importing {value} {heavy}.", "Registration describes: it reads and loads nothing.")
-    elif heavy:
-        place = next((place for place, name, top in imports_of(value) if top and name.split(".")[0] in heavy), "")
-        what = f"importing {value} imports {', '.join(heavy)}."
+    found = _probed(value, {})["registration"]
+    if found.fault:
+        what = f"importing {value} {found.fault}."
+        yield Problem(found.place, what, "Registration describes: it reads and loads nothing.")
+    elif found.heavy:
+        heavy = (place for place, name, top in imports_of(value) if top and name.split(".")[0] in found.heavy)
+        place, what = next(heavy, ""), f"importing {value} imports {', '.join(found.heavy)}."
         yield Problem(place, what, "Import it in the functions that need it; for types, below `if TYPE_CHECKING:`.")
 
 
@@ -211,14 +240,50 @@ def parts_are_built_without_anything_heavy(value: str, tables: Tables) -> Proble
     """Every part of `tables` is built from its options, without torch, diffusers, transformers or accelerate."""
     found = _probed(value, tables)
     before = found.pop("registration")
-    if isinstance(before, str):
-        yield Problem("", f"importing {value} and building its parts {before}.", "Neither reads or loads anything.")
-    for part, heavy in found.items():
-        if isinstance(heavy, str):
-            yield Problem("", f"building {part} raises {heavy}.", "A part is built before anything is read or loaded.")
+    if before.fault:
+        what = f"importing {value} and building its parts {before.fault}."
+        yield Problem(before.place, what, "Neither reads or loads anything.")
+    for part, (heavy, fault, place) in found.items():
+        if fault:
+            remedy = "A part is built before anything is read or loaded."
+            yield Problem(place, f"building {part} raises {fault}.", remedy)
         elif heavy:
             remedy = "Import it in the methods that load or open something."
             yield Problem("", f"building {part} imports {', '.join(heavy)}.", remedy)
+
+
+def package_of(module: str) -> str:
+    """ "toy" of "toy.plugin"; "company.toy" of "company.toy.plugin", where company is a namespace in which others have packages."""
+    import importlib.util
+
+    parts = module.split(".")
+    for number in range(1, len(parts)):
+        name = ".".join(parts[:number])
+        try:
+            spec = importlib.util.find_spec(name)
+        except (ImportError, ValueError):  # ValueError: a module that runs as a script has no spec
+            return name
+        if spec is None or spec.origin is not None:
+            return name
+    return module
+
+
+def said(error: BaseException) -> str:
+    """ "ImportError: no module named x", on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+
+
+def line_of(error: BaseException, module: str) -> str:
+    """ "toy/plugin.py:3", the deepest line of the package of a plugin's module on an error's way; "" if none is."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}"
+    own = f"{package_of(module)}."
+    lines = [
+        f"{frame.f_code.co_filename}:{line}"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if f"{frame.f_globals.get('__name__', '')}.".startswith(own)
+    ]
+    return lines[-1] if lines else ""
 
 
 def imports_of(value: str) -> Iterator[tuple[str, str, bool]]:
@@ -229,7 +294,7 @@ def imports_of(value: str) -> Iterator[tuple[str, str, bool]]:
     import ast
     import importlib.util
 
-    found = importlib.util.find_spec(value.partition(":")[0].split(".")[0])
+    found = importlib.util.find_spec(package_of(value.partition(":")[0]))
     if found is None:
         raise NotChecked(f"the source of {value} is not found")
     roots = [Path(place) for place in found.submodule_search_locations or ()] or [Path(str(found.origin))]

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Set
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from vtrain.contract.captions import CaptionExtra
 from vtrain.contract.errors import Problem
@@ -27,6 +27,9 @@ from vtrain.contract.specs import (
     listed,
 )
 
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 Table = Mapping[str, object]
 """The options that a part's table needs, as the file gives them."""
 Problems = Iterator[Problem]
@@ -37,6 +40,10 @@ NONE: Table = MappingProxyType({})
 
 class NotChecked(Exception):
     """A rule cannot be tried; the words say why."""
+
+
+class OptionsNeeded(NotChecked):
+    """It can be tried with other options than the table has."""
 
 
 def place_of(thing: object, word: str = "") -> str:
@@ -51,12 +58,24 @@ def place_of(thing: object, word: str = "") -> str:
 
 
 def options_of(spec: Spec, table: Table) -> Options:
-    """Raises NotChecked where the part has options without a default that `table` lacks."""
+    """Raises OptionsNeeded where `table` lacks options without a default, or a validator refuses it; NotChecked."""
+    from pydantic import ValidationError
+
     fields = _fields(spec)
     needed = [name for name, field in fields.items() if field.is_required() and name not in table]
     if needed:
-        raise NotChecked(f"it needs the option {listed(needed)}")
-    return spec.options.model_validate(dict(table))
+        raise OptionsNeeded(f"it needs the option {listed(needed)}")
+    try:
+        return spec.options.model_validate(dict(table))
+    except ValidationError as error:
+        given = f"with {listed(table)}" if table else "without options"
+        raise OptionsNeeded(f"it refuses a table {given}: {_refusal(error)}") from error
+
+
+def _refusal(error: ValidationError) -> str:
+    """ "rate: Input should be greater than 0" of the first of its errors; one of all options together has no name."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    return ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
 
 
 def _fields(spec: Spec) -> Mapping[str, Any]:
@@ -198,7 +217,7 @@ def the_spec_is_of_a_known_kind(spec: Spec, table: Table = NONE) -> Problems:
 
 def the_summary_fits_a_line(spec: Spec, table: Table = NONE) -> Problems:
     """A summary fits on one line of `vtrain plugins list`: at most 120 letters, none of them a space around it."""
-    if len(spec.summary) > 120 or spec.summary.strip() != spec.summary:
+    if isinstance(spec.summary, str) and (len(spec.summary) > 120 or spec.summary.strip() != spec.summary):
         what = f"its summary is {len(spec.summary)} letters long, or has spaces around it."
         yield Problem("", what, "At most 120 letters fit on a line of `vtrain plugins list`.")
 
@@ -219,8 +238,9 @@ def an_unknown_option_is_an_error(spec: Spec, table: Table = NONE) -> Problems:
     try:
         spec.options.model_validate({**table, "no_such_option": 1})
     except ValidationError as error:
-        if any(each["loc"][:1] == ("no_such_option",) for each in error.errors(include_input=False)):
-            return
+        if all(each["loc"][:1] != ("no_such_option",) for each in error.errors(include_input=False)):
+            options_of(spec, table)  # without that key: it may be the table that is refused, which proves nothing
+        return
     remedy = "Leave `extra` of Options as it is, and let no validator drop keys."
     yield Problem(place_of(spec.options), "an option that it does not know passes without an error.", remedy)
 
@@ -278,7 +298,7 @@ def _comes_back(spec: Spec, options: Options, written: Table, form: str) -> Prob
     try:
         again: Options | None = spec.options.model_validate(dict(written))
     except ValidationError as error:
-        again, why = None, f"it is refused: {error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}"
+        again, why = None, f"it is refused: {_refusal(error)}"
     if again is None or again != options:
         changed = [name for name in type(options).model_fields if getattr(again, name, None) != getattr(options, name)]
         what = why if again is None else f"it is another: {listed(changed)}"

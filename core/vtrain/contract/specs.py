@@ -277,6 +277,11 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(f'"{name}"' for name in sorted(names)) or "none"
 
 
+def with_article(noun: str) -> str:
+    """ "an optimizer", "a sampler"."""
+    return f"{'an' if noun[:1].lower() in 'aeio' else 'a'} {noun}"
+
+
 def origin(entry: Failure | Registered) -> str:
     """ "vtrain-toy 1.0" of a part or a failure."""
     return f"{entry.distribution} {entry.version}".strip() or "no distribution"
@@ -310,7 +315,7 @@ def _mend(failure: Failure) -> str:
 def _alternatives(catalog: Catalog, kind: str, name: str) -> str:
     """What a user may have meant: a similar name, a part of another kind, a plugin that could not be loaded."""
     hints = [did_you_mean(name, catalog.names(kind)), f"Installed {NOUNS[kind][1]}: {listed(catalog.names(kind))}."]
-    hints += [f'"{name}" is a {NOUNS[of][0]}.' for of, other in sorted(catalog.parts) if other == name]
+    hints += [f'"{name}" is {with_article(NOUNS[of][0])}.' for of, other in sorted(catalog.parts) if other == name]
     hints += [
         f'The plugin "{failure.entry_point}" of {origin(failure)} could not be loaded: {failure.reason}.'
         for failure in catalog.failures

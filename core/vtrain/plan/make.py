@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from pydantic_core import to_jsonable_python
 
@@ -14,7 +14,6 @@ from vtrain.contract import (
     Catalog,
     ClipShape,
     ConfigError,
-    DiffusersFamily,
     DType,
     Family,
     FamilySpec,
@@ -39,7 +38,7 @@ from vtrain.plan.records import DatasetPlan, Plan, ValidationPlan
 from vtrain.plan.sizes import Clips, beyond, longest, refused
 from vtrain.plan.text import check_text, foreign_extras
 from vtrain.registry.blame import PartFault, blame
-from vtrain.registry.spelling import check_members, declared_faults, faults
+from vtrain.registry.spelling import check_members, declared_faults, faults, makers
 
 
 def make_plan(config: Config, processes: int = 1, catalog: Catalog | None = None) -> Plan:
@@ -113,7 +112,7 @@ def _misspelt(
     """Abilities that a part's author has misspelt: without a word they would not be there, or be missed when all is encoded."""
     model, where = config.model.registered, config.where("model", "use")
     yield from faults("family", family, model, where)
-    for sort, maker in _makers(family):
+    for sort, maker in makers("family", family):
         yield from declared_faults(sort, maker, model, where)
     yield from faults("sampler", sampler, config.sampler.registered, config.where("sampler", "use"))
     enabled = [part.registered for part in config.data if part.table.enabled]
@@ -122,18 +121,12 @@ def _misspelt(
     for number, (_, regularizer) in enumerate(regularizers):
         registered, where = config.regularizers[number].registered, config.where("regularizer", number)
         yield from faults("regularizer", regularizer, registered, where)
-        yield from declared_faults("loss module", regularizer.load, registered, where)
+        for sort, maker in makers("regularizer", regularizer):
+            yield from declared_faults(sort, maker, registered, where)
     for number, part in enumerate(config.trackers):
         spec = part.registered.spec
         assert isinstance(spec, TrackerSpec)
         yield from declared_faults("tracker", spec.build, part.registered, config.where("tracker", number))
-
-
-def _makers(family: Family) -> tuple[tuple[str, Callable[..., object]], ...]:
-    """What gives a family's denoiser and codec, by sort."""
-    if isinstance(family, DiffusersFamily):  # its loading methods are the contract's, and call those of the plugin
-        return ("denoiser", family.denoiser_of), ("video codec", family.load_codec)
-    return ("denoiser", family.load_denoiser), ("video codec", family.open_video_codec)
 
 
 def base_of(train: str) -> DType:

@@ -7,8 +7,10 @@ import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import takewhile
 
 from vtrain.contract import PROJECT, PluginError, Problem, Registered, VtrainError
+from vtrain.contract.plugin_rules import package_of
 from vtrain.contract.specs import NOUNS, origin
 
 
@@ -65,12 +67,9 @@ def blame(parts: Sequence[Registered]) -> Iterator[None]:
     except VtrainError:
         raise
     except Exception as error:
-        packages = {_package(part) for part in parts} - {PROJECT, ""}
         for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):  # the innermost first
             module = str(frame.f_globals.get("__name__", ""))
-            package = module.partition(".")[0]
-            if package in packages:
-                own = [part for part in parts if _package(part) == package]
+            if own := _owners(module, parts):
                 names = ", ".join(dict.fromkeys(f"{part.spec.kind} {part.spec.name}" for part in own))
                 error.add_note(f"in {origin(own[0])} ({names}), module {module}")
                 break
@@ -109,10 +108,25 @@ def in_background(where: str) -> Iterator[None]:
         raise RuntimeError(f"{type(error).__name__} ({error}) was raised {where}") from error
 
 
-def _package(part: Registered) -> str:
+def _owners(module: str, parts: Sequence[Registered]) -> list[Registered]:
+    """The parts of the distribution in whose package a module is; of several, of the one that shares most of the module's name."""
+    found = [(part, home) for part in parts if (home := _module(part)).partition(".")[0] not in (PROJECT, "")]
+    own = [(part, home) for part, home in found if f"{module}.".startswith(f"{package_of(home)}.")]
+    nearest = max((_shared(module, home) for _, home in own), default=0)
+    whose = {part.distribution for part, home in own if _shared(module, home) == nearest}
+    return [part for part, _ in own if part.distribution in whose]
+
+
+def _shared(module: str, home: str) -> int:
+    """How many names two dotted ones begin with alike."""
+    pairs = zip(module.split("."), home.split("."), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _module(part: Registered) -> str:
     """Where a part's code is. Of one whose options are the contract's own class, where its build is."""
-    package = part.spec.options.__module__.partition(".")[0]
+    module = part.spec.options.__module__
     build: object = getattr(part.spec, "build", None)
-    while package == PROJECT and isinstance(build, partial):
+    while module.partition(".")[0] == PROJECT and isinstance(build, partial):
         build = build.func
-    return package if package != PROJECT else str(getattr(build, "__module__", "")).partition(".")[0]
+    return module if module.partition(".")[0] != PROJECT else str(getattr(build, "__module__", ""))

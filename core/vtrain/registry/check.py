@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vtrain.contract import (
+    API_VERSION,
     Catalog,
     ConfigError,
-    FamilySpec,
     OptimizerSpec,
     PluginError,
     Problem,
@@ -22,14 +22,24 @@ from vtrain.contract import (
     plugin_rules,
     spec_rules,
 )
-from vtrain.contract.plugin_rules import Tables
-from vtrain.contract.spec_rules import NotChecked, Table
+from vtrain.contract.plugin_rules import Tables, line_of, said
+from vtrain.contract.spec_rules import NotChecked, OptionsNeeded, Table
 from vtrain.contract.specs import NOUNS, did_you_mean, listed
-from vtrain.registry.discovery import Installed, canonical, described, discover, installed
+from vtrain.registry.discovery import (
+    ALLOW,
+    Installed,
+    allowed,
+    canonical,
+    discover,
+    installed,
+    refusal_of,
+)
 from vtrain.registry.guard import in_time, stdout_on_stderr
-from vtrain.registry.spelling import declared_faults, faults
+from vtrain.registry.spelling import declared_faults, faults, makers
 from vtrain.registry.trials import faults as trial_faults
 from vtrain.registry.trials import limit_s
+
+Result = Literal["ok", "problem", "not checked"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,7 @@ class Outcome:
 
     rule: str
     part: str
-    result: Literal["ok", "problem", "not checked"]
+    result: Result
     problem: Problem | None = None
 
 
@@ -64,7 +74,7 @@ def check(name: str, kind: str | None = None, tables: Tables | None = None) -> t
     catalog = discover()
     reports = [_report(plugin, catalog, kind, tables or {}) for plugin in _called(name, catalog, kind)]
     if kind and not any(report.parts for report in reports) and not any(report.problems for report in reports):
-        raise ConfigError(Problem("", f'"{name}" has no {NOUNS[kind][0]}.', "Leave --kind out to check all its parts."))
+        raise ConfigError(Problem("", f'"{name}" has no {NOUNS[kind][0]}.', "Check all its parts, without --kind."))
     return tuple(reports)
 
 
@@ -91,11 +101,11 @@ def _named(catalog: Catalog) -> list[tuple[str, str, tuple[str, str]]]:
 
 
 def _report(plugin: Installed, catalog: Catalog, kind: str | None, tables: Tables) -> Report:
-    value, rules = plugin.entry.value, plugin_rules
-    outcomes = [
-        *_tried(rules.the_plugin_is_installed_under_an_entry_point, plugin.entry.module),
-        *_tried(rules.only_the_contract_is_imported, value),
-    ]
+    value, module, rules = plugin.entry.value, plugin.entry.module, plugin_rules
+    outcomes = list(_tried(rules.the_plugin_is_installed_under_an_entry_point, module, module=module))
+    if refused := _refused(plugin):
+        return Report(plugin, (), (*outcomes, refused))
+    outcomes += _tried(rules.only_the_contract_is_imported, value, module=module)
     loaded, fault = _imported(plugin)
     if fault is not None:
         return Report(plugin, (), (*outcomes, Outcome(IMPORTED, "", "problem", fault)))
@@ -103,18 +113,32 @@ def _report(plugin: Installed, catalog: Catalog, kind: str | None, tables: Table
     specs = list[Spec]()
     with stdout_on_stderr(), in_time(limit_s()):
         for rule in (rules.hooks_are_spelt_right, rules.hooks_return_specs_of_their_kind):
-            outcomes += _tried(rule, loaded)
+            outcomes += _tried(rule, loaded, module=module)
         with suppress(Exception):  # of a hook, which the rule before says
             specs = [spec for spec in rules.specs_of(loaded) if kind in (None, spec.kind)]
         for spec in specs:
-            outcomes += _of_spec(spec, plugin, catalog, tables.get((spec.kind, spec.name), {}))
-    outcomes += _tried(rules.registration_imports_nothing_heavy, value)
+            outcomes += _of_spec(spec, plugin, catalog, _table(spec, tables))
+    outcomes += _tried(rules.registration_imports_nothing_heavy, value, module=module)
     for spec in specs:
-        outcomes += _of_part(spec, plugin, tables.get((spec.kind, spec.name), {}))
+        outcomes += _of_part(spec, plugin, _table(spec, tables))
     return Report(plugin, tuple(_title(spec) for spec in specs), tuple(outcomes))
 
 
+def _table(spec: Spec, tables: Tables) -> Table:
+    return tables.get((spec.kind, spec.name), {}) if isinstance(spec.name, str) else {}
+
+
 IMPORTED = "the_plugin_can_be_imported"
+
+
+def _refused(plugin: Installed) -> Outcome | None:
+    """Of a plugin that no command imports. That it speaks another version is what the rule before says, unless it speaks both."""
+    reason = refusal_of(plugin, allowed())
+    if not reason:
+        return None
+    if plugin.api != API_VERSION:
+        return Outcome(IMPORTED, "", "not checked", Problem("", reason))
+    return Outcome(IMPORTED, "", "problem", Problem("", f"it is {reason}.", f"Name it there, or unset {ALLOW}."))
 
 
 def _imported(plugin: Installed) -> tuple[object, Problem | None]:
@@ -128,8 +152,7 @@ def _imported(plugin: Installed) -> tuple[object, Problem | None]:
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a module that calls sys.exit() breaks itself only
-            fault = described(error, plugin.entry.module)
-            place = f"{error.filename}:{error.lineno}" if isinstance(error, SyntaxError) else ""
+            fault, place = said(error), line_of(error, plugin.entry.module)
     what = f"{plugin.entry.value}: {fault.removesuffix('.')}."
     return None, Problem(place, what, "Its import must come back, without an error; then the other rules are checked.")
 
@@ -141,19 +164,24 @@ def _title(spec: Spec) -> str:
 HINT = "--config names a run's file, of which parts take the options that they need."
 
 
-def _tried(rule: Callable[..., Iterable[Problem]], *given: object, part: str = "") -> Iterator[Outcome]:
-    """What comes of a rule; what a plugin's own code raises meanwhile is a finding."""
+def _tried(rule: Callable[..., Iterable[Problem]], *given: object, module: str, part: str = "") -> Iterator[Outcome]:
+    """What comes of a rule; what a plugin's own code raises meanwhile is a finding. module: of its entry point."""
     name = rule.__name__
     try:
         found = list(rule(*given))
     except NotChecked as error:
-        yield Outcome(name, part, "not checked", Problem("", str(error), HINT))
+        yield Outcome(name, part, "not checked", _untried(error))
         return
     except (Exception, SystemExit) as error:
-        found = [Problem("", f"it raises {described(error, '')}.", "A rule asks only for what a run asks for too.")]
+        remedy = "Correct what raises: a run asks for the same, and would end there."
+        found = [Problem(line_of(error, module), f"it raises {said(error)}.", remedy)]
     yield from (Outcome(name, part, "problem", problem) for problem in found)
     if not found:
         yield Outcome(name, part, "ok")
+
+
+def _untried(reason: NotChecked) -> Problem:
+    return Problem("", str(reason), HINT if isinstance(reason, OptionsNeeded) else "")
 
 
 def names_are_nobody_elses(spec: Spec, plugin: Installed, catalog: Catalog) -> Iterator[Problem]:
@@ -166,42 +194,46 @@ def names_are_nobody_elses(spec: Spec, plugin: Installed, catalog: Catalog) -> I
 
 
 def _of_spec(spec: Spec, plugin: Installed, catalog: Catalog, table: Table) -> Iterator[Outcome]:
+    about = {"part": _title(spec), "module": plugin.entry.module}
     for rule in spec_rules.SPEC_RULES:
         if isinstance(spec, spec_rules.OF_KINDS.get(rule, Spec)):
-            yield from _tried(rule, spec, table, part=_title(spec))
-    yield from _tried(names_are_nobody_elses, spec, plugin, catalog, part=_title(spec))
+            yield from _tried(rule, spec, table, **about)
+    yield from _tried(names_are_nobody_elses, spec, plugin, catalog, **about)
 
 
 def _of_part(spec: Spec, plugin: Installed, table: Table) -> Iterator[Outcome]:
     """The rules for which a part is built: in a process of its own first, and here if nothing was wrong with it there."""
-    title, heavy = _title(spec), plugin_rules.parts_are_built_without_anything_heavy
+    heavy = plugin_rules.parts_are_built_without_anything_heavy
+    about = {"part": _title(spec), "module": plugin.entry.module}
     whose = Registered(spec, plugin.entry.name, plugin.distribution, plugin.version)
     reason = _hindrance(spec, table)
-    if not reason:
-        found = list(_tried(heavy, plugin.entry.value, {(spec.kind, spec.name): table}, part=title))
+    if reason is None:
+        found = list(_tried(heavy, plugin.entry.value, {(spec.kind, spec.name): table}, **about))
         yield from found
-        reason = f"see {heavy.__name__}" if any(each.problem for each in found) else ""
+        reason = NotChecked(f"see {heavy.__name__}") if any(each.problem for each in found) else None
     else:
-        yield Outcome(heavy.__name__, title, "not checked", Problem("", reason, HINT))
+        yield Outcome(heavy.__name__, about["part"], "not checked", _untried(reason))
     for rule in (a_part_is_what_its_kind_must_be, abilities_are_spelt_right):
-        if reason:
-            yield Outcome(rule.__name__, title, "not checked", Problem("", reason))
+        if reason is not None:
+            yield Outcome(rule.__name__, about["part"], "not checked", _untried(reason))
             continue
         with stdout_on_stderr(), in_time(limit_s()):
-            yield from _tried(rule, whose, table, part=title)
+            yield from _tried(rule, whose, table, **about)
 
 
-def _hindrance(spec: Spec, table: Table) -> str:
-    """Why a part cannot be built of a table; "" if it can."""
+def _hindrance(spec: Spec, table: Table) -> NotChecked | None:
+    """Why a part cannot be built of a table; None if it can."""
     if isinstance(spec, OptimizerSpec):
-        return "an optimizer is built with torch, of a model's parameters: the kit's OptimizerTests does it"
+        return NotChecked(plugin_rules.OPTIMIZER)
+    if not isinstance(spec.name, str):
+        return NotChecked("its name is no text")
     try:
         spec_rules.options_of(spec, table)
     except NotChecked as error:
-        return str(error)
-    except Exception as error:  # pydantic's, and what validators raise
-        return f"its options cannot be read: {' '.join(str(error).split())}"
-    return ""
+        return error
+    except Exception as error:  # what validators raise
+        return NotChecked(f"its options cannot be read: {said(error)}")
+    return None
 
 
 def a_part_is_what_its_kind_must_be(whose: Registered, table: Table) -> Iterator[Problem]:
@@ -214,12 +246,5 @@ def abilities_are_spelt_right(whose: Registered, table: Table) -> Iterator[Probl
     """No public name of a part, or of what its methods say they give, is almost that of an ability which it lacks."""
     part = plugin_rules.built(whose.spec, table)
     yield from faults(NOUNS[whose.spec.kind][0], part, whose, "")
-    loads = (
-        {"load_denoiser": "denoiser", "open_video_codec": "video codec"} if isinstance(whose.spec, FamilySpec) else {}
-    )
-    if whose.spec.kind == "regularizer":
-        loads = {"load": "loss module"}
-    for method, sort in loads.items():
-        maker = getattr(part, method, None)
-        if callable(maker):
-            yield from declared_faults(sort, maker, whose, "")
+    for sort, maker in makers(whose.spec.kind, part):
+        yield from declared_faults(sort, maker, whose, "")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import re
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import Distribution, EntryPoint, distributions
 
@@ -22,7 +21,7 @@ from vtrain.contract import (
     Registered,
     Spec,
 )
-from vtrain.contract.plugin_rules import hooks_are_spelt_right
+from vtrain.contract.plugin_rules import hooks_are_spelt_right, line_of, returned, said
 from vtrain.contract.spec_rules import NEEDED
 from vtrain.contract.specs import did_you_mean, origin
 from vtrain.registry.guard import in_time, stdout_on_stderr
@@ -71,31 +70,14 @@ def _from_hook(plugin: Installed, hook: str, implementations: Sequence[pluggy.Ho
                 plugin.failure(f"{hook} is a wrapper; a registration hook only returns specs", expected.kind)
             )
             continue
-        items, fault = _returned(hook, expected, implementation.function)
-        if fault:
-            failures.append(plugin.failure(fault, expected.kind))
-        for item in items:
-            if not isinstance(item, expected):
-                failures.append(
-                    plugin.failure(f"{hook} returned {_a(item)} among its {expected.__name__}s", expected.kind)
-                )
-            elif fault := fault_of(item):
+        specs, others = returned(hook, implementation.function)
+        failures += [plugin.failure(other, expected.kind) for other in others]
+        for item in specs:
+            if fault := fault_of(item):
                 failures.append(plugin.failure(fault, item.kind, str(item.name)))
             else:
                 parts.append(Registered(item, plugin.entry.name, plugin.distribution, plugin.version))
     return parts, failures
-
-
-def _returned(hook: str, expected: type[Spec], function: Callable[..., object]) -> tuple[list[object], str]:
-    """What a hook returned, as a list, or why it is none."""
-    value = function()
-    if isinstance(value, Spec) or not isinstance(value, Iterable) or isinstance(value, str | bytes):
-        return [], f"{hook} returned {_a(value)}, not an iterable of {expected.__name__}"
-    return list(value), ""
-
-
-def _a(value: object) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"
 
 
 _GROUP = re.compile(rf"{PROJECT}\.v(\d+)")
@@ -174,9 +156,9 @@ def discover(allow: Sequence[str] | None = None) -> Catalog:
     import hangs, ends or crashes the process that tries it. What plugins print while they are imported goes to stderr,
     so that stdout stays the command's own. Raises ConfigError if VTRAIN_PLUGIN_TIMEOUT is no number.
     """
-    names = _allowed() if allow is None else list(allow)
+    names = allowed() if allow is None else list(allow)
     plugins, failures = installed()
-    refusals = [_refusal(plugin, names) for plugin in plugins]
+    refusals = [refusal_of(plugin, names) for plugin in plugins]
     tried = iter(faults([plugin for plugin, refusal in zip(plugins, refusals, strict=True) if not refusal]))
     parts: list[Registered] = []
     for plugin, refusal in zip(plugins, refusals, strict=True):
@@ -193,12 +175,13 @@ def discover(allow: Sequence[str] | None = None) -> Catalog:
     return Catalog(unique, tuple(rows))
 
 
-def _allowed() -> list[str] | None:
+def allowed() -> list[str] | None:
+    """Entry points that may be used, as VTRAIN_PLUGINS says; None: all."""
     value = os.environ.get(ALLOW)
     return None if value is None else [name.strip() for name in value.split(",") if name.strip()]
 
 
-def _refusal(plugin: Installed, allow: Sequence[str] | None) -> str:
+def refusal_of(plugin: Installed, allow: Sequence[str] | None) -> str:
     """Why a plugin must not be imported; "" if it may."""
     if allow is not None and plugin.entry.name not in allow:
         return f"not in {ALLOW}"
@@ -233,15 +216,8 @@ def _load(plugin: Installed, limit: float) -> tuple[list[Registered], list[Failu
 
 def described(error: BaseException, module: str) -> str:
     """ "ImportError: no module named x (toy/plugin.py:3)": type, message and the plugin's own deepest line."""
-    text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
-    if isinstance(error, SyntaxError):  # its message has the place already
-        return text
-    package = module.split(".")[0]
-    place = ""
-    for frame, line in traceback.walk_tb(error.__traceback__):
-        if str(frame.f_globals.get("__name__", "")).split(".")[0] == package:
-            place = f" ({frame.f_code.co_filename}:{line})"
-    return text + place
+    place = "" if isinstance(error, SyntaxError) else line_of(error, module)  # its message has the place already
+    return f"{said(error)} ({place})" if place else said(error)
 
 
 def _unknown(name: str, known: Sequence[str]) -> Failure:

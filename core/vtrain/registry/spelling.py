@@ -11,9 +11,9 @@ from functools import cache
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-from vtrain.contract import Problem, Registered
-from vtrain.contract.abilities import ABILITIES, members, misspelt, names_of
-from vtrain.contract.specs import listed, origin
+from vtrain.contract import DiffusersFamily, Problem, Registered
+from vtrain.contract.abilities import lacking, misspelt, names_of
+from vtrain.contract.specs import origin
 from vtrain.registry.blame import PartFault
 
 _EMPTY_BASES = frozenset({"nn.Module", "torch.nn.Module", "Module", "object", "Protocol", "ABC"})
@@ -39,6 +39,23 @@ def declared_faults(sort: str, maker: Callable[..., object], whose: Registered, 
     return iter(())
 
 
+_LOADED_BY = {
+    "family": (("denoiser", "load_denoiser"), ("video codec", "open_video_codec")),
+    "regularizer": (("loss module", "load"),),
+}
+"""Kind -> what its parts load later, by sort, and the method by which."""
+_LOADED_BY_DIFFUSERS = (("denoiser", "denoiser_of"), ("video codec", "load_codec"))
+"""Of a DiffusersFamily, whose loading methods are the contract's, and call these, which are the plugin's."""
+
+
+def makers(kind: str, part: object) -> Iterator[tuple[str, Callable[..., object]]]:
+    """(sort, method) of all that a built part loads later and whose abilities can be read before: see `declared_faults`."""
+    methods = _LOADED_BY_DIFFUSERS if isinstance(part, DiffusersFamily) else _LOADED_BY.get(kind, ())
+    for sort, method in methods:
+        if callable(maker := getattr(part, method, None)):
+            yield sort, maker
+
+
 _MADE_BY = {
     "denoiser": ("family", "load_denoiser"),
     "video codec": ("family", "open_video_codec"),
@@ -49,24 +66,6 @@ _MADE_BY = {
     "data backend": ("data_backend", "build"),
 }
 """Sort -> the kind of part that gives it, and the function by which; other sorts are kinds, which `build` gives."""
-
-_MODULE = frozenset({"forward", "named_parameters", "state_dict", "to"})
-"""What tells an nn.Module, which a loss module is, without torch."""
-
-
-def lacking(sort: str, part: object) -> str:
-    """ "None", "the class Toy, not an object" or 'Toy, which lacks "draw"', for a part that is none; "" for one that is.
-
-    sort: as in ABILITIES. No property is read.
-    """
-    if part is None:
-        return "None"
-    if isinstance(part, type):
-        return f"the class {part.__name__}, not an object"
-    wanted = members(ABILITIES[sort].must) | (_MODULE if sort == "loss module" else frozenset())
-    there = set(dir(part))
-    missing = [name for name in wanted - there if not hasattr(part, name)]  # which asks __getattr__ alone
-    return f"{type(part).__name__}, which lacks {listed(missing)}" if missing else ""
 
 
 def check_members(sort: str, part: object, name: str = "", where: str = "") -> None:

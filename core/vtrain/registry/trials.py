@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from vtrain.contract import ConfigError, Problem
+from vtrain.contract.plugin_rules import package_of
 
 if TYPE_CHECKING:
     from subprocess import Popen
@@ -107,7 +108,7 @@ class _Trial:
 
 
 def tried_apart(plugins: Sequence[Installed], limit: float) -> list[str | None]:
-    """What is wrong with each, "" if nothing; None where that cannot be told. limit: seconds that an import has."""
+    """What is wrong with each, "" if nothing; None where that is not known. limit: seconds that an import has."""
     with ExitStack() as held:
         trials = [_begin(plugin, limit, held) for plugin in plugins]
         waiting = [trial for trial in trials if trial is not None]
@@ -339,16 +340,12 @@ def _listed(plugin: Installed) -> list[str]:
 
 def _sources(plugin: Installed) -> Iterator[str]:
     """The files of the package, or the module, that the entry point names: an editable install does not list them."""
-    top, *inner = plugin.entry.module.split(".")
-    spec = importlib.util.find_spec(top)
+    spec = importlib.util.find_spec(package_of(plugin.entry.module))
     if spec is None:
         return
     folders = list(spec.submodule_search_locations or ())
     if not folders and spec.origin is not None:
         yield spec.origin
-    if spec.origin is None and inner:  # a namespace, in which others have packages too
-        folders = [os.path.join(folder, inner[0]) for folder in folders]  # noqa: PTH118
-        yield from (f"{folder}.py" for folder in folders)
     for folder in folders:
         for path, below, names in os.walk(folder):
             below[:] = [name for name in below if name != "__pycache__"]

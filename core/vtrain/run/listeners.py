@@ -20,8 +20,8 @@ from typing import Any, ClassVar
 
 from vtrain.config import Config
 from vtrain.contract import Event, RunInfo, SupportsWarnings, Tracker, TrackerSpec
+from vtrain.contract.abilities import lacking
 from vtrain.contract.specs import listed
-from vtrain.registry.spelling import lacking
 from vtrain.train import checkpoint
 from vtrain.train.checkpoint import State
 

@@ -6,8 +6,10 @@ module's name, and "dot_" in front of a name is a dot.
 
 from __future__ import annotations
 
+import ast
 import keyword
 import re
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from string import Template
 
 from vtrain import __version__
 from vtrain.contract import ENTRY_POINT_GROUP, Catalog, ConfigError, Problem
-from vtrain.contract.specs import NOUNS, origin
+from vtrain.contract.specs import NOUNS, origin, with_article
 
 TEMPLATES = Path(__file__).parent / "templates"
 LONGEST = 32
@@ -47,16 +49,15 @@ class Names:
     @classmethod
     def of(cls, name: str) -> Names:
         """Of the distribution's name; a "vtrain-" in front is not the part's."""
-        module = re.sub(r"[-.]+", "_", name).lower()
-        part = re.sub(r"[_.]+", "-", name).lower()
-        return cls(name, module, part.removeprefix("vtrain-"))
+        part = re.sub(r"[-_.]+", "-", name).lower()
+        return cls(name, part.replace("-", "_"), part.removeprefix("vtrain-"))
 
     @property
     def class_name(self) -> str:
-        return "".join(word.capitalize() for word in re.split(r"[-_]", self.part))
+        return "".join(word.capitalize() for word in self.part.split("-"))
 
-    def problems(self) -> Iterator[Problem]:
-        """Why nothing can be called so."""
+    def problems(self, kind: str) -> Iterator[Problem]:
+        """Why no plugin with a part of that kind can be called so."""
         name = self.distribution
         such = 'Such as "vtrain-motion".'
         if not re.fullmatch(r"[A-Za-z]([A-Za-z0-9._-]*[A-Za-z0-9])?", name):
@@ -65,16 +66,33 @@ class Names:
             return
         if len(name) > LONGEST:
             yield Problem("", f'"{name}" has {len(name)} letters; {LONGEST} are the most.', such)
-        if keyword.iskeyword(self.module) or not self.class_name or keyword.iskeyword(self.class_name):
+        if not self.class_name.isidentifier():
+            yield Problem("", f"its class would be called {self.class_name}, which Python takes for no name.", such)
+        elif keyword.iskeyword(self.module) or keyword.iskeyword(self.class_name):
             yield Problem("", f'"{name}" is a word of Python: no module can be called so.', such)
         elif self.module in sys.stdlib_module_names or self.module == "tests":
             yield Problem("", f'the module "{self.module}" would hide one that is there.', such)
-        if self.class_name in _TAKEN:
-            yield Problem("", f"its class would be called {self.class_name}, as one of vtrain's own is.", such)
+        if self.class_name in _used(kind):
+            what = f"its class would be called {self.class_name}, which its own module uses for something else."
+            yield Problem("", what, such)
 
 
-_TAKEN = frozenset({"Codec", "Denoiser", "Options", "Path", "TextEncoder", "Transformer"})
-"""Names that templates use."""
+def _used(kind: str) -> set[str]:
+    """Every name in the file of a new package that defines its class, which would hide it."""
+    neutral = Names.of("vtrain-neutral")
+    found: set[str] = set()
+    for path, text in rendered(neutral, kind):
+        if path.suffix == ".py" and f"class {neutral.class_name}" in text:
+            found.update(*map(_names_in, ast.walk(ast.parse(text))))
+    return found - {neutral.class_name}
+
+
+def _names_in(node: ast.AST) -> set[str]:
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return {alias.asname or alias.name for alias in node.names}
+    if isinstance(node, ast.ClassDef | ast.FunctionDef):
+        return {node.name}
+    return {node.id} if isinstance(node, ast.Name) else set()
 
 
 def new_plugin(name: str, kind: str, folder: Path, catalog: Catalog) -> Path:
@@ -83,7 +101,7 @@ def new_plugin(name: str, kind: str, folder: Path, catalog: Catalog) -> Path:
     catalog: of what is installed, whose names are taken. Raises ConfigError with all that is wrong; nothing is written then.
     """
     names, place = Names.of(name), folder / name
-    problems = list(names.problems()) or list(_taken(names, kind, catalog))
+    problems = list(names.problems(kind)) or list(_taken(names, kind, catalog))
     if place.exists() or place.is_symlink():
         problems.append(
             Problem(str(place), "this is there already.", "Take another name or --directory; nothing is overwritten.")
@@ -94,12 +112,21 @@ def new_plugin(name: str, kind: str, folder: Path, catalog: Catalog) -> Path:
         raise ConfigError(problems)
     files = dict(rendered(names, kind))
     try:
-        for path, text in files.items():
-            (place / path).parent.mkdir(parents=True, exist_ok=True)
-            (place / path).write_text(text, encoding="utf-8")
+        place.mkdir()
+        try:
+            _write(place, files)
+        except BaseException:
+            shutil.rmtree(place, ignore_errors=True)
+            raise
     except OSError as error:
         raise ConfigError(Problem(str(error.filename or place), f"it cannot be written: {error.strerror}.")) from error
     return place
+
+
+def _write(place: Path, files: Mapping[Path, str]) -> None:
+    for path, text in files.items():
+        (place / path).parent.mkdir(parents=True, exist_ok=True)
+        (place / path).write_text(text, encoding="utf-8")
 
 
 def _taken(names: Names, kind: str, catalog: Catalog) -> Iterator[Problem]:
@@ -107,7 +134,7 @@ def _taken(names: Names, kind: str, catalog: Catalog) -> Iterator[Problem]:
         yield Problem("", f'a module "{names.module}" is installed already.', "Take another name.")
     found = catalog.find(kind, names.part)
     if found is not None:
-        what = f'{origin(found)} has a {NOUNS[kind][0]} called "{names.part}".'
+        what = f'{origin(found)} has {with_article(NOUNS[kind][0])} called "{names.part}".'
         yield Problem("", what, "Take another name: neither could be used.")
 
 
@@ -118,7 +145,7 @@ def rendered(names: Names, kind: str) -> Iterator[tuple[Path, str]]:
         "module": names.module,
         "part": names.part,
         "Name": names.class_name,
-        "noun": NOUNS[kind][0],
+        "a_noun": with_article(NOUNS[kind][0]).capitalize(),
         "summary": SUMMARIES[kind],
         "group": ENTRY_POINT_GROUP,
         "dependencies": ", ".join(f'"{line}"' for line in _dependencies(kind)),

@@ -290,9 +290,13 @@ def test_a_misspelt_ability_of_what_a_diffusers_family_loads_is_found(install_pl
     """Its load_denoiser is the contract's: the plan looks at its denoiser_of, and so does the check."""
     install_plugin("shelf", DIFFUSERS)
     (report,) = check("shelf")
-    (found,) = [each for each in report.problems if each.rule == "abilities_are_spelt_right"]
-    assert found.problem is not None
-    assert 'Net of shelf 1.0 has "load_loras", which nothing asks for, and no "load_lora"' in found.problem.what
+    absent, found = [each.problem for each in report.problems if each.rule == "abilities_are_spelt_right"]
+    assert absent is not None
+    assert (
+        'Net of shelf 1.0 lacks "blocks", "fold", "gradient_checkpointing", "module", "predict", "save".' in absent.what
+    )
+    assert found is not None
+    assert 'Net of shelf 1.0 has "load_loras", which nothing asks for, and no "load_lora"' in found.what
 
 
 def test_in_a_namespace_the_plugins_own_package_is_read_and_not_its_neighbours(

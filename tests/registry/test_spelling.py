@@ -104,6 +104,9 @@ class Family:
     def open_video_codec(self, device) -> Iterator[Codec]: ...
     def unsaid(self): ...
     def elsewhere(self) -> nowhere.Thing: ...
+    def proxied(self):
+        from lazy_plugin.heavy import Proxy
+        return Proxy()
     def load(self, widths) -> nn.Module:
         from lazy_plugin.heavy import Loss
         if widths:
@@ -115,6 +118,8 @@ from torch import nn
 raise AssertionError("read, and not imported")
 class Base:
     def load_loras(self): ...
+    def __init__(self):
+        self.module, self.blocks = None, ()
 class LazyDenoiser(Base):
     @property
     def lora_targets(self): ...
@@ -122,6 +127,8 @@ class LazyDenoiser(Base):
 class Codec(nn.Module):
     def __init__(self):
         self.drop_encoders = None
+class Proxy:
+    def __getattr__(self, name): ...
 class Loss(nn.Module):
     def observed(self): ...
 class Foreign(nn.Linear):
@@ -145,13 +152,38 @@ def lazy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def test_what_is_loaded_later_is_read_in_its_source_and_not_imported(lazy: Any) -> None:
-    (denoiser,) = declared_faults("denoiser", lazy.load_denoiser, WHOSE, "")
+    absent, denoiser = declared_faults("denoiser", lazy.load_denoiser, WHOSE, "")
+    assert (
+        absent.what == 'the denoiser Net of vtrain-odd 1.0 lacks "fold", "gradient_checkpointing", "predict", "save".'
+    )
     assert 'the denoiser Net of vtrain-odd 1.0 has "load_loras"' in denoiser.what
-    (codec,) = declared_faults("video codec", lazy.open_video_codec, WHOSE, "")
+    absent, codec = declared_faults("video codec", lazy.open_video_codec, WHOSE, "")
+    assert absent.what.endswith('lacks "decode", "encode".')
     assert 'has "drop_encoders"' in codec.what
     (loss,) = declared_faults("loss module", lazy.load, WHOSE, "")
     assert 'the loss module Loss of vtrain-odd 1.0 has "observed"' in loss.what
     assert "lazy_plugin.heavy" not in sys.modules
+
+
+def test_most_of_an_ability_is_not_the_ability() -> None:
+    """And of one with two members, one may be a part's own."""
+
+    class Adapted:
+        def save_lora(self) -> None: ...
+        def read_adapter(self) -> None: ...
+
+        lora_targets = ()
+
+    class Listed:
+        def members(self) -> None: ...
+
+    (problem,) = faults("denoiser", Adapted(), WHOSE, "")
+    assert 'has "lora_targets", "save_lora" and no "load_lora": it is no SupportsLora.' in problem.what
+    assert not list(faults("data backend", Listed(), WHOSE, ""))
+
+
+def test_a_class_that_makes_its_members_up_is_not_judged_by_its_source(lazy: Any) -> None:
+    assert not list(declared_faults("denoiser", lazy.proxied, WHOSE, ""))
 
 
 def test_where_the_source_does_not_tell_nothing_is_said(lazy: Any) -> None:

@@ -13,7 +13,7 @@ import typer
 
 from vtrain.cli.report import print_json, print_table, say
 from vtrain.contract import KINDS, Catalog, ConfigError, Failure, FamilySpec, PluginError, Problem, Registered, Spec
-from vtrain.contract.specs import NOUNS, did_you_mean, listed, origin
+from vtrain.contract.specs import NOUNS, did_you_mean, ended, listed, origin
 from vtrain.registry import discover
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def _parts_called(catalog: Catalog, name: str, kind: str | None) -> list[Registe
     broken = [each for each in catalog.failures if name in (each.name, each.entry_point) and kind in (None, each.kind)]
     if broken:
         raise PluginError(
-            Problem("", f"{_failed(each)}, of {origin(each)}, cannot be used: {each.reason}.") for each in broken
+            Problem("", f"{_failed(each)}, of {origin(each)}, cannot be used: {ended(each.reason)}") for each in broken
         )
     names = sorted({called for of, called in catalog.parts if kind in (None, of)})
     remedy = f"{did_you_mean(name, names)} Installed: {listed(names)}.".strip()

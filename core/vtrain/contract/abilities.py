@@ -100,6 +100,18 @@ def misspelt(sort: str, names: Collection[str]) -> Iterator[Misspelt]:
             yield Misspelt(name, meant, optional[meant])
 
 
+def halves(sort: str, names: Collection[str]) -> Iterator[tuple[str, frozenset[str], frozenset[str]]]:
+    """(ability, its members that are there, those that are not) where most are: the part is none, without a word, for the others.
+
+    sort, names: as `misspelt` takes them. Of an ability of two members one alone may be a part's own.
+    """
+    for ability in ABILITIES[sort].can:
+        wanted = members(ability) - members(ABILITIES[sort].must)
+        there = wanted.intersection(names)
+        if len(wanted) / 2 < len(there) < len(wanted):
+            yield ability.__name__, there, wanted - there
+
+
 @cache
 def members(protocol: type) -> frozenset[str]:
     """Names of a protocol's members."""

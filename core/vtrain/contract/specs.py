@@ -282,6 +282,11 @@ def with_article(noun: str) -> str:
     return f"{'an' if noun[:1].lower() in 'aeio' else 'a'} {noun}"
 
 
+def ended(text: str) -> str:
+    """A text as a sentence: with a full stop, if it ends in none and asks nothing."""
+    return text if text.endswith((".", "?")) else f"{text}."
+
+
 def origin(entry: Failure | Registered) -> str:
     """ "vtrain-toy 1.0" of a part or a failure."""
     return f"{entry.distribution} {entry.version}".strip() or "no distribution"
@@ -301,7 +306,9 @@ def part_or_error(catalog: Catalog, kind: str, name: str, where: str) -> Registe
     if own:
         raise PluginError(
             Problem(
-                where, f'the {noun} "{name}" of {origin(failure)} cannot be used: {failure.reason}.', _mend(failure)
+                where,
+                f'the {noun} "{name}" of {origin(failure)} cannot be used: {ended(failure.reason)}',
+                _mend(failure),
             )
             for failure in own
         )
@@ -317,7 +324,7 @@ def _alternatives(catalog: Catalog, kind: str, name: str) -> str:
     hints = [did_you_mean(name, catalog.names(kind)), f"Installed {NOUNS[kind][1]}: {listed(catalog.names(kind))}."]
     hints += [f'"{name}" is {with_article(NOUNS[of][0])}.' for of, other in sorted(catalog.parts) if other == name]
     hints += [
-        f'The plugin "{failure.entry_point}" of {origin(failure)} could not be loaded: {failure.reason}.'
+        f'The plugin "{failure.entry_point}" of {origin(failure)} could not be loaded: {ended(failure.reason)}'
         for failure in catalog.failures
         if not failure.kind and failure.distribution
     ]

@@ -243,7 +243,10 @@ def a_part_is_what_its_kind_must_be(whose: Registered, table: Table) -> Iterator
 
 
 def abilities_are_spelt_right(whose: Registered, table: Table) -> Iterator[Problem]:
-    """No public name of a part, or of what its methods say they give, is almost that of an ability which it lacks."""
+    """No public name of a part, or of what its methods say they give, is almost that of an ability which it lacks.
+
+    What its methods say they give has every member that it must have, and of an ability all members or few.
+    """
     part = plugin_rules.built(whose.spec, table)
     yield from faults(NOUNS[whose.spec.kind][0], part, whose, "")
     for sort, maker in makers(whose.spec.kind, part):

@@ -9,11 +9,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence, Set
 from functools import cache
 from importlib.machinery import PathFinder
+from itertools import chain
 from pathlib import Path
 
 from vtrain.contract import DiffusersFamily, Problem, Registered
-from vtrain.contract.abilities import lacking, misspelt, names_of
-from vtrain.contract.specs import origin
+from vtrain.contract.abilities import ABILITIES, halves, lacking, members, misspelt, names_of
+from vtrain.contract.specs import listed, origin
 from vtrain.registry.blame import PartFault
 
 _EMPTY_BASES = frozenset({"nn.Module", "torch.nn.Module", "Module", "object", "Protocol", "ABC"})
@@ -25,7 +26,8 @@ def faults(sort: str, part: object, whose: Registered, where: str) -> Iterator[P
 
 
 def declared_faults(sort: str, maker: Callable[..., object], whose: Registered, where: str) -> Iterator[Problem]:
-    """Of what a function of a plugin gives, read from the source: nothing is imported for it, nothing called.
+    """Of what a function of a plugin gives, read from the source: nothing is imported for it, nothing called. Members that it lacks
+    and that it must have are faults too.
 
     It is the class of its annotation, or, where that is a protocol of the contract's or torch's Module, the class that it makes
     in a `return`. Nothing where the source does not tell either, and of a class with bases from elsewhere.
@@ -35,8 +37,18 @@ def declared_faults(sort: str, maker: Callable[..., object], whose: Registered, 
     module = getattr(maker, "__module__", "")
     for name in (_given(getattr(maker, "__annotations__", {}).get("return")), *_made(module, maker)):
         if names := _names(module, name):
-            return _problems(sort, name, names, f" of {origin(whose)}", where)
+            return chain(
+                _absent(sort, name, names, whose, where), _problems(sort, name, names, f" of {origin(whose)}", where)
+            )
     return iter(())
+
+
+def _absent(sort: str, name: str, names: Set[str], whose: Registered, where: str) -> Iterator[Problem]:
+    """The public members that such a part must have, and a class of that name does not."""
+    wanted = {each for each in members(ABILITIES[sort].must) if not each.startswith("_")}
+    if missing := wanted - names:
+        what = f"the {sort} {name} of {origin(whose)} lacks {listed(missing)}."
+        yield Problem(where, what, "Report it to the plugin's author: it could not be used when it is loaded.")
 
 
 _LOADED_BY = {
@@ -86,11 +98,19 @@ def check_part(sort: str, part: object, name: str = "") -> None:
 
 
 def _problems(sort: str, name: str, names: Set[str], whose: str, where: str) -> Iterator[Problem]:
+    meant = set[str]()
     for found in misspelt(sort, names):
+        meant.add(found.meant)
         what = f'the {sort} {name}{whose} has "{found.name}", which nothing asks for, and no "{found.meant}" ({found.ability}).'
         yield Problem(
             where, what, f'The author of the plugin should rename it; what is its own may be "_{found.name}".'
         )
+    for ability, there, missing in halves(sort, names):
+        if not missing <= meant:
+            what = f"the {sort} {name}{whose} has {listed(there)} and no {listed(missing)}: it is no {ability}."
+            yield Problem(
+                where, what, "The author of the plugin should give it the rest, or name its own members otherwise."
+            )
 
 
 def _given(annotation: object) -> str:
@@ -149,7 +169,13 @@ def _statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
         yield from _statements(getattr(node, "orelse", ()))
 
 
-_SET_ON_SELF = re.compile(r"\bself\.(\w+)\s*(?::[^=\n]+)?=(?!=)")
+_ASSIGNED = re.compile(r"^\s*\(?((?:self\.\w+,?\s*)+)\)?(?::[^=]+)?=(?!=)")
+"""What a line assigns to members: "self.a", "self.a: int", "self.a, self.b"."""
+
+
+def _set_on_self(line: str) -> list[str]:
+    found = _ASSIGNED.match(line)
+    return re.findall(r"self\.(\w+)", found[1]) if found else []
 
 
 def _members(module: str, node: ast.ClassDef, lines: Sequence[str], depth: int) -> set[str] | None:
@@ -162,11 +188,14 @@ def _members(module: str, node: ast.ClassDef, lines: Sequence[str], depth: int) 
         names |= inherited
     for each in node.body:
         if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef):
+            if each.name == "__getattr__":
+                return None
             names.add(each.name)
-            names |= {name for line in lines[each.lineno : each.end_lineno] for name in _SET_ON_SELF.findall(line)}
+            names |= {name for line in lines[each.lineno : each.end_lineno] for name in _set_on_self(line)}
         elif isinstance(each, ast.Assign | ast.AnnAssign):
             targets = each.targets if isinstance(each, ast.Assign) else [each.target]
-            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+            flat = [each for target in targets for each in (target.elts if isinstance(target, ast.Tuple) else [target])]
+            names |= {target.id for target in flat if isinstance(target, ast.Name)}
     return {name for name in names if not name.startswith("_")}
 
 

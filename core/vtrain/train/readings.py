@@ -135,7 +135,9 @@ def check_finite(step: int, parts: Sequence[Reading], norm: float | None, before
     # Where the clips' own losses are finite, what is not comes from a regularizer, whose name a term's begins with.
     if not bad and (owners := dict.fromkeys(name.partition("/")[0] for name in terms if name.endswith("/loss"))):
         what = f"the loss of the regularizer {listed(owners)} is not finite"
-        remedy = "Lower its weight, or look at these clips; if it is so with any, report it to the regularizer's author."
+        remedy = (
+            "Lower its weight, or look at these clips; if it is so with any, report it to the regularizer's author."
+        )
     bad = bad or [name for part in parts if not math.isfinite(part.loss) for name in part.samples]
     if not bad and norm is not None and not math.isfinite(norm):
         what, bad = "the gradient is not finite", [name for part in parts for name in part.samples]

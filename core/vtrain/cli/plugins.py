@@ -125,11 +125,12 @@ def _parts_called(catalog: Catalog, name: str, kind: str | None) -> list[Registe
 
 def kind_called(kind: str | None) -> str | None:
     """As specs name it, also of "data-backend". Raises ConfigError."""
-    kinds = sorted(spec.kind for spec in KINDS)
-    found = kind.replace("-", "_") if kind is not None else None
-    if found is not None and found not in kinds:
+    if kind is None:
+        return None
+    kinds, wanted = {spec.kind.replace("_", "-") for spec in KINDS}, kind.replace("_", "-")
+    if wanted not in kinds:
         raise ConfigError(Problem("", f'no kind of part is called "{kind}".', f"The kinds are {listed(kinds)}."))
-    return found
+    return wanted.replace("-", "_")
 
 
 def write_plugin(name: str, kind: str, directory: Path) -> None:

@@ -18,7 +18,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -335,9 +335,18 @@ def default_arguments(package: str, file: str, owner: str, function: str = "__in
     remedy = f"Install the version of {package} that the plugin asks for."
     if path is None or not path.is_file():
         raise PluginError(Problem(package, f"the installed {package} has no {file}.", remedy))
-    found = _signature(path.read_text(encoding="utf-8"), owner, function)
+    found = _defaults(path, path.stat().st_mtime_ns, owner, function)
     if found is None:
         raise PluginError(Problem(package, f"{path} has no {owner}.{function}.", remedy))
+    return dict(found)
+
+
+@lru_cache(maxsize=32)
+def _defaults(path: Path, changed: int, owner: str, function: str) -> Mapping[str, object] | None:
+    """changed: when the file was."""
+    found = _signature(path.read_text(encoding="utf-8"), owner, function)
+    if found is None:
+        return None
     named = found.args.posonlyargs + found.args.args
     pairs = [*zip(named[len(named) - len(found.args.defaults) :], found.args.defaults, strict=True)]
     pairs += [(name, value) for name, value in zip(found.args.kwonlyargs, found.args.kw_defaults, strict=True) if value]

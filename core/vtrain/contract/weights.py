@@ -11,7 +11,7 @@ import re
 import struct
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,9 +92,15 @@ def parse_header(text: bytes) -> tuple[dict[str, StoredTensor], Mapping[str, str
         raise ValueError("its header is none of safetensors") from error
 
 
-def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+def stored_tensors(path: Path) -> Mapping[str, StoredTensor]:
     """Of a safetensors file. Raises ValueError, in words that follow "this weight file", if it is not whole or not one."""
-    size = path.stat().st_size
+    state = path.stat()
+    return _tensors_of(path, state.st_size, (state.st_ino, state.st_mtime_ns, state.st_ctime_ns))
+
+
+@lru_cache(maxsize=128)  # a plan asks a dozen times: whether files are whole, which shapes, whether they fit
+def _tensors_of(path: Path, size: int, state: tuple[int, ...]) -> Mapping[str, StoredTensor]:
+    """state: what another file in the same place has otherwise."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:

@@ -243,7 +243,7 @@ def test_a_plugin_that_fails_at_import_or_shares_a_name_is_an_error_with_its_rea
 @pytest.mark.parametrize(
     ("fault", "warned"),
     [
-        ("hangs", "tracker odd (odd 1.5) did not finish within 0.2 seconds; its last numbers may be missing"),
+        ("hangs", "tracker odd (odd 1.5) did not finish within 0.2 seconds (it is in show(Stepped)); its last"),
         (
             "raises",
             "tracker odd (odd 1.5) failed and is off for the rest of the run: ConnectionError: no route to host",

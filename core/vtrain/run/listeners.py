@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 from vtrain.config import Config
 from vtrain.contract import Event, RunInfo, SupportsWarnings, Tracker, TrackerSpec
 from vtrain.contract.abilities import lacking
+from vtrain.contract.plugin_rules import line_of, said
 from vtrain.contract.specs import listed
 from vtrain.train import checkpoint
 from vtrain.train.checkpoint import State
@@ -49,7 +50,7 @@ class Listener:
         if odd := [each for each in self._wanted if not (isinstance(each, type) and issubclass(each, Event))]:
             raise TypeError(f"its events are no types of events: {odd}")
         self._queue: queue.Queue[Event | None] = queue.Queue(ROOM)
-        self._missed = 0
+        self._missed, self._doing = 0, "start"
         self._warns = tracker if isinstance(tracker, SupportsWarnings) else None
         self._state: Kept = saved
         # A daemon: a tracker that never comes back must not keep the process alive.
@@ -80,7 +81,8 @@ class Listener:
         self.thread.join(max(0.0, until - time.monotonic()))
         if self.thread.is_alive():
             self._warn.append(
-                f"{self.name} did not finish within {PATIENCE_S:g} seconds; its last numbers may be missing"
+                f"{self.name} did not finish within {PATIENCE_S:g} seconds (it is in {self._doing}); its last numbers may be "
+                "missing"
             )
         if self._missed:
             self._warn.append(f"{self.name} was too slow: {self._missed} events were not passed to it")
@@ -90,14 +92,19 @@ class Listener:
             self._tracker.start(self._info, self._saved)
             self._keep()
             while (event := self._queue.get()) is not None:
+                self._doing = f"show({type(event).__name__})"
                 self._tracker.show(event)
                 self._keep()
+            self._doing = "finish"
             self._tracker.finish()
         except BaseException as error:  # noqa: BLE001 - SystemExit too: it would end this thread without a word
-            self._warn.append(f"{self.name} failed and is off for the rest of the run: {type(error).__name__}: {error}")
+            place = line_of(error, type(self._tracker).__module__)
+            where = f"in {self._doing}{f', {place}' if place else ''}"
+            self._warn.append(f"{self.name} failed and is off for the rest of the run: {said(error)} ({where})")
 
     def _keep(self) -> None:
         """A copy that nobody changes while a checkpoint is written; and what it warns of. Raises TypeError for what is not JSON."""
+        self._doing = "state"
         self._state = json.loads(json.dumps(dict(self._tracker.state())))
         if self._warns is not None:
             self._warn.extend(f"{self.name}: {text}" for text in self._warns.warnings())

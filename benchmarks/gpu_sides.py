@@ -273,7 +273,14 @@ def vtrain_side(
         optimizer,
         [parameter for _, parameter in named],
         lambda _step: 1.0,
-        Prefetcher(RandomBatches(setup, features=features), None, sampler, 0, processes.device),  # type: ignore[arg-type]
+        Prefetcher(
+            RandomBatches(setup, features=features),  # type: ignore[arg-type]
+            None,  # type: ignore[arg-type]
+            sampler,
+            0,
+            processes.device,
+            timesteps_of="sanavideo",
+        ),
         processes,
         TrainTable(steps=NEVER, log_every=setup.steps),
         Ends(lambda _step, _micro: iter(()), None, Inbox()),

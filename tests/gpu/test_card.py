@@ -79,7 +79,10 @@ def test_what_the_prefetcher_puts_on_the_card_is_what_it_read(world: Any, device
     filled = fill_caches(plan, scan(plan).samples, (), str(device), lambda _: None)
     batches = Batches(plan, filled.caches, filled.index)
     busy = torch.randn(2048 if device.accelerated else 64, 2048 if device.accelerated else 64, device=device.torch)
-    ours, theirs = (Prefetcher(batches, plan.family, plan.sampler, 1, each) for each in (device, Device()))
+    unit = plan.config.sampler.registered.spec.timesteps_of
+    ours, theirs = (
+        Prefetcher(batches, plan.family, plan.sampler, 1, each, timesteps_of=unit) for each in (device, Device())
+    )
     stream = ours.stream((number, number) for number in range(24))
     for number in range(24):
         for _ in range(20):

@@ -1,6 +1,6 @@
 """Rules of what parts give in a run: a run asks for them at each step or checkpoint, and the conformance kit before it.
 
-A rule gives the fault as text that goes on after the part's name, "" where there is none. Shapes and types alone are looked at:
+A rule gives the fault as text that follows the part's name, "" where there is none. Shapes and types alone are looked at:
 nothing is read from the device.
 """
 

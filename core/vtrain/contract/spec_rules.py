@@ -300,7 +300,8 @@ def _comes_back(spec: Spec, options: Options, written: Table, form: str) -> Prob
     except ValidationError as error:
         again, why = None, f"it is refused: {_refusal(error)}"
     if again is None or again != options:
-        changed = [name for name in type(options).model_fields if getattr(again, name, None) != getattr(options, name)]
+        after = {} if again is None else dict(again)
+        changed = [name for name, value in dict(options).items() if name not in after or after[name] != value]
         what = why if again is None else f"it is another: {listed(changed)}"
         remedy = "A validator must take what it made, and a type what its JSON is: Field(strict=False) for tuples."
         name = changed[0] if changed else ""

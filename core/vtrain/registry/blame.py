@@ -17,7 +17,7 @@ from vtrain.contract.specs import NOUNS, origin
 class PartFault(PluginError):
     """What a part did against the contract, raised where it is seen; `blame` adds whose part it is.
 
-    kind, name: of the part, name "" for the only one of its kind in the run. what: faults, which go on after the part's name.
+    kind, name: of the part, name "" for the only one of its kind in the run. what: faults, which follow the part's name.
     remedy: "" for that of every fault of a plugin. where: a line of the file, "step 3" or "".
     """
 

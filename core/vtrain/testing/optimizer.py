@@ -288,7 +288,7 @@ class OptimizerTests:
         saved(trained.weights, trained.optimizer, spec)
 
     def test_a_resumed_run_is_the_same_bit_for_bit(self, spec: OptimizerSpec) -> None:
-        """Built again and given its saved state, it goes on as if it had never stopped: it keeps nothing elsewhere."""
+        """Built again and given its saved state, it continues as if it had never stopped: it keeps nothing elsewhere."""
         straight = self.trained(spec)
         for number in range(12):
             if number == 6:

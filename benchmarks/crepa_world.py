@@ -17,7 +17,7 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import cycle, islice
@@ -42,6 +42,7 @@ from vtrain.data.scanning.scan import scan
 from vtrain.estimate.estimate import make_estimate
 from vtrain.plan.records import Plan
 from vtrain.run.inbox import Inbox
+from vtrain.run.output import Recorder
 from vtrain.run.prepare import planned
 from vtrain.train.assemble import assemble
 from vtrain.train.processes import Processes
@@ -136,16 +137,21 @@ def run_stage(plan: Plan, stage: str) -> None:
     trainer = assemble(
         plan, make_estimate(plan, found.survey), find_start(plan), filled.index, filled.caches, processes
     )
+    recorder = Recorder(plan.config.run.output_dir)
+    recorder.begin(trainer.start.state.step)
     for event in trainer.run(Inbox()):
+        for trouble in recorder.record(event):
+            report.say(trouble.text)
         if isinstance(event, Logged):
             row = event.steps[-1]
             report.say(f"  step {row.step}: flow loss {row.flow_loss:.3f}, {dict(row.terms)}")
 
 
-def held_out(plan: Plan, model: Denoiser) -> float:
-    """Mean flow loss on clips of all combinations that are in no training set, with fixed noises and the schedule's own levels."""
+def held_out(plan: Plan, model: Denoiser, of: Sequence[world.Words] | None = None) -> float:
+    """Mean flow loss on clips that are in no training set, with fixed noises and the schedule's own levels. of: what they show,
+    None: all combinations."""
     random = np.random.default_rng(UNSEEN_SEED)
-    words = list(islice(cycle(world.combinations()), UNSEEN))
+    words = list(islice(cycle(of or world.combinations()), UNSEEN))
     clean = encoded(plan, [world.draw(world.stage(each, random)) for each in words])
     captions = [Caption(each.caption) for each in words]
     fill_caches(plan, (), [(caption, "prompt") for caption in captions], "cpu", lambda _: None)
@@ -199,11 +205,11 @@ def result(output: Path, arm: str, seed: int, steps: int, prompts: int, options:
     )
 
 
-def truth(folder: Path, prompts: int) -> Steadiness:
-    """Of true clips of the same prompts, drawn again and written as videos of the model are."""
+def truth(folder: Path, prompts: int, of: Sequence[world.Words] | None = None) -> Steadiness:
+    """Of true clips of the same prompts, drawn again and written as videos of the model are. of: as for `held_out`."""
     random, videos = np.random.default_rng(UNSEEN_SEED), []
     folder.mkdir(parents=True, exist_ok=True)
-    for number, (_, words) in enumerate(evaluate.fixed(prompts)):
+    for number, words in enumerate(islice(cycle(of or world.combinations()), prompts)):
         path = folder / f"{number:03}.mp4"
         write_mp4(path, torch.from_numpy(world.draw(world.stage(words, random))), world.FPS)
         videos.append(judge.read(path))

@@ -27,7 +27,7 @@ from vtrain.data.caching.caches import Caches, fill_caches
 from vtrain.data.caching.pictures import Given
 from vtrain.plan.records import Plan, ValidationPlan
 from vtrain.run.prepare import planned
-from vtrain.train.assemble import load_model
+from vtrain.train.assemble import load_model, weights_piece
 from vtrain.train.resume import RunState, Start, read_state
 from vtrain.validate.generate import Validator, to_frames
 
@@ -71,7 +71,10 @@ def fixed(prompts: int) -> list[Asked]:
 def denoiser(plan: Plan, checkpoint: Path | None) -> Denoiser:
     """The model as a run has it at a checkpoint, with its adapter under LoRA. None: as the run starts."""
     state = read_state(checkpoint) if checkpoint else RunState(0, 0, {}, "", "")
-    return load_model(plan, Start(checkpoint, state, ()), "cpu")[0]
+    model, _ = load_model(plan, Start(checkpoint, state, ()), "cpu")
+    if checkpoint is not None:
+        weights_piece(plan, model).load(checkpoint)  # an adapter's: all others are there
+    return model
 
 
 def answers(

@@ -178,8 +178,8 @@ def direction_of(sightings: list[Sighting], frames: int) -> str | None:
     design = np.stack([times, np.ones_like(times)], axis=1)
     (travel, _), *_ = np.linalg.lstsq(design, middles, rcond=None)
     deviation = np.abs(middles - design @ np.linalg.lstsq(design, middles, rcond=None)[0]).max()
-    for name, step in world.DIRECTIONS.items():
-        along, across = float(travel @ np.array(step)), float(abs(travel @ np.array(step[::-1])))
+    for name, (x, y) in world.MOTIONS.items():
+        along, across = float(travel @ (x, y)), float(abs(travel @ (-y, x)))
         if along >= LEAST_TRAVEL and max(across, deviation) <= STRAIGHT * along:
             return name
     return None

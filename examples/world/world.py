@@ -33,6 +33,12 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 """Per direction: (x, y), y downwards."""
+DIAGONALS = {
+    f"{one} {other}": (DIRECTIONS[other][0] / np.sqrt(2.0), DIRECTIONS[one][1] / np.sqrt(2.0))
+    for one, other in product(("up", "down"), ("left", "right"))
+}
+"""In no training clip, though both words are: motions to fine-tune a trained model to ("moves up left")."""
+MOTIONS = DIRECTIONS | DIAGONALS
 
 NEW_COLOUR, NEW_SHAPE = "purple", "triangle"
 """In no training clip and no validation prompt: words for a LoRA to learn. Only the VAE has seen them."""
@@ -78,7 +84,7 @@ def combinations() -> list[Words]:
 
 def held_out(words: Words) -> bool:
     """Whether this combination of known words is kept out of training. 8 of 32; every word occurs in the other 24."""
-    if words.colour not in KNOWN_COLOURS or words.shape not in KNOWN_SHAPES:
+    if words.colour not in KNOWN_COLOURS or words.shape not in KNOWN_SHAPES or words.direction not in DIRECTIONS:
         return False
     place = KNOWN_COLOURS.index(words.colour) + 2 * KNOWN_SHAPES.index(words.shape)
     return list(DIRECTIONS).index(words.direction) == place % len(DIRECTIONS)
@@ -99,9 +105,7 @@ def any_words(rng: np.random.Generator) -> Words:
 def stage(words: Words, rng: np.random.Generator) -> Scene:
     """Size, path and exact colours for these words."""
     radius, travel = rng.uniform(*RADIUS), rng.uniform(*TRAVEL)
-    along, across = (max(0.0, SIZE / 2 - radius - MARGIN - length / 2) for length in (travel, 0.0))
-    moves_sideways = DIRECTIONS[words.direction][0] != 0
-    room = (along, across) if moves_sideways else (across, along)
+    room = (max(0.0, SIZE / 2 - radius - MARGIN - travel * abs(step) / 2) for step in MOTIONS[words.direction])
     x, y = (SIZE / 2 + rng.uniform(-free, free) for free in room)
     grey = rng.uniform(18, 40)
     return Scene(
@@ -121,7 +125,7 @@ def _near(colour: Sequence[float], spread: float, rng: np.random.Generator) -> t
 
 def draw(scene: Scene, frames: int = FRAMES) -> np.ndarray:
     """uint8 (frames, SIZE, SIZE, 3). Edges are anti-aliased: each pixel is mixed by how much of it the shape covers."""
-    step_x, step_y = DIRECTIONS[scene.words.direction]
+    step_x, step_y = MOTIONS[scene.words.direction]
     time = np.linspace(-0.5, 0.5, frames)[:, None, None] * scene.travel
     pixel = np.arange(SIZE) + 0.5
     x = pixel[None, None, :] - (scene.centre[0] + step_x * time)

@@ -38,6 +38,35 @@ def test_a_benchmark_finds_all_that_it_imports_and_explains_its_options(
 
 
 @pytest.mark.slow
+def test_the_benchmark_of_features_compares_a_run_with_one_and_without(script_here: Script, tmp_path: Path) -> None:
+    text, numbers = script_here(
+        "features.py", "--model", "tiny", "--features", "layersync", "--pairs", "2", "--steps", "2",
+        "--folder", str(tmp_path / "work"),
+    )  # fmt: skip
+    (cost,) = numbers["features"]
+    assert cost["feature"] == "layersync"
+    assert cost["without"] > 0
+    assert cost["with_it"] > 0
+    assert "| layersync " in text
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_crepa_in_the_tiny_world_measures_runs_with_it_and_without(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "examples" / "world"))
+    _, numbers = script(
+        "crepa_world.py", "--steps", "2", "--clips", "24", "--prompts", "1", "--seeds", "42",
+        "--output", str(tmp_path / "world"),
+    )  # fmt: skip
+    without, crepa = numbers["runs"]
+    assert (without["arm"], crepa["arm"]) == ("without", "CREPA")
+    assert without["similarity"] is None
+    assert -1 <= crepa["similarity"] <= 1
+    assert without["held_out"] > 0
+
+
+@pytest.mark.slow
 def test_the_step_benchmark_gives_ratios_of_time_and_memory(script: Script, tmp_path: Path) -> None:
     text, numbers = script(
         "step.py", "--models", "tiny", "--modes", "lora", "--pairs", "2", "--steps", "2", "--rss-pairs", "1",

@@ -40,6 +40,13 @@ def test_true_clips_are_read_without_fault(world: ModuleType, judge: ModuleType)
         assert judge.judge(frames).hits(words) == ALL_RIGHT, words
 
 
+def test_true_clips_of_diagonals_are_read_without_fault(world: ModuleType, judge: ModuleType) -> None:
+    rng = np.random.default_rng(15)
+    for words in (world.Words("red", shape, way) for way in world.DIAGONALS for shape in world.KNOWN_SHAPES):
+        for _ in range(6):
+            assert judge.judge(world.draw(world.stage(words, rng))).hits(words) == ALL_RIGHT, words
+
+
 def test_true_clips_are_read_without_fault_with_blur_and_noise(world: ModuleType, judge: ModuleType) -> None:
     rng = np.random.default_rng(0)
     for words, frames in true_clips(world, 80, seed=12):
@@ -115,15 +122,17 @@ def test_a_shape_that_jumps_at_the_end_has_no_direction(world: ModuleType, judge
         assert judge.judge(frames[[0] * 8 + [-1]]).direction is None
 
 
-def test_a_slow_shape_and_a_slanted_path_have_no_direction(world: ModuleType, judge: ModuleType) -> None:
-    for words, frames in true_clips(world, 40, seed=19):
-        sideways = words.direction in ("left", "right")
+def test_a_slow_shape_and_a_path_between_two_directions_have_none(world: ModuleType, judge: ModuleType) -> None:
+    rng = np.random.default_rng(19)
+    for words in (world.any_words(rng) for _ in range(40)):
+        scene = world.stage(words, rng)
+        frames = world.draw(scene)
         slow = np.concatenate([frames[:2].repeat(5, axis=0)])
         assert judge.judge(slow).direction is None
-        span = np.linspace(-1, 1, len(frames)) * 14
-        slant = np.stack(
-            [np.roll(frame, round(shift), axis=0 if sideways else 1) for frame, shift in zip(frames, span, strict=True)]
-        )
+        # 22.5 degrees off: half way to a diagonal.
+        span = np.linspace(-0.5, 0.5, len(frames)) * scene.travel * np.tan(np.pi / 8)
+        axis = 0 if words.direction in ("left", "right") else 1
+        slant = np.stack([np.roll(frame, round(by), axis=axis) for frame, by in zip(frames, span, strict=True)])
         assert judge.judge(slant).direction is None
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from vtrain.train.ema import swapped
+from vtrain.config.tables import EmaTable
+from vtrain.contract import Device
+from vtrain.train.ema import Average, swapped
 
 
 def layers(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -113,3 +118,123 @@ def test_training_goes_on_as_if_nothing_had_been_swapped() -> None:
         return bits(module)
 
     assert same(trained(swapping=True), trained(swapping=False))
+
+
+# -- the average ---------------------------------------------------------------------------------------------------------
+
+
+def table(**values: Any) -> EmaTable:
+    return EmaTable(**{"warmup": False, "decay": 0.9, **values})
+
+
+def moved(module: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weights in module.parameters():
+            weights.add_(torch.randn(weights.shape, generator=generator).to(weights.dtype), alpha=0.1)
+
+
+def test_the_average_is_that_of_torch_bit_for_bit() -> None:
+    """torch.optim.swa_utils takes the first weights as they are: its average begins there."""
+    module = layers()
+    reference = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    reference.update_parameters(module)
+    average = Average(list(module.named_parameters()), table(), Device())
+    for step in range(20):
+        moved(module, step)
+        reference.update_parameters(module)
+        average.update()
+    assert same(average.weights, bits(reference.module))
+    assert not same(average.weights, bits(module))
+
+
+@pytest.mark.parametrize("warmup", [False, True])
+def test_it_is_the_closed_form_of_all_weights_there_were(warmup: bool) -> None:
+    """In fp64: the sum of (1 - d_j) w_j over all steps j, each times the decays of the steps after it, and of the first weights."""
+    module = layers()
+    average = Average(list(module.named_parameters()), table(decay=0.99, warmup=warmup), Device())
+    weights = [module[0].weight.detach().double()]
+    for step in range(200):
+        moved(module, step)
+        average.update()
+        weights.append(module[0].weight.detach().double())
+    decays = [min(0.99, (1 + n) / (10 + n)) if warmup else 0.99 for n in range(1, 201)]
+    expected = torch.zeros_like(weights[0])
+    for step, value in enumerate(weights):
+        own = 1.0 if step == 0 else 1 - decays[step - 1]
+        expected += own * math.prod(decays[step:]) * value
+    assert torch.allclose(average.weights["0.weight"].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("warmup", [False, True])
+@pytest.mark.parametrize("every", [2, 5, 10])
+def test_an_update_after_several_steps_means_as_much_as_one_after_each(every: int, warmup: bool) -> None:
+    """Of weights that do not move, whatever the interval: decay to the power of the steps, in fp32 and in the closed form."""
+    module = layers()
+    start, end = bits(module), torch.ones(3)
+    found = {}
+    for interval in (1, every):
+        with torch.no_grad():
+            module[1].bias.copy_(start["1.bias"])
+        average = Average(list(module.named_parameters()), table(update_every=interval, warmup=warmup), Device())
+        with torch.no_grad():
+            module[1].bias.copy_(end)
+        for _ in range(20):
+            average.update()
+        assert average.taken == average.steps == 20
+        found[interval] = average.weights["1.bias"]
+    left = math.prod(min(0.9, (1 + n) / (10 + n)) if warmup else 0.9 for n in range(1, 21))
+    assert torch.allclose(found[1], found[every], rtol=1e-5)
+    assert torch.allclose(found[every], end + left * (start["1.bias"] - end), rtol=1e-5)
+
+
+def test_the_average_of_bf16_weights_is_fp32_and_moves() -> None:
+    module = layers(torch.bfloat16)
+    average = Average(list(module.named_parameters()), table(decay=0.9999), Device())
+    before = {name: value.clone() for name, value in average.weights.items()}
+    moved(module, 1)
+    average.update()
+    for name, value in average.weights.items():
+        weights = dict(module.named_parameters())[name].detach().float()
+        assert value.dtype is torch.float32
+        assert torch.allclose(value, before[name] + 1e-4 * (weights - before[name]), rtol=1e-6)
+        assert not torch.equal(value, before[name])
+        assert torch.equal(value.bfloat16(), before[name].bfloat16()), "in bf16 it would have stood still"
+
+
+class Card:
+    """As a Device with a queue of its own: copies arrive only when they are waited for."""
+
+    accelerated = True
+
+    def __init__(self) -> None:
+        self.copies: list[str] = []
+
+    def pin(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def copy_out(self, tensors: Sequence[Tensor], into: Sequence[Tensor]) -> Callable[[], None]:
+        queued = [tensor.clone() for tensor in tensors]
+        for place in into:
+            place.fill_(float("nan"))
+        self.copies.append("asked")
+
+        def arrive() -> None:
+            for place, tensor in zip(into, queued, strict=True):
+                place.copy_(tensor)
+
+        return arrive
+
+
+def test_in_main_memory_beside_a_card_it_is_the_same_average() -> None:
+    module, card = layers(), Card()
+    here = Average(list(module.named_parameters()), table(update_every=2), Device())
+    there = Average(list(module.named_parameters()), table(update_every=2, on="cpu"), card)  # type: ignore[arg-type]
+    for step in range(9):
+        moved(module, step)
+        here.update()
+        there.update()
+    there.close()
+    assert same(there.weights, here.weights)
+    assert card.copies == ["asked"] * 4
+    assert there.finite

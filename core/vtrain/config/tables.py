@@ -271,6 +271,35 @@ class LrScheduleTable(Options):
     end: float = Field(0.0, ge=0, le=1, description="linear, cosine: factor at the last step")
 
 
+class EmaTable(Options):
+    """[ema]: an average of the denoiser's weights over the last steps (exponential moving average), kept in fp32."""
+
+    decay: float = Field(
+        0.999,
+        ge=0,
+        lt=1,
+        description="weight of the average against the weights after a step: 1 / (1 - decay) steps count",
+    )
+    warmup: bool = Field(
+        True,
+        description="at first a smaller decay, (1 + n) / (10 + n) after n steps, so that the start is forgotten sooner",
+    )
+    update_every: int = Field(
+        1,
+        ge=1,
+        description="optimizer steps between updates of the average; the decay is compounded over them, so that it means the same",
+    )
+    on: Literal["device", "cpu"] = free(
+        "device",
+        description="where it is kept: beside the weights, or in main memory, which takes twice its size there beside a card",
+    )
+    validation: Literal["raw", "ema", "both"] = free(
+        "ema",
+        description='with which weights videos are generated: "raw": those in training; "ema": the averaged ones, as '
+        '<nickname>.ema.mp4; "both": one after the other, which takes twice as long',
+    )
+
+
 class ValidationTable(Options):
     """[validation]: videos generated from the model being trained."""
 

@@ -31,6 +31,7 @@ from vtrain.contract import (
     TrackerSpec,
 )
 from vtrain.contract.specs import listed
+from vtrain.plan.averages import average_problems, average_warnings
 from vtrain.plan.conditions import check_declared, encoder_problems, picture_problems, training_problems
 from vtrain.plan.datasets import check_frames, datasets, nearest_size, warnings
 from vtrain.plan.places import among_clips, output_problems
@@ -62,7 +63,7 @@ def _make_plan(config: Config, processes: int, catalog: Catalog | None) -> Plan:
         )
         for found in family.check()
     ]
-    problems = _check_precision(config) + _check_training(config) + output_problems(config)
+    problems = _check_precision(config) + _check_training(config) + output_problems(config) + average_problems(config)
     # All below asks the model folder, which is not sound.
     if broken:
         raise ConfigError(broken + problems)
@@ -95,6 +96,7 @@ def _make_plan(config: Config, processes: int, catalog: Catalog | None) -> Plan:
             *_off_recipe(config, spec),
             *sampler.warnings(),
             *_unusual(config),
+            *average_warnings(config),
             *warnings(config, family),
             *beyond(family, made, validation),
             *_said(regularizers),

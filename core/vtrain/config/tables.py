@@ -251,6 +251,37 @@ class GradientClipTable(Options):
     max: float = Field(gt=0, description="the limit")
 
 
+class RolloutTable(Options):
+    """[train.rollout]: scheduled sampling (arXiv 1506.03099). Some inputs are made by the model itself, from a noisier level."""
+
+    probability: float = Field(
+        gt=0, le=1, description="share of clips whose input the model makes itself, once the ramp is over"
+    )
+    ramp: Duration | None = Field(
+        None, description="the probability rises from 0 over this long, linearly; absent: none"
+    )
+    max_offset: float = Field(
+        0.2,
+        gt=0,
+        le=1,
+        description="how far above its level a clip starts at most, in noise level; drawn for each clip",
+    )
+    steps: int = Field(
+        2, ge=1, le=100, description="solver steps (Euler) from there to the clip's level, each a forward pass"
+    )
+    strategy: Literal["uniform", "early", "late"] = Field(
+        "uniform",
+        description="which levels are rolled out. uniform: all alike; early: noisy ones rather, at which a video begins, with "
+        "probability x level; late: those near its end, with probability x (1 - level)",
+    )
+    min_level: float = Field(
+        0.1,
+        ge=0.01,
+        lt=1,
+        description="clips at a lower level are not rolled out: the target, (x_s - x0) / s, would magnify an error 1 / s times",
+    )
+
+
 class TrainTable(Options):
     """[train]: how long, in what batches."""
 
@@ -260,6 +291,7 @@ class TrainTable(Options):
     accumulate: int = Field(1, ge=1, description="micro-batches per optimizer step and process")
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of samples trained with the dropped caption")
     gradient_clip: GradientClipTable | None = Field(None, description="gradient clipping; absent: none")
+    rollout: RolloutTable | None = Field(None, description="inputs that the model makes itself; absent: none")
     log_every: int = Field(10, ge=1, description="optimizer steps between readings of the device's numbers")
 
 

@@ -24,6 +24,7 @@ from vtrain.estimate.cached import STORED_BYTES, condition_bytes, feature_bytes,
 from vtrain.estimate.tokens import token_warnings
 from vtrain.plan.averages import average_length_warnings, average_place
 from vtrain.plan.records import Plan
+from vtrain.plan.rollout import rollout_warnings
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def _pointed_out(config: Config, steps: int, per_epoch: float) -> tuple[str, ...
             found.append(f"validation.every is {every} steps and the run {steps}: videos come only at the end")
     if config.train.gradient_clip is None:
         found.append("no gradient clipping (train.gradient_clip is absent)")
-    found += average_length_warnings(config, steps)
+    found += [*average_length_warnings(config, steps), *rollout_warnings(config, steps, per_epoch)]
     return tuple(found)
 
 

@@ -74,3 +74,14 @@ def average_place(table: EmaTable) -> str:
         if table.on == "device"
         else "in main memory; beside a card as much again, for weights on their way"
     )
+
+
+def video_words(table: EmaTable | None) -> str:
+    """Which weights make the videos, where there is a choice."""
+    if table is None:
+        return ""
+    return {
+        "raw": "; with the weights in training",
+        "ema": "; with the averaged weights (<nickname>.ema.mp4)",
+        "both": "; each twice, with the weights in training and with the averaged ones (<nickname>.ema.mp4)",
+    }[table.validation]

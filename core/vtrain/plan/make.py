@@ -36,6 +36,7 @@ from vtrain.plan.conditions import check_declared, encoder_problems, picture_pro
 from vtrain.plan.datasets import check_frames, datasets, nearest_size, warnings
 from vtrain.plan.places import among_clips, output_problems
 from vtrain.plan.records import DatasetPlan, Plan, ValidationPlan
+from vtrain.plan.rollout import rollout_problems
 from vtrain.plan.sizes import Clips, beyond, longest, refused
 from vtrain.plan.text import check_text, foreign_extras
 from vtrain.registry.blame import PartFault, blame
@@ -73,6 +74,7 @@ def _make_plan(config: Config, processes: int, catalog: Catalog | None) -> Plan:
     problems += _check_unit(config, spec, sampler_spec)
     sampler = sampler_spec.build(config.sampler.options, family.scheduler_config())
     check_members("sampler", sampler, where=config.where("sampler", "use"))
+    problems += rollout_problems(config, sampler)
     check_declared(family)
     made = datasets(config, family, problems, foreign_extras(spec, family, catalog))
     problems += [*training_problems(config, family, made), *encoder_problems(config, family, made)]

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from vtrain.config.record import Config
 from vtrain.contract import (
     CheckpointError,
     Denoiser,
@@ -53,6 +54,7 @@ from vtrain.train.pieces import (
 from vtrain.train.prefetch import Prefetcher
 from vtrain.train.processes import Processes
 from vtrain.train.resume import RunState, Start, encoder_marks, feature_marks, versions
+from vtrain.train.rollout import RolloutDraws
 from vtrain.train.settings import settings
 from vtrain.train.step import Step, Term, open_teachers
 
@@ -116,6 +118,7 @@ class Trainer:
                     self.processes.device,
                     self.step.needed,
                     spec.timesteps_of,
+                    rollout_draws(config, per_epoch),
                 ),
                 self.processes,
                 config.train,
@@ -169,6 +172,14 @@ class Trainer:
         yield saved
         if trouble:
             yield Warned(trouble)
+
+
+def rollout_draws(config: Config, per_epoch: float) -> RolloutDraws | None:
+    """As [train.rollout] asks for them."""
+    table = config.train.rollout
+    if table is None:
+        return None
+    return RolloutDraws(table, config.run.seed, table.ramp.in_steps(per_epoch) or 0 if table.ramp else 0)
 
 
 def assemble(

@@ -201,7 +201,7 @@ class Loop:
             # Numbers alone are kept: the graph and the inputs go before the next micro-batch comes.
             loss, metrics = output.loss.detach(), dict(output.metrics)
             shown = (item.micro_batch, item.sigmas, item.sample_ids)
-            micro.append(Measured(*shown, loss, output.flow, metrics, item.waited))
+            micro.append(Measured(*shown, loss, output.flow, metrics, item.waited, item.rolled))
         norm = self.clip(number)
         # By hand: accelerate's scheduler steps once for each process, and a function of the step has no state to save.
         for group in self.optimizer.param_groups:

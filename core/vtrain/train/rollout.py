@@ -103,8 +103,8 @@ def rolled_out(
     with torch.no_grad(), evaluating(denoiser.module):
         for level, to in pairwise(levels):
             state = sampler.advance(state, denoiser.predict(state, level, given), level, to)
-    # Autocast keeps the weights that it has cast, also those cast without a gradient: the graded forward would take these, and
-    # nothing would be learned.
+    # Autocast keeps the weights that it has cast. In torch versions that keep those cast without a gradient, the graded forward
+    # would take these, and nothing would be learned.
     torch.clear_autocast_cache()
     state = state.to(noisy.dtype)
     goal = sampler.target_at(state, own, levels[-1]).to(target.dtype)

@@ -158,7 +158,7 @@ def test_the_plan_says_how_long_the_average_is_and_where_it_lies(folder, within:
         "plan", folder.write(steps=2000, more=VALIDATION + '\n[ema]\nupdate_every = 5\nvalidation = "both"\n')
     ).stdout
     for words in (
-        "decay 0.999, over about 1,000 of 2,000 steps, its warm-up (1 + n) / (10 + n), updated every 5 steps",
+        "decay 0.999, warm-up to step 8,990: at the end over about the last 223 of 2,000 steps, updated every 5 steps",
         "fp32 of all weights",
         "on the device",
         "each twice, with the weights in training and with the averaged ones",

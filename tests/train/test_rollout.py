@@ -305,3 +305,17 @@ def test_a_ramp_longer_than_the_run_is_a_warning(folder, within: Run) -> None:
     more = '\n[train.rollout]\nprobability = 0.5\nramp = "100 steps"\n'
     printed = " ".join(within("plan", folder.write(more=more)).stdout.split())
     assert "train.rollout.ramp is 100 steps and the run 6: the probability never gets to 0.5" in printed
+
+
+def test_a_sampler_without_the_ability_is_refused_in_the_plan(
+    folder, within: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vtrain_builtin.flow import Flow
+
+    monkeypatch.delattr(Flow, "advance")
+    done = within("plan", folder.write(more="\n[train.rollout]\nprobability = 0.5\n"), check=2)
+    assert 'the sampler "flow" cannot be rolled out: it lacks the ability SupportsRollout.' in " ".join(
+        done.stderr.split()
+    )
+    assert "Remove [train.rollout], or use another sampler." in " ".join(done.stderr.split())
+    within("plan", folder.write())

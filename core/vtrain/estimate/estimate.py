@@ -253,7 +253,9 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "denoiser", f"{size:,} parameters, {plan.base}"
     if (ema := plan.config.ema) is not None:
         average = average_bytes(plan)
-        of = "the adapter, 4 bytes for each of its weights" if average is None else f"all weights, {bytes_text(average)}"
+        of = (
+            "the adapter, 4 bytes for each of its weights" if average is None else f"all weights, {bytes_text(average)}"
+        )
         everywhere = " on each process" if plan.processes > 1 else ""
         yield "average (ema)", f"fp32 of {of}{everywhere}, {average_place(ema)}"
     yield "text encoder", "no: captions are cached"

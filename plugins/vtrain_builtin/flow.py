@@ -83,6 +83,16 @@ class Flow:
         noisy = (1 - sigma) * first + sigma * last
         return noisy.to(clean.dtype), (last - first).to(clean.dtype)
 
+    def advance(self, noisy: Tensor, prediction: Tensor, level: NoiseLevel, to: NoiseLevel) -> Tensor:
+        """SupportsRollout: x_t = x_s + (t - s) v."""
+        moved = _spread((to.sigma - level.sigma).to(noisy.device).float())
+        return noisy.float() + moved * prediction.float()
+
+    def target_at(self, noisy: Tensor, clean: Tensor, level: NoiseLevel) -> Tensor:
+        """SupportsRollout: (x_s - x0) / s, the velocity of the straight path from clean to here; 0 where s is."""
+        sigma = _spread(level.sigma.to(noisy.device).float())
+        return (noisy.float() - clean.float()) / sigma.where(sigma > 0, 1)
+
     def solve(
         self, predict: Predict, noise: Tensor, steps: int, on_step: Callable[[int, Tensor], None] | None = None
     ) -> Tensor:

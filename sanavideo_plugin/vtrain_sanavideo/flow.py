@@ -74,6 +74,11 @@ def scheduler_fault(config: SchedulerConfig) -> str | None:
     return None
 
 
+def _spread(sigma: Tensor) -> Tensor:
+    """(B,) or, per latent frame, (B, f) -> a shape that multiplies (B, C, f, h, w)."""
+    return sigma[:, None, None, None, None] if sigma.ndim == 1 else sigma[:, None, :, None, None]
+
+
 class SanaVideoFlow:
     """The sampler. scheduler: the model folder's scheduler config."""
 
@@ -110,11 +115,20 @@ class SanaVideoFlow:
 
     def corrupt(self, clean: Tensor, noise: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         """(noisy, target), computed in fp32 and returned in the type of `clean`."""
-        sigma = level.sigma.to(clean.device).float()
-        spread = sigma[:, None, None, None, None] if sigma.ndim == 1 else sigma[:, None, :, None, None]
+        spread = _spread(level.sigma.to(clean.device).float())
         first, last = clean.float(), noise.float()
         noisy = (1 - spread) * first + spread * last
         return noisy.to(clean.dtype), (last - first).to(clean.dtype)
+
+    def advance(self, noisy: Tensor, prediction: Tensor, level: NoiseLevel, to: NoiseLevel) -> Tensor:
+        """SupportsRollout: x_t = x_s + (t - s) v."""
+        moved = _spread((to.sigma - level.sigma).to(noisy.device).float())
+        return noisy.float() + moved * prediction.float()
+
+    def target_at(self, noisy: Tensor, clean: Tensor, level: NoiseLevel) -> Tensor:
+        """SupportsRollout: (x_s - x0) / s, the velocity of the straight path from clean to here; 0 where s is."""
+        sigma = _spread(level.sigma.to(noisy.device).float())
+        return (noisy.float() - clean.float()) / sigma.where(sigma > 0, 1)
 
     def solve(
         self, predict: Predict, noise: Tensor, steps: int, on_step: Callable[[int, Tensor], None] | None = None

@@ -288,6 +288,35 @@ def test_a_tensor_goes_to_a_card_from_page_locked_memory_and_nobody_waits(card: 
     assert Device().pin(kept) is kept
 
 
+def test_tensors_are_copied_out_in_the_order_of_the_cards_work_and_only_who_needs_them_waits(card: CardOf) -> None:
+    order: list[str] = []
+
+    class Place:
+        device = SimpleNamespace(type="cpu")
+
+        def copy_(self, tensor: object, non_blocking: bool) -> None:
+            order.append(f"copy, {'nobody waits' if non_blocking else 'all wait'}")
+
+    class Event:
+        def record(self) -> None:
+            order.append("record")
+
+        def synchronize(self) -> None:
+            order.append("wait")
+
+    card(SimpleNamespace(Event=Event, set_device=lambda number: None))
+    wait = Device("cuda", 0).copy_out([torch.ones(1)] * 2, [Place()] * 2)  # type: ignore[list-item]
+    assert order == ["copy, nobody waits", "copy, nobody waits", "record"]
+    wait()
+    assert order[3:] == ["wait"]
+    card(SimpleNamespace(Event=Event), kind="mps")
+    Device("mps").copy_out([torch.ones(1)], [Place()])()  # type: ignore[list-item]
+    assert order[4] == "copy, all wait"
+    place = torch.zeros(2)
+    Device().copy_out([torch.ones(2)], [place])()
+    assert place.tolist() == [1, 1]
+
+
 def test_what_is_on_a_card_already_or_goes_to_memory_shared_with_the_cpu_is_not_pinned(card: CardOf) -> None:
     card()
     there = Moves("cuda")

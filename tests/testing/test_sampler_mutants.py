@@ -37,6 +37,11 @@ def started(**members: object) -> Subject:
     return {name: part for name, part in clips(**members).items() if name != "clean"}
 
 
+def _by_frame(level: NoiseLevel) -> Tensor:
+    sigma = level.sigma
+    return sigma[:, None, :, None, None] if sigma.ndim == 2 else sigma[:, None, None, None, None]
+
+
 def global_draw(self: Flow, n: int, generator: torch.Generator) -> NoiseLevel:
     return NoiseLevel(torch.rand(n))
 
@@ -233,6 +238,24 @@ PLANTED: tuple[tuple[str, str, str, Callable[[], Subject]], ...] = (
         "test_steps_one_by_one_are_what_solve_computes",
         "after each step it had predicted [10",
         lambda: started(solving=all_at_once),
+    ),
+    (
+        "a solver step that goes up in level",
+        "test_a_rolled_out_input_of_a_perfect_denoiser_is_the_corrupted_one",
+        "advance is off by",
+        lambda: clips(advance=lambda self, noisy, prediction, level, to: noisy - prediction * 0.3),
+    ),
+    (
+        "a target that is divided by level 0",
+        "test_a_rolled_out_input_of_a_perfect_denoiser_is_the_corrupted_one",
+        "target_at is not finite",
+        lambda: clips(target_at=lambda self, noisy, clean, level: (noisy - clean) / _by_frame(level)),
+    ),
+    (
+        "the target of the noise, whatever the input is",
+        "test_a_rolled_out_input_of_a_perfect_denoiser_is_the_corrupted_one",
+        "target_at is off by",
+        lambda: clips(target_at=lambda self, noisy, clean, level: noisy),
     ),
     (
         "steps that are counted from 0",

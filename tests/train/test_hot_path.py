@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vtrain.config.tables import GradientClipTable, LoraTable, TrainTable
+from vtrain.config.tables import EmaTable, GradientClipTable, LoraTable, TrainTable
 from vtrain.contract import (
     Caption,
     ClipShape,
@@ -29,6 +29,7 @@ from vtrain.contract import (
 )
 from vtrain.data.batches import pad
 from vtrain.run.inbox import Inbox
+from vtrain.train.ema import Average
 from vtrain.train.loop import Ends, Loop
 from vtrain.train.parameters import add_lora, groups, trained
 from vtrain.train.prefetch import Prefetched
@@ -101,11 +102,11 @@ def sana(folder: Path) -> tuple[Family, Denoiser, Sampler]:
 @pytest.mark.parametrize(
     "clip", [None, GradientClipTable(method="norm", max=1.0), GradientClipTable(method="value", max=0.1)]
 )
-@pytest.mark.parametrize("kind", ["toy", "sana", "sana lora"])
+@pytest.mark.parametrize("kind", ["toy", "sana", "sana lora", "toy ema"])
 def test_an_optimizer_step_reads_nothing_from_the_device(
     tmp_path: Path, kind: str, clip: GradientClipTable | None
 ) -> None:
-    family, denoiser, sampler = toy() if kind == "toy" else sana(tmp_path)
+    family, denoiser, sampler = toy() if kind.startswith("toy") else sana(tmp_path)
     if kind == "sana lora":
         add_lora(denoiser, LoraTable(rank=2, dropout=0.1), 1, "")
     denoiser.gradient_checkpointing(True)
@@ -130,6 +131,7 @@ def test_an_optimizer_step_reads_nothing_from_the_device(
         micro_batch=0,
         steps_per_epoch=10,
         seed=1,
+        average=Average(trained(denoiser.module), EmaTable(), Device()) if kind == "toy ema" else None,
     )
     source = fed(family, sampler)
     items = [next(source) for _ in range(6)]

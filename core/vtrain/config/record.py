@@ -13,6 +13,7 @@ from vtrain.config.tables import (
     CacheTable,
     CheckpointTable,
     DataTable,
+    EmaTable,
     LrScheduleTable,
     ModelTable,
     PrecisionTable,
@@ -89,6 +90,7 @@ class Config:
     sampler: Annotated[Part[NoKeys], Table("sampler", use="refuse", gone="refuse")]
     optimizer: Annotated[Part[NoKeys], Table("optimizer", default="adamw", use="refuse")]
     lr_schedule: Annotated[LrScheduleTable, Table()]
+    ema: Annotated[EmaTable | None, Table()]
     validation: Annotated[ValidationTable | None, Table()]
     checkpoint: Annotated[CheckpointTable, Table()]
     regularizers: Annotated[

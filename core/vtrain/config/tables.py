@@ -251,6 +251,37 @@ class GradientClipTable(Options):
     max: float = Field(gt=0, description="the limit")
 
 
+class RolloutTable(Options):
+    """[train.rollout]: scheduled sampling (arXiv 1506.03099). Some inputs are made by the model itself, from a noisier level."""
+
+    probability: float = Field(
+        gt=0, le=1, description="share of clips whose input the model makes itself, once the ramp is over"
+    )
+    ramp: Duration | None = Field(
+        None, description="the probability rises from 0 over this long, linearly; absent: none"
+    )
+    max_offset: float = Field(
+        0.2,
+        gt=0,
+        le=1,
+        description="how far above its level a clip starts at most, in noise level; drawn for each clip",
+    )
+    steps: int = Field(
+        2, ge=1, le=100, description="solver steps (Euler) from there to the clip's level, each a forward pass"
+    )
+    strategy: Literal["uniform", "early", "late"] = Field(
+        "uniform",
+        description="which levels are rolled out. uniform: all alike; early: noisy ones rather, at which a video begins, with "
+        "probability x level; late: those near its end, with probability x (1 - level)",
+    )
+    min_level: float = Field(
+        0.1,
+        ge=0.01,
+        lt=1,
+        description="clips at a lower level are not rolled out: the target, (x_s - x0) / s, would magnify an error 1 / s times",
+    )
+
+
 class TrainTable(Options):
     """[train]: how long, in what batches."""
 
@@ -260,6 +291,7 @@ class TrainTable(Options):
     accumulate: int = Field(1, ge=1, description="micro-batches per optimizer step and process")
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of samples trained with the dropped caption")
     gradient_clip: GradientClipTable | None = Field(None, description="gradient clipping; absent: none")
+    rollout: RolloutTable | None = Field(None, description="inputs that the model makes itself; absent: none")
     log_every: int = Field(10, ge=1, description="optimizer steps between readings of the device's numbers")
 
 
@@ -269,6 +301,35 @@ class LrScheduleTable(Options):
     use: Literal["constant", "linear", "cosine"] = Field("constant", description="what follows the warm-up")
     warmup: Duration | None = Field(None, description="linear warm-up from 0; absent: none")
     end: float = Field(0.0, ge=0, le=1, description="linear, cosine: factor at the last step")
+
+
+class EmaTable(Options):
+    """[ema]: an average of the denoiser's weights over the last steps (exponential moving average), kept in fp32."""
+
+    decay: float = Field(
+        0.999,
+        ge=0,
+        lt=1,
+        description="weight of the average against the weights after a step: 1 / (1 - decay) steps count",
+    )
+    warmup: bool = Field(
+        True,
+        description="at first a smaller decay, (1 + n) / (10 + n) after n steps, so that the start is forgotten sooner",
+    )
+    update_every: int = Field(
+        1,
+        ge=1,
+        description="optimizer steps between updates of the average; the decay is compounded over them, so that it means the same",
+    )
+    on: Literal["device", "cpu"] = free(
+        "device",
+        description="where it is kept: beside the weights, or in main memory, which takes twice its size there beside a card",
+    )
+    validation: Literal["raw", "ema", "both"] = free(
+        "ema",
+        description='with which weights videos are generated: "raw": those in training; "ema": the averaged ones, as '
+        '<nickname>.ema.mp4; "both": one after the other, which takes twice as long',
+    )
 
 
 class ValidationTable(Options):

@@ -41,7 +41,9 @@ ABILITIES: Mapping[str, Abilities] = {
     "denoiser": Abilities(
         protocols.Denoiser, (protocols.SupportsLora, protocols.SupportsOriginalNames, protocols.SupportsDecayRule)
     ),
-    "sampler": Abilities(protocols.Sampler, (protocols.SupportsStepwise, protocols.SupportsStepCheck)),
+    "sampler": Abilities(
+        protocols.Sampler, (protocols.SupportsStepwise, protocols.SupportsStepCheck, protocols.SupportsRollout)
+    ),
     "regularizer": Abilities(regularizers.Regularizer, (regularizers.SupportsFeatures, regularizers.SupportsCheck)),
     "feature encoder": Abilities(regularizers.FeatureEncoder, ()),
     "loss module": Abilities(

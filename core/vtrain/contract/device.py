@@ -1,12 +1,10 @@
 """The one place that talks to an accelerator: which one, its streams of work, memory, seeds, autocast, figures and failures.
 
-Everything that only a GPU answers is asked here and nowhere else in vtrain and its plugins, so that one file knows how devices
-differ: a CPU has no queue to wait for and no memory of its own, CUDA and XPU cards have numbers and a current one for each
-thread, Apple's MPS has neither. Importing this imports no torch.
+All that only a GPU answers is asked here alone, so that one file knows how devices differ: a CPU has no queue and no memory of
+its own, CUDA and XPU cards have numbers and a current one for each thread, Apple's MPS has neither. Importing it imports no torch.
 
-Copies run on the stream that computes. A second stream would hide about 0.4 % of a step (63 MB of features at 25 GB/s beside
-0.6 s) and cost memory: what one stream allocates and another uses is not free again until the device has caught up with the
-host, which runs several steps ahead of it.
+Copies run on the stream that computes. A second one would hide about 0.4 % of a step (63 MB of features at 25 GB/s) and cost
+memory: what one stream allocates and another uses is free again only when the device has caught up with the host.
 """
 
 from __future__ import annotations
@@ -47,8 +45,8 @@ NOT_DETERMINISTIC = ("does not have a deterministic implementation", "not determ
 class Figures:
     """What NVIDIA's management library (NVML) says of a whole card, whoever uses it; None: it does not know.
 
-    total, used: bytes. utilisation: per cent of the last sample period in which a kernel ran. temperature: degrees Celsius.
-    watts: power drawn now. processes: process id -> bytes, of all that compute there (0: not known), as the host numbers them.
+    total, used: bytes. utilisation: per cent of the last sample period in which a kernel ran. temperature: degrees Celsius. watts:
+    drawn now. processes: process id -> bytes, of all that compute there (0: not known), as the host numbers them.
     """
 
     total: int
@@ -152,14 +150,12 @@ class Device:
         """What a function of its module answers for this device; `otherwise` on a CPU, and where a kind lacks the function."""
         if not self.accelerated or not hasattr(self._module, function):
             return otherwise
-        asked = getattr(self._module, function)
-        return asked() if self.index is None else asked(self.index)
+        return getattr(self._module, function)(*(() if self.index is None else (self.index,)))
 
     # -- work ------------------------------------------------------------------------------------------------------------
 
     def use(self) -> None:
-        """Make it the calling thread's current device, which each thread has of its own: a thread that did not would open a
-        context on the first card. Raises DeviceError where the card cannot be opened."""
+        """Make it the calling thread's current device: else a thread opens a context on the first card. Raises DeviceError."""
         try:
             self._ask("set_device", None)
             self._ask("synchronize", None)  # opens the card, so that what is wrong with it is found here
@@ -176,6 +172,14 @@ class Device:
     def move(self, tensor: Tensor) -> Tensor:
         """The tensor on this device; from the CPU, nobody waits for the copy."""
         return tensor.pin_memory().to(self.torch, non_blocking=True) if self._pins(tensor) else tensor.to(self.torch)
+
+    def copy_out(self, tensors: Sequence[Tensor], into: Sequence[Tensor]) -> Callable[[], None]:
+        """Copy its tensors into those of `pin`, after all that was asked of it before; who calls what it gives waits for them."""
+        for tensor, place in zip(tensors, into, strict=True):
+            place.copy_(tensor, non_blocking=self._pins(place))
+        event = self._module.Event()
+        event.record()
+        return lambda: event.synchronize()
 
     def _pins(self, tensor: Tensor) -> bool:
         """MPS shares its memory with the CPU."""
@@ -240,10 +244,8 @@ class Device:
     # -- bit for bit -----------------------------------------------------------------------------------------------------
 
     def deterministic(self) -> None:
-        """From here on the same work gives the same bits, or fails loudly where an operation has no such form.
-
-        For the life of the process, and before any work: cuBLAS reads its setting when it is first used.
-        """
+        """From here on, for the life of the process, the same work gives the same bits, or fails loudly where an operation has
+        no such form. Before any work: cuBLAS reads its setting when it is first used."""
         import torch
 
         os.environ.setdefault(WORKSPACE, ":4096:8")
@@ -257,9 +259,7 @@ class Device:
     @contextmanager
     def explained(self, doing: str, remedies: Sequence[str]) -> Iterator[None]:
         """Turn what a device refuses into a DeviceError that says what was asked for, what is free, and what lowers it.
-
-        doing: "training"; remedies: settings, the likeliest first.
-        """
+        doing: "training"; remedies: settings, the likeliest first."""
         import torch
 
         try:

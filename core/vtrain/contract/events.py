@@ -37,7 +37,7 @@ class StepMetrics:
     without terms. lr: learning rate of the denoiser. grad_norm: before clipping; None on steps where it was not read.
     sigmas, samples: in draw order over all processes. seconds: wall time of a step, mean since the last reading. data_wait: seconds
     of it in which the step waited for its data, on the slowest process. memory: resident bytes on a CPU, peak bytes on a device.
-    terms: regularizers' numbers.
+    terms: regularizers' numbers; with rollout its share of the clips and the flow loss of both kinds.
     """
 
     step: int
@@ -232,8 +232,9 @@ class Generating:
 class Validated:
     """Videos were generated.
 
-    step: optimizer steps done by then. files: nickname of the prompt -> mp4. sheet: a PNG of them all, None if there are none.
-    failures: why others could not be made. interrupted: whether the run was asked to stop before all were.
+    step: optimizer steps done by then. files: nickname of the prompt -> mp4; of averaged weights "nickname.ema". sheet: a PNG of
+    them all, None if there are none. failures: why others could not be made. interrupted: whether the run was asked to stop before
+    all were. averaged: keys of those files that were generated with the averaged weights ([ema]), not those in training.
     """
 
     step: int
@@ -241,6 +242,7 @@ class Validated:
     sheet: Path | None
     failures: tuple[str, ...] = ()
     interrupted: bool = False
+    averaged: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -261,6 +261,28 @@ class SupportsStepwise(Protocol):
 
 
 @runtime_checkable
+class SupportsRollout(Protocol):
+    """A sampler for whose levels a denoiser can make its own inputs in training: scheduled sampling, [train.rollout]. *torch*
+
+    Levels are as `corrupt` takes them: one for a clip, or one for each latent frame, 0 of those that are given clean.
+    """
+
+    def advance(self, noisy: Tensor, prediction: Tensor, level: NoiseLevel, to: NoiseLevel) -> Tensor:
+        """Latents at `level` and what the denoiser predicts for them -> latents at `to`, by one Euler step in the level, in fp32.
+
+        With the prediction that is `corrupt`'s target it gives what `corrupt` gives at `to`. Frames whose level stays, stay.
+        """
+        ...
+
+    def target_at(self, noisy: Tensor, clean: Tensor, level: NoiseLevel) -> Tensor:
+        """What to predict for latents at a level that need not be `corrupt`'s, so that its solver would end at `clean`: in fp32.
+
+        For `corrupt`'s own it is its target. Where the level is 0 it is finite.
+        """
+        ...
+
+
+@runtime_checkable
 class SupportsStepCheck(Protocol):
     """A sampler that cannot solve in every number of steps from 1 to 1000. One without it can, which the kit tries."""
 

@@ -174,7 +174,8 @@ class RunLength:
 class StepView:
     """What a regularizer sees of one training step.
 
-    clean, noise, noisy, target, prediction: (B, C, f, h, w). level: the step's noise.
+    clean, noise, noisy, target, prediction: (B, C, f, h, w). level: the step's noise. Of clips that were rolled out (train.rollout)
+    noisy is not made of noise alone: the denoiser made it.
     taps: block number -> that block's output folded to (B, f, h, w, D), in the graph. step: optimizer steps done so far;
     run: how long the run is. mask: (B, f, h, w) fp32 in [0, 1], how much each latent counts in the flow loss; None: all
     count alike. features: what the regularizer asked for (Needs.features): (B, f', h', w', D') of its own encoder, one

@@ -22,7 +22,9 @@ from vtrain.data.scanning import misfits
 from vtrain.data.scanning.surveys import Survey
 from vtrain.estimate.cached import STORED_BYTES, condition_bytes, feature_bytes, mask_bytes
 from vtrain.estimate.tokens import token_warnings
+from vtrain.plan.averages import average_length_warnings, average_place
 from vtrain.plan.records import Plan
+from vtrain.plan.rollout import rollout_warnings
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,15 @@ def _checkpoint_bytes(plan: Plan) -> int | None:
         return None
     optimizer = plan.config.optimizer.registered.spec
     assert isinstance(optimizer, OptimizerSpec)
-    return int(plan.family.parameters * (STORED_BYTES[plan.base] + optimizer.state_bytes))
+    return int(plan.family.parameters * (STORED_BYTES[plan.base] + optimizer.state_bytes)) + (average_bytes(plan) or 0)
+
+
+def average_bytes(plan: Plan) -> int | None:
+    """Of the average of the weights, in memory and in a checkpoint: fp32 of all that is trained of the denoiser. 0 without
+    [ema]; None under LoRA, whose size depends on modules not loaded yet."""
+    if plan.config.ema is None:
+        return 0
+    return None if plan.config.model.table.train == "lora" else plan.family.parameters * FLOAT32
 
 
 def _check_amount(plan: Plan, survey: Survey, per_step: int) -> list[Problem]:
@@ -149,6 +159,7 @@ def _pointed_out(config: Config, steps: int, per_epoch: float) -> tuple[str, ...
             found.append(f"validation.every is {every} steps and the run {steps}: videos come only at the end")
     if config.train.gradient_clip is None:
         found.append("no gradient clipping (train.gradient_clip is absent)")
+    found += [*average_length_warnings(config, steps), *rollout_warnings(config, steps, per_epoch)]
     return tuple(found)
 
 
@@ -240,6 +251,13 @@ def section(plan: Plan) -> Section:
 def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     size = plan.family.parameters
     yield "denoiser", f"{size:,} parameters, {plan.base}"
+    if (ema := plan.config.ema) is not None:
+        average = average_bytes(plan)
+        of = (
+            "the adapter, 4 bytes for each of its weights" if average is None else f"all weights, {bytes_text(average)}"
+        )
+        everywhere = " on each process" if plan.processes > 1 else ""
+        yield "average (ema)", f"fp32 of {of}{everywhere}, {average_place(ema)}"
     yield "text encoder", "no: captions are cached"
     yield "video codec", _codec(plan)
     for name, part in plan.regularizers:
@@ -295,6 +313,7 @@ def _stored(plan: Plan) -> list[str]:
         for text, applies in (
             ('precision.base = "bf16"', config.model.table.lora is not None and plan.base == "fp32"),
             ('model.train = "lora"', config.model.table.train == "full"),
+            ('ema.on = "cpu"', config.ema is not None and config.ema.on == "device"),
             (f"cached features for {' and '.join(online)}, instead of an encoder at each step", bool(online)),
         )
         if applies

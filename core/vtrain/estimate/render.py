@@ -20,8 +20,10 @@ from vtrain.estimate.cached import condition_words, feature_words
 from vtrain.estimate.estimate import Estimate, bytes_text
 from vtrain.estimate.estimate import section as memory_section
 from vtrain.estimate.tokens import long_json, prompt_rows, token_rows, tokens_json
+from vtrain.plan.averages import average_words, video_words
 from vtrain.plan.conditions import frames_text, given_latents, least_frames
 from vtrain.plan.records import DatasetPlan, MasksPlan, Plan, ValidationPlan
+from vtrain.plan.rollout import rollout_rows
 
 
 def sections(plan: Plan, survey: Survey, estimate: Estimate) -> tuple[Section, ...]:
@@ -79,7 +81,9 @@ def _run(plan: Plan, estimate: Estimate) -> tuple[tuple[str, str], ...]:
             f"{plan.processes} process{'es' if plan.processes > 1 else ''}",
         ),
         ("learning rate", f"{config.lr_schedule.use}{warmup}"),
+        *((("average (ema)", average_words(config.ema, estimate.steps)),) if config.ema is not None else ()),
         ("caption dropout", f"{train.caption_dropout:g}"),
+        *rollout_rows(config, estimate.steps, estimate.steps_per_epoch),
         ("clipping", clip),
         ("seed", str(config.run.seed)),
         *((("deterministic", "yes: on a GPU, the same bits each time"),) if config.run.deterministic else ()),
@@ -92,7 +96,7 @@ def _validation(plan: Plan, estimate: Estimate) -> tuple[tuple[str, str], ...]:
         return (("videos", "none: no [validation]"),)
     times = f": {counted(estimate.validations, 'time')}" if estimate.validations is not None else ""
     return (
-        ("videos", f"{len(made.prompts)} every {table.every} and at the end{times}"),
+        ("videos", f"{len(made.prompts)} every {table.every} and at the end{times}{video_words(plan.config.ema)}"),
         ("each", f"{made.shape} at {made.fps:g} fps, {made.steps} solver steps, guidance {made.guidance:g}"),
         *((("resized", _resized(plan.family, made)),) if made.size != made.shape.size else ()),
     )

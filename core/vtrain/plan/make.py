@@ -31,10 +31,12 @@ from vtrain.contract import (
     TrackerSpec,
 )
 from vtrain.contract.specs import listed
+from vtrain.plan.averages import average_problems, average_warnings
 from vtrain.plan.conditions import check_declared, encoder_problems, picture_problems, training_problems
 from vtrain.plan.datasets import check_frames, datasets, nearest_size, warnings
 from vtrain.plan.places import among_clips, output_problems
 from vtrain.plan.records import DatasetPlan, Plan, ValidationPlan
+from vtrain.plan.rollout import rollout_problems
 from vtrain.plan.sizes import Clips, beyond, longest, refused
 from vtrain.plan.text import check_text, foreign_extras
 from vtrain.registry.blame import PartFault, blame
@@ -62,7 +64,7 @@ def _make_plan(config: Config, processes: int, catalog: Catalog | None) -> Plan:
         )
         for found in family.check()
     ]
-    problems = _check_precision(config) + _check_training(config) + output_problems(config)
+    problems = _check_precision(config) + _check_training(config) + output_problems(config) + average_problems(config)
     # All below asks the model folder, which is not sound.
     if broken:
         raise ConfigError(broken + problems)
@@ -72,6 +74,7 @@ def _make_plan(config: Config, processes: int, catalog: Catalog | None) -> Plan:
     problems += _check_unit(config, spec, sampler_spec)
     sampler = sampler_spec.build(config.sampler.options, family.scheduler_config())
     check_members("sampler", sampler, where=config.where("sampler", "use"))
+    problems += rollout_problems(config, sampler)
     check_declared(family)
     made = datasets(config, family, problems, foreign_extras(spec, family, catalog))
     problems += [*training_problems(config, family, made), *encoder_problems(config, family, made)]
@@ -95,6 +98,7 @@ def _make_plan(config: Config, processes: int, catalog: Catalog | None) -> Plan:
             *_off_recipe(config, spec),
             *sampler.warnings(),
             *_unusual(config),
+            *average_warnings(config),
             *warnings(config, family),
             *beyond(family, made, validation),
             *_said(regularizers),

@@ -238,10 +238,8 @@ class Session:
             yield Warned(notice)
 
     def _alone(self) -> str:
-        """The first process holds the output folder, to the end of the stream. Gives a warning, "" for none.
-
-        Raises CheckpointError on all if another run has it, or if something cannot be written.
-        """
+        """The first process holds the output folder, to the end of the stream. Gives a warning, "" for none. Raises
+        CheckpointError on all if another run has it, or if something cannot be written."""
         return self.processes.from_first(lambda: self._lock.enter_context(occupied(self.plan.config)))
 
     def _restore(self) -> None:
@@ -383,14 +381,17 @@ class Session:
         if made is None:
             return None
         from vtrain.data.caching.pictures import given
-        from vtrain.validate.generate import Validation, Validator
+        from vtrain.validate.generate import Validation, Validator, weight_sets
 
         plan, processes = self.plan, self.processes
         autocast = partial(processes.device.autocast, "bf16" if plan.config.precision.mixed == "bf16" else None)
         stopping, pictures = (lambda: self._inbox.stop), given(plan, caches)
+        average = trainer.average
+        weights = weight_sets(plan.config.ema, None if average is None else average.in_place)
         validator = Validator(
-            made, plan.family, plan.sampler, caches, trainer.denoiser, processes.device, autocast, stopping, pictures
-        )
+            made, plan.family, plan.sampler, caches, trainer.denoiser, processes.device, autocast, stopping, pictures,
+            weights,
+        )  # fmt: skip
         explained, parts = partial(self._explained, "validating"), plan.config.parts()
         return Validation(validator, plan.config.run.output_dir / SAMPLES, processes, explained, parts)
 

@@ -19,6 +19,7 @@ from vtrain.contract import (
     NoiseLevel,
     Problem,
     Sampler,
+    SupportsRollout,
     SupportsStepCheck,
     SupportsStepwise,
     Text,
@@ -328,6 +329,26 @@ class SamplerTests:
         done = [number for number, _ in seen]
         assert done == list(range(1, self.steps + 1)), f"after each step it had predicted {done} times"
         assert torch.equal(seen[-1][1], whole)
+
+    def test_a_rolled_out_input_of_a_perfect_denoiser_is_the_corrupted_one(
+        self, sampler: Sampler, clean: Tensor, start: Tensor
+    ) -> None:
+        """advance and target_at (SupportsRollout) with the target as the prediction: what corrupt gives; clean frames stay so."""
+        if not isinstance(sampler, SupportsRollout):
+            return
+        by_clip, by_frame = torch.full((len(clean),), 0.4), torch.full((len(clean), clean.shape[2]), 0.4)
+        by_frame[:, 0] = 0
+        for low in (by_clip, by_frame):
+            here, above = NoiseLevel(low), NoiseLevel(torch.where(low > 0, 0.7, low))
+            wanted, target = sampler.corrupt(clean, start, here)
+            found = sampler.advance(sampler.corrupt(clean, start, above)[0], target, above, here)
+            assert gap(found, wanted) <= self.tolerance, f"advance is off by {gap(found, wanted):.1e}"
+            goal = sampler.target_at(wanted, clean, here)
+            assert bool(goal.isfinite().all()), "target_at is not finite in frames that are clean"
+            counted = slice(low.ndim - 1, None)
+            off = gap(goal[:, :, counted], target[:, :, counted])
+            # The difference is divided by the level, and so is its rounding.
+            assert off <= 10 * self.tolerance, f"target_at is off by {off:.1e}"
 
     def test_on_step_counts_the_steps_done(self, sampler: Sampler, start: Tensor) -> None:
         """on_step is called after each step with 1, 2 ... steps and the latents; the last are the result."""

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from vtrain.config.record import Config
 from vtrain.contract import (
     CheckpointError,
     Denoiser,
@@ -39,6 +40,7 @@ from vtrain.registry.spelling import check_part
 from vtrain.train import checkpoint
 from vtrain.train.changes import SampleMarks, SamplesPiece, data_changes
 from vtrain.train.checkpoint import Piece
+from vtrain.train.ema import Average, AveragePiece, has_average
 from vtrain.train.loop import Ends, Interval, Loop, Requests, Validate
 from vtrain.train.parameters import add_lora, base_mark, groups, lora_settings, lr_factor, own_rates, trained
 from vtrain.train.pieces import (
@@ -52,6 +54,7 @@ from vtrain.train.pieces import (
 from vtrain.train.prefetch import Prefetcher
 from vtrain.train.processes import Processes
 from vtrain.train.resume import RunState, Start, encoder_marks, feature_marks, versions
+from vtrain.train.rollout import RolloutDraws
 from vtrain.train.settings import settings
 from vtrain.train.step import Step, Term, open_teachers
 
@@ -62,7 +65,8 @@ class Trainer:
 
     base, data, features, encoders: marks of what it stands on, as in RunState. pieces: what a checkpoint keeps of it and loads.
     samples: what it keeps of the data. held: what stays in memory beside them until the run ends: teachers that run at each step.
-    check_optimizer: raises PartFault, after a step, where the optimizer's state would not come back.
+    check_optimizer: raises PartFault, after a step, where the optimizer's state would not come back. average: of [ema], None
+    without.
     """
 
     plan: Plan
@@ -82,6 +86,7 @@ class Trainer:
     pieces: tuple[Piece, ...]
     samples: SamplesPiece
     held: ExitStack
+    average: Average | None = None
 
     def run(
         self,
@@ -113,6 +118,7 @@ class Trainer:
                     self.processes.device,
                     self.step.needed,
                     spec.timesteps_of,
+                    rollout_draws(config, per_epoch),
                 ),
                 self.processes,
                 config.train,
@@ -123,6 +129,7 @@ class Trainer:
                 micro_batch=state.micro_batch,
                 steps_per_epoch=per_epoch,
                 seed=config.run.seed,
+                average=self.average,
             )
             yield from loop.run(config.checkpoint, interval, at_start=table.at_start if table else False)
 
@@ -131,6 +138,8 @@ class Trainer:
         before, folder = self.start.state, self.start.folder
         if folder is None:
             return
+        if (self.average is not None) != has_average(folder):
+            yield Noted(_average_changed(before.step, on=self.average is not None))
         yield from data_changes(before.data, self.data, SampleMarks.read(folder), SampleMarks.of(self.samples.index))
         for name, mark in self.features.items():
             if before.features.get(name, mark) != mark:
@@ -165,6 +174,14 @@ class Trainer:
             yield Warned(trouble)
 
 
+def rollout_draws(config: Config, per_epoch: float) -> RolloutDraws | None:
+    """As [train.rollout] asks for them."""
+    table = config.train.rollout
+    if table is None:
+        return None
+    return RolloutDraws(table, config.run.seed, table.ramp.in_steps(per_epoch) or 0 if table.ramp else 0)
+
+
 def assemble(
     plan: Plan, estimate: Estimate, start: Start, index: Index, caches: Caches, processes: Processes
 ) -> Trainer:
@@ -193,11 +210,15 @@ def assemble(
         # After the optimizer is built: its piece fills the state of these very parameters.
         if start.folder is not None:
             checkpoint.load(start.folder, pieces)
+        # After the weights are the checkpoint's: an average that it does not hold begins with them.
+        average, averages = averaged(plan, denoiser, start, processes.device)
+        if average is not None:
+            held.callback(average.close)
         batches = Batches(plan, caches, index)
         held.callback(batches.close)
         return Trainer(
             plan, estimate, start, index.mark(), batches, processes, denoiser, base, features, encoders, step, optimizer,
-            named, kept.check, pieces, SamplesPiece(index), held.pop_all(),
+            named, kept.check, (*pieces, *averages), SamplesPiece(index), held.pop_all(), average,
         )  # fmt: skip
 
 
@@ -258,6 +279,33 @@ def weights_piece(plan: Plan, denoiser: Denoiser) -> Piece:
     """What is trained of the denoiser."""
     lora = plan.config.model.table.lora
     return DenoiserPiece(denoiser) if lora is None else AdapterPiece(denoiser, lora_settings(denoiser, lora))
+
+
+def averaged(
+    plan: Plan, denoiser: Denoiser, start: Start, device: Device
+) -> tuple[Average | None, tuple[AveragePiece, ...]]:
+    """The average of what is trained of the denoiser, as [ema] asks and the checkpoint has it, and its piece.
+
+    What regularizers learn is not averaged: nothing that is shown or exported uses it. Every process keeps one: with the same
+    weights they are the same, and each generates its share of the videos.
+    """
+    table, lora = plan.config.ema, plan.config.model.table.lora
+    if table is None:
+        return None, ()
+    average = Average(trained(denoiser.module), table, device)
+    settings = None if lora is None else lora_settings(denoiser, lora)
+    piece = AveragePiece(denoiser, average, settings, lambda folder: plan.family.load_denoiser("cpu", "fp32", folder))
+    if start.folder is not None and has_average(start.folder):
+        checkpoint.load(start.folder, [piece])
+    return average, (piece,)
+
+
+def _average_changed(step: int, *, on: bool) -> str:
+    if on:
+        return f"the checkpoint has no average (ema): it starts from the weights of step {step}"
+    return (
+        "[ema] is not in the configuration any more: the checkpoint's average ends here, and new checkpoints have none"
+    )
 
 
 def build_regularizers(plan: Plan, device: Device) -> dict[str, nn.Module]:

@@ -26,6 +26,7 @@ from vtrain.contract import (
 )
 from vtrain.data.seeds import derive
 from vtrain.registry.blame import at_step
+from vtrain.train.ema import Average
 from vtrain.train.parameters import Factor
 from vtrain.train.prefetch import Prefetched, Prefetcher
 from vtrain.train.processes import Processes
@@ -118,11 +119,12 @@ class Loop:
         micro_batch: int,
         steps_per_epoch: float,
         seed: int,
+        average: Average | None = None,
     ) -> None:
         self.step, self.optimizer, self.parameters, self.factor = step, optimizer, parameters, factor
         self.prefetcher, self.processes, self.table, self.ends = prefetcher, processes, table, ends
         self.first, self.last, self.micro_batch, self.seed = first, last, micro_batch, seed
-        self.steps_per_epoch = steps_per_epoch
+        self.steps_per_epoch, self.average = steps_per_epoch, average
         self.per_step = table.accumulate * processes.count
         self.unread: list[Unread] = []
         self.saved = 0
@@ -199,7 +201,7 @@ class Loop:
             # Numbers alone are kept: the graph and the inputs go before the next micro-batch comes.
             loss, metrics = output.loss.detach(), dict(output.metrics)
             shown = (item.micro_batch, item.sigmas, item.sample_ids)
-            micro.append(Measured(*shown, loss, output.flow, metrics, item.waited))
+            micro.append(Measured(*shown, loss, output.flow, metrics, item.waited, item.rolled))
         norm = self.clip(number)
         # By hand: accelerate's scheduler steps once for each process, and a function of the step has no state to save.
         for group in self.optimizer.param_groups:
@@ -207,6 +209,8 @@ class Loop:
         lr = self.optimizer.param_groups[0]["lr"]  # the denoiser's: groups of other rates come after
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update()
         self.unread.append(Unread(number + 1, tuple(micro), lr, norm))
 
     def seed_dropout(self, micro_batch: int) -> None:
@@ -289,7 +293,8 @@ class Loop:
         """Raises TrainingError if a trained weight is not finite: a gradient can be broken whose loss is not."""
         # A sum keeps a NaN or infinity: one number for each weight, and one read for all of them.
         sums = torch.stack([parameter.detach().float().sum() for parameter in self.parameters])
-        if self.processes.any(not bool(sums.isfinite().all()))[0]:
+        finite = bool(sums.isfinite().all()) and (self.average is None or self.average.finite)
+        if self.processes.any(not finite)[0]:
             remedy = "They were not saved. Lower the learning rate, or clip the gradient, and start the run again."
             error = TrainingError(Problem(f"step {done}", "the weights are not finite.", remedy))
             error.reported = not self.processes.first

@@ -70,6 +70,16 @@ def lora_state(module: nn.Module) -> dict[str, Tensor]:
     return dict(get_peft_model_state_dict(module, adapter_name=ADAPTER))
 
 
+def adapter_names(module: nn.Module) -> dict[str, str]:
+    """Name of a weight of the adapter in `lora_state` -> its parameter's in the module, as peft pairs them."""
+    from peft import get_peft_model_state_dict
+
+    state = module.state_dict()
+    own = {id(value): name for name, value in state.items()}
+    given = get_peft_model_state_dict(module, state_dict=state, adapter_name=ADAPTER)
+    return {key: own[id(value)] for key, value in given.items()}
+
+
 def load_lora_state(module: nn.Module, state: dict[str, Tensor]) -> list[str]:
     """Put `state` (as `lora_state` gives it) into the adapter. Gives the keys that did not fit, [] when all did."""
     from peft import set_peft_model_state_dict

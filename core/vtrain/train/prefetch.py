@@ -24,6 +24,7 @@ from vtrain.contract import (
 from vtrain.data.batches import Batch, Batches
 from vtrain.data.seeds import generator
 from vtrain.registry.blame import PartFault, in_background
+from vtrain.train.rollout import RolloutDraws
 from vtrain.train.step import StepInput
 
 AHEAD = 4
@@ -34,7 +35,7 @@ AHEAD = 4
 class Prefetched:
     """A step's input, on the device, and what is logged of it. sigmas: one, or one per latent frame, for each clip.
 
-    waited: seconds for which the step had to wait for it.
+    waited: seconds for which the step had to wait for it. rolled: of each clip, whether it is rolled out; None in a run without.
     """
 
     given: StepInput
@@ -42,6 +43,7 @@ class Prefetched:
     sample_ids: tuple[str, ...]
     sigmas: list[float | list[float]]
     waited: float = 0.0
+    rolled: tuple[bool, ...] | None = None
 
 
 class Prefetcher:
@@ -60,13 +62,14 @@ class Prefetcher:
         device: Device,
         needed: Callable[[int], Collection[str] | None] = lambda step: None,
         timesteps_of: str = "",
+        rollout: RolloutDraws | None = None,
     ) -> None:
         """needed: the regularizers for which features and frames are read at a step; None: all that ask for some.
 
-        timesteps_of: of the sampler's spec.
+        timesteps_of: of the sampler's spec. rollout: which draws are rolled out.
         """
         self.batches, self.family, self.sampler, self.timesteps_of = batches, family, sampler, timesteps_of
-        self.seed, self.device, self.needed = seed, device, needed
+        self.seed, self.device, self.needed, self.rollout = seed, device, needed, rollout
 
     def draw(self, batch: Batch) -> tuple[torch.Tensor, NoiseLevel]:
         """Noise (B, C, f, h, w) fp32 and level of a batch, with its timesteps, on the CPU."""
@@ -94,6 +97,9 @@ class Prefetcher:
     def _prepared(self, batch: Batch, number: int, step: int) -> Prefetched:
         noise, drawn = self.draw(batch)
         level, mask = given_clean(self.family, drawn, batch.mask, batch.clean, LatentShape(*noise.shape[1:]))
+        rollout, rolled = None, None
+        if self.rollout is not None:
+            rollout, rolled = self.rollout.of(batch.draws, drawn, level, self.family, step)
         extras = {name: self.device.move(each) for name, each in batch.conditions.items()}
         given = StepInput(
             clean=self.device.move(batch.latents.mean),
@@ -104,8 +110,9 @@ class Prefetcher:
             mask=None if mask is None else self.device.move(mask),
             features={name: self.device.pin(each) for name, each in batch.features.items()},
             frames=None if batch.frames is None else self.device.pin(batch.frames),
+            rollout=None if rollout is None else rollout.on(self.device),
         )
-        return Prefetched(given, number, batch.sample_ids, _told(drawn, level))
+        return Prefetched(given, number, batch.sample_ids, _told(drawn, level), rolled=rolled)
 
     def complete(self, fed: Prefetched) -> Prefetched:
         """With features and frames on the device too: the largest of an input, they wait for their step in the host's memory."""

@@ -18,7 +18,7 @@ from vtrain.train.processes import Processes
 class Measured:
     """One micro-batch, numbers still on the device, its inputs let go. loss: scalar; flow (B,); terms: scalars by name.
 
-    waited: seconds for its data.
+    waited: seconds for its data. rolled: of each clip, whether its input was rolled out; None in a run without.
     """
 
     micro_batch: int
@@ -28,6 +28,7 @@ class Measured:
     flow: Tensor
     terms: dict[str, Tensor]
     waited: float = 0.0
+    rolled: tuple[bool, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Reading:
     sigmas: list[float | list[float]]
     samples: tuple[str, ...]
     waited: float = 0.0
+    rolled: tuple[bool, ...] | None = None
 
 
 def fetch(unread: Sequence[Unread]) -> tuple[list[Reading], list[float | None]]:
@@ -72,6 +74,7 @@ def fetch(unread: Sequence[Unread]) -> tuple[list[Reading], list[float | None]]:
             sigmas=m.sigmas,
             samples=m.samples,
             waited=m.waited,
+            rolled=m.rolled,
         )
         for step, m in micro
     ]
@@ -114,10 +117,22 @@ def rows(
                 seconds=seconds,
                 data_wait=_longest_wait(parts, processes.count),
                 memory=memory,
-                terms={name: _mean([part.terms[name] for part in parts]) for name in parts[0].terms},
+                terms={name: _mean([part.terms[name] for part in parts]) for name in parts[0].terms} | _apart(parts),
             )
         )
     return tuple(found), None
+
+
+def _apart(parts: Sequence[Reading]) -> dict[str, float]:
+    """Of a run with rollout: the share of clips that were rolled out, and the flow loss of these and of the others, where there
+    are some."""
+    clips = [(rolled, loss) for part in parts for rolled, loss in zip(part.rolled or (), part.flow, strict=False)]
+    if not clips:
+        return {}
+    of = {each: [loss for rolled, loss in clips if rolled is each] for each in (True, False)}
+    found = {"rollout_share": len(of[True]) / len(clips)}
+    names = {True: "flow_loss_rolled_out", False: "flow_loss_direct"}
+    return found | {names[each]: _mean(losses) for each, losses in of.items() if losses}
 
 
 def check_finite(step: int, parts: Sequence[Reading], norm: float | None, before: Sequence[Reading] = ()) -> None:

@@ -36,6 +36,7 @@ from vtrain.data.decoding.decode import unit_range
 from vtrain.plan.datasets import token_frames
 from vtrain.plan.records import Plan
 from vtrain.registry.blame import PartFault
+from vtrain.train.rollout import Rollout, rolled_out
 
 
 @contextmanager
@@ -120,7 +121,7 @@ class StepInput:
     in the flow loss, somewhere above 0 in every clip; None: all count alike. features: regularizer -> (B, f', h', w', D') of
     the clean frames, from the cache, in the type in which they are stored. frames: uint8 (B, 3, f, H, W), the source's frame
     for each frame of tokens, for teachers that run at each step. Several inputs wait for their step, so both are kept small:
-    in fp32 they would be twice and four times that.
+    in fp32 they would be twice and four times that. rollout: of the clips whose input the denoiser makes; None: of none.
     """
 
     clean: Tensor
@@ -131,6 +132,7 @@ class StepInput:
     mask: Tensor | None = None
     features: Mapping[str, Tensor] = field(default_factory=dict)
     frames: Tensor | None = None
+    rollout: Rollout | None = None
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,9 @@ class Step(nn.Module):
 
     def forward(self, given: StepInput) -> StepOutput:
         noisy, target = corrupted(self.sampler, given)
+        if given.rollout is not None:
+            inputs = (given.clean, given.noise, given.condition, noisy, target)
+            noisy, target = rolled_out(self.denoiser, self.sampler, given.rollout, *inputs)
         active = {name: term for name, term in self.terms.items() if self.is_active(term.module, given.step)}
         blocks = sorted({tap for term in active.values() for tap in term.taps})
         with tapped(self.denoiser, blocks, LatentShape(*noisy.shape[1:])) as taps:

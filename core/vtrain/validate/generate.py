@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from vtrain.config.tables import EmaTable
 from vtrain.contract import (
     Caption,
     Condition,
@@ -43,6 +44,7 @@ from vtrain.data.batches import pad
 from vtrain.data.caching.caches import Caches
 from vtrain.data.caching.pictures import Given, absent
 from vtrain.data.caching.sharing import Peers
+from vtrain.plan.averages import ENDING
 from vtrain.plan.records import ValidationPlan
 from vtrain.registry.blame import PartFault, blame
 from vtrain.validate.videos import Strip, read_frames, spread, write_mp4, write_sheet
@@ -51,6 +53,9 @@ _COLUMNS = 6
 _CELL = 192
 """Frames of a video that its contact sheet shows; pixels of their width."""
 _LONGEST_PROMPT = 100
+
+RAW, EMA = "", ENDING
+"""What follows a nickname in the name of a video's file: of the weights in training, of their average."""
 
 
 def to_frames(pixels: Tensor) -> Tensor:
@@ -73,6 +78,19 @@ def fitted(pixels: Tensor, size: Size) -> Tensor:
     frames = functional.interpolate(pixels.transpose(0, 1).float(), covering, mode="bilinear", antialias=True)
     top, left = (covering[0] - size.height) // 2, (covering[1] - size.width) // 2
     return frames[:, :, top : top + size.height, left : left + size.width].transpose(0, 1)
+
+
+Weights = Callable[[], AbstractContextManager[None]]
+"""Opens a context in which the denoiser has these weights."""
+
+
+def weight_sets(table: EmaTable | None, averaged: Weights | None) -> dict[str, Weights]:
+    """`Validator.weights`, as ema.validation asks for them. averaged: None where there is no average."""
+    if table is None or averaged is None:
+        return {RAW: nullcontext}
+    sets: dict[str, Weights] = {RAW: nullcontext, EMA: averaged}
+    wanted = {"raw": (RAW,), "ema": (EMA,), "both": (RAW, EMA)}[table.validation]
+    return {ending: sets[ending] for ending in wanted}
 
 
 class Interrupted(Exception):
@@ -118,7 +136,8 @@ def after(family: Family, clean: Tensor, predict: Predict) -> Predict:
 class Validator:
     """Generates the plan's prompts with a denoiser. autocast: as in training. stopping: asked after each solver step.
 
-    pictures: nickname -> what is given beside the prompt, of those that have a picture.
+    pictures: nickname -> what is given beside the prompt, of those that have a picture. weights: with which weights each prompt
+    is generated: what follows a nickname in the name of its file -> a context in which the denoiser has them.
     """
 
     plan: ValidationPlan
@@ -130,6 +149,7 @@ class Validator:
     autocast: Callable[[], AbstractContextManager[Any]]
     stopping: Callable[[], bool]
     pictures: Mapping[str, Given] = field(default_factory=dict)
+    weights: Mapping[str, Weights] = field(default_factory=lambda: {RAW: nullcontext})
 
     def start(self) -> Tensor:
         """The starting noise (1, C, f, h, w), fp32 from a CPU generator: the same on every device and at every step."""
@@ -200,7 +220,8 @@ class Validator:
             raise Interrupted
 
     def videos(self, folder: Path, nicknames: list[str], together: int = 1) -> dict[str, Path]:
-        """Generate and write `folder`/<nickname>.mp4 for some of the prompts. The module is as before afterwards.
+        """Generate and write `folder`/<nickname>.mp4 for some of the prompts, or as `weights` has it. Gives the files by their
+        names. The module is as before afterwards.
 
         together: prompts in one batch. More is faster with a small model, and changes the last bits.
         """
@@ -218,39 +239,42 @@ class Validator:
         """`videos`, and how far they are. step: of the events."""
         if not nicknames:
             return {}
-        steps, count = self.plan.steps, len(nicknames)
+        steps, count = self.plan.steps, len(nicknames) * len(self.weights)
         folder.mkdir(parents=True, exist_ok=True)
         module = self.denoiser.module
         training = module.training
         module.eval()
+        latents: dict[str, Tensor] = {}
         try:
-            latents: dict[str, Tensor] = {}
-            for names in self._batches(nicknames, together):
-                number = len(latents) + 1
-                yield Generating(step, "solving", number, count, 0, steps)
-                given = [self.pictures[name] for name in names if name in self.pictures]
-                prompts = [self.plan.prompts[name] for name in names]
-                made: list[Tensor] = []
-                for done, latest in self.solving(prompts, Given.of(given) if given else None):
-                    made = [latest]
-                    yield Generating(step, "solving", number, count, done, steps)
-                latents |= dict(zip(names, made[0].cpu().chunk(len(names)), strict=True))
+            for ending, placed in self.weights.items():
+                with placed():
+                    for names in self._batches(nicknames, together):
+                        number = len(latents) + 1
+                        yield Generating(step, "solving", number, count, 0, steps)
+                        given = [self.pictures[name] for name in names if name in self.pictures]
+                        prompts = [self.plan.prompts[name] for name in names]
+                        made: list[Tensor] = []
+                        for done, latest in self.solving(prompts, Given.of(given) if given else None):
+                            made = [latest]
+                            yield Generating(step, "solving", number, count, done, steps)
+                        own = (name + ending for name in names)
+                        latents |= dict(zip(own, made[0].cpu().chunk(len(names)), strict=True))
         finally:
             module.train(training)
         # After all latents are solved: the codec is opened once for all of them.
         files = {}
         with self.family.open_video_codec(str(self.device)) as codec:
-            for number, nickname in enumerate(nicknames, start=1):
+            for number, name in enumerate(latents, start=1):
                 yield Generating(step, "decoding", number, count, steps, steps)
-                files[nickname] = folder / f"{nickname}.mp4"
+                files[name] = folder / f"{name}.mp4"
                 with torch.no_grad():
-                    pixels = codec.decode(self.device.move(latents[nickname]))
+                    pixels = codec.decode(self.device.move(latents[name]))
                 if pixels.shape != (1, 3, *self.plan.shape):
                     what = (
                         f"its video codec decoded {tuple(pixels.shape)} where {(1, 3, *self.plan.shape)} was asked for"
                     )
                     raise PartFault("family", "", what)
-                write_mp4(files[nickname], to_frames(fitted(pixels[0], self.plan.size)), self.plan.fps)
+                write_mp4(files[name], to_frames(fitted(pixels[0], self.plan.size)), self.plan.fps)
         return files
 
     def _batches(self, nicknames: list[str], together: int) -> Iterator[list[str]]:
@@ -276,18 +300,21 @@ class Validation:
 
     def __call__(self, step: int) -> Iterator[Event]:
         """Generate all prompts after `step` optimizer steps."""
-        prompts = self.validator.plan.prompts
+        prompts, endings = self.validator.plan.prompts, list(self.validator.weights)
         folder = self.folder / f"step-{step:06d}"
-        yield Validating(step, len(prompts))
+        yield Validating(step, len(prompts) * len(endings))
         own = yield from self._share(step, folder, list(prompts)[self.peers.rank :: self.peers.count])
         shares = self.peers.gathered([own])
         everything = {name: path for files, _, _ in shares for name, path in files.items()}
-        files = {name: everything[name] for name in prompts if name in everything}
+        # By prompt: what one prompt gave with either weights is side by side.
+        names = {name + ending: name for name in prompts for ending in endings if name + ending in everything}
+        files = {name: everything[name] for name in names}
         sheet, fault = None, ""
         if files and not self.peers.rank:
             try:
                 sheet = folder / "sheet.png"
-                write_sheet(sheet, (), [self._strip(name, file) for name, file in files.items()], _COLUMNS)
+                strips = [self._strip(name, prompts[names[name]], file) for name, file in files.items()]
+                write_sheet(sheet, (), strips, _COLUMNS)
             except Exception as error:  # noqa: BLE001 - validation never ends a run
                 sheet, fault = None, f"no contact sheet: {type(error).__name__}: {error}"
         # All have the same failures, of which the exit code tells.
@@ -296,14 +323,15 @@ class Validation:
         if interrupted and not self.peers.rank:
             with suppress(OSError):
                 folder.rmdir()  # if it is empty
-        yield Validated(step, files, sheet, tuple(sorted(failures)), interrupted)
+        averaged = tuple(name for name, nickname in names.items() if name == nickname + EMA)
+        yield Validated(step, files, sheet, tuple(sorted(failures)), interrupted, averaged)
 
-    def _strip(self, nickname: str, file: Path) -> Strip:
+    def _strip(self, name: str, prompt: str, file: Path) -> Strip:
         plan, frames = self.validator.plan, read_frames(file)
         picks = spread(len(frames), _COLUMNS)
         height, width = frames[0].shape[:2]
         small = [Image.fromarray(frames[pick]).resize((_CELL, height * _CELL // width)) for pick in picks]
-        label = f"{nickname}: {plan.prompts[nickname][:_LONGEST_PROMPT]}"
+        label = f"{name}: {prompt[:_LONGEST_PROMPT]}"
         return Strip(
             label, np.stack([np.asarray(each) for each in small]), [f"{pick / plan.fps:.2f} s" for pick in picks]
         )

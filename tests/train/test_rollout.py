@@ -307,14 +307,18 @@ def test_a_ramp_longer_than_the_run_is_a_warning(folder, within: Run) -> None:
     assert "train.rollout.ramp is 100 steps and the run 6: the probability never gets to 0.5" in printed
 
 
+LACKING = ("advance", "target_at", "__dict__", "__weakref__")
+
+
 def test_a_sampler_without_the_ability_is_refused_in_the_plan(
     folder, within: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import vtrain_builtin.flow as builtin
+    from vtrain_builtin import plugin
 
     # Another class, and not an attribute less: isinstance remembers what it has found of a class.
-    lacking = {name: value for name, value in vars(builtin.Flow).items() if name not in ("advance", "target_at")}
-    monkeypatch.setattr(builtin, "Flow", type("Flow", (), lacking))
+    whole = vars(plugin.FLOW.build)
+    lacking = {name: value for name, value in whole.items() if name not in LACKING}
+    monkeypatch.setattr(plugin, "FLOW", replace(plugin.FLOW, build=type("Flow", (), lacking)))
     done = within("plan", folder.write(more="\n[train.rollout]\nprobability = 0.5\n"), check=2)
     assert 'the sampler "flow" cannot be rolled out: it lacks the ability SupportsRollout.' in " ".join(
         done.stderr.split()

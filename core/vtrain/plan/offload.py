@@ -36,7 +36,8 @@ def offload_problems(config: Config, family: Family, processes: int) -> Iterator
     if config.precision.gradient_checkpointing is not True or config.precision.gradient_checkpointing_interval > 1:
         what = "offload.group needs every block to be recomputed: what is kept of one for the backward pass holds its weights."
         remedy = "Set precision.gradient_checkpointing = true, without an interval."
-        yield Problem(config.where("precision", "gradient_checkpointing"), what, remedy)
+        key = "gradient_checkpointing" + ("_interval" if config.precision.gradient_checkpointing is True else "")
+        yield Problem(config.where("precision", key), what, remedy)
     if processes > 1:
         what = f"offload.group works for one process, and {processes} train together, whose weights all have to be on their cards."
         yield problem("group", what, "Leave offload.group out, or train with one process.")

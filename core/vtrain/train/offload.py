@@ -125,11 +125,11 @@ class Offload:
 
     def enter(self, number: int) -> None:
         """Have a group on the card, and no other but the next."""
-        self._bring(self.groups[number])
         following = self._following(number)
         for other, each in enumerate(self.groups):
             if other != number and (each.here or (each.coming is not None and other != following)):
                 self._drop(each)
+        self._bring(self.groups[number])
         if self._ahead and following is not None and self.groups[following].coming is None:
             self._send(self.groups[following])
         self._latest = number

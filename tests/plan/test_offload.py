@@ -130,11 +130,19 @@ def test_what_a_device_cannot_do_is_said_when_it_is_known(plan: Callable[..., An
     [
         ({}, "activations", "the input of each block, and those of one block at a time"),
         ({"precision": "gradient_checkpointing = false"}, "activations", "all of 3 blocks"),
-        ({"precision": 'gradient_checkpointing = "feed_forward"'}, "activations", "all but those of feed-forward layers"),
+        (
+            {"precision": 'gradient_checkpointing = "feed_forward"'},
+            "activations",
+            "all but those of feed-forward layers",
+        ),
         ({"precision": "gradient_checkpointing_interval = 2"}, "activations", "the input of 2 of 3 blocks"),
         ({"offload": BLOCK}, "offloaded", "one block of 3 on the card at a time"),
         ({"offload": f"{BLOCK}\nstream = true"}, "offloaded", "stream: on CUDA; elsewhere groups are waited for"),
-        ({"offload": 'group = "leaf"\ndisk = "away"'}, "offloaded", "away; one layer is on the card at a time; each is read"),
+        (
+            {"offload": 'group = "leaf"\ndisk = "away"'},
+            "offloaded",
+            "away; one layer is on the card at a time; each is read",
+        ),
         ({"offload": "optimizer = true"}, "optimizer", "in the machine's memory"),
         ({"offload": "model_cpu = true", "more": VALIDATION}, "denoiser while videos are decoded", "there and back"),
     ],

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from vtrain.config.tables import LoraTable, OffloadTable, PrecisionTable
-from vtrain.contract import ClipShape, Condition, ConfigError, Device, LatentShape, NoiseLevel, SupportsFeedForward, Text
+from vtrain.contract import (
+    ClipShape,
+    Condition,
+    ConfigError,
+    Device,
+    LatentShape,
+    NoiseLevel,
+    SupportsFeedForward,
+    Text,
+)
 from vtrain.train.checkpointing import checkpoint_gradients
 from vtrain.train.offload import offload
 from vtrain.train.parameters import add_lora
@@ -69,7 +78,9 @@ def gradients(family: Any, denoiser: Any, mixed: bool = False) -> dict[str, Tens
     Device().seed(5)
     with Device().autocast("bf16" if mixed else None):
         with tapped(denoiser, (1,), LatentShape(*latents)) as taps:
-            prediction = denoiser.predict(noisy, NoiseLevel(torch.tensor([0.3, 0.8]), torch.tensor([300.0, 800.0])), condition)
+            prediction = denoiser.predict(
+                noisy, NoiseLevel(torch.tensor([0.3, 0.8]), torch.tensor([300.0, 800.0])), condition
+            )
         loss = prediction.float().square().mean() + taps[1].float().square().mean()
     loss.backward()
     found = {name: w.grad.clone() for name, w in denoiser.module.named_parameters() if w.grad is not None}
@@ -87,7 +98,11 @@ MODES: dict[str, dict[str, Any]] = {
 NAMES = ("attention 0", "feed-forward 0", "attention 1", "feed-forward 1")
 RUNS = {
     mode: dict(zip(NAMES, runs, strict=True))
-    for mode, runs in (("every block", (2, 2, 2, 2)), ("every second block", (2, 2, 1, 1)), ("feed-forward", (1, 2, 1, 2)))
+    for mode, runs in (
+        ("every block", (2, 2, 2, 2)),
+        ("every second block", (2, 2, 1, 1)),
+        ("feed-forward", (1, 2, 1, 2)),
+    )
 }
 """How often a part of each block runs in a step."""
 

@@ -26,7 +26,9 @@ VIDEOS = '\n[validation]\nevery = "3 steps"\nsize = "64x64"\nframes = 9\nsteps =
 
 
 def table(**values: Any) -> str:
-    lines = [f"{key} = {str(value).lower() if isinstance(value, bool) else repr(value)}" for key, value in values.items()]
+    lines = [
+        f"{key} = {str(value).lower() if isinstance(value, bool) else repr(value)}" for key, value in values.items()
+    ]
     return "\n[offload]\n" + "\n".join(lines) + "\n"
 
 
@@ -102,7 +104,9 @@ def test_a_step_has_no_more_blocks_on_the_card_than_it_says(
     assert all(weight.grad is not None for weight in denoiser.module.parameters() if weight.requires_grad)
 
 
-def test_groups_that_come_ahead_are_sent_once_a_pass(layers, given, held: ExitStack, poisoned: Callable[..., Any]) -> None:
+def test_groups_that_come_ahead_are_sent_once_a_pass(
+    layers, given, held: ExitStack, poisoned: Callable[..., Any]
+) -> None:
     """Six groups, forward and backward: the last of one pass is the first of the next, and none comes for nothing."""
     moves = poisoned(streams=True)
     denoiser, _ = layers(held, blocks=6, group="block", stream=True)
@@ -164,6 +168,7 @@ def test_a_run_goes_on_with_and_without_offload(folder, another, within: Run, ca
         for step in sorted((other.output / "checkpoints").iterdir())[1:]:
             (other.output / "checkpoints" / step.name).rename(other.path / step.name)
         printed = within("run", other.write(SMOOTH + second, train="lora", steps=6)).stdout
+        assert "step-000003 (step 3)" in printed
         assert "offload" not in printed.partition("resuming")[2]
         ours, theirs = other.tensors(6), folder.tensors(6)
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -38,9 +38,9 @@ class Transfers:
 
     def send(self, tensors: Sequence[Tensor]) -> Arriving:
         """Begin to copy tensors of the CPU, page-locked ones, to the device. `receive` waits."""
-        if self._stream is None:
-            return Arriving(tuple(self.device.move(each) for each in tensors))
         place = self.device.torch
+        if self._stream is None:
+            return Arriving(tuple(self.device.move(each) if _plain(each) else each.to(place) for each in tensors))
         with self.device._module.stream(self._stream):
             copies = tuple(each.to(place, non_blocking=True) for each in tensors)
             return Arriving(copies, self._stream.record_event())
@@ -68,3 +68,10 @@ class Transfers:
         """
         for source, target in pairs:
             target.copy_(source, non_blocking=True)
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Whether it is one tensor in memory. Quantised weights are several, which are not page-locked."""
+    from torch import Tensor
+
+    return type(tensor) is Tensor

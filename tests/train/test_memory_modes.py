@@ -171,3 +171,42 @@ def test_a_family_that_names_no_feed_forward_layers_is_told_what_else_there_is(t
     assert not isinstance(denoiser, SupportsFeedForward)
     with pytest.raises(ConfigError, match=r"config.toml:9: .* does not say .* feed-forward layer.*interval = 2"):
         checkpoint_gradients(denoiser, PrecisionTable(gradient_checkpointing="feed_forward"), "config.toml:9")
+
+
+@pytest.mark.parametrize(("many", "left", "away"), [(1, 4, []), (2, 2, [3, 1])])
+def test_diffusers_own_group_offload_is_not_made_for_backward_passes(
+    monkeypatch: pytest.MonkeyPatch, many: int, left: int, away: list[int]
+) -> None:
+    """Why vtrain has its own: after a backward pass every group is still there, and of a group of two blocks the second one is
+    computed again before its weights have come. If this fails, diffusers has mended it."""
+    from diffusers.hooks import apply_group_offloading
+    from diffusers.hooks.group_offloading import ModuleGroup
+    from diffusers.models.transformers.transformer_sana_video import SanaVideoTransformer3DModel
+
+    model = SanaVideoTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=48, num_layers=4, num_cross_attention_heads=2,
+        cross_attention_head_dim=48, cross_attention_dim=96, caption_channels=64,
+    )  # fmt: skip
+    model.enable_gradient_checkpointing()
+    model.train()
+    here: dict[int, bool] = {}
+    monkeypatch.setattr(ModuleGroup, "onload_", lambda group: here.__setitem__(id(group), True))
+    monkeypatch.setattr(ModuleGroup, "offload_", lambda group: here.__setitem__(id(group), False))
+    apply_group_offloading(model, "cpu", "cpu", offload_type="block_level", num_blocks_per_group=many)
+    missing: list[int] = []
+    groups = []
+    for number, block in enumerate(model.transformer_blocks):
+        group = id(block._diffusers_hook.get_hook("group_offloading").group)
+        groups.append(group)
+
+        def note(*_: object, number: int = number, group: int = group) -> None:
+            if not here[group]:
+                missing.append(number)
+
+        block.attn1.register_forward_pre_hook(note)
+    inputs = torch.randn(1, 16, 2, 8, 8), torch.randn(1, 4, 64), torch.ones(1)
+    out = model(inputs[0], encoder_hidden_states=inputs[1], timestep=inputs[2], return_dict=False)[0]
+    assert sum(here[group] for group in set(groups)) == 0
+    out.square().mean().backward()
+    assert sum(here[group] for group in set(groups)) == left
+    assert missing == away

@@ -9,6 +9,9 @@ Two more sides are vtrain with CREPA on block 10 (of the tiny model: 1), DINOv2-
 token: with features as from a cache (random ones of the true shape, in memory), and made at each step from the latents,
 decoded by the Wan VAE whose encoder is let go. Both have random weights in the real shapes.
 
+--sides takes more: what saves memory (gradient checkpointing of some blocks or of feed-forward layers, offloaded groups,
+the optimizer's states on the CPU) and vtrain without checkpointing, each compared with vtrain.
+
 Memory is measured with each side alone in memory. Times are of blocks of steps, the card synchronised before and after,
 in turn where all models fit on the card (LoRA), else one side after the other (full); the table says which.
 TFLOP/s rest on a forward of 121 TFLOP at 832x480, 81 frames, and work in proportion to the tokens: backward is twice
@@ -29,7 +32,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from gpu_sides import REAL, SIDES, TINY, Block, Clip, Setup
+from gpu_sides import REAL, SAVING, SIDES, TINY, Block, Clip, Setup, applies
 from report import Ratio, machine, ratio, say, table, write_json
 
 from vtrain.contract import Device
@@ -42,6 +45,8 @@ CREPA_LIMITS: dict[str, dict[str, float | None]] = {
     "CREPA decoded": {"seconds": None, "memory": None},
 }
 """By vtrain without it."""
+NO_LIMITS: dict[str, float | None] = {"seconds": None, "memory": None}
+ALL = SIDES | SAVING
 PEER = ("SimpleTuner 4, as published", "lora", "832x480x49", "0.599", "59.15 (-)", "-", "H100, checkpointing said on")
 
 
@@ -73,7 +78,7 @@ def measure_alone(setup: Setup, side: str, processes: Processes, blocks: int) ->
     device = Device.of(setup.device)
     try:
         device.reset_peak()
-        with SIDES[side](setup, processes) as block:
+        with ALL[side](setup, processes) as block:
             block()
             if not setup.in_turn:
                 found.seconds = [seconds(setup, block) for _ in range(blocks)]
@@ -88,7 +93,7 @@ def measure_in_turn(setup: Setup, found: dict[str, Measured], processes: Process
     """Add times to all sides, from one process with all models in memory, after a block of each to warm up."""
     try:
         with ExitStack() as stack:
-            sides = {side: stack.enter_context(SIDES[side](setup, processes)) for side in found}
+            sides = {side: stack.enter_context(ALL[side](setup, processes)) for side in found}
             for block in sides.values():
                 block()
             for turn in range(blocks):
@@ -103,7 +108,7 @@ def measure_in_turn(setup: Setup, found: dict[str, Measured], processes: Process
 def measure(setup: Setup, processes: Processes, blocks: int, sides: Iterable[str] = ()) -> dict[str, Measured]:
     """The sides of a setup, all by default. Too little memory is a note, not an error."""
     found = {}
-    for side in sides or SIDES:
+    for side in (each for each in sides or SIDES if applies(each, setup)):
         found[side] = measure_alone(setup, side, processes, blocks)
         Device.of(setup.device).release()
     whole = {side: each for side, each in found.items() if not each.note}
@@ -134,6 +139,7 @@ def ratios(found: dict[str, Measured]) -> dict[str, Ratio]:
     for above, below, limits in (
         ("vtrain", "bare", LIMITS),
         *((side, "vtrain", limits) for side, limits in CREPA_LIMITS.items()),
+        *((side, "vtrain", NO_LIMITS) for side in SAVING),
     ):
         ours, theirs = found.get(above), found.get(below)
         if ours is None or theirs is None or ours.note or theirs.note:
@@ -159,7 +165,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and clip, to see that the script works")
     parser.add_argument("--modes", nargs="+", choices=("lora", "full"), default=["lora", "full"])
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="(default: all)")
+    parser.add_argument("--sides", nargs="+", choices=ALL, default=list(SIDES), help="(default: bare, vtrain, CREPA)")
     parser.add_argument("--frames", nargs="+", type=int, default=[49, 81], help="of a clip (default: 49 81)")
     parser.add_argument("--size", default="832x480", help="of a clip, WxH (default: 832x480)")
     parser.add_argument("--blocks", type=int, default=6, help="timed blocks of each side (default: 6)")

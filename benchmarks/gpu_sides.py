@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from diffusers.models.transformers.transformer_sana_video import SanaVideoTransf
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
-from vtrain.config.tables import CheckpointTable, LoraTable, TrainTable
+from vtrain.config.tables import CheckpointTable, LoraTable, OffloadTable, PrecisionTable, TrainTable
 from vtrain.contract import (
     CausalCodecConfig,
     ClipShape,
@@ -39,7 +39,10 @@ from vtrain.contract import (
 )
 from vtrain.data.batches import Batch
 from vtrain.run.inbox import Inbox
+from vtrain.train.checkpointing import checkpoint_gradients
+from vtrain.train.host_optimizer import HostWeights
 from vtrain.train.loop import Ends, Loop
+from vtrain.train.offload import offload
 from vtrain.train.parameters import add_lora, groups, trained
 from vtrain.train.prefetch import Prefetcher
 from vtrain.train.processes import Processes
@@ -115,6 +118,11 @@ class Setup:
     device: torch.device
     steps: int
     checkpointing: bool = True
+
+    @property
+    def on_cpu(self) -> Setup:
+        """The same with a model that is made on the CPU."""
+        return replace(self, device=torch.device("cpu"))
 
     @property
     def is_real(self) -> bool:
@@ -257,17 +265,32 @@ def crepa_side(setup: Setup, processes: Processes, *, teacher: str) -> Iterator[
 
 @contextmanager
 def vtrain_side(
-    setup: Setup, processes: Processes, terms: Mapping[str, Term] | None = None, features: FeatureShape | None = None
+    setup: Setup,
+    processes: Processes,
+    terms: Mapping[str, Term] | None = None,
+    features: FeatureShape | None = None,
+    *,
+    checkpointing: Mapping[str, object] | None = None,
+    offloaded: Mapping[str, object] | None = None,
 ) -> Iterator[Block]:
-    denoiser = SanaVideoDenoiser(build(setup), setup.geometry)
+    """checkpointing, offloaded: of [precision] and [offload], where they are not the setup's."""
+    table = OffloadTable.model_validate(offloaded or {})
+    denoiser = SanaVideoDenoiser(build(setup if table.group is None else setup.on_cpu), setup.geometry)
     if setup.mode == "lora":
         add_lora(denoiser, LoraTable(rank=RANK), 0, "")
-    denoiser.gradient_checkpointing(setup.checkpointing)
+    precision = {"gradient_checkpointing": setup.checkpointing, **(checkpointing or {})}
+    checkpoint_gradients(denoiser, PrecisionTable.model_validate(precision), "")
+    held, device = ExitStack(), processes.device
+    if table.group is not None:
+        offload(denoiser, table, device, held)
     sampler = SanaVideoFlow(SanaVideoFlowOptions(), {})
     step = Step(denoiser, sampler, terms or {}, RunLength(NEVER, 10.0))
     step.train()
     named = trained(step)
-    optimizer = build_adamw(AdamWOptions(lr=LR), groups(named, denoiser=denoiser))
+    host = HostWeights(named, device) if table.optimizer else None
+    optimizer = build_adamw(AdamWOptions(lr=LR), groups(host.named if host else named, denoiser=denoiser))
+    if host is not None:
+        host.step_here(optimizer)
     loop = Loop(
         processes.wrap(step),
         optimizer,
@@ -301,6 +324,7 @@ def vtrain_side(
         yield block
     finally:
         events.close()  # type: ignore[attr-defined]
+        held.close()
         processes.let_go()  # else the next side is measured with this one's model in memory
 
 
@@ -310,6 +334,23 @@ SIDES: dict[str, Callable[[Setup, Processes], AbstractContextManager[Block]]] = 
     "CREPA cached": partial(crepa_side, teacher="cached"),
     "CREPA decoded": partial(crepa_side, teacher="decoded"),
 }
+
+
+SAVING: dict[str, Callable[[Setup, Processes], AbstractContextManager[Block]]] = {
+    "no checkpointing": partial(vtrain_side, checkpointing={"gradient_checkpointing": False}),
+    "every 2nd block": partial(vtrain_side, checkpointing={"gradient_checkpointing_interval": 2}),
+    "feed-forward": partial(vtrain_side, checkpointing={"gradient_checkpointing": "feed_forward"}),
+    "block offload": partial(vtrain_side, offloaded={"group": "block"}),
+    "block offload, stream": partial(vtrain_side, offloaded={"group": "block", "stream": True}),
+    "leaf offload": partial(vtrain_side, offloaded={"group": "leaf"}),
+    "states on CPU": partial(vtrain_side, offloaded={"optimizer": True}),
+}
+"""vtrain with what saves memory, and without; each compared with vtrain."""
+
+
+def applies(side: str, setup: Setup) -> bool:
+    """Full training has no frozen weights to offload, and what offloads needs every block to be recomputed."""
+    return "offload" not in side or (setup.mode == "lora" and setup.checkpointing)
 
 
 def check(loss: float) -> None:

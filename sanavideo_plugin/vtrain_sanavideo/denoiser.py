@@ -3,6 +3,7 @@
 # mypy: allow-untyped-calls
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,11 @@ from vtrain.contract import (
 from vtrain_sanavideo.geometry import SCALE_SHIFT_TABLE
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 class SanaVideoDenoiser(DiffusersDenoiser):
-    """The denoiser, SupportsLora and SupportsDecayRule."""
+    """The denoiser, SupportsLora, SupportsDecayRule and SupportsFeedForward."""
 
     def predict(self, noisy: Tensor, level: NoiseLevel, condition: Condition) -> Tensor:
         """v = e - x0, in the type that the module computes in.
@@ -57,6 +58,11 @@ class SanaVideoDenoiser(DiffusersDenoiser):
     def decays(self, name: str, shape: tuple[int, ...]) -> bool | None:
         """SupportsDecayRule: shift, scale and gate are vectors, though a table of them has two dimensions."""
         return False if name.endswith(SCALE_SHIFT_TABLE) else None
+
+    @property
+    def feed_forwards(self) -> Sequence[nn.Module]:
+        """SupportsFeedForward: the convolutions of each block (GLUMBTempConv)."""
+        return tuple(block.get_submodule("ff") for block in self.blocks)
 
     @property
     def lora_targets(self) -> tuple[str, ...]:

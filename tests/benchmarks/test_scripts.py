@@ -221,3 +221,13 @@ def test_two_records_are_compared_bit_for_bit_under_the_keys_of_today(
     assert (code, said.splitlines()[0]) == (1, "run.json: 1 differences")
     assert ".metrics[0].loss: 0.1 -> " in said
     assert compared("old", "empty")[0] == 2
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_compares_what_saves_memory_with_vtrain(script_here: Script) -> None:
+    more = ["feed-forward", "every 2nd block", "block offload, stream", "leaf offload", "states on CPU"]
+    quick = ("--device", "cpu", "--tiny", "--blocks", "2", "--steps", "1")
+    _, numbers = script_here("gpu_sana2b.py", *quick, "--sides", "vtrain", *more)
+    lora, full = numbers["setups"]
+    assert lora["ratios"].keys() == {f"{side} / vtrain, seconds" for side in more}
+    assert full["ratios"].keys() == {f"{side} / vtrain, seconds" for side in more if "offload" not in side}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -87,6 +88,24 @@ def test_too_little_disk_is_refused_and_what_is_there_already_counts(
         with (folder / "entry").open("wb") as file:
             file.truncate(size)
     check_room(plan, made)
+
+
+def test_weights_that_go_to_a_disk_need_room_there_which_nothing_there_counts_towards(
+    plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of()
+    table = plan.config.offload.model_copy(update={"disk": plan.config.path.parent / "away", "group": "block"})
+    plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, offload=table))
+    made, usage = make_estimate(plan, survey()), shutil.disk_usage("/")
+    weights = 4 * plan.family.parameters
+    others = made.video_bytes + 2 * (made.checkpoint_bytes or 0)
+    monkeypatch.setattr(estimating.shutil, "disk_usage", lambda path: usage._replace(free=others + weights))
+    check_room(plan, made)
+    monkeypatch.setattr(estimating.shutil, "disk_usage", lambda path: usage._replace(free=others + weights - 1))
+    (plan.config.path.parent / "away").mkdir()
+    (plan.config.path.parent / "away" / "left").write_bytes(b"of a run that was killed")
+    with pytest.raises(ConfigError, match="the cache, 2 checkpoints and offloaded weights need"):
+        check_room(plan, made)
 
 
 @pytest.mark.parametrize(

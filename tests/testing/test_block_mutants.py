@@ -104,6 +104,18 @@ class NeverCheckpointing(Denoiser):
         return
 
 
+class FeedForwardOfAnother(Denoiser):
+    @property
+    def feed_forwards(self) -> list[nn.Module]:
+        return [block.get_submodule("widen") for block in reversed(self.blocks)]
+
+
+class FeedForwardOfOneBlock(Denoiser):
+    @property
+    def feed_forwards(self) -> list[nn.Module]:
+        return [block.get_submodule("self_attention.to_q") for block in self.blocks[:1]]
+
+
 PLANTED: tuple[tuple[str, str, str, Callable[[], Subject]], ...] = (
     (
         "blocks that are wrapped again each time",
@@ -146,6 +158,18 @@ PLANTED: tuple[tuple[str, str, str, Callable[[], Subject]], ...] = (
         "test_a_block_is_needed_only_while_it_runs",
         "weights of block 1 are read while it does not run",
         lambda: example_with(Denoiser(Peeking)),
+    ),
+    (
+        "feed-forward layers in another order",
+        "test_feed_forwards_are_parts_of_their_blocks_and_run_once",
+        "layer 0 is no part of block 0",
+        lambda: example_with(FeedForwardOfAnother()),
+    ),
+    (
+        "a feed-forward layer of one block alone",
+        "test_feed_forwards_are_parts_of_their_blocks_and_run_once",
+        "1 layers and 3 blocks",
+        lambda: example_with(FeedForwardOfOneBlock()),
     ),
     (
         "a block that looks at a value",

@@ -6,9 +6,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from io import StringIO
 from pathlib import Path
@@ -24,11 +24,13 @@ from torch import Tensor
 
 from vtrain.cli.app import main
 from vtrain.contract import Caption, ClipShape, Condition, NoiseLevel
+from vtrain.contract.transfers import Arriving, Transfers
 from vtrain.data import batches as frames
 from vtrain.data.batches import pad
 from vtrain.data.caching import fill as filling
 from vtrain.data.decoding.worker import Workers
 from vtrain.data.scanning import scan
+from vtrain.train.offload import Frozen, InMemory
 from vtrain.train.step import StepInput
 
 TOY_CONFIG = """
@@ -291,3 +293,54 @@ def sampler() -> Any:
     from vtrain_builtin.flow import FLOW
 
     return FLOW.build(FLOW.options(), {})
+
+
+@dataclass
+class Moves:
+    """What moved. sent: how many times weights were sent to the card. together: weights on it or under way, most and now."""
+
+    sent: int = 0
+    waited: int = 0
+    now: dict[int, int] = field(default_factory=dict)
+    most: int = 0
+
+    def count(self, owner: object, bytes_there: int) -> None:
+        self.now[id(owner)] = bytes_there
+        self.most = max(self.most, sum(self.now.values()))
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, *, streams: bool = False) -> Moves:
+    """A stand-in for a card's own memory, since from CPU to CPU nothing moves: weights that are away are NaN, and those under way
+    too. What reads one before it is there computes with NaN. Gives what moves."""
+    moves = Moves()
+
+    def leave(self: InMemory, weights: Sequence[Frozen]) -> None:
+        for weight, home in zip(weights, self._tensors, strict=True):
+            weight.become(torch.full_like(home, torch.nan))
+        moves.count(self._tensors, 0)
+
+    def send(self: Transfers, tensors: Sequence[Tensor]) -> Arriving:
+        moves.sent += 1
+        moves.count(tensors, sum(each.nbytes for each in tensors))
+        return Arriving(tuple(torch.full_like(each, torch.nan) for each in tensors), tuple(tensors))
+
+    def receive(self: Transfers, arriving: Arriving) -> tuple[Tensor, ...]:
+        moves.waited += 1
+        with torch.no_grad():
+            for copy, source in zip(arriving.tensors, arriving.arrived, strict=True):
+                copy.copy_(source)
+        return arriving.tensors
+
+    monkeypatch.setattr(InMemory, "leave", leave)
+    monkeypatch.setattr(Transfers, "send", send)
+    monkeypatch.setattr(Transfers, "receive", receive)
+    monkeypatch.setattr(Transfers, "streams", staticmethod(lambda device: streams))
+    plain: Any = Transfers.__init__
+    monkeypatch.setattr(Transfers, "__init__", lambda self, device, beside=False: plain(self, device))
+    return moves
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Moves]:
+    """poisoned(streams=...): from now on weights that are away hold no numbers; gives what moves."""
+    return lambda **how: poison(monkeypatch, **how)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vtrain.contract import Condition, Device, DiffusersDenoiser, LatentShape, NoiseLevel, timesteps
 from vtrain_wan.images import EMBEDS, LATENTS
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 ORIGINAL_NAMES = {
     "attn1": "self_attn", "attn2": "cross_attn", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o",
@@ -26,7 +27,7 @@ ORIGINAL_NAMES = {
 
 
 class WanDenoiser(DiffusersDenoiser):
-    """The denoiser, SupportsLora, SupportsOriginalNames and SupportsDecayRule."""
+    """The denoiser, SupportsLora, SupportsOriginalNames, SupportsDecayRule and SupportsFeedForward."""
 
     original_names = ORIGINAL_NAMES
 
@@ -62,6 +63,10 @@ class WanDenoiser(DiffusersDenoiser):
 
     def decays(self, name: str, shape: tuple[int, ...]) -> bool | None:
         return False if name.endswith("scale_shift_table") else None
+
+    @property
+    def feed_forwards(self) -> Sequence[nn.Module]:
+        return tuple(block.get_submodule("ffn") for block in self.blocks)
 
     def lora_loader(self) -> Any:
         from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin

@@ -16,6 +16,7 @@ from vtrain.config.tables import (
     EmaTable,
     LrScheduleTable,
     ModelTable,
+    OffloadTable,
     PrecisionTable,
     RunTable,
     TrainTable,
@@ -84,6 +85,7 @@ class Config:
     run: Annotated[RunTable, Table(required=True)]
     model: Annotated[Part[ModelTable], Table("family", required=True, use="refuse", gone="refuse")]
     precision: Annotated[PrecisionTable, Table()]
+    offload: Annotated[OffloadTable, Table()]
     data: Annotated[tuple[Part[DataTable], ...], Table("data_backend", required=True)]
     cache: Annotated[CacheTable, Table()]
     train: Annotated[TrainTable, Table(required=True)]

@@ -56,8 +56,41 @@ class PrecisionTable(Options):
     base: Literal["fp32", "bf16"] | None = fixed(
         None, description='storage type of the denoiser; absent: "bf16" under LoRA, "fp32" for full training'
     )
-    gradient_checkpointing: bool = Field(
-        True, description="recompute each block in the backward pass: less memory, about a third more time"
+    gradient_checkpointing: bool | Literal["feed_forward"] = Field(
+        True,
+        description="what the backward pass recomputes instead of keeping: true: blocks (least memory, about a third more "
+        'time); "feed_forward": the feed-forward layer of each block (more memory, less time); false: nothing',
+    )
+    gradient_checkpointing_interval: int = Field(
+        1, ge=1, le=1000, description="gradient_checkpointing = true: every n-th block is recomputed, from the first on"
+    )
+
+
+class OffloadTable(Options):
+    """[offload]: what waits in the machine's memory, or on a disk, while the card does not need it."""
+
+    group: Literal["block", "leaf"] | None = free(
+        None,
+        description='LoRA: the frozen weights of blocks wait off the card until they run: "block": groups of blocks; "leaf": '
+        "layer by layer, the least memory and the most waiting; absent: they stay on the card",
+    )
+    blocks_per_group: int = free(1, ge=1, le=1000, description='group = "block": blocks that come to the card together')
+    stream: bool = free(
+        False,
+        description='group = "block": the next group comes while one computes (two are on the card at once); on CUDA alone',
+    )
+    disk: LocalPath | None = free(
+        None,
+        description="folder on a disk in which the groups wait instead of in memory, each run in a fresh sub-folder that goes "
+        "with it; read again at every use",
+    )
+    model_cpu: bool = free(
+        False, description="the denoiser leaves the card while the video codec decodes a validation's videos"
+    )
+    optimizer: bool = free(
+        False,
+        description="the optimizer's states lie in the machine's memory, and its step is made there: gradients go there, and "
+        "what is trained comes back",
     )
 
 

@@ -39,7 +39,13 @@ ABILITIES: Mapping[str, Abilities] = {
     "video codec": Abilities(protocols.VideoCodec, (protocols.SupportsDecoderOnly,)),
     "condition encoder": Abilities(conditions.ConditionEncoder, ()),
     "denoiser": Abilities(
-        protocols.Denoiser, (protocols.SupportsLora, protocols.SupportsOriginalNames, protocols.SupportsDecayRule)
+        protocols.Denoiser,
+        (
+            protocols.SupportsLora,
+            protocols.SupportsOriginalNames,
+            protocols.SupportsDecayRule,
+            protocols.SupportsFeedForward,
+        ),
     ),
     "sampler": Abilities(
         protocols.Sampler, (protocols.SupportsStepwise, protocols.SupportsStepCheck, protocols.SupportsRollout)

@@ -138,6 +138,16 @@ class SupportsDecayRule(Protocol):
         ...
 
 
+@runtime_checkable
+class SupportsFeedForward(Protocol):
+    """A denoiser that says which part of each block is its feed-forward layer: most of a block's activations. *torch*"""
+
+    @property
+    def feed_forwards(self) -> Sequence[nn.Module]:
+        """One submodule of each block, in their order; each runs once in a block's forward pass."""
+        ...
+
+
 class Family(Protocol):
     """A model family on a model folder: its geometry, its text, its codec, its denoiser."""
 

@@ -23,6 +23,7 @@ from vtrain.data.scanning.surveys import Survey
 from vtrain.estimate.cached import STORED_BYTES, condition_bytes, feature_bytes, mask_bytes
 from vtrain.estimate.tokens import token_warnings
 from vtrain.plan.averages import average_length_warnings, average_place
+from vtrain.plan.offload import memory_rows
 from vtrain.plan.records import Plan
 from vtrain.plan.rollout import rollout_warnings
 
@@ -199,6 +200,9 @@ def check_room(plan: Plan, estimate: Estimate) -> None:
             f"{at_once} checkpoints",
         ),
     )
+    if config.offload.disk is not None:
+        size = int(plan.family.parameters * STORED_BYTES[plan.base])
+        wanted += (_RoomNeeded(("offload", "disk"), config.offload.disk, "", size, "offloaded weights"),)
     disks: dict[int, list[_RoomNeeded]] = {}
     for want in wanted:
         disks.setdefault(_existing(want.folder).stat().st_dev, []).append(want)
@@ -207,7 +211,7 @@ def check_room(plan: Plan, estimate: Estimate) -> None:
         free = shutil.disk_usage(_existing(sharing[0].folder)).free
         if sum(want.size for want in sharing) <= free:
             continue
-        needed = sum(max(0, want.size - _held(want.folder / want.below)) for want in sharing)
+        needed = sum(max(0, want.size - (_held(want.folder / want.below) if want.below else 0)) for want in sharing)
         if needed > free:
             *more, last = [want.what for want in sharing if want.size]
             what = f"{', '.join(more)} and {last}" if more else last
@@ -223,7 +227,7 @@ class _RoomNeeded:
 
     key: tuple[str, str]
     folder: Path
-    below: str
+    below: str  # "" for what is written again by each run
     size: int
     what: str
 
@@ -258,6 +262,7 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
         )
         everywhere = " on each process" if plan.processes > 1 else ""
         yield "average (ema)", f"fp32 of {of}{everywhere}, {average_place(ema)}"
+    yield from memory_rows(plan)
     yield "text encoder", "no: captions are cached"
     yield "video codec", _codec(plan)
     for name, part in plan.regularizers:
@@ -283,8 +288,9 @@ def remedies(plan: Plan, doing: Doing) -> Sequence[str]:
         family = plan.config.model.registered.spec.name
         return [*sizes, f"the family's own options of its encoders (`vtrain plugins show {family}`)", *_SMALLER]
     if doing == "validating":
-        return ["validation.size", "validation.frames", *_stored(plan)]
-    return [*_activations(plan), *_stored(plan), *_SMALLER] if doing == "training" else _stored(plan)
+        return ["validation.size", "validation.frames", *_offloadable(plan, doing), *_stored(plan)]
+    less = [*_offloadable(plan, doing), *_stored(plan)]
+    return [*_activations(plan), *less, *_SMALLER] if doing == "training" else less
 
 
 _SMALLER = ("data.video.frames", "data.resolution")
@@ -292,16 +298,39 @@ _SMALLER = ("data.video.frames", "data.resolution")
 
 def _activations(plan: Plan) -> list[str]:
     """What a step keeps for its backward pass."""
-    config = plan.config
+    config, precision = plan.config, plan.config.precision
+    interval = precision.gradient_checkpointing_interval
     return [
         text
         for text, applies in (
-            ("precision.gradient_checkpointing = true", not config.precision.gradient_checkpointing),
+            ("precision.gradient_checkpointing = true", precision.gradient_checkpointing is not True),
+            (f"precision.gradient_checkpointing_interval = 1 (it is {interval})", interval > 1),
             (f"train.batch_size (it is {config.train.batch_size})", config.train.batch_size > 1),
             ('precision.mixed = "bf16"', config.precision.mixed == "no"),
         )
         if applies
     ]
+
+
+def _offloadable(plan: Plan, doing: Doing) -> list[str]:
+    """What can leave the card without changing a result, the cheapest in time first."""
+    table, lora = plan.config.offload, plan.config.model.table.lora is not None
+    many = table.blocks_per_group
+    return [
+        text
+        for text, applies in (
+            ("offload.model_cpu = true", doing == "validating" and not table.model_cpu and table.group is None),
+            ("offload.optimizer = true", doing != "validating" and not table.optimizer and not lora),
+            (_GROUP, lora and table.group is None and plan.processes == 1 and doing != "validating"),
+            (f"offload.blocks_per_group (it is {many})", table.group == "block" and many > 1),
+            ("offload.stream = false", table.group == "block" and table.stream),
+            ('offload.group = "leaf"', table.group == "block"),
+        )
+        if applies
+    ]
+
+
+_GROUP = 'offload.group = "block"'
 
 
 def _stored(plan: Plan) -> list[str]:

@@ -22,6 +22,7 @@ from vtrain.estimate.estimate import section as memory_section
 from vtrain.estimate.tokens import long_json, prompt_rows, token_rows, tokens_json
 from vtrain.plan.averages import average_words, video_words
 from vtrain.plan.conditions import frames_text, given_latents, least_frames
+from vtrain.plan.offload import checkpointing_text
 from vtrain.plan.records import DatasetPlan, MasksPlan, Plan, ValidationPlan
 from vtrain.plan.rollout import rollout_rows
 
@@ -59,11 +60,8 @@ def _training(plan: Plan) -> tuple[tuple[str, str], ...]:
     what = "all weights"
     if table.lora is not None:
         what = f"LoRA, rank {table.lora.rank}, alpha {table.lora.alpha or table.lora.rank:g}"
-    checkpointing = (
-        "with gradient checkpointing" if precision.gradient_checkpointing else "without gradient checkpointing"
-    )
     mixed = "bf16 autocast" if precision.mixed == "bf16" else "no autocast"
-    return (("trained", what), ("precision", f"weights {plan.base}, {mixed}, {checkpointing}"))
+    return (("trained", what), ("precision", f"weights {plan.base}, {mixed}, {checkpointing_text(plan)}"))
 
 
 def _run(plan: Plan, estimate: Estimate) -> tuple[tuple[str, str], ...]:
@@ -375,11 +373,12 @@ def _frame_levels_bytes(plan: Plan, dataset: DatasetPlan) -> int:
     compute: DType = "bf16" if precision.mixed == "bf16" else plan.base
     found = [family.block_memory(weights=plan.base, compute=compute, frame_levels=each) for each in (True, False)]
     shapes = (ClipShape(dataset.frames, size.height, size.width) for size in dataset.sizes)
+    # Of some blocks, or of a part of each, no more than of all of them as a whole.
+    every_block = precision.gradient_checkpointing is True and precision.gradient_checkpointing_interval == 1
     # What the first token takes would be there for the clip as a whole.
     tokens = max(prod(family.token_grid(family.latent_shape(shape))) for shape in shapes) - 1
     with_levels, without = (
-        each.kept(tokens, family.block_count, checkpointing=precision.gradient_checkpointing) if each else 0.0
-        for each in found
+        each.kept(tokens, family.block_count, checkpointing=every_block) if each else 0.0 for each in found
     )
     return round(with_levels - without) if None not in found else 0
 

@@ -34,6 +34,7 @@ from vtrain.contract.specs import listed
 from vtrain.plan.averages import average_problems, average_warnings
 from vtrain.plan.conditions import check_declared, encoder_problems, picture_problems, training_problems
 from vtrain.plan.datasets import check_frames, datasets, nearest_size, warnings
+from vtrain.plan.offload import offload_problems, offload_warnings
 from vtrain.plan.places import among_clips, output_problems
 from vtrain.plan.records import DatasetPlan, Plan, ValidationPlan
 from vtrain.plan.rollout import rollout_problems
@@ -78,7 +79,7 @@ def _make_plan(config: Config, processes: int, catalog: Catalog | None) -> Plan:
     check_declared(family)
     made = datasets(config, family, problems, foreign_extras(spec, family, catalog))
     problems += [*training_problems(config, family, made), *encoder_problems(config, family, made)]
-    problems += among_clips(config, made)
+    problems += [*among_clips(config, made), *offload_problems(config, family, processes)]
     clips = longest(family, made)
     regularizers = _regularizers(config, family, clips, problems)
     validation = _validation(config, family, sampler, problems)
@@ -102,6 +103,7 @@ def _make_plan(config: Config, processes: int, catalog: Catalog | None) -> Plan:
             *warnings(config, family),
             *beyond(family, made, validation),
             *_said(regularizers),
+            *offload_warnings(config, family),
         ),
     )
 

@@ -36,6 +36,8 @@ def written_folders(config: Config) -> Iterator[tuple[KeyPath, Path]]:
     for key, root, inside in roots:
         yield key, root
         yield from ((key, root / name) for name in inside if os.path.lexists(root / name))
+    if config.offload.disk is not None:
+        yield ("offload", "disk"), config.offload.disk
     for number, part in enumerate(config.data):
         if part.table.enabled and part.table.on_bad_file == "move" and part.table.quarantine is not None:
             yield ("data", number, "quarantine"), part.table.quarantine

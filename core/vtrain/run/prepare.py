@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vtrain.config import load
-from vtrain.contract import Caption, ConfigError, Problem, Role
+from vtrain.contract import Caption, ConfigError, Device, Problem, Role
+from vtrain.contract.transfers import Transfers
 from vtrain.data.scanning.scan import Scan, scan, with_decoders
 from vtrain.estimate.estimate import Estimate, check_room, make_estimate
 from vtrain.plan.make import make_plan
+from vtrain.plan.offload import device_notices
 from vtrain.plan.records import Plan
 from vtrain.registry import discover
 from vtrain.registry.blame import blame
@@ -58,6 +60,11 @@ def scanned(plan: Plan, on_file: Callable[[int], None] | None = None) -> tuple[S
     estimate = make_estimate(plan, found.survey)
     check_room(plan, estimate)
     return found, estimate
+
+
+def notices(plan: Plan, device: Device) -> list[str]:
+    """What of the plan does nothing on the device that a run found."""
+    return list(device_notices(plan.config.offload, accelerated=device.accelerated, streams=Transfers.streams(device)))
 
 
 def extra_texts(plan: Plan) -> list[tuple[Caption, Role]]:

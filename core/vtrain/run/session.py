@@ -56,7 +56,7 @@ from vtrain.run.output import (
     validation_owed,
     write_run_files,
 )
-from vtrain.run.prepare import extra_texts, planned, scanned
+from vtrain.run.prepare import extra_texts, notices, planned, scanned
 
 if TYPE_CHECKING:
     from vtrain.data.caching.caches import Caches, FilledCaches
@@ -234,7 +234,7 @@ class Session:
             f"{each.spec.kind} {each.spec.name} ({each.distribution} {each.version})" for each in config.parts()
         )
         yield Planned(config.run.name, config.run.output_dir, processes.count, str(processes.device), parts)
-        for notice in dict.fromkeys(processes.gathered(list(processes.notices))):
+        for notice in dict.fromkeys(processes.gathered([*processes.notices, *notices(self.plan, processes.device)])):
             yield Warned(notice)
 
     def _alone(self) -> str:
@@ -390,7 +390,7 @@ class Session:
         weights = weight_sets(plan.config.ema, None if average is None else average.in_place)
         validator = Validator(
             made, plan.family, plan.sampler, caches, trainer.denoiser, processes.device, autocast, stopping, pictures,
-            weights,
+            weights, trainer.resting,
         )  # fmt: skip
         explained, parts = partial(self._explained, "validating"), plan.config.parts()
         return Validation(validator, plan.config.run.output_dir / SAMPLES, processes, explained, parts)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vtrain.contract import Denoiser, Family, SupportsTokenGrid
+from vtrain.contract import Denoiser, Family, SupportsFeedForward, SupportsTokenGrid
 from vtrain.testing.sampler import gap
 from vtrain.testing.subject import Example, FamilySubject
 
@@ -155,6 +155,28 @@ class BlockTests(FamilySubject):
                 with away(block):
                     same = torch.equal(example.run(denoiser), wanted)
                 assert same, f"weights of block {number} are read while it does not run"
+
+    def test_feed_forwards_are_parts_of_their_blocks_and_run_once(self, denoiser: Denoiser, example: Example) -> None:
+        """SupportsFeedForward: a submodule of each block, in their order, which a prediction runs once."""
+        if not isinstance(denoiser, SupportsFeedForward):
+            pytest.skip("it names no feed-forward layers")
+        parts, runs = list(denoiser.feed_forwards), [0] * len(denoiser.feed_forwards)
+        assert len(parts) == len(denoiser.blocks), f"{len(parts)} layers and {len(denoiser.blocks)} blocks"
+        for number, (part, block) in enumerate(zip(parts, denoiser.blocks, strict=True)):
+            assert any(inner is part for inner in block.modules()), f"layer {number} is no part of block {number}"
+
+        def counter(number: int) -> torch.utils.hooks.RemovableHandle:
+            def hook(module: nn.Module, inputs: object) -> None:
+                runs[number] += 1
+
+            return parts[number].register_forward_pre_hook(hook)
+
+        handles = [counter(number) for number in range(len(parts))]
+        with torch.no_grad():
+            example.run(denoiser)
+        for handle in handles:
+            handle.remove()
+        assert runs == [1] * len(runs), f"layers ran {runs} times"
 
     def test_a_block_is_one_graph(self, denoiser: Denoiser, example: Example) -> None:
         """torch.compile traces a block as a whole, without a break in its graph, and computes the same."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -41,7 +41,10 @@ from vtrain.train import checkpoint
 from vtrain.train.changes import SampleMarks, SamplesPiece, data_changes
 from vtrain.train.checkpoint import Piece
 from vtrain.train.ema import Average, AveragePiece, has_average
+from vtrain.train.checkpointing import checkpoint_gradients
+from vtrain.train.host_optimizer import HostWeights
 from vtrain.train.loop import Ends, Interval, Loop, Requests, Validate
+from vtrain.train.offload import offload, resting
 from vtrain.train.parameters import add_lora, base_mark, groups, lora_settings, lr_factor, own_rates, trained
 from vtrain.train.pieces import (
     AdapterPiece,
@@ -65,8 +68,8 @@ class Trainer:
 
     base, data, features, encoders: marks of what it stands on, as in RunState. pieces: what a checkpoint keeps of it and loads.
     samples: what it keeps of the data. held: what stays in memory beside them until the run ends: teachers that run at each step.
-    check_optimizer: raises PartFault, after a step, where the optimizer's state would not come back. average: of [ema], None
-    without.
+    resting: in its with block the denoiser is off the card, as far as [offload] lets it. average: of [ema], None without.
+    check_optimizer: raises PartFault, after a step, where the optimizer's state would not come back.
     """
 
     plan: Plan
@@ -87,6 +90,7 @@ class Trainer:
     samples: SamplesPiece
     held: ExitStack
     average: Average | None = None
+    resting: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def run(
         self,
@@ -189,29 +193,38 @@ def assemble(
 
     Raises ModelError, CheckpointError or ConfigError where the parts do not fit together.
     """
-    denoiser, base = load_model(plan, start, str(processes.device))
-    denoiser.gradient_checkpointing(plan.config.precision.gradient_checkpointing)
+    config, device = plan.config, processes.device
+    away = config.offload.group is not None and device.accelerated
+    denoiser, base = load_model(plan, start, "cpu" if away else str(device))
+    where = config.where("precision", "gradient_checkpointing")
+    checkpoint_gradients(denoiser, config.precision, where)
     modules = build_regularizers(plan, processes.device)
     # The first process alone: gigabytes of weights may be hashed, and the hashes are kept in SQLite.
     features, encoders = processes.from_first(lambda: (feature_marks(plan), encoder_marks(plan)))
     with ExitStack() as held:  # what is in memory goes again if something below fails
+        offloaded = offload(denoiser, config.offload, device, held) if away else None
         teachers = open_teachers(plan, str(processes.device), held)
         terms = {name: Term(modules[name], part.needs().taps, teachers.get(name)) for name, part in plan.regularizers}
         step = Step(denoiser, plan.sampler, terms, RunLength(estimate.steps, estimate.steps_per_epoch))
         # from_pretrained leaves a model in eval mode, in which dropout does nothing.
         step.train()
         named = trained(step)
-        optimizer = build_optimizer(plan, groups(named, own_rates(modules), denoiser))
+        host = HostWeights(named, device) if config.offload.optimizer and device.accelerated else None
+        moved = named if host is None else host.named
+        optimizer = build_optimizer(plan, groups(moved, own_rates(modules), denoiser))
         pieces = (
             weights_piece(plan, denoiser),
             *(RegularizerPiece(name, module) for name, module in modules.items()),
-            kept := optimizer_piece(plan, optimizer, named),
+            kept := optimizer_piece(plan, optimizer, moved),
         )
         # After the optimizer is built: its piece fills the state of these very parameters.
         if start.folder is not None:
             checkpoint.load(start.folder, pieces)
+        if host is not None:
+            host.take()  # what the checkpoint has put into the weights
+            host.step_here(optimizer)
         # After the weights are the checkpoint's: an average that it does not hold begins with them.
-        average, averages = averaged(plan, denoiser, start, processes.device)
+        average, averages = averaged(plan, denoiser, start, device)
         if average is not None:
             held.callback(average.close)
         batches = Batches(plan, caches, index)
@@ -219,6 +232,7 @@ def assemble(
         return Trainer(
             plan, estimate, start, index.mark(), batches, processes, denoiser, base, features, encoders, step, optimizer,
             named, kept.check, (*pieces, *averages), SamplesPiece(index), held.pop_all(), average,
+            partial(resting, denoiser.module, offloaded, to_cpu=config.offload.model_cpu, device=device),
         )  # fmt: skip
 
 

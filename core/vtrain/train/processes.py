@@ -60,8 +60,8 @@ class Processes:
         self.words = dist.new_group(backend="gloo", timeout=PATIENCE) if self.count > 1 else None
 
     def wrap(self, step: nn.Module) -> nn.Module:
-        """Autocast, and DDP when there are several processes."""
-        wrapped: nn.Module = self.accelerator.prepare_model(step)
+        """Autocast, and DDP when there are several processes. All that is to be on the device is there: it is not moved."""
+        wrapped: nn.Module = self.accelerator.prepare_model(step, device_placement=False)
         return wrapped
 
     def let_go(self) -> None:

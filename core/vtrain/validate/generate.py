@@ -137,7 +137,8 @@ class Validator:
     """Generates the plan's prompts with a denoiser. autocast: as in training. stopping: asked after each solver step.
 
     pictures: nickname -> what is given beside the prompt, of those that have a picture. weights: with which weights each prompt
-    is generated: what follows a nickname in the name of its file -> a context in which the denoiser has them.
+    is generated: what follows a nickname in the name of its file -> a context in which the denoiser has them. resting: in its
+    with block the denoiser may be off the device.
     """
 
     plan: ValidationPlan
@@ -150,6 +151,7 @@ class Validator:
     stopping: Callable[[], bool]
     pictures: Mapping[str, Given] = field(default_factory=dict)
     weights: Mapping[str, Weights] = field(default_factory=lambda: {RAW: nullcontext})
+    resting: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def start(self) -> Tensor:
         """The starting noise (1, C, f, h, w), fp32 from a CPU generator: the same on every device and at every step."""
@@ -263,7 +265,7 @@ class Validator:
             module.train(training)
         # After all latents are solved: the codec is opened once for all of them.
         files = {}
-        with self.family.open_video_codec(str(self.device)) as codec:
+        with self.resting(), self.family.open_video_codec(str(self.device)) as codec:
             for number, name in enumerate(latents, start=1):
                 yield Generating(step, "decoding", number, count, steps, steps)
                 files[name] = folder / f"{name}.mp4"

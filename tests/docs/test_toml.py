@@ -58,7 +58,7 @@ def test_the_pages_have_toml_blocks_of_both_sorts(every_block: tuple[Any, ...]) 
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (("fragment",), "[ema]\ndecay = 0.9"),
+        (("fragment",), "[emas]\ndecay = 0.9"),
         (("fragment",), "[train]\nbatchsize = 2"),
         (("fragment",), '[[regularizer]]\nuse = "crepe"'),
         (("fragment",), "[run]\nresume = 3"),

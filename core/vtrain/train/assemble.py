@@ -40,8 +40,8 @@ from vtrain.registry.spelling import check_part
 from vtrain.train import checkpoint
 from vtrain.train.changes import SampleMarks, SamplesPiece, data_changes
 from vtrain.train.checkpoint import Piece
-from vtrain.train.ema import Average, AveragePiece, has_average
 from vtrain.train.checkpointing import checkpoint_gradients
+from vtrain.train.ema import Average, AveragePiece, has_average
 from vtrain.train.host_optimizer import HostWeights
 from vtrain.train.loop import Ends, Interval, Loop, Requests, Validate
 from vtrain.train.offload import offload, resting

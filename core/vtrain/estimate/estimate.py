@@ -22,6 +22,7 @@ from vtrain.data.scanning import misfits
 from vtrain.data.scanning.surveys import Survey
 from vtrain.estimate.cached import STORED_BYTES, condition_bytes, feature_bytes, mask_bytes
 from vtrain.estimate.tokens import token_warnings
+from vtrain.plan.precision import storage_words
 from vtrain.plan.records import Plan
 
 
@@ -101,7 +102,7 @@ def _checkpoint_bytes(plan: Plan) -> int | None:
         return None
     optimizer = plan.config.optimizer.registered.spec
     assert isinstance(optimizer, OptimizerSpec)
-    return int(plan.family.parameters * (STORED_BYTES[plan.base] + optimizer.state_bytes))
+    return int(plan.family.parameters * (STORED_BYTES[plan.loaded] + optimizer.state_bytes))
 
 
 def _check_amount(plan: Plan, survey: Survey, per_step: int) -> list[Problem]:
@@ -238,8 +239,7 @@ def section(plan: Plan) -> Section:
 
 
 def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
-    size = plan.family.parameters
-    yield "denoiser", f"{size:,} parameters, {plan.base}"
+    yield "denoiser", storage_words(plan.config, plan.family)
     yield "text encoder", "no: captions are cached"
     yield "video codec", _codec(plan)
     for name, part in plan.regularizers:
@@ -294,6 +294,7 @@ def _stored(plan: Plan) -> list[str]:
         text
         for text, applies in (
             ('precision.base = "bf16"', config.model.table.lora is not None and plan.base == "fp32"),
+            ('precision.base = "int8"', config.model.table.lora is not None and plan.base == "bf16"),
             ('model.train = "lora"', config.model.table.train == "full"),
             (f"cached features for {' and '.join(online)}, instead of an encoder at each step", bool(online)),
         )

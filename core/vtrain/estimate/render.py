@@ -21,6 +21,7 @@ from vtrain.estimate.estimate import Estimate, bytes_text
 from vtrain.estimate.estimate import section as memory_section
 from vtrain.estimate.tokens import long_json, prompt_rows, token_rows, tokens_json
 from vtrain.plan.conditions import frames_text, given_latents, least_frames
+from vtrain.plan.precision import error_words
 from vtrain.plan.records import DatasetPlan, MasksPlan, Plan, ValidationPlan
 
 
@@ -61,7 +62,10 @@ def _training(plan: Plan) -> tuple[tuple[str, str], ...]:
         "with gradient checkpointing" if precision.gradient_checkpointing else "without gradient checkpointing"
     )
     mixed = "bf16 autocast" if precision.mixed == "bf16" else "no autocast"
-    return (("trained", what), ("precision", f"weights {plan.base}, {mixed}, {checkpointing}"))
+    return (
+        ("trained", what),
+        ("precision", f"weights {plan.base}, {mixed}, {checkpointing}{error_words(plan.storage)}"),
+    )
 
 
 def _run(plan: Plan, estimate: Estimate) -> tuple[tuple[str, str], ...]:
@@ -368,8 +372,8 @@ def _frame_levels_bytes(plan: Plan, dataset: DatasetPlan) -> int:
     family, precision = plan.family, plan.config.precision
     if not isinstance(family, SupportsBlockMemory) or not isinstance(family, SupportsTokenGrid):
         return 0
-    compute: DType = "bf16" if precision.mixed == "bf16" else plan.base
-    found = [family.block_memory(weights=plan.base, compute=compute, frame_levels=each) for each in (True, False)]
+    compute: DType = "bf16" if precision.mixed == "bf16" else plan.loaded
+    found = [family.block_memory(weights=plan.loaded, compute=compute, frame_levels=each) for each in (True, False)]
     shapes = (ClipShape(dataset.frames, size.height, size.width) for size in dataset.sizes)
     # What the first token takes would be there for the clip as a whole.
     tokens = max(prod(family.token_grid(family.latent_shape(shape))) for shape in shapes) - 1

@@ -79,11 +79,11 @@ STORAGE: Mapping[StorageName, StorageType] = {
     for each in (
         StorageType("fp32", "32-bit floating point", "float32", 32, frozenset(get_args(Use))),
         StorageType("bf16", "16-bit floating point (bfloat16)", "bfloat16", 16, frozenset(get_args(Use))),
-        StorageType("int8", "8-bit whole numbers", "int8", 8, frozenset({"frozen"}), "qint8", 0.0),
+        StorageType("int8", "8-bit whole numbers", "int8", 8, frozenset({"frozen"}), "qint8", 0.007),
         StorageType(
-            "fp8", "8-bit floating point (e4m3)", "float8_e4m3fn", 8, frozenset({"frozen"}), "qfloat8_e4m3fn", 0.0
+            "fp8", "8-bit floating point (e4m3)", "float8_e4m3fn", 8, frozenset({"frozen"}), "qfloat8_e4m3fn", 0.019
         ),
-        StorageType("int4", "4-bit whole numbers", "uint8", 4, frozenset({"frozen"}), "qint4", 0.0),
+        StorageType("int4", "4-bit whole numbers", "uint8", 4, frozenset({"frozen"}), "qint4", 0.043),
     )
 }
 """By name."""

@@ -79,3 +79,11 @@ def _fitted(layer: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
     assert isinstance(weight, Tensor)
     value = value.to(weight.dtype)
     return (value.contiguous() if isinstance(layer, nn.Linear) else value,)
+
+
+def held_bytes(weight: Tensor) -> int:
+    """What a weight takes in memory: of a quantised one its packed numbers and its scales, whichever of quanto's kinds it is."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        return weight.nbytes
+    names, _ = weight.__tensor_flatten__()
+    return sum(held_bytes(getattr(weight, name)) for name in names)

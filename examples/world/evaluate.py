@@ -71,7 +71,7 @@ def fixed(prompts: int) -> list[Asked]:
 def denoiser(plan: Plan, checkpoint: Path | None) -> Denoiser:
     """The model as a run has it at a checkpoint, with its adapter under LoRA. None: as the run starts."""
     state = read_state(checkpoint) if checkpoint else RunState(0, 0, {}, "", "")
-    model, _ = load_model(plan, Start(checkpoint, state, ()), "cpu")
+    model, *_ = load_model(plan, Start(checkpoint, state, ()), "cpu")
     if checkpoint is not None:
         weights_piece(plan, model).load(checkpoint)  # an adapter's: all others are there
     return model

@@ -51,6 +51,7 @@ class Wan21Family(DiffusersFamily[checkpoint.WanConfig]):
     default_frames = 81
     default_fps = 16.0
     frame_levels = False
+    block_list = "blocks"
     # The published models and the tiny ones; tests measure them again.
     measured = json.loads(Path(__file__).with_name("memory.json").read_bytes())
     wording = staticmethod(text.wording)

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from vtrain.contract import Duration, LocalPath, Options, Size, check_path_text, fixed, free
+from vtrain.contract.precision import StorageName
 
 Names = Annotated[tuple[str, ...], Field(strict=False)]  # TOML has lists, which strict models take for no tuple
 
@@ -53,8 +54,15 @@ class PrecisionTable(Options):
     """[precision]: number formats and activation memory."""
 
     mixed: Literal["bf16", "no"] = fixed("bf16", description="autocast of the forward pass; weights keep their type")
-    base: Literal["fp32", "bf16"] | None = fixed(
-        None, description='storage type of the denoiser; absent: "bf16" under LoRA, "fp32" for full training'
+    base: StorageName | None = fixed(
+        None,
+        description='storage type of the denoiser; absent: "bf16" under LoRA, "fp32" for full training. int8, fp8 and int4 are '
+        "for a base under LoRA, and need vtrain[quanto]",
+    )
+    quantize_on: Literal["cpu", "accelerator"] = Field(
+        "cpu",
+        description="where a base in int8, fp8 or int4 is quantised, block by block: the accelerator is faster, and holds one "
+        "block in bf16 meanwhile. Last bits may differ between the two",
     )
     gradient_checkpointing: bool | Literal["feed_forward"] = Field(
         True,

@@ -32,6 +32,7 @@ ABILITIES: Mapping[str, Abilities] = {
             protocols.SupportsTokenGrid,
             protocols.SupportsFrameLevels,
             protocols.SupportsBlockMemory,
+            protocols.SupportsBlockWeights,
             conditions.SupportsConditions,
         ),
     ),

@@ -145,8 +145,8 @@ class DiffusersFamily(ABC, Generic[TransformerT]):
 
     A family's own adds the rest, the methods that here are abstract, and: mark, its name in fingerprints; title, its
     name in messages; sizes, its official bucket sets, the default first; default_frames and default_fps. One whose video codec
-    has another config than CausalCodecConfig has read_codec and load_codec of its own. components: of a checkpoint, with
-    "transformer", "vae" and "scheduler" among them.
+    has another config than CausalCodecConfig has read_codec and load_codec of its own. block_list: name of the transformer's
+    list of blocks. components: of a checkpoint, with "transformer", "vae" and "scheduler" among them.
 
     measured: `memory_key` of a model -> "<weights> <compute> clip", or "frames" with a level for each latent frame -> bytes as
     `vtrain.testing.memory.block_memory` gave them: (plain block, outside, checkpointed block, outside).
@@ -157,6 +157,7 @@ class DiffusersFamily(ABC, Generic[TransformerT]):
     sizes: Mapping[str, tuple[Size, ...]]
     default_frames: int
     default_fps: float
+    block_list: str = "transformer_blocks"
     measured: Mapping[str, Mapping[str, Sequence[float]]] = {}
 
     def __init__(self, options: CheckpointOptions, components: Mapping[str, Component]) -> None:
@@ -227,6 +228,11 @@ class DiffusersFamily(ABC, Generic[TransformerT]):
     @property
     def parameters(self) -> int:
         return self._transformer.parameters
+
+    def block_weights(self) -> Mapping[str, Shape]:
+        """SupportsBlockWeights."""
+        start = f"{self.block_list}."
+        return {name: shape for name, shape in self._transformer.shapes().items() if name.startswith(start)}
 
     def resolutions(self) -> Mapping[str, tuple[Size, ...]]:
         return self.sizes

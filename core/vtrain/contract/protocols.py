@@ -334,6 +334,15 @@ class SupportsBlockMemory(Protocol):
 
 
 @runtime_checkable
+class SupportsBlockWeights(Protocol):
+    """A family that knows the weights of its denoiser's blocks before it is loaded: a plan then says what is quantised."""
+
+    def block_weights(self) -> Mapping[str, tuple[int, ...]]:
+        """Name in `Denoiser.module` -> shape, of every weight of `Denoiser.blocks`, from the model folder's config."""
+        ...
+
+
+@runtime_checkable
 class SupportsDecoderOnly(Protocol):
     """A video codec that can let go of what encodes. *torch*"""
 

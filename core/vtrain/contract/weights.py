@@ -127,10 +127,25 @@ def weight_problems(folder: Path, stem: str, *, may_be_fetched: bool = False) ->
     ]
     for path in files.present:
         try:
-            stored_tensors(path)
+            problems += _quantised(path, stored_tensors(path))
         except (OSError, ValueError) as error:
             problems.append(Problem(str(path), f"this weight file {error}.", "Download it again."))
     return problems
+
+
+_QUANTISED = re.compile(r"F8_|F4$|F6_|I8$|U8$")
+"""safetensors' names of types in which weights are stored quantised: without their scales, or as if they had none."""
+
+
+def _quantised(path: Path, tensors: Mapping[str, StoredTensor]) -> list[Problem]:
+    """Weights that somebody has quantised: read as they are they would be others, without a word."""
+    found = [name for name, tensor in tensors.items() if _QUANTISED.match(tensor.dtype) and len(tensor.shape) > 1]
+    if not found:
+        return []
+    kinds = ", ".join(sorted({tensors[name].dtype for name in found}))
+    what = f"{len(found)} of its weights are stored quantised ({kinds}), such as {found[0]}."
+    remedy = "Take the model's own weights, in bf16 or fp32; precision.base quantises them when they are loaded."
+    return [Problem(str(path), what, remedy)]
 
 
 def stored_shapes(folder: Path, stem: str) -> dict[str, Shape]:

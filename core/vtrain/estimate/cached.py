@@ -14,12 +14,13 @@ from vtrain.contract import (
     SupportsFeatures,
     tensors_of,
 )
+from vtrain.contract.precision import STORAGE
 from vtrain.data.scanning.surveys import Survey
 from vtrain.plan.datasets import token_grid
 from vtrain.plan.records import Plan
 
-STORED_BYTES: Mapping[DType, int] = {"fp32": 4, "bf16": 2}
-"""Of one number, by storage type."""
+STORED_BYTES: Mapping[DType, int] = {"fp32": STORAGE["fp32"].bits // 8, "bf16": STORAGE["bf16"].bits // 8}
+"""Of one number of what is cached or trained, by storage type; what is quantised has scales beside (`StorageType.bytes`)."""
 
 
 def feature_bytes(plan: Plan, survey: Survey) -> dict[str, int]:

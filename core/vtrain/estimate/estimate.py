@@ -24,6 +24,7 @@ from vtrain.estimate.cached import STORED_BYTES, condition_bytes, feature_bytes,
 from vtrain.estimate.tokens import token_warnings
 from vtrain.plan.averages import average_length_warnings, average_place
 from vtrain.plan.offload import memory_rows
+from vtrain.plan.precision import storage_words
 from vtrain.plan.records import Plan
 from vtrain.plan.rollout import rollout_warnings
 
@@ -104,7 +105,9 @@ def _checkpoint_bytes(plan: Plan) -> int | None:
         return None
     optimizer = plan.config.optimizer.registered.spec
     assert isinstance(optimizer, OptimizerSpec)
-    return int(plan.family.parameters * (STORED_BYTES[plan.base] + optimizer.state_bytes)) + (average_bytes(plan) or 0)
+    return int(plan.family.parameters * (STORED_BYTES[plan.loaded] + optimizer.state_bytes)) + (
+        average_bytes(plan) or 0
+    )
 
 
 def average_bytes(plan: Plan) -> int | None:
@@ -201,7 +204,7 @@ def check_room(plan: Plan, estimate: Estimate) -> None:
         ),
     )
     if config.offload.disk is not None:
-        size = int(plan.family.parameters * STORED_BYTES[plan.base])
+        size = int(plan.family.parameters * STORED_BYTES[plan.loaded])
         wanted += (_RoomNeeded(("offload", "disk"), config.offload.disk, "", size, "offloaded weights"),)
     disks: dict[int, list[_RoomNeeded]] = {}
     for want in wanted:
@@ -253,8 +256,7 @@ def section(plan: Plan) -> Section:
 
 
 def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
-    size = plan.family.parameters
-    yield "denoiser", f"{size:,} parameters, {plan.base}"
+    yield "denoiser", storage_words(plan.config, plan.family)
     if (ema := plan.config.ema) is not None:
         average = average_bytes(plan)
         of = (
@@ -341,6 +343,7 @@ def _stored(plan: Plan) -> list[str]:
         text
         for text, applies in (
             ('precision.base = "bf16"', config.model.table.lora is not None and plan.base == "fp32"),
+            ('precision.base = "int8"', config.model.table.lora is not None and plan.base == "bf16"),
             ('model.train = "lora"', config.model.table.train == "full"),
             ('ema.on = "cpu"', config.ema is not None and config.ema.on == "device"),
             (f"cached features for {' and '.join(online)}, instead of an encoder at each step", bool(online)),

@@ -23,6 +23,7 @@ from vtrain.estimate.tokens import long_json, prompt_rows, token_rows, tokens_js
 from vtrain.plan.averages import average_words, video_words
 from vtrain.plan.conditions import frames_text, given_latents, least_frames
 from vtrain.plan.offload import checkpointing_text
+from vtrain.plan.precision import error_words
 from vtrain.plan.records import DatasetPlan, MasksPlan, Plan, ValidationPlan
 from vtrain.plan.rollout import rollout_rows
 
@@ -61,7 +62,10 @@ def _training(plan: Plan) -> tuple[tuple[str, str], ...]:
     if table.lora is not None:
         what = f"LoRA, rank {table.lora.rank}, alpha {table.lora.alpha or table.lora.rank:g}"
     mixed = "bf16 autocast" if precision.mixed == "bf16" else "no autocast"
-    return (("trained", what), ("precision", f"weights {plan.base}, {mixed}, {checkpointing_text(plan)}"))
+    return (
+        ("trained", what),
+        ("precision", f"weights {plan.base}, {mixed}, {checkpointing_text(plan)}{error_words(plan.storage)}"),
+    )
 
 
 def _run(plan: Plan, estimate: Estimate) -> tuple[tuple[str, str], ...]:
@@ -370,8 +374,8 @@ def _frame_levels_bytes(plan: Plan, dataset: DatasetPlan) -> int:
     family, precision = plan.family, plan.config.precision
     if not isinstance(family, SupportsBlockMemory) or not isinstance(family, SupportsTokenGrid):
         return 0
-    compute: DType = "bf16" if precision.mixed == "bf16" else plan.base
-    found = [family.block_memory(weights=plan.base, compute=compute, frame_levels=each) for each in (True, False)]
+    compute: DType = "bf16" if precision.mixed == "bf16" else plan.loaded
+    found = [family.block_memory(weights=plan.loaded, compute=compute, frame_levels=each) for each in (True, False)]
     shapes = (ClipShape(dataset.frames, size.height, size.width) for size in dataset.sizes)
     # Of some blocks, or of a part of each, no more than of all of them as a whole.
     every_block = precision.gradient_checkpointing is True and precision.gradient_checkpointing_interval == 1

@@ -14,7 +14,6 @@ from vtrain.contract import (
     Catalog,
     ClipShape,
     ConfigError,
-    DType,
     Family,
     FamilySpec,
     OptimizerSpec,
@@ -30,12 +29,12 @@ from vtrain.contract import (
     SupportsTokenGrid,
     TrackerSpec,
 )
-from vtrain.contract.specs import listed
 from vtrain.plan.averages import average_problems, average_warnings
 from vtrain.plan.conditions import check_declared, encoder_problems, picture_problems, training_problems
 from vtrain.plan.datasets import check_frames, datasets, nearest_size, warnings
 from vtrain.plan.offload import offload_problems, offload_warnings
 from vtrain.plan.places import among_clips, output_problems
+from vtrain.plan.precision import layer_problems, precision_problems, precision_warnings, storage_of
 from vtrain.plan.records import DatasetPlan, Plan, ValidationPlan
 from vtrain.plan.rollout import rollout_problems
 from vtrain.plan.sizes import Clips, beyond, longest, refused
@@ -65,7 +64,7 @@ def _make_plan(config: Config, processes: int, catalog: Catalog | None) -> Plan:
         )
         for found in family.check()
     ]
-    problems = _check_precision(config) + _check_training(config) + output_problems(config) + average_problems(config)
+    problems = precision_problems(config) + _check_training(config) + output_problems(config) + average_problems(config)
     # All below asks the model folder, which is not sound.
     if broken:
         raise ConfigError(broken + problems)
@@ -84,6 +83,7 @@ def _make_plan(config: Config, processes: int, catalog: Catalog | None) -> Plan:
     regularizers = _regularizers(config, family, clips, problems)
     validation = _validation(config, family, sampler, problems)
     problems += [*refused(config, family, made, validation), *_misspelt(config, family, sampler, made, regularizers)]
+    problems += layer_problems(config, family)
     if problems:
         raise ConfigError(sorted(problems, key=_place))
     return Plan(
@@ -93,7 +93,7 @@ def _make_plan(config: Config, processes: int, catalog: Catalog | None) -> Plan:
         sampler=sampler,
         regularizers=regularizers,
         datasets=made,
-        base=config.precision.base or base_of(config.model.table.train),
+        base=storage_of(config).name,
         validation=validation,
         warnings=(
             *_off_recipe(config, spec),
@@ -102,6 +102,7 @@ def _make_plan(config: Config, processes: int, catalog: Catalog | None) -> Plan:
             *average_warnings(config),
             *warnings(config, family),
             *beyond(family, made, validation),
+            *precision_warnings(config, family),
             *_said(regularizers),
             *offload_warnings(config, family),
         ),
@@ -135,33 +136,10 @@ def _misspelt(
         yield from declared_faults("tracker", spec.build, part.registered, config.where("tracker", number))
 
 
-def base_of(train: str) -> DType:
-    """Storage type of the denoiser where the file says none. What is trained is fp32: an adapter on a bf16 base, or all
-    weights (_check_precision tells why)."""
-    return "bf16" if train == "lora" else "fp32"
-
-
 def _place(problem: Problem) -> tuple[str, int, Problem]:
     """For the order of the file: line 9 before line 10."""
     file, _, line = problem.where.rpartition(":")
     return (file, int(line), problem) if line.isdigit() else (problem.where, 0, problem)
-
-
-def _check_precision(config: Config) -> list[Problem]:
-    optimizer = config.optimizer.registered.spec
-    assert isinstance(optimizer, OptimizerSpec)
-    # An adapter's own weights are fp32, whatever its base is.
-    trained: DType = "bf16" if config.model.table.train == "full" and config.precision.base == "bf16" else "fp32"
-    if trained in optimizer.moves:
-        return []
-    if trained == "fp32":
-        what = f'the optimizer "{optimizer.name}" moves {listed(optimizer.moves)} weights, and fp32 is trained.'
-        return [Problem(config.where("optimizer", "use"), what, "Use another optimizer.")]
-    what = (
-        f'full training of bf16 weights with optimizer "{optimizer.name}": its updates are smaller than bf16 can hold, so the '
-        "weights would not move."
-    )
-    return [Problem(config.where("precision", "base"), what, 'Use base = "fp32" with mixed = "bf16".')]
 
 
 def _check_unit(config: Config, family: FamilySpec, sampler: SamplerSpec) -> list[Problem]:

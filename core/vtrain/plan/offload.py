@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from vtrain.config.record import Config
 from vtrain.config.tables import OffloadTable
 from vtrain.contract import Family, Problem
+from vtrain.contract.precision import STORAGE
 from vtrain.plan.records import Plan
 
 
@@ -44,9 +45,9 @@ def offload_problems(config: Config, family: Family, processes: int) -> Iterator
     if table.group == "block" and table.blocks_per_group > family.block_count:
         what = f"offload.blocks_per_group = {table.blocks_per_group}, and this model has {family.block_count} blocks."
         yield problem("blocks_per_group", what, f"Give 1 to {family.block_count - 1}; fewer take less of the card.")
-    if table.disk is not None and config.precision.base not in (None, "fp32", "bf16"):
-        what = f"weights in {config.precision.base} cannot be put on a disk and read again as they are."
-        yield problem("disk", what, "Leave offload.disk out: they wait in memory then.")
+    if config.precision.base is not None and STORAGE[config.precision.base].quantised:
+        what = f"offload.group moves weights in groups as they are stored, which those in {config.precision.base} are not proved to stand."
+        yield problem("group", what, 'Leave offload.group out, or set precision.base = "bf16".')
 
 
 def offload_warnings(config: Config, family: Family) -> Iterator[str]:

@@ -26,6 +26,7 @@ from vtrain.contract import (
     SupportsCaptions,
     conditions_of,
 )
+from vtrain.contract.precision import STORAGE, StorageName, StorageType
 
 CaptionsFrom = Literal["textfile", "filename", "instance_prompt", "csv", "parquet", "json", "backend"]
 
@@ -134,7 +135,7 @@ class Plan:
     sampler: Sampler
     regularizers: tuple[tuple[str, Regularizer], ...]
     datasets: tuple[DatasetPlan, ...]
-    base: DType
+    base: StorageName
     validation: ValidationPlan | None
     warnings: tuple[str, ...]
 
@@ -148,6 +149,16 @@ class Plan:
         """Those of them with an encoder that the run uses: in training, or for a validation picture."""
         pictures = self.validation is not None and bool(self.validation.images)
         return encoded(self.conditions, self.datasets, pictures=pictures)
+
+    @property
+    def storage(self) -> StorageType:
+        """What `base` names."""
+        return STORAGE[self.base]
+
+    @property
+    def loaded(self) -> DType:
+        """The type in which the denoiser's weights are read: what is quantised is read in bf16, and its other weights stay so."""
+        return "fp32" if self.base == "fp32" else "bf16"
 
     @property
     def shares(self) -> tuple[Fraction, ...]:

@@ -52,7 +52,7 @@ def rollout_rows(config: Config, steps: int, per_epoch: float) -> Iterator[tuple
     )
     more = rollout_share(table, steps, per_epoch) * table.steps
     # In forward passes: a backward pass takes two, under LoRA, which has few gradients of weights, about one; recomputing one more.
-    whole = (2 if config.model.table.train == "lora" else 3) + config.precision.gradient_checkpointing
+    whole = (2 if config.model.table.train == "lora" else 3) + bool(config.precision.gradient_checkpointing)
     yield (
         "rollout costs",
         f"at most {more:.3g} forward passes for each clip on average, without gradient: about {100 * more / whole:.0f}% of a step",

@@ -113,7 +113,7 @@ class Session:
             self.plan = planned(self._path)
             from vtrain.train.processes import Processes
 
-            self.processes: Processes = Processes(self.plan.config.precision.mixed, self.plan.base)
+            self.processes: Processes = Processes(self.plan.config.precision.mixed, self.plan.loaded)
             if self.plan.config.run.deterministic:
                 self.processes.device.deterministic()  # before any work: cuBLAS reads its setting once
         if self.processes.count != self.plan.processes:

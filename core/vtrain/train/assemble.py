@@ -25,6 +25,8 @@ from vtrain.contract import (
     RunLength,
     SamplerSpec,
     Saved,
+    SupportsBlockWeights,
+    SupportsLora,
     Warned,
 )
 from vtrain.data.batches import Batches
@@ -34,6 +36,7 @@ from vtrain.data.seeds import derive
 from vtrain.estimate.estimate import Estimate
 from vtrain.estimate.render import counted
 from vtrain.plan.places import CHECKPOINTS
+from vtrain.plan.precision import targets_of
 from vtrain.plan.records import Plan
 from vtrain.registry.blame import PartFault
 from vtrain.registry.spelling import check_part
@@ -54,6 +57,7 @@ from vtrain.train.pieces import (
     OptimizerPiece,
     RegularizerPiece,
 )
+from vtrain.train.precision import quantise
 from vtrain.train.prefetch import Prefetcher
 from vtrain.train.processes import Processes
 from vtrain.train.resume import RunState, Start, encoder_marks, feature_marks, versions
@@ -69,7 +73,8 @@ class Trainer:
     base, data, features, encoders: marks of what it stands on, as in RunState. pieces: what a checkpoint keeps of it and loads.
     samples: what it keeps of the data. held: what stays in memory beside them until the run ends: teachers that run at each step.
     resting: in its with block the denoiser is off the card, as far as [offload] lets it. average: of [ema], None without.
-    check_optimizer: raises PartFault, after a step, where the optimizer's state would not come back.
+    check_optimizer: raises PartFault, after a step, where the optimizer's state would not come back. notes: what loading found
+    that the plan could not know.
     """
 
     plan: Plan
@@ -91,6 +96,7 @@ class Trainer:
     held: ExitStack
     average: Average | None = None
     resting: Callable[[], AbstractContextManager[None]] = nullcontext
+    notes: tuple[str, ...] = ()
 
     def run(
         self,
@@ -138,7 +144,11 @@ class Trainer:
             yield from loop.run(config.checkpoint, interval, at_start=table.at_start if table else False)
 
     def changes(self) -> Iterator[Noted]:
-        """The data and features of a resumed run, where they are not what they were. Raises CheckpointError."""
+        """What loading found, and the data and features of a resumed run, where they are not what they were.
+
+        Raises CheckpointError.
+        """
+        yield from map(Noted, self.notes)
         before, folder = self.start.state, self.start.folder
         if folder is None:
             return
@@ -195,7 +205,7 @@ def assemble(
     """
     config, device = plan.config, processes.device
     away = config.offload.group is not None and device.accelerated
-    denoiser, base = load_model(plan, start, "cpu" if away else str(device))
+    denoiser, base, notes = load_model(plan, start, "cpu" if away else str(device))
     where = config.where("precision", "gradient_checkpointing")
     checkpoint_gradients(denoiser, config.precision, where)
     modules = build_regularizers(plan, processes.device)
@@ -232,7 +242,7 @@ def assemble(
         return Trainer(
             plan, estimate, start, index.mark(), batches, processes, denoiser, base, features, encoders, step, optimizer,
             named, kept.check, (*pieces, *averages), SamplesPiece(index), held.pop_all(), average,
-            partial(resting, denoiser.module, offloaded, to_cpu=config.offload.model_cpu, device=device),
+            partial(resting, denoiser.module, offloaded, to_cpu=config.offload.model_cpu, device=device), notes,
         )  # fmt: skip
 
 
@@ -269,24 +279,37 @@ def own_keys(options: Options) -> frozenset[str]:
     return frozenset(type(options).model_fields)
 
 
-def load_model(plan: Plan, start: Start, device: str) -> tuple[Denoiser, str]:
-    """The denoiser with its first weights, of the model folder or a checkpoint, with a new adapter under LoRA; the base's mark."""
+def load_model(plan: Plan, start: Start, device: str) -> tuple[Denoiser, str, tuple[str, ...]]:
+    """The denoiser with its first weights, of the model folder or a checkpoint, with a new adapter under LoRA; the base's mark,
+    and what could not be quantised where the plan does not know it."""
     config = plan.config
     lora = config.model.table.lora
     weights = None if lora else start.folder  # a checkpoint of LoRA holds the adapter alone
-    denoiser = plan.family.load_denoiser(device, plan.base, weights)
+    # What is quantised goes to the device as such: there its bf16 weights may have no room.
+    denoiser = plan.family.load_denoiser("cpu" if plan.storage.quantised else device, plan.loaded, weights)
     check_part("denoiser", denoiser)
     if lora is None:
         denoiser.module.requires_grad_(True)
-        return denoiser, ""
-    # Before the adapter: it renames the modules that it wraps, and its own weights change with each step.
+        return denoiser, "", ()
+    # Before the adapter: it renames the modules that it wraps, and its own weights change with each step. Before quantising too:
+    # it names the model's weights, however they are stored.
     base = base_mark(denoiser.module)
     if start.folder is not None and base != start.state.base:
         what = f"its adapter was trained on other weights than {plan.config.where('model', 'path')} gives now."
         raise CheckpointError(Problem(str(start.folder), what, "Restore the model, or start again elsewhere."))
+    notes = quantised_base(plan, denoiser, device) if plan.storage.quantised else ()
     seed = derive(config.run.seed, "adapter")
     add_lora(denoiser, lora, seed, config.where("model", "lora", "targets"))
-    return denoiser, base
+    return denoiser, base, notes
+
+
+def quantised_base(plan: Plan, denoiser: Denoiser, device: str) -> tuple[str, ...]:
+    """Quantise it in place; what could not be, where the plan has not said it."""
+    targets = targets_of(plan.config) or (denoiser.lora_targets if isinstance(denoiser, SupportsLora) else ())
+    there = plan.config.precision.quantize_on == "accelerator"
+    words = quantise(denoiser, plan.storage, targets, device, there=there)
+    said = isinstance(plan.family, SupportsBlockWeights)
+    return () if said or not words else (f"precision.base: {words}",)
 
 
 def weights_piece(plan: Plan, denoiser: Denoiser) -> Piece:

@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 from vtrain.config.keys import KeyPath, as_called_now, key_path, key_text, removed
 from vtrain.config.record import TABLES, Config, Value, rule_when_gone, show
 from vtrain.contract import Resume
-from vtrain.plan.make import base_of
+from vtrain.plan.precision import base_of
 from vtrain.plan.records import Plan
 
 

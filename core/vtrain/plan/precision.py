@@ -1,0 +1,178 @@
+"""The denoiser's storage type: whether it works with what is trained, and what is quantised of a model. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from vtrain.config.record import Config
+from vtrain.contract import DType, Family, OptimizerSpec, Problem, SupportsBlockWeights
+from vtrain.contract.precision import STORAGE, StorageName, StorageType, is_layer, matches
+from vtrain.contract.specs import listed
+
+SHOWN = 3
+"""How many of many layers a message names."""
+
+
+def base_of(train: str) -> StorageName:
+    """Storage type of the denoiser where the file says none. What is trained is fp32: an adapter on a bf16 base, or all
+    weights (precision_problems tells why)."""
+    return "bf16" if train == "lora" else "fp32"
+
+
+def storage_of(config: Config) -> StorageType:
+    """The denoiser's storage type, by the file or by default."""
+    return STORAGE[config.precision.base or base_of(config.model.table.train)]
+
+
+def precision_problems(config: Config) -> list[Problem]:
+    """Why the weights, as they are stored, cannot be trained."""
+    storage = storage_of(config)
+    if storage.quantised:
+        return [*_quantised_problems(config, storage), *_moves(config, "fp32")]
+    full = config.model.table.train == "full"
+    # An adapter's own weights are fp32, whatever its base is.
+    return _moves(config, "bf16" if full and storage.name == "bf16" else "fp32")
+
+
+def _moves(config: Config, trained: DType) -> list[Problem]:
+    optimizer = config.optimizer.registered.spec
+    assert isinstance(optimizer, OptimizerSpec)
+    if trained in optimizer.moves:
+        return []
+    if trained == "fp32":
+        what = f'the optimizer "{optimizer.name}" moves {listed(optimizer.moves)} weights, and fp32 is trained.'
+        return [Problem(config.where("optimizer", "use"), what, "Use another optimizer.")]
+    what = (
+        f'full training of bf16 weights with optimizer "{optimizer.name}": its updates are smaller than bf16 can hold, so the '
+        "weights would not move."
+    )
+    return [Problem(config.where("precision", "base"), what, 'Use base = "fp32" with mixed = "bf16".')]
+
+
+def _quantised_problems(config: Config, storage: StorageType) -> Iterator[Problem]:
+    """Of a quantised base alone."""
+    where, lora = config.where("precision", "base"), config.model.table.lora
+    if "trained" not in storage.uses and config.model.table.train == "full":
+        what = f"full training of weights in {storage.name}: what is quantised is frozen, so the weights would not move at all."
+        yield Problem(where, what, 'Train an adapter on it (model.train = "lora"), or use base = "fp32".')
+    # By its values: DoRA is an option of the adapter, whose magnitude is the norm of the base's weights.
+    if lora is not None and lora.model_dump().get("dora"):
+        what = (
+            f"DoRA on weights in {storage.name}: it needs the norm of each layer's weights at every step, and quantised ones "
+            "would be made whole for it each time."
+        )
+        yield Problem(config.where("model", "lora", "dora"), what, 'Leave dora out, or use precision.base = "bf16".')
+    try:
+        version("optimum-quanto")
+    except PackageNotFoundError:
+        what = f'base = "{storage.name}" needs optimum-quanto, which is not installed.'
+        yield Problem(where, what, 'Install it: pip install "vtrain[quanto]"')
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """What becomes of a model's weights in a quantised type.
+
+    numbers, bytes: of the weights that are quantised, scales included. rest: numbers of all others, which are bf16. layers:
+    how many are quantised. kept: layers of blocks that are not, by name -> why.
+    """
+
+    numbers: int
+    bytes: int
+    rest: int
+    layers: int
+    kept: dict[str, str]
+
+    @property
+    def total_bytes(self) -> int:
+        """Of the whole model."""
+        return self.bytes + 2 * self.rest
+
+
+def quantised(family: Family, storage: StorageType, targets: tuple[str, ...]) -> Quantised | None:
+    """None where the family does not tell its weights' shapes. targets: of the adapter, () for the family's own."""
+    if not isinstance(family, SupportsBlockWeights):
+        return None
+    numbers = taken = layers = 0
+    kept: dict[str, str] = {}
+    for name, shape in family.block_weights().items():
+        if not is_layer(name, shape):
+            continue
+        layer = name.removesuffix(".weight")
+        if fault := adapted(layer, shape, targets) or storage.fault(shape):
+            kept[layer] = fault
+            continue
+        layers, numbers, taken = layers + 1, numbers + math.prod(shape), taken + storage.bytes(shape)
+    return Quantised(numbers, taken, family.parameters - numbers, layers, kept)
+
+
+def adapted(layer: str, shape: tuple[int, ...], targets: tuple[str, ...]) -> str:
+    """Why a convolution stays as it is: peft has no adapter for a quantised one."""
+    return "an adapter is put on it" if len(shape) == 4 and matches(layer, targets) else ""
+
+
+def kept_words(kept: dict[str, str], storage: StorageType) -> str:
+    """What of the blocks is not quantised, counted and named; "" for nothing."""
+    if not kept:
+        return ""
+    reasons = Counter(kept.values())
+    parts = []
+    for reason, count in reasons.items():
+        names = [name for name, why in kept.items() if why == reason]
+        more = ", ..." if count > SHOWN else ""
+        parts.append(f"{', '.join(names[:SHOWN])}{more}: {reason}")
+    layers = f"{len(kept)} layer{'s' if len(kept) > 1 else ''} of blocks"
+    return f"{layers} cannot be quantised to {storage.name} and stay bf16 ({'; '.join(parts)})"
+
+
+def targets_of(config: Config) -> tuple[str, ...]:
+    """Those that the file names for its adapter; () for the family's own, which are no convolutions."""
+    lora = config.model.table.lora
+    return tuple(lora.targets or ()) if lora is not None else ()
+
+
+def layer_problems(config: Config, family: Family) -> list[Problem]:
+    """A base of which nothing can be quantised."""
+    storage = storage_of(config)
+    found = quantised(family, storage, targets_of(config)) if storage.quantised else None
+    if found is None or found.layers:
+        return []
+    what = f"no layer of this model can be quantised to {storage.name}: {kept_words(found.kept, storage) or 'it has none'}."
+    return [Problem(config.where("precision", "base"), what, 'Use base = "bf16" or "int8".')]
+
+
+def precision_warnings(config: Config, family: Family) -> Iterator[str]:
+    """What of [precision] has no effect, or less than is meant."""
+    storage = storage_of(config)
+    if not storage.quantised:
+        if ("precision", "quantize_on") in config.lines:
+            yield f'precision.quantize_on has no effect: base = "{storage.name}" is not quantised'
+        return
+    found = quantised(family, storage, targets_of(config))
+    if found is not None and (words := kept_words(found.kept, storage)):
+        yield f"precision.base: {words}"
+
+
+def storage_words(config: Config, family: Family) -> str:
+    """Of the denoiser's weights, for the plan: how many numbers in which type, how many bytes."""
+    storage = storage_of(config)
+    total = f"{family.parameters:,} parameters"
+    if not storage.quantised:
+        return f"{total}, {storage.name}"
+    found = quantised(family, storage, targets_of(config))
+    if found is None:
+        return f"{total}: Linear and Conv2d layers of blocks in {storage.name}, the rest in bf16"
+    share = f"{100 * found.numbers / family.parameters:.0f}%"
+    return (
+        f"{total}: {share} ({found.layers} layers of blocks) in {storage.name}, the rest in bf16, "
+        f"{found.total_bytes / 2**30:.2f} GiB (in bf16 it takes {2 * family.parameters / 2**30:.2f})"
+    )
+
+
+def error_words(storage: StorageType) -> str:
+    """How far its predictions are from those of bf16, "" where it is not quantised."""
+    return f", predictions about {100 * storage.error:.2g}% from bf16's" if storage.error else ""

@@ -121,7 +121,8 @@ def test_too_little_memory_is_a_row_and_not_the_end(module: Load, monkeypatch: p
 
         yield block
 
-    monkeypatch.setattr(gpu, "SIDES", {"bare": too_little, "vtrain": enough})
+    for name in ("SIDES", "ALL"):
+        monkeypatch.setattr(gpu, name, {"bare": too_little, "vtrain": enough})
     setup = gpu.Setup("lora", gpu.Clip(64, 64, 9), gpu.TINY, torch.device("cpu"), 1)
     found = gpu.measure(setup, None, 2)
     assert gpu.row(found["bare"])[-1].startswith("out of memory")

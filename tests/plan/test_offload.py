@@ -12,6 +12,7 @@ from vtrain.contract import ConfigError
 from vtrain.estimate.estimate import remedies
 from vtrain.estimate.estimate import section as memory_section
 from vtrain.plan.offload import checkpointing_text, device_notices, offload_problems
+from vtrain.plan.rollout import rollout_rows
 from vtrain.run.prepare import planned
 
 FILE = """
@@ -172,3 +173,20 @@ def test_what_lowers_memory_is_named_in_the_order_of_its_price(plan: Callable[..
     assert grouped[:3] == ["offload.blocks_per_group (it is 2)", "offload.stream = false", 'offload.group = "leaf"']
     assert remedies(plan(more=VALIDATION), "validating")[2] == "offload.model_cpu = true"
     assert not any("offload" in each for each in remedies(plan('group = "leaf"'), "loading the model"))
+
+
+@pytest.mark.parametrize(
+    ("precision", "share"),
+    [
+        ("", "67"),
+        ("gradient_checkpointing_interval = 2", "80"),
+        ('gradient_checkpointing = "feed_forward"', "80"),
+        ("gradient_checkpointing = false", "100"),
+    ],
+)
+def test_what_is_recomputed_counts_in_the_price_of_rollout(
+    plan: Callable[..., Any], precision: str, share: str
+) -> None:
+    """Two forward passes beside a step of two under LoRA, and of what is recomputed."""
+    config = plan(precision=precision, more="[train.rollout]\nprobability = 1.0\n").config
+    assert f"about {share}% of a step" in dict(rollout_rows(config, 10, 5.0))["rollout costs"]

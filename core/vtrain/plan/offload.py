@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vtrain.config.record import Config
-from vtrain.config.tables import OffloadTable
+from vtrain.config.tables import OffloadTable, PrecisionTable
 from vtrain.contract import Family, Problem
 from vtrain.contract.precision import STORAGE
 from vtrain.plan.records import Plan
@@ -79,6 +79,13 @@ def device_notices(table: OffloadTable, *, accelerated: bool, streams: bool) -> 
         yield f"{' and '.join(asked)} {verb} nothing on a CPU: everything is in its memory anyway"
     elif table.stream and table.group == "block" and not streams:
         yield "offload.stream has no effect: this device has no streams; groups are waited for"
+
+
+def recomputed(table: PrecisionTable) -> float:
+    """About which part of a forward pass the backward pass does again; feed-forward layers are taken for half of it."""
+    if table.gradient_checkpointing == "feed_forward":
+        return 0.5
+    return 1 / table.gradient_checkpointing_interval if table.gradient_checkpointing else 0.0
 
 
 def checkpointing_text(plan: Plan) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from vtrain.config.record import Config
 from vtrain.config.tables import RolloutTable
 from vtrain.contract import Problem, Sampler, SupportsRollout
+from vtrain.plan.offload import recomputed
 
 
 def rollout_problems(config: Config, sampler: Sampler) -> Iterator[Problem]:
@@ -52,7 +53,7 @@ def rollout_rows(config: Config, steps: int, per_epoch: float) -> Iterator[tuple
     )
     more = rollout_share(table, steps, per_epoch) * table.steps
     # In forward passes: a backward pass takes two, under LoRA, which has few gradients of weights, about one; recomputing one more.
-    whole = (2 if config.model.table.train == "lora" else 3) + bool(config.precision.gradient_checkpointing)
+    whole = (2 if config.model.table.train == "lora" else 3) + recomputed(config.precision)
     yield (
         "rollout costs",
         f"at most {more:.3g} forward passes for each clip on average, without gradient: about {100 * more / whole:.0f}% of a step",

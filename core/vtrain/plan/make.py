@@ -17,7 +17,6 @@ from vtrain.contract import (
     DType,
     Family,
     FamilySpec,
-    OptimizerSpec,
     Problem,
     Regularizer,
     RegularizerSpec,
@@ -30,11 +29,11 @@ from vtrain.contract import (
     SupportsTokenGrid,
     TrackerSpec,
 )
-from vtrain.contract.specs import listed
 from vtrain.plan.averages import average_problems, average_warnings
 from vtrain.plan.conditions import check_declared, encoder_problems, picture_problems, training_problems
 from vtrain.plan.datasets import check_frames, datasets, nearest_size, warnings
 from vtrain.plan.offload import offload_problems, offload_warnings
+from vtrain.plan.optimizer import optimizer_problems, optimizer_warnings
 from vtrain.plan.places import among_clips, output_problems
 from vtrain.plan.records import DatasetPlan, Plan, ValidationPlan
 from vtrain.plan.rollout import rollout_problems
@@ -65,7 +64,7 @@ def _make_plan(config: Config, processes: int, catalog: Catalog | None) -> Plan:
         )
         for found in family.check()
     ]
-    problems = _check_precision(config) + _check_training(config) + output_problems(config) + average_problems(config)
+    problems = [*optimizer_problems(config, catalog), *output_problems(config), *average_problems(config)]
     # All below asks the model folder, which is not sound.
     if broken:
         raise ConfigError(broken + problems)
@@ -98,6 +97,7 @@ def _make_plan(config: Config, processes: int, catalog: Catalog | None) -> Plan:
         warnings=(
             *_off_recipe(config, spec),
             *sampler.warnings(),
+            *optimizer_warnings(config),
             *_unusual(config),
             *average_warnings(config),
             *warnings(config, family),
@@ -137,7 +137,7 @@ def _misspelt(
 
 def base_of(train: str) -> DType:
     """Storage type of the denoiser where the file says none. What is trained is fp32: an adapter on a bf16 base, or all
-    weights (_check_precision tells why)."""
+    weights (plan/optimizer.py tells why)."""
     return "bf16" if train == "lora" else "fp32"
 
 
@@ -145,23 +145,6 @@ def _place(problem: Problem) -> tuple[str, int, Problem]:
     """For the order of the file: line 9 before line 10."""
     file, _, line = problem.where.rpartition(":")
     return (file, int(line), problem) if line.isdigit() else (problem.where, 0, problem)
-
-
-def _check_precision(config: Config) -> list[Problem]:
-    optimizer = config.optimizer.registered.spec
-    assert isinstance(optimizer, OptimizerSpec)
-    # An adapter's own weights are fp32, whatever its base is.
-    trained: DType = "bf16" if config.model.table.train == "full" and config.precision.base == "bf16" else "fp32"
-    if trained in optimizer.moves:
-        return []
-    if trained == "fp32":
-        what = f'the optimizer "{optimizer.name}" moves {listed(optimizer.moves)} weights, and fp32 is trained.'
-        return [Problem(config.where("optimizer", "use"), what, "Use another optimizer.")]
-    what = (
-        f'full training of bf16 weights with optimizer "{optimizer.name}": its updates are smaller than bf16 can hold, so the '
-        "weights would not move."
-    )
-    return [Problem(config.where("precision", "base"), what, 'Use base = "fp32" with mixed = "bf16".')]
 
 
 def _check_unit(config: Config, family: FamilySpec, sampler: SamplerSpec) -> list[Problem]:
@@ -189,36 +172,11 @@ def _off_recipe(config: Config, family: FamilySpec) -> Iterator[str]:
             )
 
 
-def _check_training(config: Config) -> list[Problem]:
-    problems = []
-    timed = 'needs "steps" or "epochs": a schedule in seconds would not be the same run twice.'
-    if config.lr_schedule.warmup is not None and config.lr_schedule.warmup.unit == "seconds":
-        problems.append(Problem(config.where("lr_schedule", "warmup"), f"lr_schedule.warmup {timed}"))
-    spec, lr = _learning_rate(config)
-    if spec.sensible_lr is not None and lr > spec.sensible_lr:
-        what = f"optimizer.lr = {lr:g}: above {spec.sensible_lr:g} {spec.name} destroys what the model knows."
-        problems.append(Problem(config.where("optimizer", "lr"), what, _usual(spec)))
-    return problems
-
-
-def _learning_rate(config: Config) -> tuple[OptimizerSpec, float]:
-    spec = config.optimizer.registered.spec
-    assert isinstance(spec, OptimizerSpec)
-    return spec, float(config.optimizer.options.model_dump()["lr"])  # of every optimizer: `fault_of` asks for it
-
-
-def _usual(spec: OptimizerSpec) -> str:
-    return "" if spec.usual_lr is None else "Usual are {:g} to {:g}.".format(*spec.usual_lr)
-
-
 _TOKEN = re.compile(r"<[^<>\s]{1,64}>|\{[A-Za-z_][\w.:-]{0,63}\}")
 
 
 def _unusual(config: Config) -> Iterator[str]:
-    """What of the optimizer and of texts is allowed and probably not meant."""
-    spec, lr = _learning_rate(config)
-    if spec.usual_lr is not None and not spec.usual_lr[0] <= lr <= spec.usual_lr[1]:
-        yield f"optimizer.lr = {lr:g} is far from what {spec.name} is usually trained with. {_usual(spec)}"
+    """What of texts is allowed and probably not meant."""
     texts: dict[str, str] = {}
     for number, part in enumerate(config.data):
         if part.table.enabled:

@@ -83,6 +83,13 @@ def run_pytest(session: nox.Session, chosen: str) -> None:
     session.run("pytest", "-n", "2", "--dist", "worksteal", "-m", chosen, *session.posargs, env=env)
 
 
+@nox.session
+def bitsandbytes(session: nox.Session) -> None:
+    """The kit on `adamw8bit`, apart from the other tests: diffusers imports an installed bitsandbytes, which prints warnings."""
+    install(session, extras="[test,bitsandbytes]")
+    session.run("pytest", "tests/builtin/test_optimizers.py", "-k", "8bit", *session.posargs)
+
+
 @nox.session(python="3.12")
 def py312(session: nox.Session) -> None:
     """What needs no torch, on Python 3.12 and without torch, whose wheel for 3.12 takes gigabytes in many places.

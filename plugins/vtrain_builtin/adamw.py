@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from vtrain.contract import Device, OptimizerSpec, Options, ParameterGroup
+from vtrain_builtin.optimizer_groups import SENSIBLE_LR, USUAL_LR, Betas, torch_groups
 
 if TYPE_CHECKING:
     import torch
-
-Beta = Annotated[float, Field(ge=0, lt=1)]
 
 FUSED = frozenset({"cpu", "cuda", "mps", "xpu"})
 """Device types for which torch has a fused AdamW of floating-point weights."""
@@ -22,9 +21,7 @@ class AdamWOptions(Options):
     """Options of `adamw`. All may change at a resume: the state does not depend on them."""
 
     lr: float = Field(gt=0, examples=[1e-4], description="learning rate")
-    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = Field(
-        (0.9, 0.999), description="decay of the running mean of gradients, and of their squares"
-    )
+    betas: Betas = Field((0.9, 0.999), description="decay of the running mean of gradients, and of their squares")
     eps: float = Field(1e-8, gt=0, description="added to the root of the squares")
     weight_decay: float = Field(
         0.01, ge=0, description="decoupled decay: a step scales weights by 1 - lr x weight_decay"
@@ -35,17 +32,7 @@ def build_adamw(options: AdamWOptions, groups: Sequence[ParameterGroup]) -> torc
     """groups: with `decay` False, weight decay is 0; lr_factor multiplies lr. Raises ValueError when no group has a parameter."""
     import torch
 
-    settings = [
-        {
-            "params": list(group.parameters),
-            "lr": options.lr * group.lr_factor,
-            "weight_decay": options.weight_decay if group.decay else 0.0,
-        }
-        for group in groups
-        if group.parameters
-    ]
-    if not settings:
-        raise ValueError("an optimizer without a parameter")
+    settings = torch_groups(groups, options.lr, options.weight_decay)
     weights = [weight for group in groups for _, weight in group.parameters]
     fused = all(Device.of(weight).kind in FUSED and weight.is_floating_point() for weight in weights)
     # None and not False: torch then chooses among its other forms itself.
@@ -59,7 +46,6 @@ ADAMW = OptimizerSpec(
     build=build_adamw,
     moves=frozenset({"fp32", "sharded"}),
     state_bytes=8.0,
-    # A step moves each weight by about lr, whatever its gradient's size, and a model's weights are of the order of 0.01 to 1.
-    usual_lr=(1e-7, 1e-2),
-    sensible_lr=1.0,
+    usual_lr=USUAL_LR,
+    sensible_lr=SENSIBLE_LR,
 )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import Field, model_validator
 
-from vtrain.contract import ClipShape, Duration, Needs, Options, Problem, RegularizerSpec, TokenGrid, fixed
+from vtrain.contract import ClipShape, Duration, Needs, Options, Problem, RegularizerSpec, RunLength, TokenGrid, fixed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -62,6 +62,11 @@ class LayerSync:
 
     def warnings(self) -> Sequence[str]:
         return () if self._options.weight else ("weight is 0: it has no effect",)
+
+    def weight_at(self, step: int, run: RunLength) -> float:
+        """SupportsWeight."""
+        until = None if self._options.until is None else self._options.until.in_steps(run.per_epoch)
+        return 0.0 if until is not None and step >= until else self._options.weight
 
     def load(self, tap_widths: Mapping[int, int]) -> nn.Module:
         """tap_widths: both the same, as the blocks of a model are. Raises ValueError for others."""

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from vtrain.contract import DataBackendSpec, OptimizerSpec, RegularizerSpec, SamplerSpec, TrackerSpec, hookimpl
 from vtrain_builtin.adamw import ADAMW
+from vtrain_builtin.adamw8bit import ADAMW8BIT
+from vtrain_builtin.adamw_bf16 import ADAMW_BF16
 from vtrain_builtin.flow import FLOW
 from vtrain_builtin.folder import FOLDER
 from vtrain_builtin.frames import FRAMES
 from vtrain_builtin.layersync import LAYERSYNC
 from vtrain_builtin.manifest import MANIFEST
+from vtrain_builtin.muon import MUON
+from vtrain_builtin.prodigy import PRODIGY
+from vtrain_builtin.schedule_free import SCHEDULE_FREE
 from vtrain_builtin.tar import TAR
 from vtrain_builtin.tensorboard import TENSORBOARD
+from vtrain_builtin.torch_optimi import OPTIMI
 
 
 @hookimpl
@@ -30,7 +36,7 @@ def vtrain_regularizers() -> tuple[RegularizerSpec, ...]:
 
 @hookimpl
 def vtrain_optimizers() -> tuple[OptimizerSpec, ...]:
-    return (ADAMW,)
+    return (ADAMW, ADAMW_BF16, ADAMW8BIT, MUON, *OPTIMI, PRODIGY, SCHEDULE_FREE)
 
 
 @hookimpl

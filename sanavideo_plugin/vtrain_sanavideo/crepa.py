@@ -22,6 +22,7 @@ from vtrain.contract import (
     HashFile,
     Needs,
     Problem,
+    RunLength,
     TokenGrid,
     torch_type,
 )
@@ -36,7 +37,7 @@ VERSION = "crepa features 1"
 
 
 class Crepa:
-    """A Regularizer, SupportsFeatures, SupportsCheck. encoder: takes the place of the one that the options name."""
+    """A Regularizer, SupportsFeatures, SupportsCheck, SupportsWeight. encoder: takes the place of the one that the options name."""
 
     def __init__(self, options: CrepaOptions, encoder: Encoder | None = None) -> None:
         self._options = options
@@ -73,6 +74,10 @@ class Crepa:
     def open_feature_encoder(self, device: str) -> Iterator[CrepaTeacher]:
         with self._encoder.open(device) as encode:
             yield CrepaTeacher(encode, self._options)
+
+    def weight_at(self, step: int, run: RunLength) -> float:
+        """SupportsWeight: as the schedule alone has it; the similarity's threshold may end it before."""
+        return Schedule(self._options.weight, self._options.schedule).weight(step, run)
 
     def load(self, tap_widths: Mapping[int, int]) -> nn.Module:
         """A CrepaLoss."""

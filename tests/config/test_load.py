@@ -249,7 +249,7 @@ def test_a_missing_file_and_a_folder_are_errors(tmp_path: Path, catalog: Catalog
         ("run", "[run]\nseed = 1", 1, "the key run.output_dir is missing.", 'output_dir = "..."'),
         ("run", "[run]\noutput_dir = 3", 2, "a path is a text that is not empty; got 3", ""),
         ("run", '[run]\noutput_dir = "o"\nname = ""', 3, "run.name: must not be empty", ""),
-        ("x", "[lr_schedule]\nuse = 'cosin'", 2, 'expected "constant", "linear" or "cosine", got "cosin"', '"cosine"?'),
+        ("x", "[lr_schedule]\nuse = 'cosin'", 2, '"cosine_with_restarts" or "polynomial", got "cosin"', '"cosine"?'),
         ("x", "[lr_schedule]\nend = 0.5", 2, "lr_schedule.end has no meaning", "linear"),
         ("x", "[lr_schedule]\nwarmup = 5", 2, "a duration is a number and a unit in quotes", ""),
         ("x", "[precission]\nmixed = 'no'", 1, "unknown key precission.", 'Did you mean "precision"?'),

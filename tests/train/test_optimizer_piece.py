@@ -81,12 +81,48 @@ class Counting(torch.optim.SGD):
 def test_a_count_that_an_optimizer_keeps_in_its_groups_goes_on(tmp_path: Path) -> None:
     module = model()
     optimizer = Counting(module.parameters(), lr=0.1)
+    piece = OptimizerPiece(optimizer, list(module.named_parameters()), own={"momentum"})
     train(module, optimizer, 3)
-    save_optimizer(tmp_path, optimizer, list(module.named_parameters()), own={"momentum"})
+    piece.write(tmp_path, piece.gather(keep=True))
     again = Counting(module.parameters(), lr=0.2, momentum=0.5)
     load_optimizer(tmp_path, again, list(module.named_parameters()), own={"momentum"})
     assert again.param_groups[0]["k"] == 3
     assert (again.param_groups[0]["lr"], again.param_groups[0]["momentum"]) == (0.2, 0.5)
+
+
+class Turning(torch.optim.SGD):
+    """Keeps a flag and a tensor in its groups, as torch-optimi does, and settings of its own names."""
+
+    def __init__(self, parameters: Any, lr: float, friction: float) -> None:
+        super().__init__(parameters, lr=lr)
+        for group in self.param_groups:
+            group |= {"started": False, "friction": friction}
+
+    def step(self, closure: object = None) -> None:
+        for group in self.param_groups:
+            if not group["started"]:
+                group["started"], group["turn"] = True, torch.tensor(0, dtype=torch.int32)
+            group["turn"] += 1
+        super().step()
+
+
+def test_flags_and_tensors_of_groups_go_on_and_settings_are_those_of_the_file(tmp_path: Path) -> None:
+    module = model()
+    optimizer = Turning(module.parameters(), lr=0.1, friction=0.5)
+    piece = OptimizerPiece(optimizer, list(module.named_parameters()))
+    train(module, optimizer, 3)
+    piece.write(tmp_path, piece.gather(keep=True))
+    assert json.loads((tmp_path / SCALARS).read_text(encoding="utf-8"))["groups"] == [{"started": True}]
+    again = Turning(module.parameters(), lr=0.1, friction=0.25)
+    resumed = OptimizerPiece(again, list(module.named_parameters()))
+    resumed.load(tmp_path)
+    train(module, again, 2)
+    assert (int(again.param_groups[0]["turn"]), again.param_groups[0]["friction"]) == (5, 0.25)
+    resumed.write(tmp_path, resumed.gather(keep=True))  # also a second time, of a run that was itself resumed
+    third = Turning(module.parameters(), lr=0.1, friction=0.25)
+    OptimizerPiece(third, list(module.named_parameters())).load(tmp_path)
+    assert third.param_groups[0]["turn"].dtype == torch.int32
+    assert int(third.param_groups[0]["turn"]) == 5
 
 
 def test_a_parameter_that_never_got_a_gradient_has_no_state_and_that_is_fine(tmp_path: Path) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
+from typing import Any
 
 import pytest
 
 from vtrain.config.tables import LrScheduleTable
 from vtrain.contract import Duration
+from vtrain.plan.schedule import lr_factor
 from vtrain.train.loop import Interval
-from vtrain.train.parameters import lr_factor
 
 
 def factors(table: LrScheduleTable, steps: int, per_epoch: float = 10.0) -> list[float]:
@@ -67,3 +69,38 @@ def test_an_interval_in_seconds_is_due_once_that_time_has_passed_since_it_was_la
     assert [interval.due(1, now) for now in (1000.0, 1059.0, 1061.0)] == [False, False, True]
     interval.done(1500.0)
     assert [interval.due(1, now) for now in (1501.0, 1559.0, 1560.0)] == [False, False, True]
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+def test_polynomial_follows_its_formula_and_ends_at_end(power: float) -> None:
+    got = factors(LrScheduleTable(use="polynomial", power=power, end=0.2, warmup=Duration(3, "steps")), 11)
+    assert got[:3] == [pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0]
+    assert got[2:] == pytest.approx([0.2 + 0.8 * (1 - i / 8) ** power for i in range(9)])
+    assert got[-1] == 0.2
+
+
+@pytest.mark.parametrize("cycles", [1, 3, 7])
+@pytest.mark.parametrize("warmup", [0, 5])
+def test_cosine_with_restarts_begins_anew_in_equal_parts_and_ends_at_end(cycles: int, warmup: int) -> None:
+    steps, end = 211 + warmup, 0.1
+    table = LrScheduleTable(
+        use="cosine_with_restarts", cycles=cycles, end=end, warmup=Duration(warmup, "steps") if warmup else None
+    )
+    got = factors(table, steps)[max(warmup - 1, 0) :]
+    length = len(got) - 1
+    for step, value in enumerate(got[:-1]):
+        within = Fraction(step * cycles, length) % 1
+        assert value == pytest.approx(end + (1 - end) * (1 + math.cos(math.pi * within)) / 2, abs=1e-12)
+    assert got[-1] == end
+    assert sum(value == 1.0 for value in got) >= 1 + (cycles - 1) * (length % cycles == 0)
+
+
+def test_one_cycle_is_the_cosine_and_power_1_is_linear() -> None:
+    assert factors(LrScheduleTable(use="cosine_with_restarts"), 30) == factors(LrScheduleTable(use="cosine"), 30)
+    assert factors(LrScheduleTable(use="polynomial"), 30) == factors(LrScheduleTable(use="linear"), 30)
+
+
+@pytest.mark.parametrize("use", ["linear", "cosine", "polynomial", "cosine_with_restarts"])
+def test_a_run_that_is_all_warm_up_or_of_one_step_has_a_rate_above_zero_at_its_first(use: Any) -> None:
+    assert factors(LrScheduleTable(use=use, end=0.0), 1) == [1.0]
+    assert factors(LrScheduleTable(use=use, warmup=Duration(4, "steps")), 4)[-1] == 1.0

@@ -76,12 +76,23 @@ def _run(
 
 
 @app.command("plan")
-def _plan(config: ConfigFile, json: Json = False) -> None:
+def _plan(
+    config: ConfigFile,
+    json: Json = False,
+    plots: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            "--plots",
+            metavar="FOLDER|FILE",
+            help="also draw learning rate, noise levels and regularizers' weights over the run, as a PNG (needs vtrain[plot])",
+        ),
+    ] = None,
+) -> None:
     """Everything the run would do, estimated, without loading a weight."""
     with uncollected(collect_first=False):
         from vtrain.cli.plan import plan
 
-    plan(config, json)
+    plan(config, json, plots)
 
 
 @plugins.command("list")

@@ -35,7 +35,9 @@ def numbers(row: StepMetrics, steps: int, seconds: float, width: int | None = No
     width: letters that there is room for; what matters least goes first.
     """
     waiting = row.data_wait >= 0.01 * row.seconds > 0
-    terms = {"flow_loss": row.flow_loss, **row.terms} if row.terms else {}
+    # Statistics of blocks are dozens: metrics.jsonl and trackers have them.
+    own = {name: value for name, value in row.terms.items() if not name.startswith("statistics/")}
+    terms = {"flow_loss": row.flow_loss, **own} if own else {}
     parts: list[Part] = [(f"loss {row.loss:.4f}", 0)]
     parts += [(f"{name} {value:.4g}", 5) for name, value in terms.items()]
     parts.append((f"lr {row.lr:.2e}", 2))

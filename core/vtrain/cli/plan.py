@@ -41,18 +41,29 @@ def show_config(path: Path, as_json: bool) -> None:
     print_table(("key", "value", "origin"), cells)
 
 
-def plan(config: Path, as_json_text: bool) -> None:
-    """Print the plan of `config`. Raises what `prepare` raises. Without rich, whose console takes as long as a scan."""
+def plan(config: Path, as_json_text: bool, plots: Path | None = None) -> None:
+    """Print the plan of `config`. Raises what `prepare` raises. Without rich, whose console takes as long as a scan.
+
+    plots: folder, or file that ends in .png, for a drawing of it; what cannot be drawn is an error.
+    """
     with looking() as on_file:
         prepared = api.plan(config, on_file)
+    drawn = None
+    if plots is not None:
+        from vtrain.run.plots import draw_plots
+
+        drawn = draw_plots(prepared, plots)
     if as_json_text:
-        print(json.dumps(as_json(prepared.plan, prepared.scan.survey, prepared.estimate), indent=2))  # noqa: T201
+        whole = as_json(prepared.plan, prepared.scan.survey, prepared.estimate)
+        print(json.dumps(whole | ({"plots": str(drawn)} if drawn else {}), indent=2))  # noqa: T201
         return
     for message in prepared.scan.messages:
         say(message)
     found = sections(prepared.plan, prepared.scan.survey, prepared.estimate)
     for line, is_title in section_lines(found, columns(sys.stdout)):
         typer.echo(bold(line) if is_title else line)
+    if drawn is not None:
+        say(f"drawn: {drawn}")
 
 
 def show_sections(console: Console, parts: Iterable[Section]) -> None:

@@ -7,12 +7,24 @@ import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import typer
 
 from vtrain.cli.report import print_json, print_table, say
-from vtrain.contract import KINDS, Catalog, ConfigError, Failure, FamilySpec, PluginError, Problem, Registered, Spec
+from vtrain.contract import (
+    KINDS,
+    Catalog,
+    ConfigError,
+    Failure,
+    FamilySpec,
+    OptimizerSpec,
+    PluginError,
+    Problem,
+    Registered,
+    Spec,
+)
 from vtrain.contract.specs import NOUNS, did_you_mean, ended, listed, origin
 from vtrain.registry import discover
 
@@ -75,6 +87,9 @@ def show_plugin(name: str, kind: str | None, as_json: bool) -> None:
             typer.echo()
         say(f"{part.spec.kind} {name}, from {origin(part)}: {part.spec.summary}")
         _print_options(options)
+        if isinstance(part.spec, OptimizerSpec):
+            typer.echo("\nAs an optimizer:")
+            print_table(("what", "value"), _of_optimizer(part.spec))
         if isinstance(part.spec, FamilySpec) and part.spec.caption_extras:
             typer.echo("\nBeside a clip's caption it reads (keys of JSON sidecars, columns of tables):")
             rows = [
@@ -83,9 +98,36 @@ def show_plugin(name: str, kind: str | None, as_json: bool) -> None:
             print_table(("extra", "what", "absent", "meaning"), rows)
 
 
+def _of_optimizer(spec: OptimizerSpec) -> list[tuple[str, str]]:
+    """What a plan goes by."""
+    types = [each for each in ("fp32", "bf16") if each in spec.moves]
+    parts = "; also parts of weights (sharded)" if "sharded" in spec.moves else ""
+    rows = [
+        ("moves", f"{' and '.join(types)} weights{parts}"),
+        ("state", ", ".join(f"{spec.bytes_of_state(each):.3g} bytes for each {each} weight" for each in types)),
+    ]
+    if spec.usual_lr is not None:
+        rows.append(("usual lr", "{:g} to {:g}".format(*spec.usual_lr)))
+    if spec.library is not None:
+        there = find_spec(spec.library[0]) is not None
+        needs = "installed" if there else f'not installed: pip install "{spec.library[1]}"'
+        rows.append(("library", f"{spec.library[0]}, {needs}"))
+    return rows
+
+
 def _extras(spec: Spec) -> dict[str, object]:
-    """Of a family, for programs."""
-    return {"caption_extras": [asdict(each) for each in spec.caption_extras]} if isinstance(spec, FamilySpec) else {}
+    """Of a family or an optimizer, for programs."""
+    if isinstance(spec, FamilySpec):
+        return {"caption_extras": [asdict(each) for each in spec.caption_extras]}
+    if not isinstance(spec, OptimizerSpec):
+        return {}
+    bytes_of_state = {each: spec.bytes_of_state(each) for each in ("fp32", "bf16") if each in spec.moves}
+    return {
+        "moves": sorted(spec.moves),
+        "state_bytes": bytes_of_state,
+        "usual_lr": spec.usual_lr,
+        "library": spec.library,
+    }
 
 
 def _print_options(options: Sequence[Option]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -257,11 +258,21 @@ def check_lora(reader: Reader, model: Raw) -> None:
         reader.report(("model", "lora"), '[model.lora] describes an adapter, but train = "full" trains none.', remedy)
 
 
+_OF_SCHEDULES = {
+    "end": ("linear", "cosine", "cosine_with_restarts", "polynomial"),
+    "cycles": ("cosine_with_restarts",),
+    "power": ("polynomial",),
+}
+"""Key of [lr_schedule] -> the values of `use` with which it has a meaning."""
+
+
 def check_schedule(reader: Reader, schedule: Raw) -> None:
-    """`end` stands only where the learning rate goes somewhere."""
-    if "end" in schedule and schedule.get("use", "constant") == "constant":
-        remedy = 'Remove it, or set use = "linear" or "cosine".'
-        reader.report(("lr_schedule", "end"), 'lr_schedule.end has no meaning with use = "constant".', remedy)
+    """`end`, `cycles` and `power` stand only where the learning rate goes by them."""
+    use = schedule.get("use", "constant")
+    for key, meant in _OF_SCHEDULES.items():
+        if key in schedule and isinstance(use, str) and use not in meant:
+            remedy = f"Remove it, or set use = {' or '.join(json.dumps(each) for each in meant)}."
+            reader.report(("lr_schedule", key), f'lr_schedule.{key} has no meaning with use = "{use}".', remedy)
 
 
 def check_datasets(reader: Reader, datasets: Sequence[Raw]) -> None:

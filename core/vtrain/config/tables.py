@@ -289,7 +289,7 @@ class GradientClipTable(Options):
     """[train.gradient_clip]: limits the gradient before each optimizer step."""
 
     method: Literal["norm", "value"] = Field("norm", description="scale the whole gradient's norm, or clamp each value")
-    max: float = Field(gt=0, description="the limit")
+    max: float = Field(ge=0, examples=[1.0], description="the limit; 0: none")
 
 
 class RolloutTable(Options):
@@ -334,14 +334,27 @@ class TrainTable(Options):
     gradient_clip: GradientClipTable | None = Field(None, description="gradient clipping; absent: none")
     rollout: RolloutTable | None = Field(None, description="inputs that the model makes itself; absent: none")
     log_every: int = Field(10, ge=1, description="optimizer steps between readings of the device's numbers")
+    statistics: bool = Field(
+        False,
+        description="at the steps that are logged, also of each block: root mean square of gradient, weights and output, largest "
+        "output, and size of the update beside the weights",
+    )
 
 
 class LrScheduleTable(Options):
     """[lr_schedule]: the learning rate over the run, as a factor of the optimizer's lr."""
 
-    use: Literal["constant", "linear", "cosine"] = Field("constant", description="what follows the warm-up")
+    use: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"] = Field(
+        "constant", description="what follows the warm-up"
+    )
     warmup: Duration | None = Field(None, description="linear warm-up from 0; absent: none")
-    end: float = Field(0.0, ge=0, le=1, description="linear, cosine: factor at the last step")
+    end: float = Field(0.0, ge=0, le=1, description="all but constant: factor at the last step")
+    cycles: int = Field(
+        1, ge=1, description="cosine_with_restarts: how often it falls from 1 to end, over equal parts of the run"
+    )
+    power: float = Field(
+        1.0, gt=0, description="polynomial: of what is left of the run; 1 is linear, 2 falls faster at first"
+    )
 
 
 class EmaTable(Options):

@@ -96,6 +96,7 @@ from vtrain.contract.loading import (
     save_module,
 )
 from vtrain.contract.lora_files import comfyui_names, load_lora_file, save_lora_file
+from vtrain.contract.optimizers import SupportsEvalWeights
 from vtrain.contract.options import (
     Decay,
     Duration,
@@ -170,6 +171,7 @@ from vtrain.contract.regularizers import (
     SupportsFeedback,
     SupportsLearningRate,
     SupportsPauses,
+    SupportsWeight,
 )
 from vtrain.contract.specs import (
     API_VERSION,
@@ -312,8 +314,7 @@ __all__ = [
     "SupportsCheck",
     "SupportsConditions",
     "SupportsDecayRule",
-    "SupportsDecoderOnly",
-    "SupportsFeatures",
+    "SupportsDecoderOnly", "SupportsEvalWeights", "SupportsFeatures",
     "SupportsFeedForward", "SupportsFeedback", "SupportsFiles",
     "SupportsFrameLevels",
     "SupportsLearningRate",
@@ -321,11 +322,9 @@ __all__ = [
     "SupportsOriginalNames",
     "SupportsPauses", "SupportsRollout",
     "SupportsShards",
-    "SupportsStepCheck",
-    "SupportsStepwise",
+    "SupportsStepCheck", "SupportsStepwise",
     "SupportsTokenCounts",
-    "SupportsTokenGrid",
-    "SupportsWarnings",
+    "SupportsTokenGrid", "SupportsWarnings", "SupportsWeight",
     "SupportsWording",
     "Text",
     "TextEncoder",
@@ -348,13 +347,8 @@ __all__ = [
     "Warned",
     "WeightFiles",
     "Words",
-    "check_components",
-    "check_path_text",
-    "comfyui_names",
-    "component_weights",
-    "conditions_of",
-    "default_arguments",
-    "digest",
+    "check_components", "check_path_text", "comfyui_names", "component_weights",
+    "conditions_of", "default_arguments", "digest",
     "fill_module",
     "fixed",
     "free",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 
-from vtrain.contract import backends, captions, conditions, protocols, regularizers
+from vtrain.contract import backends, captions, conditions, optimizers, protocols, regularizers
 from vtrain.contract.specs import listed
 
 
@@ -51,12 +51,16 @@ ABILITIES: Mapping[str, Abilities] = {
     "sampler": Abilities(
         protocols.Sampler, (protocols.SupportsStepwise, protocols.SupportsStepCheck, protocols.SupportsRollout)
     ),
-    "regularizer": Abilities(regularizers.Regularizer, (regularizers.SupportsFeatures, regularizers.SupportsCheck)),
+    "regularizer": Abilities(
+        regularizers.Regularizer,
+        (regularizers.SupportsFeatures, regularizers.SupportsCheck, regularizers.SupportsWeight),
+    ),
     "feature encoder": Abilities(regularizers.FeatureEncoder, ()),
     "loss module": Abilities(
         regularizers.LossModule,
         (regularizers.SupportsPauses, regularizers.SupportsFeedback, regularizers.SupportsLearningRate),
     ),
+    "optimizer": Abilities(optimizers.Optimizer, (optimizers.SupportsEvalWeights,)),
     "data backend": Abilities(
         backends.DataBackend, (backends.SupportsShards, backends.SupportsCaptions, backends.SupportsFiles)
     ),

@@ -37,7 +37,8 @@ class StepMetrics:
     without terms. lr: learning rate of the denoiser. grad_norm: before clipping; None on steps where it was not read.
     sigmas, samples: in draw order over all processes. seconds: wall time of a step, mean since the last reading. data_wait: seconds
     of it in which the step waited for its data, on the slowest process. memory: resident bytes on a CPU, peak bytes on a device.
-    terms: regularizers' numbers; with rollout its share of the clips and the flow loss of both kinds.
+    terms: regularizers' numbers; with rollout its share of the clips and the flow loss of both kinds; those of train.statistics,
+    whose names begin with statistics/.
     """
 
     step: int

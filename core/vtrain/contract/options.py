@@ -249,22 +249,34 @@ class Duration:
 
 
 Decay = Literal["constant", "linear", "cosine", "polynomial"]
+"""How a value falls after its warm-up. With `cycles` above 1 the decay is repeated, over equal parts of its length."""
 
 
 def scheduled(
-    step: int, *, full: float, end: float, warmup: int, length: int, decay: Decay = "constant", power: float = 1.0
+    step: int,
+    *,
+    full: float,
+    end: float,
+    warmup: int,
+    length: int,
+    decay: Decay = "constant",
+    power: float = 1.0,
+    cycles: int = 1,
 ) -> float:
     """A value (a learning rate's factor, a loss's weight) at the zero-based optimizer step: linear warm-up, then decay.
 
     Warm-up of w steps: step i has (i + 1) / w of `full`, so that step w - 1 is the first with all of it; without warm-up
     that is step 0. Decay from that step a on: p = (i - a) / length, at most 1, and the value is end + (full - end) q;
     linear: q = 1 - p, cosine: q = (1 + cos(pi p)) / 2, polynomial: q = (1 - p) ** power. length: in steps.
+    cycles: with more than 1, p is that of the cycle: the fraction of cycles x p, and 1 at the end (SGDR, arXiv 1608.03983).
     """
     if step < warmup:
         return full * (step + 1) / warmup
     if decay == "constant":
         return full
-    progress = min(1.0, (step - max(warmup - 1, 0)) / max(length, 1))
+    done, whole = min(step - max(warmup - 1, 0), max(length, 1)), max(length, 1)
+    # Of whole numbers: a fraction times cycles may fall just short of the next cycle.
+    progress = done * cycles % whole / whole if done < whole else 1.0
     if decay == "cosine":
         left = (1 + math.cos(math.pi * progress)) / 2
     else:

@@ -65,6 +65,15 @@ class SupportsCheck(Protocol):
 
 
 @runtime_checkable
+class SupportsWeight(Protocol):
+    """A regularizer whose weight at each step is known beforehand: `vtrain plan --plots` draws it."""
+
+    def weight_at(self, step: int, run: RunLength) -> float:
+        """What its loss is multiplied by at this step (optimizer steps done so far), whatever its own numbers will be. No torch."""
+        ...
+
+
+@runtime_checkable
 class SupportsPauses(Protocol):
     """A loss module that is not always at work. Where it is not, it is not called, no tap is read for it, no teacher runs."""
 

@@ -6,9 +6,11 @@ nothing is read from the device.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from typing import TYPE_CHECKING
 
+from vtrain.contract.device import Device
 from vtrain.contract.records import LossTerm
 
 if TYPE_CHECKING:
@@ -70,13 +72,64 @@ def metric_fault(key: str, value: object) -> str:
     return f'its metric "{key}" is {_described(value)}{kept}, not a detached tensor of a single number'
 
 
+SET_BY_THE_RUN = ("params", "param_names", "lr", "initial_lr")
+"""Keys of a group that the run gives: a checkpoint never brings them."""
+
+Built = Sequence[Mapping[str, object]]
+"""The groups of an optimizer as `build` gave them, each a copy: what is other later on, the optimizer keeps there itself."""
+
+
+def built_groups(optimizer: torch.optim.Optimizer, own: Collection[str]) -> Built:
+    """To be taken before the first step and before a checkpoint is loaded. own: settings that the configuration file gives."""
+    fixed = {*SET_BY_THE_RUN, *own}
+    return [
+        {key: deepcopy(value) for key, value in group.items() if key not in fixed} for group in optimizer.param_groups
+    ]
+
+
+def kept_in_groups(optimizer: torch.optim.Optimizer, own: Collection[str], built: Built) -> Built:
+    """What each group has beyond what `build` put there, or otherwise: counts (schedule-free's k, prodigy's d), flags, tensors."""
+    fixed = {*SET_BY_THE_RUN, *own}
+    return [
+        {
+            key: value
+            for key, value in group.items()
+            if key not in fixed and not (key in before and _alike(value, before[key]))
+        }
+        for group, before in zip(optimizer.param_groups, built, strict=True)
+    ]
+
+
+def _alike(one: object, other: object) -> bool:
+    """Whether a group's entry is what it was, also in lists, tuples and tables. No device is read: there, nothing is alike."""
+    import torch
+
+    if isinstance(one, torch.Tensor):
+        if not isinstance(other, torch.Tensor) or Device.of(one).accelerated or Device.of(other).accelerated:
+            return False
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_alike(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    return one == other
+
+
 def lost_state(
-    optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], own: Collection[str], *, stateful: bool
+    optimizer: torch.optim.Optimizer,
+    parameters: Iterable[Tensor],
+    own: Collection[str],
+    built: Built,
+    *,
+    stateful: bool,
 ) -> Iterator[str]:
     """What an optimizer keeps that no checkpoint brings back: a resumed run would be another run.
 
-    own: settings of groups that the configuration file gives. stateful: it has made a step, and its spec has state_bytes > 0:
-    where optimizer.state is empty then, tensors like its parameters in attributes of its own are its state.
+    own: settings of groups that the configuration file gives. built: of `built_groups`. stateful: it has made a step, and its
+    spec has state_bytes > 0: where optimizer.state is empty then, tensors like its parameters in attributes of its own are its
+    state.
     """
     import torch
 
@@ -91,10 +144,12 @@ def lost_state(
         for name, value in state.items():
             if not isinstance(value, torch.Tensor | int | float | str | None):
                 yield f'"{name}" of a parameter, a {type(value).__name__}'
-    for group in optimizer.param_groups:
+    for group in kept_in_groups(optimizer, own, built):
         for name, value in group.items():
-            if isinstance(value, torch.Tensor) and name not in ("lr", "initial_lr", *own):
-                yield f'"{name}" of a group, a tensor'
+            if isinstance(value, torch.Tensor) and Device.of(value).accelerated:
+                yield f'"{name}" of a group, a tensor on {value.device}'
+            elif not isinstance(value, torch.Tensor | int | float | str | None):
+                yield f'"{name}" of a group, a {type(value).__name__} that changes'
     if stateful and not any(optimizer.state.values()):
         yield from _in_attributes(optimizer, trained)
 

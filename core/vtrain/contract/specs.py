@@ -92,10 +92,13 @@ class OptimizerSpec(Spec):
     moves: the weights that it moves rightly. "bf16": with stochastic rounding or Kahan summation; without, updates of the usual
     size are lost in rounding. "sharded": of which each process holds a part: each number's update depends on that number's own.
     state_bytes: bytes of state per trained parameter, for the plan; 0: it keeps none. Where options decide it, the most that they
-    make it keep: with others it may keep less, or nothing. What it keeps are tensors and numbers in optimizer.state[parameter],
-    and numbers in its groups: a checkpoint holds these, and state_dict is not asked.
+    make it keep: with others it may keep less, or nothing. state_bytes_of: the same by type of weights ("bf16"), where it differs.
+    What it keeps are tensors and numbers in optimizer.state[parameter], and numbers, flags and tensors on the CPU in its groups:
+    a checkpoint holds these, and state_dict is not asked.
     usual_lr: lowest and highest learning rate of usual training; beyond it the plan warns. sensible_lr: above it nothing is
     learned, which is an error. None: any.
+    library: (module, requirement for pip) of what build imports beside torch, where the plugin's distribution does not depend on
+    it: where it is not installed, the plan says so. advice(options, lr_schedule.use, whether it warms up): what the plan warns of.
     """
 
     kind: ClassVar[str] = "optimizer"
@@ -104,6 +107,13 @@ class OptimizerSpec(Spec):
     state_bytes: float = 8.0
     usual_lr: tuple[float, float] | None = None
     sensible_lr: float | None = None
+    state_bytes_of: Mapping[str, float] = field(default_factory=dict)
+    library: tuple[str, str] | None = None
+    advice: Callable[[Any, str, bool], Sequence[str]] | None = None
+
+    def bytes_of_state(self, weights: str) -> float:
+        """Bytes of state per parameter of this type: "fp32" or "bf16"."""
+        return self.state_bytes_of.get(weights, self.state_bytes)
 
 
 @dataclass(frozen=True)

@@ -105,9 +105,8 @@ def _checkpoint_bytes(plan: Plan) -> int | None:
         return None
     optimizer = plan.config.optimizer.registered.spec
     assert isinstance(optimizer, OptimizerSpec)
-    return int(plan.family.parameters * (STORED_BYTES[plan.loaded] + optimizer.state_bytes)) + (
-        average_bytes(plan) or 0
-    )
+    kept = STORED_BYTES[plan.loaded] + optimizer.bytes_of_state(plan.loaded)
+    return int(plan.family.parameters * kept) + (average_bytes(plan) or 0)
 
 
 def average_bytes(plan: Plan) -> int | None:
@@ -161,8 +160,14 @@ def _pointed_out(config: Config, steps: int, per_epoch: float) -> tuple[str, ...
         every = config.validation.every.in_steps(per_epoch)
         if every is not None and every > steps:
             found.append(f"validation.every is {every} steps and the run {steps}: videos come only at the end")
-    if config.train.gradient_clip is None:
-        found.append("no gradient clipping (train.gradient_clip is absent)")
+    cycles, left = config.lr_schedule.cycles, steps - (warmup or 0)
+    if 0 < left < 2 * cycles and cycles > 1:
+        found.append(
+            f"lr_schedule.cycles is {cycles}, and the run has {left} steps after the warm-up: a cycle is no curve"
+        )
+    clip = config.train.gradient_clip
+    if clip is None or not clip.max:
+        found.append(f"no gradient clipping (train.gradient_clip{' is absent' if clip is None else '.max is 0'})")
     found += [*average_length_warnings(config, steps), *rollout_warnings(config, steps, per_epoch)]
     return tuple(found)
 

@@ -19,6 +19,7 @@ from vtrain.data.scanning.surveys import Bucket, DatasetSurvey, Survey
 from vtrain.estimate.cached import condition_words, feature_words
 from vtrain.estimate.estimate import Estimate, bytes_text
 from vtrain.estimate.estimate import section as memory_section
+from vtrain.estimate.optimizer import STATISTICS_COST, optimizer_words, schedule_words
 from vtrain.estimate.tokens import long_json, prompt_rows, token_rows, tokens_json
 from vtrain.plan.averages import average_words, video_words
 from vtrain.plan.conditions import frames_text, given_latents, least_frames
@@ -70,8 +71,9 @@ def _training(plan: Plan) -> tuple[tuple[str, str], ...]:
 
 def _run(plan: Plan, estimate: Estimate) -> tuple[tuple[str, str], ...]:
     train, config = plan.config.train, plan.config
-    warmup = f", warm-up {config.lr_schedule.warmup}" if config.lr_schedule.warmup else ""
-    clip = f"{train.gradient_clip.method} at most {train.gradient_clip.max:g}" if train.gradient_clip else "none"
+    clip = train.gradient_clip
+    clipping = f"{clip.method} at most {clip.max:g}" if clip and clip.max else "none"
+    logged = f"every {counted(train.log_every, 'step')}" if train.log_every > 1 else "every step"
     return (
         (
             "steps",
@@ -82,11 +84,13 @@ def _run(plan: Plan, estimate: Estimate) -> tuple[tuple[str, str], ...]:
             f"{counted(estimate.samples_per_step, 'sample')} = batch {train.batch_size} x accumulate {train.accumulate} x "
             f"{plan.processes} process{'es' if plan.processes > 1 else ''}",
         ),
-        ("learning rate", f"{config.lr_schedule.use}{warmup}"),
+        ("optimizer", optimizer_words(plan)),
+        ("learning rate", schedule_words(plan)),
         *((("average (ema)", average_words(config.ema, estimate.steps)),) if config.ema is not None else ()),
         ("caption dropout", f"{train.caption_dropout:g}"),
         *rollout_rows(config, estimate.steps, estimate.steps_per_epoch),
-        ("clipping", clip),
+        ("clipping", f"{clipping}; the norm is logged {logged}"),
+        *((("statistics", f"of each block, {logged}: {STATISTICS_COST}"),) if train.statistics else ()),
         ("seed", str(config.run.seed)),
         *((("deterministic", "yes: on a GPU, the same bits each time"),) if config.run.deterministic else ()),
     )

@@ -16,7 +16,6 @@ from vtrain.contract import (
     ConfigError,
     Family,
     FamilySpec,
-    OptimizerSpec,
     Problem,
     Regularizer,
     RegularizerSpec,
@@ -33,6 +32,7 @@ from vtrain.plan.averages import average_problems, average_warnings
 from vtrain.plan.conditions import check_declared, encoder_problems, picture_problems, training_problems
 from vtrain.plan.datasets import check_frames, datasets, nearest_size, warnings
 from vtrain.plan.offload import offload_problems, offload_warnings
+from vtrain.plan.optimizer import optimizer_problems, optimizer_warnings
 from vtrain.plan.places import among_clips, output_problems
 from vtrain.plan.precision import layer_problems, precision_problems, precision_warnings, storage_of
 from vtrain.plan.records import DatasetPlan, Plan, ValidationPlan
@@ -64,7 +64,8 @@ def _make_plan(config: Config, processes: int, catalog: Catalog | None) -> Plan:
         )
         for found in family.check()
     ]
-    problems = precision_problems(config) + _check_training(config) + output_problems(config) + average_problems(config)
+    problems = [*precision_problems(config), *optimizer_problems(config, catalog), *output_problems(config)]
+    problems += average_problems(config)
     # All below asks the model folder, which is not sound.
     if broken:
         raise ConfigError(broken + problems)
@@ -98,6 +99,7 @@ def _make_plan(config: Config, processes: int, catalog: Catalog | None) -> Plan:
         warnings=(
             *_off_recipe(config, spec),
             *sampler.warnings(),
+            *optimizer_warnings(config),
             *_unusual(config),
             *average_warnings(config),
             *warnings(config, family),
@@ -167,36 +169,11 @@ def _off_recipe(config: Config, family: FamilySpec) -> Iterator[str]:
             )
 
 
-def _check_training(config: Config) -> list[Problem]:
-    problems = []
-    timed = 'needs "steps" or "epochs": a schedule in seconds would not be the same run twice.'
-    if config.lr_schedule.warmup is not None and config.lr_schedule.warmup.unit == "seconds":
-        problems.append(Problem(config.where("lr_schedule", "warmup"), f"lr_schedule.warmup {timed}"))
-    spec, lr = _learning_rate(config)
-    if spec.sensible_lr is not None and lr > spec.sensible_lr:
-        what = f"optimizer.lr = {lr:g}: above {spec.sensible_lr:g} {spec.name} destroys what the model knows."
-        problems.append(Problem(config.where("optimizer", "lr"), what, _usual(spec)))
-    return problems
-
-
-def _learning_rate(config: Config) -> tuple[OptimizerSpec, float]:
-    spec = config.optimizer.registered.spec
-    assert isinstance(spec, OptimizerSpec)
-    return spec, float(config.optimizer.options.model_dump()["lr"])  # of every optimizer: `fault_of` asks for it
-
-
-def _usual(spec: OptimizerSpec) -> str:
-    return "" if spec.usual_lr is None else "Usual are {:g} to {:g}.".format(*spec.usual_lr)
-
-
 _TOKEN = re.compile(r"<[^<>\s]{1,64}>|\{[A-Za-z_][\w.:-]{0,63}\}")
 
 
 def _unusual(config: Config) -> Iterator[str]:
-    """What of the optimizer and of texts is allowed and probably not meant."""
-    spec, lr = _learning_rate(config)
-    if spec.usual_lr is not None and not spec.usual_lr[0] <= lr <= spec.usual_lr[1]:
-        yield f"optimizer.lr = {lr:g} is far from what {spec.name} is usually trained with. {_usual(spec)}"
+    """What of texts is allowed and probably not meant."""
     texts: dict[str, str] = {}
     for number, part in enumerate(config.data):
         if part.table.enabled:

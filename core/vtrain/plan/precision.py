@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from vtrain.config.record import Config
-from vtrain.contract import DType, Family, OptimizerSpec, Problem, SupportsBlockWeights
+from vtrain.contract import Family, Problem, SupportsBlockWeights
 from vtrain.contract.precision import STORAGE, StorageName, StorageType, is_layer, matches
-from vtrain.contract.specs import listed
 
 SHOWN = 3
 """How many of many layers a message names."""
@@ -29,28 +28,9 @@ def storage_of(config: Config) -> StorageType:
 
 
 def precision_problems(config: Config) -> list[Problem]:
-    """Why the weights, as they are stored, cannot be trained."""
+    """Why the weights, as they are stored, cannot be trained; of what is trained itself the optimizer decides (plan/optimizer.py)."""
     storage = storage_of(config)
-    if storage.quantised:
-        return [*_quantised_problems(config, storage), *_moves(config, "fp32")]
-    full = config.model.table.train == "full"
-    # An adapter's own weights are fp32, whatever its base is.
-    return _moves(config, "bf16" if full and storage.name == "bf16" else "fp32")
-
-
-def _moves(config: Config, trained: DType) -> list[Problem]:
-    optimizer = config.optimizer.registered.spec
-    assert isinstance(optimizer, OptimizerSpec)
-    if trained in optimizer.moves:
-        return []
-    if trained == "fp32":
-        what = f'the optimizer "{optimizer.name}" moves {listed(optimizer.moves)} weights, and fp32 is trained.'
-        return [Problem(config.where("optimizer", "use"), what, "Use another optimizer.")]
-    what = (
-        f'full training of bf16 weights with optimizer "{optimizer.name}": its updates are smaller than bf16 can hold, so the '
-        "weights would not move."
-    )
-    return [Problem(config.where("precision", "base"), what, 'Use base = "fp32" with mixed = "bf16".')]
+    return list(_quantised_problems(config, storage)) if storage.quantised else []
 
 
 def _quantised_problems(config: Config, storage: StorageType) -> Iterator[Problem]:

@@ -38,6 +38,7 @@ from vtrain.estimate.render import counted
 from vtrain.plan.places import CHECKPOINTS
 from vtrain.plan.precision import targets_of
 from vtrain.plan.records import Plan
+from vtrain.plan.schedule import lr_factor
 from vtrain.registry.blame import PartFault
 from vtrain.registry.spelling import check_part
 from vtrain.train import checkpoint
@@ -45,10 +46,11 @@ from vtrain.train.changes import SampleMarks, SamplesPiece, data_changes
 from vtrain.train.checkpoint import Piece
 from vtrain.train.checkpointing import checkpoint_gradients
 from vtrain.train.ema import Average, AveragePiece, has_average
+from vtrain.train.eval_weights import AveragedPiece, EvalWeights, eval_weights, validating_with
 from vtrain.train.host_optimizer import HostWeights
 from vtrain.train.loop import Ends, Interval, Loop, Requests, Validate
 from vtrain.train.offload import offload, resting
-from vtrain.train.parameters import add_lora, base_mark, groups, lora_settings, lr_factor, own_rates, trained
+from vtrain.train.parameters import add_lora, base_mark, groups, lora_settings, own_rates, trained
 from vtrain.train.pieces import (
     AdapterPiece,
     ConfigPiece,
@@ -63,6 +65,7 @@ from vtrain.train.processes import Processes
 from vtrain.train.resume import RunState, Start, encoder_marks, feature_marks, versions
 from vtrain.train.rollout import RolloutDraws
 from vtrain.train.settings import settings
+from vtrain.train.statistics import Statistics
 from vtrain.train.step import Step, Term, open_teachers
 
 
@@ -74,7 +77,7 @@ class Trainer:
     samples: what it keeps of the data. held: what stays in memory beside them until the run ends: teachers that run at each step.
     resting: in its with block the denoiser is off the card, as far as [offload] lets it. average: of [ema], None without.
     check_optimizer: raises PartFault, after a step, where the optimizer's state would not come back. notes: what loading found
-    that the plan could not know.
+    that the plan could not know. values: for evaluation, None where those in training are.
     """
 
     plan: Plan
@@ -97,6 +100,7 @@ class Trainer:
     average: Average | None = None
     resting: Callable[[], AbstractContextManager[None]] = nullcontext
     notes: tuple[str, ...] = ()
+    values: EvalWeights | None = None
 
     def run(
         self,
@@ -114,6 +118,8 @@ class Trainer:
         assert isinstance(spec, SamplerSpec)
         table = config.validation
         interval = Interval(table.every, per_epoch, time.monotonic()) if table else None
+        if validate is not None and self.values is not None:
+            validate = validating_with(self.values, self.named, validate)
         with self.held:
             loop = Loop(
                 self.processes.wrap(self.step),
@@ -140,6 +146,7 @@ class Trainer:
                 steps_per_epoch=per_epoch,
                 seed=config.run.seed,
                 average=self.average,
+                statistics=Statistics(self.denoiser.blocks, self.named) if config.train.statistics else None,
             )
             yield from loop.run(config.checkpoint, interval, at_start=table.at_start if table else False)
 
@@ -222,8 +229,10 @@ def assemble(
         host = HostWeights(named, device) if config.offload.optimizer and device.accelerated else None
         moved = named if host is None else host.named
         optimizer = build_optimizer(plan, groups(moved, own_rates(modules), denoiser))
+        values = eval_weights(optimizer, named, moved)
         pieces = (
-            weights_piece(plan, denoiser),
+            weights := weights_piece(plan, denoiser),
+            *([AveragedPiece(weights, values, named)] if values is not None else []),
             *(RegularizerPiece(name, module) for name, module in modules.items()),
             kept := optimizer_piece(plan, optimizer, moved),
         )
@@ -234,7 +243,7 @@ def assemble(
             host.take()  # what the checkpoint has put into the weights
             host.step_here(optimizer)
         # After the weights are the checkpoint's: an average that it does not hold begins with them.
-        average, averages = averaged(plan, denoiser, start, device)
+        average, averages = averaged(plan, denoiser, start, device, values)
         if average is not None:
             held.callback(average.close)
         batches = Batches(plan, caches, index)
@@ -242,7 +251,7 @@ def assemble(
         return Trainer(
             plan, estimate, start, index.mark(), batches, processes, denoiser, base, features, encoders, step, optimizer,
             named, kept.check, (*pieces, *averages), SamplesPiece(index), held.pop_all(), average,
-            partial(resting, denoiser.module, offloaded, to_cpu=config.offload.model_cpu, device=device), notes,
+            partial(resting, denoiser.module, offloaded, to_cpu=config.offload.model_cpu, device=device), notes, values,
         )  # fmt: skip
 
 
@@ -312,14 +321,14 @@ def quantised_base(plan: Plan, denoiser: Denoiser, device: str) -> tuple[str, ..
     return () if said or not words else (f"precision.base: {words}",)
 
 
-def weights_piece(plan: Plan, denoiser: Denoiser) -> Piece:
+def weights_piece(plan: Plan, denoiser: Denoiser) -> DenoiserPiece | AdapterPiece:
     """What is trained of the denoiser."""
     lora = plan.config.model.table.lora
     return DenoiserPiece(denoiser) if lora is None else AdapterPiece(denoiser, lora_settings(denoiser, lora))
 
 
 def averaged(
-    plan: Plan, denoiser: Denoiser, start: Start, device: Device
+    plan: Plan, denoiser: Denoiser, start: Start, device: Device, values: EvalWeights | None
 ) -> tuple[Average | None, tuple[AveragePiece, ...]]:
     """The average of what is trained of the denoiser, as [ema] asks and the checkpoint has it, and its piece.
 
@@ -329,7 +338,8 @@ def averaged(
     table, lora = plan.config.ema, plan.config.model.table.lora
     if table is None:
         return None, ()
-    average = Average(trained(denoiser.module), table, device)
+    shown = None if values is None else values.of_denoiser()
+    average = Average(trained(denoiser.module), table, device, shown)
     settings = None if lora is None else lora_settings(denoiser, lora)
     piece = AveragePiece(denoiser, average, settings, lambda folder: plan.family.load_denoiser("cpu", "fp32", folder))
     if start.folder is not None and has_average(start.folder):

@@ -118,9 +118,17 @@ class Average:
     has the average of the checkpoint before.
     """
 
-    def __init__(self, named: Sequence[tuple[str, Tensor]], table: EmaTable, device: Device) -> None:
-        """It begins as the weights are. device: of the weights."""
+    def __init__(
+        self,
+        named: Sequence[tuple[str, Tensor]],
+        table: EmaTable,
+        device: Device,
+        values: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """It begins as the weights are. device: of the weights. values: what is averaged in their place, made anew each time that
+        it is asked for (`EvalWeights`); an update then holds a second set of weights for a moment."""
         self._named = [(name, weights.detach()) for name, weights in named]
+        self._values = values
         self._table, self._device = table, device
         self._apart = table.on == "cpu" and device.accelerated
         self._waiting: list[Tensor] = []
@@ -128,7 +136,9 @@ class Average:
         self._adding: Future[None] | None = None
         place = Device().torch if self._apart else None
         self._shadow = {
-            name: weights.to(place, torch.float32, copy=True, memory_format=torch.contiguous_format)
+            name: (weights if values is None else values[name]).to(
+                place, torch.float32, copy=True, memory_format=torch.contiguous_format
+            )
             for name, weights in self._named
         }
         self.steps = self.taken = 0
@@ -140,7 +150,8 @@ class Average:
             return
         share = 1 - compounded(self._table, self.taken, self.steps)
         self.taken = self.steps
-        weights = [each for _, each in self._named]
+        values = self._values
+        weights = [each if values is None else values[name] for name, each in self._named]
         if not self._apart:
             _add(list(self._shadow.values()), weights, share)
             return

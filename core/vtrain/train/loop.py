@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,12 +25,13 @@ from vtrain.contract import (
     Warned,
 )
 from vtrain.data.seeds import derive
+from vtrain.plan.schedule import Factor
 from vtrain.registry.blame import at_step
 from vtrain.train.ema import Average
-from vtrain.train.parameters import Factor
 from vtrain.train.prefetch import Prefetched, Prefetcher
 from vtrain.train.processes import Processes
 from vtrain.train.readings import Measured, Unread, rows
+from vtrain.train.statistics import Statistics
 from vtrain.train.step import StepOutput, clip_gradients, gradient_norm
 
 
@@ -120,7 +121,9 @@ class Loop:
         steps_per_epoch: float,
         seed: int,
         average: Average | None = None,
+        statistics: Statistics | None = None,
     ) -> None:
+        self.statistics = statistics
         self.step, self.optimizer, self.parameters, self.factor = step, optimizer, parameters, factor
         self.prefetcher, self.processes, self.table, self.ends = prefetcher, processes, table, ends
         self.first, self.last, self.micro_batch, self.seed = first, last, micro_batch, seed
@@ -157,7 +160,7 @@ class Loop:
                     self.ends.stepped()
             done, ended = number + 1, number + 1 == self.last
             yield Stepped(done)
-            if ended or done % self.table.log_every == 0:
+            if self.logs(done):
                 yield from self.read()
             stop, saving, validating = self.agreed(done, save, validate)
             if saving or stop or ended:
@@ -192,26 +195,36 @@ class Loop:
     def optimizer_step(self, number: int, fed: Iterator[Prefetched]) -> None:
         """Forward and backward of each micro-batch, clip, step. Nothing here waits for the device."""
         micro = []
+        statistics = self.statistics if self.logs(number + 1) else None
+        extra: dict[str, Tensor] = {}
         for turn in range(self.table.accumulate):
             item = next(fed)
             self.seed_dropout(item.micro_batch)
             with self.processes.unsynchronised(self.step, when=turn < self.table.accumulate - 1):
-                output: StepOutput = self.step(item.given)
+                with statistics.outputs(extra) if statistics else nullcontext():
+                    output: StepOutput = self.step(item.given)
                 (output.loss / self.table.accumulate).backward()  # type: ignore[no-untyped-call]
             # Numbers alone are kept: the graph and the inputs go before the next micro-batch comes.
             loss, metrics = output.loss.detach(), dict(output.metrics)
             shown = (item.micro_batch, item.sigmas, item.sample_ids)
             micro.append(Measured(*shown, loss, output.flow, metrics, item.waited, item.rolled))
+        before = statistics.gradients(extra) if statistics else {}
         norm = self.clip(number)
         # By hand: accelerate's scheduler steps once for each process, and a function of the step has no state to save.
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.factor(number)
         lr = self.optimizer.param_groups[0]["lr"]  # the denoiser's: groups of other rates come after
         self.optimizer.step()
+        if statistics:
+            statistics.updates(extra, before)
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update()
-        self.unread.append(Unread(number + 1, tuple(micro), lr, norm))
+        self.unread.append(Unread(number + 1, tuple(micro), lr, norm, extra))
+
+    def logs(self, done: int) -> bool:
+        """Whether the numbers of this step are read when it is done, whatever else happens there."""
+        return done == self.last or done % self.table.log_every == 0
 
     def seed_dropout(self, micro_batch: int) -> None:
         """Dropout of a micro-batch is a pure function of (seed, micro-batch), like all other noise."""
@@ -220,15 +233,12 @@ class Loop:
     def clip(self, number: int) -> Tensor | None:
         """Clip if asked; the norm before clipping, at least on steps that are logged."""
         clip = self.table.gradient_clip
-        done = number + 1
-        norm = None
-        # Clipping by norm takes it anyway; otherwise it is one more pass over all gradients.
-        if (done == self.last or done % self.table.log_every == 0) and (clip is None or clip.method == "value"):
-            norm = gradient_norm(self.parameters)
-        if clip is not None:
-            clipped = clip_gradients(self.parameters, clip.method, clip.max)
-            norm = norm if clipped is None else clipped
-        return norm
+        if clip is None or not clip.max:
+            # Nothing else asks for it: one more pass over all gradients.
+            return gradient_norm(self.parameters) if self.logs(number + 1) else None
+        norm = gradient_norm(self.parameters) if clip.method == "value" and self.logs(number + 1) else None
+        clipped = clip_gradients(self.parameters, clip.method, clip.max)
+        return norm if clipped is None else clipped
 
     def read(self) -> Iterator[Event]:
         """Fetch the unread numbers in one go. Raises TrainingError, naming samples, if any is not finite."""

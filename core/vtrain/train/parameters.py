@@ -1,4 +1,4 @@
-"""What of a model is trained: its low-rank adapter (LoRA, arXiv 2106.09685) or its weights, in groups, at which rate."""
+"""What of a model is trained: its low-rank adapter (LoRA, arXiv 2106.09685) or its weights, in groups."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor, nn
 
-from vtrain.config.tables import LoraTable, LrScheduleTable
+from vtrain.config.tables import LoraTable
 from vtrain.contract import (
     ConfigError,
     Denoiser,
@@ -17,7 +17,6 @@ from vtrain.contract import (
     SupportsDecayRule,
     SupportsLearningRate,
     SupportsLora,
-    scheduled,
 )
 
 ADAPTER = "default"
@@ -145,19 +144,3 @@ def own_rates(regularizers: Mapping[str, nn.Module]) -> dict[str, float]:
 def _decays(name: str, parameter: Tensor, rule: Callable[[str, tuple[int, ...]], bool | None] | None) -> bool:
     own = rule(name.removeprefix(DENOISER), tuple(parameter.shape)) if rule and name.startswith(DENOISER) else None
     return parameter.ndim > 1 if own is None else own
-
-
-Factor = Callable[[int], float]
-"""Zero-based optimizer step -> factor of the optimizer's lr, in [0, 1]."""
-
-
-def lr_factor(table: LrScheduleTable, steps: int, steps_per_epoch: float) -> Factor:
-    """The schedule over `steps` optimizer steps: warm-up, then the rest of the run, its last step at `end` exactly."""
-    warmup = table.warmup.in_steps(steps_per_epoch) or 0 if table.warmup else 0
-    # From the last step of the warm-up, the first at the full rate, to the last step of the run.
-    length = steps - 1 - max(warmup - 1, 0)
-
-    def factor(step: int) -> float:
-        return scheduled(step, full=1.0, end=table.end, warmup=warmup, length=length, decay=table.use)
-
-    return factor

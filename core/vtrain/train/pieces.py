@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vtrain.contract import CheckpointError, Denoiser, Problem, SupportsLora
-from vtrain.contract.run_rules import lost_state
+from vtrain.contract.run_rules import SET_BY_THE_RUN, Built, built_groups, kept_in_groups, lost_state
 from vtrain.registry.blame import PartFault
 from vtrain.train.checkpoint import State, misread, read_json
 from vtrain.train.parameters import load_lora_state, lora_state
@@ -55,10 +55,14 @@ class DenoiserPiece:
 
     @property
     def bytes(self) -> int:
-        return size_of(self.denoiser.module.state_dict().values())
+        return size_of(self.live().values())
+
+    def live(self) -> dict[str, Tensor]:
+        """What it gathers, where it lies in training."""
+        return self.denoiser.module.state_dict()
 
     def gather(self, *, keep: bool) -> State:
-        return State(on_cpu(self.denoiser.module.state_dict())) if keep else State()
+        return State(on_cpu(self.live())) if keep else State()
 
     def write(self, folder: Path, state: State) -> None:
         self.denoiser.save(folder, state.tensors)
@@ -83,10 +87,14 @@ class AdapterPiece:
 
     @property
     def bytes(self) -> int:
-        return size_of(lora_state(self.denoiser.module).values())
+        return size_of(self.live().values())
+
+    def live(self) -> dict[str, Tensor]:
+        """What it gathers, where it lies in training."""
+        return lora_state(self.denoiser.module)
 
     def gather(self, *, keep: bool) -> State:
-        return State(on_cpu(lora_state(self.denoiser.module))) if keep else State()
+        return State(on_cpu(self.live())) if keep else State()
 
     def write(self, folder: Path, state: State) -> None:
         self.lora.save_lora(folder, state.tensors, self.settings)
@@ -148,18 +156,25 @@ class RegularizerPiece:
 
 @dataclass(frozen=True)
 class OptimizerPiece:
-    """The state of each named parameter, and numbers that an optimizer counts in its groups (schedule-free's k, prodigy's d).
+    """The state of each named parameter, and what an optimizer keeps in its groups (schedule-free's k, prodigy's d).
 
     own: settings of groups that the configuration file gives. They, and learning rates, never come from a checkpoint.
     stateful: whether its plugin says that it keeps something of each parameter. With some options it may keep nothing.
+    built: its groups as they were built: what is as it was is a setting, and stays what the file makes it. None: as they are
+    now, before its first step.
     """
 
     optimizer: torch.optim.Optimizer
     named: list[tuple[str, Tensor]]
     own: Collection[str] = ()
     stateful: bool = False
+    built: Built | None = None
     name: ClassVar[str] = "optimizer"
     files: ClassVar[tuple[str, ...]] = (TENSORS, SCALARS)
+
+    def __post_init__(self) -> None:
+        if self.built is None:
+            object.__setattr__(self, "built", built_groups(self.optimizer, self.own))
 
     @property
     def bytes(self) -> int:
@@ -173,7 +188,14 @@ class OptimizerPiece:
         state = self._state()
         tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
         scalars = {key: value for key, value in state.items() if key not in tensors}
-        counted = [_counted(group, self.own) for group in self.optimizer.param_groups]
+        groups = self._groups()
+        tensors |= {
+            f"{_group(at)}{MARK}{key}": value
+            for at, group in enumerate(groups)
+            for key, value in group.items()
+            if isinstance(value, Tensor)
+        }
+        counted = [{k: v for k, v in group.items() if not isinstance(v, Tensor)} for group in groups]
         return State(on_cpu(tensors), {"state": scalars, "groups": counted})
 
     def write(self, folder: Path, state: State) -> None:
@@ -183,16 +205,19 @@ class OptimizerPiece:
     def load(self, folder: Path) -> None:
         """Raises CheckpointError when it cannot be read, or is of other parameters."""
         found, counted = _read(folder)
+        in_groups = [found.pop(_group(at), {}) for at in range(len(counted))]
         # All of it is compared before anything is changed.
-        if faults := [*_state_faults(found), *self._group_faults(counted)]:
+        kept = {_group(at): group for at, group in enumerate(in_groups)}
+        if faults := [*_state_faults(found), *_state_faults(kept), *self._group_faults(counted)]:
             raise misread(folder / SCALARS, f"{'; '.join(faults[:5])}.")
         odd = self._misfits(found, counted)
         if odd:
             more = ", ..." if len(odd) > 5 else ""
             what = f"the optimizer's state is of other parameters ({', '.join(odd[:5])}{more})."
             raise CheckpointError(Problem(str(folder), what))
-        for group, numbers in zip(self.optimizer.param_groups, counted, strict=True):
-            group.update(_counted(numbers, self.own))
+        fixed = {*SET_BY_THE_RUN, *self.own}
+        for group, numbers, tensors in zip(self.optimizer.param_groups, counted, in_groups, strict=True):
+            group.update({key: value for key, value in {**numbers, **tensors}.items() if key not in fixed})
         counts_on_device = {
             id(parameter)
             for group in self.optimizer.param_groups
@@ -213,10 +238,15 @@ class OptimizerPiece:
         stepped: whether it has made a step, so that there may be a state. Nothing is read from the device.
         """
         parameters = (parameter for _, parameter in self.named)
-        found = lost_state(self.optimizer, parameters, self.own, stateful=stepped and self.stateful)
+        assert self.built is not None
+        found = lost_state(self.optimizer, parameters, self.own, self.built, stateful=stepped and self.stateful)
         if lost := list(dict.fromkeys(found)):
             what = f"it keeps what no checkpoint brings back: {'; '.join(lost[:3])}{'; ...' if len(lost) > 3 else ''}"
             raise PartFault("optimizer", "", what, _KEPT)
+
+    def _groups(self) -> Built:
+        assert self.built is not None
+        return kept_in_groups(self.optimizer, self.own, self.built)
 
     def _state(self) -> dict[str, object]:
         """Name of the parameter, MARK, name of the part -> what the optimizer keeps there."""
@@ -227,12 +257,15 @@ class OptimizerPiece:
         }
 
     def _group_faults(self, counted: list[dict[str, Any]]) -> Iterator[str]:
-        """What is stored as a count of a group and can be none: a count is a number, where the group now has none or another."""
+        """What is stored of a group and can be none of it: a number where it has another thing, a flag where it has no flag."""
         for at, (numbers, group) in enumerate(zip(counted, self.optimizer.param_groups, strict=False)):
             for key, value in numbers.items():
+                now = group.get(key)
+                if isinstance(value, bool) and (isinstance(now, bool) or (key in group and now is None)):
+                    continue
                 if not _is_number(value) or math.isnan(value):
                     yield f"groups[{at}].{key} is {json.dumps(value)}, which is no number"
-                elif key in group and group[key] is not None and not _is_number(group[key]):
+                elif now is not None and not _is_number(now):
                     yield f"groups[{at}].{key} is {value}, and it is no count of this optimizer"
 
     def _misfits(self, found: Mapping[str, Mapping[str, object]], counted: list[dict[str, Any]]) -> list[str]:
@@ -244,15 +277,15 @@ class OptimizerPiece:
 
 
 _KEPT = (
-    "What an optimizer keeps are tensors and numbers in optimizer.state[parameter], and numbers in its groups: "
+    "What an optimizer keeps are tensors and numbers in optimizer.state[parameter], and numbers, flags and tensors on the CPU "
+    "in its groups: "
     "state_dict and load_state_dict are not called. Report it to the author of its plugin, or use another optimizer."
 )
 
 
-def _counted(group: Mapping[str, object], own: Collection[str]) -> dict[str, int | float]:
-    """Numbers of a group that no configuration gives. What torch's own classes keep there are settings of theirs."""
-    fixed = {"lr", "initial_lr", *own}
-    return {key: value for key, value in group.items() if key not in fixed and _is_number(value)}
+def _group(at: int) -> str:
+    """What stands for a parameter's name before a tensor of a group."""
+    return f"groups[{at}]"
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from vtrain.contract import Problem, StepMetrics, TrainingError
 from vtrain.contract.specs import listed
 from vtrain.train.processes import Processes
+from vtrain.train.statistics import LARGEST
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class Unread:
-    """One optimizer step whose numbers nobody has looked at yet. step: 1-based. norm: scalar or not taken."""
+    """One optimizer step whose numbers nobody has looked at yet. step: 1-based. norm: scalar or not taken. extra: scalars by name,
+    of the step as a whole on this process."""
 
     step: int
     micro: tuple[Measured, ...]
     lr: float
     norm: Tensor | None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,18 @@ class Reading:
     rolled: tuple[bool, ...] | None = None
 
 
-def fetch(unread: Sequence[Unread]) -> tuple[list[Reading], list[float | None]]:
-    """Readings of this process's micro-batches, and the norm of each step: one wait for the device."""
+Share = tuple[list[Reading], list[float | None], list[dict[str, float]]]
+"""Readings of a process's micro-batches; the norm of each step, and its extra numbers."""
+
+
+def fetch(unread: Sequence[Unread]) -> Share:
+    """What this process has: one wait for the device."""
     micro = [(step.step, measured) for step in unread for measured in step.micro]
     tensors = [
         part for _, m in micro for part in (m.loss.reshape(1), m.flow, *(v.reshape(1) for v in m.terms.values()))
     ]
     tensors += [step.norm.reshape(1) for step in unread if step.norm is not None]
+    tensors += [value.reshape(1) for step in unread for value in step.extra.values()]
     numbers = iter(torch.cat([tensor.float() for tensor in tensors]).tolist())  # the one wait for the device
     readings = [
         Reading(
@@ -78,7 +86,8 @@ def fetch(unread: Sequence[Unread]) -> tuple[list[Reading], list[float | None]]:
         )
         for step, m in micro
     ]
-    return readings, [None if step.norm is None else next(numbers) for step in unread]
+    norms = [None if step.norm is None else next(numbers) for step in unread]
+    return readings, norms, [{name: next(numbers) for name in step.extra} for step in unread]
 
 
 def rows(
@@ -89,12 +98,13 @@ def rows(
     With an error that names the samples, metrics end before the first step with a number that is not finite. The step before
     it is named too if nobody took the norm of its gradient: a loss can be finite whose gradient is not.
     """
-    shares: list[tuple[list[Reading], list[float | None]]] = processes.gathered([fetch(unread)])
+    shares: list[Share] = processes.gathered([fetch(unread)])
     # By number: sums of floats then do not depend on which process had which micro-batch.
-    readings = sorted((each for own, _ in shares for each in own), key=lambda reading: reading.micro_batch)
+    readings = sorted((each for own, _, _ in shares for each in own), key=lambda reading: reading.micro_batch)
     found: list[StepMetrics] = []
     before: list[Reading] = []
-    for step, *norms in zip(unread, *(norms for _, norms in shares), strict=True):
+    for at, step in enumerate(unread):
+        norms = [own[at] for _, own, _ in shares]
         parts = [reading for reading in readings if reading.step == step.step]
         # That of all gradients together is the same everywhere, unless something is broken.
         norm = next((each for each in norms if each is not None and not math.isfinite(each)), norms[0])
@@ -117,7 +127,9 @@ def rows(
                 seconds=seconds,
                 data_wait=_longest_wait(parts, processes.count),
                 memory=memory,
-                terms={name: _mean([part.terms[name] for part in parts]) for name in parts[0].terms} | _apart(parts),
+                terms={name: _mean([part.terms[name] for part in parts]) for name in parts[0].terms}
+                | _apart(parts)
+                | _together([own[at] for _, _, own in shares]),
             )
         )
     return tuple(found), None
@@ -175,6 +187,11 @@ def _longest_wait(parts: Sequence[Reading], processes: int) -> float:
         # Micro-batches are dealt in turn (Loop.order): equal remainders are of one process, whichever that is.
         waits[part.micro_batch % processes] += part.waited
     return max(waits)
+
+
+def _together(shares: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Extra numbers of a step over all processes."""
+    return {name: (max if LARGEST.fullmatch(name) else _mean)([share[name] for share in shares]) for name in shares[0]}
 
 
 def _mean(values: list[float]) -> float:

@@ -268,9 +268,16 @@ def clip_gradients(parameters: list[Tensor], method: str, limit: float) -> Tenso
     if method == "value":
         nn.utils.clip_grad_value_(parameters, limit)
         return None
-    return nn.utils.clip_grad_norm_(parameters, limit)
+    norm = gradient_norm(parameters)
+    nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
 
 
 def gradient_norm(parameters: list[Tensor]) -> Tensor:
-    """2-norm of all gradients together, a scalar on their device."""
-    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    """2-norm of all gradients together, a scalar on their device; fp32 also of bf16 gradients, whose own norm has three digits."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if all(gradient.dtype == torch.float32 for gradient in gradients):
+        return nn.utils.get_total_norm(gradients)
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return total

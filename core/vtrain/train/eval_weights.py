@@ -1,0 +1,101 @@
+"""Weights for evaluation, of an optimizer that trains at others: for validation, averages and a checkpoint's averaged/."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vtrain.contract import Event, SupportsEvalWeights
+from vtrain.train.checkpoint import State
+from vtrain.train.ema import swapped
+from vtrain.train.parameters import DENOISER
+from vtrain.train.pieces import AdapterPiece, DenoiserPiece, on_cpu
+
+AVERAGED = "averaged"
+"""Folder of a checkpoint with the denoiser, or the adapter, as it is for evaluation."""
+
+Named = list[tuple[str, Tensor]]
+
+
+class EvalWeights(Mapping[str, Tensor]):
+    """Name of a trained parameter -> its value for evaluation, on its device, made anew each time that it is asked for."""
+
+    def __init__(self, optimizer: SupportsEvalWeights, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """pairs: name -> the parameter, and the tensor that the optimizer moves, which may be its copy in main memory."""
+        self._optimizer, self._pairs = optimizer, pairs
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight, moved = self._pairs[name]
+        return self._optimizer.eval_weight(moved).to(weight.device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pairs)
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def of_denoiser(self) -> EvalWeights:
+        """Those of the denoiser alone, under its own names."""
+        own = {name.removeprefix(DENOISER): pair for name, pair in self._pairs.items() if name.startswith(DENOISER)}
+        return EvalWeights(self._optimizer, own)
+
+
+def eval_weights(optimizer: torch.optim.Optimizer, named: Named, moved: Named) -> EvalWeights | None:
+    """None for an optimizer whose weights in training are those for evaluation, as nearly all are.
+
+    moved: what the optimizer was given for `named`, in the same order.
+    """
+    if not isinstance(optimizer, SupportsEvalWeights):
+        return None
+    pairs = {name: (weight, own) for (name, weight), (_, own) in zip(named, moved, strict=True)}
+    return EvalWeights(optimizer, pairs)
+
+
+def validating_with(
+    values: EvalWeights, named: Named, validate: Callable[[int], Iterator[Event]]
+) -> Callable[[int], Iterator[Event]]:
+    """The same validation, of the weights for evaluation; afterwards training's bits are where they were."""
+
+    def validated(step: int) -> Iterator[Event]:
+        with swapped(named, values):
+            yield from validate(step)
+
+    return validated
+
+
+@dataclass(frozen=True)
+class AveragedPiece:
+    """The denoiser or its adapter as it is for evaluation, in the same format as beside it. Training is resumed without it."""
+
+    of: DenoiserPiece | AdapterPiece
+    values: EvalWeights
+    named: Named
+    name: ClassVar[str] = "averaged weights"
+    files: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def bytes(self) -> int:
+        return self.of.bytes
+
+    def gather(self, *, keep: bool) -> State:
+        if not keep:
+            return State()
+        # A state's tensors are the parameters' own memory, whatever they are called there.
+        trained = {parameter.data_ptr(): name for name, parameter in self.named}
+        found: dict[str, Tensor] = {}
+        for name, value in self.of.live().items():
+            own = trained.get(value.data_ptr())
+            found |= on_cpu({name: value if own is None else self.values[own]})
+        return State(found)
+
+    def write(self, folder: Path, state: State) -> None:
+        (folder / AVERAGED).mkdir()
+        self.of.write(folder / AVERAGED, state)
+
+    def load(self, folder: Path) -> None:
+        """Nothing: it comes of the weights and the optimizer's state."""

@@ -1,0 +1,194 @@
+"""Optimizers of torch-optimi (MIT): bf16 weights move by Kahan summation (Kahan, 1965), fp32 weights as usual.
+
+Kahan summation keeps, of each weight, what rounding to bf16 took off its last update, and adds it to the next. On a CUDA device
+the library's Triton kernels are used where Triton is installed.
+
+Two things are ours. Weight decay: the library multiplies weights by 1 - lr x weight_decay, which in bf16 is 1 for every product
+below 0.002, so that they would not decay at all; here the decay of bf16 weights goes through the same compensation. And groups of
+one type each, as the library decides by group whether it compensates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from vtrain.contract import Device, Moved, OptimizerSpec, Options, ParameterGroup, fixed
+from vtrain_builtin.optimizer_groups import SENSIBLE_LR, USUAL_LR, Beta, Betas, torch_groups
+
+if TYPE_CHECKING:
+    import torch
+
+LIBRARY = ("optimi", "vtrain[optimizers]")
+_MEANS = "decay of the running mean of gradients, and of their squares"
+_DECAY = "decoupled decay: a step scales weights by 1 - lr x weight_decay"
+
+
+class AdamOptions(Options):
+    """Options of `optimi-adam`."""
+
+    lr: float = Field(gt=0, examples=[1e-4], description="learning rate")
+    betas: Betas = Field((0.9, 0.99), description=_MEANS)
+    eps: float = Field(1e-6, gt=0, description="added to the root of the squares")
+    weight_decay: float = Field(
+        0.0, ge=0, description="added to the gradient, times the weight (L2); optimi-adamw has the decoupled one"
+    )
+
+
+class AdamWOptions(AdamOptions):
+    """Options of `optimi-adamw`."""
+
+    weight_decay: float = Field(0.01, ge=0, description=_DECAY)
+
+
+class StableAdamWOptions(AdamWOptions):
+    """Options of `optimi-stableadamw`."""
+
+    # It lies squared beside the moments, and would come back with them.
+    eps: float = fixed(
+        1e-6, gt=0, description="added to the root of the squares, and the least of them in the clipping"
+    )
+
+
+class RAdamOptions(AdamOptions):
+    """Options of `optimi-radam`."""
+
+    weight_decay: float = Field(0.0, ge=0, description=_DECAY)
+
+
+class RangerOptions(RAdamOptions):
+    """Options of `optimi-ranger`."""
+
+    k: int = Field(6, ge=1, description="steps between two of the slow weights")
+    alpha: float = Field(0.5, gt=0, le=1, description="share of the way that the slow weights then go")
+
+
+class LionOptions(Options):
+    """Options of `optimi-lion`. Its authors take a third to a tenth of AdamW's learning rate, and 3 to 10 times its decay."""
+
+    lr: float = Field(gt=0, examples=[3e-5], description="learning rate: how far a step moves each weight")
+    betas: Betas = Field((0.9, 0.99), description="share of the momentum in a step, and decay of the momentum")
+    weight_decay: float = Field(0.0, ge=0, description=_DECAY)
+
+
+class AdanOptions(Options):
+    """Options of `optimi-adan`."""
+
+    lr: float = Field(gt=0, examples=[1e-4], description="learning rate")
+    betas: Annotated[tuple[Beta, Beta, Beta], Field(strict=False)] = Field(
+        (0.98, 0.92, 0.99), description="decay of the running means of gradients, of their differences, and of squares"
+    )
+    eps: float = Field(1e-6, gt=0, description="added to the root of the squares")
+    weight_decay: float = Field(0.02, ge=0, description="a step divides weights by 1 + lr x weight_decay")
+
+
+class SgdOptions(Options):
+    """Options of `optimi-sgd`."""
+
+    lr: float = Field(gt=0, examples=[1e-2], description="learning rate: a step is lr times the gradient")
+    momentum: float = Field(0.9, ge=0, lt=1, description="decay of the running sum of gradients; 0: none is kept")
+    weight_decay: float = Field(0.0, ge=0, description=_DECAY)
+
+
+def _builder(name: str, **settings: object) -> Callable[[Any, Sequence[ParameterGroup]], torch.optim.Optimizer]:
+    """build() of the library's class `name`. settings: of its own that our options do not have."""
+
+    def build(options: Any, groups: Sequence[ParameterGroup]) -> torch.optim.Optimizer:
+        import optimi
+
+        made = torch_groups(groups, options.lr, options.weight_decay, by_type=True)
+        for group in made:
+            group |= _kernels([weight for _, weight in group["params"]])
+        given = options.model_dump(exclude={"lr", "weight_decay"})
+        kind: Any = _compensated(getattr(optimi, name))
+        optimizer: torch.optim.Optimizer = kind(made, lr=options.lr, **given, **settings)
+        return optimizer
+
+    return build
+
+
+def _kernels(weights: Sequence[torch.Tensor]) -> dict[str, object]:
+    """Said here, not left to the library's first step: a resumed run may be on another device."""
+    import torch
+    from optimi.utils import HAS_TRITON
+
+    devices = [Device.of(weight) for weight in weights]
+    triton = HAS_TRITON and all(device.kind == "cuda" and device.has_bf16 for device in devices)
+    return {"kahan_sum": weights[0].dtype == torch.bfloat16, "triton": triton, "foreach": False}
+
+
+def _compensated(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """A class of the library whose decoupled decay of bf16 weights is not lost in rounding."""
+    import torch
+
+    class Compensated(base):  # type: ignore[misc, valid-type]
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            decays = [group["weight_decay"] for group in self.param_groups]
+            for group in self.param_groups:
+                if group["kahan_sum"] and group["weight_decay"] and group.get("decouple_wd", True):
+                    self._decay(group)
+                    group["weight_decay"] = 0.0
+            try:
+                super().step()
+            finally:
+                for group, decay in zip(self.param_groups, decays, strict=True):
+                    group["weight_decay"] = decay
+
+        def _decay(self, group: dict[str, Any]) -> None:
+            """Into the compensations, which this step then adds to the weights."""
+            moved = [weight for weight in group["params"] if weight.grad is not None]
+            for weight in moved:
+                self._init_state(group, self.state[weight], weight)
+            kept = [self.state[weight]["kahan_comp"] for weight in moved]
+            if kept:
+                torch._foreach_add_(kept, moved, alpha=-group["lr"] * group["weight_decay"])
+
+    Compensated.__name__ = Compensated.__qualname__ = base.__name__
+    return Compensated
+
+
+def _spec(
+    name: str,
+    summary: str,
+    options: type[Options],
+    fp32: float,
+    bf16: float | None,
+    *,
+    sharded: bool = True,
+    usual: tuple[float, float] = USUAL_LR,
+    **settings: object,
+) -> OptimizerSpec:
+    """fp32, bf16: bytes of state per parameter; None: it moves no bf16."""
+    moves: dict[Moved, bool] = {"fp32": True, "bf16": bf16 is not None, "sharded": sharded}
+    how = "; bf16 weights by Kahan summation" if moves["bf16"] else ""
+    return OptimizerSpec(
+        name=f"optimi-{name.lower()}",
+        summary=f"{summary}{how} (torch-optimi)",
+        options=options,
+        build=_builder(name, **settings),
+        moves=frozenset(each for each, true in moves.items() if true),
+        state_bytes=fp32,
+        state_bytes_of={} if bf16 is None else {"bf16": bf16},
+        usual_lr=usual,
+        sensible_lr=SENSIBLE_LR,
+        library=LIBRARY,
+    )
+
+
+OPTIMI = (
+    _spec("Adam", "Adam with L2 weight decay", AdamOptions, 8.0, 6.0),
+    _spec("AdamW", "AdamW", AdamWOptions, 8.0, 6.0),
+    # It clips by the root mean square of a whole tensor's update: a part of one would be clipped otherwise.
+    _spec("StableAdamW", "AdamW whose updates are clipped by tensor", StableAdamWOptions, 8.0, 6.0, sharded=False),
+    _spec("RAdam", "Adam that warms up by its own variance", RAdamOptions, 8.0, 6.0, decouple_wd=True),
+    # Its lookahead sets what was kept of the fast weights' rounding aside: bf16 weights do not move (0% of fp32's way, measured).
+    _spec("Ranger", "RAdam with lookahead", RangerOptions, 12.0, None, decouple_wd=True),
+    _spec("Adan", "Adam with Nesterov's momentum of differences", AdanOptions, 16.0, 10.0),
+    _spec("Lion", "the sign of a momentum", LionOptions, 4.0, 4.0, usual=(1e-7, 1e-3)),
+    _spec("SGD", "stochastic gradient descent", SgdOptions, 4.0, 4.0, decouple_wd=True, usual=(1e-6, 1.0)),
+)
+"""References: Adam 1412.6980, AdamW 1711.05101, StableAdamW 2304.13013, RAdam 1908.03265, Ranger (Lookahead 1907.08610), Adan
+2208.06677, Lion 2302.06675 (arXiv)."""

@@ -46,7 +46,7 @@ def offload_problems(config: Config, family: Family, processes: int) -> Iterator
         what = f"offload.blocks_per_group = {table.blocks_per_group}, and this model has {family.block_count} blocks."
         yield problem("blocks_per_group", what, f"Give 1 to {family.block_count - 1}; fewer take less of the card.")
     if config.precision.base is not None and STORAGE[config.precision.base].quantised:
-        what = f"offload.group moves weights in groups as they are stored, which those in {config.precision.base} are not proved to stand."
+        what = f"offload.group moves weights as they are stored, and those in {config.precision.base} are not proved to stand it."
         yield problem("group", what, 'Leave offload.group out, or set precision.base = "bf16".')
 
 

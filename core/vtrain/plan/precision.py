@@ -28,7 +28,7 @@ def storage_of(config: Config) -> StorageType:
 
 
 def precision_problems(config: Config) -> list[Problem]:
-    """Why the weights, as they are stored, cannot be trained; of what is trained itself the optimizer decides (plan/optimizer.py)."""
+    """Why the weights, as they are stored, cannot be trained. Of what is trained the optimizer decides (plan/optimizer.py)."""
     storage = storage_of(config)
     return list(_quantised_problems(config, storage)) if storage.quantised else []
 

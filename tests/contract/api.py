@@ -258,7 +258,7 @@ def spec_lines(spec: Any) -> Iterator[str]:
     """What a spec says beside its name, options and build."""
     for each in fields(spec):
         value = getattr(spec, each.name)
-        if each.name not in ("name", "summary", "options", "build") and value:
+        if each.name not in ("name", "summary", "options", "build", "advice") and value:
             shown = (
                 sorted(value) if isinstance(value, frozenset) else dict(value) if isinstance(value, Mapping) else value
             )

@@ -48,11 +48,39 @@ AXES: Mapping[str, Mapping[str, Choice]] = {
     "trained": {
         "LoRA on bf16": Choice(),
         "LoRA on fp32": Choice({"precision.base": "fp32"}),
+        "LoRA on int8": Choice({"precision.base": "int8"}),
         "full, fp32": Choice({"model.train": "full"}),
+        "full, bf16": Choice({"model.train": "full", "precision.base": "bf16"}, {"optimizer": "adamw_bf16"}),
     },
     "mixed precision": {"none": Choice(), "bf16": Choice({"precision.mixed": "bf16"})},
-    "checkpointing": {"no": Choice(), "blocks": Choice({"precision.gradient_checkpointing": True})},
-    "optimizer": {"adamw": Choice()},
+    "checkpointing": {
+        "no": Choice(),
+        "blocks": Choice({"precision.gradient_checkpointing": True}),
+        "every 2nd block": Choice(
+            {"precision.gradient_checkpointing": True, "precision.gradient_checkpointing_interval": 2}
+        ),
+        "feed-forward": Choice({"precision.gradient_checkpointing": "feed_forward"}),
+    },
+    "offload": {
+        "none": Choice(),
+        "groups of blocks": Choice({"offload.group": "block"}, {"checkpointing": "blocks"}),
+        "leaves": Choice({"offload.group": "leaf"}, {"checkpointing": "blocks"}),
+        "model_cpu": Choice({"offload.model_cpu": True}),
+        "optimizer": Choice({"offload.optimizer": True}),
+    },
+    "optimizer": {
+        "adamw": Choice(),
+        "adamw_bf16": Choice({"optimizer.use": "adamw_bf16"}, {"trained": "full, bf16"}),
+        "muon": Choice({"optimizer.use": "muon"}),
+        "prodigy": Choice({"optimizer.use": "prodigy", "optimizer.lr": 1.0}),
+        "schedule-free": Choice({"optimizer.use": "schedulefree-adamw"}),
+    },
+    "average": {
+        "none": Choice(),
+        "ema": Choice({"ema": {"decay": 0.9, "validation": "both"}}),
+        "ema on the CPU": Choice({"ema": {"decay": 0.9, "on": "cpu", "update_every": 2}}),
+    },
+    "rollout": {"none": Choice(), "half": Choice({"train.rollout": {"probability": 0.5}})},
     "learning rate": {
         "constant": Choice(),
         "cosine": Choice({"lr_schedule.use": "cosine", "lr_schedule.warmup": "1 steps"}),

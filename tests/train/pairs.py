@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import tomli_w
-from allpairspy import AllPairs
 from PIL import Image
 
 from vtrain.config import load
@@ -152,6 +151,8 @@ def planned(folder: Path, combination: Combination, catalog: Catalog) -> str:
 
 
 Pair = tuple[tuple[str, str], tuple[str, str]]
+Link = frozenset[tuple[str, str]]
+"""A pair, in no order."""
 
 
 def pairs() -> Iterator[Pair]:
@@ -168,16 +169,35 @@ def refused(folder: Path) -> dict[Pair, str]:
 
 
 def covering(forbidden: Collection[Pair]) -> list[Combination]:
-    """Few combinations of all axes in which each pair that is not forbidden stands in one at least."""
-    places = list(AXES)
+    """Few combinations of all axes in which each pair that is not forbidden stands in one at least.
+
+    Greedy: each begins with a pair that none has yet, and takes for every other axis the choice with most pairs that none has.
+    """
     bad = {frozenset(pair) for pair in forbidden}
+    left = [pair for pair in pairs() if frozenset(pair) not in bad]
+    rows: list[Combination] = []
+    while left:
+        new = {frozenset(pair) for pair in left}
+        row = completed(dict(left[0]), bad, new)
+        assert row is not None, f"no combination of all axes has {left[0]}"
+        rows.append({axis: row[axis] for axis in AXES})
+        left = [pair for pair in left if not set(pair) <= row.items()]
+    return rows
 
-    def allowed(row: Sequence[str]) -> bool:
-        chosen = list(zip(places, row, strict=False))
-        return not any(frozenset(pair) in bad for pair in combinations(chosen, 2))
 
-    rows = AllPairs([list(choices) for choices in AXES.values()], filter_func=allowed)
-    return [dict(zip(places, row, strict=True)) for row in rows]
+def completed(row: dict[str, str], bad: Collection[Link], new: Collection[Link]) -> dict[str, str] | None:
+    """A choice for every axis that the row leaves open, no two of them bad; None where there is none."""
+    axis = next((axis for axis in AXES if axis not in row), None)
+    if axis is None:
+        return row
+    links = {choice: [frozenset({(axis, choice), each}) for each in row.items()] for choice in AXES[axis]}
+    ordered = sorted(links, key=lambda choice: -sum(link in new for link in links[choice]))
+    for choice in ordered:
+        if not any(link in bad for link in links[choice]):
+            found = completed({**row, axis: choice}, bad, new)
+            if found is not None:
+                return found
+    return None
 
 
 def lay_out(folder: Path, clips: Path) -> Path:

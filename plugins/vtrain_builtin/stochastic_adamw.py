@@ -13,8 +13,8 @@ from torch.optim.adamw import adamw
 from vtrain.contract import Device
 
 AT_ONCE, AT_ONCE_THERE = 1 << 18, 1 << 24
-"""Numbers of a weight that are in fp32 at a time, on a CPU and on an accelerator: as many as a CPU's cache holds (random bits and rounding alone are twice as fast so as with
-16 times as many), and enough for a card to be busy with, in about 400 MiB."""
+"""Numbers of a weight that are in fp32 at a time, on a CPU and on an accelerator: as many as a CPU's cache holds (random bits and
+rounding alone are twice as fast so as with 16 times as many), and enough for a card to be busy with, in about 400 MiB."""
 
 
 class StochasticAdamW(torch.optim.Optimizer):

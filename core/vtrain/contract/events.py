@@ -195,37 +195,6 @@ class Logged:
 
 
 @dataclass(frozen=True)
-class LossSpike:
-    """The flow loss of a step lies far above those of the steps before, at equal noise levels; training continues.
-
-    step: its number. loss: its flow loss. expected: what the steps before let expect at its noise levels. samples: its clips.
-    sigmas: their noise levels. text: what the terminal shows.
-    """
-
-    step: int
-    loss: float
-    expected: float
-    samples: tuple[str, ...]
-    sigmas: tuple[float | tuple[float, ...], ...]
-    text: str
-
-
-@dataclass(frozen=True)
-class StepSkipped:
-    """A step whose loss or gradient was not finite was not taken (train.skip_nonfinite): weights and optimizer are as before it.
-
-    step: its number, which counts. skipped: how many have been by now. limit: how many are allowed. samples: its clips. text: what
-    the terminal shows.
-    """
-
-    step: int
-    skipped: int
-    limit: int
-    samples: tuple[str, ...]
-    text: str
-
-
-@dataclass(frozen=True)
 class Saved:
     """A checkpoint was written. step: optimizer steps done by then. folder: the checkpoint's. deleted: older ones that
     checkpoint.keep let go."""
@@ -328,8 +297,6 @@ Event = (
     | Started
     | Stepped
     | Logged
-    | LossSpike
-    | StepSkipped
     | Saved
     | Validating
     | Generating

@@ -266,7 +266,7 @@ class Validator:
         # After all latents are solved: the codec is opened once for all of them.
         files = {}
         with self.resting(), self.family.open_video_codec(str(self.device)) as codec:
-            for number, name in enumerate(latents, start=1):
+            for number, name in enumerate((name + end for end in self.weights for name in nicknames), start=1):
                 yield Generating(step, "decoding", number, count, steps, steps)
                 files[name] = folder / f"{name}.mp4"
                 with torch.no_grad():

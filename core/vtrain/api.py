@@ -20,6 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from vtrain.contract import DType
+    from vtrain.contract.pipelines import ExportFormat
+    from vtrain.run.export import Exported
     from vtrain.run.prepare import Prepared
     from vtrain.run.session import Session
 
@@ -51,6 +54,28 @@ def run(
     from vtrain.run.session import Session
 
     return Session(Path(config), signals=signals, heard=heard, process_ends=process_ends)
+
+
+def export(
+    source: Path | str,
+    to: Path | str | None = None,
+    form: ExportFormat | None = None,
+    *,
+    ema: bool = False,
+    model: str | None = None,
+    dtype: DType = "fp32",
+    on_part: Callable[[str], None] = lambda text: None,
+) -> Exported:
+    """A run's newest checkpoint, or a checkpoint, for other tools: read back by the original library before it is kept.
+
+    form: "lora", "comfyui", "merged" or "pipeline"; absent: "lora" of an adapter, "pipeline" of a whole model. to: a new folder;
+    absent: in exports/ of the run. ema: the averaged weights. model: where the model folder is now. dtype: of whole weights.
+    on_part: called with what is done next. Raises CheckpointError, ConfigError, ModelError or PluginError, and leaves nothing then.
+    """
+    from vtrain.run.export import export
+
+    place = None if to is None else Path(to).absolute()
+    return export(Path(source), place, form, ema=ema, model=model, dtype=dtype, on_part=on_part)
 
 
 def fill(config: Path | str, *, process_ends: bool = False) -> Session:

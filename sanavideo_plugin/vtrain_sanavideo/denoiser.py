@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+"""The projections of self- and cross-attention: all its Linear layers in blocks. The feed-forward is convolutions."""
+
+
 class SanaVideoDenoiser(DiffusersDenoiser):
     """The denoiser, SupportsLora, SupportsDecayRule and SupportsFeedForward."""
 
@@ -66,8 +70,7 @@ class SanaVideoDenoiser(DiffusersDenoiser):
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
-        """The projections of self- and cross-attention: all its Linear layers in blocks. The feed-forward is convolutions."""
-        return ("to_q", "to_k", "to_v", "to_out.0")
+        return LORA_TARGETS
 
     def lora_loader(self) -> Any:
         from diffusers.loaders.lora_pipeline import SanaLoraLoaderMixin

@@ -64,6 +64,10 @@ class SanaVideoFamily(DiffusersFamily[SanaVideoConfig]):
         return self._vae_source if component == "vae" and self._vae_source else self._source
 
     @property
+    def lora_targets(self) -> tuple[str, ...]:
+        return denoiser.LORA_TARGETS
+
+    @property
     def codec_title(self) -> str:
         return vae_title(self._codec)
 

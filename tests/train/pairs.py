@@ -48,6 +48,8 @@ AXES: Mapping[str, Mapping[str, Choice]] = {
         "LoRA on bf16": Choice(),
         "LoRA on fp32": Choice({"precision.base": "fp32"}),
         "LoRA on int8": Choice({"precision.base": "int8"}),
+        "DoRA on bf16": Choice({"model.lora.dora": True}),
+        "rsLoRA with dropout": Choice({"model.lora.rslora": True, "model.lora.dropout": 0.1}),
         "full, fp32": Choice({"model.train": "full"}),
         "full, bf16": Choice({"model.train": "full", "precision.base": "bf16"}, {"optimizer": "adamw_bf16"}),
     },

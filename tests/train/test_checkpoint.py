@@ -251,7 +251,7 @@ def test_a_path_that_leads_out_of_the_folder_or_is_oddly_spelt_is_refused_unread
 ) -> None:
     (tmp_path / "outside").write_text("", encoding="utf-8")
     folder = changed(tmp_path, lambda manifest: manifest["files"].update({name: SIZE_AND_HASH}))
-    monkeypatch.setattr(checkpoint, "_sha256", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr(checkpoint, "read_through", lambda path: pytest.fail(f"{path} was read"))
     expected = f"its MANIFEST.json lists {name!r}, which is no path of a file in the folder"
     assert checkpoint.fault(folder) == expected
 

@@ -26,6 +26,12 @@ ORIGINAL_NAMES = {
 """diffusers' names of modules -> Wan's own, which ComfyUI reads."""
 
 
+def lora_targets(added_kv_proj_dim: int | None) -> tuple[str, ...]:
+    """All Linear layers of a block: what kohya-ss/musubi-tuner trains by default, a picture's keys and values included."""
+    of_pictures = ("add_k_proj", "add_v_proj") if added_kv_proj_dim else ()
+    return ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2", *of_pictures)
+
+
 class WanDenoiser(DiffusersDenoiser):
     """The denoiser, SupportsLora, SupportsOriginalNames, SupportsDecayRule and SupportsFeedForward."""
 
@@ -33,9 +39,7 @@ class WanDenoiser(DiffusersDenoiser):
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
-        """All Linear layers of a block: what kohya-ss/musubi-tuner trains by default, a picture's keys and values included."""
-        of_pictures = ("add_k_proj", "add_v_proj") if self._module.config.added_kv_proj_dim else ()
-        return ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2", *of_pictures)
+        return lora_targets(self._module.config.added_kv_proj_dim)
 
     def predict(self, noisy: Tensor, level: NoiseLevel, condition: Condition) -> Tensor:
         """v = e - x0, in the type that the module computes in.

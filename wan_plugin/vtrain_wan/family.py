@@ -33,7 +33,7 @@ from vtrain.contract import (
     token_digest,
 )
 from vtrain_wan import checkpoint, images, text
-from vtrain_wan.denoiser import WanDenoiser
+from vtrain_wan.denoiser import ORIGINAL_NAMES, WanDenoiser, lora_targets
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -56,8 +56,13 @@ class Wan21Family(DiffusersFamily[checkpoint.WanConfig]):
     measured = json.loads(Path(__file__).with_name("memory.json").read_bytes())
     wording = staticmethod(text.wording)
     codec_title = "Wan VAE"
+    original_names = ORIGINAL_NAMES
     read_transformer = staticmethod(checkpoint.read_transformer)
     codec_defaults = staticmethod(checkpoint.vae_defaults)
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        return lora_targets(self._transformer.added_kv_proj_dim)
 
     def __init__(self, options: CheckpointOptions, task: str = "", size: str = "") -> None:
         super().__init__(options, checkpoint.COMPONENTS)

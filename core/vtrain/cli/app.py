@@ -95,6 +95,42 @@ def _plan(
     plan(config, json, plots)
 
 
+@app.command("export")
+def _export(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN|CHECKPOINT",
+            help="a run's output folder (its newest checkpoint), or a checkpoint",
+            show_default=False,
+        ),
+    ],
+    form: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--format",
+            help="lora: a LoRA file for diffusers; comfyui: one for ComfyUI; merged: the trained denoiser alone; pipeline: with "
+            "all other parts. Default: lora of an adapter, pipeline of a whole model",
+        ),
+    ] = None,
+    to: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--to", metavar="FOLDER", help="a new folder; default: exports/ in the run's output folder"),
+    ] = None,
+    ema: Annotated[bool, typer.Option("--ema", help="the averaged weights instead of the last step's")] = False,
+    dtype: Annotated[str, typer.Option("--dtype", help="fp32 or bf16: of merged and pipeline")] = "fp32",
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--model", metavar="FOLDER", help="where the model folder is now, if it was moved"),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """A checkpoint for other tools, read back by the original library and compared before it is kept."""
+    from vtrain.cli.export import export
+
+    export(source, to, form, ema, dtype, model, json)
+
+
 @plugins.command("list")
 @uncollected(collect_first=False)
 def _plugins_list(json: Json = False) -> None:

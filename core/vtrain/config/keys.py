@@ -91,6 +91,14 @@ REMOVED = (
 """The one table of keys that are gone. A file that has one is refused with the reason; a checkpoint may have one at `meant`."""
 
 
+ADDED: Mapping[tuple[str, ...], object] = {
+    ("model", "lora", "dora"): False,
+    ("model", "lora", "rslora"): False,
+    ("model", "lora", "init"): "kaiming",
+}
+"""Keys that checkpoints of before lack though they have the table -> what those runs did."""
+
+
 def removed(path: KeyPath) -> Removed | None:
     """What there is to say of a key that there is no more; None of any other."""
     return next((each for each in REMOVED if each.old == path), None)

@@ -41,13 +41,33 @@ class LoraTable(Options):
     alpha: float | None = fixed(None, gt=0, description="scale is alpha / rank; absent: alpha = rank")
     targets: Names | None = fixed(None, description="module names to adapt (suffixes); absent: the family's choice")
     dropout: float = fixed(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    dora: bool = fixed(
+        False,
+        description="also train the length of each output's weights (DoRA, arXiv 2402.09353): nearer to full training at a low "
+        "rank, slower, and more memory",
+    )
+    rslora: bool = fixed(
+        False,
+        description="scale is alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732): for high ranks, which alpha / rank holds back",
+    )
+    init: Literal["kaiming", "gaussian", "orthogonal"] = fixed(
+        "kaiming",
+        description="first weights; the model predicts as before with each. kaiming: A uniform, B zero; gaussian: A normal "
+        "with deviation 1 / rank, B zero; orthogonal: both random and orthogonal to each other, of an even rank",
+    )
+    start: LocalPath | None = free(
+        None,
+        description="a LoRA to continue from: a safetensors file, a folder that holds one, or a checkpoint, in the keys of "
+        "diffusers, peft, ComfyUI or kohya, of the same rank and targets. Read once, at the first step of a new run",
+    )
 
 
 class ModelTable(Options):
     """[model]: core's keys beside the family's options."""
 
     train: Literal["full", "lora"] = fixed(description='what is trained: all weights ("full") or an adapter ("lora")')
-    lora: LoraTable | None = fixed(None, description='the adapter; only with train = "lora"')
+    # Each of its keys has a rule of its own; that there is one follows from `train`.
+    lora: LoraTable | None = Field(None, description='the adapter; only with train = "lora"')
 
 
 class PrecisionTable(Options):

@@ -1,5 +1,6 @@
 """Everything a plugin imports of vtrain. Importing it imports no torch, diffusers, transformers or accelerate."""
 
+from vtrain.contract.adapters import SupportsAdapterNames
 from vtrain.contract.backends import DataBackend, SupportsCaptions, SupportsFiles, SupportsShards
 from vtrain.contract.captions import (
     CaptionExtra,
@@ -113,6 +114,7 @@ from vtrain.contract.options import (
     scheduled,
     without_secrets,
 )
+from vtrain.contract.pipelines import ExportFormat, SupportsReference
 from vtrain.contract.protocols import (
     Denoiser,
     DType,
@@ -244,6 +246,7 @@ __all__ = [
     "Ended",
     "Estimated",
     "Event",
+    "ExportFormat",
     "Failed",
     "Failure",
     "Family",
@@ -303,6 +306,7 @@ __all__ = [
     "StepMetrics",
     "StepView",
     "Stepped",
+    "SupportsAdapterNames",
     "SupportsBlockMemory",
     "SupportsBlockWeights",
     "SupportsCaptionExtras",
@@ -316,7 +320,7 @@ __all__ = [
     "SupportsLearningRate",
     "SupportsLora",
     "SupportsOriginalNames",
-    "SupportsPauses", "SupportsRollout",
+    "SupportsPauses", "SupportsReference", "SupportsRollout",
     "SupportsShards",
     "SupportsStepCheck", "SupportsStepwise",
     "SupportsTokenCounts",

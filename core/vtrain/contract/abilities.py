@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 
-from vtrain.contract import backends, captions, conditions, optimizers, protocols, regularizers
+from vtrain.contract import adapters, backends, captions, conditions, optimizers, pipelines, protocols, regularizers
 from vtrain.contract.specs import listed
 
 
@@ -34,6 +34,8 @@ ABILITIES: Mapping[str, Abilities] = {
             protocols.SupportsBlockMemory,
             protocols.SupportsBlockWeights,
             conditions.SupportsConditions,
+            adapters.SupportsAdapterNames,
+            pipelines.SupportsReference,
         ),
     ),
     "text encoder": Abilities(protocols.TextEncoder, ()),

@@ -31,8 +31,9 @@ from vtrain.contract.codecs import (
 )
 from vtrain.contract.errors import ModelError, Problem
 from vtrain.contract.geometry import ClipShape, FrameRule, LatentGeometry, LatentShape, Size, TokenGrid
-from vtrain.contract.loading import opened
+from vtrain.contract.loading import DiffusersDenoiser, opened
 from vtrain.contract.options import ModelSource, Options, fixed
+from vtrain.contract.pipelines import ExportFormat, pipeline_parts, write_pipeline
 from vtrain.contract.protocols import Denoiser, DType, HashFile
 from vtrain.contract.records import BlockMemory, TokenBytes
 from vtrain.contract.weights import Shape, misfit_problems, weight_hashes
@@ -146,7 +147,8 @@ class DiffusersFamily(ABC, Generic[TransformerT]):
     A family's own adds the rest, the methods that here are abstract, and: mark, its name in fingerprints; title, its
     name in messages; sizes, its official bucket sets, the default first; default_frames and default_fps. One whose video codec
     has another config than CausalCodecConfig has read_codec and load_codec of its own. block_list: name of the transformer's
-    list of blocks. components: of a checkpoint, with "transformer", "vae" and "scheduler" among them.
+    list of blocks. components: of a checkpoint, with "transformer", "vae" and "scheduler" among them. lora_targets and
+    original_names: its denoiser's, which a plan asks for.
 
     measured: `memory_key` of a model -> "<weights> <compute> clip", or "frames" with a level for each latent frame -> bytes as
     `vtrain.testing.memory.block_memory` gave them: (plain block, outside, checkpointed block, outside).
@@ -158,6 +160,7 @@ class DiffusersFamily(ABC, Generic[TransformerT]):
     default_frames: int
     default_fps: float
     block_list: str = "transformer_blocks"
+    original_names: Mapping[str, str] = {}
     measured: Mapping[str, Mapping[str, Sequence[float]]] = {}
 
     def __init__(self, options: CheckpointOptions, components: Mapping[str, Component]) -> None:
@@ -310,6 +313,34 @@ class DiffusersFamily(ABC, Generic[TransformerT]):
             raise TypeError(f"{type(self).__name__} reads a {type(codec).__name__}, and has no load_codec for it")
         vae = load_autoencoder(self.codec_class(), folder, options.vae_precision, device, tiling=options.vae_tiling)
         return NormalizedCodec(vae, codec.latents_mean, codec.latents_std, codec.geometry(), f"the {self.codec_title}")
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        """SupportsAdapterNames."""
+        return ()
+
+    def weight_shapes(self) -> Mapping[str, Shape]:
+        """SupportsAdapterNames."""
+        return self._transformer.shapes()
+
+    def parts_bytes(self) -> int:
+        """SupportsReference."""
+        folders = [folder for _, folder, _ in pipeline_parts(self._source, self.source_of)]
+        return sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
+
+    def save_parts(self, folder: Path) -> None:
+        """SupportsReference."""
+        write_pipeline(folder, self._source, self.source_of)
+
+    def open_reference(self, like: Denoiser, folder: Path, export: ExportFormat) -> Denoiser:
+        """SupportsReference."""
+        if not isinstance(like, DiffusersDenoiser):
+            raise TypeError(
+                f"{type(like).__name__} is no DiffusersDenoiser, and {type(self).__name__} has no open_reference"
+            )
+        if export in ("lora", "comfyui"):
+            return like.reference(self._source.part("transformer"), next(folder.glob("*.safetensors")))
+        return like.reference(folder if export == "pipeline" else folder / "transformer")
 
     def load_denoiser(self, device: str, dtype: DType, weights: Path | None = None) -> Denoiser:
         folder = self._source.part("transformer") if weights is None else weights / "transformer"

@@ -6,9 +6,12 @@ The classes come from the plugin, and are used unmodified. Importing this module
 # mypy: allow-untyped-calls
 from __future__ import annotations
 
+import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -121,6 +124,69 @@ def load_tokenizer(kind: type[Any], folder: Path) -> Any:
         raise ModelError(Problem(str(folder), f"no tokenizer can be read: {error}", "Download it again.")) from error
 
 
+def reference_module(kind: type[ModuleT], folder: Path) -> ModuleT:
+    """A model of diffusers as its own from_pretrained reads it: fp32, on the CPU. Raises ModelError where it refuses."""
+    import torch
+
+    typeless: Any = kind
+    with _told("the original loader", folder):
+        module, report = typeless.from_pretrained(
+            folder, torch_dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    lines = [f"{word.removesuffix('_keys')}: {name}" for word, names in report.items() for name in sorted(names)]
+    if lines:
+        raise ModelError(misfit_problem(folder, lines))
+    loaded: ModuleT = module.eval()
+    return loaded
+
+
+def reference_pipeline(folder: Path) -> nn.Module:
+    """The transformer of a pipeline folder as diffusers' own from_pretrained reads the whole, whose other parts are not loaded."""
+    from diffusers import DiffusionPipeline
+
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    parts = [name for name, entry in index.items() if isinstance(entry, list) and name != "transformer"]
+    with _told("the original pipeline", folder):
+        pipeline: Any = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **dict.fromkeys(parts))
+    module: nn.Module = pipeline.transformer
+    return module.float().eval()
+
+
+def reference_lora(module: nn.Module, adapter: Path, loader: Any) -> None:
+    """Load a LoRA file on `module` by a pipeline's own load_lora_weights. loader: its LoraLoaderMixin.
+
+    Raises ModelError where it is refused, or where the loader says that it takes a part of it alone.
+    """
+    # What load_lora_weights asks of the pipeline that it is a method of.
+    pipeline = type("Pipeline", (loader,), {"components": {}, "hf_device_map": None})()
+    pipeline.transformer = module
+    with _told("the original load_lora_weights", adapter) as said:
+        pipeline.load_lora_weights(adapter.parent, weight_name=adapter.name, local_files_only=True)
+    if said:
+        raise ModelError(Problem(str(adapter), f"the original load_lora_weights: {said[0]}"))
+
+
+@contextmanager
+def _told(who: str, what: Path) -> Iterator[list[str]]:
+    """What diffusers warns of meanwhile; what it raises becomes a ModelError."""
+    from diffusers.utils import logging as diffusers_logging
+
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    library, shown = diffusers_logging.get_logger("diffusers"), diffusers_logging._tqdm_active
+    library.addHandler(handler)
+    diffusers_logging.disable_progress_bar()
+    try:
+        yield said
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise ModelError(Problem(str(what), f"{who} refuses it: {str(error).strip().splitlines()[0]}")) from error
+    finally:
+        library.removeHandler(handler)
+        if shown:
+            diffusers_logging.enable_progress_bar()
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """No progress bar or report of transformers' own: they would tear the run's display, and what is wrong with weights is an
@@ -196,6 +262,19 @@ class DiffusersDenoiser(ABC):
     @abstractmethod
     def lora_loader(self) -> Any:
         """The class of diffusers whose `save_lora_weights` writes adapters of this model."""
+
+    def reference(self, base: Path, adapter: Path | None = None) -> DiffusersDenoiser:
+        """The same around what diffusers' own loaders read: weights of `base`, a pipeline folder or the module's own, and a LoRA.
+
+        Raises ModelError.
+        """
+        whole = (base / "model_index.json").is_file()
+        module = reference_pipeline(base) if whole else reference_module(type(self._module), base)
+        if adapter is not None:
+            reference_lora(module, adapter, self.lora_loader())
+        original = copy(self)
+        original._module = module
+        return original
 
     def save_lora(self, folder: Path, state: Mapping[str, Tensor], settings: Mapping[str, object]) -> None:
         """As `save_lora_file`."""

@@ -53,6 +53,15 @@ def load_lora_file(folder: Path, title: str, part: str = "transformer") -> dict[
     return {name.removeprefix(f"{part}."): value.clone() for name, value in stored.items()}
 
 
+def renamed_module(name: str, renames: Mapping[str, str]) -> str:
+    """A module's name as the model's authors call it; renames: as `comfyui_names` takes them."""
+    keys = sorted(renames, key=len, reverse=True)
+    if not keys:
+        return name
+    pattern = re.compile(rf"(?<![^.])(?:{'|'.join(map(re.escape, keys))})(?![^.])")
+    return pattern.sub(lambda match: renames[match[0]], name)
+
+
 def comfyui_names(names: Iterable[str], renames: Mapping[str, str]) -> dict[str, str]:
     """peft's name -> ComfyUI's name, of each weight of an adapter.
 
@@ -63,16 +72,12 @@ def comfyui_names(names: Iterable[str], renames: Mapping[str, str]) -> dict[str,
 
     Raises ValueError for names that are no LoRA weight's, and for two that would become one.
     """
-    keys = sorted(renames, key=len, reverse=True)
-    pattern = re.compile(rf"(?<![^.])(?:{'|'.join(map(re.escape, keys))})(?![^.])") if keys else None
     found: dict[str, str] = {}
     for name in names:
         end = next((end for end in _COMFYUI if name.endswith(f".{end}")), None)
         if end is None:
             raise ValueError(f"{name} is no weight of a LoRA adapter: it ends neither in {' nor in '.join(_COMFYUI)}")
-        module = name.removesuffix(f".{end}")
-        if pattern is not None:
-            module = pattern.sub(lambda match: renames[match[0]], module)
+        module = renamed_module(name.removesuffix(f".{end}"), renames)
         found[name] = f"diffusion_model.{module}.{_COMFYUI[end]}"
     if twice := sorted(new for new in found.values() if list(found.values()).count(new) > 1):
         raise ValueError(f"two weights would both be called {twice[0]}")

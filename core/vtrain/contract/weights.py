@@ -115,6 +115,14 @@ def _tensors_of(path: Path, size: int, state: tuple[int, ...]) -> Mapping[str, S
     return tensors
 
 
+def stored_metadata(path: Path) -> Mapping[str, str]:
+    """What a safetensors file says of itself. Raises ValueError as `stored_tensors`."""
+    stored_tensors(path)
+    with path.open("rb") as file:
+        _, metadata = parse_header(file.read(int.from_bytes(file.read(8), "little")))
+    return metadata if isinstance(metadata, Mapping) else {}
+
+
 def weight_problems(folder: Path, stem: str, *, may_be_fetched: bool = False) -> list[Problem]:
     """What is wrong with a part's weight files. may_be_fetched: files that are not there yet are no problem."""
     try:
@@ -171,6 +179,11 @@ def stored_numbers(folder: Path, stem: str, names: Collection[str]) -> dict[str,
             if name in names:
                 numbers[name] = _numbers(path, name, tensor)
     return numbers
+
+
+def stored_numbers_of(path: Path, name: str) -> tuple[float, ...]:
+    """The numbers of one small tensor of a safetensors file. Raises ModelError for a storage type of other numbers."""
+    return _numbers(path, name, stored_tensors(path)[name])
 
 
 def _numbers(path: Path, name: str, tensor: StoredTensor) -> tuple[float, ...]:

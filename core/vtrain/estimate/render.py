@@ -21,6 +21,7 @@ from vtrain.estimate.estimate import Estimate, bytes_text
 from vtrain.estimate.estimate import section as memory_section
 from vtrain.estimate.optimizer import STATISTICS_COST, optimizer_words, schedule_words
 from vtrain.estimate.tokens import long_json, prompt_rows, token_rows, tokens_json
+from vtrain.plan.adapter import adapter_rows
 from vtrain.plan.averages import average_words, video_words
 from vtrain.plan.conditions import frames_text, given_latents, least_frames
 from vtrain.plan.offload import checkpointing_text
@@ -58,15 +59,16 @@ def sections(plan: Plan, survey: Survey, estimate: Estimate) -> tuple[Section, .
 
 
 def _training(plan: Plan) -> tuple[tuple[str, str], ...]:
-    table, precision = plan.config.model.table, plan.config.precision
-    what = "all weights"
+    table = plan.config.model.table
     if table.lora is not None:
-        what = f"LoRA, rank {table.lora.rank}, alpha {table.lora.alpha or table.lora.rank:g}"
+        return (*adapter_rows(plan), *_precision(plan))
+    return (("trained", "all weights"), *_precision(plan))
+
+
+def _precision(plan: Plan) -> tuple[tuple[str, str], ...]:
+    precision = plan.config.precision
     mixed = "bf16 autocast" if precision.mixed == "bf16" else "no autocast"
-    return (
-        ("trained", what),
-        ("precision", f"weights {plan.base}, {mixed}, {checkpointing_text(plan)}{error_words(plan.storage)}"),
-    )
+    return (("precision", f"weights {plan.base}, {mixed}, {checkpointing_text(plan)}{error_words(plan.storage)}"),)
 
 
 def _run(plan: Plan, estimate: Estimate) -> tuple[tuple[str, str], ...]:

@@ -28,6 +28,7 @@ from vtrain.contract import (
     SupportsTokenGrid,
     TrackerSpec,
 )
+from vtrain.plan.adapter import adapter_problems, adapter_warnings
 from vtrain.plan.averages import average_problems, average_warnings
 from vtrain.plan.conditions import check_declared, encoder_problems, picture_problems, training_problems
 from vtrain.plan.datasets import check_frames, datasets, nearest_size, warnings
@@ -80,6 +81,7 @@ def _make_plan(config: Config, processes: int, catalog: Catalog | None) -> Plan:
     made = datasets(config, family, problems, foreign_extras(spec, family, catalog))
     problems += [*training_problems(config, family, made), *encoder_problems(config, family, made)]
     problems += [*among_clips(config, made), *offload_problems(config, family, processes)]
+    problems += adapter_problems(config, family, storage_of(config).name)
     clips = longest(family, made)
     regularizers = _regularizers(config, family, clips, problems)
     validation = _validation(config, family, sampler, problems)
@@ -101,6 +103,7 @@ def _make_plan(config: Config, processes: int, catalog: Catalog | None) -> Plan:
             *sampler.warnings(),
             *optimizer_warnings(config),
             *_unusual(config),
+            *adapter_warnings(config, family),
             *average_warnings(config),
             *warnings(config, family),
             *beyond(family, made, validation),

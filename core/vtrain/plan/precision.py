@@ -35,17 +35,10 @@ def precision_problems(config: Config) -> list[Problem]:
 
 def _quantised_problems(config: Config, storage: StorageType) -> Iterator[Problem]:
     """Of a quantised base alone."""
-    where, lora = config.where("precision", "base"), config.model.table.lora
+    where = config.where("precision", "base")
     if "trained" not in storage.uses and config.model.table.train == "full":
         what = f"full training of weights in {storage.name}: what is quantised is frozen, so the weights would not move at all."
         yield Problem(where, what, 'Train an adapter on it (model.train = "lora"), or use base = "fp32".')
-    # By its values: DoRA is an option of the adapter, whose magnitude is the norm of the base's weights.
-    if lora is not None and lora.model_dump().get("dora"):
-        what = (
-            f"DoRA on weights in {storage.name}: it needs the norm of each layer's weights at every step, and quantised ones "
-            "would be made whole for it each time."
-        )
-        yield Problem(config.where("model", "lora", "dora"), what, 'Leave dora out, or use precision.base = "bf16".')
     try:
         version("optimum-quanto")
     except PackageNotFoundError:

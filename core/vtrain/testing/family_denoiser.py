@@ -16,6 +16,7 @@ from vtrain.contract import (
     Family,
     ModelError,
     NoiseLevel,
+    SupportsAdapterNames,
     SupportsLora,
     SupportsOriginalNames,
     TextPart,
@@ -58,6 +59,21 @@ class LoraTests(FamilySubject):
         found = {name.split(".lora_")[0] for name, _ in denoiser.module.named_parameters() if ".lora_" in name}
         for target in lora.lora_targets:
             assert any(name == target or name.endswith("." + target) for name in found), f"{target} matches no module"
+
+    def test_what_a_plan_knows_of_the_denoiser_is_what_is_loaded(self, family: Family) -> None:
+        """weight_shapes, lora_targets and original_names (SupportsAdapterNames) are those of the denoiser."""
+        if not isinstance(family, SupportsAdapterNames):
+            pytest.skip(
+                "this family does not name its denoiser's weights before they are loaded (SupportsAdapterNames)"
+            )
+        denoiser = family.load_denoiser("cpu", "fp32")
+        own = {name: tuple(value.shape) for name, value in denoiser.module.state_dict().items()}
+        said = {name: tuple(shape) for name, shape in family.weight_shapes().items()}
+        assert said == own, f"weight_shapes differs: {sorted(said.items() ^ own.items())[:4]}"
+        targets = denoiser.lora_targets if isinstance(denoiser, SupportsLora) else ()
+        assert tuple(family.lora_targets) == tuple(targets), "lora_targets are not the denoiser's"
+        names = denoiser.original_names if isinstance(denoiser, SupportsOriginalNames) else {}
+        assert dict(family.original_names) == dict(names), "original_names are not the denoiser's"
 
     def test_a_new_adapter_changes_nothing_and_is_trained(self, family: Family, example: Example) -> None:
         """With its fresh adapter the denoiser predicts what it did, and a loss reaches all of the adapter's outer weights."""

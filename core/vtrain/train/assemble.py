@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -42,6 +42,7 @@ from vtrain.plan.schedule import lr_factor
 from vtrain.registry.blame import PartFault
 from vtrain.registry.spelling import check_part
 from vtrain.train import checkpoint
+from vtrain.train.adapter import start_adapter
 from vtrain.train.changes import SampleMarks, SamplesPiece, data_changes
 from vtrain.train.checkpoint import Piece
 from vtrain.train.checkpointing import checkpoint_gradients
@@ -62,6 +63,7 @@ from vtrain.train.pieces import (
 from vtrain.train.precision import quantise
 from vtrain.train.prefetch import Prefetcher
 from vtrain.train.processes import Processes
+from vtrain.train.readback import remarks
 from vtrain.train.resume import RunState, Start, encoder_marks, feature_marks, versions
 from vtrain.train.rollout import RolloutDraws
 from vtrain.train.settings import settings
@@ -173,26 +175,27 @@ class Trainer:
         values = {key: setting.value for key, setting in settings(self.plan).items()}
         config = self.plan.config
         marks = (self.data, self.base, self.features, self.encoders)
-        state = RunState(step, micro_batch, values, *marks, str(config.path.parent.absolute()), versions(config))
+        folder, origin = str(config.path.parent.absolute()), self.start.state.adapter
+        state = RunState(step, micro_batch, values, *marks, folder, versions(config), origin)
         pieces = (*self.pieces, *also, self.samples, CountersPiece(state), ConfigPiece(config.text))
 
-        def write() -> tuple[Saved, str]:
+        def write() -> tuple[Saved, list[str]]:
             parent = config.run.output_dir / CHECKPOINTS
             folder = checkpoint.write(parent, step, pieces)
+            said = remarks(folder, pieces)
             try:
-                return Saved(step, folder, tuple(checkpoint.prune(parent, config.checkpoint.keep, folder))), ""
+                return Saved(step, folder, tuple(checkpoint.prune(parent, config.checkpoint.keep, folder))), said
             # The new checkpoint is whole and has verified: old ones that stay cost disk alone.
             except OSError as error:
-                return Saved(step, folder), f"an older checkpoint could not be deleted: {error}"
+                return Saved(step, folder), [*said, f"an older checkpoint could not be deleted: {error}"]
 
         # The pieces in the order in which `checkpoint.write` gathers them on the first process: each may be collective.
         if not self.processes.first:
             for piece in pieces:
                 piece.gather(keep=False)
-        saved, trouble = self.processes.from_first(write)
+        saved, troubles = self.processes.from_first(write)
         yield saved
-        if trouble:
-            yield Warned(trouble)
+        yield from map(Warned, troubles)
 
 
 def rollout_draws(config: Config, per_epoch: float) -> RolloutDraws | None:
@@ -213,6 +216,8 @@ def assemble(
     config, device = plan.config, processes.device
     away = config.offload.group is not None and device.accelerated
     denoiser, base, notes = load_model(plan, start, "cpu" if away else str(device))
+    if start.folder is None and (origin := start_adapter(plan, denoiser)):
+        start = replace(start, state=replace(start.state, adapter=origin))
     where = config.where("precision", "gradient_checkpointing")
     checkpoint_gradients(denoiser, config.precision, where)
     modules = build_regularizers(plan, processes.device)

@@ -5,7 +5,6 @@ What is kept is known to the pieces alone (`vtrain.train.pieces`): a new piece o
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -24,6 +23,7 @@ from safetensors import SafetensorError
 from vtrain.contract import CheckpointError, Problem
 from vtrain.estimate.estimate import bytes_text
 from vtrain.plan.places import CHECKPOINT
+from vtrain.train.readback import ReadBack, Sums, difference, read_through, sums_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +33,6 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 MANIFEST = "MANIFEST.json"
 FORMAT = 1
 PARTIAL = ".partial"
-CHUNK = 1 << 22
 LEFT_BY_FILE_MANAGERS = re.compile(r"\.DS_Store|\._.*|\.directory|Thumbs\.db|desktop\.ini", re.IGNORECASE)
 """File names that looking into a folder leaves there (macOS, KDE, Windows): nothing reads them, so they harm no checkpoint."""
 
@@ -165,14 +164,15 @@ def write(parent: Path, step: int, pieces: Sequence[Piece]) -> Path:
     aside = parent / (checkpoint_name(step) + PARTIAL)
     waiting = iter(pieces)
     written: dict[str, list[str]] = {}
+    sums: dict[str, Sums] = {}
     try:
         shutil.rmtree(aside, ignore_errors=True)  # what a killed run left of the same step
         aside.mkdir(parents=True)
         for piece in waiting:
             # No name holds a state that was gathered, so that it is gone from memory before the next one comes.
-            written[piece.name] = _write_piece(aside, piece, piece.gather(keep=True))
+            written[piece.name] = _write_piece(aside, piece, piece.gather(keep=True), sums)
         _share(aside)
-        _seal(aside, written)
+        _seal(aside, written, sums)
         # A folder cannot be renamed onto one that is not empty. The old one goes only now that the new one is whole.
         if final.exists():
             shutil.rmtree(final)
@@ -192,8 +192,10 @@ def write(parent: Path, step: int, pieces: Sequence[Piece]) -> Path:
     return final
 
 
-def _write_piece(folder: Path, piece: Piece, state: State) -> list[str]:
-    """Gives the paths of the files that came."""
+def _write_piece(folder: Path, piece: Piece, state: State, sums: dict[str, Sums]) -> list[str]:
+    """Gives the paths of the files that came; sums: takes those of what is trained."""
+    if isinstance(piece, ReadBack):
+        sums[piece.name] = sums_of(state.tensors)
     before = _files(folder)
     for name in before.intersection(piece.files):
         raise _IncompleteError(f"another piece than {piece.name} wrote its {name}")
@@ -207,16 +209,22 @@ def _write_piece(folder: Path, piece: Piece, state: State) -> list[str]:
     return sorted(new)
 
 
-def _seal(folder: Path, written: Mapping[str, Collection[str]]) -> None:
+def _seal(folder: Path, written: Mapping[str, Collection[str]], sums: Mapping[str, Sums]) -> None:
     """Sync all files, then write the manifest of their sizes and hashes. Reads each file once.
 
-    written: files of each piece.
+    written: files of each piece. sums: of the tensors of pieces, which must be those on the disk.
     """
     entries = {}
+    left = {name for piece in sums for name in written[piece]}
+    found = {}
     paths = {name: folder / name for name in sorted({name for names in written.values() for name in names})}
     for name, path in paths.items():
-        entries[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        sha256, found[name] = read_through(path, sums=name in left)
+        entries[name] = {"size": path.stat().st_size, "sha256": sha256}
         _sync(path)
+    for piece, gathered in sums.items():
+        if odd := difference(gathered, [found[name] for name in written[piece]]):
+            raise _IncompleteError(f"{odd} tensors of {piece} are on the disk with other content than was trained")
     manifest = folder / MANIFEST
     content = {"format": FORMAT, "files": entries, "pieces": written}
     manifest.write_text(json.dumps(content, indent=1), encoding="utf-8")
@@ -235,14 +243,6 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(CHUNK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _files(folder: Path) -> set[str]:
@@ -277,7 +277,7 @@ def fault(folder: Path) -> str | None:
         listed = _listed(folder)
         _compare(folder, listed)
         for name, entry in listed.items():
-            if _sha256(folder / name) != entry.sha256:
+            if read_through(folder / name)[0] != entry.sha256:
                 return f"{name} is damaged: its content is not what was written"
     except _UnsoundError as reason:
         return str(reason)

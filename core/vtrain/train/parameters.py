@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,14 +24,25 @@ ADAPTER = "default"
 
 
 def lora_settings(denoiser: Denoiser, table: LoraTable) -> dict[str, object]:
-    """What a file of the adapter carries about itself: rank, alpha, targets, dropout, under peft's names."""
+    """What a file of the adapter carries about itself: rank, alpha, targets, kind, under peft's names.
+
+    No dropout: that is training's own, and tools that read it here would drop in inference too (peft builds its layers so).
+    """
     targets = table.targets or (denoiser.lora_targets if isinstance(denoiser, SupportsLora) else ())
     return {
         "r": table.rank,
         "lora_alpha": table.alpha if table.alpha is not None else table.rank,
         "target_modules": sorted(targets),
-        "lora_dropout": table.dropout,
+        "lora_dropout": 0.0,
+        # Not of plain LoRA, so that its files are what they were.
+        **({"use_dora": True} if table.dora else {}),
+        **({"use_rslora": True} if table.rslora else {}),
     }
+
+
+_INIT: Mapping[str, bool | str] = {"kaiming": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
+"""[model.lora] init -> peft's init_lora_weights. Not pissa, olora and loftq, which change the base, so that the adapter would fit
+no other copy of it; not eva, corda and lora_ga, which need data; not mica, which trains one of the two matrices alone."""
 
 
 def add_lora(denoiser: Denoiser, table: LoraTable, seed: int, where: str) -> None:
@@ -52,7 +64,12 @@ def add_lora(denoiser: Denoiser, table: LoraTable, seed: int, where: str) -> Non
     denoiser.module.requires_grad_(False)
     Device().seed(seed)  # peft makes its weights on the CPU: the same on every device
     try:
-        inject_adapter_in_model(LoraConfig(**lora_settings(denoiser, table)), denoiser.module, ADAPTER)  # type: ignore[arg-type]
+        own: dict[str, Any] = {**lora_settings(denoiser, table), "lora_dropout": table.dropout}
+        inject_adapter_in_model(
+            LoraConfig(**own, init_lora_weights=_INIT[table.init]),  # type: ignore[arg-type]
+            denoiser.module,
+            ADAPTER,
+        )
     except ValueError as error:
         raise ConfigError(Problem(where, f"no adapter can be added: {error}", "See [model.lora] targets.")) from error
     for name, parameter in denoiser.module.named_parameters():

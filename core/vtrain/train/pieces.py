@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vtrain.contract import CheckpointError, Denoiser, Problem, SupportsLora
 from vtrain.contract.run_rules import SET_BY_THE_RUN, Built, built_groups, kept_in_groups, lost_state
 from vtrain.registry.blame import PartFault
+from vtrain.train.adapter import changes_nothing
 from vtrain.train.checkpoint import State, misread, read_json
 from vtrain.train.parameters import load_lora_state, lora_state
 from vtrain.train.resume import MOST, STATE, RunState, write_state
@@ -70,6 +71,10 @@ class DenoiserPiece:
     def load(self, folder: Path) -> None:
         """Nothing: Family.load_denoiser read them as it built the denoiser, without those of the model folder before."""
 
+    def remarks(self, folder: Path) -> tuple[str, ...]:
+        """None."""
+        return ()
+
 
 @dataclass(frozen=True)
 class AdapterPiece:
@@ -104,6 +109,11 @@ class AdapterPiece:
         if odd:
             what = f"the adapter there does not fit this model: {', '.join(odd[:5])}."
             raise CheckpointError(Problem(str(folder), what))
+
+    def remarks(self, folder: Path) -> Iterator[str]:
+        """Of what was written: an adapter that changes nothing."""
+        if changes_nothing(self.lora.load_lora(folder)):
+            yield "the adapter changes nothing: each of its lora_B is zero, so the model predicts as without it"
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,8 @@ class RunState:
     their shapes (`Index.mark`). base: names the weights under an adapter (`base_mark`), "" when all weights are trained.
     features: regularizer -> fingerprint of the features that it learns from, of those that read some. encoders: marks of
     what makes clips and captions latents and embeddings (`encoder_marks`). folder: the configuration file's, absolute.
-    versions: who did what (`versions`). The last three are empty in checkpoints of before.
+    versions: who did what (`versions`). These three are empty in checkpoints of before. adapter: "sha256 path" of the LoRA that the
+    adapter started from, "" for none.
     """
 
     step: int
@@ -51,6 +52,7 @@ class RunState:
     encoders: Mapping[str, str] = field(default_factory=dict)
     folder: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    adapter: str = ""
 
 
 Count = Annotated[int, Field(ge=0, le=MOST)]
@@ -70,6 +72,7 @@ class _Stored(BaseModel):
     encoders: dict[str, str] = {}
     folder: str = ""
     versions: dict[str, str] = {}
+    adapter: str = ""
 
 
 @dataclass(frozen=True)
@@ -199,6 +202,8 @@ def find_start(plan: Plan) -> Start:
     now = settings(plan)
     values = {key: setting.value for key, setting in now.items()}
     if folder is None:
+        lora = plan.config.model.table.lora
+        notices += [f"the adapter starts from {lora.start}"] if lora is not None and lora.start is not None else []
         return Start(None, RunState(0, 0, values, "", ""), tuple(notices))
     state = read_state(folder)
     changes, moved = counted_once(compare(state.settings, now), plan.config), Relocation.of(state, plan.config)

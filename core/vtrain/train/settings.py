@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from vtrain.config.keys import KeyPath, as_called_now, key_path, key_text, removed
+from vtrain.config.keys import ADDED, KeyPath, as_called_now, key_path, key_text, removed
 from vtrain.config.record import TABLES, Config, Value, rule_when_gone, show
 from vtrain.contract import Resume
 from vtrain.plan.precision import base_of
@@ -145,6 +145,8 @@ def _as_written_now(old: Mapping[str, object], new: Mapping[str, Setting]) -> di
     for key, value in old.items():
         values |= _leaves(as_called_now(key_path(key)), value)
     values = {path: value for path, value in values.items() if key_text(path) in new or not _says_nothing(path, value)}
+    tables = {path[:-1] for path in values}
+    values = {**{path: value for path, value in ADDED.items() if path[:-1] in tables}, **values}
     for table in TABLES.values():
         if table.by_part:
             numbers = _numbers(table.name, values, new)

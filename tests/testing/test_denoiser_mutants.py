@@ -50,6 +50,17 @@ class Denoiser(ToyDenoiser):
         super().__init__(transformer(32, 3))
 
 
+def known(**said: object) -> ToyFamily:
+    """A family that knows its denoiser before it is loaded, and says something else of it."""
+    module = ToyFamily(ToyOptions()).load_denoiser("cpu", "fp32").module
+    own = {
+        "weight_shapes": lambda self: {name: tuple(value.shape) for name, value in module.state_dict().items()},
+        "lora_targets": ToyDenoiser.lora_targets,
+        "original_names": getattr(ToyDenoiser, "original_names", {}),
+    }
+    return family(**{**own, **said})
+
+
 class Decaying(Denoiser):
     def decay(self, name: str, shape: tuple[int, ...]) -> bool:
         return True
@@ -326,6 +337,18 @@ PLANTED: tuple[tuple[str, str, str, Callable[[Path], Subject]], ...] = (
         "test_every_adapter_weight_has_a_name_of_its_authors",
         "original_names names no module that has an adapter",
         lambda _: kit(family=with_denoiser(Misnamed)),
+    ),
+    (
+        "shapes of weights that a plan is told wrongly",
+        "test_what_a_plan_knows_of_the_denoiser_is_what_is_loaded",
+        "weight_shapes differs",
+        lambda _: kit(family=known(weight_shapes=lambda self: {"a.weight": (1, 2)})),
+    ),
+    (
+        "targets of adapters that a plan is told wrongly",
+        "test_what_a_plan_knows_of_the_denoiser_is_what_is_loaded",
+        "lora_targets are not the denoiser's",
+        lambda _: kit(family=known(lora_targets=("to_v",))),
     ),
 )
 """(the mistake, the rule that finds it, a piece of its message, the arguments with the mistake in them)."""

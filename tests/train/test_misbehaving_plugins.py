@@ -94,7 +94,7 @@ RUNS = {
         "optimizer",
         "some",
     ): "{}: its build was given 1 parameter that no group of it has (denoiser_module.patch_in.weight).",
-    ("optimizer", "group"): '{}: it keeps what no checkpoint brings back: "scale" of a group, a tensor.',
+    ("optimizer", "group"): '{}: it keeps what no checkpoint brings back: "seen" of a group, a list that changes.',
     ("optimizer", "beside"): '{}: it keeps what no checkpoint brings back: "moments" of its state_dict.',
     (
         "optimizer",

@@ -29,7 +29,7 @@ import lora
 import numpy as np
 import report
 import world
-from crepa_world import PAGE, SEEDS, cell, mean
+from crepa_world import PAGE, SEEDS
 from measured import put
 from steadiness import Steadiness, steadiness
 
@@ -126,7 +126,7 @@ def result(trained: Path, folder: Path, arm: str, seed: int) -> Result:
     )
 
 
-COLUMNS = (
+COLUMNS: tuple[crepa_world.Column, ...] = (
     ("held-out loss", "{:.4f}", lambda each: each.held_out),
     ("likeness", "{:.4f}", lambda each: each.steady.likeness),
     ("flicker", "{:.2f}", lambda each: each.steady.flicker),
@@ -139,25 +139,12 @@ COLUMNS = (
 """A column's head, the format of its numbers, and where they come from in a Result."""
 
 
-def whole_table(found: list[Result], true: Steadiness) -> str:
-    """A row for each run, each arm's mean, and true clips."""
-    rows = [(each.arm, str(each.seed), *(cell(form, read(each)) for _, form, read in COLUMNS)) for each in found]
-    for arm in ARMS:
-        own = [each for each in found if each.arm == arm]
-        rows.append(
-            (f"**{arm}**", "mean", *(cell(form, mean([read(each) for each in own])) for _, form, read in COLUMNS))
-        )
-    told = {"likeness": f"{true.likeness:.4f}", "flicker": cell("{:.2f}", true.flicker), "followed": str(true.followed)}
-    rows.append(("true clips", "", *(told.get(head, "") for head, _, _ in COLUMNS)))
-    return report.table(("arm", "seed", *(head for head, _, _ in COLUMNS)), rows)
-
-
 def text(found: list[Result], true: Steadiness) -> str:
     told = "; ".join(f"{name} {value}" for name, value in report.machine().items())
     return (
         f"Measured on {datetime.now(UTC):%Y-%m-%d}: {told}.\n\n200 steps of LoRA on {CLIPS} clips of the new motion, "
         f"{found[0].new.prompts} videos of it and {found[0].old.prompts} of the old ones from each run:\n\n"
-        f"{whole_table(found, true)}\n"
+        f"{crepa_world.whole_table(found, true, ARMS, COLUMNS)}\n"
     )
 
 

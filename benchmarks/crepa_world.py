@@ -17,11 +17,12 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import cycle, islice
 from pathlib import Path
+from typing import Any
 
 import demo
 import efficientnet
@@ -216,7 +217,7 @@ def truth(folder: Path, prompts: int, of: Sequence[world.Words] | None = None) -
     return steadiness(efficientnet.load(), videos)
 
 
-Column = tuple[str, str, Callable[[Result], float | None]]
+Column = tuple[str, str, Callable[[Any], float | None]]
 """A column's head, the format of its numbers, and where they come from."""
 COLUMNS: tuple[Column, ...] = (
     ("held-out loss", "{:.4f}", lambda each: each.held_out),
@@ -237,17 +238,19 @@ def cell(form: str, value: float | None) -> str:
     return "-" if value is None else form.format(value)
 
 
-def whole_table(found: list[Result], true: Steadiness) -> str:
-    """A row for each run, each arm's mean, and the true clips."""
-    rows = [(each.arm, str(each.seed), *(cell(form, read(each)) for _, form, read in COLUMNS)) for each in found]
-    for arm in ARMS:
+def whole_table(
+    found: Sequence[Any], true: Steadiness, arms: Iterable[str] = ARMS, columns: Sequence[Column] = COLUMNS
+) -> str:
+    """A row for each run, each arm's mean, and the true clips. found: with an `arm` and a `seed` each, and what columns read."""
+    rows = [(each.arm, str(each.seed), *(cell(form, read(each)) for _, form, read in columns)) for each in found]
+    for arm in arms:
         own = [each for each in found if each.arm == arm]
         rows.append(
-            (f"**{arm}**", "mean", *(cell(form, mean([read(each) for each in own])) for _, form, read in COLUMNS))
+            (f"**{arm}**", "mean", *(cell(form, mean([read(each) for each in own])) for _, form, read in columns))
         )
     told = {"likeness": f"{true.likeness:.4f}", "flicker": cell("{:.2f}", true.flicker), "followed": str(true.followed)}
-    rows.append(("true clips", "", *(told.get(head, "") for head, _, _ in COLUMNS)))
-    return report.table(("arm", "seed", *(head for head, _, _ in COLUMNS)), rows)
+    rows.append(("true clips", "", *(told.get(head, "") for head, _, _ in columns)))
+    return report.table(("arm", "seed", *(head for head, _, _ in columns)), rows)
 
 
 def mean(values: list[float | None]) -> float | None:

@@ -76,8 +76,7 @@ def measure(folder: Path, model: Model, name: str, pairs: int, steps: int) -> Co
         blocks = {}
         for side, (changes, more) in sides.items():
             place = f"{name}-{side}-{model.name}".replace(" ", "-").replace(",", "")
-            config = write_config(folder, model, feature.mode, log_every=steps, name=place, more=more)
-            replace_in(config, changes)
+            config = write_config(folder, model, feature.mode, steps, place, more, changes)
             fill(config)
             blocks[side] = stack.enter_context(vtrain_block(config))
             blocks[side]()
@@ -87,16 +86,6 @@ def measure(folder: Path, model: Model, name: str, pairs: int, steps: int) -> Co
     gc.collect()
     without, with_it = (statistics.median(seconds[side]) for side in sides)
     return Cost(name, feature.mode, without, with_it, ratio(seconds["with"], seconds["without"], None))
-
-
-def replace_in(config: Path, changes: Mapping[str, str]) -> None:
-    """Raises ValueError where the file has not what is replaced."""
-    text = config.read_text(encoding="utf-8")
-    for old, new in changes.items():
-        if old not in text:
-            raise ValueError(f"{config} has no {old!r}")
-        text = text.replace(old, new)
-    config.write_text(text, encoding="utf-8")
 
 
 def cost_table(found: list[Cost]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
@@ -121,10 +121,18 @@ def write_clips(folder: Path) -> Path:
     return folder
 
 
-def write_config(folder: Path, model: Model, mode: str, log_every: int, name: str = "run", more: str = "") -> Path:
+def write_config(
+    folder: Path,
+    model: Model,
+    mode: str,
+    log_every: int,
+    name: str = "run",
+    more: str = "",
+    changes: Mapping[str, str] | None = None,
+) -> Path:
     """The config file `folder`/`name`.toml; checkpoint, clips and caches below `folder` are shared by all of them.
 
-    more: tables at its end.
+    more: tables at its end. changes: text of it -> what stands there instead. Raises ValueError where it has not what is replaced.
     """
     clips = folder / "clips"
     if not clips.exists():
@@ -143,6 +151,10 @@ def write_config(folder: Path, model: Model, mode: str, log_every: int, name: st
         cache=(folder / "cache").as_posix(),
         log_every=log_every,
     )
+    for old, new in (changes or {}).items():
+        if old not in text:
+            raise ValueError(f"the configuration has no {old!r}")
+        text = text.replace(old, new)
     config = folder / f"{name}.toml"
     config.write_text(text + more, encoding="utf-8")
     return config

@@ -45,8 +45,7 @@ class MuonOptions(Options):
 
 def build_muon(options: MuonOptions, groups: Sequence[ParameterGroup]) -> torch.optim.Optimizer:
     """Raises ValueError when no group has a parameter."""
-    from vtrain_builtin.joined_optimizer import JoinedOptimizer
-    from vtrain_builtin.matrix_muon import MatrixMuon
+    from vtrain_builtin.torch_optimizers import JoinedOptimizer, MatrixMuon
 
     def taken(name: str, weight: Tensor, decays: bool) -> bool:
         return decays and is_matrix(weight) and not set(name.split(".")) & set(options.adamw_modules)
@@ -58,8 +57,8 @@ def build_muon(options: MuonOptions, groups: Sequence[ParameterGroup]) -> torch.
         made = torch_groups(matrices, options.lr, options.weight_decay)
         parts.append(MatrixMuon(made, options.momentum, options.nesterov, options.ns_steps))
     if any(group.parameters for group in others) or not parts:
-        same = {name: getattr(options, name) for name in ("lr", "betas", "eps", "weight_decay")}
-        parts.append(build_adamw(AdamWOptions(**same), others))
+        same = AdamWOptions(lr=options.lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay)
+        parts.append(build_adamw(same, others))
     return JoinedOptimizer(parts)
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from vtrain.contract import DataBackendSpec, OptimizerSpec, RegularizerSpec, SamplerSpec, TrackerSpec, hookimpl
-from vtrain_builtin.adamw import ADAMW
-from vtrain_builtin.adamw8bit import ADAMW8BIT
-from vtrain_builtin.adamw_bf16 import ADAMW_BF16
+from vtrain_builtin.adamw import ADAMW, ADAMW8BIT, ADAMW_BF16
 from vtrain_builtin.flow import FLOW
 from vtrain_builtin.folder import FOLDER
 from vtrain_builtin.frames import FRAMES

@@ -45,7 +45,7 @@ def build_prodigy(options: ProdigyOptions, groups: Sequence[ParameterGroup]) -> 
     """Raises ValueError when no group has a parameter."""
     from prodigyopt import Prodigy
 
-    from vtrain_builtin.joined_optimizer import JoinedOptimizer
+    from vtrain_builtin.torch_optimizers import JoinedOptimizer
 
     made = torch_groups(groups, options.lr, options.weight_decay)
     parts = [

@@ -126,7 +126,7 @@ def test_bf16_weights_follow_the_papers_adamw_on_average(name: str, seed: int) -
 
 
 def test_stochastic_rounding_is_right_on_average_and_leaves_what_bf16_holds() -> None:
-    from vtrain_builtin.stochastic_adamw import rounded
+    from vtrain_builtin.torch_optimizers import rounded
 
     below, above = (
         torch.tensor(1.0),
@@ -165,9 +165,9 @@ def test_stochastic_rounding_is_a_function_of_seed_step_and_name() -> None:
 
 
 def test_a_weight_of_many_pieces_and_one_that_is_channels_last_are_moved_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vtrain_builtin import stochastic_adamw
+    from vtrain_builtin import torch_optimizers
 
-    monkeypatch.setattr(stochastic_adamw, "AT_ONCE", 100)
+    monkeypatch.setattr(torch_optimizers, "AT_ONCE", 100)
     spec = SPECS["adamw_bf16"]
     plain = nn.Parameter(torch.ones(8, 6, 3, 3, dtype=torch.bfloat16))
     other = nn.Parameter(plain.detach().clone(memory_format=torch.channels_last))

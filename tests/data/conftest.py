@@ -18,11 +18,11 @@ import pytest
 import torch
 from vtrain_toy.colours import COLOURS
 
+from vtrain.config.data_tables import DataTable
 from vtrain.config.record import Config, NoKeys, Part
 from vtrain.config.tables import (
     CacheTable,
     CheckpointTable,
-    DataTable,
     LrScheduleTable,
     ModelTable,
     OffloadTable,

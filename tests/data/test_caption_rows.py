@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vtrain.config.tables import DataTable
+from vtrain.config.data_tables import DataTable
 from vtrain.contract import CaptionExtra, DataError, Size, Words
 from vtrain.data.decoding.video import FileFault
 from vtrain.data.scanning.caption_rows import caption_rows

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vtrain.config.tables import DataTable
+from vtrain.config.data_tables import DataTable
 from vtrain.contract import Caption, CaptionExtra, Size, Words
 from vtrain.data.decoding.video import FileFault
 from vtrain.data.sample import Skipped

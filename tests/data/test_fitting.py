@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from vtrain.config.tables import DataTable
+from vtrain.config.data_tables import DataTable
 from vtrain.contract import ClipShape, FrameRule, Size
 from vtrain.data.decoding.probe import Probe
 from vtrain.data.sample import Box, Skipped

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vtrain.config.tables import DataTable
+from vtrain.config.data_tables import DataTable
 from vtrain.contract import Size
 from vtrain.data.scanning.misfits import Misfits, pointed_out
 from vtrain.plan.records import DatasetPlan

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vtrain.config.tables import DataTable
+from vtrain.config.data_tables import DataTable
 from vtrain.contract import Size, SourceRef
 from vtrain.data.scanning.quarantine import MovedFile, quarantine
 from vtrain.plan.records import DatasetPlan

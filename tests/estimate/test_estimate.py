@@ -11,9 +11,10 @@ from fractions import Fraction
 import pytest
 
 from vtrain.contract import ClipShape, ConfigError
+from vtrain.contract.specs import bytes_text
 from vtrain.data.scanning.surveys import DatasetSurvey, Survey
 from vtrain.estimate import estimate as estimating
-from vtrain.estimate.estimate import bytes_text, check_room, make_estimate
+from vtrain.estimate.estimate import check_room, make_estimate
 from vtrain.estimate.render import as_json, sections
 from vtrain.plan.records import Plan
 

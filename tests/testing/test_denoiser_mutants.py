@@ -345,6 +345,12 @@ PLANTED: tuple[tuple[str, str, str, Callable[[Path], Subject]], ...] = (
         lambda _: kit(family=known(weight_shapes=lambda self: {"a.weight": (1, 2)})),
     ),
     (
+        "a block's weight that a plan is not told of",
+        "test_what_a_plan_knows_of_the_blocks_is_what_is_loaded",
+        "block_weights differs",
+        lambda _: kit(family=family(block_weights=lambda self: {"a.weight": (1, 2)})),
+    ),
+    (
         "targets of adapters that a plan is told wrongly",
         "test_what_a_plan_knows_of_the_denoiser_is_what_is_loaded",
         "lora_targets are not the denoiser's",

@@ -10,7 +10,7 @@ import pytest
 
 from vtrain.config.tables import LrScheduleTable
 from vtrain.contract import Duration
-from vtrain.plan.schedule import lr_factor
+from vtrain.plan.optimizer import lr_factor
 from vtrain.train.loop import Interval
 
 

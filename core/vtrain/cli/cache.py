@@ -15,11 +15,11 @@ from vtrain import api
 from vtrain.cli.report import looking, print_json, print_table, say
 from vtrain.cli.terminal import Terminal
 from vtrain.contract import ConfigError, Problem
+from vtrain.contract.specs import bytes_text
 from vtrain.data.caching import inventory
 from vtrain.data.caching.entries import KINDS, Entries
 from vtrain.data.caching.inventory import CacheFile, Inventory, Wanted
 from vtrain.data.scanning.scan import scan
-from vtrain.estimate.estimate import bytes_text
 from vtrain.plan.records import Plan
 from vtrain.registry.blame import blame
 from vtrain.run.prepare import extra_texts, planned

@@ -13,6 +13,7 @@ from rich.console import Console
 from vtrain.cli.plan import show_sections
 from vtrain.cli.report import one_line
 from vtrain.contract import Role, Section, TokenCount
+from vtrain.contract.specs import bytes_text
 from vtrain.data.caching.artifacts import MaskArtifact, known_key
 from vtrain.data.caching.entries import Entries
 from vtrain.data.caching.inventory import Stores
@@ -21,7 +22,6 @@ from vtrain.data.decoding.worker import MaskJob, Workers
 from vtrain.data.sample import Box, Sample
 from vtrain.data.scanning.extras import shown_extra
 from vtrain.data.scanning.files import SourceFile
-from vtrain.estimate.estimate import bytes_text
 from vtrain.estimate.render import counted
 from vtrain.estimate.tokens import of_limit
 from vtrain.plan.records import DatasetPlan, Plan

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from vtrain.contract import Filling, Generating, Logged, StepMetrics, Stepped
-from vtrain.estimate.estimate import bytes_text
+from vtrain.contract.specs import bytes_text
 
 WIDE = 120
 """Letters of a terminal's line from which on a bar and a clock stand beside the numbers."""

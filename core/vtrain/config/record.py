@@ -8,11 +8,11 @@ from pathlib import Path
 from types import MappingProxyType, NoneType
 from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
+from vtrain.config.data_tables import DataTable
 from vtrain.config.keys import KeyPath, key_text
 from vtrain.config.tables import (
     CacheTable,
     CheckpointTable,
-    DataTable,
     EmaTable,
     LrScheduleTable,
     ModelTable,

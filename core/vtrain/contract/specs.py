@@ -287,6 +287,15 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(f'"{name}"' for name in sorted(names)) or "none"
 
 
+def bytes_text(count: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
 def with_article(noun: str) -> str:
     """ "an optimizer", "a sampler"."""
     return f"{'an' if noun[:1].lower() in 'aeio' else 'a'} {noun}"

@@ -18,6 +18,7 @@ from vtrain.contract import (
     Problem,
     Section,
 )
+from vtrain.contract.specs import bytes_text
 from vtrain.data.scanning import misfits
 from vtrain.data.scanning.surveys import Survey
 from vtrain.estimate.cached import STORED_BYTES, condition_bytes, feature_bytes, mask_bytes
@@ -368,12 +369,3 @@ def _codec(plan: Plan) -> str:
 
 
 FLOAT32 = 4
-
-
-def bytes_text(count: float) -> str:
-    """1536 -> "1.5 KiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"

@@ -15,16 +15,17 @@ from vtrain.contract import (
     SupportsTokenGrid,
     takes_frame_levels,
 )
+from vtrain.contract.specs import bytes_text
 from vtrain.data.scanning.surveys import Bucket, DatasetSurvey, Survey
 from vtrain.estimate.cached import condition_words, feature_words
-from vtrain.estimate.estimate import Estimate, bytes_text
+from vtrain.estimate.estimate import Estimate
 from vtrain.estimate.estimate import section as memory_section
-from vtrain.estimate.optimizer import STATISTICS_COST, optimizer_words, schedule_words
 from vtrain.estimate.tokens import long_json, prompt_rows, token_rows, tokens_json
 from vtrain.plan.adapter import adapter_rows
 from vtrain.plan.averages import average_words, video_words
 from vtrain.plan.conditions import frames_text, given_latents, least_frames
 from vtrain.plan.offload import checkpointing_text
+from vtrain.plan.optimizer import STATISTICS_COST, optimizer_words, schedule_words
 from vtrain.plan.precision import error_words
 from vtrain.plan.records import DatasetPlan, MasksPlan, Plan, ValidationPlan
 from vtrain.plan.rollout import rollout_rows

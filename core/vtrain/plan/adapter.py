@@ -135,7 +135,7 @@ def start_file(start: Path, family: Family) -> AdapterFile:
 
 
 def resumes(config: Config) -> bool:
-    """Whether the run goes on from a checkpoint, as far as names tell."""
+    """Whether the run resumes from a checkpoint, by names alone."""
     if config.run.resume != "latest":
         return config.run.resume != "never"
     folder = config.run.output_dir / CHECKPOINTS

@@ -10,9 +10,9 @@ from itertools import product
 from pathlib import Path
 from typing import Literal
 
+from vtrain.config.data_tables import DataTable
 from vtrain.config.keys import KeyPath
 from vtrain.config.record import Config, Part
-from vtrain.config.tables import DataTable
 from vtrain.contract import (
     ClipShape,
     DataBackend,

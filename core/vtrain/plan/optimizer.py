@@ -1,13 +1,15 @@
-"""What of the optimizer, its learning rate and its schedule cannot be, or is probably not meant."""
+"""The optimizer, its learning rate over the run and its statistics: what cannot be, what is hardly meant, what a plan says."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 
 from vtrain.config.record import Config
-from vtrain.contract import Catalog, DType, OptimizerSpec, Problem
-from vtrain.contract.specs import listed
+from vtrain.config.tables import LrScheduleTable
+from vtrain.contract import Catalog, Decay, DType, OptimizerSpec, Problem, scheduled
+from vtrain.contract.specs import bytes_text, listed
+from vtrain.plan.records import Plan
 
 
 def spec_of(config: Config) -> OptimizerSpec:
@@ -68,3 +70,51 @@ def optimizer_warnings(config: Config) -> Iterator[str]:
 
 def _usual(spec: OptimizerSpec) -> str:
     return "" if spec.usual_lr is None else "Usual are {:g} to {:g}.".format(*spec.usual_lr)
+
+
+Factor = Callable[[int], float]
+"""Zero-based optimizer step -> factor of the optimizer's lr, in [0, 1]."""
+
+
+def lr_factor(table: LrScheduleTable, steps: int, steps_per_epoch: float) -> Factor:
+    """The schedule over `steps` optimizer steps: warm-up, then the rest of the run, its last step at `end` exactly."""
+    warmup = table.warmup.in_steps(steps_per_epoch) or 0 if table.warmup else 0
+    # From the last step of the warm-up, the first at the full rate, to the last step of the run.
+    length = steps - 1 - max(warmup - 1, 0)
+    restarts = table.use == "cosine_with_restarts"
+    decay: Decay = "cosine" if table.use == "cosine_with_restarts" else table.use
+    cycles = table.cycles if restarts else 1
+
+    def factor(step: int) -> float:
+        return scheduled(
+            step, full=1.0, end=table.end, warmup=warmup, length=length, decay=decay, power=table.power, cycles=cycles
+        )
+
+    return factor
+
+
+STATISTICS_COST = (
+    "such a step takes a pass over the blocks' outputs, and one over gradients and weights, more than others"
+)
+
+
+def optimizer_words(plan: Plan) -> str:
+    spec = spec_of(plan.config)
+    full = plan.config.model.table.train == "full"
+    weights = plan.base if full else "fp32"
+    held = f", {bytes_text(plan.family.parameters * spec.bytes_of_state(weights))}" if full else ""
+    return f"{spec.name}, {spec.bytes_of_state(weights):.3g} bytes of state for each {weights} weight that is trained{held}"
+
+
+def schedule_words(plan: Plan) -> str:
+    table, lr = plan.config.lr_schedule, learning_rate(plan.config)
+    warmup = f"warm-up {table.warmup} from 0, then " if table.warmup else ""
+    how = {
+        "constant": "constant",
+        "linear": "linear",
+        "cosine": "cosine",
+        "cosine_with_restarts": f"cosine, {table.cycles} time{'s' * (table.cycles > 1)}",
+        "polynomial": f"polynomial of power {table.power:g}",
+    }[table.use]
+    ends = "" if table.use == "constant" else f" to {table.end * lr:g} at the last step"
+    return f"{lr:g}, {warmup}{how}{ends}"

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from vtrain.config.record import Config
 from vtrain.contract import Family, Problem, SupportsBlockWeights
 from vtrain.contract.precision import STORAGE, StorageName, StorageType, is_layer, matches
+from vtrain.contract.specs import bytes_text
 
 SHOWN = 3
 """How many of many layers a message names."""
@@ -18,7 +19,7 @@ SHOWN = 3
 
 def base_of(train: str) -> StorageName:
     """Storage type of the denoiser where the file says none. What is trained is fp32: an adapter on a bf16 base, or all
-    weights (precision_problems tells why)."""
+    weights (see plan/optimizer.py)."""
     return "bf16" if train == "lora" else "fp32"
 
 
@@ -142,7 +143,7 @@ def storage_words(config: Config, family: Family) -> str:
     share = f"{100 * found.numbers / family.parameters:.0f}%"
     return (
         f"{total}: {share} ({found.layers} layers of blocks) in {storage.name}, the rest in bf16, "
-        f"{found.total_bytes / 2**30:.2f} GiB (in bf16 it takes {2 * family.parameters / 2**30:.2f})"
+        f"{bytes_text(found.total_bytes)} (in bf16 it takes {bytes_text(2 * family.parameters)})"
     )
 
 

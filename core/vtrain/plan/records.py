@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+from vtrain.config.data_tables import DataTable
 from vtrain.config.record import Config
-from vtrain.config.tables import DataTable
 from vtrain.contract import (
     Caption,
     CaptionExtra,

@@ -35,7 +35,7 @@ from vtrain.contract import (
     torch_type,
 )
 from vtrain.contract.pipelines import ExportFormat, SupportsReference
-from vtrain.estimate.estimate import bytes_text
+from vtrain.contract.specs import bytes_text
 from vtrain.plan.adapter import lora_scale
 from vtrain.plan.places import CHECKPOINT, CHECKPOINTS
 from vtrain.registry import discover

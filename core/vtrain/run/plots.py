@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vtrain.contract import ConfigError, DataError, Problem, RunLength, SupportsWeight
-from vtrain.plan.optimizer import learning_rate
-from vtrain.plan.schedule import lr_factor
+from vtrain.plan.optimizer import learning_rate, lr_factor
 from vtrain.run.prepare import Prepared
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from vtrain.contract import (
     ModelError,
     NoiseLevel,
     SupportsAdapterNames,
+    SupportsBlockWeights,
     SupportsLora,
     SupportsOriginalNames,
     TextPart,
@@ -74,6 +75,16 @@ class LoraTests(FamilySubject):
         assert tuple(family.lora_targets) == tuple(targets), "lora_targets are not the denoiser's"
         names = denoiser.original_names if isinstance(denoiser, SupportsOriginalNames) else {}
         assert dict(family.original_names) == dict(names), "original_names are not the denoiser's"
+
+    def test_what_a_plan_knows_of_the_blocks_is_what_is_loaded(self, family: Family) -> None:
+        """block_weights (SupportsBlockWeights) are the weights of Denoiser.blocks: their names in its module, their shapes."""
+        if not isinstance(family, SupportsBlockWeights):
+            pytest.skip("this family does not name its blocks' weights before they are loaded (SupportsBlockWeights)")
+        denoiser = family.load_denoiser("cpu", "fp32")
+        within = {id(weight) for block in denoiser.blocks for weight in block.parameters()}
+        own = {name: tuple(weight.shape) for name, weight in denoiser.module.named_parameters() if id(weight) in within}
+        said = {name: tuple(shape) for name, shape in family.block_weights().items()}
+        assert said == own, f"block_weights differs: {sorted(said.items() ^ own.items())[:4]}"
 
     def test_a_new_adapter_changes_nothing_and_is_trained(self, family: Family, example: Example) -> None:
         """With its fresh adapter the denoiser predicts what it did, and a loss reaches all of the adapter's outer weights."""

@@ -35,10 +35,10 @@ from vtrain.data.index import Index
 from vtrain.data.seeds import derive
 from vtrain.estimate.estimate import Estimate
 from vtrain.estimate.render import counted
+from vtrain.plan.optimizer import lr_factor
 from vtrain.plan.places import CHECKPOINTS
 from vtrain.plan.precision import targets_of
 from vtrain.plan.records import Plan
-from vtrain.plan.schedule import lr_factor
 from vtrain.registry.blame import PartFault
 from vtrain.registry.spelling import check_part
 from vtrain.train import checkpoint

@@ -21,7 +21,7 @@ from pydantic_core import ErrorDetails
 from safetensors import SafetensorError
 
 from vtrain.contract import CheckpointError, Problem
-from vtrain.estimate.estimate import bytes_text
+from vtrain.contract.specs import bytes_text
 from vtrain.plan.places import CHECKPOINT
 from vtrain.train.readback import ReadBack, Sums, difference, read_through, sums_of
 

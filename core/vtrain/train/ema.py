@@ -125,7 +125,7 @@ class Average:
         device: Device,
         values: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """It begins as the weights are. device: of the weights. values: what is averaged in their place, made anew each time that
+        """It begins as the weights are. device: of the weights. values: what is averaged in their place, made again each time that
         it is asked for (`EvalWeights`); an update then holds a second set of weights for a moment."""
         self._named = [(name, weights.detach()) for name, weights in named]
         self._values = values

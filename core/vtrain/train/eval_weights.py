@@ -23,7 +23,7 @@ Named = list[tuple[str, Tensor]]
 
 
 class EvalWeights(Mapping[str, Tensor]):
-    """Name of a trained parameter -> its value for evaluation, on its device, made anew each time that it is asked for."""
+    """Name of a trained parameter -> its value for evaluation, on its device, made again each time that it is asked for."""
 
     def __init__(self, optimizer: SupportsEvalWeights, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """pairs: name -> the parameter, and the tensor that the optimizer moves, which may be its copy in main memory."""

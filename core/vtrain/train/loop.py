@@ -25,7 +25,7 @@ from vtrain.contract import (
     Warned,
 )
 from vtrain.data.seeds import derive
-from vtrain.plan.schedule import Factor
+from vtrain.plan.optimizer import Factor
 from vtrain.registry.blame import at_step
 from vtrain.train.ema import Average
 from vtrain.train.prefetch import Prefetched, Prefetcher

@@ -90,7 +90,7 @@ def rolled_out(
     noisy: Tensor,
     target: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """(noisy, target) of a micro-batch, those of the rolled-out clips made anew; what is predicted for that are these alone.
+    """(noisy, target) of a micro-batch, those of the rolled-out clips made again; what is predicted for that are these alone.
 
     The target points from where the denoiser came to the clean clip: with the target of the corruption it would be taught to keep
     its error. No gradient goes back through the solver steps, and there is no dropout in them, as there is none when videos are

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from vtrain.config.tables import DataTable
+from vtrain.config.data_tables import DataTable
 from vtrain.contract import ClipShape, FrameRule, Size
 from vtrain.data.decoding.probe import Probe
 from vtrain.data.decoding.video import available_frames

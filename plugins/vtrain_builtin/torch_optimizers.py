@@ -1,9 +1,9 @@
-"""AdamW of bf16 weights and bf16 moments, whose results are rounded up or down by chance, so that they are right on average."""
+"""Optimizers made of torch's own: several as one, Muon of kernels too, AdamW of bf16 weights. Importing this imports torch."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,50 @@ from vtrain.contract import Device
 AT_ONCE, AT_ONCE_THERE = 1 << 18, 1 << 24
 """Numbers of a weight that are in fp32 at a time, on a CPU and on an accelerator: as many as a CPU's cache holds (random bits and
 rounding alone are twice as fast so as with 16 times as many), and enough for a card to be busy with, in about 400 MiB."""
+
+
+class JoinedOptimizer(torch.optim.Optimizer):
+    """Its groups are those of `parts`, the very same tables, and all keep their state in one place, by parameter."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        """Each part with groups of its own and no state yet."""
+        groups = [group for part in parts for group in part.param_groups]
+        super().__init__([{"params": group["params"]} for group in groups], {})
+        self.parts = tuple(parts)
+        self.param_groups = groups
+        for part in parts:
+            part.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for part in self.parts:
+            part.step()
+
+
+class MatrixMuon(torch.optim.Muon):
+    """Muon of weights with two or more dimensions: one of more is the matrix (outputs, all else), a view of the same memory."""
+
+    def __init__(self, groups: list[dict[str, Any]], momentum: float, nesterov: bool, ns_steps: int) -> None:
+        """groups: with named parameters, "lr" and "weight_decay"."""
+        defaults = torch.optim.Muon(
+            [torch.zeros(1, 1)], momentum=momentum, nesterov=nesterov, ns_steps=ns_steps, adjust_lr_fn="match_rms_adamw"
+        ).defaults
+        # Not Muon's own, which refuses weights of more than two dimensions.
+        torch.optim.Optimizer.__init__(self, groups, defaults)
+
+    def _init_group(
+        self,
+        group: MutableMapping[str, Any],
+        params_with_grad: list[Tensor],
+        grads: list[Tensor],
+        muon_momentum_bufs: list[Tensor],
+    ) -> bool:
+        """As torch has it, and then everything as a matrix."""
+        found = super()._init_group(group, params_with_grad, grads, muon_momentum_bufs)
+        for tensors in (params_with_grad, muon_momentum_bufs):
+            tensors[:] = [each.view(len(each), -1) for each in tensors]  # raises where it would be a copy
+        grads[:] = [each.reshape(len(each), -1) for each in grads]
+        return found
 
 
 class StochasticAdamW(torch.optim.Optimizer):

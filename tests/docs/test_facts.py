@@ -135,3 +135,16 @@ def test_the_page_on_wan_lists_its_buckets(said: Any) -> None:
         for bucket_set, sizes in family.sizes.items()
     }
     assert listed == wanted
+
+
+def test_no_page_is_left_open() -> None:
+    root = Path(__file__).parents[2]
+    pages = [
+        ROOT / "README.md",
+        ROOT / "CHANGELOG.md",
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "benchmarks").glob("*.md"),
+    ]
+    assert [
+        page.name for page in pages for line in page.read_text(encoding="utf-8").splitlines() if "TODO" in line
+    ] == []

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -90,7 +91,7 @@ class OnDisk:
             save_file(
                 {str(number): each.weight.detach().cpu().contiguous() for number, each in enumerate(weights)}, file
             )
-        except Exception as error:  # safetensors' own error has no class of its own for a full disk
+        except (OSError, SafetensorError) as error:  # a full disk is one or the other
             if not isinstance(error, OSError) and "No space" not in str(error) and "I/O" not in str(error):
                 raise
             raise _disk_problem(file.parent, error) from error

@@ -139,12 +139,6 @@ def test_the_page_on_wan_lists_its_buckets(said: Any) -> None:
 
 def test_no_page_is_left_open() -> None:
     root = Path(__file__).parents[2]
-    pages = [
-        ROOT / "README.md",
-        ROOT / "CHANGELOG.md",
-        *(ROOT / "docs").rglob("*.md"),
-        *(ROOT / "benchmarks").glob("*.md"),
-    ]
-    assert [
-        page.name for page in pages for line in page.read_text(encoding="utf-8").splitlines() if "TODO" in line
-    ] == []
+    pages = [page for folder in (".", "docs", "docs/plugins", "benchmarks") for page in (root / folder).glob("*.md")]
+    assert len(pages) > 30
+    assert [page.name for page in pages if "TODO" in page.read_text(encoding="utf-8")] == []

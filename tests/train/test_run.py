@@ -70,13 +70,13 @@ def test_what_was_finite_before_is_kept_and_one_process_alone_reports_the_error(
     found, error = rows(unread, processes, 10.0, 0.1, 0)
     assert [(row.step, row.loss) for row in found] == [(1, 1.5)]
     assert error is not None
-    assert "step 2: the loss is not finite" in str(error)
-    assert error.reported
+    assert "step 2: the loss is not finite; samples: clip (noise level 0.5)" in str(error.error)
+    assert error.error.reported
     processes.first = True
     assert rows(unread[:1], processes, 10.0, 0.1, 0)[1] is None
     again = rows(unread, processes, 10.0, 0.1, 0)[1]
     assert again is not None
-    assert not again.reported
+    assert not again.error.reported
 
 
 def test_the_clip_whose_own_loss_is_not_finite_is_the_one_named() -> None:

@@ -24,12 +24,14 @@ from vtrain.contract import (
     Filling,
     Generating,
     Logged,
+    LossSpike,
     Noted,
     Planned,
     Quarantined,
     Saved,
     Started,
     Stepped,
+    StepSkipped,
     Validated,
     Validating,
     Warned,
@@ -117,7 +119,7 @@ class Terminal:
                 self.say(f"validating: {counted(event.videos, 'video')}")
             case Validated():
                 self._validated(event)
-            case Warned():
+            case Warned() | LossSpike() | StepSkipped():
                 self._warn(event.text)
             case Noted():
                 self.say(event.text)

@@ -188,6 +188,13 @@ class TrainTable(Options):
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of samples trained with the dropped caption")
     gradient_clip: GradientClipTable | None = Field(None, description="gradient clipping; absent: none")
     rollout: RolloutTable | None = Field(None, description="inputs that the model makes itself; absent: none")
+    skip_nonfinite: int | None = Field(
+        None,
+        ge=1,
+        description="how many steps of the run may be skipped because their loss or gradient is not finite: weights stay as they "
+        "were, and the data and the learning rate go on; one more ends the run. Reads the device at each step. Absent: the first "
+        "ends the run",
+    )
     log_every: int = Field(10, ge=1, description="optimizer steps between readings of the device's numbers")
     statistics: bool = Field(
         False,

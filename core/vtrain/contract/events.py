@@ -38,7 +38,7 @@ class StepMetrics:
     sigmas, samples: in draw order over all processes. seconds: wall time of a step, mean since the last reading. data_wait: seconds
     of it in which the step waited for its data, on the slowest process. memory: resident bytes on a CPU, peak bytes on a device.
     terms: regularizers' numbers; with rollout its share of the clips and the flow loss of both kinds; those of train.statistics,
-    whose names begin with statistics/.
+    whose names begin with statistics/. clip_losses: flow loss of each clip, in the order of samples.
     """
 
     step: int
@@ -53,6 +53,7 @@ class StepMetrics:
     data_wait: float
     memory: int
     terms: Mapping[str, float] = field(default_factory=dict)
+    clip_losses: list[float] = field(default_factory=list)
 
     def scalars(self) -> dict[str, float]:
         """What trackers plot."""
@@ -195,6 +196,37 @@ class Logged:
 
 
 @dataclass(frozen=True)
+class LossSpike:
+    """The flow loss of a step lies far above those of the steps before, at equal noise levels; training continues.
+
+    step: its number. loss: its flow loss. expected: what the steps before let expect at its noise levels. samples: its clips.
+    sigmas: their noise levels. text: what the terminal shows.
+    """
+
+    step: int
+    loss: float
+    expected: float
+    samples: tuple[str, ...]
+    sigmas: tuple[float | tuple[float, ...], ...]
+    text: str
+
+
+@dataclass(frozen=True)
+class StepSkipped:
+    """A step whose loss or gradient was not finite was not taken (train.skip_nonfinite): weights and optimizer are as before it.
+
+    step: its number, which counts. skipped: how many have been by now. limit: how many are allowed. samples: its clips. text: what
+    the terminal shows.
+    """
+
+    step: int
+    skipped: int
+    limit: int
+    samples: tuple[str, ...]
+    text: str
+
+
+@dataclass(frozen=True)
 class Saved:
     """A checkpoint was written. step: optimizer steps done by then. folder: the checkpoint's. deleted: older ones that
     checkpoint.keep let go."""
@@ -297,6 +329,8 @@ Event = (
     | Started
     | Stepped
     | Logged
+    | LossSpike
+    | StepSkipped
     | Saved
     | Validating
     | Generating

@@ -94,9 +94,19 @@ def _run(plan: Plan, estimate: Estimate) -> tuple[tuple[str, str], ...]:
         *rollout_rows(config, estimate.steps, estimate.steps_per_epoch),
         ("clipping", f"{clipping}; the norm is logged {logged}"),
         *((("statistics", f"of each block, {logged}: {STATISTICS_COST}"),) if train.statistics else ()),
+        *_skipping(train.skip_nonfinite),
         ("seed", str(config.run.seed)),
         *((("deterministic", "yes: on a GPU, the same bits each time"),) if config.run.deterministic else ()),
     )
+
+
+def _skipping(limit: int | None) -> tuple[tuple[str, str], ...]:
+    if limit is None:
+        return ()
+    what = (
+        f"up to {counted(limit, 'step')} whose loss or gradient is not finite; for it the device is read at each step"
+    )
+    return (("skipped", what),)
 
 
 def _validation(plan: Plan, estimate: Estimate) -> tuple[tuple[str, str], ...]:

@@ -48,6 +48,7 @@ from vtrain.train.checkpoint import Piece
 from vtrain.train.checkpointing import checkpoint_gradients
 from vtrain.train.ema import Average, AveragePiece, has_average
 from vtrain.train.eval_weights import AveragedPiece, EvalWeights, eval_weights, validating_with
+from vtrain.train.failures import recorded
 from vtrain.train.host_optimizer import HostWeights
 from vtrain.train.loop import Ends, Interval, Loop, Requests, Validate
 from vtrain.train.offload import offload, resting
@@ -67,6 +68,7 @@ from vtrain.train.readback import remarks
 from vtrain.train.resume import RunState, Start, encoder_marks, feature_marks, versions
 from vtrain.train.rollout import RolloutDraws
 from vtrain.train.settings import settings
+from vtrain.train.spikes import ReadingsPiece, readings_piece
 from vtrain.train.statistics import Statistics
 from vtrain.train.step import Step, Term, open_teachers
 
@@ -79,7 +81,8 @@ class Trainer:
     samples: what it keeps of the data. held: what stays in memory beside them until the run ends: teachers that run at each step.
     resting: in its with block the denoiser is off the card, as far as [offload] lets it. average: of [ema], None without.
     check_optimizer: raises PartFault, after a step, where the optimizer's state would not come back. notes: what loading found
-    that the plan could not know. values: for evaluation, None where those in training are.
+    that the plan could not know. values: for evaluation, None where those in training are. readings: what it keeps of losses that
+    were read and of steps that were skipped.
     """
 
     plan: Plan
@@ -99,6 +102,7 @@ class Trainer:
     pieces: tuple[Piece, ...]
     samples: SamplesPiece
     held: ExitStack
+    readings: ReadingsPiece
     average: Average | None = None
     resting: Callable[[], AbstractContextManager[None]] = nullcontext
     notes: tuple[str, ...] = ()
@@ -123,25 +127,36 @@ class Trainer:
         if validate is not None and self.values is not None:
             validate = validating_with(self.values, self.named, validate)
         with self.held:
+            prefetcher = Prefetcher(
+                self.batches,
+                self.plan.family,
+                self.plan.sampler,
+                config.run.seed,
+                self.processes.device,
+                self.step.needed,
+                spec.timesteps_of,
+                rollout_draws(config, per_epoch),
+            )
             loop = Loop(
                 self.processes.wrap(self.step),
                 self.optimizer,
                 [parameter for _, parameter in self.named],
                 lr_factor(config.lr_schedule, self.estimate.steps, per_epoch),
-                Prefetcher(
-                    self.batches,
-                    self.plan.family,
-                    self.plan.sampler,
-                    config.run.seed,
-                    self.processes.device,
-                    self.step.needed,
-                    spec.timesteps_of,
-                    rollout_draws(config, per_epoch),
-                ),
+                prefetcher,
                 self.processes,
                 config.train,
                 # Of the step itself: DDP's wrapper has its forward alone.
-                Ends(partial(self.save, also), validate, requests, self.step.observe, owed, self.check_optimizer),
+                Ends(
+                    partial(self.save, also),
+                    validate,
+                    requests,
+                    self.step.observe,
+                    owed,
+                    self.check_optimizer,
+                    self.readings.watch.see,
+                    partial(recorded, self.plan, self.named, prefetcher, self.processes),
+                    self.readings.skipped,
+                ),
                 first=state.step,
                 last=self.estimate.steps,
                 micro_batch=state.micro_batch,
@@ -177,7 +192,7 @@ class Trainer:
         marks = (self.data, self.base, self.features, self.encoders)
         folder, origin = str(config.path.parent.absolute()), self.start.state.adapter
         state = RunState(step, micro_batch, values, *marks, folder, versions(config), origin)
-        pieces = (*self.pieces, *also, self.samples, CountersPiece(state), ConfigPiece(config.text))
+        pieces = (*self.pieces, *also, self.samples, self.readings, CountersPiece(state), ConfigPiece(config.text))
 
         def write() -> tuple[Saved, list[str]]:
             parent = config.run.output_dir / CHECKPOINTS
@@ -251,11 +266,12 @@ def assemble(
         average, averages = averaged(plan, denoiser, start, device, values)
         if average is not None:
             held.callback(average.close)
+        readings = readings_piece(plan, start)
         batches = Batches(plan, caches, index)
         held.callback(batches.close)
         return Trainer(
             plan, estimate, start, index.mark(), batches, processes, denoiser, base, features, encoders, step, optimizer,
-            named, kept.check, (*pieces, *averages), SamplesPiece(index), held.pop_all(), average,
+            named, kept.check, (*pieces, *averages), SamplesPiece(index), held.pop_all(), readings, average,
             partial(resting, denoiser.module, offloaded, to_cpu=config.offload.model_cpu, device=device), notes, values,
         )  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -30,7 +30,8 @@ from vtrain.registry.blame import at_step
 from vtrain.train.ema import Average
 from vtrain.train.prefetch import Prefetched, Prefetcher
 from vtrain.train.processes import Processes
-from vtrain.train.readings import Measured, Unread, rows
+from vtrain.train.readings import Failure, Measured, Unread, rows
+from vtrain.train.spikes import Skipped, skipped_step, too_many
 from vtrain.train.statistics import Statistics
 from vtrain.train.step import StepOutput, clip_gradients, gradient_norm
 
@@ -58,7 +59,8 @@ class Ends:
 
     owed: optimizer steps done, whether a validation is due there -> whether one is still to be made. The first process asks.
     observe: a step's numbers when they are read, steps in order, and whether conclusions may be drawn from them.
-    stepped: after the first step of the session.
+    stepped: after the first step of the session. seen: a step's numbers, steps in order -> what is to be told of them. failed: of a
+    step that is not finite, before an error is raised or it is skipped. skipped: how many steps were not taken, and may be.
     """
 
     save: Callable[[int, int], Iterator[Event]]
@@ -67,6 +69,9 @@ class Ends:
     observe: Callable[[StepMetrics, bool], None] = lambda row, decide: None
     owed: Callable[[int, bool], bool] = lambda done, due: False
     stepped: Callable[[], None] = lambda: None
+    seen: Callable[[StepMetrics], Iterator[Event]] = lambda row: iter(())
+    failed: Callable[[Failure], Iterator[Event]] = lambda failure: iter(())
+    skipped: Skipped = field(default_factory=Skipped)
 
 
 class Interval:
@@ -131,6 +136,7 @@ class Loop:
         self.per_step = table.accumulate * processes.count
         self.unread: list[Unread] = []
         self.saved = 0
+        self.stepped = False
         self.clock = time.perf_counter()
         for group in optimizer.param_groups:
             # The file's rate, also in a resumed run: a checkpoint never brings lr or initial_lr.
@@ -155,8 +161,11 @@ class Loop:
         """Optimizer steps, with what is due after each."""
         for number in range(self.first, self.last):
             with at_step(number + 1):
-                self.optimizer_step(number, fed)
-                if number == self.first:
+                failure = self.optimizer_step(number, fed)
+                if failure is not None:
+                    yield from self.skip(failure)
+                elif not self.stepped:
+                    self.stepped = True
                     self.ends.stepped()
             done, ended = number + 1, number + 1 == self.last
             yield Stepped(done)
@@ -192,35 +201,66 @@ class Loop:
             for turn in range(self.table.accumulate):
                 yield start + turn * self.processes.count + self.processes.rank, number
 
-    def optimizer_step(self, number: int, fed: Iterator[Prefetched]) -> None:
-        """Forward and backward of each micro-batch, clip, step. Nothing here waits for the device."""
-        micro = []
+    def optimizer_step(self, number: int, fed: Iterator[Prefetched]) -> Failure | None:
+        """Forward and backward of each micro-batch, clip, step. Nothing here waits for the device, unless steps may be skipped.
+
+        Gives what is not finite of a step that is not taken; its gradients are still there.
+        """
         statistics = self.statistics if self.logs(number + 1) else None
         extra: dict[str, Tensor] = {}
-        for turn in range(self.table.accumulate):
-            item = next(fed)
-            self.seed_dropout(item.micro_batch)
-            with self.processes.unsynchronised(self.step, when=turn < self.table.accumulate - 1):
-                with statistics.outputs(extra) if statistics else nullcontext():
-                    output: StepOutput = self.step(item.given)
-                (output.loss / self.table.accumulate).backward()  # type: ignore[no-untyped-call]
-            # Numbers alone are kept: the graph and the inputs go before the next micro-batch comes.
-            loss, metrics = output.loss.detach(), dict(output.metrics)
-            shown = (item.micro_batch, item.sigmas, item.sample_ids)
-            micro.append(Measured(*shown, loss, output.flow, metrics, item.waited, item.rolled))
+        micro = tuple(self.micro_batch_of(next(fed), turn, statistics, extra) for turn in range(self.table.accumulate))
         before = statistics.gradients(extra) if statistics else {}
-        norm = self.clip(number)
+        norm = self.norm(number)
         # By hand: accelerate's scheduler steps once for each process, and a function of the step has no state to save.
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.factor(number)
         lr = self.optimizer.param_groups[0]["lr"]  # the denoiser's: groups of other rates come after
+        measured = Unread(number + 1, micro, lr, norm, extra)
+        if self.ends.skipped.limit is not None and (failure := self.broken(measured)) is not None:
+            return failure
+        if (clip := self.table.gradient_clip) is not None and clip.max:
+            clip_gradients(self.parameters, clip.method, clip.max, norm)
         self.optimizer.step()
         if statistics:
             statistics.updates(extra, before)
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update()
-        self.unread.append(Unread(number + 1, tuple(micro), lr, norm, extra))
+        self.unread.append(measured)
+        return None
+
+    def micro_batch_of(
+        self, item: Prefetched, turn: int, statistics: Statistics | None, extra: dict[str, Tensor]
+    ) -> Measured:
+        """Forward and backward of one. turn: which of the step's. extra: where statistics go."""
+        self.seed_dropout(item.micro_batch)
+        with self.processes.unsynchronised(self.step, when=turn < self.table.accumulate - 1):
+            with statistics.outputs(extra) if statistics else nullcontext():
+                output: StepOutput = self.step(item.given)
+            (output.loss / self.table.accumulate).backward()  # type: ignore[no-untyped-call]
+        # Numbers alone are kept: the graph and the inputs go before the next micro-batch comes.
+        loss, metrics = output.loss.detach(), dict(output.metrics)
+        shown = (item.micro_batch, item.sigmas, item.sample_ids)
+        return Measured(*shown, loss, output.flow, metrics, item.waited, item.rolled)
+
+    def broken(self, step: Unread) -> Failure | None:
+        """What of a step is not finite on any process. Waits for the device."""
+        numbers = [each.loss for each in step.micro] + ([step.norm] if step.norm is not None else [])
+        finite = bool(torch.stack([each.detach().float().reshape(()) for each in numbers]).isfinite().all())
+        if not self.processes.any(not finite)[0]:
+            return None
+        return rows([step], self.processes, self.steps_per_epoch, 0.0, 0)[1]
+
+    def skip(self, failure: Failure) -> Iterator[Event]:
+        """Leave weights and optimizer as they were. Raises TrainingError where too many steps were skipped."""
+        yield from self.read()  # of the steps before, in order
+        yield from self.ends.failed(failure)
+        self.optimizer.zero_grad(set_to_none=True)
+        skipped = self.ends.skipped
+        skipped.count += 1
+        if skipped.count > (skipped.limit or 0):
+            raise too_many(failure, skipped.count)
+        yield skipped_step(failure, skipped)
 
     def logs(self, done: int) -> bool:
         """Whether the numbers of this step are read when it is done, whatever else happens there."""
@@ -230,15 +270,12 @@ class Loop:
         """Dropout of a micro-batch is a pure function of (seed, micro-batch), like all other noise."""
         self.processes.device.seed(derive(self.seed, "dropout", micro_batch))
 
-    def clip(self, number: int) -> Tensor | None:
-        """Clip if asked; the norm before clipping, at least on steps that are logged."""
+    def norm(self, number: int) -> Tensor | None:
+        """Of all gradients before clipping, where something asks for it: it is one more pass over them."""
         clip = self.table.gradient_clip
-        if clip is None or not clip.max:
-            # Nothing else asks for it: one more pass over all gradients.
-            return gradient_norm(self.parameters) if self.logs(number + 1) else None
-        norm = gradient_norm(self.parameters) if clip.method == "value" and self.logs(number + 1) else None
-        clipped = clip_gradients(self.parameters, clip.method, clip.max)
-        return norm if clipped is None else clipped
+        by_norm = clip is not None and clip.method == "norm" and clip.max > 0
+        wanted = by_norm or self.ends.skipped.limit is not None or self.logs(number + 1)
+        return gradient_norm(self.parameters) if wanted else None
 
     def read(self) -> Iterator[Event]:
         """Fetch the unread numbers in one go. Raises TrainingError, naming samples, if any is not finite."""
@@ -252,8 +289,11 @@ class Loop:
                     self.ends.observe(row, row.step % self.table.log_every == 0)
             if found:
                 yield Logged(found)
+            for row in found:
+                yield from self.ends.seen(row)
             if broken is not None:
-                raise broken
+                yield from self.ends.failed(broken)
+                raise broken.error
             self.clock = time.perf_counter()
 
     def agreed(self, done: int, save: Interval, validate: Interval | None) -> tuple[bool, bool, bool]:

@@ -94,6 +94,10 @@ class Prefetcher:
         with in_background(f"in the prefetcher, micro-batch {number} of {', '.join(batch.sample_ids)}"):
             return self._prepared(batch, number, step)
 
+    def inputs(self, number: int, step: int) -> StepInput:
+        """Those of a global micro-batch once more, the same bits, without features and frames."""
+        return self._prepared(self.batches.get(number, ()), number, step).given
+
     def _prepared(self, batch: Batch, number: int, step: int) -> Prefetched:
         noise, drawn = self.draw(batch)
         level, mask = given_clean(self.family, drawn, batch.mask, batch.clean, LatentShape(*noise.shape[1:]))

@@ -58,6 +58,50 @@ class Reading:
     waited: float = 0.0
     rolled: tuple[bool, ...] | None = None
 
+    @property
+    def clips(self) -> list[str]:
+        """Its samples with their noise levels, for messages."""
+        return clip_texts(self.samples, self.sigmas)
+
+    @property
+    def finite(self) -> bool:
+        """Whether all its numbers are."""
+        return all(map(math.isfinite, (self.loss, *self.flow, *self.terms.values())))
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A step with a number that is not finite. error: says so, and names its clips. readings: of all its micro-batches. lr: of the
+    denoiser. grad_norm: of all gradients, where it was taken.
+
+    gradients: block -> norm of its gradients, where they were still there. weights: block -> how many of its trained weights are
+    not finite.
+    """
+
+    step: int
+    error: TrainingError
+    readings: Sequence[Reading]
+    lr: float
+    grad_norm: float | None
+    gradients: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, int] = field(default_factory=dict)
+
+    def broken(self) -> list[Reading]:
+        """Micro-batches with a number that is not finite, else all."""
+        return [each for each in self.readings if not each.finite] or list(self.readings)
+
+
+def level_text(sigma: float | list[float]) -> str:
+    """ "0.731"; of one for each latent frame "0 to 0.731"."""
+    if isinstance(sigma, list):
+        return f"{min(sigma):.3g} to {max(sigma):.3g}"
+    return f"{sigma:.3g}"
+
+
+def clip_texts(samples: Sequence[str], sigmas: Sequence[float | list[float]]) -> list[str]:
+    """ "clips/a.mp4 (noise level 0.731)" of each."""
+    return [f"{name} (noise level {level_text(sigma)})" for name, sigma in zip(samples, sigmas, strict=True)]
+
 
 Share = tuple[list[Reading], list[float | None], list[dict[str, float]]]
 """Readings of a process's micro-batches; the norm of each step, and its extra numbers."""
@@ -92,11 +136,11 @@ def fetch(unread: Sequence[Unread]) -> Share:
 
 def rows(
     unread: Sequence[Unread], processes: Processes, steps_per_epoch: float, seconds: float, memory: int
-) -> tuple[tuple[StepMetrics, ...], TrainingError | None]:
+) -> tuple[tuple[StepMetrics, ...], Failure | None]:
     """Metrics of steps, over all processes, the same on each. seconds: per step.
 
-    With an error that names the samples, metrics end before the first step with a number that is not finite. The step before
-    it is named too if nobody took the norm of its gradient: a loss can be finite whose gradient is not.
+    With a failure, whose error names the samples, metrics end before the first step with a number that is not finite. The step
+    before it is named too if nobody took the norm of its gradient: a loss can be finite whose gradient is not.
     """
     shares: list[Share] = processes.gathered([fetch(unread)])
     # By number: sums of floats then do not depend on which process had which micro-batch.
@@ -112,7 +156,7 @@ def rows(
             check_finite(step.step, parts, norm, before)
         except TrainingError as error:
             error.reported = not processes.first
-            return tuple(found), error
+            return tuple(found), Failure(step.step, error, parts, step.lr, norm)
         before = parts if norm is None else []
         found.append(
             StepMetrics(
@@ -130,6 +174,7 @@ def rows(
                 terms={name: _mean([part.terms[name] for part in parts]) for name in parts[0].terms}
                 | _apart(parts)
                 | _together([own[at] for _, _, own in shares]),
+                clip_losses=[loss for part in parts for loss in part.flow],
             )
         )
     return tuple(found), None
@@ -157,7 +202,7 @@ def check_finite(step: int, parts: Sequence[Reading], norm: float | None, before
         remedy = "No weight has moved yet, so it is not the learning rate: look at these clips, at [precision], at the model."
     terms = sorted({name for part in parts for name, value in part.terms.items() if not math.isfinite(value)})
     bad = [
-        name for part in parts for name, value in zip(part.samples, part.flow, strict=True) if not math.isfinite(value)
+        name for part in parts for name, value in zip(part.clips, part.flow, strict=True) if not math.isfinite(value)
     ]
     # Where the clips' own losses are finite, what is not comes from a regularizer, whose name a term's begins with.
     if not bad and (owners := dict.fromkeys(name.partition("/")[0] for name in terms if name.endswith("/loss"))):
@@ -165,9 +210,9 @@ def check_finite(step: int, parts: Sequence[Reading], norm: float | None, before
         remedy = (
             "Lower its weight, or look at these clips; if it is so with any, report it to the regularizer's author."
         )
-    bad = bad or [name for part in parts if not math.isfinite(part.loss) for name in part.samples]
+    bad = bad or [name for part in parts if not math.isfinite(part.loss) for name in part.clips]
     if not bad and norm is not None and not math.isfinite(norm):
-        what, bad = "the gradient is not finite", [name for part in parts for name in part.samples]
+        what, bad = "the gradient is not finite", [name for part in parts for name in part.clips]
     if bad:
         earlier = ", ".join(dict.fromkeys(name for part in before for name in part.samples))
         also = f" Or the step before broke the weights; its samples: {earlier}." if earlier else ""

@@ -263,14 +263,13 @@ def untouched(module: nn.Module) -> Tensor | float:
     return sum(0.0 * parameter.sum() for parameter in module.parameters() if parameter.requires_grad)
 
 
-def clip_gradients(parameters: list[Tensor], method: str, limit: float) -> Tensor | None:
-    """Clip in place; gives the norm before clipping for "norm", None for "value". Never reads the device."""
+def clip_gradients(parameters: list[Tensor], method: str, limit: float, norm: Tensor | None) -> None:
+    """Clip in place, by "norm" or "value". norm: of all gradients together, for the first. Never reads the device."""
     if method == "value":
         nn.utils.clip_grad_value_(parameters, limit)
-        return None
-    norm = gradient_norm(parameters)
-    nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-    return norm
+    else:
+        assert norm is not None
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
 
 
 def gradient_norm(parameters: list[Tensor]) -> Tensor:

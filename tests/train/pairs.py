@@ -92,6 +92,7 @@ AXES: Mapping[str, Mapping[str, Choice]] = {
         "norm": Choice({"train.gradient_clip": {"method": "norm", "max": 1.0}}),
         "value": Choice({"train.gradient_clip": {"method": "value", "max": 0.1}}),
     },
+    "not finite": {"ends the run": Choice(), "skipped": Choice({"train.skip_nonfinite": 2})},
     "regularizer": {"none": Choice(), "layersync": Choice({"regularizer": [LAYERSYNC]})},
     "latents": {"mode": Choice(), "sample": Choice({"cache.latents": "sample"})},
     "data": {

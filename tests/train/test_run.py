@@ -80,7 +80,7 @@ def test_what_was_finite_before_is_kept_and_one_process_alone_reports_the_error(
 
 
 def test_the_clip_whose_own_loss_is_not_finite_is_the_one_named() -> None:
-    with pytest.raises(TrainingError, match=r"step 5: the loss is not finite; samples: clip 1\."):
+    with pytest.raises(TrainingError, match=r"step 5: the loss is not finite; samples: clip 1 \(noise level 0\.5\)\."):
         check_finite(5, [reading([1.0, math.nan, 2.0], math.nan)], None)
 
 
@@ -93,7 +93,7 @@ def test_a_broken_gradient_behind_a_finite_loss_is_not_saved(
     folder, within: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The gradient of step 5 is broken where no norm is taken; the checkpoint of step 5 comes before any bad loss."""
-    real = Loop.clip
+    real = Loop.norm
 
     def broken(self: Loop, number: int) -> torch.Tensor | None:
         if number == 4:
@@ -102,14 +102,14 @@ def test_a_broken_gradient_behind_a_finite_loss_is_not_saved(
             gradient[0] = math.nan
         return real(self, number)
 
-    monkeypatch.setattr(Loop, "clip", broken)
+    monkeypatch.setattr(Loop, "norm", broken)
     done = within("run", folder.write(steps=20, save=5, log_every=10), check=2)
     assert "step 5: the weights are not finite" in done.stderr
     assert not list((folder.output / "checkpoints").glob("step-*"))
 
 
 def test_a_term_that_is_not_finite_names_its_micro_batch() -> None:
-    with pytest.raises(TrainingError, match=r"samples: clip 0, clip 1\."):
+    with pytest.raises(TrainingError, match=r"samples: clip 0 \(noise level 0.5\), clip 1 \(noise level 0.5\)\."):
         check_finite(5, [reading([1.0, 2.0], math.inf)], None)
 
 

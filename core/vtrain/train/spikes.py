@@ -13,10 +13,10 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from vtrain.contract import LossSpike, Problem, StepMetrics, StepSkipped, TrainingError
 from vtrain.plan.records import Plan
@@ -130,14 +130,24 @@ FILE = "readings.json"
 
 
 class Readings(BaseModel):
-    """What a checkpoint keeps of the numbers that were read. clips, deviations, spike: of a LossWatch. skipped: steps not taken."""
+    """What a checkpoint keeps of the numbers that were read. levels, losses (logarithms), deviations, spike: of a LossWatch.
+
+    skipped: steps not taken.
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    clips: list[tuple[float, float]] = Field(max_length=CLIPS)
+    levels: list[float] = Field(max_length=CLIPS)
+    losses: list[float] = Field(max_length=CLIPS)
     deviations: list[float] = Field(max_length=STEPS)
     spike: int = Field(ge=-QUIET, le=MOST)
     skipped: int = Field(ge=0, le=MOST)
+
+    @model_validator(mode="after")
+    def _paired(self) -> Self:
+        if len(self.levels) != len(self.losses):
+            raise ValueError("each level has one loss")
+        return self
 
 
 @dataclass(frozen=True)
@@ -153,7 +163,8 @@ class ReadingsPiece:
     def gather(self, *, keep: bool) -> State:
         watch = self.watch
         made = Readings(
-            clips=list(watch.clips),
+            levels=[level for level, _ in watch.clips],
+            losses=[loss for _, loss in watch.clips],
             deviations=list(watch.deviations),
             spike=watch.last,
             skipped=self.skipped.count,
@@ -168,7 +179,7 @@ class ReadingsPiece:
         if not (folder / FILE).exists():
             return
         found = read_model(folder / FILE, Readings)
-        self.watch.clips.extend(found.clips)
+        self.watch.clips.extend(zip(found.levels, found.losses, strict=True))
         self.watch.deviations.extend(found.deviations)
         self.watch.last, self.skipped.count = found.spike, found.skipped
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,9 @@ alpha."""
 PREFIXES = ("transformer.", "base_model.model.", "diffusion_model.", "model.diffusion_model.", "model.", "unet.", "")
 """Before a module's name; the last fits all."""
 
+FLOATS = ("F64", "F32", "BF16", "F16")
+"""Types in which an adapter's weights are stored."""
+
 KOHYA = "lora_unet_"
 """Before a module's name of kohya's, whose dots are underscores."""
 
@@ -61,13 +65,15 @@ class SupportsAdapterNames(Protocol):
 
 @dataclass(frozen=True)
 class AdaptedModule:
-    """What a file has of one module. scale: by which B A is multiplied. magnitudes: DoRA's. inside, outside: in and out."""
+    """What a file has of one module. scale: by which B A is multiplied. magnitudes: DoRA's. inside, outside: in and out. kernel: of
+    a convolution, () of a Linear."""
 
     rank: int
     scale: float
     inside: int
     outside: int
     magnitudes: bool
+    kernel: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -137,6 +143,15 @@ def matches(module: str, target: str) -> bool:
     return module == target or module.endswith(f".{target}")
 
 
+GROUPED = "{} is a convolution in groups of channels, which can have no adapter that is merged again."
+"""What is wrong with such a target. peft puts an adapter on some, and cannot merge it."""
+
+
+def in_groups(shape: Shape) -> bool:
+    """Whether a weight is that of a convolution by channel: each output sees one input."""
+    return len(shape) > 2 and shape[1] == 1 and shape[0] > 1
+
+
 def layers(shapes: Mapping[str, Shape]) -> list[str]:
     """Modules with a weight that can have an adapter: Linear layers and convolutions, not norms."""
     ends = ".weight"
@@ -197,15 +212,44 @@ def _settings(path: Path, metadata: Mapping[str, str]) -> _Settings:
             ) from error
         if isinstance(content, dict):
             found = {key.removeprefix("transformer."): value for key, value in content.items()} | found
-    alpha, patterns = found.get("lora_alpha"), found.get("alpha_pattern")
-    alphas = {name: float(value) for name, value in patterns.items()} if isinstance(patterns, dict) else {}
-    return _Settings(float(alpha) if isinstance(alpha, int | float) else None, found.get("use_rslora") is True, alphas)
+    alpha, patterns = found.get("lora_alpha"), found.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ModelError(Problem(str(path), f"alpha_pattern of this adapter is {patterns!r}, and no table.", OTHER))
+    alphas = {name: _alpha(path, f'alpha_pattern "{name}"', value) for name, value in patterns.items()}
+    whole = None if alpha is None else _alpha(path, "lora_alpha", alpha)
+    return _Settings(whole, found.get("use_rslora") is True, alphas)
+
+
+OTHER = "Take another file."
+
+
+def _alpha(path: Path, name: str, value: object) -> float:
+    """An alpha, finite and above 0. Raises ModelError for anything else: a scale of 0 would be no adapter at all."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ModelError(Problem(str(path), f"{name} of this adapter is {value!r}, and not a number above 0.", OTHER))
+    return float(value)
 
 
 def _beside(path: Path) -> str:
-    """adapter_config.json of peft, which holds the scale of a file without metadata."""
+    """adapter_config.json of peft, which holds the scale of a file without metadata. Raises ModelError."""
     file = path.with_name(PEFT_SETTINGS)
-    return file.read_text(encoding="utf-8") if path.name == PEFT_FILE and file.is_file() else ""
+    if path.name != PEFT_FILE or not file.is_file():
+        return ""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(Problem(str(file), f"cannot be read: {error}.", OTHER)) from error
+
+
+def _by_pattern(name: str, alphas: Mapping[str, float]) -> float | None:
+    """The alpha of a module by peft's rule: keys are regular expressions for the end of the name; the first that fits counts."""
+    for pattern, alpha in alphas.items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", name):
+                return alpha
+        except re.error:
+            continue  # peft could not have made a layer with it
+    return None
 
 
 def _adapted(
@@ -215,21 +259,40 @@ def _adapted(
     tensors: Mapping[str, StoredTensor],
     settings: _Settings,
 ) -> AdaptedModule:
+    for matrix in ("A", "B", "magnitude"):
+        key = keys.get((name, matrix))
+        if key is not None and tensors[key].dtype not in FLOATS:
+            what = f"{key} is stored as {tensors[key].dtype}: these are no weights of a LoRA, but quantised ones."
+            raise ModelError(Problem(str(path), what, OTHER))
     first, second = tensors[keys[name, "A"]].shape, tensors[keys[name, "B"]].shape
     if len(first) < 2 or len(second) < 2 or first[0] != second[1]:
         what = f"A and B of {name} are {list(first)} and {list(second)}: these are no matrices of one rank."
         raise ModelError(Problem(str(path), what, "Take another file."))
     rank = first[0]
     own = keys.get((name, "alpha"))
-    given = next((value for end, value in settings.alphas.items() if matches(name, end)), settings.alpha)
-    alpha = stored_numbers_of(path, own)[0] if own else float(rank) if given is None else given
+    given = _by_pattern(name, settings.alphas)
+    given = settings.alpha if given is None else given
+    alpha = _stored_alpha(path, own) if own else float(rank) if given is None else given
     scale = alpha / (math.sqrt(rank) if settings.rslora and not own else rank)
-    return AdaptedModule(rank, scale, first[1], second[0], (name, "magnitude") in keys)
+    return AdaptedModule(rank, scale, first[1], second[0], (name, "magnitude") in keys, tuple(first[2:]))
+
+
+def _stored_alpha(path: Path, key: str) -> float:
+    numbers = stored_numbers_of(path, key)
+    return _alpha(path, key, numbers[0] if len(numbers) == 1 else list(numbers))
 
 
 def misfits_of(file: AdapterFile, shapes: Mapping[str, Shape]) -> Iterator[str]:
-    """Modules of the file whose width is not the model's."""
+    """Modules of the file whose width or kernel is not the model's. A Linear's matrices may be stored as kernels of 1x1."""
     for name, found in file.modules.items():
         shape = shapes.get(f"{name}.weight")
-        if shape is not None and (found.outside, found.inside) != shape[:2]:
+        if shape is None:
+            continue
+        if (found.outside, found.inside) != shape[:2]:
             yield f"{name} is {found.inside} -> {found.outside} instead of {shape[1]} -> {shape[0]}"
+        elif found.kernel != tuple(shape[2:]) and not (len(shape) == 2 and set(found.kernel) == {1}):
+            yield f"{name} has a kernel of {_kernel(found.kernel)} instead of {_kernel(shape[2:])}"
+
+
+def _kernel(sides: Sequence[int]) -> str:
+    return "x".join(map(str, sides)) or "1"

@@ -92,8 +92,3 @@ STORAGE: Mapping[StorageName, StorageType] = {
 def is_layer(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a weight of a block is a Linear's or a Conv2d's, which are quantised: not a norm's, a bias or a table."""
     return name.endswith(".weight") and len(shape) in (2, 4)
-
-
-def matches(name: str, targets: tuple[str, ...]) -> bool:
-    """Whether a module gets an adapter, by peft's rule for lists of targets: its name is one, or ends in "." and one."""
-    return any(name == target or name.endswith(f".{target}") for target in targets)

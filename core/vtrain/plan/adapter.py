@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from vtrain.config.findings import shown
@@ -10,9 +10,11 @@ from vtrain.config.record import Config
 from vtrain.config.tables import LoraTable
 from vtrain.contract import Family, ModelError, Problem
 from vtrain.contract.adapters import (
+    GROUPED,
     AdapterFile,
     SupportsAdapterNames,
     adapter_path,
+    in_groups,
     layers,
     matches,
     misfits_of,
@@ -45,7 +47,7 @@ def adapter_problems(config: Config, family: Family, base: str) -> Iterator[Prob
         what = f"DoRA needs the lengths of the base's weights, which {base} has not as numbers of their own."
         remedy = 'Set precision.base = "bf16", or dora = false.'
         yield Problem(config.where("model", "lora", "dora"), what, remedy)
-    if table.init == "orthogonal" and isinstance(family, SupportsAdapterNames):
+    if table.init == "orthogonal" and table.start is None and isinstance(family, SupportsAdapterNames):
         shapes = family.weight_shapes()
         if odd := [name for name in adapted_modules(family, table) if len(shapes[f"{name}.weight"]) > 2]:
             what = f"peft makes orthogonal first weights for Linear layers alone, and {odd[0]} is a convolution."
@@ -64,7 +66,18 @@ def adapter_problems(config: Config, family: Family, base: str) -> Iterator[Prob
 def adapter_warnings(config: Config, family: Family) -> Iterator[str]:
     """What of [model.lora] has no effect."""
     table = config.model.table.lora
-    if table is None or table.start is None:
+    if table is None:
+        return
+    if isinstance(family, SupportsAdapterNames):
+        shapes = family.weight_shapes()
+        narrow = [name for name in adapted_modules(family, table) if min(shapes[f"{name}.weight"][:2]) < table.rank]
+        if narrow:
+            sides = shapes[f"{narrow[0]}.weight"]
+            yield (
+                f"model.lora.rank is {table.rank}, more than {len(narrow)} of the adapted layers have room for "
+                f"({narrow[0]} is {sides[1]} -> {sides[0]}): a rank above that adds nothing but memory"
+            )
+    if table.start is None:
         return
     if resumes(config):
         yield "model.lora.start has no effect: this run resumes, and its checkpoint has the adapter"
@@ -151,15 +164,30 @@ def _unmatched(config: Config, family: Family, table: LoraTable) -> Iterator[Pro
         yield Problem(
             where, "targets is empty, so that nothing would be trained.", "Remove it: the family has its own."
         )
-    known = layers(family.weight_shapes())
+    shapes = family.weight_shapes()
+    known = layers(shapes)
     ends = sorted({part for name in known for part in _ends(name)})
+    others = _modules(shapes) - set(known)
     for target in table.targets or ():
-        if not any(matches(name, target) for name in known):
+        found = [name for name in known if matches(name, target)]
+        if not found:
             usual = ", ".join(family.lora_targets)
             hint = did_you_mean(target, ends)
             yield Problem(
                 where, f'no layer of the model is called "{target}".', hint or f"The family's own are {usual}."
             )
+        elif wrong := sorted(name for name in others if matches(name, target)):
+            what = f'targets: "{target}" is also {wrong[0]}, which is no layer and can have no adapter.'
+            longer = targets_of(found, [*known, *others])
+            yield Problem(where, what, f"Write more of the names, such as {shown(longer)}.")
+        elif grouped := [name for name in found if in_groups(shapes[f"{name}.weight"])]:
+            yield Problem(where, GROUPED.format(grouped[0]), f'Remove "{target}" from model.lora.targets.')
+
+
+def _modules(shapes: Iterable[str]) -> set[str]:
+    """Every module that has weights, or that modules with weights are in."""
+    parts = (name.split(".")[:-1] for name in shapes)
+    return {".".join(each[:end]) for each in parts for end in range(1, len(each) + 1)}
 
 
 def _ends(name: str) -> Iterator[str]:

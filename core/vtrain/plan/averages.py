@@ -62,7 +62,12 @@ def average_length_warnings(config: Config, steps: int) -> Iterator[str]:
 
 def average_words(table: EmaTable, steps: int) -> str:
     """Decay and length in words."""
-    length = f"at the end over about the last {last_span(table, steps):,.0f} of {steps:,} steps"
+    if table.update_every > steps:
+        length = f"never updated in {steps:,} steps"
+    elif not table.warmup and span(table) > steps:
+        length = f"at the end over all {steps:,} steps and the weights before them"
+    else:
+        length = f"at the end over about the last {last_span(table, steps):,.0f} of {steps:,} steps"
     warmup = f", warm-up to step {max(0, 9 * span(table) - 10):,.0f}" if table.warmup else ", no warm-up"
     every = f", updated every {table.update_every} steps" if table.update_every > 1 else ""
     return f"decay {table.decay:g}{warmup}: {length}{every}"

@@ -10,7 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 from vtrain.config.record import Config
 from vtrain.contract import Family, Problem, SupportsBlockWeights
-from vtrain.contract.precision import STORAGE, StorageName, StorageType, is_layer, matches
+from vtrain.contract.adapters import SupportsAdapterNames, matches
+from vtrain.contract.precision import STORAGE, StorageName, StorageType, is_layer
 from vtrain.contract.specs import bytes_text
 
 SHOWN = 3
@@ -68,7 +69,7 @@ class Quantised:
 
 
 def quantised(family: Family, storage: StorageType, targets: tuple[str, ...]) -> Quantised | None:
-    """None where the family does not tell its weights' shapes. targets: of the adapter, () for the family's own."""
+    """None where the family does not tell its weights' shapes. targets: of the adapter."""
     if not isinstance(family, SupportsBlockWeights):
         return None
     numbers = taken = layers = 0
@@ -86,7 +87,7 @@ def quantised(family: Family, storage: StorageType, targets: tuple[str, ...]) ->
 
 def adapted(layer: str, shape: tuple[int, ...], targets: tuple[str, ...]) -> str:
     """Why a convolution stays as it is: peft has no adapter for a quantised one."""
-    return "an adapter is put on it" if len(shape) == 4 and matches(layer, targets) else ""
+    return "an adapter is put on it" if len(shape) == 4 and any(matches(layer, each) for each in targets) else ""
 
 
 def kept_words(kept: dict[str, str], storage: StorageType) -> str:
@@ -103,16 +104,20 @@ def kept_words(kept: dict[str, str], storage: StorageType) -> str:
     return f"{layers} cannot be quantised to {storage.name} and stay bf16 ({'; '.join(parts)})"
 
 
-def targets_of(config: Config) -> tuple[str, ...]:
-    """Those that the file names for its adapter; () for the family's own, which are no convolutions."""
+def adapter_targets(config: Config, own: tuple[str, ...] | None) -> tuple[str, ...]:
+    """What gets an adapter. own: the family's targets, None where it does not say them before it is loaded."""
     lora = config.model.table.lora
-    return tuple(lora.targets or ()) if lora is not None else ()
+    return () if lora is None else lora.targets or own or ()
+
+
+def _targets(config: Config, family: Family) -> tuple[str, ...]:
+    return adapter_targets(config, family.lora_targets if isinstance(family, SupportsAdapterNames) else None)
 
 
 def layer_problems(config: Config, family: Family) -> list[Problem]:
     """A base of which nothing can be quantised."""
     storage = storage_of(config)
-    found = quantised(family, storage, targets_of(config)) if storage.quantised else None
+    found = quantised(family, storage, _targets(config, family)) if storage.quantised else None
     if found is None or found.layers:
         return []
     what = f"no layer of this model can be quantised to {storage.name}: {kept_words(found.kept, storage) or 'it has none'}."
@@ -126,7 +131,7 @@ def precision_warnings(config: Config, family: Family) -> Iterator[str]:
         if ("precision", "quantize_on") in config.lines:
             yield f'precision.quantize_on has no effect: base = "{storage.name}" is not quantised'
         return
-    found = quantised(family, storage, targets_of(config))
+    found = quantised(family, storage, _targets(config, family))
     if found is not None and (words := kept_words(found.kept, storage)):
         yield f"precision.base: {words}"
 
@@ -137,7 +142,7 @@ def storage_words(config: Config, family: Family) -> str:
     total = f"{family.parameters:,} parameters"
     if not storage.quantised:
         return f"{total}, {storage.name}"
-    found = quantised(family, storage, targets_of(config))
+    found = quantised(family, storage, _targets(config, family))
     if found is None:
         return f"{total}: Linear and Conv2d layers of blocks in {storage.name}, the rest in bf16"
     share = f"{100 * found.numbers / family.parameters:.0f}%"

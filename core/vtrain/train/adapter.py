@@ -52,10 +52,13 @@ def adapter_state(file: AdapterFile, scale: float, own: Mapping[str, Tensor]) ->
         if matrix == "alpha":
             continue
         value = stored[key].float()
+        if not bool(value.isfinite().all()):
+            raise ModelError(Problem(str(file.path), f"{key} is not finite.", "Take another file."))
         if matrix == "B" and file.modules[module].scale != scale:
             value = value * (file.modules[module].scale / scale)
         name = f"{module}.lora_magnitude_vector" if matrix == "magnitude" else f"{module}.lora_{matrix}.weight"
-        if matrix == "magnitude" and name in own and own[name].numel() == value.numel():
+        # Magnitudes have three shapes among tools, and a Linear's matrices may be kernels of 1x1.
+        if name in own and own[name].numel() == value.numel():
             value = value.reshape(own[name].shape)
         state[name] = value.contiguous()
     return state

@@ -37,7 +37,7 @@ from vtrain.estimate.estimate import Estimate
 from vtrain.estimate.render import counted
 from vtrain.plan.optimizer import lr_factor
 from vtrain.plan.places import CHECKPOINTS
-from vtrain.plan.precision import targets_of
+from vtrain.plan.precision import adapter_targets
 from vtrain.plan.records import Plan
 from vtrain.registry.blame import PartFault
 from vtrain.registry.spelling import check_part
@@ -335,7 +335,7 @@ def load_model(plan: Plan, start: Start, device: str) -> tuple[Denoiser, str, tu
 
 def quantised_base(plan: Plan, denoiser: Denoiser, device: str) -> tuple[str, ...]:
     """Quantise it in place; what could not be, where the plan has not said it."""
-    targets = targets_of(plan.config) or (denoiser.lora_targets if isinstance(denoiser, SupportsLora) else ())
+    targets = adapter_targets(plan.config, denoiser.lora_targets if isinstance(denoiser, SupportsLora) else None)
     there = plan.config.precision.quantize_on == "accelerator"
     words = quantise(denoiser, plan.storage, targets, device, there=there)
     said = isinstance(plan.family, SupportsBlockWeights)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vtrain.config.tables import LoraTable
@@ -19,6 +20,7 @@ from vtrain.contract import (
     SupportsLearningRate,
     SupportsLora,
 )
+from vtrain.contract.adapters import GROUPED, matches
 
 ADAPTER = "default"
 
@@ -54,19 +56,15 @@ def add_lora(denoiser: Denoiser, table: LoraTable, seed: int, where: str) -> Non
 
     if not isinstance(denoiser, SupportsLora):
         raise ConfigError(Problem(where, "this family has no adapters.", 'Use train = "full".'))
-    names = [name for name, _ in denoiser.module.named_modules()]
-    # peft is content if one target of several matches.
-    for target in table.targets or ():
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise ConfigError(
-                Problem(where, f'no module of the model is called "{target}".', "Correct [model.lora] targets.")
-            )
+    if problems := list(target_faults(denoiser.module, table.targets or denoiser.lora_targets, where)):
+        raise ConfigError(*problems)
     denoiser.module.requires_grad_(False)
     Device().seed(seed)  # peft makes its weights on the CPU: the same on every device
     try:
         own: dict[str, Any] = {**lora_settings(denoiser, table), "lora_dropout": table.dropout}
         inject_adapter_in_model(
-            LoraConfig(**own, init_lora_weights=_INIT[table.init]),  # type: ignore[arg-type]
+            # With a start the first weights are overwritten, and peft must be able to make any.
+            LoraConfig(**own, init_lora_weights=_INIT[table.init if table.start is None else "kaiming"]),  # type: ignore[arg-type]
             denoiser.module,
             ADAPTER,
         )
@@ -77,6 +75,36 @@ def add_lora(denoiser: Denoiser, table: LoraTable, seed: int, where: str) -> Non
             # Whatever the base is stored in: bf16 weights at a rate of 1e-4 do not move at all under AdamW (tried).
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
+    if table.dora:
+        _set_magnitudes(denoiser.module)
+
+
+def target_faults(module: nn.Module, targets: Sequence[str], where: str) -> Iterator[Problem]:
+    """Targets of an adapter that name no layer, or something that can have none. Of several peft is content if one matches."""
+    for target in targets:
+        found = {name: each for name, each in module.named_modules() if matches(name, target)}
+        if not found:
+            yield Problem(where, f'no module of the model is called "{target}".', "Correct [model.lora] targets.")
+        for name, each in found.items():
+            if not isinstance(each, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+                what = f'targets: "{target}" is also {name}, a {type(each).__name__}, which can have no adapter.'
+                yield Problem(where, what, "Write more of the names that are meant.")
+                break
+            if getattr(each, "groups", 1) > 1:
+                yield Problem(where, GROUPED.format(name), "Leave it out of [model.lora] targets.")
+                break
+
+
+def _set_magnitudes(module: nn.Module) -> None:
+    """DoRA's magnitudes, the length of each output's weights, in fp32 (arXiv:2402.09353, equation 4).
+
+    peft takes them in the base's type: in bf16 they are up to 0.4% off, and the model is another one before its first step.
+    """
+    for name, magnitude in module.named_parameters():
+        if f".lora_magnitude_vector.{ADAPTER}." in name:
+            weight = module.get_parameter(name.partition(".lora_magnitude_vector.")[0] + ".base_layer.weight")
+            with torch.no_grad():
+                magnitude.copy_(weight.float().flatten(1).norm(dim=1).reshape(magnitude.shape))
 
 
 def lora_state(module: nn.Module) -> dict[str, Tensor]:

@@ -39,10 +39,15 @@ class Statistics:
 
     @contextmanager
     def outputs(self, found: dict[str, Tensor]) -> Iterator[None]:
-        """Inside, a forward pass adds its blocks' numbers to `found`; of several passes the largest maximum and the last rms."""
+        """Inside, a forward pass adds its blocks' numbers to `found`; of several passes the largest maximum and the last rms.
+
+        Passes without gradient are others': rollout's.
+        """
 
         def keep(name: str) -> object:
             def hook(_module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+                if not torch.is_grad_enabled():
+                    return
                 value = (output[0] if isinstance(output, tuple) else output).detach()
                 found[_key(name, "output_rms")] = _rms([value])
                 most = torch.linalg.vector_norm(value, torch.inf, dtype=torch.float32)

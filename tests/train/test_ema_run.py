@@ -172,6 +172,8 @@ def test_the_plan_says_how_long_the_average_is_and_where_it_lies(folder, within:
     [
         ("", "its warm-up never ends, and the average is over about the last 2 steps"),
         ("warmup = false", "99% of the average at the end is the weights that training began with"),
+        ("warmup = false", "no warm-up: at the end over all 6 steps and the weights before them"),
+        ("update_every = 50", "never updated in 6 steps"),
         ("update_every = 50", "ema.update_every is 50 steps and the run 6: the average stays at the first weights"),
         ('validation = "both"', "ema.validation has no effect: there is no [validation]"),
     ],

@@ -184,6 +184,8 @@ def test_statistics_are_those_of_numpy() -> None:
     with statistics.outputs(found):
         first = blocks[0](x)
         second = blocks[1](first)
+        with torch.no_grad():  # as rollout does
+            blocks[1](blocks[0](100 * x))
     head(second).square().sum().backward()
     before = statistics.gradients(found)
     old = {name: value.detach().clone() for name, value in named}

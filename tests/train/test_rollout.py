@@ -301,10 +301,16 @@ def test_nonsense_is_refused_with_its_line(folder, within: Run, line: str, words
     assert "Traceback" not in done.stderr
 
 
-def test_a_ramp_longer_than_the_run_is_a_warning(folder, within: Run) -> None:
-    more = '\n[train.rollout]\nprobability = 0.5\nramp = "100 steps"\n'
-    printed = " ".join(within("plan", folder.write(more=more)).stdout.split())
-    assert "train.rollout.ramp is 100 steps and the run 6: the probability never gets to 0.5" in printed
+@pytest.mark.parametrize(
+    ("ramp", "words"),
+    [
+        ("100 steps", "train.rollout.ramp is 100 steps and the run 6: the probability never gets to 0.5"),
+        ("0.01 epochs", "train.rollout.ramp = 0.01 epochs is one step here: the probability is 0.5 after it"),
+    ],
+)
+def test_a_ramp_that_does_not_go_with_the_run_is_a_warning(folder, within: Run, ramp: str, words: str) -> None:
+    more = f'\n[train.rollout]\nprobability = 0.5\nramp = "{ramp}"\n'
+    assert words in " ".join(within("plan", folder.write(more=more)).stdout.split())
 
 
 LACKING = ("advance", "target_at", "__dict__", "__weakref__")

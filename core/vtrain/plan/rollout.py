@@ -64,9 +64,11 @@ def rollout_warnings(config: Config, steps: int, per_epoch: float) -> Iterator[s
     """What does not go with a run of so many optimizer steps."""
     table = config.train.rollout
     ramp = table.ramp.in_steps(per_epoch) if table is not None and table.ramp is not None else None
-    if table is not None and ramp == 0:
-        yield f"train.rollout.ramp = {table.ramp} is less than a step here: the probability is {table.probability:g} at once"
-    if table is not None and ramp is not None and ramp >= steps:
+    if table is None or table.ramp is None or ramp is None:
+        return
+    if ramp == 1 and table.ramp.unit == "epochs":
+        yield f"train.rollout.ramp = {table.ramp} is one step here: the probability is {table.probability:g} after it"
+    if ramp >= steps:
         yield (
             f"train.rollout.ramp is {ramp} steps and the run {steps}: the probability never gets to {table.probability:g}"
         )

@@ -345,7 +345,9 @@ def quantised_base(plan: Plan, denoiser: Denoiser, device: str) -> tuple[str, ..
 def weights_piece(plan: Plan, denoiser: Denoiser) -> DenoiserPiece | AdapterPiece:
     """What is trained of the denoiser."""
     lora = plan.config.model.table.lora
-    return DenoiserPiece(denoiser) if lora is None else AdapterPiece(denoiser, lora_settings(denoiser, lora))
+    if lora is not None:
+        return AdapterPiece(denoiser, lora_settings(denoiser, lora))
+    return DenoiserPiece(denoiser, lambda folder: plan.family.load_denoiser("cpu", "fp32", folder))
 
 
 def averaged(

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from vtrain.contract import CheckpointError, Problem
 from vtrain.contract.specs import bytes_text
 from vtrain.plan.places import CHECKPOINT
-from vtrain.train.readback import ReadBack, Sums, difference, read_through, sums_of
+from vtrain.train.readback import Marks, ReadBack, fault_of, marks_of, read_through
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -164,15 +164,15 @@ def write(parent: Path, step: int, pieces: Sequence[Piece]) -> Path:
     aside = parent / (checkpoint_name(step) + PARTIAL)
     waiting = iter(pieces)
     written: dict[str, list[str]] = {}
-    sums: dict[str, Sums] = {}
+    trained: list[tuple[ReadBack, Marks]] = []
     try:
         shutil.rmtree(aside, ignore_errors=True)  # what a killed run left of the same step
         aside.mkdir(parents=True)
         for piece in waiting:
             # No name holds a state that was gathered, so that it is gone from memory before the next one comes.
-            written[piece.name] = _write_piece(aside, piece, piece.gather(keep=True), sums)
+            written[piece.name] = _write_piece(aside, piece, piece.gather(keep=True), trained)
         _share(aside)
-        _seal(aside, written, sums)
+        _seal(aside, written, trained)
         # A folder cannot be renamed onto one that is not empty. The old one goes only now that the new one is whole.
         if final.exists():
             shutil.rmtree(final)
@@ -192,10 +192,10 @@ def write(parent: Path, step: int, pieces: Sequence[Piece]) -> Path:
     return final
 
 
-def _write_piece(folder: Path, piece: Piece, state: State, sums: dict[str, Sums]) -> list[str]:
-    """Gives the paths of the files that came; sums: takes those of what is trained."""
+def _write_piece(folder: Path, piece: Piece, state: State, trained: list[tuple[ReadBack, Marks]]) -> list[str]:
+    """Gives the paths of the files that came; trained: takes the marks of what is."""
     if isinstance(piece, ReadBack):
-        sums[piece.name] = sums_of(state.tensors)
+        trained.append((piece, marks_of(state.tensors)))
     before = _files(folder)
     for name in before.intersection(piece.files):
         raise _IncompleteError(f"another piece than {piece.name} wrote its {name}")
@@ -209,22 +209,22 @@ def _write_piece(folder: Path, piece: Piece, state: State, sums: dict[str, Sums]
     return sorted(new)
 
 
-def _seal(folder: Path, written: Mapping[str, Collection[str]], sums: Mapping[str, Sums]) -> None:
+def _seal(folder: Path, written: Mapping[str, Collection[str]], trained: Collection[tuple[ReadBack, Marks]]) -> None:
     """Sync all files, then write the manifest of their sizes and hashes. Reads each file once.
 
-    written: files of each piece. sums: of the tensors of pieces, which must be those on the disk.
+    written: files of each piece. trained: pieces with the marks of what they gathered, which must be on the disk.
     """
     entries = {}
-    left = {name for piece in sums for name in written[piece]}
+    left = {name for piece, _ in trained for name in written[piece.name]}
     found = {}
     paths = {name: folder / name for name in sorted({name for names in written.values() for name in names})}
     for name, path in paths.items():
         sha256, found[name] = read_through(path, sums=name in left)
         entries[name] = {"size": path.stat().st_size, "sha256": sha256}
         _sync(path)
-    for piece, gathered in sums.items():
-        if odd := difference(gathered, [found[name] for name in written[piece]]):
-            raise _IncompleteError(f"{odd} tensors of {piece} are on the disk with other content than was trained")
+    for piece, gathered in trained:
+        if odd := fault_of(folder, piece, gathered, [found[name] for name in written[piece.name]]):
+            raise _IncompleteError(odd)
     manifest = folder / MANIFEST
     content = {"format": FORMAT, "files": entries, "pieces": written}
     manifest.write_text(json.dumps(content, indent=1), encoding="utf-8")

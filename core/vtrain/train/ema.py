@@ -270,22 +270,32 @@ class AveragePiece:
             self.denoiser.save_lora(below, state.tensors, self.settings)
         (folder / COUNTS).write_text(json.dumps(dict(state.values)), encoding="utf-8")
 
+    @property
+    def cheap(self) -> bool:
+        return self.settings is not None
+
+    def reread(self, folder: Path) -> Mapping[str, Tensor]:
+        """Raises ModelError."""
+        if self.settings is None:
+            return self.reload(folder / FOLDER).module.state_dict()
+        assert isinstance(self.denoiser, SupportsLora)
+        return self.denoiser.load_lora(folder / FOLDER)
+
+    def remarks(self, folder: Path) -> tuple[str, ...]:
+        """None."""
+        return ()
+
     def load(self, folder: Path) -> None:
         counts = read_model(folder / COUNTS, _Counts)
         if counts.taken > counts.steps:
             raise misread(folder / COUNTS, f"taken is {counts.taken}, and steps {counts.steps}.")
-        found = self._read(folder / FOLDER)
+        found = self.reread(folder)
+        if self.settings is not None:
+            names = adapter_names(self.denoiser.module)
+            found = {names[key]: value for key, value in found.items() if key in names}
         for name, value in self.average.weights.items():
             if name not in found or found[name].shape != value.shape or found[name].dtype is not torch.float32:
                 raise misread(folder / FOLDER, f"the average there does not fit this model: {name}.")
             if not bool(found[name].isfinite().all()):
                 raise misread(folder / FOLDER, f"{name} has numbers that are not finite.")
         self.average.restore(found, counts.steps, counts.taken)
-
-    def _read(self, folder: Path) -> Mapping[str, Tensor]:
-        """By the names of parameters."""
-        if self.settings is None:
-            return self.reload(folder).module.state_dict()
-        assert isinstance(self.denoiser, SupportsLora)
-        names = adapter_names(self.denoiser.module)
-        return {names[key]: value for key, value in self.denoiser.load_lora(folder).items() if key in names}

@@ -97,5 +97,17 @@ class AveragedPiece:
         (folder / AVERAGED).mkdir()
         self.of.write(folder / AVERAGED, state)
 
+    @property
+    def cheap(self) -> bool:
+        return self.of.cheap
+
+    def reread(self, folder: Path) -> Mapping[str, Tensor]:
+        """Raises ModelError."""
+        return self.of.reread(folder / AVERAGED)
+
+    def remarks(self, folder: Path) -> tuple[str, ...]:
+        """None."""
+        return ()
+
     def load(self, folder: Path) -> None:
         """Nothing: it comes of the weights and the optimizer's state."""

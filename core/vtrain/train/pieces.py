@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeGuard
@@ -48,11 +48,14 @@ def size_of(tensors: Iterable[Tensor]) -> int:
 
 @dataclass(frozen=True)
 class DenoiserPiece:
-    """All weights of the denoiser, in the family's published format."""
+    """All weights of the denoiser, in the family's published format. reload: reads what it wrote, on the CPU in fp32, where that
+    format holds them in another form; None: it does not."""
 
     denoiser: Denoiser
+    reload: Callable[[Path], Denoiser] | None = None
     name: ClassVar[str] = "denoiser"
     files: ClassVar[tuple[str, ...]] = ()
+    cheap: ClassVar[bool] = False
 
     @property
     def bytes(self) -> int:
@@ -71,6 +74,10 @@ class DenoiserPiece:
     def load(self, folder: Path) -> None:
         """Nothing: Family.load_denoiser read them as it built the denoiser, without those of the model folder before."""
 
+    def reread(self, folder: Path) -> Mapping[str, Tensor]:
+        """Raises ModelError."""
+        return {} if self.reload is None else self.reload(folder).module.state_dict()
+
     def remarks(self, folder: Path) -> tuple[str, ...]:
         """None."""
         return ()
@@ -84,6 +91,7 @@ class AdapterPiece:
     settings: Mapping[str, object]
     name: ClassVar[str] = "adapter"
     files: ClassVar[tuple[str, ...]] = ()
+    cheap: ClassVar[bool] = True
 
     @property
     def lora(self) -> SupportsLora:
@@ -109,6 +117,10 @@ class AdapterPiece:
         if odd:
             what = f"the adapter there does not fit this model: {', '.join(odd[:5])}."
             raise CheckpointError(Problem(str(folder), what))
+
+    def reread(self, folder: Path) -> Mapping[str, Tensor]:
+        """Raises ModelError."""
+        return self.lora.load_lora(folder)
 
     def remarks(self, folder: Path) -> Iterator[str]:
         """Of what was written: an adapter that changes nothing."""

@@ -1,7 +1,7 @@
 """What was written is what was trained: sums of the tensors that were gathered, compared with those of the bytes on the disk.
 
 A new checkpoint is read once for the hashes of its manifest; the sums are taken from the same bytes. They go by content, for a
-family stores weights under names of its own.
+family stores weights under names of its own. Where it stores them in another form, too, what it reads of them is compared.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from vtrain.contract import VtrainError
 from vtrain.contract.weights import StoredTensor, stored_tensors
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 CHUNK = 1 << 22
@@ -26,25 +28,44 @@ Sum = tuple[int, int]
 Sums = Counter[Sum]
 """Of many tensors -> how many have it."""
 
+Marks = Mapping[str, "tuple[Sum, torch.dtype]"]
+"""Of what was gathered: name of a tensor -> its sum, and its type."""
+
 
 @runtime_checkable
 class ReadBack(Protocol):
-    """A piece of what is trained, whose tensors lie on the disk as they were gathered. What differs makes no checkpoint."""
+    """A piece of what is trained. What of it is not on the disk as it was gathered makes no checkpoint."""
+
+    @property
+    def name(self) -> str:
+        """As `Piece.name`."""
+        ...
+
+    @property
+    def cheap(self) -> bool:
+        """Whether its files are read again by name each time, as an adapter's; a whole model's are where contents differ."""
+        ...
+
+    def reread(self, folder: Path) -> Mapping[str, Tensor]:
+        """What it wrote there, as a resumed run reads it, under the names of what it gathers. Raises what its `load` does."""
+        ...
 
     def remarks(self, folder: Path) -> Iterable[str]:
         """What is to be said of what was written there, such as an adapter that changes nothing."""
         ...
 
 
-def sums_of(tensors: Mapping[str, Tensor]) -> Sums:
+def marks_of(tensors: Mapping[str, Tensor]) -> Marks:
     """Of what was gathered."""
+    return {name: (_sum_of(value), value.dtype) for name, value in tensors.items()}
+
+
+def _sum_of(value: Tensor) -> Sum:
+    """Of a tensor on the CPU."""
     import torch
 
-    found: Sums = Counter()
-    for value in tensors.values():
-        data = memoryview(value.reshape(-1).view(torch.uint8).numpy().data)
-        found[data.nbytes, zlib.crc32(data)] += 1
-    return found
+    data = memoryview(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return data.nbytes, zlib.crc32(data)
 
 
 def read_through(path: Path, *, sums: bool = False) -> tuple[str, Sums]:
@@ -77,15 +98,25 @@ def _spans(path: Path) -> list[tuple[int, int]]:
     return [(begin + tensor.begin, begin + tensor.end) for tensor in tensors]
 
 
-def difference(gathered: Sums, files: Iterable[Sums]) -> int:
-    """How many tensors are in the files with other content. 0 for a family that stores them in another form, which says nothing."""
-    written: Sums = sum(files, Counter())
-    sizes: Counter[int] = Counter()
-    for (size, _), count in gathered.items():
-        sizes[size] += count
-    for (size, _), count in written.items():
-        sizes[size] -= count
-    return (gathered - written).total() if all(left <= 0 for left in sizes.values()) else 0
+def fault_of(folder: Path, piece: ReadBack, gathered: Marks, files: Iterable[Sums]) -> str:
+    """What of a piece is not in `folder` as it was gathered: absent, rounded, or with other content; "" if all of it is.
+
+    files: sums of those that it wrote. A type that holds the same numbers is no difference: bf16 may be read as fp32.
+    """
+    wanted = Counter(mark for mark, _ in gathered.values())
+    if not piece.cheap and not wanted - sum(files, Counter()):
+        return ""
+    try:
+        found = piece.reread(folder)
+    except VtrainError as error:
+        return f"what was written of {piece.name} cannot be read back: {error.problems[0].what.rstrip('.')}"
+    odd = [
+        name for name, (mark, dtype) in gathered.items() if name not in found or _sum_of(found[name].to(dtype)) != mark
+    ]
+    if not odd:
+        return ""
+    more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+    return f"{', '.join(odd[:3])}{more} of {piece.name} cannot be read back as trained"
 
 
 def remarks(folder: Path, pieces: Iterable[object]) -> list[str]:

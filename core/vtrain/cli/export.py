@@ -37,11 +37,16 @@ def export(
         say(line)
 
 
+_WEIGHTS = {"last": "", "ema": " (its average, ema)", "averaged": " (its optimizer's averaged weights)"}
+
+
 def lines(done: Exported) -> list[str]:
     """What is said of an export."""
     effect = f"; training changed it by {done.effect:.1e}" if done.effect is not None else ""
+    if done.rounding is not None:
+        effect += f"; rounding the weights moves it by {done.rounding:.1e}, which is not counted"
     return [
-        f"exported step {done.step} as {done.export} to {done.folder}",
+        f"exported step {done.step}{_WEIGHTS[done.weights]} as {done.export} to {done.folder}",
         f"proved: read back, it predicts as the trained model within {done.error:.1e} of the largest value{effect}",
         *(f"warning: {text}" for text in done.warnings),
     ]

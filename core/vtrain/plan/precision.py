@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from vtrain.config.record import Config
-from vtrain.contract import Family, Problem, SupportsBlockWeights
+from vtrain.contract import DType, Family, Problem, SupportsBlockWeights
 from vtrain.contract.adapters import SupportsAdapterNames, matches
 from vtrain.contract.precision import STORAGE, StorageName, StorageType, is_layer
 from vtrain.contract.specs import bytes_text
@@ -22,6 +22,11 @@ def base_of(train: str) -> StorageName:
     """Storage type of the denoiser where the file says none. What is trained is fp32: an adapter on a bf16 base, or all
     weights (see plan/optimizer.py)."""
     return "bf16" if train == "lora" else "fp32"
+
+
+def loaded_in(base: str) -> DType:
+    """The type in which weights are read that are then stored as `base`: those that are quantised in bf16."""
+    return "fp32" if base == "fp32" else "bf16"
 
 
 def storage_of(config: Config) -> StorageType:

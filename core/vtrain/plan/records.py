@@ -27,6 +27,7 @@ from vtrain.contract import (
     conditions_of,
 )
 from vtrain.contract.precision import STORAGE, StorageName, StorageType
+from vtrain.plan.precision import loaded_in
 
 CaptionsFrom = Literal["textfile", "filename", "instance_prompt", "csv", "parquet", "json", "backend"]
 
@@ -158,7 +159,7 @@ class Plan:
     @property
     def loaded(self) -> DType:
         """The type in which the denoiser's weights are read: what is quantised is read in bf16, and its other weights stay so."""
-        return "fp32" if self.base == "fp32" else "bf16"
+        return loaded_in(self.base)
 
     @property
     def shares(self) -> tuple[Fraction, ...]:

@@ -1,90 +1,65 @@
-"""A checkpoint for other tools: a pipeline folder, a merged model, a LoRA file. Each is read back and proved before it is kept.
-
-What the run recorded describes the model: neither its configuration file nor its data are looked for.
-"""
+"""A checkpoint for other tools: a pipeline folder, a merged model, a LoRA file. Each is read back and proved before it is kept."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
+import re
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
-
-from pydantic import ValidationError
+from typing import TYPE_CHECKING
 
 from vtrain import __version__
-from vtrain.config.keys import key_path
-from vtrain.config.tables import LoraTable
 from vtrain.contract import (
     CheckpointError,
     ConfigError,
+    Denoiser,
     DType,
-    Family,
-    FamilySpec,
     ModelError,
-    Options,
     Problem,
     SupportsLora,
     SupportsOriginalNames,
     comfyui_names,
-    is_location,
     torch_type,
 )
 from vtrain.contract.pipelines import ExportFormat, SupportsReference
 from vtrain.contract.specs import bytes_text
 from vtrain.plan.adapter import lora_scale
 from vtrain.plan.places import CHECKPOINT, CHECKPOINTS
-from vtrain.registry import discover
-from vtrain.registry.guard import stdout_on_stderr
+from vtrain.plan.precision import loaded_in
+from vtrain.run.trained_model import Source, Weights, find_checkpoint, open_source
 
 if TYPE_CHECKING:
-    from vtrain.contract import Denoiser
-    from vtrain.run.proof import Proof
-    from vtrain.train.resume import RunState
+    from torch import Tensor
 
-OptionsT = TypeVar("OptionsT", bound=Options)
+    from vtrain.run.proof import Probe, Proof
 
-EXPORTS, RECORD, EMA = "exports", "export.json", "ema"
+EXPORTS, RECORD, MANIFEST = "exports", "export.json", "MANIFEST.json"
 PARTIAL = ".partial"
 BYTES: Mapping[DType, int] = {"fp32": 4, "bf16": 2}
 
 
 @dataclass(frozen=True)
 class Exported:
-    """An export that was proved. error, effect: as `Proof` has them. warnings: what its reader should know."""
+    """An export that was proved. weights: which of the checkpoint's. error, effect, tolerance, rounding: as `Proof` has them.
+    warnings: what its reader should know."""
 
     folder: Path
     export: ExportFormat
     checkpoint: Path
     step: int
+    weights: Weights
     error: float
     effect: float | None
     tolerance: float
+    rounding: float | None
     warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Source:
-    """A checkpoint, the model that it is of, and what of it is exported. lora: of an adapter; None: all weights were trained.
-
-    weights: the folder with what was trained, the checkpoint's own or its average's.
-    """
-
-    checkpoint: Path
-    state: RunState
-    family: Family
-    lora: LoraTable | None
-    weights: Path
-
-    @property
-    def run(self) -> Path:
-        """The run's output folder, or where the checkpoint lies alone."""
-        above = self.checkpoint.parent
-        return above.parent if above.name == CHECKPOINTS else above
 
 
 def export(
@@ -103,109 +78,48 @@ def export(
     averaged weights. model: where the model folder is now, if not where it was. dtype: of exported whole weights. on_part:
     called with what is done next. Raises CheckpointError, ConfigError, ModelError, PluginError; nothing is left then.
     """
-    found = open_source(find_checkpoint(source), ema=ema, model=model)
+    folder, skipped = find_checkpoint(source)
+    found = open_source(folder, ema=ema, model=model, form=form)
     chosen: ExportFormat = form or ("pipeline" if found.lora is None else "lora")
-    target = to or found.run / EXPORTS / f"{found.checkpoint.name}-{chosen}{'-ema' if ema else ''}"
+    target = to or found.run / EXPORTS / f"{folder.name}-{chosen}{'-ema' if ema else ''}"
     check(found, chosen, target, dtype)
-    aside = target.with_name(target.name + PARTIAL)
-    shutil.rmtree(aside, ignore_errors=True)  # what a killed export left
     try:
-        aside.mkdir(parents=True)
-        proof = _write_and_prove(found, chosen, aside, dtype, on_part)
-        _record(found, chosen, aside, dtype, ema, proof)
-        aside.rename(target)
+        with _aside(target) as aside:
+            proof = _write_and_prove(found, chosen, aside, dtype, on_part)
+            _record(found, chosen, aside, dtype, proof)
+            aside.rename(target)
     except OSError as error:
-        remedy = "Make room on the disk, or choose another folder with --to."
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = f"{'Make room on the disk, or choose' if full else 'Choose'} another folder with --to."
         raise CheckpointError(Problem(str(target), f"the export could not be written: {error}.", remedy)) from error
+    dora = "a DoRA in peft's keys: diffusers reads it with this file's metadata; for tools that do not, export merged"
+    told = (*skipped, *found.warnings, *_left_behind(target), *proof.warnings)
+    return Exported(
+        target, chosen, folder, found.state.step, found.weights, proof.error, proof.effect, proof.tolerance,
+        proof.rounding, (*told, *((dora,) if chosen == "lora" and found.lora and found.lora.dora else ())),
+    )  # fmt: skip
+
+
+@contextmanager
+def _aside(target: Path) -> Iterator[Path]:
+    """A new folder beside the target, gone afterwards if it was not renamed. What is there already is nobody's to delete."""
+    for turn in count(1):
+        aside = target.with_name(f"{target.name}.{os.getpid()}-{turn}{PARTIAL}")
+        with suppress(FileExistsError):
+            aside.mkdir(parents=True)
+            break
+    try:
+        yield aside
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    dora = "a DoRA in peft's keys: diffusers reads it with this file's metadata; for tools that do not, export merged"
-    told = (*proof.warnings, *((dora,) if chosen == "lora" and found.lora and found.lora.dora else ()))
-    return Exported(
-        target, chosen, found.checkpoint, found.state.step, proof.error, proof.effect, proof.tolerance, told
-    )
 
 
-def find_checkpoint(source: Path) -> Path:
-    """The checkpoint that is meant: a run's newest sound one, or `source` itself if it is sound. Raises CheckpointError."""
-    from vtrain.train import checkpoint
-
-    source = source.absolute()
-    if (source / checkpoint.MANIFEST).is_file() or CHECKPOINT.match(source.name):
-        if (reason := checkpoint.fault(source)) is not None:
-            raise CheckpointError(Problem(str(source), f"this checkpoint is not sound: {reason}.", "Name another one."))
-        return source
-    parent = source if source.name == CHECKPOINTS else source / CHECKPOINTS
-    if not parent.is_dir():
-        what = (
-            "there is no such folder."
-            if not source.exists()
-            else "this is neither a run's output folder nor a checkpoint."
-        )
-        remedy = "Name the run.output_dir of a run, or one of its checkpoints, such as output/checkpoints/step-000500."
-        raise CheckpointError(Problem(str(source), what, remedy))
-    newest, faults = checkpoint.latest(parent)
-    if newest is None:
-        why = f": {faults[0].folder.name}: {faults[0].reason}" if faults else ""
-        raise CheckpointError(Problem(str(parent), f"no checkpoint here is sound{why}.", "Name another run."))
-    return newest
-
-
-def open_source(folder: Path, *, ema: bool = False, model: str | None = None) -> Source:
-    """What a checkpoint says of its model. Raises CheckpointError, PluginError, ModelError."""
-    from vtrain.train.resume import read_state
-
-    state = read_state(folder)
-    values = {key_path(key)[1:]: value for key, value in state.settings.items() if key_path(key)[0] == "model"}
-    with stdout_on_stderr():  # plugins' code is imported
-        registered = discover().find("family", use := str(values.get(("use",))))
-        if registered is None:
-            what = f'its model is of the family "{use}", which is not installed.'
-            raise CheckpointError(
-                Problem(str(folder), what, "Install its plugin: vtrain plugins list shows what is there.")
-            )
-        spec = registered.spec
-        assert isinstance(spec, FamilySpec)
-        options = _options(
-            spec.options, {path[0]: each for path, each in values.items() if len(path) == 1}, folder, model
-        )
-        family = spec.build(options)
-        if problems := family.check():
-            raise ModelError(problems)
-    lora = {str(path[1]): each for path, each in values.items() if len(path) > 1 and path[0] == "lora"}
-    table = _table(LoraTable, lora, folder) if values.get(("train",)) == "lora" else None
-    if ema and not (folder / EMA).is_dir():
-        what = "this checkpoint has no averaged weights: the run was made without [ema]."
-        raise CheckpointError(Problem(str(folder), what, "Export without --ema."))
-    return Source(folder, state, family, table, folder / EMA if ema else folder)
-
-
-def _options(kind: type[Options], values: Mapping[object, object], folder: Path, model: str | None) -> Options:
-    """A family's options as the run recorded them. model: another place of the model folder."""
-    given = {str(name): each for name, each in values.items() if name in kind.model_fields and each is not None}
-    if model is not None:
-        given["path"] = model
-    gone = [
-        (name, each)
-        for name, each in given.items()
-        if is_location(kind, name) and isinstance(each, str) and Path(each).is_absolute() and not Path(each).exists()
-    ]
-    if gone and gone[0][0] == "path":
-        what = f"the model that it was trained from is not at {gone[0][1]} any more."
-        raise CheckpointError(Problem(str(folder), what, "Say where it is: --model FOLDER, or a hub id."))
-    return _table(kind, given, folder)
-
-
-def _table(kind: type[OptionsT], values: Mapping[str, object], folder: Path) -> OptionsT:
-    try:
-        known = {name: each for name, each in values.items() if name in kind.model_fields}
-        return kind.model_validate_json(json.dumps(known))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        what = f"its settings are none of this version: {'.'.join(map(str, first['loc']))}: {first['msg']}."
-        raise CheckpointError(
-            Problem(str(folder), what, "Export it with the vtrain that it was trained with.")
-        ) from error
+def _left_behind(target: Path) -> Iterator[str]:
+    """Folders of exports to the same place that were killed, or that are being written by another process."""
+    own = re.compile(rf"{re.escape(target.name)}\.\d+-\d+{re.escape(PARTIAL)}")
+    for path in sorted(target.parent.iterdir()):
+        if own.fullmatch(path.name) and path.is_dir():
+            yield f"{path} is of an export that did not end: if none is running, delete it"
 
 
 def check(source: Source, form: ExportFormat, target: Path, dtype: DType) -> None:
@@ -248,7 +162,22 @@ def _format_problems(source: Source, form: ExportFormat, dtype: DType) -> list[P
 def _target_problems(target: Path) -> list[Problem]:
     if target.exists() or target.is_symlink():
         return [Problem(str(target), "this is there already, and nothing is written over.", "Choose another --to.")]
+    place = next(folder for folder in target.parents if folder.exists())
+    if not place.is_dir():
+        return [Problem(str(target), f"{place} is a file.", "Choose another --to.")]
+    if not os.access(place, os.W_OK):
+        return [Problem(str(target), f"{place} may not be written to.", "Choose another --to.")]
+    for folder in (Path(os.path.realpath(target)), *Path(os.path.realpath(target)).parents):
+        # What is added to a checkpoint makes it unsound, and a folder beside them would be taken for one.
+        if (folder / MANIFEST).is_file() or _holds_checkpoints(folder):
+            what = f"{folder} is where a run keeps its checkpoints, and nothing else belongs there."
+            return [Problem(str(target), what, "Choose another --to; without, it goes to exports/ beside them.")]
     return []
+
+
+def _holds_checkpoints(folder: Path) -> bool:
+    there = folder.name == CHECKPOINTS and folder.is_dir()
+    return there and any(CHECKPOINT.match(path.name) for path in folder.iterdir())
 
 
 def _write_and_prove(
@@ -263,44 +192,61 @@ def _write_and_prove(
     trained = probe.run(denoiser)
     on_part("writing")
     _write(source, form, folder, dtype, denoiser)
+    rounded = proof.Rounded.of(denoiser, probe, torch_type(dtype)) if dtype != "fp32" else None
     denoiser.module.to("meta")  # its memory is free for the one that is read back
     on_part("reading it back")
-    read = proof.reread(source.family, denoiser, folder, form, source.lora)
-    found = proof.Proof.of(trained, plain, probe.run(read.denoiser), dtype, read.original)
+    try:
+        read = proof.reread(source.family, denoiser, folder, form, source.lora)
+    except ModelError as error:
+        raise CheckpointError(_unread(source, form, each) for each in error.problems) from error
+    found = proof.Proof.of(trained, plain, probe.run(read.denoiser), rounded, read.original)
     if fault := found.fault:
-        remedy = "The export was not kept. Report it with the versions of diffusers, peft and the family's plugin."
-        raise CheckpointError(Problem(str(source.checkpoint), fault, remedy))
+        raise CheckpointError(Problem(str(source.checkpoint), fault, _REPORT))
     return found
 
 
-def _trained(source: Source, probe: object) -> tuple[Denoiser, object]:
-    """The model as trained, fp32 on the CPU, and what it predicted without its adapter: None where all weights were trained."""
-    from vtrain.run.proof import Probe
-    from vtrain.train.parameters import add_lora, base_mark, load_lora_state
+_REPORT = "The export was not kept. Report it with the versions of diffusers, peft and the family's plugin."
 
-    assert isinstance(probe, Probe)
+
+def _unread(source: Source, form: ExportFormat, problem: Problem) -> Problem:
+    """Of an export that the original library does not read."""
+    if form != "comfyui":
+        return Problem(str(source.checkpoint), problem.what, _REPORT)
+    what = f"diffusers does not read an adapter of all these layers in ComfyUI's keys, so that none can be proved: {problem.what}"
+    return Problem(str(source.checkpoint), what, "Use --format lora, in diffusers' keys, or --format merged.")
+
+
+def _trained(source: Source, probe: Probe) -> tuple[Denoiser, Tensor | None]:
+    """The model as trained, fp32 on the CPU, and what it predicted without its adapter: None where all weights were trained."""
+    from vtrain.train.parameters import add_lora, load_lora_state
+
     family, lora = source.family, source.lora
     if lora is None:
-        denoiser = family.load_denoiser("cpu", "fp32", source.weights)
+        denoiser = family.load_denoiser("cpu", "fp32", source.folder)
         denoiser.module.eval()
         return denoiser, None
-    base = source.state.settings.get("precision.base")
-    if base in BYTES and source.state.base:
-        marked = family.load_denoiser("cpu", "bf16" if base == "bf16" else "fp32")
-        if base_mark(marked.module) != source.state.base:
-            what = "its adapter was trained on other weights than the model folder has now."
-            raise CheckpointError(Problem(str(source.checkpoint), what, "Say where the model is: --model FOLDER."))
-        del marked
+    _check_base(source)
     denoiser = family.load_denoiser("cpu", "fp32")
     denoiser.module.eval()
     plain = probe.run(denoiser)
     add_lora(denoiser, lora, 0, str(source.checkpoint))
     assert isinstance(denoiser, SupportsLora)
-    if odd := load_lora_state(denoiser.module, denoiser.load_lora(source.weights)):
+    if odd := load_lora_state(denoiser.module, denoiser.load_lora(source.folder)):
         what = f"its adapter does not fit the model: {', '.join(odd[:3])}."
         raise CheckpointError(Problem(str(source.checkpoint), what))
     denoiser.module.eval()
     return denoiser, plain
+
+
+def _check_base(source: Source) -> None:
+    """That the model folder has the weights that the adapter was trained on. Raises CheckpointError."""
+    from vtrain.train.parameters import base_mark
+
+    # As training read them: what is quantised is marked before that, in bf16.
+    marked = source.family.load_denoiser("cpu", loaded_in(str(source.state.settings.get("precision.base"))))
+    if base_mark(marked.module) != source.state.base:
+        what = "its adapter was trained on other weights than the model folder has now."
+        raise CheckpointError(Problem(str(source.checkpoint), what, "Say where the model is: --model FOLDER."))
 
 
 def _write(source: Source, form: ExportFormat, folder: Path, dtype: DType, denoiser: Denoiser) -> None:
@@ -323,12 +269,11 @@ def _write(source: Source, form: ExportFormat, folder: Path, dtype: DType, denoi
     assert isinstance(denoiser, SupportsOriginalNames)
     name = f"{source.run.name}-{source.checkpoint.name}-comfyui.safetensors"
     names = comfyui_names(state, denoiser.original_names)
-    save_comfyui(folder, state, names, lora_scale(source.lora) * source.lora.rank, name)
+    save_comfyui(folder, state, names, lora_scale(source.lora), name)
 
 
-def _record(source: Source, form: ExportFormat, folder: Path, dtype: DType, ema: bool, proof: Proof) -> None:
+def _record(source: Source, form: ExportFormat, folder: Path, dtype: DType, proof: Proof) -> None:
     """Where the export comes from, what it is, what was proved of it, and the hashes of what was trained."""
-    from vtrain.train.checkpoint import MANIFEST
     from vtrain.train.readback import read_through
 
     manifest = (source.checkpoint / MANIFEST).read_bytes()
@@ -336,14 +281,14 @@ def _record(source: Source, form: ExportFormat, folder: Path, dtype: DType, ema:
     content = {
         "format": form,
         "dtype": dtype,
-        "ema": ema,
+        "weights": source.weights,
         "vtrain": __version__,
         "run": settings.get("run.name"),
         "step": source.state.step,
         "checkpoint": str(source.checkpoint),
         "manifest_sha256": hashlib.sha256(manifest).hexdigest(),
-        "model": settings.get("model.path"),
-        "revision": settings.get("model.revision"),
+        "model": source.model.get("path"),
+        "revision": source.model.get("revision"),
         "base": source.state.base,
         "started_from": source.state.adapter,
         "lora": source.lora.model_dump(mode="json", exclude={"start"}) if source.lora else None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from vtrain.contract import (
     ClipShape,
     Condition,
     Denoiser,
-    DType,
     Family,
     NoiseLevel,
     SupportsLora,
@@ -26,13 +24,17 @@ from vtrain.contract import (
     torch_type,
 )
 from vtrain.contract.pipelines import ExportFormat, SupportsReference
+from vtrain.train.adapter import merge, round_weights
 from vtrain.train.parameters import add_lora, load_lora_state
 
-TOLERANCE: Mapping[DType, float] = {"fp32": 1e-4, "bf16": 5e-2}
-"""Largest difference of predictions, by the largest value: of sums in another order, of weights rounded to 8 bits."""
+TOLERANCE = 1e-4
+"""Largest difference of predictions, by the largest value, of sums in another order."""
 
 SHARE = 0.05
 """Largest difference by what training changed: an adapter that is half loaded is found, however little it does."""
+
+ROUNDING = 5e-2
+"""What rounding whole weights may move without a word."""
 
 NOISE = 1e-6
 """What the order of sums alone makes of a difference in fp32."""
@@ -79,43 +81,65 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class Rounded:
+    """What the trained model predicts with its adapter merged, and then with its weights rounded: what a file can hold."""
+
+    merged: Tensor
+    rounded: Tensor
+
+    @classmethod
+    def of(cls, denoiser: Denoiser, probe: Probe, dtype: torch.dtype) -> Rounded:
+        """denoiser: as trained; its weights are rounded in place."""
+        merge(denoiser.module)
+        merged = probe.run(denoiser)
+        round_weights(denoiser.module, dtype)
+        return cls(merged, probe.run(denoiser))
+
+
+@dataclass(frozen=True)
 class Proof:
     """error: largest difference between the trained model's prediction and the export's, by the largest value; effect: the same
-    between the trained model and its base, None where all weights were trained. original: whether the original library read it.
+    between the trained model and its base, None where all weights were trained. rounding: what storing the weights in fewer bits
+    moves, None in fp32; the export is then compared with the trained model so rounded. tolerance: the largest error that is
+    taken. original: whether the original library read it.
     """
 
     error: float
     effect: float | None
     tolerance: float
+    rounding: float | None
     original: bool
     warnings: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, trained: Tensor, plain: object, found: Tensor, dtype: DType, original: bool) -> Proof:
-        effect = _gap(trained, plain) if isinstance(plain, Tensor) else None
-        error, warnings = _gap(found, trained), []
+    def of(cls, trained: Tensor, plain: Tensor | None, found: Tensor, rounded: Rounded | None, original: bool) -> Proof:
+        effect = None if plain is None else _gap(trained, plain)
+        error = _gap(found, trained if rounded is None else rounded.rounded)
+        rounding, warnings = None, []
+        if rounded is not None:
+            rounding = _gap(rounded.rounded, trained)
+            # Merging is no rounding: it is held to the same tolerance. Not max(): it loses what is not a number.
+            error = float(torch.tensor([error, _gap(rounded.merged, trained)], dtype=torch.float64).max())
         if effect is not None and effect <= NOISE:
             warnings.append("the adapter changes nothing that can be measured: the model predicts as without it")
-        if dtype == "bf16" and effect is not None and error > SHARE * effect > 0:
-            what = f"rounding to bf16 moves the prediction by {error:.1e}, and training by {effect:.1e}"
-            warnings.append(f"{what}: export in fp32 to keep all of it")
+        if rounding is not None and rounding > (ROUNDING if effect is None else SHARE * effect):
+            what = f"rounding moves the prediction by {rounding:.1e} of the largest value"
+            trained_by = "" if effect is None else f", and training by {effect:.1e}"
+            warnings.append(f"{what}{trained_by}: export in fp32 to keep all of it")
         if not original:
             warnings.append("this model family has no loader of another library to prove it by: its own read it back")
-        return cls(error, effect, TOLERANCE[dtype], original, tuple(warnings))
+        allowed = TOLERANCE if effect is None else min(TOLERANCE, max(SHARE * effect, 5 * NOISE))
+        return cls(error, effect, allowed, rounding, original, tuple(warnings))
 
     @property
     def fault(self) -> str:
         """Why the export is not the trained model; "" if it is."""
-        fp32 = self.tolerance == TOLERANCE["fp32"]
-        allowed = self.tolerance
-        if fp32 and self.effect is not None:
-            allowed = min(allowed, max(SHARE * self.effect, 5 * NOISE))
-        # Not `error > allowed`: what is not a number is not the same either.
-        if self.error <= allowed:
+        # Not `error > tolerance`: what is not a number is not the same either.
+        if self.error <= self.tolerance:
             return ""
         return (
             f"what was read back predicts otherwise than the trained model: by {self.error:.1e} of the largest value, where "
-            f"{allowed:.1e} is allowed"
+            f"{self.tolerance:.1e} is allowed"
             + (f" and the adapter changes {self.effect:.1e}" if self.effect is not None else "")
             + "."
         )

@@ -82,15 +82,30 @@ def merged_state(module: nn.Module, dtype: torch.dtype | None = None) -> dict[st
 
     module: with weights in fp32, so that the sum is rounded once. dtype: of all but what its class keeps in fp32; None: as it is.
     """
-    for layer in adapted_layers(module):
-        layer.merge(safe_merge=True, adapter_names=[ADAPTER])
+    merge(module)
     own = {name: value.detach() for name, value in module.state_dict().items() if "lora_" not in name}
     state = {name.replace(".base_layer.", "."): value for name, value in own.items()}
+    return {name: value.to(_stored_as(module, name, value, dtype)) for name, value in state.items()}
+
+
+def merge(module: nn.Module) -> None:
+    """Put the adapter into the weights that it is on, in place, by peft, where it is not yet."""
+    for layer in adapted_layers(module):
+        if not layer.merged:
+            layer.merge(safe_merge=True, adapter_names=[ADAPTER])
+
+
+def round_weights(module: nn.Module, dtype: torch.dtype) -> None:
+    """The weights, in place, as `merged_state` would store them in `dtype`; they keep their type."""
+    for name, value in module.state_dict().items():
+        value.copy_(value.to(_stored_as(module, name, value, dtype)))
+
+
+def _stored_as(module: nn.Module, name: str, value: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """Type of a weight in a file in `dtype`: its own if its class keeps it in fp32, or if it is no fraction."""
     precise = set(getattr(module, "_keep_in_fp32_modules", None) or ())
-    return {
-        name: value if dtype is None or precise.intersection(name.split(".")) else value.to(dtype)
-        for name, value in state.items()
-    }
+    own = dtype is None or precise.intersection(name.split(".")) or not value.is_floating_point()
+    return value.dtype if dtype is None or own else dtype
 
 
 def folded_settings(settings: Mapping[str, object]) -> dict[str, object]:
@@ -104,12 +119,15 @@ def folded_settings(settings: Mapping[str, object]) -> dict[str, object]:
     return folded
 
 
-def save_comfyui(folder: Path, state: Mapping[str, Tensor], names: Mapping[str, str], alpha: float, file: str) -> None:
-    """Write a LoRA in ComfyUI's keys. names: `comfyui_names` of the state; alpha: of every module."""
+def save_comfyui(folder: Path, state: Mapping[str, Tensor], names: Mapping[str, str], scale: float, file: str) -> None:
+    """Write a LoRA in ComfyUI's keys. names: `comfyui_names` of the state; scale: of every module.
+
+    The scale goes into B, and no `.alpha` says another: without one tools scale by 1, and diffusers 0.42 reads `.alpha` of a
+    block's layers alone.
+    """
     from safetensors.torch import save_file
 
-    tensors = {names[name]: value.contiguous() for name, value in state.items()}
-    down = ".lora_down.weight"
-    alphas = {f"{name.removesuffix(down)}.alpha": torch.tensor(alpha) for name in tensors if name.endswith(down)}
+    up = ".lora_up.weight"
+    tensors = {names[name]: value * scale if names[name].endswith(up) else value for name, value in state.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({**tensors, **alphas}, folder / file)
+    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / file)

@@ -15,12 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from vtrain.contract import CheckpointError
+from vtrain.config.tables import EmaTable, LoraTable
+from vtrain.contract import CheckpointError, Device
 from vtrain.train import readback
 from vtrain.train.adapter import changes_nothing
 from vtrain.train.checkpoint import State, write
-from vtrain.train.parameters import add_lora, lora_state
-from vtrain.train.pieces import AdapterPiece
+from vtrain.train.ema import Average, AveragePiece
+from vtrain.train.parameters import add_lora, lora_state, trained
+from vtrain.train.pieces import AdapterPiece, DenoiserPiece
 from vtrain.train.readback import marks_of, read_through, remarks
 
 Tensors = dict[str, torch.Tensor]
@@ -105,8 +107,6 @@ def test_sums_of_the_bytes_on_the_disk_are_those_of_the_tensors(
 
 
 def test_an_adapter_that_changes_nothing_is_told(denoiser: Any, tmp_path: Path) -> None:
-    from vtrain.config.tables import LoraTable
-
     table = LoraTable(rank=2)
     add_lora(denoiser, table, 0, "")
     piece = AdapterPiece(denoiser, {"r": 2, "lora_alpha": 2})
@@ -117,3 +117,49 @@ def test_an_adapter_that_changes_nothing_is_told(denoiser: Any, tmp_path: Path) 
     piece.write(tmp_path, piece.gather(keep=True))
     assert list(piece.remarks(tmp_path)) == []
     assert not changes_nothing(lora_state(denoiser.module))
+
+
+def test_an_adapter_and_its_average_are_read_back_by_their_own_loader(
+    denoiser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer that loses a part, rounds, or spoils the average alone."""
+    add_lora(denoiser, LoraTable(rank=2), 0, "")
+    settings = {"r": 2, "lora_alpha": 2}
+    average = Average(trained(denoiser.module), EmaTable(), Device())
+    pieces = [AdapterPiece(denoiser, settings), AveragePiece(denoiser, average, settings, lambda folder: denoiser)]
+    good = write(tmp_path, 1, pieces)
+    save = type(denoiser).save_lora
+
+    def changed(change: Callable[[Path, Tensors], Tensors]) -> None:
+        def save_changed(self: Any, folder: Path, state: Tensors, settings: Any) -> None:
+            save(self, folder, change(folder, state), settings)
+
+        monkeypatch.setattr(type(denoiser), "save_lora", save_changed)
+
+    changed(lambda _, state: {name: value for name, value in state.items() if "blocks.1" not in name})
+    with pytest.raises(CheckpointError, match=r"blocks\.1.* of adapter cannot be read back as trained"):
+        write(tmp_path, 2, pieces)
+    changed(lambda _, state: {name: value.bfloat16() for name, value in state.items()})
+    with pytest.raises(CheckpointError, match="of adapter cannot be read back as trained"):
+        write(tmp_path, 2, pieces)
+    factor = {"ema": 1.01}
+    changed(lambda folder, state: {name: value * factor.get(folder.name, 1) for name, value in state.items()})
+    with pytest.raises(CheckpointError, match="of average cannot be read back as trained"):
+        write(tmp_path, 2, pieces)
+    assert list(tmp_path.iterdir()) == [good]
+
+
+def test_a_whole_model_that_its_writer_rounds_makes_no_checkpoint(denoiser: Any, toy: Any, tmp_path: Path) -> None:
+    piece = DenoiserPiece(denoiser, lambda folder: toy.load_denoiser("cpu", "fp32", folder))
+    write(tmp_path, 1, [piece])
+    save = type(denoiser).save
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(denoiser), "save", lambda self, folder, state: save(self, folder, halves(state)))
+        with pytest.raises(CheckpointError, match="of denoiser cannot be read back as trained"):
+            write(tmp_path, 2, [piece])
+        denoiser.module.bfloat16()  # as pure bf16 is trained: nothing is lost
+        write(tmp_path, 2, [piece])
+
+
+def halves(state: Tensors) -> Tensors:
+    return {name: value.bfloat16() for name, value in state.items()}

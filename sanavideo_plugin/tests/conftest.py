@@ -14,6 +14,24 @@ from vtrain_sanavideo import tiny
 from vtrain_sanavideo.family import SanaVideoFamily
 from vtrain_sanavideo.options import SanaVideoOptions
 
+EXPORTED = """
+[run]
+output_dir = "{output}"
+[model]
+use = "sanavideo"
+path = "{model}"
+train = "{train}"
+{lora}
+[[data]]
+use = "folder"
+path = "clips"
+[train]
+steps = 2
+[optimizer]
+use = "adamw"
+lr = 1e-4
+"""
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -100,3 +118,55 @@ def dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 70, "patch_size": 14}
     Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder)  # type: ignore[arg-type]
     return folder
+
+
+@pytest.fixture
+def config(tmp_path: Path, checkpoint: Path) -> Callable[..., Path]:
+    """A configuration file of this checkpoint. lora: the lines of [model.lora], "" for full training."""
+    (tmp_path / "clips").mkdir()
+
+    def write(lora: str, output: str = "run") -> Path:
+        file = tmp_path / f"{output}.toml"
+        train, table = ("lora", f"[model.lora]\n{lora}") if lora else ("full", "")
+        file.write_text(EXPORTED.format(output=output, model=checkpoint, train=train, lora=table))
+        return file
+
+    return write
+
+
+@pytest.fixture
+def trained(config: Callable[..., Path]) -> Callable[..., tuple[Path, Any, Any]]:
+    """(checkpoint of step 2, its denoiser, its plan): weights as training leaves them, all of them moved."""
+
+    def make(lora: str, output: str = "run", *, average: bool = False) -> tuple[Path, Any, Any]:
+        from vtrain.config.tables import EmaTable
+        from vtrain.contract import Device
+        from vtrain.run.prepare import planned
+        from vtrain.train import checkpoint, parameters
+        from vtrain.train.assemble import load_model, weights_piece
+        from vtrain.train.ema import Average, AveragePiece
+        from vtrain.train.pieces import AdapterPiece, CountersPiece
+        from vtrain.train.resume import RunState, Start
+        from vtrain.train.settings import settings
+
+        plan = planned(config(lora, output))
+        values = {key: setting.value for key, setting in settings(plan).items()}
+        denoiser, base, _ = load_model(plan, Start(None, RunState(0, 0, values, "", ""), ()), "cpu")
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for _, weight in denoiser.module.named_parameters():
+                if weight.requires_grad:
+                    size = 0.2 if lora else 0.02
+                    weight += size * torch.randn(weight.shape, generator=generator).to(weight)
+        piece = weights_piece(plan, denoiser)
+        state = RunState(2, 2, values, "", base)
+        pieces: list[checkpoint.Piece] = [piece, CountersPiece(state)]
+        if average and isinstance(piece, AdapterPiece):
+            kept = Average(parameters.trained(denoiser.module), EmaTable(), Device())
+            for value in kept.weights.values():
+                value.mul_(2)
+            pieces.append(AveragePiece(denoiser, kept, piece.settings, lambda path: denoiser))
+        folder = checkpoint.write(plan.config.run.output_dir / "checkpoints", 2, pieces)
+        return folder, denoiser, plan
+
+    return make

@@ -20,82 +20,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vtrain import api
-from vtrain.config.tables import EmaTable
-from vtrain.contract import CheckpointError, ConfigError, Denoiser, Device
+from vtrain.contract import CheckpointError, ConfigError, Denoiser
 from vtrain.plan.adapter import lora_scale
 from vtrain.plan.records import Plan
 from vtrain.run import export as exports
 from vtrain.run.prepare import planned
-from vtrain.train import adapter, checkpoint, parameters
-from vtrain.train.assemble import load_model, weights_piece
-from vtrain.train.ema import Average, AveragePiece
+from vtrain.train import adapter
+from vtrain.train.assemble import load_model
 from vtrain.train.parameters import lora_state
-from vtrain.train.pieces import AdapterPiece, CountersPiece
 from vtrain.train.resume import RunState, Start
 from vtrain.train.settings import settings
 
-CONFIG = """
-[run]
-output_dir = "{output}"
-[model]
-use = "sanavideo"
-path = "{model}"
-train = "{train}"
-{lora}
-[[data]]
-use = "folder"
-path = "clips"
-[train]
-steps = 2
-[optimizer]
-use = "adamw"
-lr = 1e-4
-"""
-
 PLAIN = "rank = 4\nalpha = 4"
 Trained = tuple[Path, Denoiser, Plan]
-
-
-@pytest.fixture
-def config(tmp_path: Path, checkpoint: Path) -> Callable[..., Path]:
-    """A configuration file of this checkpoint. lora: the lines of [model.lora], "" for full training."""
-    (tmp_path / "clips").mkdir()
-
-    def write(lora: str, output: str = "run") -> Path:
-        file = tmp_path / f"{output}.toml"
-        train, table = ("lora", f"[model.lora]\n{lora}") if lora else ("full", "")
-        file.write_text(CONFIG.format(output=output, model=checkpoint, train=train, lora=table))
-        return file
-
-    return write
-
-
-@pytest.fixture
-def trained(config: Callable[..., Path]) -> Callable[..., Trained]:
-    """(checkpoint of step 2, its denoiser, its plan): weights as training leaves them, all of them moved."""
-
-    def make(lora: str, output: str = "run", *, average: bool = False) -> Trained:
-        plan = planned(config(lora, output))
-        values = {key: setting.value for key, setting in settings(plan).items()}
-        denoiser, base, _ = load_model(plan, Start(None, RunState(0, 0, values, "", ""), ()), "cpu")
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for _, weight in denoiser.module.named_parameters():
-                if weight.requires_grad:
-                    size = 0.2 if lora else 0.02
-                    weight += size * torch.randn(weight.shape, generator=generator).to(weight)
-        piece = weights_piece(plan, denoiser)
-        state = RunState(2, 2, values, "", base)
-        pieces: list[checkpoint.Piece] = [piece, CountersPiece(state)]
-        if average and isinstance(piece, AdapterPiece):
-            kept = Average(parameters.trained(denoiser.module), EmaTable(), Device())
-            for value in kept.weights.values():
-                value.mul_(2)
-            pieces.append(AveragePiece(denoiser, kept, piece.settings, lambda path: denoiser))
-        folder = checkpoint.write(plan.config.run.output_dir / "checkpoints", 2, pieces)
-        return folder, denoiser, plan
-
-    return make
 
 
 def by_hand(model: Path, trained: Trained) -> dict[str, Tensor]:

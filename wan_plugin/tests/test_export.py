@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vtrain import api
-from vtrain.contract import ConfigError, Denoiser
+from vtrain.contract import CheckpointError, ConfigError, Denoiser
 from vtrain.plan.adapter import lora_scale
 from vtrain.plan.records import Plan
 from vtrain.run.prepare import planned
@@ -113,9 +113,29 @@ def test_diffusers_reads_the_effect_that_was_trained(load: Load, wan21: Path, lo
     assert done.error < 1e-5
     stored = load_file(file)
     if form == "comfyui":
-        assert stored["diffusion_model.blocks.0.self_attn.o.alpha"] == lora_scale(loaded[0].config.model.table.lora) * 4  # type: ignore[arg-type]
+        assert not any(key.endswith(".alpha") for key in stored)
         assert all(key.startswith("diffusion_model.blocks.") for key in stored)
         assert file.name == "run-step-000002-comfyui.safetensors"
+
+
+def test_layers_outside_the_blocks_are_exported_for_comfyui_or_refused_in_words(load: Load) -> None:
+    """diffusers reads an `.alpha` of a block's layers alone, and no adapter of patch_embedding in these keys."""
+    outside = 'rank = 2\nalpha = 5\ntargets = ["to_q", "proj_out", "time_proj", "time_embedder.linear_1", "text_embedder.linear_2"]'
+    done = api.export(trained(load(outside)), form="comfyui")
+    (file,) = done.folder.glob("*.safetensors")
+    assert {"diffusion_model.head.head.lora_up.weight", "diffusion_model.time_projection.1.lora_up.weight"} <= set(
+        load_file(file)
+    )
+    assert done.effect is not None
+    assert done.effect > 100 * done.error
+    folder = trained(load('rank = 2\ntargets = ["patch_embedding", "to_q"]', "second"))
+    with pytest.raises(CheckpointError) as raised:
+        api.export(folder, form="comfyui")
+    (problem,) = raised.value.problems
+    assert problem.what.startswith("diffusers does not read an adapter of all these layers in ComfyUI's keys")
+    assert "patch_embedding" in problem.what
+    assert ".partial" not in str(raised.value)
+    assert "--format lora" in problem.remedy
 
 
 def test_a_pipeline_of_image_to_video_has_its_image_encoder_too(load: Load, i2v: Path) -> None:

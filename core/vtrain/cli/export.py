@@ -43,11 +43,12 @@ _WEIGHTS = {"last": "", "ema": " (its average, ema)", "averaged": " (its optimiz
 def lines(done: Exported) -> list[str]:
     """What is said of an export."""
     effect = f"; training changed it by {done.effect:.1e}" if done.effect is not None else ""
+    rounded = ""
     if done.rounding is not None:
-        effect += f"; rounding the weights moves it by {done.rounding:.1e}, which is not counted"
+        rounded, effect = ", so rounded,", f"{effect}; rounding moves it by {done.rounding:.1e}"
     return [
         f"exported step {done.step}{_WEIGHTS[done.weights]} as {done.export} to {done.folder}",
-        f"proved: read back, it predicts as the trained model within {done.error:.1e} of the largest value{effect}",
+        f"proved: read back, it predicts as the trained model{rounded} within {done.error:.1e} of the largest value{effect}",
         *(f"warning: {text}" for text in done.warnings),
     ]
 

@@ -30,9 +30,10 @@ def same(one: Path, other: Path) -> bool:
 
 def test_a_run_that_started_from_an_adapter_is_exported_also_when_that_is_gone(folder, another, within: Run) -> None:
     first = another()
-    within("run", first.write(train="lora", steps=2, save=2))
-    config = folder.write(train="lora", steps=2, save=2)
-    start = f'dropout = 0.2\nstart = "{checkpoint_of(first, 2)}"\n'
+    within("run", first.write(train="lora", rank=3, steps=2, save=2))
+    config = folder.write(train="lora", rank=3, steps=2, save=2)
+    # Its first weights are the file's: these could not be made of rank 3.
+    start = f'dropout = 0.2\ninit = "orthogonal"\nstart = "{checkpoint_of(first, 2)}"\n'
     config.write_text(config.read_text(encoding="utf-8").replace("dropout = 0.2\n", start), encoding="utf-8")
     within("run", config)
     within("export", folder.output)

@@ -131,9 +131,7 @@ def open_source(
         family = spec.build(_table(spec.options, given, folder, state))
         if problems := family.check():
             raise ModelError(problems)
-    # Without what it started from: that had its effect at the first step, and may be gone.
     lora = {str(path[1]): each for path, each in values.items() if path[0] == "lora" and len(path) > 1}
-    lora.pop("start", None)
     table = _table(LoraTable, lora, folder, state) if values.get(("train",)) == "lora" else None
     places = {name: each for name, each in given.items() if name == "revision" or is_location(spec.options, name)}
     return Source(folder, state, family, table, _weights(folder, ema=ema), places, tuple(warnings))

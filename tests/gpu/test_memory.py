@@ -22,6 +22,8 @@ fps = 8
 steps = 2
 prompts = { one = "a red circle moves left" }
 """
+EMA = '\n[ema]\ndecay = 0.9\nvalidation = "both"\n'
+"""The average, and an optimizer's weights for evaluation, are put into a denoiser that leaves the card and comes back."""
 MODES: dict[str, tuple[dict[str, object], str]] = {
     "block": ({"train": "lora", "checkpointing": "true"}, LORA + '[offload]\ngroup = "block"\n'),
     "two blocks": (
@@ -32,6 +34,11 @@ MODES: dict[str, tuple[dict[str, object], str]] = {
     "leaf": ({"train": "lora", "checkpointing": "true"}, LORA + '[offload]\ngroup = "leaf"\n'),
     "disk": ({"train": "lora", "checkpointing": "true"}, LORA + '[offload]\ngroup = "block"\ndisk = "{disk}"\n'),
     "model_cpu": ({"train": "lora"}, LORA + "[offload]\nmodel_cpu = true\n" + VALIDATION),
+    "model_cpu beside an average": ({"train": "lora"}, LORA + EMA + "[offload]\nmodel_cpu = true\n" + VALIDATION),
+    "model_cpu of full training at other weights": (
+        {"optimizer": "schedulefree-adamw"},
+        EMA + "[offload]\nmodel_cpu = true\n" + VALIDATION,
+    ),
     "every second block": ({"checkpointing": "true\ngradient_checkpointing_interval = 2"}, ""),
     "feed-forward": ({"checkpointing": '"feed_forward"'}, ""),
 }

@@ -235,6 +235,38 @@ def test_the_denoiser_is_off_the_card_while_videos_are_decoded_and_back_after(
     assert other.rows() == folder.rows()
 
 
+EMA = '\n[ema]\ndecay = 0.5\nwarmup = false\nvalidation = "both"\n'
+
+
+@pytest.mark.parametrize(
+    ("train", "optimizer", "more"),
+    [("lora", "adamw", EMA), ("lora", "schedulefree-adamw", ""), ("full", "schedulefree-adamw", EMA)],
+    ids=["average", "weights for evaluation", "both, full training"],
+)
+def test_averages_and_weights_for_evaluation_follow_a_denoiser_that_left_the_card(
+    folder, another, within: Run, card_in_ram: Any, train: str, optimizer: str, more: str
+) -> None:
+    """It comes back to other memory, with an average in its place, or while it is validated: training's weights, the average and
+    the optimizer are those of the run that stayed."""
+
+    def written(where: Any, tables: str) -> Path:
+        file: Path = where.write(VIDEOS + tables, train=train)
+        text = file.read_text(encoding="utf-8").replace('use = "adamw"', f'use = "{optimizer}"')
+        file.write_text(text.replace('use = "cosine"', 'use = "constant"'), encoding="utf-8")
+        return file
+
+    within("run", written(folder, more))
+    other = another()
+    within("run", written(other, more + table(model_cpu=True)))
+    assert other.rows() == folder.rows()
+    ours, theirs = other.tensors(6), folder.tensors(6)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+    assert any(name.startswith("ema/") for name in theirs) is bool(more)
+    for video in (folder.output / "samples/step-000006").glob("*.mp4"):
+        assert (other.output / "samples/step-000006" / video.name).read_bytes() == video.read_bytes()
+
+
 def test_groups_leave_the_card_for_a_decode(layers, given, held: ExitStack, poisoned: Callable[..., Any]) -> None:
     moves = poisoned()
     denoiser, made = layers(held, group="block")

@@ -100,14 +100,15 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("values", "share"),
-    [({"group": "block"}, 0.3), ({"group": "block", "stream": True}, 0.4), ({"group": "leaf"}, 0.25)],
+    ("values", "blocks"),
+    [({"group": "block"}, 1), ({"group": "block", "stream": True}, 2), ({"group": "leaf"}, 0.9)],
     ids=["block", "stream", "leaf"],
 )
 def test_groups_take_the_weights_off_the_card(
-    wide: Any, card: Any, record_property: Record, values: dict[str, Any], share: float
+    wide: Any, card: Any, record_property: Record, values: dict[str, Any], blocks: float
 ) -> None:
-    """Peak of a forward and backward pass, above what is outside of blocks: also in the backward pass most weights are away."""
+    """Peak of a forward and backward pass: also in the backward pass all blocks are away but as many as the documentation says,
+    with room for three quarters of one, for what the allocator rounds up."""
     import copy
 
     from vtrain.config.tables import LoraTable, OffloadTable
@@ -146,4 +147,5 @@ def test_groups_take_the_weights_off_the_card(
     away, found = peak(OffloadTable.model_validate(values))
     record_property("peak MiB with all weights and with groups", [whole / 2**20, away / 2**20])
     assert torch.equal(found, wanted)
-    assert away < share * whole + (32 << 20)
+    block = sum(weight.nbytes for weight in wide.transformer_blocks[0].parameters())
+    assert whole - away > (len(wide.transformer_blocks) - blocks - 0.75) * block

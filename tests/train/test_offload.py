@@ -5,17 +5,19 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vtrain.config.tables import LoraTable, OffloadTable
 from vtrain.contract import Device
+from vtrain.contract.transfers import Arriving, Transfers
 from vtrain.train import offload as chapter
 from vtrain.train.offload import FOLDER, InMemory, Offload, offload, own_folder
 from vtrain.train.parameters import add_lora, lora_state
@@ -102,6 +104,51 @@ def test_a_step_has_no_more_blocks_on_the_card_than_it_says(
         denoiser.predict(step.clean, step.level, step.condition).square().mean().backward()
     assert block * at_most == moves.most
     assert all(weight.grad is not None for weight in denoiser.module.parameters() if weight.requires_grad)
+
+
+class Alive:
+    """Bytes of the weights that came to the card and that something still holds: also what a backward pass has yet to use."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+
+    def came(self, tensors: Sequence[Tensor]) -> Arriving:
+        copies = tuple(tensor.clone() for tensor in tensors)
+        for copy in copies:
+            self._add(copy.nbytes)
+            weakref.finalize(copy.untyped_storage(), self._add, -copy.nbytes).atexit = False
+        return Arriving(copies)
+
+    def _add(self, size: int) -> None:
+        self.now += size
+        self.most = max(self.most, self.now)
+
+    def peak(self) -> int:
+        """Since the last call."""
+        found, self.most = self.most, self.now
+        return found
+
+
+@pytest.mark.parametrize(("group", "forward", "step"), [("block", (1.0, 1.0), (1.0, 1.0)), ("leaf", (0, 0.5), (0.5, 1.0))])
+def test_of_a_block_that_many_bytes_are_on_the_card_in_a_forward_and_in_a_backward_pass(
+    layers, given, held: ExitStack, monkeypatch: pytest.MonkeyPatch, group: str, forward: Any, step: Any
+) -> None:
+    """Also of leaves nearly a block in the backward pass: what it computes again holds its weights until its gradients are there."""
+    denoiser, made = layers(held, blocks=4, group=group)
+    block = sum(each.nbytes for each in denoiser.blocks[0].parameters() if not each.requires_grad)
+    alive, data = Alive(), given(1)
+    monkeypatch.setattr(Transfers, "send", lambda _self, tensors: alive.came(tensors))
+    with torch.no_grad():
+        denoiser.predict(data.clean, data.level, data.condition)
+    found = [alive.peak() / block]
+    made.clear()
+    alive.peak()
+    denoiser.predict(data.clean, data.level, data.condition).square().mean().backward()
+    found.append(alive.peak() / block)
+    for share, (least, most) in zip(found, (forward, step), strict=True):
+        assert least <= share <= most, found
+    made.clear()
+    assert alive.now == 0
 
 
 def test_groups_that_come_ahead_are_sent_once_a_pass(

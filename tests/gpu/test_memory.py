@@ -88,7 +88,7 @@ def test_states_on_the_cpu_train_as_on_the_card(world: Any, run: Run, record_pro
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A model whose weights are what counts: 12 blocks of 24 MiB."""
+    """A model whose weights are what counts: 12 blocks of 28 MiB."""
     from diffusers.models.transformers.transformer_sana_video import SanaVideoTransformer3DModel
 
     torch.manual_seed(0)

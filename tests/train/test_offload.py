@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from vtrain.train.offload import FOLDER, InMemory, Offload, offload, own_folder
 from vtrain.train.parameters import add_lora, lora_state
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
+ONE_LOCK = "elsewhere than on Linux two handles of one process do not keep each other out"
 SMOOTH = '\n[[regularizer]]\nuse = "toy-smooth"\nblock = 1\n'
 VIDEOS = '\n[validation]\nevery = "3 steps"\nsize = "64x64"\nframes = 9\nsteps = 2\nprompts = { one = "gradient" }\n'
 
@@ -250,6 +251,41 @@ with own_folder(Path({str(tmp_path)!r})) as folder:
     with own_folder(tmp_path) as own:
         assert [path for path in tmp_path.iterdir() if path.name.startswith(FOLDER)] == [own]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "holding",
+    [
+        pytest.param(False, id="it has removed it"),
+        pytest.param(True, id="it is about to", marks=pytest.mark.skipif(sys.platform != "linux", reason=ONE_LOCK)),
+    ],
+)
+def test_a_run_that_starts_while_another_makes_its_folder_leaves_it_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holding: bool
+) -> None:
+    """Between the making of the file and its lock it is nobody's: the other run takes it for a dead one's."""
+    real, early, others = chapter.lock, [], []
+
+    def lock(file: BinaryIO, place: int) -> str:
+        if not early:
+            early.append(Path(file.name).parent)
+            if not holding:
+                chapter._remove_dead(early[0])
+            else:
+                others.append(Path(file.name).open("r+b"))
+                assert real(others[0], place) == "ours"
+        return real(file, place)
+
+    monkeypatch.setattr(chapter, "lock", lock)
+    with own_folder(tmp_path) as folder:
+        assert folder.is_dir()
+        assert folder != early[0]
+        (folder / "group-0000.safetensors").write_bytes(b"x")
+        chapter._remove_dead(folder)
+        assert folder.is_dir(), "it is not locked"
+    assert not folder.exists()
+    for other in others:
+        other.close()
 
 
 # -- a validation's room -------------------------------------------------------------------------------------------------

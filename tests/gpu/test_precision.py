@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ SIDES = [(2240, 2240), (1536, 1536), (896, 2240), (100, 64), (256, 48), (192, 7)
 
 
 @pytest.fixture(autouse=True)
-def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """What quanto would compile raises."""
     from optimum.quanto.library.extensions import extension
 
@@ -27,7 +27,6 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         raise AssertionError("quanto compiles a kernel")
 
     monkeypatch.setattr(extension, "load", load)
-    yield
 
 
 def apart(ours: Tensor, wanted: Tensor) -> float:

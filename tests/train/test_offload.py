@@ -130,11 +130,13 @@ class Alive:
         return found
 
 
-@pytest.mark.parametrize(("group", "forward", "step"), [("block", (1.0, 1.0), (1.0, 1.0)), ("leaf", (0, 0.5), (0.5, 1.0))])
+@pytest.mark.parametrize(
+    ("group", "forward", "step"), [("block", (1.0, 1.0), (1.0, 1.0)), ("leaf", (0, 0.5), (0.5, 1.0))]
+)
 def test_of_a_block_that_many_bytes_are_on_the_card_in_a_forward_and_in_a_backward_pass(
     layers, given, held: ExitStack, monkeypatch: pytest.MonkeyPatch, group: str, forward: Any, step: Any
 ) -> None:
-    """Also of leaves nearly a block in the backward pass: what it computes again holds its weights until its gradients are there."""
+    """In a backward pass nearly a block of leaves too: what is computed again holds its weights until its gradients are there."""
     denoiser, made = layers(held, blocks=4, group=group)
     block = sum(each.nbytes for each in denoiser.blocks[0].parameters() if not each.requires_grad)
     alive, data = Alive(), given(1)
@@ -261,10 +263,10 @@ with own_folder(Path({str(tmp_path)!r})) as folder:
     ],
 )
 def test_a_run_that_starts_while_another_makes_its_folder_leaves_it_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holding: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: ExitStack, holding: bool
 ) -> None:
     """Between the making of the file and its lock it is nobody's: the other run takes it for a dead one's."""
-    real, early, others = chapter.lock, [], []
+    real, early = chapter.lock, []
 
     def lock(file: BinaryIO, place: int) -> str:
         if not early:
@@ -272,8 +274,8 @@ def test_a_run_that_starts_while_another_makes_its_folder_leaves_it_one(
             if not holding:
                 chapter._remove_dead(early[0])
             else:
-                others.append(Path(file.name).open("r+b"))
-                assert real(others[0], place) == "ours"
+                other = held.enter_context(Path(file.name).open("r+b"))  # noqa: SIM115 - held closes it
+                assert real(other, place) == "ours"
         return real(file, place)
 
     monkeypatch.setattr(chapter, "lock", lock)
@@ -284,8 +286,6 @@ def test_a_run_that_starts_while_another_makes_its_folder_leaves_it_one(
         chapter._remove_dead(folder)
         assert folder.is_dir(), "it is not locked"
     assert not folder.exists()
-    for other in others:
-        other.close()
 
 
 # -- a validation's room -------------------------------------------------------------------------------------------------

@@ -483,6 +483,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 def card_in_ram(card: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Any:
     """A card whose memory is the CPU's, so that whole runs can be told to use it: the Device believes in it, tensors do not.
 
+    A module that is sent anywhere has other memory afterwards, as one that leaves a card has: what still holds the old is stale.
     pinned: how many tensors were page-locked for it.
     """
     import torch
@@ -491,6 +492,15 @@ def card_in_ram(card: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> An
 
     made = card()
     made.pinned = 0
+    sent: Any = torch.nn.Module.to
+
+    def to(self: torch.nn.Module, *where: Any, **how: Any) -> torch.nn.Module:
+        for weight in self.parameters():
+            if type(weight.data) is torch.Tensor:  # those of quanto are several, and frozen
+                weight.data = weight.data.clone()
+        return sent(self, *where, **how)
+
+    monkeypatch.setattr(torch.nn.Module, "to", to)
 
     def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
         made.pinned += 1

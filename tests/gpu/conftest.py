@@ -66,7 +66,7 @@ caption_dropout = 0.1
 log_every = {log_every}
 gradient_clip = {{ method = "norm", max = 1.0 }}
 [optimizer]
-use = "adamw"
+use = "{optimizer}"
 lr = 1e-3
 [lr_schedule]
 use = "constant"
@@ -185,7 +185,7 @@ class World:
         """Write the configuration of a run called `name`; `more` is appended. Runs share the cache unless told otherwise."""
         given: dict[str, object] = {
             "train": "full", "steps": 12, "every": 6, "log_every": 3, "image_to_video": 0.0, "checkpointing": "false",
-            "deterministic": "true", "cache": self.folder / "cache",
+            "deterministic": "true", "optimizer": "adamw", "cache": self.folder / "cache",
         }  # fmt: skip
         places = {"output": self.folder / name, "model": self.folder / "model", "clips": self.folder / "clips"}
         text = CONFIG.format(**given, **places) if not values else CONFIG.format(**(given | values), **places)

@@ -22,6 +22,8 @@ fps = 8
 steps = 2
 prompts = { one = "a red circle moves left" }
 """
+EMA = '\n[ema]\ndecay = 0.9\nvalidation = "both"\n'
+"""The average, and an optimizer's weights for evaluation, are put into a denoiser that leaves the card and comes back."""
 MODES: dict[str, tuple[dict[str, object], str]] = {
     "block": ({"train": "lora", "checkpointing": "true"}, LORA + '[offload]\ngroup = "block"\n'),
     "two blocks": (
@@ -32,6 +34,11 @@ MODES: dict[str, tuple[dict[str, object], str]] = {
     "leaf": ({"train": "lora", "checkpointing": "true"}, LORA + '[offload]\ngroup = "leaf"\n'),
     "disk": ({"train": "lora", "checkpointing": "true"}, LORA + '[offload]\ngroup = "block"\ndisk = "{disk}"\n'),
     "model_cpu": ({"train": "lora"}, LORA + "[offload]\nmodel_cpu = true\n" + VALIDATION),
+    "model_cpu beside an average": ({"train": "lora"}, LORA + EMA + "[offload]\nmodel_cpu = true\n" + VALIDATION),
+    "model_cpu of full training at other weights": (
+        {"optimizer": "schedulefree-adamw"},
+        EMA + "[offload]\nmodel_cpu = true\n" + VALIDATION,
+    ),
     "every second block": ({"checkpointing": "true\ngradient_checkpointing_interval = 2"}, ""),
     "feed-forward": ({"checkpointing": '"feed_forward"'}, ""),
 }
@@ -81,7 +88,7 @@ def test_states_on_the_cpu_train_as_on_the_card(world: Any, run: Run, record_pro
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A model whose weights are what counts: 12 blocks of 24 MiB."""
+    """A model whose weights are what counts: 12 blocks of 28 MiB."""
     from diffusers.models.transformers.transformer_sana_video import SanaVideoTransformer3DModel
 
     torch.manual_seed(0)
@@ -93,14 +100,15 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("values", "share"),
-    [({"group": "block"}, 0.3), ({"group": "block", "stream": True}, 0.4), ({"group": "leaf"}, 0.25)],
+    ("values", "blocks"),
+    [({"group": "block"}, 1), ({"group": "block", "stream": True}, 2), ({"group": "leaf"}, 0.9)],
     ids=["block", "stream", "leaf"],
 )
 def test_groups_take_the_weights_off_the_card(
-    wide: Any, card: Any, record_property: Record, values: dict[str, Any], share: float
+    wide: Any, card: Any, record_property: Record, values: dict[str, Any], blocks: float
 ) -> None:
-    """Peak of a forward and backward pass, above what is outside of blocks: also in the backward pass most weights are away."""
+    """Peak of a forward and backward pass: also in the backward pass all blocks are away but as many as the documentation says,
+    with room for three quarters of one, for what the allocator rounds up."""
     import copy
 
     from vtrain.config.tables import LoraTable, OffloadTable
@@ -139,4 +147,5 @@ def test_groups_take_the_weights_off_the_card(
     away, found = peak(OffloadTable.model_validate(values))
     record_property("peak MiB with all weights and with groups", [whole / 2**20, away / 2**20])
     assert torch.equal(found, wanted)
-    assert away < share * whole + (32 << 20)
+    block = sum(weight.nbytes for weight in wide.transformer_blocks[0].parameters())
+    assert whole - away > (len(wide.transformer_blocks) - blocks - 0.75) * block

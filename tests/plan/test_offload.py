@@ -31,6 +31,7 @@ use = "folder"
 path = "clips"
 [train]
 steps = 10
+accumulate = {accumulate}
 [optimizer]
 use = "adamw"
 lr = 1e-3
@@ -43,9 +44,10 @@ VALIDATION = '[validation]\nevery = "5 steps"\nsize = "64x64"\nframes = 9\npromp
 def plan(tmp_path: Path) -> Callable[..., Any]:
     (tmp_path / "clips").mkdir()
 
-    def make(offload: str = "", precision: str = "", train: str = "lora", more: str = "") -> Any:
+    def make(offload: str = "", precision: str = "", train: str = "lora", more: str = "", accumulate: int = 1) -> Any:
         path = tmp_path / "config.toml"
-        path.write_text(FILE.format(offload=offload, precision=precision, train=train, more=more))
+        given = {"offload": offload, "precision": precision, "train": train, "more": more, "accumulate": accumulate}
+        path.write_text(FILE.format(**given))
         return planned(path)
 
     return make
@@ -142,14 +144,20 @@ def test_what_a_device_cannot_do_is_said_when_it_is_known(plan: Callable[..., An
         (
             {"offload": 'group = "leaf"\ndisk = "away"'},
             "offloaded",
-            "away; one layer is on the card at a time; each is read",
+            "away; one layer is on the card at a time, in the backward pass nearly a block; each is read twice a step",
+        ),
+        ({"offload": BLOCK, "accumulate": 3}, "offloaded", "each is brought 6 times a step, twice a micro-batch"),
+        (
+            {"offload": BLOCK, "more": "[train.rollout]\nprobability = 0.5\nsteps = 3"},
+            "offloaded",
+            "twice a step, forward and backward, and 3 times more where a micro-batch has a clip that is rolled out",
         ),
         ({"offload": "optimizer = true"}, "optimizer", "in the machine's memory"),
         ({"offload": "model_cpu = true", "more": VALIDATION}, "denoiser while videos are decoded", "there and back"),
     ],
 )
 def test_the_plan_says_what_each_setting_keeps_and_costs(
-    plan: Callable[..., Any], values: dict[str, str], label: str, said: str
+    plan: Callable[..., Any], values: dict[str, Any], label: str, said: str
 ) -> None:
     rows = dict(memory_section(plan(**values)).rows)
     assert said in rows[label]

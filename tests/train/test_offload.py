@@ -5,22 +5,25 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vtrain.config.tables import LoraTable, OffloadTable
 from vtrain.contract import Device
+from vtrain.contract.transfers import Arriving, Transfers
 from vtrain.train import offload as chapter
 from vtrain.train.offload import FOLDER, InMemory, Offload, offload, own_folder
 from vtrain.train.parameters import add_lora, lora_state
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
+ONE_LOCK = "elsewhere than on Linux two handles of one process do not keep each other out"
 SMOOTH = '\n[[regularizer]]\nuse = "toy-smooth"\nblock = 1\n'
 VIDEOS = '\n[validation]\nevery = "3 steps"\nsize = "64x64"\nframes = 9\nsteps = 2\nprompts = { one = "gradient" }\n'
 
@@ -102,6 +105,53 @@ def test_a_step_has_no_more_blocks_on_the_card_than_it_says(
         denoiser.predict(step.clean, step.level, step.condition).square().mean().backward()
     assert block * at_most == moves.most
     assert all(weight.grad is not None for weight in denoiser.module.parameters() if weight.requires_grad)
+
+
+class Alive:
+    """Bytes of the weights that came to the card and that something still holds: also what a backward pass has yet to use."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+
+    def came(self, tensors: Sequence[Tensor]) -> Arriving:
+        copies = tuple(tensor.clone() for tensor in tensors)
+        for copy in copies:
+            self._add(copy.nbytes)
+            weakref.finalize(copy.untyped_storage(), self._add, -copy.nbytes).atexit = False
+        return Arriving(copies)
+
+    def _add(self, size: int) -> None:
+        self.now += size
+        self.most = max(self.most, self.now)
+
+    def peak(self) -> int:
+        """Since the last call."""
+        found, self.most = self.most, self.now
+        return found
+
+
+@pytest.mark.parametrize(
+    ("group", "forward", "step"), [("block", (1.0, 1.0), (1.0, 1.0)), ("leaf", (0, 0.5), (0.5, 1.0))]
+)
+def test_of_a_block_that_many_bytes_are_on_the_card_in_a_forward_and_in_a_backward_pass(
+    layers, given, held: ExitStack, monkeypatch: pytest.MonkeyPatch, group: str, forward: Any, step: Any
+) -> None:
+    """In a backward pass nearly a block of leaves too: what is computed again holds its weights until its gradients are there."""
+    denoiser, made = layers(held, blocks=4, group=group)
+    block = sum(each.nbytes for each in denoiser.blocks[0].parameters() if not each.requires_grad)
+    alive, data = Alive(), given(1)
+    monkeypatch.setattr(Transfers, "send", lambda _self, tensors: alive.came(tensors))
+    with torch.no_grad():
+        denoiser.predict(data.clean, data.level, data.condition)
+    found = [alive.peak() / block]
+    made.clear()
+    alive.peak()
+    denoiser.predict(data.clean, data.level, data.condition).square().mean().backward()
+    found.append(alive.peak() / block)
+    for share, (least, most) in zip(found, (forward, step), strict=True):
+        assert least <= share <= most, found
+    made.clear()
+    assert alive.now == 0
 
 
 def test_groups_that_come_ahead_are_sent_once_a_pass(
@@ -205,6 +255,39 @@ with own_folder(Path({str(tmp_path)!r})) as folder:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "holding",
+    [
+        pytest.param(False, id="it has removed it"),
+        pytest.param(True, id="it is about to", marks=pytest.mark.skipif(sys.platform != "linux", reason=ONE_LOCK)),
+    ],
+)
+def test_a_run_that_starts_while_another_makes_its_folder_leaves_it_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: ExitStack, holding: bool
+) -> None:
+    """Between the making of the file and its lock it is nobody's: the other run takes it for a dead one's."""
+    real, early = chapter.lock, []
+
+    def lock(file: BinaryIO, place: int) -> str:
+        if not early:
+            early.append(Path(file.name).parent)
+            if not holding:
+                chapter._remove_dead(early[0])
+            else:
+                other = held.enter_context(Path(file.name).open("r+b"))  # noqa: SIM115 - held closes it
+                assert real(other, place) == "ours"
+        return real(file, place)
+
+    monkeypatch.setattr(chapter, "lock", lock)
+    with own_folder(tmp_path) as folder:
+        assert folder.is_dir()
+        assert folder != early[0]
+        (folder / "group-0000.safetensors").write_bytes(b"x")
+        chapter._remove_dead(folder)
+        assert folder.is_dir(), "it is not locked"
+    assert not folder.exists()
+
+
 # -- a validation's room -------------------------------------------------------------------------------------------------
 
 
@@ -233,6 +316,38 @@ def test_the_denoiser_is_off_the_card_while_videos_are_decoded_and_back_after(
     within("run", other.write(VIDEOS + table(model_cpu=True), train="lora"))
     assert moved == ["cpu", "decoding", "cpu"] * 2, "there, decoded, back to the card, which is the CPU's memory here"
     assert other.rows() == folder.rows()
+
+
+EMA = '\n[ema]\ndecay = 0.5\nwarmup = false\nvalidation = "both"\n'
+
+
+@pytest.mark.parametrize(
+    ("train", "optimizer", "more"),
+    [("lora", "adamw", EMA), ("lora", "schedulefree-adamw", ""), ("full", "schedulefree-adamw", EMA)],
+    ids=["average", "weights for evaluation", "both, full training"],
+)
+def test_averages_and_weights_for_evaluation_follow_a_denoiser_that_left_the_card(
+    folder, another, within: Run, card_in_ram: Any, train: str, optimizer: str, more: str
+) -> None:
+    """It comes back to other memory, with an average in its place, or while it is validated: training's weights, the average and
+    the optimizer are those of the run that stayed."""
+
+    def written(where: Any, tables: str) -> Path:
+        file: Path = where.write(VIDEOS + tables, train=train)
+        text = file.read_text(encoding="utf-8").replace('use = "adamw"', f'use = "{optimizer}"')
+        file.write_text(text.replace('use = "cosine"', 'use = "constant"'), encoding="utf-8")
+        return file
+
+    within("run", written(folder, more))
+    other = another()
+    within("run", written(other, more + table(model_cpu=True)))
+    assert other.rows() == folder.rows()
+    ours, theirs = other.tensors(6), folder.tensors(6)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+    assert any(name.startswith("ema/") for name in theirs) is bool(more)
+    for video in (folder.output / "samples/step-000006").glob("*.mp4"):
+        assert (other.output / "samples/step-000006" / video.name).read_bytes() == video.read_bytes()
 
 
 def test_groups_leave_the_card_for_a_decode(layers, given, held: ExitStack, poisoned: Callable[..., Any]) -> None:

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtrain.config.tables import LoraTable
 from vtrain.contract import Device, OptimizerSpec, ParameterGroup
 from vtrain.contract.precision import STORAGE, StorageName
 from vtrain.registry import discover
 from vtrain.train.parameters import add_lora, lora_state, trained
-from vtrain.train.precision import held_bytes, quantise
+from vtrain.train.precision import held_bytes, quantise, quantise_block, unpacked
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 QUANTISED = [name for name, storage in STORAGE.items() if storage.quantised]
@@ -118,6 +118,106 @@ def test_only_the_adapter_learns_and_every_gradient_is_there(toy: Any, given: Ca
     assert {name.rsplit(".", 3)[-3] for name, _ in found} == {"lora_A", "lora_B"}
     assert all(weight.grad is not None and weight.grad.isfinite().all() for _, weight in found)
     assert lora_state(denoiser.module)
+
+
+@pytest.mark.parametrize("row", [4, 8, 36, 50, 100, 48])
+def test_torchs_int8_product_is_not_given_rows_past_whose_end_it_reads(
+    monkeypatch: pytest.MonkeyPatch, row: int
+) -> None:
+    """It reads 16 numbers at once, and ends the process. What such a layer gives is what its numbers stand for, in float64."""
+    product = torch._weight_int8pack_mm
+    given: list[int] = []
+
+    def watched(value: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+        given.append(weight.shape[1])
+        assert weight.shape[1] % 16 == 0, "the process would end"
+        return product(value, weight, scales)
+
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", watched)
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(row, 24)).bfloat16()
+    quantise_block(block, "block", STORAGE["int8"], (), {})
+    layer: Any = block[0]
+    value = torch.randn(2, 3, row, dtype=torch.bfloat16, requires_grad=True)
+    numbers = layer.weight._data.double() * layer.weight._scale.double()
+    with Device().autocast("bf16"):
+        out = block(value)
+    wanted = value.detach().double() @ numbers.T + layer.bias.detach().double()
+    assert float((out.detach().double() - wanted).norm() / wanted.norm()) < 0.01
+    assert bool(given) is (row == 48)
+    assert out.dtype is torch.bfloat16
+    out.float().sum().backward()
+    assert value.grad is not None
+    assert float((value.grad.double() - numbers.sum(0)).norm() / numbers.sum(0).norm()) < 0.02
+
+
+def test_fp8_weights_keep_quantos_plain_form_on_a_card_whose_kernel_forgets_biases(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The choice is quanto's own, of tensors on a card that torch only makes believe."""
+    from optimum.quanto import WeightQBytesTensor, qtypes
+    from optimum.quanto.library.extensions import extension
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    known = {"quanto_cuda": extension.Extension("quanto_cuda", "nowhere", [])}
+    monkeypatch.setattr(extension, "_extensions", extension._extensions | known)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+
+    def moved() -> type:
+        with FakeTensorMode():
+            numbers = torch.empty(64, 128, dtype=torch.float8_e4m3fn, device="cuda")
+            scales = torch.empty(64, 1, dtype=torch.bfloat16, device="cuda")
+            kind = qtypes["qfloat8_e4m3fn"]
+            return type(WeightQBytesTensor.create(kind, 0, numbers.size(), numbers.stride(), numbers, scales))
+
+    # Else quanto has changed, and this test shows nothing: its other form packs on a real card.
+    with pytest.raises(RuntimeError, match="cuda"):
+        moved()
+    quantise_block(nn.Sequential(nn.Linear(128, 64)).bfloat16(), "block", STORAGE["fp8"], (), {})
+    assert moved() is WeightQBytesTensor
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(64, 64), nn.Linear(256, 48), nn.Linear(192, 7), nn.Conv2d(4, 9, 3)])
+def test_int4_needs_no_compiler(monkeypatch: pytest.MonkeyPatch, layer: nn.Module) -> None:
+    """Also in the backward pass, where weights of another form are unpacked."""
+    from optimum.quanto.library.extensions import extension
+
+    def load(**_: Any) -> None:
+        raise AssertionError("a kernel is compiled")
+
+    monkeypatch.setattr(extension, "load", load)
+    for each in extension._extensions.values():
+        monkeypatch.setattr(each, "_lib", None)
+    block = nn.Sequential(copy.deepcopy(layer)).bfloat16()
+    value = torch.randn(2, 4, 5, 5) if isinstance(layer, nn.Conv2d) else torch.randn(3, layer.in_features)
+    value = value.bfloat16().requires_grad_()
+    wanted = block(value)
+    quantise_block(block, "block", STORAGE["int4"], (), kept := {})
+    assert not kept
+    out = block(value)
+    assert 0 < float((out - wanted).detach().float().norm() / wanted.detach().float().norm()) < 0.15
+    out.float().sum().backward()
+    assert value.grad is not None
+    assert bool(value.grad.any())
+
+
+@pytest.mark.parametrize(("row", "outputs"), [(256, 24), (384, 17)])
+def test_int4_layers_whose_outputs_torchs_product_does_not_take_stay_bf16(row: int, outputs: int) -> None:
+    kept: dict[str, str] = {}
+    block = nn.Sequential(nn.Linear(row, outputs)).bfloat16()
+    quantise_block(block, "block", STORAGE["int4"], (), kept)
+    assert kept == {"block.0": f"its {outputs} outputs are not divisible by 16"}
+    assert type(block[0]) is nn.Linear
+
+
+@pytest.mark.parametrize(("bits", "rows"), [(4, 6), (4, 7), (2, 8), (2, 9)])
+def test_numbers_come_out_of_bytes_as_quanto_put_them_in(bits: int, rows: int) -> None:
+    from optimum.quanto.tensor.packed import PackedTensor
+
+    numbers = torch.randint(0, 2**bits, (rows, 5), dtype=torch.uint8)
+    packed = PackedTensor.pack(numbers, bits)
+    assert torch.equal(unpacked(packed._data, bits)[:rows], numbers)
 
 
 def test_a_transposed_input_is_what_a_contiguous_one_is(bf16: Any) -> None:

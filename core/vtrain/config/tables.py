@@ -100,7 +100,7 @@ class OffloadTable(Options):
     group: Literal["block", "leaf"] | None = free(
         None,
         description='LoRA: the frozen weights of blocks wait off the card until they run: "block": groups of blocks; "leaf": '
-        "layer by layer, the least memory and the most waiting; absent: they stay on the card",
+        "layer by layer, which takes about a tenth less than one block and waits most; absent: they stay on the card",
     )
     blocks_per_group: int = free(1, ge=1, le=1000, description='group = "block": blocks that come to the card together')
     stream: bool = free(

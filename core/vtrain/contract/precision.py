@@ -20,6 +20,9 @@ Use = Literal["trained", "frozen"]
 GROUPS = (128, 96, 64, 32)
 """Sizes of the groups of a row of numbers that share a scale in int4: the largest that divides a longer row (optimum-quanto)."""
 
+_TOGETHER = 16
+"""Outputs that torch's int4 product takes together; quanto uses it for a Linear with groups of 128."""
+
 _SCALE = 2
 """Bytes of a scale, or of a shift: they are in the type in which the weights were loaded, bf16."""
 
@@ -53,6 +56,8 @@ class StorageType:
             return "it has one output channel"
         if self.bits < 8 and row > GROUPS[0] and not self._group(shape):
             return f"{row} numbers an output channel are not divisible by {', '.join(map(str, GROUPS))}"
+        if self.bits < 8 and len(shape) == 2 and row > GROUPS[0] and row % GROUPS[0] == 0 and shape[0] % _TOGETHER:
+            return f"its {shape[0]} outputs are not divisible by {_TOGETHER}"
         return ""
 
     def _group(self, shape: tuple[int, ...]) -> int:

@@ -117,7 +117,7 @@ def memory_rows(plan: Plan) -> Iterator[tuple[str, str]]:
         twice = -(-blocks // every)
         yield "activations", f"the input of {twice} of {blocks} blocks, which are computed twice, and all of the others"
     if table.group is not None:
-        yield "offloaded", _group_text(table, blocks)
+        yield "offloaded", _group_text(config, blocks)
     if table.model_cpu:
         yield "denoiser while videos are decoded", "in the machine's memory: it goes there and back once a validation"
     if table.optimizer:
@@ -125,20 +125,29 @@ def memory_rows(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "optimizer", f"{what}, and waits for both copies (on a CPU: no change)"
 
 
-def _group_text(table: OffloadTable, blocks: int) -> str:
+def _group_text(config: Config, blocks: int) -> str:
+    table = config.offload
     where = "in the machine's memory, page-locked" if table.disk is None else f"on disk, in {table.disk}"
     if table.group == "leaf":
-        on_card = "one layer is on the card at a time"
+        on_card = "one layer is on the card at a time, in the backward pass nearly a block"
     else:
         many = min(table.blocks_per_group, blocks)
         one = "one block" if many == 1 else f"{many} blocks"
         on_card = f"{one} of {blocks} on the card at a time"
         if table.stream:
             on_card += ", and the next on its way (stream: on CUDA; elsewhere groups are waited for)"
-    again = (
-        "; each is brought twice a step, forward and backward" if table.disk is None else "; each is read twice a step"
-    )
-    return f"frozen weights of blocks wait {where}; {on_card}{again} (on a CPU: no change)"
+    return f"frozen weights of blocks wait {where}; {on_card}; {_brought(config)} (on a CPU: no change)"
+
+
+def _brought(config: Config) -> str:
+    """How often in a step: each micro-batch has a forward and a backward pass, and a rollout more forward passes."""
+    many, rollout = config.train.accumulate, config.train.rollout
+    times = "twice a step, forward and backward" if many == 1 else f"{2 * many} times a step, twice a micro-batch"
+    verb = "is brought" if config.offload.disk is None else "is read"
+    if rollout is None:
+        return f"each {verb} {times}"
+    more = "once more" if rollout.steps == 1 else f"{rollout.steps} times more"
+    return f"each {verb} {times}, and {more} where a micro-batch has a clip that is rolled out"
 
 
 def _ordinal(number: int) -> str:

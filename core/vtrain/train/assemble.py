@@ -259,8 +259,9 @@ def assemble(
         # After the optimizer is built: its piece fills the state of these very parameters.
         if start.folder is not None:
             checkpoint.load(start.folder, pieces)
+            if host is not None:
+                host.take()  # what the checkpoint has put into the weights
         if host is not None:
-            host.take()  # what the checkpoint has put into the weights
             host.step_here(optimizer)
         # After the weights are the checkpoint's: an average that it does not hold begins with them.
         average, averages = averaged(plan, denoiser, start, device, values)

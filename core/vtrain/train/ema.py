@@ -35,6 +35,9 @@ def swapped(named: Iterable[tuple[str, Tensor]], values: Mapping[str, Tensor]) -
     device and type is exchanged with it, which takes no memory beyond one parameter's: until the end it holds training's
     weights, and nobody may read or change it. For any other, training's weights wait in main memory, as many bytes as they
     have; the device holds no second set.
+
+    named: parameters themselves. An alias (`detach`) would follow the memory that a parameter has now, and inside its module may
+    leave the card and come back to other memory (`offload.resting`).
     """
     held: list[
         tuple[Tensor, Tensor, bool]
@@ -43,7 +46,7 @@ def swapped(named: Iterable[tuple[str, Tensor]], values: Mapping[str, Tensor]) -
         try:
             for name, parameter in named:
                 if name in values:
-                    held.append(_exchanged(name, parameter.detach(), values[name].detach()))
+                    held.append(_exchanged(name, parameter, values[name].detach()))
         except BaseException:
             _given_back(held)
             raise
@@ -127,7 +130,7 @@ class Average:
     ) -> None:
         """It begins as the weights are. device: of the weights. values: what is averaged in their place, made again each time that
         it is asked for (`EvalWeights`); an update then holds a second set of weights for a moment."""
-        self._named = [(name, weights.detach()) for name, weights in named]
+        self._named = list(named)  # the parameters themselves, as in `swapped`
         self._values = values
         self._table, self._device = table, device
         self._apart = table.on == "cpu" and device.accelerated
@@ -136,12 +139,15 @@ class Average:
         self._adding: Future[None] | None = None
         place = Device().torch if self._apart else None
         self._shadow = {
-            name: (weights if values is None else values[name]).to(
-                place, torch.float32, copy=True, memory_format=torch.contiguous_format
-            )
-            for name, weights in self._named
+            name: weights.to(place, torch.float32, copy=True, memory_format=torch.contiguous_format)
+            for name, weights in self._current()
         }
         self.steps = self.taken = 0
+
+    def _current(self) -> Iterator[tuple[str, Tensor]]:
+        """What is averaged, as it is now; of `values`, made one at a time."""
+        for name, parameter in self._named:
+            yield name, parameter.detach() if self._values is None else self._values[name]
 
     def update(self) -> None:
         """After each optimizer step: every `update_every` of them the average takes the weights."""
@@ -150,8 +156,7 @@ class Average:
             return
         share = 1 - compounded(self._table, self.taken, self.steps)
         self.taken = self.steps
-        values = self._values
-        weights = [each if values is None else values[name] for name, each in self._named]
+        weights = [each for _, each in self._current()]
         if not self._apart:
             _add(list(self._shadow.values()), weights, share)
             return

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -264,16 +264,25 @@ def own_folder(parent: Path) -> Iterator[Path]:
         parent.mkdir(parents=True, exist_ok=True)
         for left in parent.glob(f"{FOLDER}*"):
             _remove_dead(left)
-        folder = Path(tempfile.mkdtemp(prefix=FOLDER, dir=parent))
-        file = (folder / LOCK).open("wb")
+        folder, file = _locked_folder(parent)
     except OSError as error:
         raise _disk_problem(parent, error) from error
     with file:
-        lock(file, 0)
         try:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _locked_folder(parent: Path) -> tuple[Path, BinaryIO]:
+    """A new one, and its file that this process has locked. A run that starts between its making and its locking takes it for a
+    dead one's and removes it: then another is made."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=FOLDER, dir=parent))
+        file = (folder / LOCK).open("wb")
+        if lock(file, 0) != "taken" and (folder / LOCK).exists():
+            return folder, file
+        file.close()
 
 
 def _remove_dead(folder: Path) -> None:

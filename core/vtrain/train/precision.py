@@ -8,6 +8,7 @@ The adapter is put on afterwards: it renames the modules that it wraps, and its 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,10 @@ def quantise(denoiser: Denoiser, storage: StorageType, targets: Sequence[str], d
     return kept_words(kept, storage)
 
 
+_AT_ONCE = 16
+"""Numbers of a row that torch's int8 product on a CPU reads at once: of a row that they do not divide it reads past the end."""
+
+
 def quantise_block(
     block: nn.Module, path: str, storage: StorageType, targets: tuple[str, ...], kept: dict[str, str]
 ) -> None:
@@ -50,6 +55,7 @@ def quantise_block(
             chosen.append(name)
     if not chosen:
         return
+    torch_kernels()
     with torch.no_grad():
         quantize(block, weights=qtypes[storage.quanto], include=chosen)
         freeze(block)  # until then quanto quantises at each forward, and keeps the weights as they were
@@ -57,6 +63,28 @@ def quantise_block(
         layer = block.get_submodule(name)
         layer.requires_grad_(False)
         layer.register_forward_pre_hook(_fitted)
+        if storage.name == "int8" and isinstance(layer, nn.Linear) and layer.in_features % _AT_ONCE:
+            layer.register_forward_pre_hook(_widened)
+
+
+def torch_kernels() -> None:
+    """Have quanto compute by torch alone, in this process, where it would by kernels of its own (optimum-quanto 0.2.7).
+
+    All of them are compiled at first use, into its own folder, and who installs a wheel need not have a compiler. And its fp8
+    product for cards (Marlin) forgets a Linear's bias: a weight becomes one for it on its way to a card of CUDA 8.0 or later, if
+    its sides fit and the extension is known.
+    """
+    from optimum.quanto.library.extensions import extension
+
+    for each in extension._extensions.values():
+        each._lib = SimpleNamespace(unpack=unpacked)  # what quanto calls on CPUs, MPS and cards
+    extension._extensions.pop("quanto_cuda", None)
+
+
+def unpacked(packed: Tensor, bits: int) -> Tensor:
+    """The numbers of `bits` bits that lie in bytes (n, ...), low bits first: (n x 8 / bits, ...), uint8. quanto packs rows that
+    are half of all apart into one byte."""
+    return torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)])
 
 
 def _fault(layer: nn.Linear | nn.Conv2d, name: str, storage: StorageType, targets: tuple[str, ...]) -> str:
@@ -79,6 +107,12 @@ def _fitted(layer: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
     assert isinstance(weight, Tensor)
     value = value.to(weight.dtype)
     return (value.contiguous() if isinstance(layer, nn.Linear) else value,)
+
+
+def _widened(_layer: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
+    """fp32 on a CPU: quanto makes it bf16 again, and multiplies by the numbers that the weight stands for."""
+    (value,) = given
+    return (value.float() if value.is_cpu else value,)
 
 
 def held_bytes(weight: Tensor) -> int:

@@ -6,6 +6,10 @@ its batches in memory; vtrain is the real thing, from a config file: it reads ca
 writes metrics. CPU-seconds count all threads of the process, vtrain's feeding thread too. Peak memory is the maximum
 resident size of a process of its own for each side.
 
+Modes beside full training and LoRA: four accumulated clips a step; an average of the weights (EMA), which the bare loop keeps with
+torch._foreach_lerp_; and bf16 weights, by stochastic rounding and by Kahan summation, for which both sides have the very same
+optimizer (vtrain_builtin's), so that the loops alone are compared.
+
 A last row compares vtrain with itself: with listeners (TensorBoard, one that raises, one that hangs, one that prints) and
 without.
 """
@@ -26,15 +30,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from report import Ratio, ratio, say, say_machine, table, write_json
-from workload import BASE, MODELS, MODES, RANK, Model, fill, read_samples, write_config
+from workload import BASE, MODELS, RANK, Model, fill, read_samples, write_config
 
-from vtrain.contract import Event, RunInfo
+from vtrain.contract import Event, ParameterGroup, RunInfo
 
 if TYPE_CHECKING:
     from vtrain.contract import Tracker
@@ -45,6 +49,45 @@ MEMORY_LIMIT = 1.05
 LISTENERS_LIMIT = 1.01
 STEPS = {"small": 4, "tiny": 40, "wan-small": 4, "wan-tiny": 40}
 """Of one block, by default."""
+
+BARE_LR = 1e-5
+
+
+@dataclass(frozen=True)
+class Work:
+    """What both sides do. mode: of workload.py. changes, more: of its configuration, for vtrain.
+
+    accumulate, average: of the bare loop. optimizer: of vtrain_builtin, that the bare loop has too; "": its own AdamW.
+    """
+
+    mode: str
+    changes: Mapping[str, str] = field(default_factory=dict)
+    more: str = ""
+    accumulate: int = 1
+    average: bool = False
+    optimizer: str = ""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's weights."""
+        return torch.bfloat16 if self.optimizer or BASE[self.mode] == "bf16" else torch.float32
+
+
+def _in_bf16(optimizer: str) -> Work:
+    changes = {'base = "fp32"': 'base = "bf16"', 'use = "adamw"': f'use = "{optimizer}"'}
+    return Work("full", changes, optimizer=optimizer)
+
+
+WORKS = {
+    "full": Work("full"),
+    "lora": Work("lora"),
+    "accumulate-4": Work("full", {"[train]": "[train]\naccumulate = 4"}, accumulate=4),
+    "ema": Work("full", more="\n[ema]\n", average=True),
+    "lora-ema": Work("lora", more="\n[ema]\n", average=True),
+    "bf16-stochastic": _in_bf16("adamw_bf16"),
+    "bf16-kahan": _in_bf16("optimi-adamw"),
+}
+"""By mode."""
 
 RSS_STEPS = 8
 RSS_PAIRS = 3
@@ -179,11 +222,14 @@ def bare_block(config: Path, model: Model, mode: str, steps: int) -> Iterator[Bl
     """The bare loop on the samples that vtrain cached for `config`."""
     import bare
 
-    family, samples = bare.FAMILIES[model.use], read_samples(config, model)
+    work, family, samples = WORKS[mode], bare.FAMILIES[model.use], read_samples(config, model)
     checkpoint = model.build(config.parent)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[BASE[mode]]
-    net = bare.prepare(family, family.load(checkpoint / "transformer", dtype), RANK if mode == "lora" else None)
-    losses = bare.train(family, net, bare.adamw(net, 1e-5), [bare.Sample(*sample) for sample in samples])
+    net = bare.prepare(
+        family, family.load(checkpoint / "transformer", work.dtype), RANK if work.mode == "lora" else None
+    )
+    optimizer = same_optimizer(net, work.optimizer) if work.optimizer else bare.adamw(net, BARE_LR)
+    given = [bare.Sample(*sample) for sample in samples]
+    losses = bare.train(family, net, optimizer, given, accumulate=work.accumulate, average=work.average)
 
     def block() -> float:
         for _ in range(steps):
@@ -191,6 +237,25 @@ def bare_block(config: Path, model: Model, mode: str, steps: int) -> Iterator[Bl
         return float(loss)
 
     yield block
+
+
+def same_optimizer(net: torch.nn.Module, name: str) -> torch.optim.Optimizer:
+    """vtrain_builtin's, over what the bare loop trains."""
+    import bare
+
+    from vtrain_builtin.plugin import vtrain_optimizers
+
+    spec = next(each for each in vtrain_optimizers() if each.name == name)
+    decayed, plain = bare.decay_groups(net)
+    groups = [ParameterGroup(tuple(decayed), decay=True), ParameterGroup(tuple(plain), decay=False)]
+    built: torch.optim.Optimizer = spec.build(spec.options.model_validate({"lr": BARE_LR}), groups)
+    return built
+
+
+def config_of(folder: Path, model: Model, mode: str, log_every: int, name: str) -> Path:
+    """vtrain's configuration of one of WORKS."""
+    work = WORKS[mode]
+    return write_config(folder, model, work.mode, log_every, name, work.more, work.changes)
 
 
 def seconds_of(block: Block, clock: Callable[[], float]) -> float:
@@ -203,7 +268,7 @@ def seconds_of(block: Block, clock: Callable[[], float]) -> float:
 
 def measure_time(folder: Path, model: Model, mode: str, pairs: int, steps: int) -> Timed:
     """Pairs of blocks in turn, after one block of each to warm up."""
-    config = write_config(folder, model, mode, log_every=steps, name=f"time-{model.name}-{mode}")
+    config = config_of(folder, model, mode, log_every=steps, name=f"time-{model.name}-{mode}")
     fill(config)
     seconds: dict[str, list[float]] = {"bare": [], "vtrain": []}
     with ExitStack() as stack:
@@ -227,7 +292,7 @@ def measure_listeners(folder: Path, model: Model, mode: str, pairs: int, steps: 
     with ExitStack() as stack:
         blocks = {}
         for side in seconds:
-            config = write_config(folder, model, mode, log_every=steps, name=f"listeners-{side}-{model.name}-{mode}")
+            config = config_of(folder, model, mode, log_every=steps, name=f"listeners-{side}-{model.name}-{mode}")
             fill(config)
             blocks[side] = stack.enter_context(vtrain_block(config, listening=side == "with"))
             blocks[side]()
@@ -241,7 +306,7 @@ def measure_listeners(folder: Path, model: Model, mode: str, pairs: int, steps: 
 
 def run_side(folder: Path, model: Model, mode: str, side: str, steps: int) -> int:
     """One block on one side alone. Gives this process's peak resident bytes."""
-    config = write_config(folder, model, mode, log_every=steps, name=f"rss-{model.name}-{mode}-{os.getpid()}")
+    config = config_of(folder, model, mode, log_every=steps, name=f"rss-{model.name}-{mode}-{os.getpid()}")
     with vtrain_block(config) if side == "vtrain" else bare_block(config, model, mode, steps) as block:
         block()
     return peak_bytes()
@@ -255,7 +320,7 @@ def peak_bytes() -> int:
 
 def measure_memory(folder: Path, model: Model, mode: str, pairs: int, steps: int) -> Memory:
     """Processes of their own, in turn."""
-    config = write_config(folder, model, mode, log_every=steps, name=f"rss-{model.name}-{mode}")
+    config = config_of(folder, model, mode, log_every=steps, name=f"rss-{model.name}-{mode}")
     fill(config)
     read_samples(config, model)
     peaks: dict[str, list[int]] = {"bare": [], "vtrain": []}
@@ -300,7 +365,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=24, help="pairs of blocks for each workload (default: 24)")
     parser.add_argument("--steps", type=int, help=f"steps of a block (default: {STEPS})")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--modes", nargs="+", choices=WORKS, default=list(WORKS))
     parser.add_argument("--rss-pairs", type=int, default=RSS_PAIRS, help="pairs of processes for peak memory; 0: none")
     parser.add_argument("--folder", type=Path, help="where checkpoints and caches go (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")

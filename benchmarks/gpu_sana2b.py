@@ -19,10 +19,10 @@ are reckoned, and are of 832x480x49:
 driver or version stay beside. The table at the end has all that the file has of this card.
 
 Memory is measured with each side alone in memory. Times are of blocks of steps, the card synchronised before and after,
-in turn where all models fit on the card (LoRA), else one side after the other (full, and groups that would not fit); the
-table says which. "estimate" is the plan's, of tensors at the peak of a training step, as soon as vtrain's plan has one. TFLOP/s
-rest on a forward of 121 TFLOP at 832x480, 81 frames, and work in proportion to the tokens: backward is twice that, or once under
-LoRA, whose frozen weights need no gradients, and checkpointing adds a forward.
+in turn where all models fit on the card (LoRA), else one side after the other (full, groups whose rows would not fit together,
+and where they turn out not to); the table says which. "estimate" is the plan's, of tensors at the peak of a training step, as
+soon as vtrain's plan has one. TFLOP/s rest on a forward of 121 TFLOP at 832x480, 81 frames, and work in proportion to the tokens:
+backward is twice that, or once under LoRA, whose frozen weights need no gradients, and checkpointing adds a forward.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -86,8 +87,11 @@ def measure_alone(setup: Setup, side: str, processes: Processes, blocks: int) ->
     return found
 
 
-def measure_in_turn(setup: Setup, found: dict[str, Measured], processes: Processes, blocks: int) -> None:
-    """Add times to all sides, from one process with all models in memory, after a block of each to warm up."""
+def measure_in_turn(setup: Setup, found: dict[str, Measured], processes: Processes, blocks: int) -> bool:
+    """Add times to all sides, from one process with all models in memory, after a block of each to warm up.
+
+    False: there is no room for all of them.
+    """
     try:
         with ExitStack() as stack:
             sides = {side: stack.enter_context(ALL[side](setup, processes)) for side in found}
@@ -98,20 +102,26 @@ def measure_in_turn(setup: Setup, found: dict[str, Measured], processes: Process
                     side = list(sides)[(turn + place) % len(sides)]
                     found[side].seconds.append(seconds(setup, sides[side]))
     except torch.OutOfMemoryError:
-        for each in found.values():
-            each.seconds, each.note = [], "out of memory with all models"
+        return False
+    return True
 
 
 def measure(setup: Setup, processes: Processes, blocks: int, sides: Iterable[str] = ()) -> dict[str, Measured]:
-    """The sides of a setup, by default the first ones. Too little memory is a note, not an error."""
-    found = {}
-    for side in (each for each in sides or SIDES if applies(each, setup)):
-        found[side] = measure_alone(setup, side, processes, blocks)
+    """The sides of a setup, by default the first ones. Too little memory is a note, not an error; too little for all models at once
+    means that they are timed one after the other."""
+
+    def alone(each: Setup, side: str) -> Measured:
+        measured = measure_alone(each, side, processes, blocks)
         Device.of(setup.device).release()
+        return measured
+
+    found = {side: alone(setup, side) for side in sides or SIDES if applies(side, setup)}
     whole = {side: each for side, each in found.items() if not each.note}
     if setup.in_turn and whole:
-        measure_in_turn(setup, whole, processes, blocks)
+        fits = measure_in_turn(setup, whole, processes, blocks)
         Device.of(setup.device).release()
+        if not fits:
+            found |= {side: alone(replace(setup, turns=False), side) for side in whole}
     return found
 
 

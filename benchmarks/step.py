@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from report import Ratio, ratio, say, say_machine, table, write_json
-from workload import BASE, MODELS, RANK, Model, fill, read_samples, write_config
+from workload import BASE, MODELS, MODES, RANK, Model, fill, read_samples, write_config
 
 from vtrain.contract import Event, ParameterGroup, RunInfo
 
@@ -365,7 +365,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=24, help="pairs of blocks for each workload (default: 24)")
     parser.add_argument("--steps", type=int, help=f"steps of a block (default: {STEPS})")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--modes", nargs="+", choices=WORKS, default=list(WORKS))
+    parser.add_argument("--modes", nargs="+", choices=WORKS, default=list(MODES), help="(default: full lora)")
     parser.add_argument("--rss-pairs", type=int, default=RSS_PAIRS, help="pairs of processes for peak memory; 0: none")
     parser.add_argument("--folder", type=Path, help="where checkpoints and caches go (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")

@@ -41,6 +41,8 @@ PAIRS, STEPS = 6, 5
 """Of the trial: blocks of each side, and steps of a block."""
 WHOLE = {"world": demo.SHORT.steps, "lora": 200}
 """Steps of the row that a table begins with."""
+PROMPTS = 64
+"""That a model from random weights answers."""
 PURE = {"[precision]": '[precision]\nbase = "bf16"'}
 LORA_BASE = 'base = "fp32"'
 
@@ -200,7 +202,7 @@ def judged(mode: Mode, plan: Plan, trained: Path, folder: Path) -> dict[str, dic
         models[f"{mode.name}, averaged weights"] = plan.family.load_denoiser("cpu", "fp32", trained / AVERAGE)
     found = {}
     for number, (name, model) in enumerate(models.items()):
-        answers = evaluate.answers(plan, model, evaluate.fixed(64), folder / f"judged-{number}")
+        answers = evaluate.answers(plan, model, evaluate.fixed(PROMPTS), folder / f"judged-{number}")
         found[name] = {"all prompts": evaluate.accuracy(answers)}
     return found
 
@@ -266,7 +268,7 @@ def main() -> None:
     text = f"{tiny_world.measured_on()}\n"
     for task, words in (("world", "From random weights"), ("lora", f"A new word on {lora.CLIPS} clips")):
         if some := [row for row in rows if row.task == task]:
-            text += f"\n{words}, {len(chosen.seeds)} seeds:\n\n{table(some)}\n"
+            text += f"\n{words}, {len(chosen.seeds)} seed{'s' * (len(chosen.seeds) > 1)}:\n\n{table(some)}\n"
     report.say(text)
     report.write_json(chosen.json, {"rows": [asdict(row) for row in rows]})
     if chosen.write:

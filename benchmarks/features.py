@@ -83,6 +83,7 @@ FEATURES = {
     "4 accumulated clips, LoRA": Feature("lora", {"[train]": "[train]\naccumulate = 4"}, clips=4),
     "gradient clipping by norm": clipping("norm"),
     "gradient clipping by value": clipping("value"),
+    "skip-and-count of steps that are not finite": Feature("full", {"[train]": "[train]\nskip_nonfinite = 10"}),
     "gradient and activation statistics": Feature("full", {"[train]": "[train]\nstatistics = true"}),
     "EMA": Feature("full", more="\n[ema]\n"),
     "EMA, every 10 steps": Feature("full", more="\n[ema]\nupdate_every = 10\n"),

@@ -141,8 +141,10 @@ def test_models_that_do_not_fit_together_are_timed_one_after_the_other(
         if held:
             raise torch.OutOfMemoryError("planted")
         held.append(_setup)
-        yield lambda: None
-        held.clear()
+        try:
+            yield lambda: None
+        finally:
+            held.clear()
 
     monkeypatch.setattr(gpu, "ALL", {"bare": alone, "EMA": alone})
     setup = gpu.Setup("lora", gpu.Clip(64, 64, 9), gpu.TINY, torch.device("cpu"), 1)

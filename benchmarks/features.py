@@ -197,7 +197,7 @@ def main() -> None:
                 say(f"{name}: {FEATURES[name].library} is not installed")
                 continue
             known[name] = measure(folder, model, name, chosen.pairs, chosen.steps or STEPS[model.name])
-            say(cost_table([known[name]]).splitlines()[-1])
+            say(f"{name}: {known[name].ratio}")
             found = [asdict(known[each]) for each in FEATURES if each in known]
             write_json(chosen.json, {"model": model.name, "features": found})
     told = cost_table([known[each] for each in FEATURES if each in known])

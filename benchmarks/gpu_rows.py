@@ -44,6 +44,7 @@ frames = {frames}
 steps = 1000000
 caption_dropout = 0
 log_every = {steps}
+{train}
 [optimizer]
 use = "{optimizer}"
 lr = {lr}
@@ -58,13 +59,14 @@ BOTH = ("lora", "full")
 class Row:
     """modes: of training, that it is for. precision: lines of [precision], apart from `mixed`. optimizer: its name.
 
-    more: tables. recomputes: whether its precision says what is recomputed; else it is the call's.
+    more: tables. train: lines of [train]. recomputes: whether its precision says what is recomputed; else it is the call's.
     """
 
     modes: tuple[str, ...] = BOTH
     precision: str = ""
     optimizer: str = "adamw"
     more: str = ""
+    train: str = ""
 
     @property
     def recomputes(self) -> bool:
@@ -82,6 +84,7 @@ ROWS: Mapping[str, Row] = {
     "leaf offload": Row(("lora",), more='[offload]\ngroup = "leaf"'),
     "states on CPU": Row(more="[offload]\noptimizer = true"),
     "adamw8bit": Row(optimizer="adamw8bit"),
+    "skip-and-count": Row(train="skip_nonfinite = 10"),
     "EMA": Row(more="[ema]"),
     "EMA on CPU": Row(more='[ema]\non = "cpu"'),
     "base int8": Row(("lora",), 'base = "int8"\nquantize_on = "accelerator"'),
@@ -108,13 +111,15 @@ class Group:
 
 
 GROUPS: Mapping[str, Group] = {
-    "lora": Group("lora", ("vtrain", "EMA", "EMA on CPU", "adamw8bit", "states on CPU"), 2.5, in_turn=True),
+    "lora": Group(
+        "lora", ("vtrain", "EMA", "EMA on CPU", "adamw8bit", "states on CPU", "skip-and-count"), 3.0, in_turn=True
+    ),
     "lora-recompute": Group(
         "lora", ("vtrain", "every 2nd block", "every 4th block", "feed-forward", "no checkpointing"), 2.0
     ),
     "lora-base": Group("lora", ("vtrain", "base fp32", "base int8", "base fp8", "base int4"), 3.0, in_turn=True),
     "lora-offload": Group("lora", ("vtrain", "block offload", "block offload, stream", "leaf offload"), 3.0),
-    "full": Group("full", ("vtrain", "EMA", "pure bf16", "pure bf16, Kahan"), 2.0),
+    "full": Group("full", ("vtrain", "EMA", "pure bf16", "pure bf16, Kahan", "skip-and-count"), 2.5),
     "full-states": Group("full", ("vtrain", "adamw8bit", "states on CPU", "EMA on CPU"), 3.5),
     "full-recompute": Group("full", ("vtrain", "every 2nd block", "every 4th block", "feed-forward"), 2.0),
     "crepa": Group("lora", ("vtrain", "CREPA cached", "CREPA decoded"), 2.5, in_turn=True),
@@ -177,6 +182,7 @@ def plan_of(
         size=f"{width}x{height}",
         frames=frames,
         steps=steps,
+        train=row.train,
         optimizer=row.optimizer,
         lr=LR,
         more=row.more,

@@ -52,6 +52,7 @@ from vtrain.train.parameters import add_lora, groups, trained
 from vtrain.train.precision import quantise
 from vtrain.train.prefetch import Prefetcher
 from vtrain.train.processes import Processes
+from vtrain.train.spikes import Skipped
 from vtrain.train.step import Step, Teacher, Term
 from vtrain_sanavideo.crepa import Crepa
 from vtrain_sanavideo.crepa_options import CrepaOptions
@@ -314,7 +315,7 @@ def vtrain_side(
             ),
             processes,
             config.train,
-            Ends(lambda _step, _micro: iter(()), None, Inbox()),
+            Ends(lambda _step, _micro: iter(()), None, Inbox(), skipped=Skipped(config.train.skip_nonfinite)),
             first=0,
             last=NEVER,
             micro_batch=0,

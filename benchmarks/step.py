@@ -30,15 +30,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from report import Ratio, ratio, say, say_machine, table, write_json
-from workload import BASE, MODELS, MODES, RANK, Model, fill, read_samples, write_config
+from workload import MODELS, MODES, RANK, Model, fill, read_samples
+from works import LR, WORKS, config_of, same_optimizer
 
-from vtrain.contract import Event, ParameterGroup, RunInfo
+from vtrain.contract import Event, RunInfo
 
 if TYPE_CHECKING:
     from vtrain.contract import Tracker
@@ -49,45 +50,6 @@ MEMORY_LIMIT = 1.05
 LISTENERS_LIMIT = 1.01
 STEPS = {"small": 4, "tiny": 40, "wan-small": 4, "wan-tiny": 40}
 """Of one block, by default."""
-
-BARE_LR = 1e-5
-
-
-@dataclass(frozen=True)
-class Work:
-    """What both sides do. mode: of workload.py. changes, more: of its configuration, for vtrain.
-
-    accumulate, average: of the bare loop. optimizer: of vtrain_builtin, that the bare loop has too; "": its own AdamW.
-    """
-
-    mode: str
-    changes: Mapping[str, str] = field(default_factory=dict)
-    more: str = ""
-    accumulate: int = 1
-    average: bool = False
-    optimizer: str = ""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the model's weights."""
-        return torch.bfloat16 if self.optimizer or BASE[self.mode] == "bf16" else torch.float32
-
-
-def _in_bf16(optimizer: str) -> Work:
-    changes = {'base = "fp32"': 'base = "bf16"', 'use = "adamw"': f'use = "{optimizer}"'}
-    return Work("full", changes, optimizer=optimizer)
-
-
-WORKS = {
-    "full": Work("full"),
-    "lora": Work("lora"),
-    "accumulate-4": Work("full", {"[train]": "[train]\naccumulate = 4"}, accumulate=4),
-    "ema": Work("full", more="\n[ema]\n", average=True),
-    "lora-ema": Work("lora", more="\n[ema]\n", average=True),
-    "bf16-stochastic": _in_bf16("adamw_bf16"),
-    "bf16-kahan": _in_bf16("optimi-adamw"),
-}
-"""By mode."""
 
 RSS_STEPS = 8
 RSS_PAIRS = 3
@@ -227,7 +189,7 @@ def bare_block(config: Path, model: Model, mode: str, steps: int) -> Iterator[Bl
     net = bare.prepare(
         family, family.load(checkpoint / "transformer", work.dtype), RANK if work.mode == "lora" else None
     )
-    optimizer = same_optimizer(net, work.optimizer) if work.optimizer else bare.adamw(net, BARE_LR)
+    optimizer = same_optimizer(net, work.optimizer) if work.optimizer else bare.adamw(net, LR)
     given = [bare.Sample(*sample) for sample in samples]
     losses = bare.train(family, net, optimizer, given, accumulate=work.accumulate, average=work.average)
 
@@ -237,25 +199,6 @@ def bare_block(config: Path, model: Model, mode: str, steps: int) -> Iterator[Bl
         return float(loss)
 
     yield block
-
-
-def same_optimizer(net: torch.nn.Module, name: str) -> torch.optim.Optimizer:
-    """vtrain_builtin's, over what the bare loop trains."""
-    import bare
-
-    from vtrain_builtin.plugin import vtrain_optimizers
-
-    spec = next(each for each in vtrain_optimizers() if each.name == name)
-    decayed, plain = bare.decay_groups(net)
-    groups = [ParameterGroup(tuple(decayed), decay=True), ParameterGroup(tuple(plain), decay=False)]
-    built: torch.optim.Optimizer = spec.build(spec.options.model_validate({"lr": BARE_LR}), groups)
-    return built
-
-
-def config_of(folder: Path, model: Model, mode: str, log_every: int, name: str) -> Path:
-    """vtrain's configuration of one of WORKS."""
-    work = WORKS[mode]
-    return write_config(folder, model, work.mode, log_every, name, work.more, work.changes)
 
 
 def seconds_of(block: Block, clock: Callable[[], float]) -> float:

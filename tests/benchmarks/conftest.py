@@ -35,6 +35,7 @@ MODULES = (
     "step",
     "tiny_world",
     "workload",
+    "works",
     "world_time",
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -81,6 +82,7 @@ def test_a_mode_is_timed_trained_and_judged(
         monkeypatch.setattr(world_time, name, value)
     monkeypatch.setattr(world_time.demo, "CLIPS", 24)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)  # where `vtrain` is
     output = tmp_path / "numbers.json"
     rows = ["--rows", "full, bf16", "full, bf16, EMA"]
     monkeypatch.setattr(

@@ -194,9 +194,9 @@ def plan_of(
 
 def estimated(plan: Plan) -> int | None:
     """Bytes on the card at the peak of a training step, as the plan reckons them, tensors alone. None: vtrain reckons none yet."""
-    if find_spec("vtrain.plan.memory") is None:
+    if find_spec("vtrain.plan.workload") is None:
         return None
-    from vtrain.plan.memory import memory_estimate  # type: ignore[import-not-found]  # where it is there
+    from vtrain.plan.workload import memory_estimate  # type: ignore[import-not-found]  # where it is there
 
     found: int = memory_estimate(plan).training.tensors
     return found

@@ -84,38 +84,62 @@ def prepare(family: Family, model: Any, lora_rank: int | None) -> Any:
     return model.train()
 
 
-def adamw(model: nn.Module, lr: float) -> torch.optim.AdamW:
-    """torch's fused AdamW; vectors and scale tables do not decay."""
+def decay_groups(model: nn.Module) -> tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
+    """(decays, does not) of what is trained, by name: vectors and scale tables do not decay."""
     named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-    decayed = [weight for name, weight in named if weight.ndim > 1 and not name.endswith("scale_shift_table")]
-    plain = [weight for name, weight in named if weight.ndim <= 1 or name.endswith("scale_shift_table")]
+    plain = [each for each in named if each[1].ndim <= 1 or each[0].endswith("scale_shift_table")]
+    return [each for each in named if not any(each is other for other in plain)], plain
+
+
+def adamw(model: nn.Module, lr: float) -> torch.optim.AdamW:
+    """torch's fused AdamW."""
+    decayed, plain = ([weight for _, weight in group] for group in decay_groups(model))
     groups = [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=True)
 
 
 def train(
-    family: Family, model: nn.Module, optimizer: torch.optim.Optimizer, samples: Sequence[Sample]
+    family: Family,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    samples: Sequence[Sample],
+    *,
+    accumulate: int = 1,
+    average: bool = False,
 ) -> Iterator[Tensor]:
-    """Steps without end, one at each `next`, on the model's device. Gives the loss, detached and unread."""
-    device = samples[0].latents.device
-    for sample in cycle(samples):
-        clean, noise = sample.latents, torch.randn_like(sample.latents)
-        sigma, timestep = family.draw_level(device)
-        spread = sigma[:, None, None, None, None]
-        masked = {} if sample.mask is None else {"encoder_attention_mask": sample.mask}
-        with torch.autocast(device.type, torch.bfloat16):
-            prediction = model(
-                (1 - spread) * clean + spread * noise,
-                encoder_hidden_states=sample.embeds,
-                timestep=timestep,
-                return_dict=False,
-                **masked,
-            )[0]
-            loss = nn.functional.mse_loss(prediction.float(), noise - clean)
-        loss.backward()
+    """Steps without end, one at each `next`, on the model's device. Gives the last loss, detached and unread.
+
+    accumulate: samples of a step, one after the other. average: keep a moving average of what is trained, in fp32.
+    """
+    device, endless = samples[0].latents.device, cycle(samples)
+    weights = [weight.detach() for weight in model.parameters() if weight.requires_grad]
+    shadow = [weight.float().clone() for weight in weights] if average else []
+    while True:
+        for _ in range(accumulate):
+            loss = loss_of(family, model, next(endless), device)
+            (loss / accumulate if accumulate > 1 else loss).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if shadow:
+            torch._foreach_lerp_(shadow, weights, 0.001)
         yield loss.detach()
+
+
+def loss_of(family: Family, model: nn.Module, sample: Sample, device: torch.device) -> Tensor:
+    """Of one clip, under bf16 autocast."""
+    clean, noise = sample.latents, torch.randn_like(sample.latents)
+    sigma, timestep = family.draw_level(device)
+    spread = sigma[:, None, None, None, None]
+    masked = {} if sample.mask is None else {"encoder_attention_mask": sample.mask}
+    with torch.autocast(device.type, torch.bfloat16):
+        prediction = model(
+            (1 - spread) * clean + spread * noise,
+            encoder_hidden_states=sample.embeds,
+            timestep=timestep,
+            return_dict=False,
+            **masked,
+        )[0]
+        return nn.functional.mse_loss(prediction.float(), noise - clean)
 
 
 def main() -> None:

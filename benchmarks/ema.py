@@ -1,7 +1,7 @@
 """What an average of the weights and rollout cost: a step with them against the same step without, in CPU-seconds on one thread.
 
-Everything is as in step.py. `bare` is its bare loop with the same average kept by hand (torch._foreach_lerp_), against which
-vtrain's step with [ema] has the limit of step.py; the other rows compare vtrain with itself and have no limit.
+Everything is as in step.py. `bare` is its bare loop with the same average kept by hand, against which vtrain's step with
+[ema] has the limit of step.py; the other rows compare vtrain with itself and have no limit.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import bare
 import torch
 from report import Ratio, ratio, say, say_machine, table, write_json
-from step import STEPS, TIME_LIMITS, Block, seconds_of, vtrain_block
-from workload import BASE, MODELS, MODES, RANK, Model, fill, read_samples, write_config
+from step import STEPS, TIME_LIMITS, bare_block, seconds_of, vtrain_block
+from workload import MODELS, MODES, Model, fill, write_config
 
 CASES = {
     "plain": "",
@@ -47,26 +46,6 @@ class Compared:
     ratio: Ratio
 
 
-@contextmanager
-def averaging_block(config: Path, model: Model, mode: str, steps: int) -> Iterator[Block]:
-    """The bare loop of step.py, with an fp32 average of what it trains."""
-    family, samples = bare.FAMILIES[model.use], read_samples(config, model)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[BASE[mode]]
-    folder = model.build(config.parent) / "transformer"
-    net = bare.prepare(family, family.load(folder, dtype), RANK if mode == "lora" else None)
-    losses = bare.train(family, net, bare.adamw(net, 1e-5), [bare.Sample(*sample) for sample in samples])
-    weights = [weight.detach() for weight in net.parameters() if weight.requires_grad]
-    average = [weight.float().clone() for weight in weights]
-
-    def block() -> float:
-        for _ in range(steps):
-            loss = next(losses)
-            torch._foreach_lerp_(average, weights, 0.001)
-        return float(loss)
-
-    yield block
-
-
 def measure(folder: Path, model: Model, mode: str, pairs: int, steps: int, cases: Sequence[str]) -> list[Compared]:
     """Blocks in turn, in another order each time, after one block of each to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
@@ -77,7 +56,7 @@ def measure(folder: Path, model: Model, mode: str, pairs: int, steps: int, cases
             config = write_config(folder, model, mode, log_every=steps, name=name, more=CASES[case])
             fill(config)
             blocks[case] = stack.enter_context(vtrain_block(config))
-        blocks[BARE] = stack.enter_context(averaging_block(config, model, mode, steps))
+        blocks[BARE] = stack.enter_context(bare_block(config, model, {"full": "ema", "lora": "lora-ema"}[mode], steps))
         for block in blocks.values():
             block()
         for pair in range(pairs):

@@ -9,57 +9,45 @@ Two more sides are vtrain with CREPA on block 10 (of the tiny model: 1), DINOv2-
 token: with features as from a cache (random ones of the true shape, in memory), and made at each step from the latents,
 decoded by the Wan VAE whose encoder is let go. Both have random weights in the real shapes.
 
---sides takes more: what saves memory (gradient checkpointing of some blocks or of feed-forward layers, offloaded groups,
-the optimizer's states on the CPU) and vtrain without checkpointing, each compared with vtrain.
+--rows takes groups of other rows: every precision and what saves memory, each a configuration of vtrain's (gpu_rows.py). Each group
+has the bare loop with it, and takes under 4 minutes on a machine that has nothing but the wheels (tests/gpu/wheels.py); times
+are reckoned, and are of 832x480x49:
+
+{groups}
+
+--json FILE is completed by later calls: a group that is measured again replaces the older figures, and those of another card,
+driver or version stay beside. The table at the end has all that the file has of this card.
 
 Memory is measured with each side alone in memory. Times are of blocks of steps, the card synchronised before and after,
-in turn where all models fit on the card (LoRA), else one side after the other (full); the table says which.
-TFLOP/s rest on a forward of 121 TFLOP at 832x480, 81 frames, and work in proportion to the tokens: backward is twice
-that, or once under LoRA, whose frozen weights need no gradients, and checkpointing adds a forward.
+in turn where all models fit on the card (LoRA), else one side after the other (full, groups whose rows would not fit together,
+and where they turn out not to); the table says which. "estimate" is the plan's, of tensors at the peak of a training step, as
+soon as vtrain's plan has one. TFLOP/s rest on a forward of 121 TFLOP at 832x480, 81 frames, and work in proportion to the tokens:
+backward is twice that, or once under LoRA, whose frozen weights need no gradients, and checkpointing adds a forward.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from gpu_results import Measured, Results, ratios, row
+from gpu_rows import GROUPS, ROWS, estimated, groups_help
 from gpu_sides import REAL, SAVING, SIDES, TINY, Block, Clip, Setup, applies
-from report import Ratio, machine, ratio, say, table, write_json
+from report import machine, say
 
-from vtrain.contract import Device
+from vtrain.contract import ConfigError, Device
 from vtrain.train.processes import Processes
 
-LIMITS = {"seconds": 1.02, "memory": 1.05}
-"""vtrain by the bare loop."""
-CREPA_LIMITS: dict[str, dict[str, float | None]] = {
-    "CREPA cached": {"seconds": 1.05, "memory": 1.05},
-    "CREPA decoded": {"seconds": None, "memory": None},
-}
-"""By vtrain without it."""
-NO_LIMITS: dict[str, float | None] = {"seconds": None, "memory": None}
 ALL = SIDES | SAVING
-PEER = ("SimpleTuner 4, as published", "lora", "832x480x49", "0.599", "59.15 (-)", "-", "H100, checkpointing said on")
-
-
-@dataclass
-class Measured:
-    """One side of a setup. seconds: per step, one for each block. Peaks in bytes, 0 on a CPU. note: what went wrong."""
-
-    side: str
-    setup: Setup
-    seconds: list[float] = field(default_factory=list)
-    allocated: int = 0
-    reserved: int = 0
-    note: str = ""
 
 
 def seconds(setup: Setup, block: Block) -> float:
@@ -74,9 +62,11 @@ def seconds(setup: Setup, block: Block) -> float:
 
 def measure_alone(setup: Setup, side: str, processes: Processes, blocks: int) -> Measured:
     """Peak memory from the building of the model on; times too, where the sides cannot take turns."""
-    found = Measured(side, setup)
+    found = Measured(side, setup.mode, str(setup.clip), setup.tflop(), setup.in_turn)
     device = Device.of(setup.device)
     try:
+        if side in ROWS:
+            found.estimate = estimated(setup.plan(side)) or 0
         device.reset_peak()
         with ALL[side](setup, processes) as block:
             block()
@@ -84,13 +74,24 @@ def measure_alone(setup: Setup, side: str, processes: Processes, blocks: int) ->
                 found.seconds = [seconds(setup, block) for _ in range(blocks)]
     except torch.OutOfMemoryError:
         found.note = "out of memory"
+    except ConfigError as error:  # most likely a library that this machine has not
+        found.note = "; ".join(problem.what for problem in error.problems)
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+    ) as error:  # such as one that compiles kernels where there is no compiler
+        found.note = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'without a word'}"
     if device.accelerated:
         found.allocated, found.reserved = device.peak(), torch.cuda.max_memory_reserved()
     return found
 
 
-def measure_in_turn(setup: Setup, found: dict[str, Measured], processes: Processes, blocks: int) -> None:
-    """Add times to all sides, from one process with all models in memory, after a block of each to warm up."""
+def measure_in_turn(setup: Setup, found: dict[str, Measured], processes: Processes, blocks: int) -> bool:
+    """Add times to all sides, from one process with all models in memory, after a block of each to warm up.
+
+    False: there is no room for all of them.
+    """
     try:
         with ExitStack() as stack:
             sides = {side: stack.enter_context(ALL[side](setup, processes)) for side in found}
@@ -101,54 +102,27 @@ def measure_in_turn(setup: Setup, found: dict[str, Measured], processes: Process
                     side = list(sides)[(turn + place) % len(sides)]
                     found[side].seconds.append(seconds(setup, sides[side]))
     except torch.OutOfMemoryError:
-        for each in found.values():
-            each.seconds, each.note = [], "out of memory with all models"
+        return False
+    return True
 
 
 def measure(setup: Setup, processes: Processes, blocks: int, sides: Iterable[str] = ()) -> dict[str, Measured]:
-    """The sides of a setup, all by default. Too little memory is a note, not an error."""
-    found = {}
-    for side in (each for each in sides or SIDES if applies(each, setup)):
-        found[side] = measure_alone(setup, side, processes, blocks)
+    """The sides of a setup, by default the first ones. Too little memory is a note, not an error; too little for all models at once
+    means that they are timed one after the other."""
+
+    def alone(each: Setup, side: str) -> Measured:
+        measured = measure_alone(each, side, processes, blocks)
         Device.of(setup.device).release()
+        return measured
+
+    found = {side: alone(setup, side) for side in sides or SIDES if applies(side, setup)}
     whole = {side: each for side, each in found.items() if not each.note}
     if setup.in_turn and whole:
-        measure_in_turn(setup, whole, processes, blocks)
+        fits = measure_in_turn(setup, whole, processes, blocks)
         Device.of(setup.device).release()
+        if not fits:
+            found |= {side: alone(replace(setup, turns=False), side) for side in whole}
     return found
-
-
-def row(each: Measured) -> tuple[str, ...]:
-    median = statistics.median(each.seconds) if each.seconds else None
-    work = each.setup.tflop()
-    gib = f"{each.allocated / 2**30:.2f} ({each.reserved / 2**30:.2f})" if each.allocated else "-"
-    return (
-        each.side,
-        each.setup.mode,
-        str(each.setup.clip),
-        f"{median:.3f}" if median else "-",
-        gib,
-        f"{work / median:.0f}" if work and median and each.side in ("bare", "vtrain") else "-",
-        each.note or ("in turn" if each.setup.in_turn else "one after the other"),
-    )
-
-
-def ratios(found: dict[str, Measured]) -> dict[str, Ratio]:
-    """Seconds in pairs of blocks, peak allocated bytes: vtrain by the bare loop, and CREPA by vtrain."""
-    compared: dict[str, Ratio] = {}
-    for above, below, limits in (
-        ("vtrain", "bare", LIMITS),
-        *((side, "vtrain", limits) for side, limits in CREPA_LIMITS.items()),
-        *((side, "vtrain", NO_LIMITS) for side in SAVING),
-    ):
-        ours, theirs = found.get(above), found.get(below)
-        if ours is None or theirs is None or ours.note or theirs.note:
-            continue
-        pairs = {"seconds": (ours.seconds, theirs.seconds), "memory": ([ours.allocated], [theirs.allocated])}
-        compared |= {
-            f"{above} / {below}, {name}": ratio(a, b, limits[name]) for name, (a, b) in pairs.items() if a and all(b)
-        }
-    return compared
 
 
 def card() -> dict[str, str]:
@@ -161,35 +135,50 @@ def card() -> dict[str, str]:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    told = (__doc__ or "").format(groups=groups_help())
+    parser = argparse.ArgumentParser(description=told, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and clip, to see that the script works")
-    parser.add_argument("--modes", nargs="+", choices=("lora", "full"), default=["lora", "full"])
-    parser.add_argument("--sides", nargs="+", choices=ALL, default=list(SIDES), help="(default: bare, vtrain, CREPA)")
-    parser.add_argument("--frames", nargs="+", type=int, default=[49, 81], help="of a clip (default: 49 81)")
+    parser.add_argument(
+        "--rows", nargs="+", choices=[*GROUPS, "all"], metavar="GROUP", help="groups of rows, see above"
+    )
+    parser.add_argument("--modes", nargs="+", choices=("lora", "full"), default=["lora", "full"], help="without --rows")
+    parser.add_argument(
+        "--sides",
+        nargs="+",
+        choices=ALL,
+        metavar="ROW",
+        default=list(SIDES),
+        help="without --rows: bare, vtrain, CREPA; or any row",
+    )
+    parser.add_argument("--frames", nargs="+", type=int, help="of a clip (default: 49 81, with --rows 49)")
     parser.add_argument("--size", default="832x480", help="of a clip, WxH (default: 832x480)")
-    parser.add_argument("--blocks", type=int, default=6, help="timed blocks of each side (default: 6)")
-    parser.add_argument("--steps", type=int, default=4, help="steps of a block (default: 4)")
+    parser.add_argument("--blocks", type=int, help="timed blocks of each side (default: 6, with --rows 4)")
+    parser.add_argument("--steps", type=int, help="steps of a block (default: 4, with --rows 2)")
     parser.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
     parser.add_argument(
         "--deterministic", action="store_true", help="all sides as under run.deterministic: what it costs"
     )
-    parser.add_argument("--json", type=Path, help="write the numbers to this file")
+    parser.add_argument("--json", type=Path, help="write the numbers to this file, or add them to what it has")
     return parser.parse_args()
 
 
-def setups(chosen: argparse.Namespace) -> Iterator[Setup]:
+def works(chosen: argparse.Namespace) -> Iterator[tuple[str, Setup, tuple[str, ...]]]:
+    """(name, setup, sides) of what is asked for."""
     width, height = map(int, ("64x64" if chosen.tiny else chosen.size).split("x"))
-    for mode in chosen.modes:
-        for frames in (9,) if chosen.tiny else chosen.frames:
-            yield Setup(
-                mode,
-                Clip(width, height, frames),
-                TINY if chosen.tiny else REAL,
-                Device.of(chosen.device).torch,
-                chosen.steps,
-                not chosen.no_checkpointing,
-            )
+    device, steps = Device.of(chosen.device).torch, chosen.steps or (2 if chosen.rows else 4)
+    all_frames = (9,) if chosen.tiny else chosen.frames or ((49,) if chosen.rows else (49, 81))
+    asked = [(mode, mode, tuple(chosen.sides), True) for mode in chosen.modes]
+    if chosen.rows:
+        names = GROUPS if "all" in chosen.rows else chosen.rows
+        groups = {name: GROUPS[name] for name in names}
+        asked = [(name, each.mode, ("bare", *each.rows), each.in_turn) for name, each in groups.items()]
+    marks = [word for word in ("no_checkpointing", "deterministic") if vars(chosen)[word]]
+    for name, mode, sides, turns in asked:
+        for frames in all_frames:
+            clip = Clip(width, height, frames)
+            setup = Setup(mode, clip, TINY if chosen.tiny else REAL, device, steps, not chosen.no_checkpointing, turns)
+            yield " ".join([name, str(clip), *(word.replace("_", " ") for word in marks)]), setup, sides
 
 
 def main() -> None:
@@ -201,28 +190,18 @@ def main() -> None:
         sys.exit(
             f"this process computes on {processes.device}, not on {chosen.device} (a GPU hides behind CUDA_VISIBLE_DEVICES=)"
         )
-    say("; ".join(f"{name} {value}" for name, value in {**card(), **machine()}.items()))
-    rows: list[tuple[str, ...]] = []
-    told: list[str] = []
-    content: list[dict[str, object]] = []
-    for setup in setups(chosen):
-        found = measure(setup, processes, chosen.blocks, chosen.sides)
-        rows += [row(each) for each in found.values()]
+    here, versions = card(), machine()
+    results = Results(chosen.json, here, versions)
+    say("; ".join(f"{name} {value}" for name, value in {**here, **versions}.items()))
+    for name, setup, sides in works(chosen):
+        begun, blocks = time.monotonic(), chosen.blocks or (4 if chosen.rows else 6)
+        found = measure(setup, processes, blocks, sides)
+        took = round(time.monotonic() - begun, 1)
         compared = ratios(found)
-        told += [f"{setup.mode} {setup.clip}, {name}: {each}" for name, each in compared.items()]
-        say("\n".join(map(str, rows[-len(found) :])))
-        sides = {
-            side: {"seconds": each.seconds, "allocated": each.allocated, "reserved": each.reserved, "note": each.note}
-            for side, each in found.items()
-        }
-        numbers = {name: asdict(each) for name, each in compared.items()}
-        content.append(
-            {"mode": setup.mode, "clip": str(setup.clip), "tflop": setup.tflop(), **sides, "ratios": numbers}
-        )
-        write_json(chosen.json, {"card": card(), "setups": content})
-    heads = ("side", "trained", "clip", "s/step", "peak GiB (reserved)", "TFLOP/s", "how")
-    say("\n" + table(heads, [*rows, PEER]))
-    say("\n" + "\n".join(told))
+        say("\n".join(str(row(each, compared)) for each in found.values()) + f"\n{name}: {took} s")
+        how = {"measured": f"{datetime.now(UTC):%Y-%m-%d}", "steps": setup.steps, "blocks": blocks, "took": took}
+        results.add(name, found, how)
+    say("\n" + results.text())
 
 
 if __name__ == "__main__":

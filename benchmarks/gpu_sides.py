@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,15 @@ import torch
 from accelerate import init_empty_weights
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.transformers.transformer_sana_video import SanaVideoTransformer3DModel
+from gpu_rows import LR, RANK, ROWS, plan_of
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
-from vtrain.config.tables import CheckpointTable, LoraTable, OffloadTable, PrecisionTable, TrainTable
+from vtrain.config.tables import CheckpointTable
 from vtrain.contract import (
     CausalCodecConfig,
     ClipShape,
+    Device,
     Duration,
     FeatureShape,
     FrameRule,
@@ -33,29 +35,31 @@ from vtrain.contract import (
     LatentShape,
     Logged,
     NormalizedCodec,
+    OptimizerSpec,
     RunLength,
     Text,
     TokenGrid,
 )
 from vtrain.data.batches import Batch
+from vtrain.plan.records import Plan
 from vtrain.run.inbox import Inbox
 from vtrain.train.checkpointing import checkpoint_gradients
+from vtrain.train.ema import Average
 from vtrain.train.host_optimizer import HostWeights
 from vtrain.train.loop import Ends, Loop
 from vtrain.train.offload import offload
 from vtrain.train.parameters import add_lora, groups, trained
+from vtrain.train.precision import quantise
 from vtrain.train.prefetch import Prefetcher
 from vtrain.train.processes import Processes
+from vtrain.train.spikes import Skipped
 from vtrain.train.step import Step, Teacher, Term
-from vtrain_builtin.adamw import AdamWOptions, build_adamw
 from vtrain_sanavideo.crepa import Crepa
 from vtrain_sanavideo.crepa_options import CrepaOptions
 from vtrain_sanavideo.denoiser import SanaVideoDenoiser
 from vtrain_sanavideo.flow import SanaVideoFlow
 from vtrain_sanavideo.options import SanaVideoFlowOptions
 
-RANK = 16
-LR = 1e-5
 TEXT_TOKENS, REAL_TOKENS = 300, 120
 FORWARD_TFLOP, FORWARD_TOKENS = 121.0, 32_760
 NEVER = 10**9
@@ -110,7 +114,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Setup:
-    """What is measured. mode: "lora" or "full". steps: of a block."""
+    """What is measured. mode: "lora" or "full". steps: of a block. turns: whether sides take turns where that is possible."""
 
     mode: str
     clip: Clip
@@ -118,11 +122,12 @@ class Setup:
     device: torch.device
     steps: int
     checkpointing: bool = True
+    turns: bool = True
 
-    @property
-    def on_cpu(self) -> Setup:
-        """The same with a model that is made on the CPU."""
-        return replace(self, device=torch.device("cpu"))
+    def plan(self, row: str) -> Plan:
+        """Of a row in this setup. Raises ConfigError."""
+        clip = (self.clip.width, self.clip.height, self.clip.frames)
+        return plan_of(row, self.mode, self.config, clip, steps=self.steps, checkpointing=self.checkpointing)
 
     @property
     def is_real(self) -> bool:
@@ -135,7 +140,7 @@ class Setup:
     @property
     def in_turn(self) -> bool:
         """Whether two models with their states are held at once."""
-        return self.mode == "lora" or self.device.type == "cpu"
+        return self.turns and (self.mode == "lora" or self.device.type == "cpu")
 
     def tflop(self) -> float | None:
         """Work of a step; None for a model that is not the real one."""
@@ -145,11 +150,14 @@ class Setup:
         return FORWARD_TFLOP * forwards * self.clip.tokens / FORWARD_TOKENS
 
 
-def build(setup: Setup) -> SanaVideoTransformer3DModel:
-    """The transformer with random weights, made on the device. Its rotary tables are computed, so they are real."""
+def build(setup: Setup, dtype: torch.dtype | None = None) -> SanaVideoTransformer3DModel:
+    """The transformer with random weights, made on the device. Its rotary tables are computed, so they are real.
+
+    dtype: None for the mode's own, bf16 under LoRA.
+    """
     with init_empty_weights(include_buffers=False):
         model = SanaVideoTransformer3DModel(**setup.config)
-    dtype = torch.bfloat16 if setup.mode == "lora" else torch.float32
+    dtype = dtype or (torch.bfloat16 if setup.mode == "lora" else torch.float32)
     state = {}
     for name, weight in model.named_parameters():
         made = torch.empty(weight.shape, dtype=dtype, device=setup.device)
@@ -270,62 +278,82 @@ def vtrain_side(
     terms: Mapping[str, Term] | None = None,
     features: FeatureShape | None = None,
     *,
-    checkpointing: Mapping[str, object] | None = None,
-    offloaded: Mapping[str, object] | None = None,
+    row: str = "vtrain",
 ) -> Iterator[Block]:
-    """checkpointing, offloaded: of [precision] and [offload], where they are not the setup's."""
-    table = OffloadTable.model_validate(offloaded or {})
-    denoiser = SanaVideoDenoiser(build(setup if table.group is None else setup.on_cpu), setup.geometry)
-    if setup.mode == "lora":
-        add_lora(denoiser, LoraTable(rank=RANK), 0, "")
-    precision = {"gradient_checkpointing": setup.checkpointing, **(checkpointing or {})}
-    checkpoint_gradients(denoiser, PrecisionTable.model_validate(precision), "")
-    held, device = ExitStack(), processes.device
-    if table.group is not None:
-        offload(denoiser, table, device, held)
-    sampler = SanaVideoFlow(SanaVideoFlowOptions(), {})
-    step = Step(denoiser, sampler, terms or {}, RunLength(NEVER, 10.0))
-    step.train()
-    named = trained(step)
-    host = HostWeights(named, device) if table.optimizer else None
-    optimizer = build_adamw(AdamWOptions(lr=LR), groups(host.named if host else named, denoiser=denoiser))
-    if host is not None:
-        host.step_here(optimizer)
-    loop = Loop(
-        processes.wrap(step),
-        optimizer,
-        [parameter for _, parameter in named],
-        lambda _step: 1.0,
-        Prefetcher(
-            RandomBatches(setup, features=features),  # type: ignore[arg-type]
-            None,  # type: ignore[arg-type]
-            sampler,
-            0,
-            processes.device,
-            timesteps_of="sanavideo",
-        ),
-        processes,
-        TrainTable(steps=NEVER, log_every=setup.steps),
-        Ends(lambda _step, _micro: iter(()), None, Inbox()),
-        first=0,
-        last=NEVER,
-        micro_batch=0,
-        steps_per_epoch=4.0,
-        seed=0,
-    )
-    events = loop.run(CheckpointTable(every=Duration(NEVER, "steps")), None, at_start=False)
+    """row: of ROWS; its settings are those of the plan of its configuration file."""
+    plan = setup.plan(row)
+    config, device = plan.config, processes.device
+    named_part = config.optimizer.registered.spec
+    assert isinstance(named_part, OptimizerSpec)
+    with ExitStack() as held:
+        denoiser = loaded(setup, plan, device, held)
+        sampler = SanaVideoFlow(SanaVideoFlowOptions(), {})
+        step = Step(denoiser, sampler, terms or {}, RunLength(NEVER, 10.0))
+        step.train()
+        named = trained(step)
+        host = HostWeights(named, device) if config.offload.optimizer else None
+        parts = groups(host.named if host else named, denoiser=denoiser)
+        optimizer = named_part.build(config.optimizer.options, parts)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        if host is not None:
+            host.step_here(optimizer)
+        average = Average(trained(denoiser.module), config.ema, device) if config.ema else None
+        if average is not None:
+            held.callback(average.close)
+        loop = Loop(
+            processes.wrap(step),
+            optimizer,
+            [parameter for _, parameter in named],
+            lambda _step: 1.0,
+            Prefetcher(
+                RandomBatches(setup, features=features),  # type: ignore[arg-type]
+                None,  # type: ignore[arg-type]
+                sampler,
+                0,
+                device,
+                timesteps_of="sanavideo",
+            ),
+            processes,
+            config.train,
+            Ends(lambda _step, _micro: iter(()), None, Inbox(), skipped=Skipped(config.train.skip_nonfinite)),
+            first=0,
+            last=NEVER,
+            micro_batch=0,
+            steps_per_epoch=4.0,
+            seed=0,
+            average=average,
+        )
+        events = loop.run(CheckpointTable(every=Duration(NEVER, "steps")), None, at_start=False)
 
-    def block() -> None:
-        event = next(each for each in events if isinstance(each, Logged))
-        assert len(event.steps) == setup.steps
-        check(event.steps[-1].loss)
+        def block() -> None:
+            event = next(each for each in events if isinstance(each, Logged))
+            assert len(event.steps) == setup.steps
+            check(event.steps[-1].loss)
 
-    try:
+        held.callback(processes.let_go)  # else the next side is measured with this one's model in memory
+        held.callback(events.close)  # type: ignore[attr-defined]
         yield block
-    finally:
-        events.close()  # type: ignore[attr-defined]
-        held.close()
-        processes.let_go()  # else the next side is measured with this one's model in memory
+
+
+def loaded(setup: Setup, plan: Plan, device: Device, held: ExitStack) -> SanaVideoDenoiser:
+    """As vtrain loads it for the plan, with random weights. What a run makes on the CPU is made on the card, which is faster, and
+    moved; the peak counts from then on."""
+    config, quantised, away = plan.config, plan.storage.quantised, plan.config.offload.group is not None
+    model = build(setup, torch.float32 if plan.loaded == "fp32" else torch.bfloat16)
+    if quantised or away:
+        model.cpu()
+        device.release()
+        device.reset_peak()
+    denoiser = SanaVideoDenoiser(model, setup.geometry)
+    if quantised:
+        there = config.precision.quantize_on == "accelerator"
+        quantise(denoiser, plan.storage, denoiser.lora_targets, str(device), there=there)
+    if config.model.table.lora is not None:
+        add_lora(denoiser, config.model.table.lora, 0, "")
+    checkpoint_gradients(denoiser, config.precision, "")
+    if away:
+        offload(denoiser, config.offload, device, held)
+    return denoiser
 
 
 SIDES: dict[str, Callable[[Setup, Processes], AbstractContextManager[Block]]] = {
@@ -337,20 +365,14 @@ SIDES: dict[str, Callable[[Setup, Processes], AbstractContextManager[Block]]] = 
 
 
 SAVING: dict[str, Callable[[Setup, Processes], AbstractContextManager[Block]]] = {
-    "no checkpointing": partial(vtrain_side, checkpointing={"gradient_checkpointing": False}),
-    "every 2nd block": partial(vtrain_side, checkpointing={"gradient_checkpointing_interval": 2}),
-    "feed-forward": partial(vtrain_side, checkpointing={"gradient_checkpointing": "feed_forward"}),
-    "block offload": partial(vtrain_side, offloaded={"group": "block"}),
-    "block offload, stream": partial(vtrain_side, offloaded={"group": "block", "stream": True}),
-    "leaf offload": partial(vtrain_side, offloaded={"group": "leaf"}),
-    "states on CPU": partial(vtrain_side, offloaded={"optimizer": True}),
+    name: partial(vtrain_side, row=name) for name in ROWS if name != "vtrain"
 }
-"""vtrain with what saves memory, and without; each compared with vtrain."""
+"""vtrain in other precisions and with what saves memory."""
 
 
 def applies(side: str, setup: Setup) -> bool:
-    """Full training has no frozen weights to offload, and what offloads needs every block to be recomputed."""
-    return "offload" not in side or (setup.mode == "lora" and setup.checkpointing)
+    """Whether the row is of this mode; and what offloads needs every block to be recomputed."""
+    return side not in ROWS or (setup.mode in ROWS[side].modes and (setup.checkpointing or " offload" not in side))
 
 
 def check(loss: float) -> None:

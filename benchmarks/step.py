@@ -6,6 +6,10 @@ its batches in memory; vtrain is the real thing, from a config file: it reads ca
 writes metrics. CPU-seconds count all threads of the process, vtrain's feeding thread too. Peak memory is the maximum
 resident size of a process of its own for each side.
 
+Modes beside full training and LoRA: four accumulated clips a step; an average of the weights (EMA), which the bare loop keeps with
+torch._foreach_lerp_; and bf16 weights, by stochastic rounding and by Kahan summation, for which both sides have the very same
+optimizer (vtrain_builtin's), so that the loops alone are compared.
+
 A last row compares vtrain with itself: with listeners (TensorBoard, one that raises, one that hangs, one that prints) and
 without.
 """
@@ -32,7 +36,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from report import Ratio, ratio, say, say_machine, table, write_json
-from workload import BASE, MODELS, MODES, RANK, Model, fill, read_samples, write_config
+from workload import MODELS, MODES, RANK, Model, fill, read_samples
+from works import LR, WORKS, config_of, same_optimizer
 
 from vtrain.contract import Event, RunInfo
 
@@ -179,11 +184,14 @@ def bare_block(config: Path, model: Model, mode: str, steps: int) -> Iterator[Bl
     """The bare loop on the samples that vtrain cached for `config`."""
     import bare
 
-    family, samples = bare.FAMILIES[model.use], read_samples(config, model)
+    work, family, samples = WORKS[mode], bare.FAMILIES[model.use], read_samples(config, model)
     checkpoint = model.build(config.parent)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[BASE[mode]]
-    net = bare.prepare(family, family.load(checkpoint / "transformer", dtype), RANK if mode == "lora" else None)
-    losses = bare.train(family, net, bare.adamw(net, 1e-5), [bare.Sample(*sample) for sample in samples])
+    net = bare.prepare(
+        family, family.load(checkpoint / "transformer", work.dtype), RANK if work.mode == "lora" else None
+    )
+    optimizer = same_optimizer(net, work.optimizer) if work.optimizer else bare.adamw(net, LR)
+    given = [bare.Sample(*sample) for sample in samples]
+    losses = bare.train(family, net, optimizer, given, accumulate=work.accumulate, average=work.average)
 
     def block() -> float:
         for _ in range(steps):
@@ -203,7 +211,7 @@ def seconds_of(block: Block, clock: Callable[[], float]) -> float:
 
 def measure_time(folder: Path, model: Model, mode: str, pairs: int, steps: int) -> Timed:
     """Pairs of blocks in turn, after one block of each to warm up."""
-    config = write_config(folder, model, mode, log_every=steps, name=f"time-{model.name}-{mode}")
+    config = config_of(folder, model, mode, log_every=steps, name=f"time-{model.name}-{mode}")
     fill(config)
     seconds: dict[str, list[float]] = {"bare": [], "vtrain": []}
     with ExitStack() as stack:
@@ -227,7 +235,7 @@ def measure_listeners(folder: Path, model: Model, mode: str, pairs: int, steps: 
     with ExitStack() as stack:
         blocks = {}
         for side in seconds:
-            config = write_config(folder, model, mode, log_every=steps, name=f"listeners-{side}-{model.name}-{mode}")
+            config = config_of(folder, model, mode, log_every=steps, name=f"listeners-{side}-{model.name}-{mode}")
             fill(config)
             blocks[side] = stack.enter_context(vtrain_block(config, listening=side == "with"))
             blocks[side]()
@@ -241,7 +249,7 @@ def measure_listeners(folder: Path, model: Model, mode: str, pairs: int, steps: 
 
 def run_side(folder: Path, model: Model, mode: str, side: str, steps: int) -> int:
     """One block on one side alone. Gives this process's peak resident bytes."""
-    config = write_config(folder, model, mode, log_every=steps, name=f"rss-{model.name}-{mode}-{os.getpid()}")
+    config = config_of(folder, model, mode, log_every=steps, name=f"rss-{model.name}-{mode}-{os.getpid()}")
     with vtrain_block(config) if side == "vtrain" else bare_block(config, model, mode, steps) as block:
         block()
     return peak_bytes()
@@ -255,7 +263,7 @@ def peak_bytes() -> int:
 
 def measure_memory(folder: Path, model: Model, mode: str, pairs: int, steps: int) -> Memory:
     """Processes of their own, in turn."""
-    config = write_config(folder, model, mode, log_every=steps, name=f"rss-{model.name}-{mode}")
+    config = config_of(folder, model, mode, log_every=steps, name=f"rss-{model.name}-{mode}")
     fill(config)
     read_samples(config, model)
     peaks: dict[str, list[int]] = {"bare": [], "vtrain": []}
@@ -300,7 +308,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=24, help="pairs of blocks for each workload (default: 24)")
     parser.add_argument("--steps", type=int, help=f"steps of a block (default: {STEPS})")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--modes", nargs="+", choices=WORKS, default=list(MODES), help="(default: full lora)")
     parser.add_argument("--rss-pairs", type=int, default=RSS_PAIRS, help="pairs of processes for peak memory; 0: none")
     parser.add_argument("--folder", type=Path, help="where checkpoints and caches go (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")

@@ -23,14 +23,20 @@ MODULES = (
     "crepa",
     "crepa_memory",
     "efficientnet",
+    "features",
+    "gpu_results",
+    "gpu_rows",
     "gpu_sana2b",
     "gpu_sides",
+    "measured",
     "report",
     "startup",
     "steadiness",
     "step",
     "tiny_world",
     "workload",
+    "works",
+    "world_time",
 )
 
 

@@ -128,3 +128,26 @@ def test_too_little_memory_is_a_row_and_not_the_end(module: Load, monkeypatch: p
     assert gpu.row(found["bare"])[-1].startswith("out of memory")
     assert gpu.row(found["bare"])[3] == "-"
     assert gpu.ratios(found) == {}
+
+
+def test_models_that_do_not_fit_together_are_timed_one_after_the_other(
+    module: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = module("gpu_sana2b")
+    held: list[object] = []
+
+    @contextmanager
+    def alone(_setup: object, _processes: object) -> Iterator[Callable[[], None]]:
+        if held:
+            raise torch.OutOfMemoryError("planted")
+        held.append(_setup)
+        try:
+            yield lambda: None
+        finally:
+            held.clear()
+
+    monkeypatch.setattr(gpu, "ALL", {"bare": alone, "EMA": alone})
+    setup = gpu.Setup("lora", gpu.Clip(64, 64, 9), gpu.TINY, torch.device("cpu"), 1)
+    found = gpu.measure(setup, None, 2, ("bare", "EMA"))
+    assert [(len(each.seconds), each.in_turn, each.note) for each in found.values()] == [(2, False, "")] * 2
+    assert {gpu.row(each)[-1] for each in found.values()} == {"one after the other"}

@@ -45,6 +45,7 @@ def test_the_benchmark_of_features_compares_a_run_with_one_and_without(script_he
     )  # fmt: skip
     (cost,) = numbers["features"]
     assert cost["feature"] == "layersync"
+    assert numbers["model"] == "tiny"
     assert cost["without"] > 0
     assert cost["with_it"] > 0
     assert "| layersync " in text
@@ -120,12 +121,29 @@ def test_the_startup_benchmark_compares_commands_and_says_of_which_install(scrip
 @pytest.mark.slow
 def test_the_gpu_benchmark_runs_on_a_cpu_with_a_tiny_model(script_here: Script) -> None:
     text, numbers = script_here("gpu_sana2b.py", "--device", "cpu", "--tiny", "--blocks", "2", "--steps", "1")
-    assert [(setup["mode"], setup["clip"]) for setup in numbers["setups"]] == [("lora", "64x64x9"), ("full", "64x64x9")]
+    (here,) = numbers["cards"]
+    assert list(here["groups"]) == ["lora 64x64x9", "full 64x64x9"]
     sides = ("bare", "vtrain", "CREPA cached", "CREPA decoded")
-    assert all(len(setup[side]["seconds"]) == 2 for setup in numbers["setups"] for side in sides)
-    assert all(setup["ratios"]["CREPA cached / vtrain, seconds"]["limit"] == 1.05 for setup in numbers["setups"])
+    groups = here["groups"].values()
+    assert all(len(group["sides"][side]["seconds"]) == 2 for group in groups for side in sides)
+    assert all(group["ratios"]["CREPA cached / vtrain, seconds"]["limit"] == 1.05 for group in groups)
     assert "SimpleTuner" in text
     assert text.count("| in turn") == 8
+
+
+@pytest.mark.slow
+def test_groups_of_the_gpu_benchmark_complete_one_file_and_have_the_bare_loop_with_them(script_here: Script) -> None:
+    quick = ("gpu_sana2b.py", "--device", "cpu", "--tiny", "--blocks", "1", "--steps", "1", "--rows")
+    script_here(*quick, "full", "lora-base")
+    text, numbers = script_here(*quick, "lora-offload")
+    (here,) = numbers["cards"]
+    assert list(here["groups"]) == ["full 64x64x9", "lora-base 64x64x9", "lora-offload 64x64x9"]
+    for group in here["groups"].values():
+        rows = [side for side in group["sides"] if side != "bare"]
+        assert all(not each["note"] for each in group["sides"].values())
+        assert {f"{row} / bare, seconds" for row in rows} <= set(group["ratios"])
+    assert "| base int4 " in text
+    assert "| leaf offload " in text
 
 
 @pytest.mark.slow
@@ -224,10 +242,10 @@ def test_two_records_are_compared_bit_for_bit_under_the_keys_of_today(
 
 
 @pytest.mark.slow
-def test_the_gpu_benchmark_compares_what_saves_memory_with_vtrain(script_here: Script) -> None:
+def test_the_gpu_benchmark_compares_chosen_rows_with_vtrain(script_here: Script) -> None:
     more = ["feed-forward", "every 2nd block", "block offload, stream", "leaf offload", "states on CPU"]
     quick = ("--device", "cpu", "--tiny", "--blocks", "2", "--steps", "1")
     _, numbers = script_here("gpu_sana2b.py", *quick, "--sides", "vtrain", *more)
-    lora, full = numbers["setups"]
+    lora, full = numbers["cards"][0]["groups"].values()
     assert lora["ratios"].keys() == {f"{side} / vtrain, seconds" for side in more}
     assert full["ratios"].keys() == {f"{side} / vtrain, seconds" for side in more if "offload" not in side}

@@ -19,11 +19,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 LACKING = (
-    "annotated-types", "av", "charset-normalizer", "diffusers", "ftfy", "importlib-metadata", "nvidia-ml-py", "pydantic",
-    "pydantic-core", "pytest-timeout", "requests", "tomli", "tree-sitter", "tree-sitter-toml", "typing-inspection",
-    "wcwidth", "zipp", "zstandard",
+    "annotated-types", "av", "charset-normalizer", "diffusers", "ftfy", "importlib-metadata", "ninja", "nvidia-ml-py",
+    "optimum-quanto", "pydantic", "pydantic-core", "pytest-timeout", "requests", "tomli", "torch-optimi", "tree-sitter",
+    "tree-sitter-toml", "typing-inspection", "wcwidth", "zipp", "zstandard",
 )  # fmt: skip
-"""What an image made for PyTorch does not have, of what vtrain and the families need."""
+"""What an image made for PyTorch does not have, of what vtrain, the families and the rows of benchmarks/gpu_sana2b.py need; but for
+bitsandbytes, without which the rows `adamw8bit` say so."""
 
 OURS = {"vtrain": ".", "vtrain-sanavideo": "sanavideo_plugin", "vtrain-wan": "wan_plugin"}
 """Distributions, and their folders."""

@@ -420,6 +420,11 @@ class Card:
     def set_device(self, index: int) -> None:
         self._note("set_device", index)
 
+    def Event(self) -> Any:  # noqa: N802 - as torch.cuda names it
+        from types import SimpleNamespace
+
+        return SimpleNamespace(record=lambda: self._note("record"), synchronize=lambda: self._note("wait"))
+
     def synchronize(self, index: int) -> None:
         self._note("synchronize", index)
         if self.wrong:

@@ -109,14 +109,14 @@ def test_a_resumed_run_is_the_same_run_beside_a_regularizer(
     """Half of the draws have the picture. A copy made in the middle of step 8 is what a kill would leave."""
     values = {"train": "lora", "steps": 12, "save": 5, "accumulate": 2, "log_every": 4}
     more, model = HALF + COLOURS.format(teacher=teacher), "always = false\n"
-    straight, real = another(), Loop.clip
+    straight, real = another(), Loop.norm
 
     def copied(self: Loop, number: int) -> Tensor | None:
         if number == 7 and not own.output.exists():
             shutil.copytree(straight.output, own.output)
         return real(self, number)
 
-    monkeypatch.setattr(Loop, "clip", copied)
+    monkeypatch.setattr(Loop, "norm", copied)
     within("run", write(straight, more, model, **values))
     assert [path.name for path in (own.output / "checkpoints").iterdir()] == ["step-000005"]
     assert "resuming from" in within("run", write(own, more, model, **values)).stdout

@@ -185,14 +185,14 @@ def test_a_resumed_run_of_image_to_video_is_the_same_run(
 ) -> None:
     """Under LoRA, with dropout and gradient checkpointing. A copy made in the middle of step 8 is what a kill would leave."""
     values = {"train": "lora", "steps": 30, "save": 5, "accumulate": 2, "log_every": 4, "more": HALF}
-    straight, real = another(), Loop.clip
+    straight, real = another(), Loop.norm
 
     def copied(self: Loop, number: int) -> Tensor | None:
         if number == 7 and not folder.output.exists():
             shutil.copytree(straight.output, folder.output)
         return real(self, number)
 
-    monkeypatch.setattr(Loop, "clip", copied)
+    monkeypatch.setattr(Loop, "norm", copied)
     within("run", straight.write(**values))
     assert [path.name for path in (folder.output / "checkpoints").iterdir()] == ["step-000005"]
     assert "resuming from" in within("run", folder.write(**values)).stdout

@@ -44,6 +44,12 @@ def events_of(folder: Path, first: int = 1) -> tuple[Event, ...]:
         stream.Logged((metrics(first), metrics(first + 1))),
         stream.Warned("1 clip skipped"),
         stream.Logged((metrics(first + 2),)),
+        stream.LossSpike(
+            first + 2, 9.5, 0.4, ("clips/a.mp4",), (0.25,), f"step {first + 2}: loss 9.5, expected about 0.4"
+        ),
+        stream.StepSkipped(
+            first + 2, 1, 3, ("clips/b.mp4",), f"step {first + 2} was not taken: its loss is not finite"
+        ),
         stream.Validating(last, 1),
         stream.Generating(last, "solving", 1, 1, 3, 10),
         stream.Validated(last, {"cat": video}, None, ("dog: out of memory",)),

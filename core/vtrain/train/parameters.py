@@ -87,8 +87,9 @@ def target_faults(module: nn.Module, targets: Sequence[str], where: str) -> Iter
             yield Problem(where, f'no module of the model is called "{target}".', "Correct [model.lora] targets.")
         for name, each in found.items():
             if not isinstance(each, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-                what = f'targets: "{target}" is also {name}, a {type(each).__name__}, which can have no adapter.'
-                yield Problem(where, what, "Write more of the names that are meant.")
+                also = "also " if len(found) > 1 else ""
+                what = f'targets: "{target}" is {also}{name}, a {type(each).__name__}, which can have no adapter.'
+                yield Problem(where, what, "Name the layers that are meant.")
                 break
             if getattr(each, "groups", 1) > 1:
                 yield Problem(where, GROUPED.format(name), "Leave it out of [model.lora] targets.")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from vtrain.contract import ParameterGroup
+from vtrain.contract import Options, ParameterGroup
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +19,20 @@ Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]
 USUAL_LR, SENSIBLE_LR = (1e-7, 1e-2), 1.0
 """Of optimizers whose step moves each weight by about lr, whatever its gradient's size: a model's weights are of the order of 0.01
 to 1."""
+
+
+class DecoupledDecay(Options):
+    """Options `lr` and `weight_decay`, of a decay that scales weights by 1 - lr x weight_decay in a step (arXiv 1711.05101)."""
+
+    @model_validator(mode="after")
+    def _something_is_left(self) -> Self:
+        product = math.prod(self.model_dump(include={"lr", "weight_decay"}).values())
+        if product >= 1:
+            raise ValueError(
+                f"lr x weight_decay is {product:g}, and a step scales weights by 1 less that: nothing of them would be left. "
+                "Set a lower weight_decay; 0.01 to 0.1 are usual"
+            )
+        return self
 
 
 def torch_groups(

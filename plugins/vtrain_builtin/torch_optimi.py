@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from vtrain.contract import Device, Moved, OptimizerSpec, Options, ParameterGroup, fixed
-from vtrain_builtin.optimizer_groups import SENSIBLE_LR, USUAL_LR, Beta, Betas, torch_groups
+from vtrain.contract import Device, Moved, OptimizedRun, OptimizerSpec, Options, ParameterGroup, fixed
+from vtrain_builtin.optimizer_groups import SENSIBLE_LR, USUAL_LR, Beta, Betas, DecoupledDecay, torch_groups
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,7 @@ class AdamOptions(Options):
     )
 
 
-class AdamWOptions(AdamOptions):
+class AdamWOptions(AdamOptions, DecoupledDecay):
     """Options of `optimi-adamw`."""
 
     weight_decay: float = Field(0.01, ge=0, description=_DECAY)
@@ -49,7 +49,7 @@ class StableAdamWOptions(AdamWOptions):
     )
 
 
-class RAdamOptions(AdamOptions):
+class RAdamOptions(AdamOptions, DecoupledDecay):
     """Options of `optimi-radam`."""
 
     weight_decay: float = Field(0.0, ge=0, description=_DECAY)
@@ -62,7 +62,7 @@ class RangerOptions(RAdamOptions):
     alpha: float = Field(0.5, gt=0, le=1, description="share of the way that the slow weights then go")
 
 
-class LionOptions(Options):
+class LionOptions(DecoupledDecay):
     """Options of `optimi-lion`. Its authors take a third to a tenth of AdamW's learning rate, and 3 to 10 times its decay."""
 
     lr: float = Field(gt=0, examples=[3e-5], description="learning rate: how far a step moves each weight")
@@ -81,11 +81,12 @@ class AdanOptions(Options):
     weight_decay: float = Field(0.02, ge=0, description="a step divides weights by 1 + lr x weight_decay")
 
 
-class SgdOptions(Options):
+class SgdOptions(DecoupledDecay):
     """Options of `optimi-sgd`."""
 
     lr: float = Field(gt=0, examples=[1e-2], description="learning rate: a step is lr times the gradient")
-    momentum: float = Field(0.9, ge=0, lt=1, description="decay of the running sum of gradients; 0: none is kept")
+    # At 0 there is none in a state that the other would go on from.
+    momentum: float = fixed(0.9, ge=0, lt=1, description="decay of the running sum of gradients; 0: none is kept")
     weight_decay: float = Field(0.0, ge=0, description=_DECAY)
 
 
@@ -119,6 +120,23 @@ def _kernels(weights: Sequence[torch.Tensor]) -> dict[str, object]:
     return {"kahan_sum": False, "triton": triton, "foreach": False}
 
 
+SLOWEST = 0.995
+"""Decay of a running mean that is kept in bf16: with slower ones a step changes it by less than half of what bf16 can tell apart
+(2^-8 of it). After gradients fell to a tenth, optimi-adamw with 0.999 went half of the way of fp32 weights, with 0.99 all of it."""
+
+
+def _advice(options: Any, run: OptimizedRun) -> Sequence[str]:
+    given = options.model_dump()
+    slow = [each for each in given.get("betas", (given.get("momentum", 0.0),)) if each > SLOWEST]
+    if run.trained != "bf16" or not slow:
+        return ()
+    key = "betas" if "betas" in given else "momentum"
+    return (
+        f"optimizer.{key}: of bf16 weights the running means are bf16 too, and a decay of {slow[0]:g} is lost in rounding, so that "
+        f"steps are of a wrong size. Take at most {SLOWEST:g}, or adamw_bf16, which rounds by chance",
+    )
+
+
 def _spec(
     name: str,
     summary: str,
@@ -144,6 +162,7 @@ def _spec(
         usual_lr=usual,
         sensible_lr=SENSIBLE_LR,
         library=LIBRARY,
+        advice=None if bf16 is None else _advice,
     )
 
 

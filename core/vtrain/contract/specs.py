@@ -12,6 +12,7 @@ import pluggy
 from vtrain.contract.backends import DataBackend
 from vtrain.contract.captions import CaptionExtra
 from vtrain.contract.errors import ConfigError, PluginError, Problem
+from vtrain.contract.optimizers import OptimizedRun
 from vtrain.contract.options import Options
 from vtrain.contract.protocols import Family, Sampler, Tracker
 from vtrain.contract.records import ParameterGroup
@@ -98,7 +99,7 @@ class OptimizerSpec(Spec):
     usual_lr: lowest and highest learning rate of usual training; beyond it the plan warns. sensible_lr: above it nothing is
     learned, which is an error. None: any.
     library: (module, requirement for pip) of what build imports beside torch, where the plugin's distribution does not depend on
-    it: where it is not installed, the plan says so. advice(options, lr_schedule.use, whether it warms up): what the plan warns of.
+    it: where it is not installed, the plan says so. advice(options, run): what of them does not go together; the plan warns of it.
     """
 
     kind: ClassVar[str] = "optimizer"
@@ -109,7 +110,7 @@ class OptimizerSpec(Spec):
     sensible_lr: float | None = None
     state_bytes_of: Mapping[str, float] = field(default_factory=dict)
     library: tuple[str, str] | None = None
-    advice: Callable[[Any, str, bool], Sequence[str]] | None = None
+    advice: Callable[[Any, OptimizedRun], Sequence[str]] | None = None
 
     def bytes_of_state(self, weights: str) -> float:
         """Bytes of state per parameter of this type: "fp32" or "bf16"."""

@@ -20,7 +20,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHAPES: Mapping[str, tuple[int, ...]] = {
     "block.weight": (16, 24),
     "block.norm": (24,),
-    "block.bias": (5000,),  # as long as real ones: what is kept of each may be of fewer numbers, and of as many dimensions
+    "block.bias": (
+        5000,
+    ),  # as long as real ones: what is kept of each may be of fewer numbers, and of as many dimensions
     "head.weight": (6, 16),
 }
 GROUPS: Mapping[str, tuple[bool, float]] = {

@@ -295,7 +295,9 @@ class OptimizerPiece:
         odd = sorted(found.keys() - {name for name, _ in self.named})
         if len(counted) != len(self.optimizer.param_groups):
             odd.append(f"{len(counted)} groups instead of {len(self.optimizer.param_groups)}")
-        return odd + [name for name, parameter in self.named if name in found and not state_fits(found[name], parameter)]
+        return odd + [
+            name for name, parameter in self.named if name in found and not state_fits(found[name], parameter)
+        ]
 
 
 _KEPT = (

@@ -24,6 +24,8 @@ def split(base: type[torch.optim.Optimizer], *, whole: bool) -> type[torch.optim
     """
 
     class Split(base):  # type: ignore[misc, valid-type]
+        param_groups: list[dict[str, Any]]
+
         @torch.no_grad()
         def step(self, closure: Any = None) -> None:
             for group in self.param_groups:
@@ -47,14 +49,15 @@ def split(base: type[torch.optim.Optimizer], *, whole: bool) -> type[torch.optim
             return group
 
         def _move(self, weight: nn.Parameter, group: dict[str, Any]) -> None:
-            state = self.state[weight]
-            if weight.grad.stride() != weight.stride():  # type: ignore[union-attr]
-                weight.grad = torch.empty_like(weight).copy_(weight.grad)  # pieces are stretches of memory
+            state, gradient = self.state[weight], weight.grad
+            assert gradient is not None
+            if gradient.stride() != weight.stride():  # pieces are stretches of memory
+                weight.grad = gradient = torch.empty_like(weight).copy_(gradient)
             self._init_state(group, state, weight)
             rest = state.setdefault(REST, torch.zeros_like(weight, dtype=torch.int16))
             moments = {key: value for key, value in state.items() if _is_moment(value, weight)}
             others = {key: value for key, value in state.items() if key not in moments and key != REST}
-            for low, below, slope, *kept in pieces(weight, rest, weight.grad, *moments.values(), whole=whole):  # type: ignore[arg-type]
+            for low, below, slope, *kept in pieces(weight, rest, gradient, *moments.values(), whole=whole):
                 exact = nn.Parameter(joined(low, below))
                 exact.grad = slope.float()
                 of_piece = dict(zip(moments, kept, strict=True))

@@ -151,14 +151,14 @@ def test_a_full_card_says_what_was_asked_for_and_what_is_free(card: Any) -> None
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "stableadamw", "radam", "adan", "lion", "sgd"])
-def test_bf16_weights_go_on_the_card_where_fp32_weights_go(card: Any, name: str, record_property: Record) -> None:
+def test_bf16_weights_go_on_the_card_where_fp32_weights_go(device: Any, name: str, record_property: Record) -> None:
     """With the library's Triton kernels, where they are: of pieces of fp32 weights, and moments in bf16."""
     from vtrain.contract import ParameterGroup
     from vtrain_builtin.plugin import vtrain_optimizers
     from vtrain_builtin.split_weights import REST, joined
 
     spec = {spec.name: spec for spec in vtrain_optimizers()}[f"optimi-{name}"]
-    start = torch.rand(300, 100, generator=torch.Generator().manual_seed(0)).add(0.5).to(card.torch, torch.bfloat16)
+    start = torch.rand(300, 100, generator=torch.Generator().manual_seed(0)).add(0.5).to(device.torch, torch.bfloat16)
     low, high = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.float())
     options = spec.options.model_validate({"lr": 1e-5, "weight_decay": 0.01})
     ours, theirs = (spec.build(options, [ParameterGroup((("w", each),), decay=True)]) for each in (low, high))

@@ -91,7 +91,8 @@ class OptimizerSpec(Spec):
     """An optimizer. build(options, parameter groups) -> torch.optim.Optimizer, imports torch. options has a field `lr`.
 
     moves: the weights that it moves rightly. "bf16": with stochastic rounding, or what rounding takes kept in more than bf16;
-    without, updates of the usual size are lost in rounding. "sharded": of which each process holds a part: each number's update depends on that number's own.
+    without, updates of the usual size are lost. "sharded": of which each process holds a part: each number's update depends on
+    that number's own.
     state_bytes: bytes of state per trained parameter, for the plan; 0: it keeps none. Where options decide it, the most that they
     make it keep: with others it may keep less, or nothing. state_bytes_of: the same by type of weights ("bf16"), where it differs.
     What it keeps are tensors and numbers in optimizer.state[parameter], and numbers, flags and tensors on the CPU in its groups:

@@ -27,7 +27,8 @@ class DecoupledDecay(Options):
     @model_validator(mode="after")
     def _something_is_left(self) -> Self:
         product = math.prod(self.model_dump(include={"lr", "weight_decay"}).values())
-        if product >= 1:
+        # With a decay of the default it is the rate that is wrong, and the plan says so.
+        if product >= 1 and "weight_decay" in self.model_fields_set:
             raise ValueError(
                 f"lr x weight_decay is {product:g}, and a step scales weights by 1 less that: nothing of them would be left. "
                 "Set a lower weight_decay; 0.01 to 0.1 are usual"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from vtrain.contract import Device, OptimizedRun, OptimizerSpec, ParameterGroup, fixed
-from vtrain_builtin.optimizer_groups import SENSIBLE_LR, USUAL_LR, Betas, DecoupledDecay, torch_groups
+from vtrain_builtin.optimizer_groups import SENSIBLE_LR, USUAL_LR, Betas, DecoupledDecay, decay_advice, torch_groups
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +53,7 @@ ADAMW = OptimizerSpec(
     state_bytes=8.0,
     usual_lr=USUAL_LR,
     sensible_lr=SENSIBLE_LR,
+    advice=decay_advice,
 )
 
 
@@ -87,10 +88,12 @@ def _only(group: ParameterGroup, *, low: bool) -> ParameterGroup:
 
 def advice(options: AdamWBf16Options, run: OptimizedRun) -> Sequence[str]:
     """Where there is nothing for it to round."""
+    found = decay_advice(options, run)
     if run.trained == "bf16":
-        return ()
+        return found
     seed = ", and optimizer.seed does nothing" if "seed" in options.model_fields_set else ""
     return (
+        *found,
         f"adamw_bf16 trains fp32 weights here, as adamw does: it rounds nothing, and saves no memory{seed}. It is for full "
         'training with precision.base = "bf16"',
     )
@@ -141,4 +144,5 @@ ADAMW8BIT = OptimizerSpec(
     usual_lr=USUAL_LR,
     sensible_lr=SENSIBLE_LR,
     library=("bitsandbytes", "vtrain[bitsandbytes]"),
+    advice=decay_advice,
 )

@@ -17,7 +17,15 @@ from pydantic import Field
 
 from vtrain.contract import OptimizedRun, OptimizerSpec, ParameterGroup, fixed
 from vtrain_builtin.adamw import AdamWOptions, build_adamw
-from vtrain_builtin.optimizer_groups import SENSIBLE_LR, USUAL_LR, Beta, Betas, DecoupledDecay, torch_groups
+from vtrain_builtin.optimizer_groups import (
+    SENSIBLE_LR,
+    USUAL_LR,
+    Beta,
+    Betas,
+    DecoupledDecay,
+    decay_advice,
+    torch_groups,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -74,10 +82,11 @@ def _where(group: ParameterGroup, chosen: Callable[[str, Tensor, bool], bool]) -
 
 def advice(options: MuonOptions, run: OptimizedRun) -> Sequence[str]:
     """Modules that the file names and the model does not have."""
+    found = decay_advice(options, run)
     if run.names is None or "adamw_modules" not in options.model_fields_set:
-        return ()
+        return found
     parts = {part for name in run.names for part in name.split(".")}
-    return [
+    return found + [
         f'optimizer.adamw_modules: nothing of the model that is trained is called "{module}"'
         for module in options.adamw_modules
         if module not in parts

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from vtrain.contract import Options, ParameterGroup
+from vtrain.contract import OptimizedRun, Options, ParameterGroup
 
 if TYPE_CHECKING:
     import torch
@@ -24,16 +24,20 @@ to 1."""
 class DecoupledDecay(Options):
     """Options `lr` and `weight_decay`, of a decay that scales weights by 1 - lr x weight_decay in a step (arXiv 1711.05101)."""
 
-    @model_validator(mode="after")
-    def _something_is_left(self) -> Self:
-        product = math.prod(self.model_dump(include={"lr", "weight_decay"}).values())
-        # With a decay of the default it is the rate that is wrong, and the plan says so.
-        if product >= 1 and "weight_decay" in self.model_fields_set:
-            raise ValueError(
-                f"lr x weight_decay is {product:g}, and a step scales weights by 1 less that: nothing of them would be left. "
-                "Set a lower weight_decay; 0.01 to 0.1 are usual"
-            )
-        return self
+    @property
+    def scaled(self) -> float:
+        """By what less than 1 a step scales weights."""
+        return math.prod(self.model_dump(include={"lr", "weight_decay"}).values())
+
+
+def decay_advice(options: Options, run: OptimizedRun) -> list[str]:
+    """A decay by which nothing of a weight is left in a step."""
+    if not isinstance(options, DecoupledDecay) or options.scaled < 1:
+        return []
+    return [
+        f"optimizer.weight_decay: lr x weight_decay is {options.scaled:g}, and a step scales weights by 1 less that: nothing of "
+        "them is left. 0.01 to 0.1 are usual"
+    ]
 
 
 def torch_groups(

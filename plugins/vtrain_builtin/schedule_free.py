@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from vtrain.contract import OptimizedRun, OptimizerSpec, ParameterGroup
-from vtrain_builtin.optimizer_groups import SENSIBLE_LR, USUAL_LR, Beta, DecoupledDecay, torch_groups
+from vtrain_builtin.optimizer_groups import SENSIBLE_LR, USUAL_LR, Beta, DecoupledDecay, decay_advice, torch_groups
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +52,7 @@ def build_schedule_free(options: ScheduleFreeOptions, groups: Sequence[Parameter
 
 def advice(options: ScheduleFreeOptions, run: OptimizedRun) -> Sequence[str]:
     """What of [lr_schedule], and of the run's length, does not go with it."""
-    found = []
+    found = decay_advice(options, run)
     if run.schedule != "constant":
         found.append(
             f'lr_schedule.use = "{run.schedule}" beside schedulefree-adamw: its average takes the place of a schedule; '

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from vtrain.contract import Device, Moved, OptimizedRun, OptimizerSpec, Options, ParameterGroup, fixed
-from vtrain_builtin.optimizer_groups import SENSIBLE_LR, USUAL_LR, Beta, Betas, DecoupledDecay, torch_groups
+from vtrain_builtin.optimizer_groups import (
+    SENSIBLE_LR,
+    USUAL_LR,
+    Beta,
+    Betas,
+    DecoupledDecay,
+    decay_advice,
+    torch_groups,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -126,12 +134,13 @@ SLOWEST = 0.995
 
 
 def _advice(options: Any, run: OptimizedRun) -> Sequence[str]:
-    given = options.model_dump()
+    found, given = decay_advice(options, run), options.model_dump()
     slow = [each for each in given.get("betas", (given.get("momentum", 0.0),)) if each > SLOWEST]
     if run.trained != "bf16" or not slow:
-        return ()
+        return found
     key = "betas" if "betas" in given else "momentum"
     return (
+        *found,
         f"optimizer.{key}: of bf16 weights the running means are bf16 too, and a decay of {slow[0]:g} is lost in rounding, so that "
         f"steps are of a wrong size. Take at most {SLOWEST:g}, or adamw_bf16, which rounds by chance",
     )
@@ -162,7 +171,7 @@ def _spec(
         usual_lr=usual,
         sensible_lr=SENSIBLE_LR,
         library=LIBRARY,
-        advice=None if bf16 is None else _advice,
+        advice=_advice,
     )
 
 

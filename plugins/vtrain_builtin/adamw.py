@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from vtrain.contract import Device, OptimizerSpec, Options, ParameterGroup, fixed
-from vtrain_builtin.optimizer_groups import SENSIBLE_LR, USUAL_LR, Betas, torch_groups
+from vtrain.contract import Device, OptimizedRun, OptimizerSpec, ParameterGroup, fixed
+from vtrain_builtin.optimizer_groups import SENSIBLE_LR, USUAL_LR, Betas, DecoupledDecay, decay_advice, torch_groups
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,7 @@ FUSED = frozenset({"cpu", "cuda", "mps", "xpu"})
 """Device types for which torch has a fused AdamW of floating-point weights."""
 
 
-class AdamWOptions(Options):
+class AdamWOptions(DecoupledDecay):
     """Options of `adamw`. All may change at a resume: the state does not depend on them."""
 
     lr: float = Field(gt=0, examples=[1e-4], description="learning rate")
@@ -53,6 +53,7 @@ ADAMW = OptimizerSpec(
     state_bytes=8.0,
     usual_lr=USUAL_LR,
     sensible_lr=SENSIBLE_LR,
+    advice=decay_advice,
 )
 
 
@@ -85,6 +86,19 @@ def _only(group: ParameterGroup, *, low: bool) -> ParameterGroup:
     return ParameterGroup(chosen, decay=group.decay, lr_factor=group.lr_factor)
 
 
+def advice(options: AdamWBf16Options, run: OptimizedRun) -> Sequence[str]:
+    """Where there is nothing for it to round."""
+    found = decay_advice(options, run)
+    if run.trained == "bf16":
+        return found
+    seed = ", and optimizer.seed does nothing" if "seed" in options.model_fields_set else ""
+    return (
+        *found,
+        f"adamw_bf16 trains fp32 weights here, as adamw does: it rounds nothing, and saves no memory{seed}. It is for full "
+        'training with precision.base = "bf16"',
+    )
+
+
 ADAMW_BF16 = OptimizerSpec(
     name="adamw_bf16",
     summary="AdamW of bf16 weights, with bf16 moments and stochastic rounding",
@@ -95,6 +109,7 @@ ADAMW_BF16 = OptimizerSpec(
     state_bytes_of={"bf16": 4.0},
     usual_lr=USUAL_LR,
     sensible_lr=SENSIBLE_LR,
+    advice=advice,
 )
 
 
@@ -129,4 +144,5 @@ ADAMW8BIT = OptimizerSpec(
     usual_lr=USUAL_LR,
     sensible_lr=SENSIBLE_LR,
     library=("bitsandbytes", "vtrain[bitsandbytes]"),
+    advice=decay_advice,
 )

@@ -15,16 +15,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from vtrain.contract import OptimizerSpec, Options, ParameterGroup
+from vtrain.contract import OptimizedRun, OptimizerSpec, ParameterGroup, fixed
 from vtrain_builtin.adamw import AdamWOptions, build_adamw
-from vtrain_builtin.optimizer_groups import SENSIBLE_LR, USUAL_LR, Beta, Betas, torch_groups
+from vtrain_builtin.optimizer_groups import (
+    SENSIBLE_LR,
+    USUAL_LR,
+    Beta,
+    Betas,
+    DecoupledDecay,
+    decay_advice,
+    torch_groups,
+)
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 
-class MuonOptions(Options):
+class MuonOptions(DecoupledDecay):
     """Options of `muon`. betas and eps are AdamW's, lr and weight_decay both have."""
 
     lr: float = Field(gt=0, examples=[1e-4], description="learning rate; one that is right for AdamW is right here")
@@ -34,7 +42,8 @@ class MuonOptions(Options):
     weight_decay: float = Field(
         0.01, ge=0, description="decoupled decay: a step scales weights by 1 - lr x weight_decay"
     )
-    adamw_modules: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+    # A weight's state is that of the one that moves it.
+    adamw_modules: Annotated[tuple[str, ...], Field(strict=False)] = fixed(
         ("patch_embedding", "patch_embed", "proj_out"),
         description="modules whose weights AdamW moves too (parts of their names between dots): Muon is meant for layers "
         "between others, not for a model's first and last. The default names them as diffusers' video transformers do",
@@ -71,6 +80,19 @@ def _where(group: ParameterGroup, chosen: Callable[[str, Tensor, bool], bool]) -
     return replace(group, parameters=tuple(each for each in group.parameters if chosen(*each, group.decay)))
 
 
+def advice(options: MuonOptions, run: OptimizedRun) -> Sequence[str]:
+    """Modules that the file names and the model does not have."""
+    found = decay_advice(options, run)
+    if run.names is None or "adamw_modules" not in options.model_fields_set:
+        return found
+    parts = {part for name in run.names for part in name.split(".")}
+    return found + [
+        f'optimizer.adamw_modules: nothing of the model that is trained is called "{module}"'
+        for module in options.adamw_modules
+        if module not in parts
+    ]
+
+
 MUON = OptimizerSpec(
     name="muon",
     summary="Muon for matrices and convolution kernels, AdamW for the rest (both torch's own)",
@@ -82,4 +104,5 @@ MUON = OptimizerSpec(
     state_bytes=4.0,
     usual_lr=USUAL_LR,
     sensible_lr=SENSIBLE_LR,
+    advice=advice,
 )

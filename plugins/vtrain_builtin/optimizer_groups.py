@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from vtrain.contract import ParameterGroup
+from vtrain.contract import OptimizedRun, Options, ParameterGroup
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +19,25 @@ Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]
 USUAL_LR, SENSIBLE_LR = (1e-7, 1e-2), 1.0
 """Of optimizers whose step moves each weight by about lr, whatever its gradient's size: a model's weights are of the order of 0.01
 to 1."""
+
+
+class DecoupledDecay(Options):
+    """Options `lr` and `weight_decay`, of a decay that scales weights by 1 - lr x weight_decay in a step (arXiv 1711.05101)."""
+
+    @property
+    def scaled(self) -> float:
+        """By what less than 1 a step scales weights."""
+        return math.prod(self.model_dump(include={"lr", "weight_decay"}).values())
+
+
+def decay_advice(options: Options, run: OptimizedRun) -> list[str]:
+    """A decay by which nothing of a weight is left in a step."""
+    if not isinstance(options, DecoupledDecay) or options.scaled < 1:
+        return []
+    return [
+        f"optimizer.weight_decay: lr x weight_decay is {options.scaled:g}, and a step scales weights by 1 less that: nothing of "
+        "them is left. 0.01 to 0.1 are usual"
+    ]
 
 
 def torch_groups(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from vtrain.contract import OptimizerSpec, Options, ParameterGroup, fixed
+from vtrain.contract import OptimizedRun, OptimizerSpec, Options, ParameterGroup, fixed
 from vtrain_builtin.optimizer_groups import Betas, torch_groups
 
 if TYPE_CHECKING:
@@ -68,16 +68,16 @@ def build_prodigy(options: ProdigyOptions, groups: Sequence[ParameterGroup]) -> 
     return JoinedOptimizer(parts)
 
 
-def advice(options: ProdigyOptions, schedule: str, warms_up: bool) -> Sequence[str]:
+def advice(options: ProdigyOptions, run: OptimizedRun) -> Sequence[str]:
     """What of [lr_schedule] does not go with it, and what it costs."""
     found = ["prodigy reads two numbers of each weight from the device at each step: on a GPU its steps wait for them"]
-    if warms_up and not options.safeguard_warmup:
+    if run.warms_up and not options.safeguard_warmup:
         found.append(
             "lr_schedule.warmup beside prodigy: small rates mislead its estimate; set optimizer.safeguard_warmup = true, "
             "or leave the warm-up out (it starts from d0 by itself)"
         )
-    if schedule not in ("constant", "cosine"):
-        found.append(f'lr_schedule.use = "{schedule}" beside prodigy: its authors use "constant" or "cosine"')
+    if run.schedule not in ("constant", "cosine"):
+        found.append(f'lr_schedule.use = "{run.schedule}" beside prodigy: its authors use "constant" or "cosine"')
     return found
 
 

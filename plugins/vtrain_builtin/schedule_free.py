@@ -7,22 +7,23 @@ average, and y = beta1 x + (1 - beta1) z. x is what the model is good at: valida
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from vtrain.contract import OptimizerSpec, Options, ParameterGroup
-from vtrain_builtin.optimizer_groups import SENSIBLE_LR, USUAL_LR, Betas, torch_groups
+from vtrain.contract import OptimizedRun, OptimizerSpec, ParameterGroup
+from vtrain_builtin.optimizer_groups import SENSIBLE_LR, USUAL_LR, Beta, DecoupledDecay, decay_advice, torch_groups
 
 if TYPE_CHECKING:
     import torch
 
 
-class ScheduleFreeOptions(Options):
+class ScheduleFreeOptions(DecoupledDecay):
     """Options of `schedulefree-adamw`."""
 
     lr: float = Field(gt=0, examples=[2e-4], description="learning rate; usual are 1 to 10 times that of AdamW")
-    betas: Betas = Field(
+    # At 0 the training weights are z, from which the average cannot be told.
+    betas: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], Beta], Field(strict=False)] = Field(
         (0.9, 0.999), description="weight of the average in the training weights, and decay of the squares of gradients"
     )
     eps: float = Field(1e-8, gt=0, description="added to the root of the squares")
@@ -49,22 +50,27 @@ def build_schedule_free(options: ScheduleFreeOptions, groups: Sequence[Parameter
     return optimizer
 
 
-def advice(options: ScheduleFreeOptions, schedule: str, warms_up: bool) -> Sequence[str]:
-    """What of [lr_schedule] does not go with it."""
-    found = []
-    if schedule != "constant":
+def advice(options: ScheduleFreeOptions, run: OptimizedRun) -> Sequence[str]:
+    """What of [lr_schedule], and of the run's length, does not go with it."""
+    found = decay_advice(options, run)
+    if run.schedule != "constant":
         found.append(
-            f'lr_schedule.use = "{schedule}" beside schedulefree-adamw: its average takes the place of a schedule; '
+            f'lr_schedule.use = "{run.schedule}" beside schedulefree-adamw: its average takes the place of a schedule; '
             'its authors leave the rate as it is (use = "constant")'
         )
-    if warms_up and options.warmup_steps:
+    if run.warms_up and options.warmup_steps:
         found.append(
             "lr_schedule.warmup and optimizer.warmup_steps both raise the learning rate from 0: they are multiplied"
         )
-    elif not warms_up and not options.warmup_steps:
+    elif not run.warms_up and not options.warmup_steps:
         found.append(
             "schedulefree-adamw without a warm-up: its authors advise one, of about a twentieth of the run "
             "(optimizer.warmup_steps or lr_schedule.warmup; either way its steps count less in the average)"
+        )
+    if run.steps is not None and options.warmup_steps >= run.steps:
+        found.append(
+            f"optimizer.warmup_steps is {options.warmup_steps} and the run {run.steps} steps: the learning rate never gets past "
+            "its warm-up"
         )
     return found
 

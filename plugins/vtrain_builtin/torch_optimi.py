@@ -1,11 +1,8 @@
-"""Optimizers of torch-optimi (MIT): bf16 weights move by Kahan summation (Kahan, 1965), fp32 weights as usual.
+"""Optimizers of torch-optimi (MIT): fp32 weights as the library has it, bf16 weights by its step in fp32 (`split_weights`).
 
-Kahan summation keeps, of each weight, what rounding to bf16 took off its last update, and adds it to the next. On a CUDA device
-the library's Triton kernels are used where Triton is installed.
-
-Two things are ours. Weight decay: the library multiplies weights by 1 - lr x weight_decay, which in bf16 is 1 for every product
-below 0.002, so that they would not decay at all; here the decay of bf16 weights goes through the same compensation. And groups of
-one type each, as the library decides by group whether it compensates.
+On a CUDA device the library's Triton kernels are used where Triton is installed. Not its Kahan summation, which keeps what rounding
+took in bf16: of weights near 1 it lost 85% of the way at a rate of 1e-5, all of it at 5e-6, and the usual decay. Groups are of one
+type each.
 """
 
 from __future__ import annotations
@@ -15,8 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from vtrain.contract import Device, Moved, OptimizerSpec, Options, ParameterGroup, fixed
-from vtrain_builtin.optimizer_groups import SENSIBLE_LR, USUAL_LR, Beta, Betas, torch_groups
+from vtrain.contract import Device, Moved, OptimizedRun, OptimizerSpec, Options, ParameterGroup, fixed
+from vtrain_builtin.optimizer_groups import (
+    SENSIBLE_LR,
+    USUAL_LR,
+    Beta,
+    Betas,
+    DecoupledDecay,
+    decay_advice,
+    torch_groups,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +42,7 @@ class AdamOptions(Options):
     )
 
 
-class AdamWOptions(AdamOptions):
+class AdamWOptions(AdamOptions, DecoupledDecay):
     """Options of `optimi-adamw`."""
 
     weight_decay: float = Field(0.01, ge=0, description=_DECAY)
@@ -52,7 +57,7 @@ class StableAdamWOptions(AdamWOptions):
     )
 
 
-class RAdamOptions(AdamOptions):
+class RAdamOptions(AdamOptions, DecoupledDecay):
     """Options of `optimi-radam`."""
 
     weight_decay: float = Field(0.0, ge=0, description=_DECAY)
@@ -65,7 +70,7 @@ class RangerOptions(RAdamOptions):
     alpha: float = Field(0.5, gt=0, le=1, description="share of the way that the slow weights then go")
 
 
-class LionOptions(Options):
+class LionOptions(DecoupledDecay):
     """Options of `optimi-lion`. Its authors take a third to a tenth of AdamW's learning rate, and 3 to 10 times its decay."""
 
     lr: float = Field(gt=0, examples=[3e-5], description="learning rate: how far a step moves each weight")
@@ -84,25 +89,30 @@ class AdanOptions(Options):
     weight_decay: float = Field(0.02, ge=0, description="a step divides weights by 1 + lr x weight_decay")
 
 
-class SgdOptions(Options):
+class SgdOptions(DecoupledDecay):
     """Options of `optimi-sgd`."""
 
     lr: float = Field(gt=0, examples=[1e-2], description="learning rate: a step is lr times the gradient")
-    momentum: float = Field(0.9, ge=0, lt=1, description="decay of the running sum of gradients; 0: none is kept")
+    # At 0 there is none in a state that the other would go on from.
+    momentum: float = fixed(0.9, ge=0, lt=1, description="decay of the running sum of gradients; 0: none is kept")
     weight_decay: float = Field(0.0, ge=0, description=_DECAY)
 
 
-def _builder(name: str, **settings: object) -> Callable[[Any, Sequence[ParameterGroup]], torch.optim.Optimizer]:
+def _builder(
+    name: str, *, sharded: bool, **settings: object
+) -> Callable[[Any, Sequence[ParameterGroup]], torch.optim.Optimizer]:
     """build() of the library's class `name`. settings: of its own that our options do not have."""
 
     def build(options: Any, groups: Sequence[ParameterGroup]) -> torch.optim.Optimizer:
         import optimi
 
+        from vtrain_builtin.split_weights import split
+
         made = torch_groups(groups, options.lr, options.weight_decay, by_type=True)
         for group in made:
             group |= _kernels([weight for _, weight in group["params"]])
         given = options.model_dump(exclude={"lr", "weight_decay"})
-        kind: Any = _compensated(getattr(optimi, name))
+        kind: Any = split(getattr(optimi, name), whole=not sharded)
         optimizer: torch.optim.Optimizer = kind(made, lr=options.lr, **given, **settings)
         return optimizer
 
@@ -111,43 +121,29 @@ def _builder(name: str, **settings: object) -> Callable[[Any, Sequence[Parameter
 
 def _kernels(weights: Sequence[torch.Tensor]) -> dict[str, object]:
     """Said here, not left to the library's first step: a resumed run may be on another device."""
-    import torch
     from optimi.utils import HAS_TRITON
 
     devices = [Device.of(weight) for weight in weights]
     triton = HAS_TRITON and all(device.kind == "cuda" and device.has_bf16 for device in devices)
-    return {"kahan_sum": weights[0].dtype == torch.bfloat16, "triton": triton, "foreach": False}
+    return {"kahan_sum": False, "triton": triton, "foreach": False}
 
 
-def _compensated(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """A class of the library whose decoupled decay of bf16 weights is not lost in rounding."""
-    import torch
+SLOWEST = 0.995
+"""Decay of a running mean that is kept in bf16: with slower ones a step changes it by less than half of what bf16 can tell apart
+(2^-8 of it). After gradients fell to a tenth, optimi-adamw with 0.999 went half of the way of fp32 weights, with 0.99 all of it."""
 
-    class Compensated(base):  # type: ignore[misc, valid-type]
-        @torch.no_grad()
-        def step(self, closure: Any = None) -> None:
-            decays = [group["weight_decay"] for group in self.param_groups]
-            for group in self.param_groups:
-                if group["kahan_sum"] and group["weight_decay"] and group.get("decouple_wd", True):
-                    self._decay(group)
-                    group["weight_decay"] = 0.0
-            try:
-                super().step()
-            finally:
-                for group, decay in zip(self.param_groups, decays, strict=True):
-                    group["weight_decay"] = decay
 
-        def _decay(self, group: dict[str, Any]) -> None:
-            """Into the compensations, which this step then adds to the weights."""
-            moved = [weight for weight in group["params"] if weight.grad is not None]
-            for weight in moved:
-                self._init_state(group, self.state[weight], weight)
-            kept = [self.state[weight]["kahan_comp"] for weight in moved]
-            if kept:
-                torch._foreach_add_(kept, moved, alpha=-group["lr"] * group["weight_decay"])
-
-    Compensated.__name__ = Compensated.__qualname__ = base.__name__
-    return Compensated
+def _advice(options: Any, run: OptimizedRun) -> Sequence[str]:
+    found, given = decay_advice(options, run), options.model_dump()
+    slow = [each for each in given.get("betas", (given.get("momentum", 0.0),)) if each > SLOWEST]
+    if run.trained != "bf16" or not slow:
+        return found
+    key = "betas" if "betas" in given else "momentum"
+    return (
+        *found,
+        f"optimizer.{key}: of bf16 weights the running means are bf16 too, and a decay of {slow[0]:g} is lost in rounding, so that "
+        f"steps are of a wrong size. Take at most {SLOWEST:g}, or adamw_bf16, which rounds by chance",
+    )
 
 
 def _spec(
@@ -163,18 +159,19 @@ def _spec(
 ) -> OptimizerSpec:
     """fp32, bf16: bytes of state per parameter; None: it moves no bf16."""
     moves: dict[Moved, bool] = {"fp32": True, "bf16": bf16 is not None, "sharded": sharded}
-    how = "; bf16 weights by Kahan summation" if moves["bf16"] else ""
+    how = "; bf16 weights with the bits that rounding takes beside them" if moves["bf16"] else ""
     return OptimizerSpec(
         name=f"optimi-{name.lower()}",
         summary=f"{summary}{how} (torch-optimi)",
         options=options,
-        build=_builder(name, **settings),
+        build=_builder(name, sharded=sharded, **settings),
         moves=frozenset(each for each, true in moves.items() if true),
         state_bytes=fp32,
         state_bytes_of={} if bf16 is None else {"bf16": bf16},
         usual_lr=usual,
         sensible_lr=SENSIBLE_LR,
         library=LIBRARY,
+        advice=_advice,
     )
 
 
@@ -184,7 +181,7 @@ OPTIMI = (
     # It clips by the root mean square of a whole tensor's update: a part of one would be clipped otherwise.
     _spec("StableAdamW", "AdamW whose updates are clipped by tensor", StableAdamWOptions, 8.0, 6.0, sharded=False),
     _spec("RAdam", "Adam that warms up by its own variance", RAdamOptions, 8.0, 6.0, decouple_wd=True),
-    # Its lookahead sets what was kept of the fast weights' rounding aside: bf16 weights do not move (0% of fp32's way, measured).
+    # Its slow weights would be bf16, and are what the others are set to: the rest of both would be lost.
     _spec("Ranger", "RAdam with lookahead", RangerOptions, 12.0, None, decouple_wd=True),
     _spec("Adan", "Adam with Nesterov's momentum of differences", AdanOptions, 16.0, 10.0),
     _spec("Lion", "the sign of a momentum", LionOptions, 4.0, 4.0, usual=(1e-7, 1e-3)),

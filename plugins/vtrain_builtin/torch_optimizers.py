@@ -87,7 +87,9 @@ class StochasticAdamW(torch.optim.Optimizer):
         step = state["step"] = state["step"] + 1
         generator = torch.Generator(device=weight.device).manual_seed(_seed(self.seed, name, step))
         beta1, beta2 = group["betas"]
-        for kept, slope in _pieces((weight, state["exp_avg"], state["exp_avg_sq"]), gradient):
+        # A gradient may lie in another order than its weight, such as channels-last.
+        ordered = torch.empty_like(weight).copy_(gradient)
+        for *kept, slope in pieces(weight, state["exp_avg"], state["exp_avg_sq"], ordered):
             value, mean, square = exact = [each.float() for each in kept]
             before = torch.full((), float(step - 1), device=weight.device)  # filled there: a copy would be waited for
             adamw(
@@ -101,15 +103,14 @@ class StochasticAdamW(torch.optim.Optimizer):
                 target.copy_(rounded(result, chance[:, column]))
 
 
-def _pieces(kept: tuple[Tensor, ...], gradient: Tensor) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """The same stretch of each of `kept`, as flat views that write to it, and of the gradient."""
+def pieces(*tensors: Tensor, whole: bool = False) -> Iterator[list[Tensor]]:
+    """The same stretch of each, as flat views that write to it; all lie in memory in one order. whole: all at once."""
     # A view of memory in its own order: that of channels-last weights, and of moments made like them, is another.
-    flat = [each.detach().as_strided((each.numel(),), (1,)) for each in kept]
-    ordered = torch.empty_like(kept[0]).copy_(gradient).as_strided((gradient.numel(),), (1,))
-    at_once = AT_ONCE_THERE if Device.of(ordered).accelerated else AT_ONCE
-    for start in range(0, len(ordered), at_once):
-        stretch = slice(start, start + at_once)
-        yield [each[stretch] for each in flat], ordered[stretch]
+    flat = [each.detach().as_strided((each.numel(),), (1,)) for each in tensors]
+    at_once = AT_ONCE_THERE if Device.of(flat[0]).accelerated else AT_ONCE
+    length = len(flat[0])
+    for start in range(0, length, length if whole else at_once):
+        yield [each[start : length if whole else start + at_once] for each in flat]
 
 
 def rounded(value: Tensor, chance: Tensor) -> Tensor:

@@ -148,3 +148,26 @@ def test_a_full_card_says_what_was_asked_for_and_what_is_free(card: Any) -> None
     with pytest.raises(DeviceError, match=words) as raised, card.explained("training", ["train.batch_size"]):
         torch.empty(1 << 44, dtype=torch.uint8, device=card.torch)
     assert card.name in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "stableadamw", "radam", "adan", "lion", "sgd"])
+def test_bf16_weights_go_on_the_card_where_fp32_weights_go(device: Any, name: str, record_property: Record) -> None:
+    """With the library's Triton kernels, where they are: of pieces of fp32 weights, and moments in bf16."""
+    from vtrain.contract import ParameterGroup
+    from vtrain_builtin.plugin import vtrain_optimizers
+    from vtrain_builtin.split_weights import REST, joined
+
+    spec = {spec.name: spec for spec in vtrain_optimizers()}[f"optimi-{name}"]
+    start = torch.rand(300, 100, generator=torch.Generator().manual_seed(0)).add(0.5).to(device.torch, torch.bfloat16)
+    low, high = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.float())
+    options = spec.options.model_validate({"lr": 1e-5, "weight_decay": 0.01})
+    ours, theirs = (spec.build(options, [ParameterGroup((("w", each),), decay=True)]) for each in (low, high))
+    for number in range(100):
+        slope = torch.randn(start.shape, generator=torch.Generator().manual_seed(number)).add(0.5).to(start)
+        low.grad, high.grad = slope.clone(), slope.float()
+        ours.step()
+        theirs.step()
+    found = joined(low.detach(), ours.state[low][REST]).double() - start.double()
+    share = float(found.mean() / (high.detach().double() - start.double()).mean())
+    record_property(f"optimi-{name}: way of bf16 weights, of that of fp32 ones", share)
+    assert share == pytest.approx(1.0, abs=0.02)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import pytest
@@ -62,6 +62,80 @@ def test_what_of_the_schedule_does_not_go_with_an_optimizer_is_a_warning(
 ) -> None:
     warnings = plan_of(optimizer=optimizer, lr_schedule=schedule).warnings
     assert any(told in text for text in warnings), warnings
+
+
+MUON = 'use = "muon"\nlr = 1e-4\n'
+BF16 = 'base = "bf16"'
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "precision", "told"),
+    [
+        (
+            'use = "adamw_bf16"\nlr = 1e-4\nseed = 7',
+            "",
+            "rounds nothing, and saves no memory, and optimizer.seed does nothing.",
+        ),
+        ('use = "adamw_bf16"\nlr = 1e-4', "", "it rounds nothing, and saves no memory. It is for full training"),
+        ('use = "optimi-adamw"\nlr = 1e-4\nbetas = [0.9, 0.999]', BF16, "a decay of 0.999 is lost in rounding"),
+        (
+            'use = "adamw"\nlr = 1e-4\nweight_decay = 1e9',
+            "",
+            "lr x weight_decay is 100000, and a step scales weights by 1 less that",
+        ),
+        ('use = "optimi-sgd"\nlr = 1e-4\nmomentum = 0.999', BF16, "optimizer.momentum: of bf16 weights"),
+    ],
+)
+def test_what_has_no_effect_or_a_wrong_one_is_a_warning(
+    plan_of: PlanOf, optimizer: str, precision: str, told: str
+) -> None:
+    warnings = plan_of(optimizer=optimizer, precision=precision or 'mixed = "no"').warnings
+    assert any(told in text for text in warnings), warnings
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "precision"),
+    [
+        ('use = "adamw_bf16"\nlr = 1e-4\nseed = 7', BF16),
+        ('use = "optimi-adamw"\nlr = 1e-4\nbetas = [0.9, 0.999]', ""),
+        ('use = "optimi-adamw"\nlr = 1e-4', BF16),
+    ],
+)
+def test_what_has_one_is_none(plan_of: PlanOf, optimizer: str, precision: str) -> None:
+    assert plan_of(optimizer=optimizer, precision=precision or 'mixed = "no"').warnings == ()
+
+
+class Named:
+    """Of a family, what says which weights its model has."""
+
+    lora_targets = ("to_q",)
+    original_names: Mapping[str, str] = {}
+
+    def weight_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {"blocks.0.to_q.weight": (4, 4), "blocks.0.norm.weight": (4,), "head.weight": (4, 4)}
+
+
+def test_modules_for_adamw_that_the_model_does_not_have_are_pointed_out_and_those_of_the_default_are_not(
+    plan_of: PlanOf,
+) -> None:
+    def told(modules: str, **tables: str) -> list[str]:
+        return list(checks.optimizer_warnings(plan_of(optimizer=MUON + modules, **tables).config, Named()))
+
+    assert told('adamw_modules = ["head", "blocks", "proj_out", "hea"]') == [
+        f'optimizer.adamw_modules: nothing of the model that is trained is called "{name}"'
+        for name in ("proj_out", "hea")
+    ]
+    assert told("") == []
+
+
+def test_a_warm_up_of_the_optimizers_own_that_the_run_does_not_outlast_is_pointed_out_when_its_length_is_known(
+    plan_of: PlanOf,
+) -> None:
+    config = plan_of(optimizer='use = "schedulefree-adamw"\nlr = 1e-3\nwarmup_steps = 100').config
+    (told,) = checks.optimizer_length_warnings(config, Named(), 100)
+    assert told == "optimizer.warmup_steps is 100 and the run 100 steps: the learning rate never gets past its warm-up"
+    assert list(checks.optimizer_length_warnings(config, Named(), 101)) == []
+    assert list(checks.optimizer_warnings(config, Named())) == []
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ class Signs(torch.optim.Optimizer):
         state = self.state[weight]
         mean = state.setdefault("mean", torch.zeros_like(gradient)).lerp_(gradient, 0.1)
         change = -group["lr"] * (self.direction(mean) + group["weight_decay"] * weight)
-        lost = state.setdefault("lost", torch.zeros_like(weight))
+        lost = state.setdefault("lost", torch.zeros_like(gradient))
         wanted, before = change + lost, weight.clone()
         weight.add_(wanted)
         lost.copy_(wanted - (weight.float() - before))
@@ -64,7 +64,6 @@ SIGNS = OptimizerSpec(
     Signs,
     moves=frozenset({"fp32", "bf16", "sharded"}),
     state_bytes=8.0,
-    state_bytes_of={"bf16": 6.0},
     usual_lr=(1e-5, 1e-2),
     sensible_lr=0.1,
 )
@@ -109,6 +108,18 @@ def rounded(self: Signs, weight: Tensor, gradient: Tensor, group: Mapping[str, f
     """What rounding takes is lost."""
     Signs.move(self, weight, gradient, group)
     self.state[weight]["lost"].zero_()
+
+
+def compensated_in_bf16(self: Signs, weight: Tensor, gradient: Tensor, group: Mapping[str, float]) -> None:
+    """Kahan summation as libraries have it: what rounding takes is rounded itself."""
+    Signs.move(self, weight, gradient, group)
+    self.state[weight]["lost"].copy_(self.state[weight]["lost"].to(weight.dtype))
+
+
+def scaled(self: Signs, weight: Tensor, gradient: Tensor, group: Mapping[str, float]) -> None:
+    """1 - lr x weight_decay, which in bf16 is 1."""
+    weight.mul_(1 - group["lr"] * group["weight_decay"])
+    Signs.move(self, weight, gradient, {**group, "weight_decay": 0.0})
 
 
 def sharing(self: Signs, weight: Tensor, gradient: Tensor, group: Mapping[str, float]) -> None:
@@ -268,6 +279,18 @@ PLANTED: tuple[tuple[str, str, str, Callable[[], OptimizerSpec]], ...] = (
         "test_small_steps_in_bf16_are_not_lost",
         "bf16 weights moved 0% of what fp32 weights did",
         lambda: made(Signs, move=rounded),
+    ),
+    (
+        '"bf16" in moves, and what rounding takes kept in bf16',
+        "test_small_steps_in_bf16_are_not_lost",
+        "% of what fp32 weights did",
+        lambda: made(Signs, move=compensated_in_bf16),
+    ),
+    (
+        '"bf16" in moves, and decay that rounding loses',
+        "test_small_decay_in_bf16_is_not_lost",
+        "bf16 weights shrank by 0% of what fp32 weights did",
+        lambda: made(Signs, move=scaled),
     ),
     (
         '"sharded" in moves, and a step that goes by the mean of the whole weight',

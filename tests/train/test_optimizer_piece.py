@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from vtrain.contract import CheckpointError, PluginError
+from vtrain.contract import CheckpointError, ParameterGroup, PluginError
 from vtrain.train.pieces import SCALARS, TENSORS, OptimizerPiece
+from vtrain_builtin.plugin import vtrain_optimizers
 
 
 def save_optimizer(folder: Path, *of: object, **more: object) -> None:
@@ -148,6 +149,58 @@ def test_state_of_another_shape_or_other_names_is_refused(tmp_path: Path) -> Non
     renamed = [(f"other.{name}", p) for name, p in module.named_parameters()]
     with pytest.raises(CheckpointError, match="other parameters"):
         load_optimizer(tmp_path, optimizer, renamed)
+
+
+STATES = [
+    ("adamw8bit", {"lr": 1e-3}),
+    ("prodigy", {"lr": 1.0, "slice_p": 4}),
+    ("optimi-sgd", {"lr": 1e-3}),
+]
+"""Optimizers that keep of a vector, such as SANA's conv_inverted.bias of 13,440 numbers, vectors of other lengths too; and one that
+does not."""
+
+
+@pytest.mark.parametrize(("use", "options"), STATES, ids=[use for use, _ in STATES])
+def test_what_is_kept_of_a_long_bias_comes_back_and_that_of_a_longer_one_is_refused(
+    tmp_path: Path, use: str, options: dict[str, Any]
+) -> None:
+    spec = {spec.name: spec for spec in vtrain_optimizers()}[use]
+    pytest.importorskip(spec.library[0])
+
+    def made(length: int = 13_440) -> tuple[nn.Module, torch.optim.Optimizer, OptimizerPiece]:
+        module = nn.Sequential(nn.Linear(4, length), nn.Linear(length, 2))
+        named = list(module.named_parameters())
+        with torch.no_grad():
+            for number, (_, weight) in enumerate(named):
+                weight.copy_(0.01 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(number)))
+        optimizer = spec.build(spec.options.model_validate(options), [ParameterGroup(tuple(named), decay=True)])
+        return module, optimizer, OptimizerPiece(optimizer, named, own=spec.options.model_fields)
+
+    (straight, optimizer, piece), (resumed, again, kept), (_, _, longer) = made(), made(), made(13_443)
+    train(straight, optimizer, 3)
+    piece.write(tmp_path, piece.gather(keep=True))
+    resumed.load_state_dict(straight.state_dict())
+    kept.load(tmp_path)
+    train(straight, optimizer, 3, first=3)
+    train(resumed, again, 3, first=3)
+    for name, value in straight.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    with pytest.raises(CheckpointError, match=r"other parameters \(0\.weight, 0\.bias, 1\.weight\)"):
+        longer.load(tmp_path)
+
+
+def test_rows_and_columns_of_a_matrix_come_back(tmp_path: Path) -> None:
+    """Adafactor's: (rows, 1) and (1, columns)."""
+    straight, resumed = model(), model()
+    optimizer, again = (torch.optim.Adafactor(module.parameters(), lr=0.1) for module in (straight, resumed))
+    train(straight, optimizer, 3)
+    save_optimizer(tmp_path, optimizer, list(straight.named_parameters()))
+    resumed.load_state_dict(straight.state_dict())
+    load_optimizer(tmp_path, again, list(resumed.named_parameters()))
+    train(straight, optimizer, 3, first=3)
+    train(resumed, again, 3, first=3)
+    for name, value in straight.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ from vtrain.contract.loading import (
     save_module,
 )
 from vtrain.contract.lora_files import comfyui_names, load_lora_file, save_lora_file
-from vtrain.contract.optimizers import SupportsEvalWeights
+from vtrain.contract.optimizers import OptimizedRun, SupportsEvalWeights
 from vtrain.contract.options import (
     Decay,
     Duration,
@@ -280,6 +280,7 @@ __all__ = [
     "NoiseLevel",
     "NormalizedCodec",
     "Noted",
+    "OptimizedRun",
     "OptimizerSpec",
     "Options",
     "ParameterGroup",

@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+@dataclass(frozen=True)
+class OptimizedRun:
+    """What `OptimizerSpec.advice` may ask of the run.
+
+    schedule: lr_schedule.use. warms_up: whether lr_schedule.warmup is there. trained: the type of the weights that are trained.
+    names: of the denoiser's weights that are trained, or of its layers that get an adapter; None: its family does not tell.
+    steps: how many optimizer steps it takes; None: not known yet, and it is asked again when the clips are counted.
+    """
+
+    schedule: str
+    warms_up: bool
+    trained: Literal["fp32", "bf16"] = "fp32"
+    names: tuple[str, ...] | None = None
+    steps: int | None = None
 
 
 class Optimizer(Protocol):

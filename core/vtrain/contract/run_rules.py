@@ -154,6 +154,20 @@ def lost_state(
         yield from _in_attributes(optimizer, trained)
 
 
+def state_fits(state: Mapping[str, object], parameter: Tensor) -> bool:
+    """Whether what a checkpoint has can be of a parameter of this shape: of the tensors with as many dimensions, one has its
+    lengths, or 1 in place of some (Adafactor's rows and columns). Others may be of other lengths: of a vector, an optimizer may
+    keep a scale for each 256 numbers, or every fourth of them. Tensors of a single number say nothing.
+    """
+    import torch
+
+    shapes = [each.shape for each in state.values() if isinstance(each, torch.Tensor) and each.numel() > 1]
+    alike = [shape for shape in shapes if len(shape) == parameter.ndim]
+    return not alike or any(
+        all(one in (1, own) for one, own in zip(shape, parameter.shape, strict=True)) for shape in alike
+    )
+
+
 def _in_attributes(optimizer: torch.optim.Optimizer, trained: Mapping[int, Tensor]) -> Iterator[str]:
     """Attributes of its own with tensors that are shaped like parameters, and are none. trained: by their id."""
     shapes = {parameter.shape for parameter in trained.values() if parameter.ndim}

@@ -12,6 +12,7 @@ import pluggy
 from vtrain.contract.backends import DataBackend
 from vtrain.contract.captions import CaptionExtra
 from vtrain.contract.errors import ConfigError, PluginError, Problem
+from vtrain.contract.optimizers import OptimizedRun
 from vtrain.contract.options import Options
 from vtrain.contract.protocols import Family, Sampler, Tracker
 from vtrain.contract.records import ParameterGroup
@@ -89,8 +90,9 @@ Moved = Literal["fp32", "bf16", "sharded"]
 class OptimizerSpec(Spec):
     """An optimizer. build(options, parameter groups) -> torch.optim.Optimizer, imports torch. options has a field `lr`.
 
-    moves: the weights that it moves rightly. "bf16": with stochastic rounding or Kahan summation; without, updates of the usual
-    size are lost in rounding. "sharded": of which each process holds a part: each number's update depends on that number's own.
+    moves: the weights that it moves rightly. "bf16": with stochastic rounding, or what rounding takes kept in more than bf16;
+    without, updates of the usual size are lost. "sharded": of which each process holds a part: each number's update depends on
+    that number's own.
     state_bytes: bytes of state per trained parameter, for the plan; 0: it keeps none. Where options decide it, the most that they
     make it keep: with others it may keep less, or nothing. state_bytes_of: the same by type of weights ("bf16"), where it differs.
     What it keeps are tensors and numbers in optimizer.state[parameter], and numbers, flags and tensors on the CPU in its groups:
@@ -98,7 +100,7 @@ class OptimizerSpec(Spec):
     usual_lr: lowest and highest learning rate of usual training; beyond it the plan warns. sensible_lr: above it nothing is
     learned, which is an error. None: any.
     library: (module, requirement for pip) of what build imports beside torch, where the plugin's distribution does not depend on
-    it: where it is not installed, the plan says so. advice(options, lr_schedule.use, whether it warms up): what the plan warns of.
+    it: where it is not installed, the plan says so. advice(options, run): what of them does not go together; the plan warns of it.
     """
 
     kind: ClassVar[str] = "optimizer"
@@ -109,7 +111,7 @@ class OptimizerSpec(Spec):
     sensible_lr: float | None = None
     state_bytes_of: Mapping[str, float] = field(default_factory=dict)
     library: tuple[str, str] | None = None
-    advice: Callable[[Any, str, bool], Sequence[str]] | None = None
+    advice: Callable[[Any, OptimizedRun], Sequence[str]] | None = None
 
     def bytes_of_state(self, weights: str) -> float:
         """Bytes of state per parameter of this type: "fp32" or "bf16"."""

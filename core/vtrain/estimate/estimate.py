@@ -25,6 +25,7 @@ from vtrain.estimate.cached import STORED_BYTES, condition_bytes, feature_bytes,
 from vtrain.estimate.tokens import token_warnings
 from vtrain.plan.averages import average_length_warnings, average_place
 from vtrain.plan.offload import memory_rows
+from vtrain.plan.optimizer import optimizer_length_warnings
 from vtrain.plan.precision import storage_words
 from vtrain.plan.records import Plan
 from vtrain.plan.rollout import rollout_warnings
@@ -83,6 +84,7 @@ def make_estimate(plan: Plan, survey: Survey) -> Estimate:
             *_of_data(plan, survey),
             *token_warnings(plan, survey),
             *_pointed_out(config, steps, per_epoch),
+            *optimizer_length_warnings(config, plan.family, steps),
         ),
         feature_bytes=feature_bytes(plan, survey),
         mask_bytes=mask_bytes(plan, survey),

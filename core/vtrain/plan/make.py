@@ -101,7 +101,7 @@ def _make_plan(config: Config, processes: int, catalog: Catalog | None) -> Plan:
         warnings=(
             *_off_recipe(config, spec),
             *sampler.warnings(),
-            *optimizer_warnings(config),
+            *optimizer_warnings(config, family),
             *_unusual(config),
             *adapter_warnings(config, family),
             *average_warnings(config),

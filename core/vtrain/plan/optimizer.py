@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 
 from vtrain.config.record import Config
 from vtrain.config.tables import LrScheduleTable
-from vtrain.contract import Catalog, Decay, DType, OptimizerSpec, Problem, scheduled
+from vtrain.contract import (
+    Catalog,
+    Decay,
+    DType,
+    Family,
+    OptimizedRun,
+    OptimizerSpec,
+    Problem,
+    SupportsAdapterNames,
+    scheduled,
+)
 from vtrain.contract.specs import bytes_text, listed
+from vtrain.plan.adapter import adapted_modules
 from vtrain.plan.records import Plan
 
 
@@ -37,9 +48,13 @@ def optimizer_problems(config: Config, catalog: Catalog | None) -> Iterator[Prob
         yield Problem(config.where("optimizer", "lr"), what, _usual(spec))
 
 
+def trained_type(config: Config) -> DType:
+    """Of the weights that are trained. An adapter's own are fp32, whatever its base is."""
+    return "bf16" if config.model.table.train == "full" and config.precision.base == "bf16" else "fp32"
+
+
 def _moves(config: Config, spec: OptimizerSpec, catalog: Catalog | None) -> Iterator[Problem]:
-    # An adapter's own weights are fp32, whatever its base is.
-    trained: DType = "bf16" if config.model.table.train == "full" and config.precision.base == "bf16" else "fp32"
+    trained = trained_type(config)
     if trained in spec.moves:
         return
     if trained == "fp32":
@@ -59,13 +74,35 @@ def _moves_bf16(spec: object) -> bool:
     return isinstance(spec, OptimizerSpec) and "bf16" in spec.moves
 
 
-def optimizer_warnings(config: Config) -> Iterator[str]:
+def optimizer_warnings(config: Config, family: Family) -> Iterator[str]:
     """What is allowed and probably not meant; what the optimizer itself advises."""
-    spec, lr, schedule = spec_of(config), learning_rate(config), config.lr_schedule
+    spec, lr = spec_of(config), learning_rate(config)
     if spec.usual_lr is not None and not spec.usual_lr[0] <= lr <= spec.usual_lr[1]:
         yield f"optimizer.lr = {lr:g} is far from what {spec.name} is usually trained with. {_usual(spec)}"
-    if spec.advice is not None:
-        yield from spec.advice(config.optimizer.options, schedule.use, schedule.warmup is not None)
+    yield from _advised(config, family, None)
+
+
+def optimizer_length_warnings(config: Config, family: Family, steps: int) -> Iterator[str]:
+    """What the optimizer advises more when the run's length is known."""
+    before = set(_advised(config, family, None))
+    yield from (text for text in _advised(config, family, steps) if text not in before)
+
+
+def _advised(config: Config, family: Family, steps: int | None) -> Sequence[str]:
+    spec, schedule = spec_of(config), config.lr_schedule
+    if spec.advice is None:
+        return ()
+    run = OptimizedRun(
+        schedule.use, schedule.warmup is not None, trained_type(config), _trained_names(config, family), steps
+    )
+    return spec.advice(config.optimizer.options, run)
+
+
+def _trained_names(config: Config, family: Family) -> tuple[str, ...] | None:
+    if not isinstance(family, SupportsAdapterNames):
+        return None
+    lora = config.model.table.lora
+    return tuple(family.weight_shapes()) if lora is None else tuple(adapted_modules(family, lora))
 
 
 def _usual(spec: OptimizerSpec) -> str:

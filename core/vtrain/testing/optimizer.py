@@ -13,14 +13,22 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from vtrain.contract import Device, OptimizerSpec, Options, ParameterGroup
-from vtrain.contract.run_rules import Built, built_groups, kept_in_groups, lost_state
+from vtrain.contract.run_rules import Built, built_groups, kept_in_groups, lost_state, state_fits
 from vtrain.testing.sampler import gap, noise, required
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SHAPES: Mapping[str, tuple[int, ...]] = {"block.weight": (16, 24), "block.norm": (24,), "head.weight": (6, 16)}
+SHAPES: Mapping[str, tuple[int, ...]] = {
+    "block.weight": (16, 24),
+    "block.norm": (24,),
+    "block.bias": (
+        5000,
+    ),  # as long as real ones: what is kept of each may be of fewer numbers, and of as many dimensions
+    "head.weight": (6, 16),
+}
 GROUPS: Mapping[str, tuple[bool, float]] = {
     "block.weight": (True, 1.0),
     "block.norm": (False, 1.0),
+    "block.bias": (False, 1.0),
     "head.weight": (True, 0.1),
 }
 """Name of a parameter -> whether it decays, and the factor of its learning rate."""
@@ -110,20 +118,23 @@ def restore(trained: Trained, tensors: bytes, plain: str) -> None:
         name, _, part = key.rpartition("::")
         place = groups[name] if name in groups else trained.optimizer.state[trained.weights[name]]
         place[part] = value
+    odd = [name for name, weight in trained.weights.items() if not state_fits(trained.optimizer.state[weight], weight)]
+    assert not odd, f"a checkpoint would be refused: nothing that is kept of {', '.join(odd)} has its shape"
 
 
 class OptimizerTests:
     """An optimizer, on small tensors.
 
     table: the options that its table needs, as the configuration file gives them; `lr` is one. Where options decide how much it
-    keeps (momentum), those with which it keeps the most. steps: that it needs to lower
-    a loss at this rate. small_lr: at which one step's change of a weight near 1 is lost in bf16, and 500 of them are not.
+    keeps (momentum), those with which it keeps the most. steps: that it needs to lower a loss at this rate.
+    small_lr: as of AdamW, at which a step moves a weight near 1 by less than a compensation in bf16 can hold, and 2,000 of them by
+    a few steps of bf16.
     state_tolerance: of the bytes of state, relative.
     """
 
     table: Mapping[str, object] = {}
     steps: int = 100
-    small_lr: float = 4e-5
+    small_lr: float = 5e-6
     state_tolerance: float = 0.02
 
     @pytest.fixture(scope="class")
@@ -242,19 +253,33 @@ class OptimizerTests:
         assert not odd, f"not finite after gradients of zeros: {', '.join(odd)}"
 
     def test_small_steps_in_bf16_are_not_lost(self, spec: OptimizerSpec) -> None:
-        """With "bf16" in moves: 500 steps, each less than bf16 can hold, move weights as far as the same steps in fp32, nearly."""
+        """With "bf16" in moves: 2,000 steps, each less than bf16 can hold, and less than what a compensation in bf16 can, move
+        weights as far as the same steps in fp32, nearly."""
+        share = self.share_in_bf16(spec, 2000, self.options_with(spec, lr=self.small_lr), slope=1.0)
+        assert 0.7 < share < 1.4, f"bf16 weights moved {share:.0%} of what fp32 weights did"
+
+    def test_small_decay_in_bf16_is_not_lost(self, spec: OptimizerSpec) -> None:
+        """With "bf16" in moves, and an option `weight_decay`: without a slope, 2,000 steps whose decay is less than bf16 can hold
+        shrink weights as much as in fp32, nearly."""
+        if "weight_decay" not in spec.options.model_fields:
+            pytest.skip("it has no option `weight_decay`")
+        options = self.options_with(spec, lr=20 * self.small_lr, weight_decay=0.1)
+        share = self.share_in_bf16(spec, 2000, options, slope=0.0)
+        assert 0.7 < share < 1.4, f"bf16 weights shrank by {share:.0%} of what fp32 weights did"
+
+    def share_in_bf16(self, spec: OptimizerSpec, steps: int, options: Options, slope: float) -> float:
+        """How far bf16 weights move towards zero, of how far fp32 ones do, by gradients of `slope` times what they were."""
         if "bf16" not in spec.moves:
             pytest.skip('this optimizer does not say that it moves bf16 weights ("bf16" in moves)')
-        start = {"weight": _weight((64, 64), 0)}
+        start = {"weight": _weight((16, 16), 0)}
         moved = {}
         for name, dtype in DTYPES.items():
-            trained = self.of(spec, weights_of(dtype, start), self.options_with(spec, lr=self.small_lr))
-            for number in range(500):
-                trained.step(number, {"weight": start["weight"]})
+            trained = self.of(spec, weights_of(dtype, start), options)
+            for number in range(steps):
+                trained.step(number, {"weight": slope * start["weight"]})
             change = start["weight"].to(dtype).double() - trained.values()["weight"].double()
             moved[name] = float((change * start["weight"].sign()).mean())
-        share = moved["bf16"] / moved["fp32"]
-        assert 0.7 < share < 1.4, f"bf16 weights moved {share:.0%} of what fp32 weights did"
+        return moved["bf16"] / moved["fp32"]
 
     def test_parts_of_a_weight_are_moved_as_the_whole_is(self, spec: OptimizerSpec) -> None:
         """With "sharded" in moves: two parts of a weight, each moved in a process of its own, go where the whole one goes."""

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vtrain.contract import CheckpointError, Denoiser, Problem, SupportsLora
-from vtrain.contract.run_rules import SET_BY_THE_RUN, Built, built_groups, kept_in_groups, lost_state
+from vtrain.contract.run_rules import SET_BY_THE_RUN, Built, built_groups, kept_in_groups, lost_state, state_fits
 from vtrain.registry.blame import PartFault
 from vtrain.train.adapter import changes_nothing
 from vtrain.train.checkpoint import State, misread, read_json
@@ -295,7 +295,9 @@ class OptimizerPiece:
         odd = sorted(found.keys() - {name for name, _ in self.named})
         if len(counted) != len(self.optimizer.param_groups):
             odd.append(f"{len(counted)} groups instead of {len(self.optimizer.param_groups)}")
-        return odd + [name for name, parameter in self.named if name in found and not _fits(found[name], parameter)]
+        return odd + [
+            name for name, parameter in self.named if name in found and not state_fits(found[name], parameter)
+        ]
 
 
 _KEPT = (
@@ -347,11 +349,6 @@ def _read(folder: Path) -> tuple[dict[str, dict[str, object]], list[dict[str, An
         name, _, field = key.rpartition(MARK)
         found.setdefault(name, {})[field] = value
     return found, counted
-
-
-def _fits(state: Mapping[str, object], parameter: Tensor) -> bool:
-    shaped = [v for v in state.values() if isinstance(v, Tensor) and v.ndim == parameter.ndim and v.ndim > 0]
-    return all(value.shape == parameter.shape for value in shaped)
 
 
 def _place(value: object, field: str, parameter: Tensor, count_on_device: bool) -> object:

@@ -27,7 +27,7 @@ class DecoupledDecay(Options):
     @property
     def scaled(self) -> float:
         """By what less than 1 a step scales weights."""
-        return math.prod(self.model_dump(include={"lr", "weight_decay"}).values())
+        return float(math.prod(self.model_dump(include={"lr", "weight_decay"}).values()))
 
 
 def decay_advice(options: Options, run: OptimizedRun) -> list[str]:

@@ -155,6 +155,14 @@ def world(session: nox.Session) -> None:
 
 
 @nox.session
+def world_time(session: nox.Session) -> None:
+    """The tiny world in the time that the plain mode takes, two seeds, written to docs/tiny-world.md. Two hours on two cores."""
+    install(session, extras="[plot,test]")
+    found = ("--seeds", "42", "43", "--write")
+    session.run("python", "benchmarks/world_time.py", *found, *session.posargs, env={"PYTHONPATH": "examples/world"})
+
+
+@nox.session
 def crepa(session: nox.Session) -> None:
     """The tiny world with CREPA and without it, from nothing and fine-tuned, three seeds, written to docs/crepa.md. Half an hour on
     two cores."""

@@ -96,7 +96,6 @@ FEATURES = {
     "gradient checkpointing, every block, LoRA": checkpointing("lora", "true"),
     "pure bf16, adamw_bf16": in_bf16("adamw_bf16"),
     "pure bf16, optimi-adamw": in_bf16("optimi-adamw", "optimi"),
-    "adamw_bf16 on fp32 weights": optimizer("adamw_bf16"),
     "adamw8bit": optimizer("adamw8bit", "bitsandbytes"),
     "muon": optimizer("muon"),
     "base int8": base("int8"),

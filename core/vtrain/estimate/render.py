@@ -20,6 +20,7 @@ from vtrain.data.scanning.surveys import Bucket, DatasetSurvey, Survey
 from vtrain.estimate.cached import condition_words, feature_words
 from vtrain.estimate.estimate import Estimate
 from vtrain.estimate.estimate import section as memory_section
+from vtrain.estimate.memory import memory_json, memory_sections
 from vtrain.estimate.tokens import long_json, prompt_rows, token_rows, tokens_json
 from vtrain.plan.adapter import adapter_rows
 from vtrain.plan.averages import average_words, video_words
@@ -49,6 +50,7 @@ def sections(plan: Plan, survey: Survey, estimate: Estimate) -> tuple[Section, .
         *(Section(f"regularizer: {name}", tuple(part.describe())) for name, part in plan.regularizers),
         Section("validation", (*_validation(plan, estimate), *picture_rows(plan), *prompt_rows(survey))),
         memory_section(plan),
+        *memory_sections(plan),
         Section("on disk", _disk(plan, survey, estimate)),
         Section(
             "parts",
@@ -190,6 +192,7 @@ def as_json(plan: Plan, survey: Survey, estimate: Estimate) -> dict[str, object]
             for found in survey.datasets
         ],
         "buckets": buckets_json(plan, survey),
+        "memory": memory_json(plan),
         "cut_prompts": [long_json(each) for each in survey.prompts],
         "parts": [
             {"kind": p.spec.kind, "name": p.spec.name, "distribution": p.distribution, "version": p.version}

@@ -143,8 +143,7 @@ SAVINGS: tuple[Saving, ...] = (
     # With two groups on the card at once the next one comes while one computes.
     _group(group="block", stream=True, waits=0.05),
     _group(group="block", waits=1.0),
-    # Layer by layer: many small copies, none of them beside work.
-    _group(group="leaf", waits=1.3),
+    # Not "leaf": at its peak, in the backward pass, it takes as much, and waits more.
     Saving(
         "offload", "decoding", ((("offload", "model_cpu"), True),), lambda plan, work: 0.001,
         lambda plan: plan.validation is not None, on_cpu=False,

@@ -21,7 +21,7 @@ from vtrain.plan.conditions import given_latents
 from vtrain.plan.datasets import token_grid
 from vtrain.plan.memory import MemoryEstimate, MemorySettings, Place, Recompute, Workload, estimate_of
 from vtrain.plan.optimizer import spec_of
-from vtrain.plan.precision import quantised, storage_of, targets_of
+from vtrain.plan.precision import adapter_targets, quantised, storage_of
 from vtrain.plan.records import Plan
 
 FLOAT32 = 4.0
@@ -66,19 +66,19 @@ def memory_settings(config: Config, family: Family, processes: int, *, on_cpu: b
 def _stored(config: Config, family: Family) -> float:
     """Bytes of a weight of the base, on average."""
     storage = storage_of(config)
-    found = quantised(family, storage, targets_of(config)) if storage.quantised else None
+    own = family.lora_targets if isinstance(family, SupportsAdapterNames) else None
+    found = quantised(family, storage, adapter_targets(config, own)) if storage.quantised else None
     return storage.bits / 8 if found is None else found.total_bytes / family.parameters
 
 
 def _resident(config: Config, family: Family) -> float:
-    """The share of the blocks' frozen weights that are on the device at once."""
+    """The share of the blocks' frozen weights that are on the device at once. Layer by layer it is nearly a block as well: in the
+    backward pass a block's layers are called for again before the first of them is done with."""
     table = config.offload
     if table.group is None:
         return 1.0
-    if table.group == "block":
-        return min(1.0, table.blocks_per_group * (1 + table.stream) / family.block_count)
-    sizes = _layers(family)
-    return max(sizes) / sum(sizes) if sizes else 1 / family.block_count
+    together = table.blocks_per_group * (1 + table.stream) if table.group == "block" else 1
+    return min(1.0, together / family.block_count)
 
 
 def _layers(family: Family) -> list[int]:

@@ -193,6 +193,6 @@ def plan_of(
 
 
 def estimated(plan: Plan) -> int | None:
-    """Bytes on the card at the peak of a training step, as the plan reckons them, tensors alone. None: nobody measured its blocks."""
+    """Bytes on the card at the peak of a training step, as the plan reckons them, tensors alone. None: blocks were not measured."""
     phase = memory_estimate(plan).training
     return phase.tensors if phase.device.get("activations") else None

@@ -1,6 +1,6 @@
 """Peak bytes of a training step of SANA-Video, counted on fake tensors, for the estimate of a plan to be compared with.
 
-    python benchmarks/memory_counts.py tests/golden/memory_counts.json
+    python benchmarks/memory_counts.py --json tests/golden/memory_counts.json
 
 The step is vtrain's own (crepa_memory.py says how it is counted). `real` rows are the 2B model; `judged` ones models of widths,
 depths and clips at which nothing that the estimate goes by was measured: that was done at widths 96 and 2240 (memory.json of the
@@ -42,7 +42,7 @@ def setups() -> Iterator[tuple[str, Setup]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, help="JSON that is written")
+    parser.add_argument("--json", type=Path, required=True, help="file that is written")
     chosen = parser.parse_args()
     processes = Processes("bf16")
     processes.accelerator.device_placement = False
@@ -62,7 +62,7 @@ def main() -> None:
             }
             rows.append(row)
             say(f"{row}")
-            chosen.file.write_text(_lines({"machine": machine(), "config": REAL, "rows": rows}), encoding="utf-8")
+            chosen.json.write_text(_lines({"machine": machine(), "config": REAL, "rows": rows}), encoding="utf-8")
 
 
 def _lines(content: Mapping[str, object]) -> str:

@@ -266,6 +266,28 @@ def test_a_resumed_run_keeps_what_may_not_change(plan_for: PlanFor, tmp_path: Pa
     assert plan_for('limit = "15 GiB"').config.offload.group == "block", "what is free to change may"
 
 
+def test_a_resumed_run_keeps_what_was_chosen_while_it_fits(plan_for: PlanFor, tmp_path: Path) -> None:
+    """What others hold on the card differs from day to day; another card or another limit chooses anew."""
+    output = tmp_path / "output" / "sanavideo-2b-lora"
+    (output / "checkpoints" / "step-000010").mkdir(parents=True)
+    card = Room(24 * GIB, 0, "RTX 4090", 64 * GIB)
+    held = replace(card, held=9 * GIB)
+    begun = plan_for('limit = "auto"', held)
+    assert len(chosen(begun)) == 2
+    settings = {"memory.limit": "auto", "precision.base": "bf16", "optimizer.use": "adamw"}
+    (output / "plan.json").write_text(json.dumps({"settings": settings, "memory": memory_json(begun)}))
+    resumed = plan_for('limit = "auto"', card)
+    assert chosen(resumed) == chosen(begun)
+    assert resumed.config.offload.group == "block"
+    assert words(resumed)["chosen"].endswith("the run was begun with it, and it still fits")
+    assert not words(plan_for('limit = "auto"', held))["chosen"].endswith("fits"), "as it would be chosen anyway"
+    assert len(chosen(plan_for('limit = "auto"', replace(card, held=11 * GIB)))) > 2, "where it does not fit"
+    assert len(chosen(plan_for('limit = "auto"', replace(card, name="RTX 5090")))) == 1
+    assert len(chosen(plan_for('limit = "24 GiB"', card))) == 1
+    (output / "plan.json").write_text("[]")
+    assert len(chosen(plan_for('limit = "auto"', card))) == 1
+
+
 def test_programs_get_the_same_in_bytes(plan_for: PlanFor) -> None:
     plan = plan_for('limit = "15 GiB"')
     found: Any = json.loads(json.dumps(memory_json(plan)))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from vtrain.contract import Ended
+from vtrain.contract.rooms import Room
 from vtrain.plan.memory import CONTEXT, TRAINING
 from vtrain.plan.records import MemoryChoice, Plan
 from vtrain.plan.workload import memory_estimate
-from vtrain.run import prepare
-from vtrain.run.memory import MemoryReport, explained_doing, keep_limit
+from vtrain.run import memory, prepare
+from vtrain.run.memory import MemoryReport, agreed, explained_doing, keep_limit
 from vtrain.run.prepare import notices
 
 PlanOf = Callable[..., Plan]
@@ -72,6 +74,30 @@ def test_the_limit_is_kept_on_a_card_and_given_back_by_the_next_run(plan_of: Pla
     keep_limit(replace(plan, memory=replace(promise, on_cpu=True)), card)  # type: ignore[arg-type]
     keep_limit(plan, card)  # type: ignore[arg-type]
     assert card.limits == [2 * GIB - CONTEXT, None, None]
+
+
+def test_processes_plan_alike_with_the_least_that_one_of_them_found(
+    plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or one would recompute blocks and the other not, when a third program starts between their two looks at the card."""
+    card, looked = Card(), list[Room]()
+    mine, theirs = Room(9 * GIB, 0, "an H100", 7 * GIB), Room(9 * GIB, GIB, "an H100", 8 * GIB)
+
+    def planned(path: Path, room: Room) -> Plan:
+        looked.append(room)
+        return replace(plan, memory=MemoryChoice(room.free or 0, "an H100", room.host, (), 1.0, (), room=room))
+
+    monkeypatch.setattr(memory, "planned", planned)
+    plan = replace(plan_of(), memory=MemoryChoice(9 * GIB, "an H100", 7 * GIB, (), 1.0, (), room=mine))
+    pair = SimpleNamespace(gathered=lambda rooms: [*rooms, theirs], device=card)
+    found = agreed(plan, Path("config.toml"), pair)  # type: ignore[arg-type]
+    assert looked == [Room(9 * GIB, GIB, "an H100", 7 * GIB)]
+    assert found.memory is not None
+    assert card.limits == [found.memory.limit - CONTEXT] == [8 * GIB - CONTEXT]
+    alone = SimpleNamespace(gathered=lambda rooms: rooms, device=card)
+    assert agreed(plan, Path("config.toml"), alone) is plan  # type: ignore[arg-type]
+    assert agreed(plan_of(), Path("config.toml"), pair).memory is None  # type: ignore[arg-type]
+    assert len(looked) == 1
 
 
 def test_a_plan_for_another_kind_of_device_is_pointed_out(plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,6 +61,13 @@ class Room:
         return None if self.device is None else max(0, self.device - self.held)
 
 
+def least_room(rooms: Sequence[Room]) -> Room:
+    """What each of several processes has for sure, of what each of them found at its own time."""
+    least = min(rooms, key=lambda room: (room.free is None, room.free))
+    hosts = [room.host for room in rooms if room.host is not None]
+    return replace(least, host=min(hosts, default=None))
+
+
 def find_room(processes: int = 1, environment: Mapping[str, str] = os.environ, root: Path = Path("/")) -> Room:
     """The room of each of `processes` on this machine: the smallest of their cards, so that all plan alike; else its share of the
     machine's memory.
@@ -72,8 +79,7 @@ def find_room(processes: int = 1, environment: Mapping[str, str] = os.environ, r
     cards = visible_cards(environment)[:processes]
     if not cards:
         return Room(host, 0, "", host)
-    least = min(cards, key=lambda card: card.free or 0)
-    return Room(least.device, least.held, least.name, host)
+    return replace(least_room(cards), host=host)
 
 
 def visible_cards(environment: Mapping[str, str] = os.environ) -> list[Room]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vtrain.contract import Section
-from vtrain.plan.memory import CONTEXT, FRAGMENTATION, MemoryEstimate, Phase
+from vtrain.plan.memory import CONTEXT, FRAGMENTATION, PROCESS, MemoryEstimate, Phase
 from vtrain.plan.records import MemoryChoice, Plan
 from vtrain.plan.workload import memory_estimate, workload
 
@@ -49,10 +49,9 @@ def _how(plan: Plan, found: MemoryEstimate, *, on_cpu: bool) -> Iterator[tuple[s
     if not on_cpu:
         yield "most", f"{gib(peak.total)} GiB on a card, {peak.name} ({allowance})"
     if on_cpu or plan.memory is None:
-        yield (
-            "on a CPU" if not on_cpu else "most",
-            f"{gib(memory_estimate(plan, on_cpu=True).on_cpu)} GiB of the machine's memory",
-        )
+        size = gib(memory_estimate(plan, on_cpu=True).on_cpu)
+        own = f"{PROCESS / 2**20:.0f} MiB of the process itself are counted in"
+        yield "most" if on_cpu else "on a CPU", f"{size} GiB of the machine's memory ({own})"
     if work.largest is not None:
         yield "largest clip", f"{work.largest}, {work.tokens:,} tokens, x batch {found.settings.batch}"
     if found.unknown:
@@ -70,7 +69,8 @@ def choice_rows(choice: MemoryChoice) -> Iterator[tuple[str, str]]:
         yield "main memory", f"{gib(choice.host)} GiB are free for each process"
     chosen = ", ".join(choice.words) or "nothing: the run fits as it is"
     cost = f"; about {choice.time:.2f} times the time of a step (an estimate)" if choice.time > 1.005 else ""
-    yield "chosen", f"{chosen}: {gib(choice.amount)} GiB{cost}"
+    kept = "; the run was begun with it, and it still fits" if choice.kept else ""
+    yield "chosen", f"{chosen}: {gib(choice.amount)} GiB{cost}{kept}"
     for words, size in choice.faster[-3:]:
         yield "faster", f"{' and '.join(words) or 'without any of it'}: would take {gib(size)} GiB"
 
@@ -100,6 +100,7 @@ def memory_json(plan: Plan) -> dict[str, object]:
         else {
             "limit": choice.limit,
             "of": choice.where,
+            "card": choice.room.name,
             "on_cpu": choice.on_cpu,
             "chosen": list(choice.words),
             "takes": choice.amount,

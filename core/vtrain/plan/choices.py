@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 from vtrain.config.keys import key_text
 from vtrain.contract import Catalog
@@ -60,7 +61,8 @@ class Options:
         self, plan: Plan, work: Workload, catalog: Catalog | None, *, on_cpu: bool, given: bool = True
     ) -> None:
         self.plan, self.work, self.catalog, self.on_cpu, self.given = plan, work, catalog, on_cpu, given
-        self._fixed = _fixed(plan)
+        self._earlier = _earlier(plan)
+        self._fixed = {key: value for key in FIXED if (value := self._was(key)) is not None}
 
     def choices(self, may: Sequence[str]) -> list[Choice]:
         """All that `may` allows and that work, the fastest first."""
@@ -123,6 +125,18 @@ class Options:
         ]  # fmt: skip
         return problems[0].what.rstrip(".") if problems else ""
 
+    def begun_with(self, card: str) -> tuple[str, ...] | None:
+        """What was chosen for the run that is resumed, if the limit is the same and the card has the same name; None otherwise."""
+        promise = (self._earlier.get("memory") or {}).get("promise") or {}
+        table = self.plan.config.memory
+        if table is None or self._was(("memory", "limit")) != table.limit or promise.get("card") != card:
+            return None
+        return tuple(promise.get("chosen", ()))
+
+    def _was(self, key: Key) -> object:
+        """A setting of the run that is resumed; None where there is no such run."""
+        return self._earlier.get("settings", {}).get(key_text(key))
+
     def _recorded(self, saving: Saving) -> bool:
         """Whether a run that resumes was begun with it."""
         return all(self._fixed.get(key) == value for key, value in saving.values)
@@ -136,14 +150,14 @@ FIXED: tuple[Key, ...] = (("precision", "base"), ("optimizer", "use"))
 """What a saving sets and a resumed run may not change."""
 
 
-def _fixed(plan: Plan) -> Mapping[Key, object]:
-    """These of the run that is resumed, as its plan.json has them; {} for a new run."""
+def _earlier(plan: Plan) -> Mapping[str, Any]:
+    """plan.json of the run that is resumed; {} for a new run."""
     config = plan.config
     if not resumes(config):
         return {}
     folder = config.run.output_dir if config.run.resume == "latest" else resume_path(config).parents[1]
     try:
-        settings = json.loads((folder / PLAN).read_text(encoding="utf-8"))["settings"]
-        return {key: settings[key_text(key)] for key in FIXED if key_text(key) in settings}
-    except (OSError, ValueError, KeyError, TypeError):
+        found = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}  # resuming says what is wrong with it
+    return found if isinstance(found, dict) else {}

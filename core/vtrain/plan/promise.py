@@ -1,7 +1,8 @@
 """Memory as a promise: [memory] says how much there is, and the plan chooses what fits, the fastest first. No torch.
 
 All sets of rows of plan/savings.py that `may` allows are reckoned with the plan's own estimate, and the one of least time that fits
-is taken. What the file sets itself stays; so does what may not change in a run that resumes.
+is taken. What the file sets itself stays; so does what may not change in a run that resumes, and, as long as it fits, all that was
+chosen for it on the same card with the same limit: what others hold there differs from day to day.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from vtrain.config.tables import MemoryTable
 from vtrain.contract import Catalog, ConfigError, Problem
 from vtrain.contract.rooms import Room, bytes_of
 from vtrain.plan.choices import Choice, Limit, Options
-from vtrain.plan.memory import CAPTIONS, MemoryEstimate, MemorySettings, Phase, Workload, estimate_of
+from vtrain.plan.memory import CAPTIONS, CONTEXT, PROCESS, MemoryEstimate, MemorySettings, Phase, Workload, estimate_of
 from vtrain.plan.records import MemoryChoice, Plan
 from vtrain.plan.savings import ALL, SAVINGS, gib
 from vtrain.plan.workload import memory_settings, workload
@@ -28,7 +29,8 @@ def promised(plan: Plan, room: Room | None, catalog: Catalog | None) -> Plan:
     """
     if plan.config.memory is None:
         return plan if room is None else _compared(plan, room, catalog)
-    limit = _limit(plan, plan.config.memory, room or Room())
+    room = room or Room()
+    limit = _limit(plan, plan.config.memory, room)
     work = workload(plan)
     if work.kept is None:
         what = "what a block of this model keeps in memory was never measured, so that nothing can be promised."
@@ -37,10 +39,13 @@ def promised(plan: Plan, room: Room | None, catalog: Catalog | None) -> Plan:
         )
     options = Options(plan, work, catalog, on_cpu=limit.on_cpu)
     found = options.choices(plan.config.memory.may)
-    chosen = next((each for each in found if limit.holds(each.estimate)), None)
-    if chosen is None:
+    fitting = [each for each in found if limit.holds(each.estimate)]
+    if not fitting:
         raise ConfigError(refusal(options, found, limit))
-    made = replace(chosen.plan, memory=_recorded(limit, found, chosen))
+    begun = options.begun_with(room.name)
+    chosen = next((each for each in fitting if each.words == begun), fitting[0])
+    record = replace(_recorded(limit, found, chosen), room=room, kept=chosen is not fitting[0])
+    made = replace(chosen.plan, memory=record)
     more = [*_without_effect(options, plan.config.memory), *_not_counted(chosen.estimate)]
     return replace(made, warnings=(*made.warnings, *more))
 
@@ -143,10 +148,8 @@ def refusal(options: Options, found: Sequence[Choice], limit: Limit) -> Problem:
         return Problem(config.where("memory"), what, remedy)
     phase = max(least.estimate.phases, key=lambda each: each.on_cpu if limit.on_cpu else each.total)
     size = phase.on_cpu if limit.on_cpu else phase.total
-    given = f"{gib(limit.size)} ({limit.where})"
-    what = (
-        f"nothing that is allowed fits in {given}: {phase.name} takes {gib(size)}{_with(least)}, mostly {_most(phase)}."
-    )
+    given, most = f"{gib(limit.size)} ({limit.where})", _most(phase, on_cpu=limit.on_cpu)
+    what = f"nothing that is allowed fits in {given}: {phase.name} takes {gib(size)}{_with(least)}, mostly {most}."
     return Problem(
         config.where("memory", "limit"), what, f"What would fit: {'; or '.join(_fitting(options, least, limit))}."
     )
@@ -156,9 +159,10 @@ def _with(choice: Choice) -> str:
     return f" with {' and '.join(choice.words)}" if choice.words else ""
 
 
-def _most(phase: Phase) -> str:
+def _most(phase: Phase, *, on_cpu: bool) -> str:
     """The largest of what it takes."""
-    name, size = max(phase.device.items(), key=lambda part: part[1])
+    parts = {**phase.device, **({"the process itself": PROCESS} if on_cpu else {"the driver": CONTEXT})}
+    name, size = max(parts.items(), key=lambda part: part[1])
     return f"{name} ({gib(size)})"
 
 

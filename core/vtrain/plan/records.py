@@ -27,6 +27,7 @@ from vtrain.contract import (
     conditions_of,
 )
 from vtrain.contract.precision import STORAGE, StorageName, StorageType
+from vtrain.contract.rooms import Room
 from vtrain.plan.precision import loaded_in
 
 CaptionsFrom = Literal["textfile", "filename", "instance_prompt", "csv", "parquet", "json", "backend"]
@@ -127,7 +128,8 @@ class MemoryChoice:
     """What a plan chose. limit: bytes that the process may take; where: whose they are. words: the settings chosen, () for none
     beside those of the file. time: of a step by that of the fastest set. faster: sets that would be faster, and what they take.
     host: bytes of main memory beside a card that it may take; None: not known. amount: bytes that it takes. on_cpu: whether
-    the CPU trains, and all this is of the machine's memory.
+    the CPU trains, and all this is of the machine's memory. room: what was found there. kept: whether it is chosen because the run
+    that resumes was begun with it.
     """
 
     limit: int
@@ -138,6 +140,8 @@ class MemoryChoice:
     faster: tuple[tuple[tuple[str, ...], int], ...]
     amount: int = 0
     on_cpu: bool = False
+    room: Room = field(default_factory=Room)
+    kept: bool = False
 
 
 @dataclass(frozen=True)

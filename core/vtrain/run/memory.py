@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from vtrain.contract import Device, Ended, Event, Logged
+from vtrain.contract import Device, Ended, Event, Logged, VtrainError
+from vtrain.contract.rooms import least_room
 from vtrain.estimate.estimate import Doing, remedies
 from vtrain.estimate.memory import gib
 from vtrain.plan.memory import CAPTIONS, CLIPS, CONTEXT, DECODING, SAVING, SOLVING, TRAINING, Phase
 from vtrain.plan.records import Plan
 from vtrain.plan.workload import memory_estimate
+from vtrain.run.prepare import planned
+
+if TYPE_CHECKING:
+    from vtrain.train.processes import Processes
 
 
 class MemoryReport:
@@ -33,6 +40,24 @@ class MemoryReport:
         if isinstance(event, Ended) and self.peak:
             return replace(event, estimated_memory=self.estimated, peak_memory=self.peak)
         return event
+
+
+def agreed(plan: Plan, path: Path, processes: Processes) -> Plan:
+    """The plan of all processes, with its limit kept on the card. Each has read what is free at its own time, when another may
+    have begun to fill its card: the least that one of them found counts for all, or they would train in different ways.
+
+    Raises ConfigError when nothing fits in that, on all of them.
+    """
+    if plan.memory is not None:
+        least = least_room(processes.gathered([plan.memory.room]))
+        if least != plan.memory.room:
+            try:
+                plan = planned(path, least)
+            except VtrainError:
+                processes.close()
+                raise
+    keep_limit(plan, processes.device)
+    return plan
 
 
 def keep_limit(plan: Plan, device: Device) -> None:

@@ -47,7 +47,7 @@ from vtrain.run.collector import uncollected
 from vtrain.run.inbox import Inbox
 from vtrain.run.lines import RecordsPiece
 from vtrain.run.listeners import Listeners, saved_states, trackers
-from vtrain.run.memory import MemoryReport, explained, keep_limit
+from vtrain.run.memory import MemoryReport, agreed, explained
 from vtrain.run.output import (
     FailedValidations,
     Recorder,
@@ -115,7 +115,7 @@ class Session:
             from vtrain.train.processes import Processes
 
             self.processes: Processes = Processes(self.plan.config.precision.mixed, self.plan.loaded)
-            keep_limit(self.plan, self.processes.device)
+            self.plan = agreed(self.plan, self._path, self.processes)
             if self.plan.config.run.deterministic:
                 self.processes.device.deterministic()  # before any work: cuBLAS reads its setting once
         if self.processes.count != self.plan.processes:

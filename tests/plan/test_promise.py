@@ -303,16 +303,39 @@ def test_every_saving_is_a_key_that_the_file_may_have(plan_for: PlanFor) -> None
 
 
 def test_the_page_has_these_plans(plan_for: PlanFor) -> None:
-    """docs/memory.md shows the plan's own text for 16, 12 and 6 GiB."""
+    """docs/memory.md shows the plan's own text for LoRA and for full training."""
     page = PAGE.read_text(encoding="utf-8")
-    for limit in (16, 12, 6):
-        assert promise_text(plan_for, limit) in page, f"limit = {limit} GiB:\n{promise_text(plan_for, limit)}"
+    for full, limit in (
+        (False, 24),
+        (False, 16),
+        (False, 12),
+        (False, 6),
+        (True, 48),
+        (True, 24),
+        (True, 16),
+        (True, 12),
+    ):
+        text = f'`limit = "{limit} GiB"`:\n\n```\n{promise_text(plan_for, limit, full=full)}\n```\n'
+        assert text in page, text
 
 
-def promise_text(plan_for: PlanFor, limit: int) -> str:
+def test_full_training_that_does_not_fit_is_told_of_an_adapter(plan_for: PlanFor) -> None:
+    """With what the plan of that adapter then says, but for its number of weights, which differs by its layers."""
+    with pytest.raises(ConfigError) as refused:
+        plan_for('limit = "24 GiB"', full=True)
+    told = re.search(r'model\.train = "lora" \(([\d.]+) GiB\)', str(refused.value))
+    assert told is not None
+    plan = plan_for('limit = "24 GiB"', more="[offload]\noptimizer = true\n", changed={"validation = ": 'on = "cpu"'})
+    assert float(told[1]) == pytest.approx(size(memory_estimate(plan)), rel=0.01)
+    with pytest.raises(ConfigError) as refused:
+        plan_for('limit = "12 GiB"', full=True)
+    assert "lora" not in str(refused.value)
+
+
+def promise_text(plan_for: PlanFor, limit: int, *, full: bool = False) -> str:
     """As `vtrain plan` prints it, without the file's place."""
     try:
-        plan = plan_for(f'limit = "{limit} GiB"')
+        plan = plan_for(f'limit = "{limit} GiB"', full=full)
     except ConfigError as refused:
         (problem,) = refused.problems
         return f"{problem.what}\n{problem.remedy}"

@@ -11,14 +11,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from vtrain.config.keys import key_text
-from vtrain.config.tables import MemoryTable
+from vtrain.config.tables import LoraTable, MemoryTable
 from vtrain.contract import Catalog, ConfigError, Problem
 from vtrain.contract.rooms import Room, bytes_of
 from vtrain.plan.choices import Choice, Limit, Options
 from vtrain.plan.memory import CAPTIONS, CONTEXT, PROCESS, MemoryEstimate, MemorySettings, Phase, Workload, estimate_of
 from vtrain.plan.records import MemoryChoice, Plan
 from vtrain.plan.savings import ALL, SAVINGS, gib
-from vtrain.plan.workload import memory_settings, workload
+from vtrain.plan.workload import FLOAT32, block_memory, memory_settings, usual_adapter, workload
 
 
 def promised(plan: Plan, room: Room | None, catalog: Catalog | None) -> Plan:
@@ -190,7 +190,16 @@ def _fitting(options: Options, least: Choice, limit: Limit) -> Iterator[str]:
     else:
         if text := _floor(least.estimate, limit):
             yield text
+    if not settings.adapter and limit.amount(found := _as_lora(plan, options.work, settings)) <= limit.size:
+        yield f'model.train = "lora" ({gib(limit.amount(found))})'
     yield f"a limit of {gib(limit.amount(least.estimate))}"
+
+
+def _as_lora(plan: Plan, work: Workload, settings: MemorySettings) -> MemoryEstimate:
+    """Of an adapter of the default rank on a frozen bf16 base, with the same clips."""
+    weights = usual_adapter(plan.family, int(LoraTable.model_fields["rank"].default))
+    lora = replace(settings, adapter=True, stored=2.0, trained=FLOAT32, cast=False)
+    return estimate_of(replace(work, adapter=weights, kept=block_memory(replace(plan, base="bf16"))), lora)
 
 
 def _floor(estimate: MemoryEstimate, limit: Limit) -> str:

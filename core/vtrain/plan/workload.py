@@ -132,8 +132,12 @@ def _adapter(plan: Plan) -> tuple[int, bool]:
         return 0, False
     if isinstance(family, SupportsAdapterNames) and (found := adapter_parameters(family, table)):
         return found, False
-    # Each of six square layers of a block has 2 x rank x width.
-    return 12 * table.rank * family.block_width * family.block_count, True
+    return usual_adapter(family, table.rank), True
+
+
+def usual_adapter(family: Family, rank: int) -> int:
+    """Numbers of an adapter on six square layers of each block, each of 2 x rank x width."""
+    return 12 * rank * family.block_width * family.block_count
 
 
 def block_memory(plan: Plan) -> BlockMemory | None:

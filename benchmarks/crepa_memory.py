@@ -9,7 +9,7 @@ cache: DINOv2-giant's, a vector of 1536 for each token, of one micro-batch on th
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -20,10 +20,11 @@ from gpu_sides import LR, NEVER, RANK, REAL, TEXT_TOKENS, TINY, Clip, Setup, bui
 from report import Ratio, ratio, say, say_machine, table, write_json
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vtrain.config.tables import LoraTable, TrainTable
+from vtrain.config.tables import LoraTable, PrecisionTable, TrainTable
 from vtrain.contract import Condition, NoiseLevel, RunLength, Text
 from vtrain.run.inbox import Inbox
 from vtrain.testing.memory import MemoryPeak
+from vtrain.train.checkpointing import checkpoint_gradients
 from vtrain.train.loop import Ends, Loop
 from vtrain.train.parameters import add_lora, groups, trained
 from vtrain.train.prefetch import Prefetched
@@ -44,12 +45,16 @@ STEPS = 2
 """The first makes the optimizer's state; the peak of the second is what is told."""
 
 
-def step_of(setup: Setup, *, crepa: bool) -> Step:
-    """Denoiser, flow loss and CREPA's module, weightless (on the meta device)."""
+def step_of(setup: Setup, *, crepa: bool, checkpointing: Mapping[str, object] | None = None) -> Step:
+    """Denoiser, flow loss and CREPA's module, weightless (on the meta device).
+
+    checkpointing: of [precision], where it is not the setup's.
+    """
     denoiser = SanaVideoDenoiser(build(setup), setup.geometry)
     if setup.mode == "lora":
         add_lora(denoiser, LoraTable(rank=RANK), 0, "")
-    denoiser.gradient_checkpointing(setup.checkpointing)
+    precision = {"gradient_checkpointing": setup.checkpointing, **(checkpointing or {})}
+    checkpoint_gradients(denoiser, PrecisionTable.model_validate(precision), "")
     terms = {}
     if crepa:
         block = setup.config["num_layers"] // 2
@@ -96,9 +101,11 @@ def loop_of(setup: Setup, step: Step, processes: Processes) -> Loop:
     )
 
 
-def count(setup: Setup, processes: Processes, *, crepa: bool) -> tuple[int, dict[str, int]]:
+def count(
+    setup: Setup, processes: Processes, *, crepa: bool, checkpointing: Mapping[str, object] | None = None
+) -> tuple[int, dict[str, int]]:
     """(bytes at the peak of a step, label -> bytes of them): weights, and all that steps make."""
-    step = step_of(setup, crepa=crepa)
+    step = step_of(setup, crepa=crepa, checkpointing=checkpointing)
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         step.to_empty(device="cpu")

@@ -13,12 +13,12 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from vtrain.plan.records import Plan
+from vtrain.plan.workload import memory_estimate
 from vtrain.run.prepare import planned
 from vtrain_sanavideo import tiny
 from vtrain_sanavideo.geometry import SanaVideoConfig
@@ -193,10 +193,6 @@ def plan_of(
 
 
 def estimated(plan: Plan) -> int | None:
-    """Bytes on the card at the peak of a training step, as the plan reckons them, tensors alone. None: vtrain reckons none yet."""
-    if find_spec("vtrain.plan.workload") is None:
-        return None
-    from vtrain.plan.workload import memory_estimate  # type: ignore[import-not-found]  # where it is there
-
-    found: int = memory_estimate(plan).training.tensors
-    return found
+    """Bytes on the card at the peak of a training step, as the plan reckons them, tensors alone. None: blocks were not measured."""
+    phase = memory_estimate(plan).training
+    return phase.tensors if phase.device.get("activations") else None

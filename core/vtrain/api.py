@@ -27,15 +27,20 @@ if TYPE_CHECKING:
     from vtrain.run.session import Session
 
 
-def plan(config: Path | str, on_file: Callable[[int], None] | None = None) -> Prepared:
+def plan(
+    config: Path | str, on_file: Callable[[int], None] | None = None, device_memory: int | None = None
+) -> Prepared:
     """Everything a run would do, without loading a weight: the plan, what was found in the data, the estimate. Imports no torch.
 
-    on_file: called with the number of files that were looked at so far.
+    on_file: called with the number of files that were looked at so far. device_memory: bytes of the card of another machine that
+    the plan is for.
     Raises ConfigError, ModelError, PluginError or DataError with every problem found.
     """
+    from vtrain.contract.rooms import Room
     from vtrain.run.prepare import prepare
 
-    return prepare(Path(config), on_file)
+    room = None if device_memory is None else Room(device_memory, name="--device-memory")
+    return prepare(Path(config), on_file, room)
 
 
 def run(

@@ -380,6 +380,27 @@ def test_memory_of_dropped_tensors_is_given_back(card: CardOf) -> None:
     assert cuda.calls == [("empty_cache",)]
 
 
+def test_a_process_takes_no_more_of_a_card_than_its_limit(card: CardOf) -> None:
+    cuda = card()
+    shares: list[tuple[float, int]] = []
+    cuda.set_per_process_memory_fraction = lambda share, index: shares.append((share, index))
+    cuda.get_per_process_memory_fraction = lambda index: shares[-1][0] if shares else 1.0
+    device = Device("cuda", 0)
+    device.limit(None)
+    device.limit(90 * GIB)
+    assert shares == [], "all of it is what a process has anyway"
+    device.limit(20 * GIB)
+    device.limit(-5)
+    device.limit(None)
+    assert shares == [(0.25, 0), (0.0, 0), (1.0, 0)]
+    Device().limit(1)
+
+
+def test_a_kind_without_limits_has_none(card: CardOf) -> None:
+    card()
+    Device("cuda", 0).limit(20 * GIB)
+
+
 def test_figures_are_nvmls_of_the_whole_card(card: CardOf, nvml: Callable[..., Nvml]) -> None:
     card(count=2)
     nvml(used=5 * GIB, pids=(1, 2))

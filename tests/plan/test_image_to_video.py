@@ -20,7 +20,7 @@ from vtrain.contract import (
     Size,
 )
 from vtrain.data.scanning.surveys import DatasetSurvey
-from vtrain.estimate.render import picture_rows, price_rows
+from vtrain.estimate.pictures import picture_rows, price_rows
 from vtrain.plan.conditions import check_declared, encoder_problems, picture_problems, training_problems
 from vtrain.plan.records import Plan
 

@@ -71,6 +71,7 @@ AXES: Mapping[str, Mapping[str, Choice]] = {
         "model_cpu": Choice({"offload.model_cpu": True}),
         "optimizer": Choice({"offload.optimizer": True}),
     },
+    "memory": {"no limit": Choice(), "a limit": Choice({"memory": {"limit": "16 GiB"}})},
     "optimizer": {
         "adamw": Choice(),
         "adamw_bf16": Choice({"optimizer.use": "adamw_bf16"}, {"trained": "full, bf16"}),

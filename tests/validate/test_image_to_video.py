@@ -27,7 +27,7 @@ from vtrain.data.caching.pictures import Given, fill_pictures, given, keys
 from vtrain.data.decoding.decode import decode
 from vtrain.data.scanning.scan import pictures
 from vtrain.data.scanning.surveys import DatasetSurvey
-from vtrain.estimate.render import price_rows
+from vtrain.estimate.pictures import price_rows
 from vtrain.plan.make import make_plan
 from vtrain.plan.records import Plan
 from vtrain.registry import discover

@@ -87,12 +87,18 @@ def _plan(
             help="also draw learning rate, noise levels and regularizers' weights over the run, as a PNG (needs vtrain[plot])",
         ),
     ] = None,
+    device_memory: Annotated[
+        str,
+        typer.Option(
+            "--device-memory", help="Plan for a card with so much memory, such as 24GiB, not for this machine's."
+        ),
+    ] = "",
 ) -> None:
     """Everything the run would do, estimated, without loading a weight."""
     with uncollected(collect_first=False):
         from vtrain.cli.plan import plan
 
-    plan(config, json, plots)
+    plan(config, json, plots, device_memory)
 
 
 @app.command("export")

@@ -15,7 +15,8 @@ from vtrain import api
 from vtrain.cli.report import bold, columns, folded, looking, print_json, print_table, say, visible
 from vtrain.config import json_schema, load, show
 from vtrain.config.findings import shown
-from vtrain.contract import Section
+from vtrain.contract import ConfigError, Problem, Section
+from vtrain.contract.rooms import bytes_of
 from vtrain.estimate.render import as_json, sections
 from vtrain.registry import discover
 from vtrain.registry.guard import stdout_on_stderr
@@ -41,13 +42,18 @@ def show_config(path: Path, as_json: bool) -> None:
     print_table(("key", "value", "origin"), cells)
 
 
-def plan(config: Path, as_json_text: bool, plots: Path | None = None) -> None:
+def plan(config: Path, as_json_text: bool, plots: Path | None = None, device_memory: str = "") -> None:
     """Print the plan of `config`. Raises what `prepare` raises. Without rich, whose console takes as long as a scan.
 
-    plots: folder, or file that ends in .png, for a drawing of it; what cannot be drawn is an error.
+    plots: folder, or file that ends in .png, for a drawing of it; what cannot be drawn is an error. device_memory: of the card
+    of another machine, such as "24GiB"; "": of this one's.
     """
+    try:
+        room = bytes_of(device_memory) if device_memory else None
+    except ValueError as error:
+        raise ConfigError(Problem("--device-memory", f"{error}.")) from error
     with looking() as on_file:
-        prepared = api.plan(config, on_file)
+        prepared = api.plan(config, on_file, room)
     drawn = None
     if plots is not None:
         from vtrain.run.plots import draw_plots

@@ -36,6 +36,7 @@ from vtrain.contract import (
     Validating,
     Warned,
 )
+from vtrain.estimate.memory import gib
 from vtrain.estimate.render import counted
 
 if TYPE_CHECKING:
@@ -127,6 +128,8 @@ class Terminal:
                 self._stop_bars()
                 self.say(_ending(event, self.again))
                 self.say(f"output: {self._output}")
+                if event.peak_memory is not None:
+                    self.say(_memory(event))
                 for text in failed_validations(event):
                     self._warn(text)
 
@@ -193,6 +196,13 @@ def _ending(event: Ended, again: str) -> str:
     if event.reason == "nothing to do":
         return f"nothing to do: train.steps is {event.steps} and the checkpoint is at {event.step}"
     return f"step {event.step} of {event.steps}: all steps are done"
+
+
+def _memory(event: Ended) -> str:
+    """The peak of training's steps beside the estimate."""
+    assert event.peak_memory is not None
+    estimated = f", estimated {gib(event.estimated_memory)} GiB" if event.estimated_memory else ", not estimated"
+    return f"memory of a step: at most {gib(event.peak_memory)} GiB{estimated}"
 
 
 def failed_validations(event: Ended) -> Iterator[str]:

@@ -15,6 +15,7 @@ from vtrain.config.tables import (
     CheckpointTable,
     EmaTable,
     LrScheduleTable,
+    MemoryTable,
     ModelTable,
     OffloadTable,
     PrecisionTable,
@@ -86,6 +87,7 @@ class Config:
     model: Annotated[Part[ModelTable], Table("family", required=True, use="refuse", gone="refuse")]
     precision: Annotated[PrecisionTable, Table()]
     offload: Annotated[OffloadTable, Table()]
+    memory: Annotated[MemoryTable | None, Table()]
     data: Annotated[tuple[Part[DataTable], ...], Table("data_backend", required=True)]
     cache: Annotated[CacheTable, Table()]
     train: Annotated[TrainTable, Table(required=True)]

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field
 
 from vtrain.contract import Duration, LocalPath, Options, Size, check_path_text, fixed, free
 from vtrain.contract.precision import StorageName
+from vtrain.contract.rooms import bytes_of
 
 Names = Annotated[tuple[str, ...], Field(strict=False)]  # TOML has lists, which strict models take for no tuple
 
@@ -91,6 +92,34 @@ class PrecisionTable(Options):
     )
     gradient_checkpointing_interval: int = Field(
         1, ge=1, le=1000, description="gradient_checkpointing = true: every n-th block is recomputed, from the first on"
+    )
+
+
+Saving = Literal["checkpointing", "offload", "states", "int8", "adamw8bit"]
+"""Words of [memory] may (plan/savings.py has what they stand for)."""
+
+
+def _limit(text: str) -> str:
+    """Raises ValueError for no amount of memory."""
+    if text != "auto":
+        bytes_of(text)
+    return text
+
+
+class MemoryTable(Options):
+    """[memory]: how much memory the run may take, from which the plan chooses what saves memory; absent: nothing is chosen."""
+
+    limit: Annotated[str, AfterValidator(_limit)] = free(
+        "auto",
+        description='what each process may take of its card (training on the CPU: of the machine\'s memory), such as "16 GiB"; '
+        '"auto": all of it, less what others hold there when the run starts',
+    )
+    may: Annotated[tuple[Saving, ...], Field(strict=False)] = free(
+        ("checkpointing", "offload", "states"),
+        description="what the plan may set for it, where the file does not: "
+        '"checkpointing": precision.gradient_checkpointing and its interval; "offload": offload.group and model_cpu; "states": '
+        'offload.optimizer and ema.on; "int8": precision.base = "int8"; "adamw8bit": optimizer.use = "adamw8bit". The last two '
+        "change the result, and are not in the default",
     )
 
 

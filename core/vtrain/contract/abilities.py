@@ -33,6 +33,7 @@ ABILITIES: Mapping[str, Abilities] = {
             protocols.SupportsFrameLevels,
             protocols.SupportsBlockMemory,
             protocols.SupportsBlockWeights,
+            protocols.SupportsEncoderMemory,
             conditions.SupportsConditions,
             adapters.SupportsAdapterNames,
             pipelines.SupportsReference,

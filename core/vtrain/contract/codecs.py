@@ -78,6 +78,12 @@ class CausalCodecConfig(PartConfig):
         """Pixels per latent in height and width: a halving between each two of dim_mult, times the pixel patch."""
         return (1 << (len(self.dim_mult) - 1)) * (self.patch_size or 1)
 
+    @property
+    def memory_key(self) -> str:
+        """What in it decides over what it computes: its key in a family's measurements (contract/measured.py)."""
+        widths = f"{self.base_dim} {self.decoder_base_dim or self.base_dim} {'x'.join(map(str, self.dim_mult))}"
+        return f"codec {widths} {self.z_dim}"
+
     def geometry(self, patch: tuple[int, int, int] = (1, 1, 1)) -> LatentGeometry:
         """The codec is causal: the first frame stands alone, then time_factor frames share a latent frame.
 

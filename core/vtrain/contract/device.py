@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from vtrain.contract.errors import DeviceError, Problem
+from vtrain.contract.rooms import answer, nvml
 
 if TYPE_CHECKING:
     import torch
@@ -235,6 +236,19 @@ class Device:
         found = self._ask("mem_get_info", None)
         return None if found is None else (int(found[0]), int(found[1]))
 
+    def limit(self, size: int | None) -> None:
+        """Let tensors of this process take so many bytes of the card at most, from here on: beyond it the card counts as full.
+
+        Kernels that want more for themselves then do with less, as on a full card. None: all of it again. Kinds without such a
+        limit have none.
+        """
+        room = self.free()
+        if room is None or not hasattr(self._module, "set_per_process_memory_fraction"):
+            return
+        share = 1.0 if size is None else min(1.0, max(0, size) / room[1])
+        if share < 1 or self._ask("get_per_process_memory_fraction", 1.0) < 1:
+            self._module.set_per_process_memory_fraction(share, self.index)
+
     def release(self) -> None:
         """Give memory of dropped tensors back to the device, for models that come and go."""
         gc.collect()
@@ -310,22 +324,22 @@ class Device:
         """NVML's figures of this card; None where there is no NVIDIA card, driver or nvidia-ml-py."""
         if self.kind != "cuda":
             return None
-        with _nvml() as nvml:
-            if nvml is None:
+        with nvml() as library:
+            if library is None:
                 return None
             try:
                 # By its UUID: CUDA_VISIBLE_DEVICES renumbers cards for torch, not for the driver.
-                handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{self._module.get_device_properties(self.index).uuid}")
-                memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+                handle = library.nvmlDeviceGetHandleByUUID(f"GPU-{self._module.get_device_properties(self.index).uuid}")
+                memory = library.nvmlDeviceGetMemoryInfo(handle)
                 return Figures(
                     total=int(memory.total),
                     used=int(memory.used),
-                    utilisation=_answer(nvml, lambda: int(nvml.nvmlDeviceGetUtilizationRates(handle).gpu)),
-                    temperature=_answer(
-                        nvml, lambda: int(nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU))
+                    utilisation=answer(library, lambda: int(library.nvmlDeviceGetUtilizationRates(handle).gpu)),
+                    temperature=answer(
+                        library, lambda: int(library.nvmlDeviceGetTemperature(handle, library.NVML_TEMPERATURE_GPU))
                     ),
-                    watts=_answer(nvml, lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000),
-                    processes=_answer(nvml, lambda: _processes(nvml, handle)) or {},
+                    watts=answer(library, lambda: library.nvmlDeviceGetPowerUsage(handle) / 1000),
+                    processes=answer(library, lambda: _processes(library, handle)) or {},
                 )
             except Exception:  # noqa: BLE001 - a driver older than the library raises what is no NVMLError
                 return None
@@ -363,38 +377,11 @@ def _count(module: Any) -> tuple[int, str]:
     raise DeviceError(Problem("", what, remedy))
 
 
-@contextmanager
-def _nvml() -> Iterator[Any]:
-    """NVIDIA's management library at work; None where it, or its driver, is missing."""
-    try:
-        import pynvml
-    except ImportError:
-        yield None
-        return
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        yield None
-        return
-    try:
-        yield pynvml
-    finally:
-        pynvml.nvmlShutdown()
-
-
 def _cards() -> int:
     """NVIDIA cards of this machine, whatever torch makes of them."""
-    with _nvml() as nvml:
-        return (_answer(nvml, lambda: int(nvml.nvmlDeviceGetCount())) or 0) if nvml is not None else 0
+    with nvml() as library:
+        return (answer(library, lambda: int(library.nvmlDeviceGetCount())) or 0) if library is not None else 0
 
 
-def _answer(nvml: Any, ask: Callable[[], T]) -> T | None:
-    """None for a figure that this card or its driver does not give."""
-    try:
-        return ask()
-    except nvml.NVMLError:
-        return None
-
-
-def _processes(nvml: Any, handle: Any) -> dict[int, int]:
-    return {each.pid: int(each.usedGpuMemory or 0) for each in nvml.nvmlDeviceGetComputeRunningProcesses(handle)}
+def _processes(library: Any, handle: Any) -> dict[int, int]:
+    return {each.pid: int(each.usedGpuMemory or 0) for each in library.nvmlDeviceGetComputeRunningProcesses(handle)}

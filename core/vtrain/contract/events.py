@@ -299,7 +299,8 @@ class Ended:
     step: optimizer steps done. steps: of the whole run. reason: "finished", all steps are done; "stopped", as asked; "nothing to
     do", all steps were done already. signal: number of the signal that asked for it. failed_validations: optimizer steps done by
     then -> why, of the validations since the run was started that failed. last_validation_failed: whether the newest is one of
-    them.
+    them. estimated_memory, peak_memory: bytes of a training step, as the plan estimates them and as the first process measured
+    them: of tensors on its card, or on a CPU of the whole process. None: not known.
     """
 
     step: int
@@ -308,6 +309,8 @@ class Ended:
     signal: int | None = None
     failed_validations: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     last_validation_failed: bool = False
+    estimated_memory: int | None = None
+    peak_memory: int | None = None
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,12 @@ from vtrain.contract.codecs import (
 from vtrain.contract.errors import ModelError, Problem
 from vtrain.contract.geometry import ClipShape, FrameRule, LatentGeometry, LatentShape, Size, TokenGrid
 from vtrain.contract.loading import DiffusersDenoiser, opened
+from vtrain.contract.measured import dtype_bytes, measured_blocks, measured_work
 from vtrain.contract.options import ModelSource, Options, fixed
 from vtrain.contract.pipelines import ExportFormat, pipeline_parts, write_pipeline
 from vtrain.contract.protocols import Denoiser, DType, HashFile
-from vtrain.contract.records import BlockMemory, TokenBytes
-from vtrain.contract.weights import Shape, misfit_problems, weight_hashes
+from vtrain.contract.records import BlockMemory, EncoderMemory
+from vtrain.contract.weights import Shape, misfit_problems, stored_shapes, weight_hashes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -150,8 +151,7 @@ class DiffusersFamily(ABC, Generic[TransformerT]):
     list of blocks. components: of a checkpoint, with "transformer", "vae" and "scheduler" among them. lora_targets and
     original_names: its denoiser's, which a plan asks for.
 
-    measured: `memory_key` of a model -> "<weights> <compute> clip", or "frames" with a level for each latent frame -> bytes as
-    `vtrain.testing.memory.block_memory` gave them: (plain block, outside, checkpointed block, outside).
+    measured: what `vtrain.testing.memory` measured of its models (contract/measured.py says how it is laid out).
     """
 
     mark: str
@@ -257,8 +257,33 @@ class DiffusersFamily(ABC, Generic[TransformerT]):
 
     def block_memory(self, *, weights: DType, compute: DType, frame_levels: bool) -> BlockMemory | None:
         how = f"{weights} {compute} {'frames' if frame_levels else 'clip'}"
-        found = self.measured.get(self.memory_key, {}).get(how)
-        return BlockMemory(TokenBytes(*found[:2]), TokenBytes(*found[2:])) if found else None
+        return measured_blocks(self.measured, self.memory_key, how)
+
+    @property
+    def codec_key(self) -> str:
+        """Of its video codec in `measured`; "": its work is not measured."""
+        codec = self._codec
+        return codec.memory_key if isinstance(codec, CausalCodecConfig) and not self._options.vae_tiling else ""
+
+    def encoder_memory(self) -> Mapping[str, EncoderMemory]:
+        """SupportsEncoderMemory: of what is in the model folder."""
+        stored = {name: self._stored(name) for name in self._source.components}
+        precision = self._options.vae_precision
+        texts = max((count for name, count in stored.items() if "text_encoder" in name), default=0)
+        found = {"text encoder": EncoderMemory(texts * dtype_bytes(self._options.text_precision))} if texts else {}
+        if weights := stored.get("vae", 0) * dtype_bytes(precision):
+            work = measured_work(self.measured, self.codec_key, precision)
+            found["video codec"] = EncoderMemory(weights, *work)
+        return found
+
+    def _stored(self, component: str) -> int:
+        """Numbers of a component's weights, by their headers; 0 where they are not there yet."""
+        source = self.source_of(component)
+        try:
+            shapes = stored_shapes(source.part(component), source.components[component].stem)
+        except ModelError:
+            return 0
+        return sum(map(math.prod, shapes.values()))
 
     def scheduler_config(self) -> Mapping[str, object]:
         return read_json(self._source.folder / "scheduler" / "scheduler_config.json")

@@ -18,6 +18,7 @@ from vtrain.contract.records import (
     BlockMemory,
     Caption,
     Condition,
+    EncoderMemory,
     Latents,
     NoiseLevel,
     Role,
@@ -339,6 +340,18 @@ class SupportsBlockWeights(Protocol):
 
     def block_weights(self) -> Mapping[str, tuple[int, ...]]:
         """Name in `Denoiser.module` -> shape, of every weight of `Denoiser.blocks`, from the model folder's config."""
+        ...
+
+
+@runtime_checkable
+class SupportsEncoderMemory(Protocol):
+    """A family that knows what its text encoder and its video codec take in memory."""
+
+    def encoder_memory(self) -> Mapping[str, EncoderMemory]:
+        """Of the "text encoder" (of several that are never there together, the largest) and of the "video codec".
+
+        weights: from the headers of the model folder. encode, decode: measured, as `vtrain.testing.memory.codec_memory` gives them.
+        """
         ...
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from vtrain.contract.geometry import ClipShape
     from vtrain.contract.protocols import Family
 
 Role = Literal["prompt", "negative", "dropped"]
@@ -111,16 +112,40 @@ class BlockMemory:
     """What full training of a denoiser keeps for the backward pass; an adapter's keeps a little less.
 
     plain: as it is. checkpointed: with gradient checkpointing, where one block at a time keeps `plain.block` besides.
+    working: bytes for each token of a forward pass without gradients, at its peak; 0: not measured. feed_forward: with the
+    feed-forward layer of each block checkpointed alone; None: not measured.
     """
 
     plain: TokenBytes
     checkpointed: TokenBytes
+    working: float = 0.0
+    feed_forward: TokenBytes | None = None
 
     def kept(self, tokens: int, blocks: int, *, checkpointing: bool) -> float:
         """Bytes for a clip of so many tokens."""
         if checkpointing:
             return tokens * (self.checkpointed.outside + blocks * self.checkpointed.block + self.plain.block)
         return tokens * (self.plain.outside + blocks * self.plain.block)
+
+
+@dataclass(frozen=True)
+class ClipBytes:
+    """Bytes for a clip: for each pixel of a picture's area, and for each pixel of all its frames."""
+
+    area: float
+    pixel: float
+
+    def of(self, clip: ClipShape) -> float:
+        return clip.height * clip.width * (self.area + self.pixel * clip.frames)
+
+
+@dataclass(frozen=True)
+class EncoderMemory:
+    """What a model beside the denoiser takes. weights: bytes. encode, decode: what it computes, at its peak; None: not measured."""
+
+    weights: int
+    encode: ClipBytes | None = None
+    decode: ClipBytes | None = None
 
 
 def timed(family: Family, level: NoiseLevel) -> NoiseLevel:

@@ -99,14 +99,19 @@ def adapter_rows(plan: Plan) -> tuple[tuple[str, str], ...]:
     )
     rows = [("trained", text)]
     if isinstance(plan.family, SupportsAdapterNames) and (names := adapted_modules(plan.family, table)):
-        shapes = plan.family.weight_shapes()
-        count = sum(_adapter_size(shapes[f"{name}.weight"], table) for name in names)
+        count = adapter_parameters(plan.family, table)
         rows.append(
             ("adapted", f"{len(names)} layers ({', '.join(targets(plan.family, table))}), {count:,} parameters")
         )
     if table.start is not None and not resumes(plan.config):
         rows.append(("starts from", _start_text(plan, table, table.start)))
     return tuple(rows)
+
+
+def adapter_parameters(family: SupportsAdapterNames, table: LoraTable) -> int:
+    """How many numbers the adapter has."""
+    shapes = family.weight_shapes()
+    return sum(_adapter_size(shapes[f"{name}.weight"], table) for name in adapted_modules(family, table))
 
 
 def _adapter_size(weight: Sequence[int], table: LoraTable) -> int:

@@ -28,6 +28,7 @@ from vtrain.contract import (
     SupportsTokenGrid,
     TrackerSpec,
 )
+from vtrain.contract.rooms import Room
 from vtrain.plan.adapter import adapter_problems, adapter_warnings
 from vtrain.plan.averages import average_problems, average_warnings
 from vtrain.plan.conditions import check_declared, encoder_problems, picture_problems, training_problems
@@ -36,6 +37,7 @@ from vtrain.plan.offload import offload_problems, offload_warnings
 from vtrain.plan.optimizer import optimizer_problems, optimizer_warnings
 from vtrain.plan.places import among_clips, output_problems
 from vtrain.plan.precision import layer_problems, precision_problems, precision_warnings, storage_of
+from vtrain.plan.promise import promised
 from vtrain.plan.records import DatasetPlan, Plan, ValidationPlan
 from vtrain.plan.rollout import rollout_problems
 from vtrain.plan.sizes import Clips, beyond, longest, refused
@@ -44,14 +46,14 @@ from vtrain.registry.blame import PartFault, blame
 from vtrain.registry.spelling import check_members, declared_faults, faults, makers
 
 
-def make_plan(config: Config, processes: int = 1, catalog: Catalog | None = None) -> Plan:
+def make_plan(config: Config, processes: int = 1, catalog: Catalog | None = None, room: Room | None = None) -> Plan:
     """Build every part that the config names and check the whole. processes: how many train together.
 
-    catalog: of what is installed, to know other families' caption extras. Raises ConfigError with all problems found,
-    PluginError for a part that is none.
+    catalog: of what is installed, to know other families' caption extras. room: the memory that there is, for [memory]. Raises
+    ConfigError with all problems found, PluginError for a part that is none.
     """
     with blame(config.parts()):
-        return _make_plan(config, processes, catalog)
+        return promised(_make_plan(config, processes, catalog), room, catalog)
 
 
 def _make_plan(config: Config, processes: int, catalog: Catalog | None) -> Plan:

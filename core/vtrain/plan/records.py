@@ -27,6 +27,7 @@ from vtrain.contract import (
     conditions_of,
 )
 from vtrain.contract.precision import STORAGE, StorageName, StorageType
+from vtrain.contract.rooms import Room
 from vtrain.plan.precision import loaded_in
 
 CaptionsFrom = Literal["textfile", "filename", "instance_prompt", "csv", "parquet", "json", "backend"]
@@ -123,11 +124,32 @@ def encoded(
 
 
 @dataclass(frozen=True)
+class MemoryChoice:
+    """What a plan chose. limit: bytes that the process may take; where: whose they are. words: the settings chosen, () for none
+    beside those of the file. time: of a step by that of the fastest set. faster: sets that would be faster, and what they take.
+    host: bytes of main memory beside a card that it may take; None: not known. amount: bytes that it takes. on_cpu: whether
+    the CPU trains, and all this is of the machine's memory. room: what was found there. kept: whether it is chosen because the run
+    that resumes was begun with it.
+    """
+
+    limit: int
+    where: str
+    host: int | None
+    words: tuple[str, ...]
+    time: float
+    faster: tuple[tuple[tuple[str, ...], int], ...]
+    amount: int = 0
+    on_cpu: bool = False
+    room: Room = field(default_factory=Room)
+    kept: bool = False
+
+
+@dataclass(frozen=True)
 class Plan:
     """The parts of a run, built and checked, and the values core resolved.
 
     base: storage type of the denoiser. processes: how many train together. regularizers: (name, part).
-    warnings: what is allowed but probably not meant.
+    warnings: what is allowed but probably not meant. memory: what [memory] made it choose, which `config` has; None without it.
     """
 
     config: Config
@@ -139,6 +161,7 @@ class Plan:
     base: StorageName
     validation: ValidationPlan | None
     warnings: tuple[str, ...]
+    memory: MemoryChoice | None = None
 
     @cached_property
     def conditions(self) -> tuple[ConditionSpec, ...]:

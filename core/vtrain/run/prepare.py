@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vtrain.config import load
 from vtrain.contract import Caption, ConfigError, Device, Problem, Role
+from vtrain.contract.rooms import Room, find_room
 from vtrain.contract.transfers import Transfers
 from vtrain.data.scanning.scan import Scan, scan, with_decoders
 from vtrain.estimate.estimate import Estimate, check_room, make_estimate
@@ -30,10 +31,11 @@ class Prepared:
     estimate: Estimate
 
 
-def planned(path: Path) -> Plan:
+def planned(path: Path, room: Room | None = None) -> Plan:
     """Read and check the file. The number of processes is what the launcher (torchrun, accelerate) says.
 
-    No data file is opened: that is the scan's. Raises ConfigError, ModelError or PluginError with all problems.
+    No data file is opened: that is the scan's. room: the memory of the machine that it is for; absent: this one's is looked up
+    where the file has [memory]. Raises ConfigError, ModelError or PluginError with all problems.
     """
     said = os.environ.get("WORLD_SIZE") or "1"
     if not said.isdecimal() or not int(said):
@@ -43,13 +45,16 @@ def planned(path: Path) -> Plan:
         catalog = discover()
         with blame(tuple(catalog.parts.values())):  # validators of options are plugins' code
             config = load(path, catalog)
-        return with_decoders(make_plan(config, int(said), catalog))
+        if room is None and config.memory is not None:
+            local = os.environ.get("LOCAL_WORLD_SIZE") or said
+            room = find_room(int(local) if local.isdecimal() else int(said))
+        return with_decoders(make_plan(config, int(said), catalog, room))
 
 
-def prepare(path: Path, on_file: Callable[[int], None] | None = None) -> Prepared:
-    """Plan, scan, estimate. Raises ConfigError, ModelError, PluginError or DataError."""
+def prepare(path: Path, on_file: Callable[[int], None] | None = None, room: Room | None = None) -> Prepared:
+    """Plan, scan, estimate. room: as `planned` takes it. Raises ConfigError, ModelError, PluginError or DataError."""
     with uncollected(collect_first=False):
-        plan = planned(path)
+        plan = planned(path, room)
     with blame(plan.config.parts()):
         return Prepared(plan, *scanned(plan, on_file))
 
@@ -64,7 +69,11 @@ def scanned(plan: Plan, on_file: Callable[[int], None] | None = None) -> tuple[S
 
 def notices(plan: Plan, device: Device) -> list[str]:
     """What of the plan does nothing on the device that a run found."""
-    return list(device_notices(plan.config.offload, accelerated=device.accelerated, streams=Transfers.streams(device)))
+    found = list(device_notices(plan.config.offload, accelerated=device.accelerated, streams=Transfers.streams(device)))
+    if plan.memory is not None and plan.memory.on_cpu == device.accelerated:
+        planned_for = "this machine's memory" if plan.memory.on_cpu else plan.memory.where
+        found.append(f"[memory] was planned for {planned_for}, and the run is on {device}: its limit may not be kept")
+    return found
 
 
 def extra_texts(plan: Plan) -> list[tuple[Caption, Role]]:

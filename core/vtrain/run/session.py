@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,7 @@ from vtrain.contract import (
 from vtrain.data.scanning.quarantine import move_bad
 from vtrain.data.scanning.scan import Scan, scan
 from vtrain.data.scanning.surveys import Survey
-from vtrain.estimate.estimate import Doing, Estimate, make_estimate, remedies
+from vtrain.estimate.estimate import Estimate, make_estimate
 from vtrain.estimate.render import sections
 from vtrain.plan.places import SAMPLES
 from vtrain.registry.blame import blame
@@ -47,6 +47,7 @@ from vtrain.run.collector import uncollected
 from vtrain.run.inbox import Inbox
 from vtrain.run.lines import RecordsPiece
 from vtrain.run.listeners import Listeners, saved_states, trackers
+from vtrain.run.memory import MemoryReport, agreed, explained
 from vtrain.run.output import (
     FailedValidations,
     Recorder,
@@ -114,6 +115,7 @@ class Session:
             from vtrain.train.processes import Processes
 
             self.processes: Processes = Processes(self.plan.config.precision.mixed, self.plan.loaded)
+            self.plan = agreed(self.plan, self._path, self.processes)
             if self.plan.config.run.deterministic:
                 self.processes.device.deterministic()  # before any work: cuBLAS reads its setting once
         if self.processes.count != self.plan.processes:
@@ -307,7 +309,7 @@ class Session:
         from vtrain.data.caching import caches, pictures
 
         where = str(self.processes.device)
-        with self._explained("filling the caches"):
+        with explained(self.plan, self.processes.device, "filling the caches"):
             try:
                 filled = yield from caches.fill(self.plan, found.samples, extra_texts(self.plan), where, self.processes)
             except DataError:
@@ -332,7 +334,7 @@ class Session:
         from vtrain.train.assemble import assemble
 
         caches = Caches.open(self.plan)
-        with uncollected(), self._explained("loading the model"):
+        with uncollected(), explained(self.plan, self.processes.device, "loading the model"):
             trainer = assemble(self.plan, data.estimate, start, data.filled.index, caches, self.processes)
         try:
             yield trainer, caches
@@ -363,8 +365,10 @@ class Session:
 
     def _trained(self, trainer: Trainer, caches: Caches) -> Iterator[Event]:
         """Every step, with what is due between them."""
-        validate, failed = self._validation(trainer, caches), FailedValidations()
-        with self._inbox.listening() if self._signals else nullcontext(), self._explained("training"):
+        failed, memory = FailedValidations(), MemoryReport(self.plan, self.processes.device)
+        validate = self._validation(trainer, caches)
+        full = explained(self.plan, self.processes.device, "training")
+        with self._inbox.listening() if self._signals else nullcontext(), full:
             also: list[Piece] = [RecordsPiece(self._recorder.records)]
             also += [self._listeners.piece] if self._listeners is not None and self.plan.config.trackers else []
             owed = partial(validation_owed, self.plan.config.run.output_dir)
@@ -372,7 +376,7 @@ class Session:
                 if isinstance(event, Ended):
                     self.signal = self._inbox.signal if event.reason == "stopped" else None
                     event = replace(event, signal=self.signal)
-                yield failed.told(event)
+                yield failed.told(memory.seen(event))
                 for complaint in self._inbox.complaints():
                     yield Warned(complaint)
 
@@ -392,9 +396,5 @@ class Session:
             made, plan.family, plan.sampler, caches, trainer.denoiser, processes.device, autocast, stopping, pictures,
             weights, trainer.resting,
         )  # fmt: skip
-        explained, parts = partial(self._explained, "validating"), plan.config.parts()
-        return Validation(validator, plan.config.run.output_dir / SAMPLES, processes, explained, parts)
-
-    def _explained(self, doing: Doing) -> AbstractContextManager[None]:
-        """A full device is an error with what lowers the memory that this plan takes."""
-        return self.processes.device.explained(doing, remedies(self.plan, doing))
+        full, parts = partial(explained, plan, processes.device, "validating"), plan.config.parts()
+        return Validation(validator, plan.config.run.output_dir / SAMPLES, processes, full, parts)

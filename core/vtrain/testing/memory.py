@@ -5,16 +5,29 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 
-from vtrain.contract import BlockMemory, Denoiser, Device, DType, TokenBytes
+from vtrain.contract import (
+    BlockMemory,
+    ClipShape,
+    Denoiser,
+    Device,
+    DType,
+    LatentShape,
+    SupportsFeedForward,
+    TokenBytes,
+)
+from vtrain.contract.records import ClipBytes
 
 Opened = TypeVar("Opened")
 
@@ -60,11 +73,71 @@ def block_memory(denoiser: Denoiser, calls: Sequence[tuple[Call, int]], compute:
     found = []
     for on in (False, True):
         denoiser.gradient_checkpointing(on)
-        (short, few), (long, many) = ((_left(denoiser, call, compute), tokens) for call, tokens in calls)
-        total, block = ((after - before) / (many - few) for before, after in zip(short, long, strict=True))
-        found.append(TokenBytes(block, total - len(denoiser.blocks) * block))
+        found.append(_token_bytes(denoiser, calls, compute))
     denoiser.gradient_checkpointing(False)
-    return BlockMemory(*found)
+    layers = None
+    if isinstance(denoiser, SupportsFeedForward):
+        with _recomputed(denoiser.feed_forwards):
+            layers = _token_bytes(denoiser, calls, compute)
+    (few_bytes, few), (many_bytes, many) = ((_working(denoiser, call, compute), tokens) for call, tokens in calls)
+    plain, checkpointed = found
+    return BlockMemory(plain, checkpointed, (many_bytes - few_bytes) / (many - few), layers)
+
+
+def _token_bytes(denoiser: Denoiser, calls: Sequence[tuple[Call, int]], compute: DType) -> TokenBytes:
+    (short, few), (long, many) = ((_left(denoiser, call, compute), tokens) for call, tokens in calls)
+    total, block = ((after - before) / (many - few) for before, after in zip(short, long, strict=True))
+    return TokenBytes(block, total - len(denoiser.blocks) * block)
+
+
+@contextmanager
+def _recomputed(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """The forward passes of modules are run again in the backward pass, inside."""
+    for module in modules:
+        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def _working(denoiser: Denoiser, call: Call, compute: DType) -> int:
+    """Bytes at the peak of a call without gradients, beside the weights and what it is given."""
+    weight = next(denoiser.module.parameters())
+    mode = weight.fake_mode if isinstance(weight, FakeTensor) else FakeTensorMode(allow_non_fake_inputs=True)
+    with torch.no_grad(), mode, MemoryPeak() as memory, Device().autocast("bf16" if compute == "bf16" else None):
+        # Of a weight an operator gives views, which are the weight's own bytes.
+        memory.count((*denoiser.module.parameters(), *denoiser.module.buffers()), "weights")
+        call()
+    peak: int = memory.peak
+    return peak
+
+
+def codec_memory(
+    encode: Callable[[Tensor], object],
+    decode: Callable[[Tensor], object],
+    clips: Sequence[tuple[ClipShape, LatentShape]],
+) -> tuple[ClipBytes, ClipBytes]:
+    """What a video codec computes when it encodes and decodes a clip, at its peak, what it is given and gives included.
+
+    encode: of pixels (1, 3, F, H, W) in [-1, 1]; decode: of latents (1, C, f, h, w). clips: two of one size and of different
+    lengths, beyond the first chunk of frames that a causal codec goes through, each with the shape of its latents. Inside
+    torch's FakeTensorMode nothing is computed.
+    """
+    found = []
+    for work, shape_of in ((encode, lambda clip, _: (3, *clip)), (decode, lambda _, latents: latents)):
+        peaks = []
+        for clip, latents in clips:
+            with torch.no_grad(), MemoryPeak() as memory:
+                kept = work(torch.zeros(1, *shape_of(clip, latents)))
+            peaks.append(memory.peak)
+            del kept
+        (first, _), (last, _) = clips
+        area = first.height * first.width
+        pixel = (peaks[1] - peaks[0]) / (area * (last.frames - first.frames))
+        found.append(ClipBytes(peaks[0] / area - pixel * first.frames, pixel))
+    return found[0], found[1]
 
 
 def _left(denoiser: Denoiser, call: Call, compute: DType) -> tuple[int, int]:

@@ -167,6 +167,14 @@ def test_patterns_of_alpha_are_read_as_peft_reads_them(tmp_path: Path, pattern: 
         ({"lora_alpha": 0}, "lora_alpha of this adapter is 0, and not"),
         ({"lora_alpha": math.nan}, "lora_alpha of this adapter is nan, and not"),
         ({"alpha_pattern": {"to_q": "x"}}, "alpha_pattern \"to_q\" of this adapter is 'x', and not"),
+        (
+            {"alpha_pattern": {"to_q": 4.0, "to_k[": 8.0}},
+            r'peft/adapter_model.*"to_k\[" of this adapter is no regular .*file\.',
+        ),
+        (
+            {"alpha_pattern": {"(?i)to_q": 4.0}},
+            "of this adapter is no regular expression: global flags not at the start",
+        ),
         ({"alpha_pattern": [1]}, r"alpha_pattern of this adapter is \[1\], and no table"),
     ],
 )

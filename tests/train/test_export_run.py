@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -12,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vtrain.run import export as exports
 from vtrain.train.checkpoint import fault
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -80,9 +83,13 @@ def test_an_export_goes_nowhere_where_checkpoints_are(folder, within: Run) -> No
     source = checkpoint_of(folder, 2)
     for target in (source / "exp", source / "a" / "b", source.parent / "step-000099", source.parent / "mine"):
         done = within("export", folder.output, "--to", target, check=2)
-        assert "where a run keeps its checkpoints" in done.stderr
+        word = "is a checkpoint" if source in target.parents else "is where a run keeps its checkpoints"
+        assert word in " ".join(done.stderr.split())
         assert not target.exists()
-    assert fault(source) is None
+    alone = folder.path / "copied"  # also where its folder's name says nothing
+    shutil.copytree(source, alone)
+    assert "is a checkpoint" in within("export", alone, "--to", alone / "exp", check=2).stderr
+    assert fault(source) is fault(alone) is None
     (folder.path / "step-000007").mkdir()
     within("export", folder.output, "--to", folder.path / "step-000007" / "here")
 
@@ -109,3 +116,29 @@ def test_what_is_not_there_is_called_so(folder, within: Run) -> None:
     inside = within("export", folder.output, "--to", config / "x", check=2).stderr
     assert "config.toml is a file" in inside
     assert "Make room" not in inside
+
+
+def test_room_is_asked_for_on_a_full_disk_alone(folder, within: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    within("run", folder.write(train="lora", steps=2, save=2))
+    for number, full in ((errno.ENOSPC, True), (errno.EIO, False)):
+        with monkeypatch.context() as patch:
+
+            def fails(*_: object, number: int = number) -> None:
+                raise OSError(number, os.strerror(number))
+
+            patch.setattr(exports, "_record", fails)
+            said = " ".join(within("export", folder.output, check=2).stderr.split())
+        assert os.strerror(number) in said
+        assert ("Make room on the disk, or choose another folder" in said) is full
+        assert "hoose another folder with --to." in said
+    assert list((folder.output / "exports").iterdir()) == []
+
+
+def test_a_run_without_checkpoints_and_an_export_are_called_so(folder, within: Run) -> None:
+    within("run", folder.write(train="lora", steps=2, save=2))
+    said = within("export", folder.output).stdout
+    assert "predicts as the trained model bit for bit; training changed it by" in said
+    made = folder.output / "exports" / "step-000002-lora"
+    assert "this is an export already" in within("export", made, check=2).stderr
+    shutil.rmtree(folder.output / "checkpoints")
+    assert "this run has saved no checkpoint yet" in within("export", folder.output, check=2).stderr

@@ -130,11 +130,9 @@ class Alive:
         return found
 
 
-@pytest.mark.parametrize(
-    ("group", "forward", "step"), [("block", (1.0, 1.0), (1.0, 1.0)), ("leaf", (0, 0.5), (0.5, 1.0))]
-)
+@pytest.mark.parametrize(("group", "least"), [("block", 1.0), ("leaf", 0.5)])
 def test_of_a_block_that_many_bytes_are_on_the_card_in_a_forward_and_in_a_backward_pass(
-    layers, given, held: ExitStack, monkeypatch: pytest.MonkeyPatch, group: str, forward: Any, step: Any
+    layers, given, held: ExitStack, monkeypatch: pytest.MonkeyPatch, group: str, least: float
 ) -> None:
     """In a backward pass nearly a block of leaves too: what is computed again holds its weights until its gradients are there."""
     denoiser, made = layers(held, blocks=4, group=group)
@@ -143,13 +141,13 @@ def test_of_a_block_that_many_bytes_are_on_the_card_in_a_forward_and_in_a_backwa
     monkeypatch.setattr(Transfers, "send", lambda _self, tensors: alive.came(tensors))
     with torch.no_grad():
         denoiser.predict(data.clean, data.level, data.condition)
-    found = [alive.peak() / block]
+    largest = max(sum(each.nbytes for each in one.home.fetch()) for one in made.groups)
+    assert alive.peak() == largest, "one group at a time, and none ahead"
+    assert group == "block" or largest < 0.3 * block
     made.clear()
     alive.peak()
     denoiser.predict(data.clean, data.level, data.condition).square().mean().backward()
-    found.append(alive.peak() / block)
-    for share, (least, most) in zip(found, (forward, step), strict=True):
-        assert least <= share <= most, found
+    assert least <= alive.peak() / block <= 1.0
     made.clear()
     assert alive.now == 0
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -21,6 +22,7 @@ from vtrain.train import readback
 from vtrain.train.adapter import changes_nothing
 from vtrain.train.checkpoint import State, write
 from vtrain.train.ema import Average, AveragePiece
+from vtrain.train.eval_weights import AVERAGED, AveragedPiece, EvalWeights
 from vtrain.train.parameters import add_lora, lora_state, trained
 from vtrain.train.pieces import AdapterPiece, DenoiserPiece
 from vtrain.train.readback import marks_of, read_through, remarks
@@ -146,6 +148,26 @@ def test_an_adapter_and_its_average_are_read_back_by_their_own_loader(
     changed(lambda folder, state: {name: value * factor.get(folder.name, 1) for name, value in state.items()})
     with pytest.raises(CheckpointError, match="of average cannot be read back as trained"):
         write(tmp_path, 2, pieces)
+    assert list(tmp_path.iterdir()) == [good]
+
+
+def test_weights_for_evaluation_that_are_not_on_the_disk_make_no_checkpoint(denoiser: Any, tmp_path: Path) -> None:
+    add_lora(denoiser, LoraTable(rank=2), 0, "")
+    named = trained(denoiser.module)
+    optimizer: Any = SimpleNamespace(eval_weight=lambda weight: weight.detach() + 1)
+    adapter = AdapterPiece(denoiser, {"r": 2, "lora_alpha": 2})
+    values = EvalWeights(optimizer, {name: (weight, weight) for name, weight in named})
+    pieces = [adapter, AveragedPiece(adapter, values, named)]
+    good = write(tmp_path, 1, pieces)
+    save = type(denoiser).save_lora
+
+    def rounded(self: Any, folder: Path, state: Tensors, settings: Any) -> None:
+        save(self, folder, halves(state) if folder.name == AVERAGED else state, settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(denoiser), "save_lora", rounded)
+        with pytest.raises(CheckpointError, match="of averaged weights cannot be read back as trained"):
+            write(tmp_path, 2, pieces)
     assert list(tmp_path.iterdir()) == [good]
 
 

@@ -193,6 +193,18 @@ def test_a_lora_of_another_tool_starts_a_run_with_its_effect(load: Load, tmp_pat
     assert all(torch.allclose(found[name], wanted[name], atol=1e-6) for name in wanted)
 
 
+def test_a_convolution_has_room_for_a_rank_of_its_inputs_at_every_tap(load: Load) -> None:
+    """peft's A of it reads 16 channels at 1 x 2 x 2 places."""
+    target = 'targets = ["patch_embedding"]'
+    shape = load(f"rank = 1\n{target}")[0].family.load_denoiser("cpu", "fp32").module.patch_embedding.weight.shape
+    outside, inside = shape[0], shape[1:].numel()
+    room = min(outside, inside)
+    assert room > shape[1], "else this shows nothing"
+    assert not any("model.lora.rank" in each for each in load(f"rank = {room}\n{target}")[0].warnings)
+    (warning,) = (each for each in load(f"rank = {room + 1}\n{target}")[0].warnings if "model.lora.rank" in each)
+    assert f"patch_embedding is {inside} -> {outside}" in warning
+
+
 def test_a_lora_of_another_model_is_refused_by_the_plan(load: Load, tmp_path: Path) -> None:
     file = tmp_path / "other.safetensors"
     save_file({"transformer.blocks.0.attn1.to_q.lora_A.weight": torch.ones(4, 8)}, file)

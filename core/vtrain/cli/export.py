@@ -46,9 +46,10 @@ def lines(done: Exported) -> list[str]:
     rounded = ""
     if done.rounding is not None:
         rounded, effect = ", so rounded,", f"{effect}; rounding moves it by {done.rounding:.1e}"
+    near = f"within {done.error:.1e} of the largest value" if done.error else "bit for bit"
     return [
         f"exported step {done.step}{_WEIGHTS[done.weights]} as {done.export} to {done.folder}",
-        f"proved: read back, it predicts as the trained model{rounded} within {done.error:.1e} of the largest value{effect}",
+        f"proved: read back, it predicts as the trained model{rounded} {near}{effect}",
         *(f"warning: {text}" for text in done.warnings),
     ]
 

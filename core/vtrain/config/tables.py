@@ -221,7 +221,7 @@ class TrainTable(Options):
         None,
         ge=1,
         description="how many steps of the run may be skipped because their loss or gradient is not finite: weights stay as they "
-        "were, and the data and the learning rate go on; one more ends the run. Reads the device at each step. Absent: the first "
+        "were, and the data and the learning rate advance; one more ends the run. Reads the device at each step. Absent: the first "
         "ends the run",
     )
     log_every: int = Field(10, ge=1, description="optimizer steps between readings of the device's numbers")

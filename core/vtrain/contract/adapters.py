@@ -215,12 +215,27 @@ def _settings(path: Path, metadata: Mapping[str, str]) -> _Settings:
     alpha, patterns = found.get("lora_alpha"), found.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
         raise ModelError(Problem(str(path), f"alpha_pattern of this adapter is {patterns!r}, and no table.", OTHER))
-    alphas = {name: _alpha(path, f'alpha_pattern "{name}"', value) for name, value in patterns.items()}
+    alphas = {_pattern(path, name): _alpha(path, f'alpha_pattern "{name}"', value) for name, value in patterns.items()}
     whole = None if alpha is None else _alpha(path, "lora_alpha", alpha)
     return _Settings(whole, found.get("use_rslora") is True, alphas)
 
 
 OTHER = "Take another file."
+"""The remedy where a file cannot be right."""
+
+
+_END = r"(.*\.)?({})$"
+"""peft's regular expression for the end of a module's name."""
+
+
+def _pattern(path: Path, name: str) -> str:
+    """A key of alpha_pattern, which peft takes for a regular expression. Raises ModelError for what is none."""
+    try:
+        re.compile(_END.format(name))
+    except re.error as error:
+        what = f'alpha_pattern "{name}" of this adapter is no regular expression: {error.msg}.'
+        raise ModelError(Problem(str(path), what, OTHER)) from error
+    return name
 
 
 def _alpha(path: Path, name: str, value: object) -> float:
@@ -243,13 +258,7 @@ def _beside(path: Path) -> str:
 
 def _by_pattern(name: str, alphas: Mapping[str, float]) -> float | None:
     """The alpha of a module by peft's rule: keys are regular expressions for the end of the name; the first that fits counts."""
-    for pattern, alpha in alphas.items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", name):
-                return alpha
-        except re.error:
-            continue  # peft could not have made a layer with it
-    return None
+    return next((alpha for pattern, alpha in alphas.items() if re.match(_END.format(pattern), name)), None)
 
 
 def _adapted(
@@ -267,7 +276,7 @@ def _adapted(
     first, second = tensors[keys[name, "A"]].shape, tensors[keys[name, "B"]].shape
     if len(first) < 2 or len(second) < 2 or first[0] != second[1]:
         what = f"A and B of {name} are {list(first)} and {list(second)}: these are no matrices of one rank."
-        raise ModelError(Problem(str(path), what, "Take another file."))
+        raise ModelError(Problem(str(path), what, OTHER))
     rank = first[0]
     own = keys.get((name, "alpha"))
     given = _by_pattern(name, settings.alphas)

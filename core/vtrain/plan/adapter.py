@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from vtrain.config.tables import LoraTable
 from vtrain.contract import Family, ModelError, Problem
 from vtrain.contract.adapters import (
     GROUPED,
+    OTHER,
     AdapterFile,
     SupportsAdapterNames,
     adapter_path,
@@ -70,12 +72,12 @@ def adapter_warnings(config: Config, family: Family) -> Iterator[str]:
         return
     if isinstance(family, SupportsAdapterNames):
         shapes = family.weight_shapes()
-        narrow = [name for name in adapted_modules(family, table) if min(shapes[f"{name}.weight"][:2]) < table.rank]
-        if narrow:
-            sides = shapes[f"{narrow[0]}.weight"]
+        sides = {name: _sides(shapes[f"{name}.weight"]) for name in adapted_modules(family, table)}
+        if narrow := [name for name, both in sides.items() if min(both) < table.rank]:
+            inside, outside = sides[narrow[0]]
             yield (
                 f"model.lora.rank is {table.rank}, more than {len(narrow)} of the adapted layers have room for "
-                f"({narrow[0]} is {sides[1]} -> {sides[0]}): a rank above that adds nothing but memory"
+                f"({narrow[0]} is {inside} -> {outside}): a rank above that adds nothing but memory"
             )
     if table.start is None:
         return
@@ -114,12 +116,15 @@ def adapter_parameters(family: SupportsAdapterNames, table: LoraTable) -> int:
     return sum(_adapter_size(shapes[f"{name}.weight"], table) for name in adapted_modules(family, table))
 
 
-def _adapter_size(weight: Sequence[int], table: LoraTable) -> int:
+def _sides(weight: Sequence[int]) -> tuple[int, int]:
+    """(in, out) of a layer as a matrix, of which the smaller one bounds the rank: a convolution reads in x taps of its kernel."""
     outside, inside, *kernel = weight
-    taps = 1
-    for length in kernel:
-        taps *= length
-    return table.rank * (inside * taps + outside) + (outside if table.dora else 0)
+    return inside * math.prod(kernel), outside
+
+
+def _adapter_size(weight: Sequence[int], table: LoraTable) -> int:
+    inside, outside = _sides(weight)
+    return table.rank * (inside + outside) + (outside if table.dora else 0)
 
 
 def _start_text(plan: Plan, table: LoraTable, start: Path) -> str:
@@ -217,10 +222,7 @@ def _start_faults(table: LoraTable, family: Family, file: AdapterFile) -> Iterat
         return
     ranks = sorted({found.rank for found in file.modules.values()})
     if len(ranks) > 1:
-        yield (
-            f"{title} has modules of rank {', '.join(map(str, ranks))}, and one rank is trained.",
-            "Take another file.",
-        )
+        yield f"{title} has modules of rank {', '.join(map(str, ranks))}, and one rank is trained.", OTHER
     elif ranks[0] != table.rank:
         yield f"{title} has rank {ranks[0]}, and model.lora.rank is {table.rank}.", f"Set rank = {ranks[0]}."
     with_magnitudes = {found.magnitudes for found in file.modules.values()}

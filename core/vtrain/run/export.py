@@ -33,14 +33,14 @@ from vtrain.contract.specs import bytes_text
 from vtrain.plan.adapter import lora_scale
 from vtrain.plan.places import CHECKPOINT, CHECKPOINTS
 from vtrain.plan.precision import loaded_in
-from vtrain.run.trained_model import Source, Weights, find_checkpoint, open_source
+from vtrain.run.trained_model import RECORD, Source, Weights, find_checkpoint, open_source
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from vtrain.run.proof import Probe, Proof
 
-EXPORTS, RECORD, MANIFEST = "exports", "export.json", "MANIFEST.json"
+EXPORTS, MANIFEST = "exports", "MANIFEST.json"
 PARTIAL = ".partial"
 BYTES: Mapping[DType, int] = {"fp32": 4, "bf16": 2}
 
@@ -93,10 +93,10 @@ def export(
         remedy = f"{'Make room on the disk, or choose' if full else 'Choose'} another folder with --to."
         raise CheckpointError(Problem(str(target), f"the export could not be written: {error}.", remedy)) from error
     dora = "a DoRA in peft's keys: diffusers reads it with this file's metadata; for tools that do not, export merged"
-    told = (*skipped, *found.warnings, *_left_behind(target), *proof.warnings)
+    warnings = (*skipped, *found.warnings, *_left_behind(target), *proof.warnings)
     return Exported(
         target, chosen, folder, found.state.step, found.weights, proof.error, proof.effect, proof.tolerance,
-        proof.rounding, (*told, *((dora,) if chosen == "lora" and found.lora and found.lora.dora else ())),
+        proof.rounding, (*warnings, *((dora,) if chosen == "lora" and found.lora and found.lora.dora else ())),
     )  # fmt: skip
 
 
@@ -169,15 +169,17 @@ def _target_problems(target: Path) -> list[Problem]:
         return [Problem(str(target), f"{place} may not be written to.", "Choose another --to.")]
     for folder in (Path(os.path.realpath(target)), *Path(os.path.realpath(target)).parents):
         # What is added to a checkpoint makes it unsound, and a folder beside them would be taken for one.
-        if (folder / MANIFEST).is_file() or _holds_checkpoints(folder):
-            what = f"{folder} is where a run keeps its checkpoints, and nothing else belongs there."
-            return [Problem(str(target), what, "Choose another --to; without, it goes to exports/ beside them.")]
+        inside = (folder / MANIFEST).is_file()
+        if inside or _holds_checkpoints(folder):
+            kind = "a checkpoint" if inside else "where a run keeps its checkpoints"
+            what = f"{folder} is {kind}, and nothing else belongs there."
+            return [Problem(str(target), what, "Choose another --to; without, it goes to the run's exports/.")]
     return []
 
 
 def _holds_checkpoints(folder: Path) -> bool:
     there = folder.name == CHECKPOINTS and folder.is_dir()
-    return there and any(CHECKPOINT.match(path.name) for path in folder.iterdir())
+    return there and any(CHECKPOINT.fullmatch(path.name) for path in folder.iterdir())
 
 
 def _write_and_prove(
@@ -245,7 +247,8 @@ def _check_base(source: Source) -> None:
     # As training read them: what is quantised is marked before that, in bf16.
     marked = source.family.load_denoiser("cpu", loaded_in(str(source.state.settings.get("precision.base"))))
     if base_mark(marked.module) != source.state.base:
-        what = "its adapter was trained on other weights than the model folder has now."
+        place = source.model.get("path") or "the model"
+        what = f"its adapter was trained on other weights than {place} has now."
         raise CheckpointError(Problem(str(source.checkpoint), what, "Say where the model is: --model FOLDER."))
 
 

@@ -25,7 +25,7 @@ from vtrain.contract import (
     is_location,
 )
 from vtrain.contract.pipelines import ExportFormat
-from vtrain.plan.places import CHECKPOINT, CHECKPOINTS
+from vtrain.plan.places import CHECKPOINT, CHECKPOINTS, PLAN
 from vtrain.registry import discover
 from vtrain.registry.guard import stdout_on_stderr
 
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from vtrain.train.resume import RunState
 
 OptionsT = TypeVar("OptionsT", bound=Options)
+
+RECORD = "export.json"
+"""The file in an export that says where it comes from."""
 
 Weights = Literal["last", "ema", "averaged"]
 """last: of the last step. ema: their average ([ema]). averaged: those for evaluation, of an optimizer that trains at others
@@ -77,7 +80,7 @@ def find_checkpoint(source: Path) -> tuple[Path, list[str]]:
     from vtrain.train import checkpoint
 
     source = source.absolute()
-    if (source / checkpoint.MANIFEST).is_file() or (CHECKPOINT.match(source.name) and source.is_dir()):
+    if (source / checkpoint.MANIFEST).is_file() or (CHECKPOINT.fullmatch(source.name) and source.is_dir()):
         if (reason := checkpoint.fault(source)) is not None:
             raise CheckpointError(Problem(str(source), f"this checkpoint is not sound: {reason}.", "Name another one."))
         return source, []
@@ -100,6 +103,11 @@ def _none_here(source: Path) -> Problem:
     if source.name in _FOLDERS and CHECKPOINT.match(source.parent.name):
         how = f"vtrain export {source.parent}{' --ema' if source.name == 'ema' else ''}"
         return Problem(str(source), "this is a part of a checkpoint.", f"Name the checkpoint: {how}")
+    if (source / PLAN).is_file():
+        remedy = "Its first one comes at checkpoint.every, and where it ends or is stopped."
+        return Problem(str(source), "this run has saved no checkpoint yet.", remedy)
+    if (source / RECORD).is_file():
+        return Problem(str(source), "this is an export already.", "Name the run or the checkpoint that it is of.")
     what = "this is neither a run's output folder nor a checkpoint." if source.exists() else "there is no such folder."
     remedy = "Name the run.output_dir of a run, or one of its checkpoints, such as output/checkpoints/step-000500."
     return Problem(str(source), what, remedy)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vtrain.contract import ConfigError, Denoiser, ModelError, Problem
-from vtrain.contract.adapters import AdapterFile
+from vtrain.contract.adapters import OTHER, AdapterFile
 from vtrain.plan.adapter import lora_scale, start_file
 from vtrain.plan.records import Plan
 from vtrain.train.parameters import ADAPTER, load_lora_state, lora_state
@@ -53,7 +53,7 @@ def adapter_state(file: AdapterFile, scale: float, own: Mapping[str, Tensor]) ->
             continue
         value = stored[key].float()
         if not bool(value.isfinite().all()):
-            raise ModelError(Problem(str(file.path), f"{key} is not finite.", "Take another file."))
+            raise ModelError(Problem(str(file.path), f"{key} is not finite.", OTHER))
         if matrix == "B" and file.modules[module].scale != scale:
             value = value * (file.modules[module].scale / scale)
         name = f"{module}.lora_magnitude_vector" if matrix == "magnitude" else f"{module}.lora_{matrix}.weight"

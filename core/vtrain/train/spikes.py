@@ -116,9 +116,9 @@ def skipped_step(failure: Failure, skipped: Skipped) -> StepSkipped:
 
 
 def too_many(failure: Failure, count: int) -> TrainingError:
-    """The error of one that may not be skipped any more, count included."""
+    """The error of one that may not be skipped any more. count: how many steps were not finite, with it."""
     (problem,) = failure.error.problems
-    what = f"{problem.what} It is the {count}. step that is not finite, and train.skip_nonfinite allows {count - 1}."
+    what = f"{problem.what} {count} steps were not finite, and train.skip_nonfinite allows {count - 1}."
     error = TrainingError(Problem(problem.where, what, problem.remedy))
     error.reported = failure.error.reported
     return error

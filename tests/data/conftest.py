@@ -218,7 +218,7 @@ class Setup:
             path=self.root / "config.toml", text="", lines={},
             run=RunTable.model_validate({"output_dir": self.root / "out", "seed": seed}),
             model=Part(registered, NoKeys(), ModelTable.model_validate({"train": "full"})),
-            precision=PrecisionTable(), offload=OffloadTable(), ema=None,
+            precision=PrecisionTable(), memory=None, offload=OffloadTable(), ema=None,
             data=tuple(Part(registered, FolderOptions(path=d.backend.location), d.table) for d in datasets),
             cache=CacheTable.model_validate(
                 {"dir": self.cache, "text_batch": 3, "video_batch": video_batch, **self.cache_keys}

@@ -14,6 +14,7 @@ import pytest
 from vtrain.contract import BlockMemory, ClipShape, TokenBytes
 from vtrain.contract.measured import measured_blocks
 from vtrain.contract.records import ClipBytes, EncoderMemory
+from vtrain.plan import optimizer
 from vtrain.plan.memory import (
     BACKWARD,
     FORWARD,
@@ -174,7 +175,10 @@ def test_settings_of_an_adapter_are_the_plans(plan_of: PlanOf) -> None:
     assert (streamed.resident, streamed.rest_on) == (2 * found.resident, "disk")
 
 
-def test_states_are_those_of_the_optimizer_and_of_what_it_trains(plan_of: PlanOf) -> None:
+def test_states_are_those_of_the_optimizer_and_of_what_it_trains(
+    plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimizer, "find_spec", lambda name: True)  # bitsandbytes, which a plan does not import
     assert settings_of(plan_of(optimizer='use = "adamw8bit"\nlr = 1e-4')).state < 2.1
     low = settings_of(plan_of(optimizer='use = "adamw_bf16"\nlr = 1e-4', precision='base = "bf16"\nmixed = "bf16"'))
     assert (low.trained, low.state) == (2.0, 4.0)

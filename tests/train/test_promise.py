@@ -34,13 +34,13 @@ def _no_card(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_resume_with_less_memory_chooses_anew_and_is_the_same_run(folder, within: Run) -> None:
-    constant(folder.write(steps=3, more=limited(2**34)))
+    constant(folder.write(steps=3, more=limited(2**32)))
     roomy = promise(within, folder)
     assert roomy["chosen"] == []
     within("run", folder.config)
     whole = json.loads((folder.output / "plan.json").read_text())
     assert whole["settings"][CHECKPOINTING] is False
-    assert whole["memory"]["promise"]["limit"] == 2**34
+    assert whole["memory"]["promise"]["limit"] == 2**32
 
     constant(folder.write(steps=6, more=limited(roomy["takes"] - 1)))
     tight = promise(within, folder)

@@ -116,6 +116,17 @@ def test_the_count_is_resumed_and_the_limit_ends_the_run(
     assert (stopped.output / "failures" / "step-000005").is_dir()
 
 
+def test_the_gradients_of_a_skipped_step_are_gone_where_the_optimizer_moves_copies(
+    folder: Any, within: Run, breaks: Callable[..., None], card_in_ram: Any
+) -> None:
+    """offload.optimizer: what stayed in the parameters would be added to the next step's."""
+    breaks(3)
+    within("run", limited(folder, 1, more="\n[offload]\noptimizer = true\n"))
+    assert card_in_ram.pinned
+    assert [row["step"] for row in folder.rows()] == [1, 2, 4, 5, 6]
+    assert all(value.isfinite().all() for value in folder.tensors(6).values())
+
+
 def test_a_first_step_that_is_skipped_is_no_fault_of_the_optimizer(
     folder: Any, within: Run, breaks: Callable[..., None]
 ) -> None:

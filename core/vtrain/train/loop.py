@@ -255,7 +255,8 @@ class Loop:
         """Leave weights and optimizer as they were. Raises TrainingError where too many steps were skipped."""
         yield from self.read()  # of the steps before, in order
         yield from self.ends.failed(failure)
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters:  # zero_grad clears what the optimizer moves, which may be copies
+            parameter.grad = None
         skipped = self.ends.skipped
         skipped.count += 1
         if skipped.count > (skipped.limit or 0):

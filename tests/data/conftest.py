@@ -26,6 +26,7 @@ from vtrain.config.tables import (
     LrScheduleTable,
     ModelTable,
     OffloadTable,
+    ParallelTable,
     PrecisionTable,
     RunTable,
     TrainTable,
@@ -218,7 +219,7 @@ class Setup:
             path=self.root / "config.toml", text="", lines={},
             run=RunTable.model_validate({"output_dir": self.root / "out", "seed": seed}),
             model=Part(registered, NoKeys(), ModelTable.model_validate({"train": "full"})),
-            precision=PrecisionTable(), memory=None, offload=OffloadTable(), ema=None,
+            precision=PrecisionTable(), memory=None, parallel=ParallelTable(), offload=OffloadTable(), ema=None,
             data=tuple(Part(registered, FolderOptions(path=d.backend.location), d.table) for d in datasets),
             cache=CacheTable.model_validate(
                 {"dir": self.cache, "text_batch": 3, "video_batch": video_batch, **self.cache_keys}

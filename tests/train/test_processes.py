@@ -46,3 +46,25 @@ def test_an_error_of_the_users_is_told_once_by_two_processes(folder, vtrain: Run
     done = vtrain("run", folder.config, processes=2, check=None)
     assert done.returncode != 0
     assert done.stderr.count("one step takes batch_size 50") == 1
+
+
+SHARD = "\n[parallel]\nshard = true\n"
+
+
+@pytest.mark.parametrize(("train", "more"), [("full", ""), ("lora", "")], ids=["full", "lora"])
+def test_sharded_processes_give_the_curve_of_one(
+    folder, another, vtrain: Run, within: Run, train: str, more: str
+) -> None:
+    settings = {"train": train, "steps": 8, "save": 4, "batch_size": 1, "lr": 1e-3}
+    one = another()
+    within("run", one.write(accumulate=4, more=more, **settings))
+    done = vtrain("run", folder.write(accumulate=2, more=more + SHARD, **settings), processes=2)
+    assert done.stdout.count("saved") == 2, done.stdout
+    for a, b in zip(folder.rows(), one.rows(), strict=True):
+        assert a["samples"] == b["samples"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=TOLERANCE)
+        assert a["grad_norm"] == (b["grad_norm"] and pytest.approx(b["grad_norm"], rel=1e-5))
+    left, right = folder.tensors(8), one.tensors(8)
+    assert left.keys() == right.keys()
+    for name, value in right.items():
+        torch.testing.assert_close(left[name], value, rtol=0, atol=TOLERANCE)

@@ -18,6 +18,7 @@ from vtrain.config.tables import (
     MemoryTable,
     ModelTable,
     OffloadTable,
+    ParallelTable,
     PrecisionTable,
     RunTable,
     TrainTable,
@@ -88,6 +89,7 @@ class Config:
     precision: Annotated[PrecisionTable, Table()]
     offload: Annotated[OffloadTable, Table()]
     memory: Annotated[MemoryTable | None, Table()]
+    parallel: Annotated[ParallelTable, Table()]
     data: Annotated[tuple[Part[DataTable], ...], Table("data_backend", required=True)]
     cache: Annotated[CacheTable, Table()]
     train: Annotated[TrainTable, Table(required=True)]

@@ -151,6 +151,16 @@ class OffloadTable(Options):
     )
 
 
+class ParallelTable(Options):
+    """[parallel]: how processes that train together divide the work."""
+
+    shard: bool = Field(
+        False,
+        description="each process keeps a share of the weights, of their gradients and of the optimizer's states, and has a block "
+        "whole only while it computes (FSDP2); false: each has all of them (DDP)",
+    )
+
+
 class CacheTable(Options):
     """[cache]: where encoded text and video are kept. Entries are named by their content, so runs may share a folder."""
 

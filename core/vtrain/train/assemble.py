@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ from vtrain.train.failures import recorded
 from vtrain.train.host_optimizer import HostWeights
 from vtrain.train.loop import Ends, Interval, Loop, Requests, Validate
 from vtrain.train.offload import offload, resting
-from vtrain.train.parameters import add_lora, base_mark, groups, lora_settings, own_rates, trained
+from vtrain.train.parameters import DENOISER, add_lora, base_mark, groups, lora_settings, own_rates, trained
 from vtrain.train.pieces import (
     AdapterPiece,
     ConfigPiece,
@@ -72,6 +73,9 @@ from vtrain.train.spikes import ReadingsPiece, readings_piece
 from vtrain.train.statistics import Statistics
 from vtrain.train.step import Step, Term, open_teachers
 
+if TYPE_CHECKING:
+    from vtrain.train.sharding import Shares
+
 
 @dataclass(frozen=True)
 class Trainer:
@@ -82,7 +86,7 @@ class Trainer:
     resting: in its with block the denoiser is off the card, as far as [offload] lets it. average: of [ema], None without.
     check_optimizer: raises PartFault, after a step, where the optimizer's state would not come back. notes: what loading found
     that the plan could not know. values: for evaluation, None where those in training are. readings: what it keeps of losses that
-    were read and of steps that were skipped.
+    were read and of steps that were skipped. shares: with [parallel] shard, what this process has; `named` are its shares.
     """
 
     plan: Plan
@@ -107,6 +111,7 @@ class Trainer:
     resting: Callable[[], AbstractContextManager[None]] = nullcontext
     notes: tuple[str, ...] = ()
     values: EvalWeights | None = None
+    shares: Shares | None = None
 
     def run(
         self,
@@ -138,7 +143,7 @@ class Trainer:
                 rollout_draws(config, per_epoch),
             )
             loop = Loop(
-                self.processes.wrap(self.step),
+                self.processes.wrap(self.step, sharded=self.shares is not None),
                 self.optimizer,
                 [parameter for _, parameter in self.named],
                 lr_factor(config.lr_schedule, self.estimate.steps, per_epoch),
@@ -164,6 +169,7 @@ class Trainer:
                 seed=config.run.seed,
                 average=self.average,
                 statistics=Statistics(self.denoiser.blocks, self.named) if config.train.statistics else None,
+                shares=self.shares,
             )
             yield from loop.run(config.checkpoint, interval, at_start=table.at_start if table else False)
 
@@ -230,7 +236,8 @@ def assemble(
     """
     config, device = plan.config, processes.device
     away = config.offload.group is not None and device.accelerated
-    denoiser, base, notes = load_model(plan, start, "cpu" if away else str(device))
+    sharded = config.parallel.shard and processes.count > 1
+    denoiser, base, notes = load_model(plan, start, "cpu" if away or sharded else str(device))
     if start.folder is None and (origin := start_adapter(plan, denoiser)):
         start = replace(start, state=replace(start.state, adapter=origin))
     where = config.where("precision", "gradient_checkpointing")
@@ -245,26 +252,32 @@ def assemble(
         step = Step(denoiser, plan.sampler, terms, RunLength(estimate.steps, estimate.steps_per_epoch))
         # from_pretrained leaves a model in eval mode, in which dropout does nothing.
         step.train()
-        named = trained(step)
+        shaped = trained(step)
+        learned = (
+            weights := weights_piece(plan, denoiser),
+            *(RegularizerPiece(name, module) for name, module in modules.items()),
+        )
+        if start.folder is not None:
+            checkpoint.load(start.folder, learned)
+        shares = _shares(step, processes) if sharded else None
+        named = shaped if shares is None else shares.named
         host = HostWeights(named, device) if config.offload.optimizer and device.accelerated else None
         moved = named if host is None else host.named
-        optimizer = build_optimizer(plan, groups(moved, own_rates(modules), denoiser))
+        optimizer = build_optimizer(plan, groups(moved, own_rates(modules), denoiser, dict(shaped)))
         values = eval_weights(optimizer, named, moved)
         pieces = (
-            weights := weights_piece(plan, denoiser),
+            weights,
             *([AveragedPiece(weights, values, named)] if values is not None else []),
-            *(RegularizerPiece(name, module) for name, module in modules.items()),
-            kept := optimizer_piece(plan, optimizer, moved),
+            *learned[1:],
+            kept := optimizer_piece(plan, optimizer, moved, shares),
         )
         # After the optimizer is built: its piece fills the state of these very parameters.
         if start.folder is not None:
-            checkpoint.load(start.folder, pieces)
-            if host is not None:
-                host.take()  # what the checkpoint has put into the weights
+            checkpoint.load(start.folder, [kept])
         if host is not None:
             host.step_here(optimizer)
         # After the weights are the checkpoint's: an average that it does not hold begins with them.
-        average, averages = averaged(plan, denoiser, start, device, values)
+        average, averages = averaged(plan, denoiser, start, device, values, shares)
         if average is not None:
             held.callback(average.close)
         readings = readings_piece(plan, start)
@@ -274,6 +287,7 @@ def assemble(
             plan, estimate, start, index.mark(), batches, processes, denoiser, base, features, encoders, step, optimizer,
             named, kept.check, (*pieces, *averages), SamplesPiece(index), held.pop_all(), readings, average,
             partial(resting, denoiser.module, offloaded, to_cpu=config.offload.model_cpu, device=device), notes, values,
+            shares,
         )  # fmt: skip
 
 
@@ -296,11 +310,21 @@ def build_optimizer(plan: Plan, parameters: Sequence[ParameterGroup]) -> torch.o
     return optimizer
 
 
-def optimizer_piece(plan: Plan, optimizer: torch.optim.Optimizer, named: list[tuple[str, Tensor]]) -> OptimizerPiece:
+def _shares(step: Step, processes: Processes) -> Shares:
+    """Spread the step over the processes; what this one has."""
+    from vtrain.train.sharding import Shares  # torch.distributed.tensor takes seconds to import
+
+    return Shares(step, processes.device, processes.count)
+
+
+def optimizer_piece(
+    plan: Plan, optimizer: torch.optim.Optimizer, named: list[tuple[str, Tensor]], shares: Shares | None = None
+) -> OptimizerPiece:
     """What a checkpoint keeps of it. Raises PartFault where it keeps what no checkpoint brings back."""
     part = plan.config.optimizer
     assert isinstance(part.registered.spec, OptimizerSpec)
-    piece = OptimizerPiece(optimizer, named, own_keys(part.options), part.registered.spec.state_bytes > 0)
+    stateful = part.registered.spec.state_bytes > 0
+    piece = OptimizerPiece(optimizer, named, own_keys(part.options), stateful, shares=shares)
     piece.check(stepped=False)
     return piece
 
@@ -352,7 +376,7 @@ def weights_piece(plan: Plan, denoiser: Denoiser) -> DenoiserPiece | AdapterPiec
 
 
 def averaged(
-    plan: Plan, denoiser: Denoiser, start: Start, device: Device, values: EvalWeights | None
+    plan: Plan, denoiser: Denoiser, start: Start, device: Device, values: EvalWeights | None, shares: Shares | None
 ) -> tuple[Average | None, tuple[AveragePiece, ...]]:
     """The average of what is trained of the denoiser, as [ema] asks and the checkpoint has it, and its piece.
 
@@ -363,9 +387,15 @@ def averaged(
     if table is None:
         return None, ()
     shown = None if values is None else values.of_denoiser()
-    average = Average(trained(denoiser.module), table, device, shown)
+    named = trained(denoiser.module)
+    if shares is not None:
+        own = dict(shares.named)
+        named = [(name, own[DENOISER + name]) for name, _ in named]
+    average = Average(named, table, device, shown)
     settings = None if lora is None else lora_settings(denoiser, lora)
-    piece = AveragePiece(denoiser, average, settings, lambda folder: plan.family.load_denoiser("cpu", "fp32", folder))
+    piece = AveragePiece(
+        denoiser, average, settings, lambda folder: plan.family.load_denoiser("cpu", "fp32", folder), shares
+    )
     if start.folder is not None and has_average(start.folder):
         checkpoint.load(start.folder, [piece])
     return average, (piece,)

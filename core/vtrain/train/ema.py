@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,9 +18,12 @@ from torch import Tensor
 from vtrain.config.tables import EmaTable
 from vtrain.contract import Denoiser, Device, SupportsLora
 from vtrain.train.checkpoint import State, misread, read_model
-from vtrain.train.parameters import adapter_names
+from vtrain.train.parameters import DENOISER, adapter_names
 from vtrain.train.pieces import on_cpu, size_of
 from vtrain.train.resume import MOST
+
+if TYPE_CHECKING:
+    from vtrain.train.sharding import Shares
 
 
 @contextmanager
@@ -240,13 +243,14 @@ class AveragePiece:
     the other. Every bit of the average is there, so that it is read back from these files.
 
     settings: of the adapter's file, None where all weights are trained. reload: a folder -> the denoiser that `Denoiser.save` wrote
-    there, on the CPU in fp32.
+    there, on the CPU in fp32. shares: of what the average is this process's shares; None: it is whole.
     """
 
     denoiser: Denoiser
     average: Average
     settings: Mapping[str, object] | None
     reload: Callable[[Path], Denoiser]
+    shares: Shares | None = None
     name: ClassVar[str] = "average"
     files: ClassVar[tuple[str, ...]] = (COUNTS,)
 
@@ -255,15 +259,15 @@ class AveragePiece:
         return size_of(self.average.weights.values())
 
     def gather(self, *, keep: bool) -> State:
-        if not keep:
-            return State()
         counts = _Counts(steps=self.average.steps, taken=self.average.taken)
         module, averaged = self.denoiser.module, self.average.weights
-        if self.settings is None:
-            # With buffers as they are: an average of counts or tables would be none.
-            return State(on_cpu({**module.state_dict(), **averaged}), counts.model_dump())
-        adapter = {key: averaged[name] for key, name in adapter_names(module).items()}
-        return State(on_cpu(adapter), counts.model_dump())
+        if self.shares is not None:
+            averaged = {name: self.shares.joined(DENOISER + name, value) for name, value in averaged.items()}
+        # With buffers as they are: an average of counts or tables would be none.
+        found = {**module.state_dict(), **averaged}
+        if self.settings is not None:
+            found = {key: averaged[name] for key, name in adapter_names(module).items()}
+        return State(on_cpu(found, keep=keep), counts.model_dump() if keep else {})
 
     def write(self, folder: Path, state: State) -> None:
         below = folder / FOLDER
@@ -299,8 +303,11 @@ class AveragePiece:
             names = adapter_names(self.denoiser.module)
             found = {names[key]: value for key, value in found.items() if key in names}
         for name, value in self.average.weights.items():
-            if name not in found or found[name].shape != value.shape or found[name].dtype is not torch.float32:
+            shape = value.shape if self.shares is None else self.shares.whole[DENOISER + name].shape
+            if name not in found or found[name].shape != shape or found[name].dtype is not torch.float32:
                 raise misread(folder / FOLDER, f"the average there does not fit this model: {name}.")
             if not bool(found[name].isfinite().all()):
                 raise misread(folder / FOLDER, f"{name} has numbers that are not finite.")
+        if self.shares is not None:
+            found = {name: self.shares.share(DENOISER + name, found[name]) for name in self.average.weights}
         self.average.restore(found, counts.steps, counts.taken)

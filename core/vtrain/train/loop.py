@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,9 @@ from vtrain.train.readings import Failure, Measured, Unread, rows
 from vtrain.train.spikes import Skipped, skipped_step, too_many
 from vtrain.train.statistics import Statistics
 from vtrain.train.step import StepOutput, clip_gradients, gradient_norm
+
+if TYPE_CHECKING:
+    from vtrain.train.sharding import Shares
 
 
 class Requests(Protocol):
@@ -127,8 +130,10 @@ class Loop:
         seed: int,
         average: Average | None = None,
         statistics: Statistics | None = None,
+        shares: Shares | None = None,
     ) -> None:
-        self.statistics = statistics
+        """parameters: what the optimizer moves, with [parallel] shard this process's shares."""
+        self.statistics, self.shares = statistics, shares
         self.step, self.optimizer, self.parameters, self.factor = step, optimizer, parameters, factor
         self.prefetcher, self.processes, self.table, self.ends = prefetcher, processes, table, ends
         self.first, self.last, self.micro_batch, self.seed = first, last, micro_batch, seed
@@ -209,6 +214,8 @@ class Loop:
         statistics = self.statistics if self.logs(number + 1) else None
         extra: dict[str, Tensor] = {}
         micro = tuple(self.micro_batch_of(next(fed), turn, statistics, extra) for turn in range(self.table.accumulate))
+        if self.shares is not None:
+            self.shares.take_gradients()
         before = statistics.gradients(extra) if statistics else {}
         norm = self.norm(number)
         # By hand: accelerate's scheduler steps once for each process, and a function of the step has no state to save.
@@ -276,7 +283,10 @@ class Loop:
         clip = self.table.gradient_clip
         by_norm = clip is not None and clip.method == "norm" and clip.max > 0
         wanted = by_norm or self.ends.skipped.limit is not None or self.logs(number + 1)
-        return gradient_norm(self.parameters) if wanted else None
+        if not wanted:
+            return None
+        own = gradient_norm(self.parameters)
+        return own if self.shares is None else self.shares.norm(own)
 
     def read(self) -> Iterator[Event]:
         """Fetch the unread numbers in one go. Raises TrainingError, naming samples, if any is not finite."""

@@ -161,18 +161,23 @@ DENOISER = "denoiser_module."
 
 
 def groups(
-    named: Iterable[tuple[str, Tensor]], factors: Mapping[str, float] | None = None, denoiser: Denoiser | None = None
+    named: Iterable[tuple[str, Tensor]],
+    factors: Mapping[str, float] | None = None,
+    denoiser: Denoiser | None = None,
+    whole: Mapping[str, Tensor] | None = None,
 ) -> list[ParameterGroup]:
     """By two: matrices and kernels decay, vectors (norms, biases) do not, if the denoiser does not know better.
 
     factors: beginning of a name -> learning-rate factor, for parameters with a rate of their own. denoiser: whose parameters
-    have names that begin with DENOISER.
+    have names that begin with DENOISER. whole: name -> what a parameter's shape is taken from, where it is a share of it.
     """
     rule = denoiser.decays if isinstance(denoiser, SupportsDecayRule) else None
     found: dict[tuple[float, bool], list[tuple[str, Tensor]]] = {}
     for name, parameter in named:
         factor = next((value for start, value in (factors or {}).items() if name.startswith(start)), 1.0)
-        found.setdefault((factor, _decays(name, parameter, rule)), []).append((name, parameter))
+        found.setdefault((factor, _decays(name, (whole or {}).get(name, parameter), rule)), []).append(
+            (name, parameter)
+        )
     # The denoiser's groups first: the rate that is logged is that of group 0.
     order = sorted(found, key=lambda key: (key[0] != 1.0, key[0], not key[1]))
     return [ParameterGroup(tuple(found[key]), decay=key[1], lr_factor=key[0]) for key in order]

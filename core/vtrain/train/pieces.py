@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeGuard
+from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard
 
 import torch
 from safetensors import SafetensorError
@@ -25,6 +25,9 @@ from vtrain.train.checkpoint import State, misread, read_json
 from vtrain.train.parameters import load_lora_state, lora_state
 from vtrain.train.resume import MOST, STATE, RunState, write_state
 
+if TYPE_CHECKING:
+    from vtrain.train.sharding import Shares
+
 CONFIG = "config.toml"
 TENSORS = "optimizer.safetensors"
 SCALARS = "optimizer.json"
@@ -32,13 +35,22 @@ MARK = "::"
 """Between the name of a parameter and that of a part of its state."""
 
 
-def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def on_cpu(tensors: Mapping[str, Tensor], *, keep: bool = True) -> dict[str, Tensor]:
     """The same on the CPU, contiguous and out of the graph, as files take them.
 
+    What lies in shares with several processes is put together, one tensor after the other: all of them call it. keep: whether this
+    process wants any; nothing is copied for one that does not.
     What lies there so already is not copied: it is training's own memory, and must be written before the next step.
     What lies on a card is: two billion fp32 weights take 8 GB of main memory until they are written, their two moments 16 GB.
     """
-    return {name: value.detach().contiguous().cpu() for name, value in tensors.items()}
+    found = {}
+    for name, value in tensors.items():
+        whole = (
+            value.full_tensor() if hasattr(value, "full_tensor") else value
+        )  # of a DTensor, whose import takes seconds
+        if keep:
+            found[name] = whole.detach().contiguous().cpu()
+    return found
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:
@@ -66,7 +78,7 @@ class DenoiserPiece:
         return self.denoiser.module.state_dict()
 
     def gather(self, *, keep: bool) -> State:
-        return State(on_cpu(self.live())) if keep else State()
+        return State(on_cpu(self.live(), keep=keep))
 
     def write(self, folder: Path, state: State) -> None:
         self.denoiser.save(folder, state.tensors)
@@ -107,7 +119,7 @@ class AdapterPiece:
         return lora_state(self.denoiser.module)
 
     def gather(self, *, keep: bool) -> State:
-        return State(on_cpu(self.live())) if keep else State()
+        return State(on_cpu(self.live(), keep=keep))
 
     def write(self, folder: Path, state: State) -> None:
         self.lora.save_lora(folder, state.tensors, self.settings)
@@ -148,7 +160,7 @@ class RegularizerPiece:
         return size_of(self.module.state_dict().values())
 
     def gather(self, *, keep: bool) -> State:
-        return State(on_cpu(self.module.state_dict())) if keep else State()
+        return State(on_cpu(self.module.state_dict(), keep=keep))
 
     def write(self, folder: Path, state: State) -> None:
         file = folder / self.files[0]
@@ -183,7 +195,7 @@ class OptimizerPiece:
     own: settings of groups that the configuration file gives. They, and learning rates, never come from a checkpoint.
     stateful: whether its plugin says that it keeps something of each parameter. With some options it may keep nothing.
     built: its groups as they were built: what is as it was is a setting, and stays what the file makes it. None: as they are
-    now, before its first step.
+    now, before its first step. shares: of what `named` are this process's shares; None: they are whole.
     """
 
     optimizer: torch.optim.Optimizer
@@ -191,6 +203,7 @@ class OptimizerPiece:
     own: Collection[str] = ()
     stateful: bool = False
     built: Built | None = None
+    shares: Shares | None = None
     name: ClassVar[str] = "optimizer"
     files: ClassVar[tuple[str, ...]] = (TENSORS, SCALARS)
 
@@ -204,11 +217,11 @@ class OptimizerPiece:
         return size_of(value for value in self._state().values() if isinstance(value, Tensor))
 
     def gather(self, *, keep: bool) -> State:
-        if not keep:
+        if not keep and self.shares is None:
             return State()
         self.check()
         state = self._state()
-        tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        tensors = {key: self._joined(key, value) for key, value in state.items() if isinstance(value, Tensor)}
         scalars = {key: value for key, value in state.items() if key not in tensors}
         groups = self._groups()
         tensors |= {
@@ -218,7 +231,7 @@ class OptimizerPiece:
             if isinstance(value, Tensor)
         }
         counted = [{k: v for k, v in group.items() if not isinstance(v, Tensor)} for group in groups]
-        return State(on_cpu(tensors), {"state": scalars, "groups": counted})
+        return State(on_cpu(tensors, keep=keep), {"state": scalars, "groups": counted} if keep else {})
 
     def write(self, folder: Path, state: State) -> None:
         save_file(dict(state.tensors), folder / TENSORS)
@@ -250,7 +263,7 @@ class OptimizerPiece:
             if name in found:
                 # Not by load_state_dict: that goes by a parameter's number and casts its moments to its type.
                 self.optimizer.state[parameter] = {
-                    field: _place(value, field, parameter, id(parameter) in counts_on_device)
+                    field: _place(self._own(name, value), field, parameter, id(parameter) in counts_on_device)
                     for field, value in found[name].items()
                 }
 
@@ -296,8 +309,27 @@ class OptimizerPiece:
         if len(counted) != len(self.optimizer.param_groups):
             odd.append(f"{len(counted)} groups instead of {len(self.optimizer.param_groups)}")
         return odd + [
-            name for name, parameter in self.named if name in found and not state_fits(found[name], parameter)
+            name
+            for name, parameter in self.named
+            if name in found and not state_fits(found[name], self._whole(name, parameter))
         ]
+
+    def _whole(self, name: str, parameter: Tensor) -> Tensor:
+        """The parameter, or what it is a share of."""
+        return parameter if self.shares is None else self.shares.whole[name]
+
+    def _joined(self, key: str, value: Tensor) -> Tensor:
+        """A part of a parameter's state; of a share's number for number, as a part of the whole."""
+        name = key.rpartition(MARK)[0]
+        if self.shares is None or not self.shares.alike(name, value):
+            return value
+        return self.shares.joined(name, value)
+
+    def _own(self, name: str, value: object) -> object:
+        """What this process needs of a part of a parameter's state."""
+        if self.shares is None or not isinstance(value, Tensor) or value.shape != self.shares.whole[name].shape:
+            return value
+        return self.shares.share(name, value)
 
 
 _KEPT = (

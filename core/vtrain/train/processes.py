@@ -59,9 +59,12 @@ class Processes:
         self.first: bool = self.accelerator.is_main_process
         self.words = dist.new_group(backend="gloo", timeout=PATIENCE) if self.count > 1 else None
 
-    def wrap(self, step: nn.Module) -> nn.Module:
-        """Autocast, and DDP when there are several processes. All that is to be on the device is there: it is not moved."""
-        wrapped: nn.Module = self.accelerator.prepare_model(step, device_placement=False)
+    def wrap(self, step: nn.Module, *, sharded: bool = False) -> nn.Module:
+        """Autocast, and DDP when there are several processes. All that is to be on the device is there: it is not moved.
+
+        sharded: its processes keep shares of it (`Shares`), which exchange gradients by themselves.
+        """
+        wrapped: nn.Module = self.accelerator.prepare_model(step, device_placement=False, evaluation_mode=sharded)
         return wrapped
 
     def let_go(self) -> None:

@@ -210,6 +210,10 @@ class Step(nn.Module):
             metrics |= {f"{name}/{key}": value for key, value in found.metrics.items()}
         return StepOutput(loss, flow.detach(), metrics)
 
+    def predict(self, noisy: Tensor, level: NoiseLevel, condition: Condition) -> Tensor:
+        """The denoiser's, for who needs no more of a step: what wraps the step has gathered its weights."""
+        return self.denoiser.predict(noisy, level, condition)
+
     def observe(self, row: StepMetrics, decide: bool) -> None:
         """Tell each regularizer that goes by its own numbers what they were."""
         for name, term in self.terms.items():

@@ -68,3 +68,34 @@ def test_sharded_processes_give_the_curve_of_one(
     assert left.keys() == right.keys()
     for name, value in right.items():
         torch.testing.assert_close(left[name], value, rtol=0, atol=TOLERANCE)
+
+
+VALIDATION = """
+[validation]
+every = "3 steps"
+size = "64x64"
+frames = 9
+steps = 2
+prompts = { one = "gradient", two = "another", three = "a third" }
+
+[ema]
+decay = 0.5
+validation = "both"
+"""
+
+
+def test_sharded_processes_average_validate_and_are_resumed_by_any_number(
+    folder, another, vtrain: Run, within: Run
+) -> None:
+    settings = {"steps": 6, "save": 3, "batch_size": 1, "lr": 1e-3, "more": VALIDATION}
+    one = another()
+    within("run", one.write(accumulate=2, **settings))
+    done = vtrain("run", folder.write(accumulate=1, **settings | {"more": VALIDATION + SHARD}), processes=2)
+    assert "failed" not in done.stdout
+    left, right = folder.tensors(6), one.tensors(6)
+    assert left.keys() == right.keys()
+    assert any("ema" in name for name in left)
+    for name, value in right.items():
+        torch.testing.assert_close(left[name], value, rtol=0, atol=TOLERANCE)
+    for video in sorted((one.output / "samples").rglob("*.mp4")):
+        assert (folder.output / "samples" / video.relative_to(one.output / "samples")).read_bytes() == video.read_bytes()

@@ -389,12 +389,14 @@ class Session:
 
         plan, processes = self.plan, self.processes
         autocast = partial(processes.device.autocast, "bf16" if plan.config.precision.mixed == "bf16" else None)
-        stopping, pictures = (lambda: self._inbox.stop), given(plan, caches)
+        # Who runs a shared denoiser stops together, or the others would wait for its blocks.
+        stopping = (lambda: processes.any(self._inbox.stop)[0]) if trainer.shares else (lambda: self._inbox.stop)
         average = trainer.average
         weights = weight_sets(plan.config.ema, None if average is None else average.in_place)
         validator = Validator(
-            made, plan.family, plan.sampler, caches, trainer.denoiser, processes.device, autocast, stopping, pictures,
-            weights, trainer.resting,
+            made, plan.family, plan.sampler, caches, trainer.predicting, processes.device, autocast, stopping,
+            given(plan, caches), weights, trainer.resting,
         )  # fmt: skip
         full, parts = partial(explained, plan, processes.device, "validating"), plan.config.parts()
-        return Validation(validator, plan.config.run.output_dir / SAMPLES, processes, full, parts)
+        folder, together = plan.config.run.output_dir / SAMPLES, trainer.shares is not None
+        return Validation(validator, folder, processes, full, parts, together)

@@ -173,6 +173,11 @@ class Trainer:
             )
             yield from loop.run(config.checkpoint, interval, at_start=table.at_start if table else False)
 
+    @property
+    def predicting(self) -> Denoiser:
+        """The denoiser for who only predicts with it."""
+        return self.denoiser if self.shares is None else self.shares.denoiser
+
     def changes(self) -> Iterator[Noted]:
         """What loading found, and the data and features of a resumed run, where they are not what they were.
 

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from vtrain.contract import Device
+from vtrain.contract import Denoiser, Device
 from vtrain.train.step import Step
 
 
@@ -30,7 +30,7 @@ class Shares:
     def __init__(self, step: Step, device: Device, processes: int) -> None:
         """Spread the step over the processes. All call it, with the same weights, wherever these lie: a block at a time goes to the
         device, and only this process's share of it stays there."""
-        self._mesh = init_device_mesh(device.torch.type, (processes,))
+        self._step, self._mesh = step, init_device_mesh(device.torch.type, (processes,))
         # A tensor subclass of packed numbers cannot be cut by rows: each process keeps it whole.
         packed = {weight for weight in step.parameters() if type(weight.data) is not torch.Tensor}
         for weight in packed:
@@ -73,6 +73,19 @@ class Shares:
         squares = own.square()
         dist.all_reduce(squares, group=self._mesh.get_group())
         return squares.sqrt()
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The denoiser for predictions outside a training step, in which all processes run each block together."""
+        return _Joined(self._step.denoiser, self._step)
+
+
+class _Joined:
+    """A denoiser whose predictions go through the step, which gathers the weights that lie in no block."""
+
+    def __init__(self, denoiser: Denoiser, step: Step) -> None:
+        self.module, self.blocks, self.predict = denoiser.module, denoiser.blocks, step.predict
+        self.fold, self.gradient_checkpointing, self.save = denoiser.fold, denoiser.gradient_checkpointing, denoiser.save
 
 
 def _share_of(weight: Tensor) -> Tensor:

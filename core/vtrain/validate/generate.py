@@ -236,11 +236,13 @@ class Validator:
             return made
 
     def generating(
-        self, folder: Path, nicknames: list[str], together: int = 1, step: int = 0
+        self, folder: Path, nicknames: list[str], together: int = 1, step: int = 0, spare: int = 0
     ) -> Generator[Generating, None, dict[str, Path]]:
-        """`videos`, and how far they are. step: of the events."""
+        """`videos`, and how far they are. step: of the events. spare: how many of the last are solved and not kept: processes that
+        share a denoiser run it together."""
         if not nicknames:
             return {}
+        kept = nicknames[: len(nicknames) - spare]
         steps, count = self.plan.steps, len(nicknames) * len(self.weights)
         folder.mkdir(parents=True, exist_ok=True)
         module = self.denoiser.module
@@ -266,7 +268,7 @@ class Validator:
         # After all latents are solved: the codec is opened once for all of them.
         files = {}
         with self.resting(), self.family.open_video_codec(str(self.device)) as codec:
-            for number, name in enumerate((name + end for end in self.weights for name in nicknames), start=1):
+            for number, name in enumerate((name + end for end in self.weights for name in kept), start=1):
                 yield Generating(step, "decoding", number, count, steps, steps)
                 files[name] = folder / f"{name}.mp4"
                 with torch.no_grad():
@@ -290,7 +292,7 @@ class Validator:
 class Validation:
     """Validations of a run, each as events. It never ends the run: what fails is in the event.
 
-    folder: of all samples. peers: each generates its share. explained: a full device's error, in words that help. parts: of the
+    folder: of all samples. peers: each generates its share; together: they share a denoiser, and each solves as many. explained: a full device's error, in words that help. parts: of the
     run, of which one is named by what its plugin raises.
     """
 
@@ -299,13 +301,14 @@ class Validation:
     peers: Peers
     explained: Callable[[], AbstractContextManager[None]]
     parts: Sequence[Registered]
+    together: bool = False
 
     def __call__(self, step: int) -> Iterator[Event]:
         """Generate all prompts after `step` optimizer steps."""
         prompts, endings = self.validator.plan.prompts, list(self.validator.weights)
         folder = self.folder / f"step-{step:06d}"
         yield Validating(step, len(prompts) * len(endings))
-        own = yield from self._share(step, folder, list(prompts)[self.peers.rank :: self.peers.count])
+        own = yield from self._share(step, folder, *self._nicknames())
         shares = self.peers.gathered([own])
         everything = {name: path for files, _, _ in shares for name, path in files.items()}
         # By prompt: what one prompt gave with either weights is side by side.
@@ -328,6 +331,13 @@ class Validation:
         averaged = tuple(name for name, nickname in names.items() if name == nickname + EMA)
         yield Validated(step, files, sheet, tuple(sorted(failures)), interrupted, averaged)
 
+    def _nicknames(self) -> tuple[list[str], int]:
+        """Of this process's share; how many of the last are another's."""
+        nicknames, count = list(self.validator.plan.prompts), self.peers.count
+        own = nicknames[self.peers.rank :: count]
+        spare = -(-len(nicknames) // count) - len(own) if self.together else 0
+        return own + nicknames[:spare], spare
+
     def _strip(self, name: str, prompt: str, file: Path) -> Strip:
         plan, frames = self.validator.plan, read_frames(file)
         picks = spread(len(frames), _COLUMNS)
@@ -339,12 +349,12 @@ class Validation:
         )
 
     def _share(
-        self, step: int, folder: Path, nicknames: list[str]
+        self, step: int, folder: Path, nicknames: list[str], spare: int
     ) -> Generator[Event, None, tuple[dict[str, Path], str, bool]]:
         """(files, why there are no others, whether the run was asked to stop before they were made)."""
         try:
             with self.explained(), blame(self.parts):
-                return (yield from self.validator.generating(folder, nicknames, step=step)), "", False
+                return (yield from self.validator.generating(folder, nicknames, step=step, spare=spare)), "", False
         except Interrupted:
             return {}, "", True
         except (DeviceError, PluginError) as error:

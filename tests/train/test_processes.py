@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Callable
 
@@ -99,3 +100,13 @@ def test_sharded_processes_average_validate_and_are_resumed_by_any_number(
         torch.testing.assert_close(left[name], value, rtol=0, atol=TOLERANCE)
     for video in sorted((one.output / "samples").rglob("*.mp4")):
         assert (folder.output / "samples" / video.relative_to(one.output / "samples")).read_bytes() == video.read_bytes()
+    resumed = another()
+    shutil.copytree(folder.output / "checkpoints" / "step-000003", resumed.output / "checkpoints" / "step-000003")
+    print(within("run", resumed.write(accumulate=2, **settings)).stdout)
+    for name, value in resumed.tensors(6).items():
+        torch.testing.assert_close(value, right[name], rtol=0, atol=TOLERANCE)
+    again = another()
+    shutil.copytree(one.output / "checkpoints" / "step-000003", again.output / "checkpoints" / "step-000003")
+    print(vtrain("run", again.write(accumulate=1, **settings | {"more": VALIDATION + SHARD}), processes=2).stdout)
+    for name, value in again.tensors(6).items():
+        torch.testing.assert_close(value, right[name], rtol=0, atol=TOLERANCE)

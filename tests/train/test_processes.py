@@ -52,14 +52,27 @@ def test_an_error_of_the_users_is_told_once_by_two_processes(folder, vtrain: Run
 SHARD = "\n[parallel]\nshard = true\n"
 
 
-@pytest.mark.parametrize(("train", "more"), [("full", ""), ("lora", "")], ids=["full", "lora"])
+SMOOTH = '\n[[regularizer]]\nuse = "toy-smooth"\nblock = 1\n'
+FREE = {"adamw": "schedulefree-adamw", "cosine": "constant"}
+
+
+@pytest.mark.parametrize(
+    ("train", "more", "changes"),
+    [("full", SMOOTH, {}), ("lora", "", {}), ("lora", "", FREE)],
+    ids=["full with a regularizer", "lora", "schedule-free"],
+)
 def test_sharded_processes_give_the_curve_of_one(
-    folder, another, vtrain: Run, within: Run, train: str, more: str
+    folder, another, vtrain: Run, within: Run, train: str, more: str, changes: dict[str, str]
 ) -> None:
     settings = {"train": train, "steps": 8, "save": 4, "batch_size": 1, "lr": 1e-3}
     one = another()
-    within("run", one.write(accumulate=4, more=more, **settings))
-    done = vtrain("run", folder.write(accumulate=2, more=more + SHARD, **settings), processes=2)
+    for each, more_of in ((one, more), (folder, more + SHARD)):
+        text = each.write(accumulate=4 if each is one else 2, more=more_of, **settings).read_text()
+        for old, new in changes.items():
+            text = text.replace(f'use = "{old}"', f'use = "{new}"')
+        each.config.write_text(text)
+    within("run", one.config)
+    done = vtrain("run", folder.config, processes=2)
     assert done.stdout.count("saved") == 2, done.stdout
     for a, b in zip(folder.rows(), one.rows(), strict=True):
         assert a["samples"] == b["samples"]
@@ -99,7 +112,9 @@ def test_sharded_processes_average_validate_and_are_resumed_by_any_number(
     for name, value in right.items():
         torch.testing.assert_close(left[name], value, rtol=0, atol=TOLERANCE)
     for video in sorted((one.output / "samples").rglob("*.mp4")):
-        assert (folder.output / "samples" / video.relative_to(one.output / "samples")).read_bytes() == video.read_bytes()
+        assert (
+            folder.output / "samples" / video.relative_to(one.output / "samples")
+        ).read_bytes() == video.read_bytes()
     resumed = another()
     shutil.copytree(folder.output / "checkpoints" / "step-000003", resumed.output / "checkpoints" / "step-000003")
     print(within("run", resumed.write(accumulate=2, **settings)).stdout)

@@ -14,6 +14,7 @@ from vtrain.plan.adapter import adapter_problems, resumes
 from vtrain.plan.memory import MemoryEstimate, Workload, estimate_of
 from vtrain.plan.offload import offload_problems
 from vtrain.plan.optimizer import optimizer_problems
+from vtrain.plan.parallel import parallel_problems
 from vtrain.plan.places import PLAN, resume_path
 from vtrain.plan.precision import layer_problems, precision_problems, storage_of
 from vtrain.plan.records import Plan
@@ -92,7 +93,7 @@ class Options:
         for saving in savings:
             config = saving.set(config, self.catalog)
             time += saving.time(plan, self.work)
-        if any(offload_problems(config, plan.family, plan.processes)):
+        if any(offload_problems(config, plan.family, plan.processes)) or any(parallel_problems(config, None)):
             return None
         settings = memory_settings(config, plan.family, plan.processes, on_cpu=self.on_cpu)
         changed = replace(plan, config=config, base=storage_of(config).name)

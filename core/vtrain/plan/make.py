@@ -35,6 +35,7 @@ from vtrain.plan.conditions import check_declared, encoder_problems, picture_pro
 from vtrain.plan.datasets import check_frames, datasets, nearest_size, warnings
 from vtrain.plan.offload import offload_problems, offload_warnings
 from vtrain.plan.optimizer import optimizer_problems, optimizer_warnings
+from vtrain.plan.parallel import parallel_problems, parallel_warnings
 from vtrain.plan.places import among_clips, output_problems
 from vtrain.plan.precision import layer_problems, precision_problems, precision_warnings, storage_of
 from vtrain.plan.promise import promised
@@ -68,6 +69,7 @@ def _make_plan(config: Config, processes: int, catalog: Catalog | None) -> Plan:
         for found in family.check()
     ]
     problems = [*precision_problems(config), *optimizer_problems(config, catalog), *output_problems(config)]
+    problems += parallel_problems(config, catalog)
     problems += average_problems(config)
     # All below asks the model folder, which is not sound.
     if broken:
@@ -112,6 +114,7 @@ def _make_plan(config: Config, processes: int, catalog: Catalog | None) -> Plan:
             *precision_warnings(config, family),
             *_said(regularizers),
             *offload_warnings(config, family),
+            *parallel_warnings(config, processes),
         ),
     )
 

@@ -272,7 +272,7 @@ def assemble(
         values = eval_weights(optimizer, named, moved)
         pieces = (
             weights,
-            *([AveragedPiece(weights, values, named)] if values is not None else []),
+            *([AveragedPiece(weights, values, named, shares)] if values is not None else []),
             *learned[1:],
             kept := optimizer_piece(plan, optimizer, moved, shares),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,8 +13,11 @@ from torch import Tensor
 from vtrain.contract import Event, SupportsEvalWeights
 from vtrain.train.checkpoint import State
 from vtrain.train.ema import swapped
-from vtrain.train.parameters import DENOISER
+from vtrain.train.parameters import DENOISER, adapter_names
 from vtrain.train.pieces import AdapterPiece, DenoiserPiece, on_cpu
+
+if TYPE_CHECKING:
+    from vtrain.train.sharding import Shares
 
 AVERAGED = "averaged"
 """Folder of a checkpoint with the denoiser, or the adapter, as it is for evaluation."""
@@ -70,11 +73,15 @@ def validating_with(
 
 @dataclass(frozen=True)
 class AveragedPiece:
-    """The denoiser or its adapter as it is for evaluation, in the same format as beside it. Training is resumed without it."""
+    """The denoiser or its adapter as it is for evaluation, in the same format as beside it. Training is resumed without it.
+
+    shares: where `named` are this process's shares.
+    """
 
     of: DenoiserPiece | AdapterPiece
     values: EvalWeights
     named: Named
+    shares: Shares | None = None
     name: ClassVar[str] = "averaged weights"
     files: ClassVar[tuple[str, ...]] = ()
 
@@ -83,15 +90,28 @@ class AveragedPiece:
         return self.of.bytes
 
     def gather(self, *, keep: bool) -> State:
-        if not keep:
+        if not keep and self.shares is None:
             return State()
-        # A state's tensors are the parameters' own memory, whatever they are called there.
-        trained = {parameter.data_ptr(): name for name, parameter in self.named}
+        live = self.of.live()
+        trained = self._trained(live)
         found: dict[str, Tensor] = {}
-        for name, value in self.of.live().items():
-            own = trained.get(value.data_ptr())
-            found |= on_cpu({name: value if own is None else self.values[own]})
+        for key, value in live.items():  # one made at a time
+            found |= on_cpu({key: self._value(trained[key]) if key in trained else value}, keep=keep)
         return State(found)
+
+    def _trained(self, live: Mapping[str, Tensor]) -> dict[str, str]:
+        """Key of the state -> name of the trained parameter that it is."""
+        if self.shares is None:
+            # A state's tensors are the parameters' own memory, whatever they are called there.
+            names = {parameter.data_ptr(): name for name, parameter in self.named}
+            return {key: names[value.data_ptr()] for key, value in live.items() if value.data_ptr() in names}
+        adapter = isinstance(self.of, AdapterPiece)
+        own = adapter_names(self.of.denoiser.module) if adapter else {key: key for key in live}
+        return {key: DENOISER + name for key, name in own.items() if DENOISER + name in self.shares.whole}
+
+    def _value(self, name: str) -> Tensor:
+        value = self.values[name]
+        return value if self.shares is None else self.shares.joined(name, value)
 
     def write(self, folder: Path, state: State) -> None:
         (folder / AVERAGED).mkdir()

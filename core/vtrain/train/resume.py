@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -156,6 +157,25 @@ def _version_changes(before: Mapping[str, str], config: Config) -> Iterator[str]
         yield f"{was} became {now} since the checkpoint ({words}): the run continues with the new code"
 
 
+def _samples_change(before: Mapping[str, object], plan: Plan) -> Iterator[str]:
+    """Where an optimizer step takes another number of samples than it did, which of how many processes there are depends."""
+    train, keys = plan.config.train, ("train.batch_size", "train.accumulate", "processes")
+    counts = [before.get(key) for key in keys]
+    if not all(isinstance(count, int) for count in counts):
+        return
+    took = math.prod(count for count in counts if isinstance(count, int))
+    at_once = train.batch_size * plan.processes
+    if took == at_once * train.accumulate:
+        return
+    keeps = f"train.accumulate = {took // at_once} keeps it at {took}"
+    if took % at_once:
+        keeps = f"no train.accumulate keeps it at {took}, which is no multiple of {at_once} (batch_size x processes)"
+    yield (
+        f"a step takes {at_once * train.accumulate} samples, and took {took} at the checkpoint: the run is another one from here "
+        f"on; {keeps}"
+    )
+
+
 def feature_marks(plan: Plan) -> dict[str, str]:
     """Regularizer -> fingerprint of its features, of those that read some. Raises ModelError."""
     hash_file = FileHashes(plan.config.cache.dir / HASHES)
@@ -217,7 +237,7 @@ def find_start(plan: Plan) -> Start:
         )
     notices.append(f"resuming from {folder} (step {state.step})")
     reported = (each for each in changes if each.resume != "free" and not (each.location and moved.alike(each)))
-    warnings = [*_version_changes(state.versions, plan.config)]
+    warnings = [*_version_changes(state.versions, plan.config), *_samples_change(state.settings, plan)]
     warnings += _encoder_changes(state.encoders, plan) if state.encoders else ()
     return Start(folder, state, tuple(notices), tuple(map(str, reported)), tuple(warnings))
 

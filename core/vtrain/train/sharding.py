@@ -20,8 +20,8 @@ from vtrain.train.step import Step
 
 
 class Shares:
-    """What this process has of all that is trained. named: (name, its share, a plain parameter), as the parameters are named. whole: name ->
-    the parameter itself, a DTensor.
+    """What this process has of all that is trained. named: (name, its share), plain parameters, named as the whole ones. whole: name
+    -> the parameter itself, a DTensor.
 
     Shares are cut along the first dimension, as torch.chunk cuts: the last processes may have a smaller one, or none of a weight
     that is short.
@@ -56,8 +56,8 @@ class Shares:
         return value.ndim > 0 and value.shape == _share_of(self.whole[name]).shape
 
     def joined(self, name: str, value: Tensor) -> Tensor:
-        """Something of the same numbers as this process's share of a weight, such as a moment, as a part of the whole: `on_cpu` puts
-        it together."""
+        """Something that has a number for each of this process's share of a weight, such as a moment, as a part of the whole:
+        `on_cpu` puts it together."""
         weight = self.whole[name]
         return DTensor.from_local(
             value, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
@@ -85,7 +85,11 @@ class _Joined:
 
     def __init__(self, denoiser: Denoiser, step: Step) -> None:
         self.module, self.blocks, self.predict = denoiser.module, denoiser.blocks, step.predict
-        self.fold, self.gradient_checkpointing, self.save = denoiser.fold, denoiser.gradient_checkpointing, denoiser.save
+        self.fold, self.gradient_checkpointing, self.save = (
+            denoiser.fold,
+            denoiser.gradient_checkpointing,
+            denoiser.save,
+        )
 
 
 def _share_of(weight: Tensor) -> Tensor:

@@ -292,8 +292,8 @@ class Validator:
 class Validation:
     """Validations of a run, each as events. It never ends the run: what fails is in the event.
 
-    folder: of all samples. peers: each generates its share; together: they share a denoiser, and each solves as many. explained: a full device's error, in words that help. parts: of the
-    run, of which one is named by what its plugin raises.
+    folder: of all samples. peers: each generates its share. together: they share a denoiser, so that each solves as many.
+    explained: a full device's error, in words that help. parts: of the run, of which one is named by what its plugin raises.
     """
 
     validator: Validator

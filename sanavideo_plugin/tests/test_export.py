@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ from vtrain.contract import CheckpointError, ConfigError, Denoiser
 from vtrain.plan.adapter import lora_scale
 from vtrain.plan.records import Plan
 from vtrain.run import export as exports
+from vtrain.run import trained_model
 from vtrain.run.prepare import planned
 from vtrain.train import adapter
 from vtrain.train.assemble import load_model
@@ -151,6 +153,10 @@ def test_an_average_is_exported_in_place_of_the_last_weights(trained: Callable[.
     own = lora_state(denoiser.module)
     assert all(torch.equal(stored[f"transformer.{name}"], 2 * value) for name, value in own.items())
     assert done.folder.name.endswith("-ema")
+    later = shutil.copytree(folder, folder.with_name("step-000003"))  # of the run that goes on without [ema]
+    shutil.rmtree(later / "ema")
+    with pytest.raises(CheckpointError, match=r"Export without --ema\. step-000002 beside it has some"):
+        trained_model._weights(later, ema=True)
 
 
 def test_a_wrong_scale_is_found_and_nothing_is_kept(

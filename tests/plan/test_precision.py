@@ -76,3 +76,9 @@ def test_a_base_of_which_nothing_can_be_quantised_is_refused(plan_of: Callable[.
     (problem,) = precision.layer_problems(config, family)
     assert "no layer of this model can be quantised to int4" in problem.what
     assert not precision.layer_problems(config, Shaped(to_q=(64, 64)))  # type: ignore[arg-type]
+
+
+def test_what_is_unlike_all_choices_is_not_taken_for_its_opposite(plan_of: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match='expected "cpu" or "accelerator", got "gpu"') as raised:
+        plan_of(model=LORA, precision='base = "int8"\nquantize_on = "gpu"')
+    assert "Did you mean" not in str(raised.value)

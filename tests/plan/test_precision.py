@@ -82,3 +82,11 @@ def test_what_is_unlike_all_choices_is_not_taken_for_its_opposite(plan_of: Calla
     with pytest.raises(ConfigError, match='expected "cpu" or "accelerator", got "gpu"') as raised:
         plan_of(model=LORA, precision='base = "int8"\nquantize_on = "gpu"')
     assert "Did you mean" not in str(raised.value)
+
+
+def test_dora_asks_for_whole_weights(plan_of: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match="DoRA needs the lengths of the base's weights, which int8 has not") as raised:
+        plan_of(model=f"{LORA}\nlora = {{ dora = true }}", precision='base = "int8"')
+    (problem,) = raised.value.problems
+    assert problem.remedy == 'Set precision.base = "bf16", or dora = false.'
+    plan_of(model=f"{LORA}\nlora = {{ dora = true }}", precision='base = "bf16"')

@@ -18,6 +18,7 @@ from vtrain.plan.memory import (
     BACKWARD,
     FORWARD,
     LOSS_COPIES,
+    PINNED,
     STEP,
     TRAINING,
     MemoryEstimate,
@@ -25,6 +26,7 @@ from vtrain.plan.memory import (
     Recompute,
     Workload,
     estimate_of,
+    pinned_share,
 )
 from vtrain.plan.records import Plan
 from vtrain.plan.workload import memory_estimate, memory_settings, workload
@@ -114,6 +116,31 @@ def test_what_waits_on_the_host_is_counted_there() -> None:
     on_disk = estimate_of(WORK, replace(settings, rest_on="disk"))
     (phase,) = (phase for phase in on_disk.phases if phase.name == STEP)
     assert "weights" not in phase.host
+
+
+def test_page_locked_memory_is_counted_as_torch_gives_it() -> None:
+    """In powers of two: only a card shows it, the rule is in torch's CachingHostAllocator.h."""
+    assert pinned_share([1024, 1025, 7]) == pytest.approx((1024 + 2048 + 8) / 2056)
+    assert pinned_share([]) == PINNED
+    settings = replace(SETTINGS, adapter=True, state_on="host", ema=4.0, ema_on="host", resident=0.25)
+    found = estimate_of(replace(WORK, pinned=1.5), settings)
+    (phase,) = (phase for phase in found.phases if phase.name == STEP)
+    assert phase.host["weights"] == pytest.approx(1.5 * 2400, abs=1)
+    assert phase.host["optimizer"] == 8 * 50 + 1.5 * 2 * 4 * 50, "its states are not"
+    assert phase.host["average"] == 4 * 50 + 1.5 * 4 * 50
+
+
+def test_what_passes_through_main_memory_on_its_way_is_counted_there() -> None:
+    """A text encoder is read there, and a base that is quantised: in bf16, before anything of it gets smaller."""
+    work = replace(WORK, encoders={"text encoder": EncoderMemory(700)})
+    found = estimate_of(work, replace(SETTINGS, adapter=True, quantised=True, stored=1.0))
+    captions, loading = (
+        next(each for each in found.phases if each.name == name) for name in ("encoding captions", "loading the model")
+    )
+    assert captions.host == {"loading": 700}
+    assert captions.on_cpu == captions.on_host - 700 + int(1.06 * 770), "where it stays"
+    assert loading.host == {"weights": 2 * WORK.parameters}
+    assert "loading the model" not in {each.name for each in estimate_of(work, SETTINGS).phases}
 
 
 def test_encoders_are_counted_where_they_work() -> None:

@@ -17,7 +17,7 @@ from vtrain.contract.rooms import Room, bytes_of
 from vtrain.plan.choices import Choice, Limit, Options
 from vtrain.plan.memory import CAPTIONS, CONTEXT, PROCESS, MemoryEstimate, MemorySettings, Phase, Workload, estimate_of
 from vtrain.plan.records import MemoryChoice, Plan
-from vtrain.plan.savings import ALL, SAVINGS, gib
+from vtrain.plan.savings import ALL, SAVINGS, enough, gib
 from vtrain.plan.workload import FLOAT32, block_memory, memory_settings, usual_adapter, workload
 
 
@@ -149,10 +149,10 @@ def refusal(options: Options, found: Sequence[Choice], limit: Limit) -> Problem:
     phase = max(least.estimate.phases, key=lambda each: each.on_cpu if limit.on_cpu else each.total)
     size = phase.on_cpu if limit.on_cpu else phase.total
     given, most = f"{gib(limit.size)} ({limit.where})", _most(phase, on_cpu=limit.on_cpu)
-    what = f"nothing that is allowed fits in {given}: {phase.name} takes {gib(size)}{_with(least)}, mostly {most}."
-    return Problem(
-        config.where("memory", "limit"), what, f"What would fit: {'; or '.join(_fitting(options, least, limit))}."
-    )
+    what = f"nothing that is allowed fits in {given}: {phase.name} takes {enough(size)}{_with(least)}, mostly {most}."
+    floor = _floor(least.estimate, limit)
+    fitting = [*_fitting(options, least, limit), f"a limit of {enough(limit.amount(least.estimate))}"]
+    return Problem(config.where("memory", "limit"), what, f"{floor}What would fit: {'; or '.join(fitting)}.")
 
 
 def _with(choice: Choice) -> str:
@@ -187,12 +187,8 @@ def _fitting(options: Options, least: Choice, limit: Limit) -> Iterator[str]:
         if size <= limit.size:
             yield f"{text} ({gib(size)})"
             break
-    else:
-        if text := _floor(least.estimate, limit):
-            yield text
     if not settings.adapter and limit.amount(found := _as_lora(plan, options.work, settings)) <= limit.size:
         yield f'model.train = "lora" ({gib(limit.amount(found))})'
-    yield f"a limit of {gib(limit.amount(least.estimate))}"
 
 
 def _as_lora(plan: Plan, work: Workload, settings: MemorySettings) -> MemoryEstimate:
@@ -207,7 +203,7 @@ def _floor(estimate: MemoryEstimate, limit: Limit) -> str:
     for phase in estimate.phases:
         size = phase.on_cpu if limit.on_cpu else phase.total
         if phase.name == CAPTIONS and size > limit.size:
-            return f"no smaller clip, as {CAPTIONS} takes {gib(size)}, whatever clips there are"
+            return f"Smaller clips do not help: {CAPTIONS} takes {enough(size)}, whatever clips there are. "
     return ""
 
 

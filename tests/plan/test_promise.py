@@ -217,6 +217,7 @@ def test_where_the_cpu_trains_nothing_is_moved(plan_for: PlanFor) -> None:
     with pytest.raises(ConfigError) as refused:
         plan_for('limit = "auto"', Room(14 * GIB, host=14 * GIB))
     assert "offload" not in refused.value.problems[0].what
+    assert re.search(r"or a machine with [\d.]+ GiB free\.$", refused.value.problems[0].remedy), "no limit would help"
 
 
 def test_auto_is_what_the_card_has_less_what_others_hold(plan_for: PlanFor) -> None:

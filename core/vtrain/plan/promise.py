@@ -96,13 +96,13 @@ def _limit(plan: Plan, table: MemoryTable, room: Room) -> Limit:
         size = bytes_of(table.limit)
         if room.free is not None and room.free < size:
             return Limit(room.free, f"{words}, and memory.limit is {table.limit}", host, on_cpu)
-        return Limit(size, "memory.limit", host, on_cpu)
+        return Limit(size, "memory.limit", host, on_cpu, given=True)
     if room.free is None:
         what = 'memory.limit = "auto", and this machine does not say how much memory it has.'
         raise ConfigError(
             Problem(plan.config.where("memory", "limit"), what, 'Give an amount, such as limit = "16 GiB".')
         )
-    return Limit(room.free, words, host, on_cpu)
+    return Limit(room.free, words, host, on_cpu, given=room.name.startswith("--"))
 
 
 def _room_words(room: Room) -> str:
@@ -151,7 +151,9 @@ def refusal(options: Options, found: Sequence[Choice], limit: Limit) -> Problem:
     given, most = f"{gib(limit.size)} ({limit.where})", _most(phase, on_cpu=limit.on_cpu)
     what = f"nothing that is allowed fits in {given}: {phase.name} takes {enough(size)}{_with(least)}, mostly {most}."
     floor = _floor(least.estimate, limit)
-    fitting = [*_fitting(options, least, limit), f"a limit of {enough(limit.amount(least.estimate))}"]
+    room = "a limit of" if limit.given else "a machine with" if limit.on_cpu else "a card with"
+    free = "" if limit.given else " free"
+    fitting = [*_fitting(options, least, limit), f"{room} {enough(limit.amount(least.estimate))}{free}"]
     return Problem(config.where("memory", "limit"), what, f"{floor}What would fit: {'; or '.join(fitting)}.")
 
 

@@ -4,7 +4,8 @@
 
 The step is vtrain's own (crepa_memory.py says how it is counted). `real` rows are the 2B model; `judged` ones models of widths,
 depths and clips at which nothing that the estimate goes by was measured: that was done at widths 96 and 2240 (memory.json of the
-plugin). Nothing is computed, so that it takes no GPU; about twenty minutes on one core.
+plugin). `beside`: the first of these with all blocks recomputed and what else changes memory; of groups that are offloaded what
+lies on the card is counted, a clone of what waits. Nothing is computed, so that it takes no GPU; about twenty minutes on one core.
 """
 
 from __future__ import annotations
@@ -12,12 +13,23 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
-from crepa_memory import Clip, Processes, Setup, count
+from crepa_memory import STEPS, Clip, Processes, Setup, count, inputs, loop_of, step_of
 from gpu_sides import REAL
 from report import machine, say
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from vtrain.config.tables import EmaTable, OffloadTable, TrainTable
+from vtrain.contract import Device
+from vtrain.contract.transfers import Arriving, Transfers
+from vtrain.testing.memory import MemoryPeak
+from vtrain.train.ema import Average
+from vtrain.train.offload import offload
+from vtrain.train.parameters import trained
 
 JUDGED = ((8, 6, Clip(256, 256, 33)), (12, 10, Clip(832, 480, 17)), (4, 14, Clip(512, 320, 49)))
 """Heads of 112, blocks, clip. All else of the model is as in the 2B model's config."""
@@ -29,6 +41,57 @@ MODES: Mapping[str, Mapping[str, object]] = {
     "nothing": {"gradient_checkpointing": False},
 }
 """What is recomputed, as [precision] says it."""
+
+
+BESIDE: Mapping[str, tuple[str, Mapping[str, object]]] = {
+    "block offload": ("lora", {"group": "block"}),
+    "block offload, two together": ("lora", {"group": "block", "blocks_per_group": 2}),
+    "block offload, stream": ("lora", {"group": "block", "stream": True}),
+    "leaf offload": ("lora", {"group": "leaf"}),
+    "accumulate 3": ("full", {}),
+    "EMA": ("full", {}),
+}
+"""What else changes memory: its name, what is trained, its table [offload]."""
+
+
+def count_beside(name: str, processes: Processes) -> dict[str, object]:
+    """A row of BESIDE. Of weights that wait nothing is counted, whose clones come to the card."""
+    heads, blocks, clip = JUDGED[0]
+    mode, table = BESIDE[name]
+    sizes = {"num_attention_heads": heads, "num_cross_attention_heads": heads, "cross_attention_dim": 112 * heads}
+    setup = Setup(mode, clip, REAL | sizes | {"num_layers": blocks}, torch.device("meta"), 1)
+    step = step_of(setup, crepa=False, checkpointing={"gradient_checkpointing": True})
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(patch.object(Transfers, "send", _cloned))
+        stack.enter_context(patch.object(Transfers, "streams", lambda _: False))
+        step.to_empty(device="cpu")
+        made = offload(step.denoiser, OffloadTable.model_validate(table), Device(), stack) if table else None
+        if made is not None:
+            made._ahead = bool(table.get("stream"))
+        away = [each for group in made.groups for each in group.home.fetch()] if made else []
+        loop = loop_of(setup, step, processes)
+        if name == "accumulate 3":
+            loop.table = TrainTable(steps=loop.last, log_every=loop.last, accumulate=3)
+        if name == "EMA":
+            loop.average = Average(trained(step.denoiser.module), EmaTable(), Device())
+        peak = stack.enter_context(MemoryPeak("made by steps"))
+        peak.count([*step.parameters(), *step.buffers()], "weights")
+        peak.count(loop.average.weights.values() if loop.average else (), "average")
+        peak.count(away, "away")
+        fed, waiting, weights = inputs(setup, crepa=False), peak.now["away"], peak.now["weights"]
+        for number in range(STEPS):
+            peak.restart()
+            loop.optimizer_step(number, fed)
+            loop.unread.clear()
+    processes.let_go()
+    sizes = {"heads": heads, "blocks": blocks, "clip": [clip.frames, clip.height, clip.width]}
+    row = {"beside": name, **sizes, "trained": mode, "recomputed": "blocks", "peak": peak.peak - waiting}
+    return row | {"weights": weights}
+
+
+def _cloned(_: Transfers, tensors: tuple[torch.Tensor, ...]) -> Arriving:
+    return Arriving(tuple(each.clone() for each in tensors))
 
 
 def setups() -> Iterator[tuple[str, Setup]]:
@@ -46,6 +109,7 @@ def main() -> None:
     chosen = parser.parse_args()
     processes = Processes("bf16")
     processes.accelerator.device_placement = False
+    beside = [count_beside(name, processes) for name in BESIDE]
     rows = []
     for name, setup in setups():
         for recomputed, table in MODES.items():
@@ -62,7 +126,9 @@ def main() -> None:
             }
             rows.append(row)
             say(f"{row}")
-            chosen.json.write_text(_lines({"machine": machine(), "config": REAL, "rows": rows}), encoding="utf-8")
+            chosen.json.write_text(
+                _lines({"machine": machine(), "config": REAL, "beside": beside, "rows": rows}), encoding="utf-8"
+            )
 
 
 def _lines(content: Mapping[str, object]) -> str:

@@ -20,8 +20,10 @@ from vtrain.contract import (
     SupportsFeedback,
     SupportsLearningRate,
     SupportsPauses,
+    SupportsWeight,
     Text,
 )
+from vtrain_sanavideo.crepa import Crepa
 from vtrain_sanavideo.crepa_loss import CrepaLoss
 from vtrain_sanavideo.crepa_options import CrepaOptions, Schedule, ScheduleOptions, SimilarityGate
 
@@ -107,6 +109,16 @@ def test_where_the_weight_is_0_the_loss_is_over_and_not_active() -> None:
     module = loss_of(decay="linear", length="4 steps", cutoff="9 steps", end=0.0)
     assert [module.active(step, RUN) for step in range(11)] == [True] * 4 + [False] * 7
     assert [module.over(step, RUN) for step in range(11)] == [False] * 4 + [True] * 7
+
+
+def test_a_plan_draws_the_weight_that_the_loss_has() -> None:
+    part = Crepa(
+        CrepaOptions.model_validate({"block": 0, "schedule": {"decay": "cosine", "end": 0.1, "warmup": "2 steps"}})
+    )
+    assert isinstance(part, SupportsWeight)
+    module = loss_of(decay="cosine", end=0.1, warmup="2 steps")
+    for step in range(RUN.steps):
+        assert float(module(view_of(step)).metrics["weight"]) == pytest.approx(part.weight_at(step, RUN))
 
 
 def test_the_module_says_what_core_asks() -> None:

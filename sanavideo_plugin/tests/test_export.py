@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -20,14 +21,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vtrain import api
-from vtrain.contract import CheckpointError, ConfigError, Denoiser
+from vtrain.config.tables import EmaTable
+from vtrain.contract import CheckpointError, ConfigError, Denoiser, Device
 from vtrain.plan.adapter import lora_scale
 from vtrain.plan.records import Plan
 from vtrain.run import export as exports
+from vtrain.run import trained_model
 from vtrain.run.prepare import planned
-from vtrain.train import adapter
+from vtrain.train import adapter, parameters
 from vtrain.train.assemble import load_model
+from vtrain.train.checkpoint import write
+from vtrain.train.ema import Average, AveragePiece
 from vtrain.train.parameters import lora_state
+from vtrain.train.pieces import AdapterPiece
 from vtrain.train.resume import RunState, Start
 from vtrain.train.settings import settings
 
@@ -151,6 +157,32 @@ def test_an_average_is_exported_in_place_of_the_last_weights(trained: Callable[.
     own = lora_state(denoiser.module)
     assert all(torch.equal(stored[f"transformer.{name}"], 2 * value) for name, value in own.items())
     assert done.folder.name.endswith("-ema")
+    later = shutil.copytree(folder, folder.with_name("step-000003"))  # of the run that goes on without [ema]
+    shutil.rmtree(later / "ema")
+    with pytest.raises(CheckpointError, match=r"Export without --ema\. step-000002 beside it has some"):
+        trained_model._weights(later, ema=True)
+
+
+def test_a_checkpoint_whose_adapter_says_another_scale_is_none(
+    trained: Callable[..., Trained], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _, denoiser, plan = trained(KINDS["rslora"])
+    lora, whole = plan.config.model.table.lora, type(denoiser).save_lora
+    assert lora is not None
+    average = Average(parameters.trained(denoiser.module), EmaTable(), Device())
+    own = parameters.lora_settings(denoiser, lora)
+    pieces = [AdapterPiece(denoiser, own), AveragePiece(denoiser, average, own, lambda path: denoiser)]
+    good = write(tmp_path / "checkpoints", 3, pieces)
+    for wrong, piece in (("step", "adapter"), ("ema", "average")):
+
+        def changed(self: Any, folder: Path, state: Any, settings: Any, wrong: str = wrong) -> None:
+            other = {"use_rslora": False} if folder.name.startswith(wrong) else {}
+            whole(self, folder, state, {**settings, **other})
+
+        monkeypatch.setattr(type(denoiser), "save_lora", changed)
+        with pytest.raises(CheckpointError, match=rf"of {piece} cannot .* scaled by 0.75, and it was trained at 1.5"):
+            write(tmp_path / "checkpoints", 4, pieces)
+    assert list((tmp_path / "checkpoints").iterdir()) == [good]
 
 
 def test_a_wrong_scale_is_found_and_nothing_is_kept(

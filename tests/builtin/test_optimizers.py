@@ -269,6 +269,45 @@ def test_a_weight_of_many_pieces_and_one_that_is_channels_last_are_moved_whole(m
         assert torch.allclose(weight.detach().float(), wanted, atol=0.01)
 
 
+@pytest.mark.parametrize(
+    ("spec", "dtype"),
+    [
+        (spec, dtype)
+        for spec in HERE
+        for dtype in (torch.float32, torch.bfloat16)
+        if dtype is torch.float32 or "bf16" in spec.moves
+    ],
+    ids=lambda each: getattr(each, "name", str(each)),
+)
+def test_it_solves_least_squares(spec: OptimizerSpec, dtype: torch.dtype) -> None:
+    """150 steps at a rate that falls to 0: of the loss at the start less than a hundredth is left."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, matrix, bias = (torch.randn(size, generator=generator) for size in ((64, 8), (8, 6), (6,)))
+    wanted = inputs @ matrix + bias
+    own = nn.Parameter(torch.zeros(8, 6, dtype=dtype)), nn.Parameter(torch.zeros(6, dtype=dtype))
+    options = spec.options.model_validate(
+        {**table(spec), "lr": {"prodigy": 1.0, "muon": 0.5, "optimi-ranger": 0.5}.get(spec.name, 0.1)}
+    )
+    optimizer: Any = spec.build(options, [group(("w", own[0])), group(("b", own[1]), decay=False)])
+    rates = [each["lr"] for each in optimizer.param_groups]
+
+    def loss() -> Tensor:
+        first, second = own
+        return (inputs @ first.float() + second.float() - wanted).square().mean()
+
+    start = float(loss().detach())
+    for step in range(150):
+        for each, rate in zip(optimizer.param_groups, rates, strict=True):
+            each["lr"] = rate if spec.name == "schedulefree-adamw" else rate * (1 - step / 150)
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    if hasattr(optimizer, "eval_weight"):
+        for weight in own:
+            weight.data = optimizer.eval_weight(weight)
+    assert float(loss().detach()) < 0.01 * start
+
+
 def test_muon_takes_matrices_and_kernels_and_adamw_the_rest() -> None:
     shapes = {
         "blocks.0.attn1.to_q.weight": (8, 12),

@@ -79,8 +79,12 @@ def test_too_little_disk_is_refused_and_what_is_there_already_counts(
     monkeypatch.setattr(estimating.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     plan = plan_of()
     made = make_estimate(plan, survey())
-    with pytest.raises(ConfigError, match=r"the cache and 2 checkpoints need .* more and the disk of"):
+    with pytest.raises(ConfigError, match=r"the cache and 2 checkpoints need .* more and the disk of") as caught:
         check_room(plan, made)
+    assert (
+        caught.value.problems[0].remedy
+        == "Make room there, or set cache.dir or run.output_dir to a folder on another disk."
+    )
     for folder, size in (
         (plan.config.cache.dir / "video", made.video_bytes),
         (plan.config.run.output_dir / "checkpoints", 2 * (made.checkpoint_bytes or 0) - 900),
@@ -105,8 +109,9 @@ def test_weights_that_go_to_a_disk_need_room_there_which_nothing_there_counts_to
     monkeypatch.setattr(estimating.shutil, "disk_usage", lambda path: usage._replace(free=others + weights - 1))
     (plan.config.path.parent / "away").mkdir()
     (plan.config.path.parent / "away" / "left").write_bytes(b"of a run that was killed")
-    with pytest.raises(ConfigError, match="the cache, 2 checkpoints and offloaded weights need"):
+    with pytest.raises(ConfigError, match="the cache, 2 checkpoints and offloaded weights need") as caught:
         check_room(plan, made)
+    assert "offload.disk to a folder on another disk." in caught.value.problems[0].remedy
 
 
 @pytest.mark.parametrize(

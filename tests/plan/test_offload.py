@@ -63,6 +63,7 @@ BLOCK = 'group = "block"'
         ({"offload": 'disk = "away"'}, 11, "offload.group is absent: nothing would go there"),
         ({"offload": BLOCK, "train": "full"}, 11, "full training has none: read again at each use, what the optimizer changed"),
         ({"offload": f'{BLOCK}\ndisk = "away"', "train": "full"}, 11, "offload.group and offload.disk move frozen weights"),
+        ({"offload": f"{BLOCK}\noptimizer = true", "train": "full"}, 11, "offload.optimizer = true in its place"),
         ({"offload": BLOCK, "precision": "gradient_checkpointing = false"}, 9, "needs every block to be recomputed"),
         ({"offload": BLOCK, "precision": 'gradient_checkpointing = "feed_forward"'}, 9, "needs every block"),
         ({"offload": BLOCK, "precision": "gradient_checkpointing_interval = 2"}, 9, "needs every block"),

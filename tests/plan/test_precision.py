@@ -76,3 +76,17 @@ def test_a_base_of_which_nothing_can_be_quantised_is_refused(plan_of: Callable[.
     (problem,) = precision.layer_problems(config, family)
     assert "no layer of this model can be quantised to int4" in problem.what
     assert not precision.layer_problems(config, Shaped(to_q=(64, 64)))  # type: ignore[arg-type]
+
+
+def test_what_is_unlike_all_choices_is_not_taken_for_its_opposite(plan_of: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match='expected "cpu" or "accelerator", got "gpu"') as raised:
+        plan_of(model=LORA, precision='base = "int8"\nquantize_on = "gpu"')
+    assert "Did you mean" not in str(raised.value)
+
+
+def test_dora_asks_for_whole_weights(plan_of: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match="DoRA needs the lengths of the base's weights, which int8 has not") as raised:
+        plan_of(model=f"{LORA}\nlora = {{ dora = true }}", precision='base = "int8"')
+    (problem,) = raised.value.problems
+    assert problem.remedy == 'Set precision.base = "bf16", or dora = false.'
+    plan_of(model=f"{LORA}\nlora = {{ dora = true }}", precision='base = "bf16"')

@@ -17,6 +17,7 @@ from vtrain.config.tables import LoraTable
 from vtrain.contract import Device, OptimizerSpec, ParameterGroup
 from vtrain.contract.precision import STORAGE, StorageName
 from vtrain.registry import discover
+from vtrain.train import assemble
 from vtrain.train.parameters import add_lora, lora_state, trained
 from vtrain.train.precision import held_bytes, quantise, quantise_block, unpacked
 
@@ -81,6 +82,17 @@ def test_where_a_block_is_quantised_changes_nothing_on_a_cpu(
     quantise(one, STORAGE["int8"], one.lora_targets, "cpu", there=False)
     quantise(other, STORAGE["int8"], one.lora_targets, "cpu", there=there)
     assert torch.equal(predicted(one, given(1)), predicted(other, given(1)))
+
+
+@pytest.mark.parametrize("place", ["cpu", "accelerator"])
+def test_blocks_are_quantised_where_the_file_says(
+    plan_of: Callable[..., Any], bf16: Any, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    plan = plan_of(model='use = "toy"\ntrain = "lora"', precision=f'base = "int8"\nquantize_on = "{place}"')
+    asked: list[bool] = []
+    monkeypatch.setattr(assemble, "quantise", lambda *args, there: asked.append(there) or "")
+    assemble.quantised_base(plan, bf16, "cpu")
+    assert asked == [place == "accelerator"]
 
 
 def test_norms_biases_and_what_lies_outside_of_blocks_stay_bf16(bf16: Any) -> None:

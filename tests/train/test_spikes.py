@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from vtrain.contract import LossSpike, StepMetrics
 from vtrain.train import spikes
-from vtrain.train.spikes import LossWatch, ReadingsPiece, Skipped
+from vtrain.train.resume import RunState, Start
+from vtrain.train.spikes import LossWatch, ReadingsPiece, Skipped, readings_piece
+
+LORA = 'use = "toy"\ntrain = "lora"'
 
 
 def row(step: int, losses: list[float], sigmas: list[float | list[float]]) -> StepMetrics:
@@ -79,13 +83,16 @@ def test_a_level_that_is_new_and_stays_is_told_a_few_times_and_then_is_the_usual
     assert all(b - a > spikes.QUIET for a, b in itertools.pairwise(steps))
 
 
-def test_the_hint_names_the_storage_type() -> None:
-    watch = LossWatch('. The base is quantised (precision.base = "int4")')
+def test_the_hint_names_the_storage_type(plan_of: Callable[..., Any]) -> None:
+    start = Start(None, RunState(0, 0, {}, "", ""), ())
+    watch = readings_piece(plan_of(model=LORA, precision='base = "int4"'), start).watch
     rows = [*curve(0, 200, scatter=0.05), row(201, [50.0], [[0.0, 0.5]])]
     (spike,) = found(iter(rows), watch)
     assert 'precision.base = "int4"' in spike.text
+    assert 'model.lora.start) in a new run with "bf16"' in spike.text  # a resume refuses another base
     assert "(noise level 0 to 0.5)" in spike.text
     assert spike.sigmas == ((0.0, 0.5),)
+    assert not readings_piece(plan_of(model=LORA), start).watch.hint
 
 
 def test_losses_that_are_not_above_0_or_not_there_are_passed_over() -> None:

@@ -280,7 +280,8 @@ NOUNS = {
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """'Did you mean "steps"?', or "" when nothing known is like `word`."""
-    match = get_close_matches(word.lower(), sorted(known), n=1, cutoff=0.6)
+    # Of three letters two alike are not enough: "gpu" is not meant as "cpu".
+    match = get_close_matches(word.lower(), sorted(known), n=1, cutoff=0.6 if len(word) > 3 else 0.7)
     return f'Did you mean "{match[0]}"?' if match else ""
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from vtrain.config.keys import key_text
 from vtrain.config.record import Config
 from vtrain.contract import (
     ClipShape,
@@ -227,7 +228,9 @@ def check_room(plan: Plan, estimate: Estimate) -> None:
             *more, last = [want.what for want in sharing if want.size]
             what = f"{', '.join(more)} and {last}" if more else last
             words = f"{what} need {bytes_text(needed)} more and the disk of {sharing[0].folder} has {bytes_text(free)} free."
-            problems.append(Problem(config.where(*sharing[0].key), words))
+            keys = dict.fromkeys(key_text(want.key) for want in sharing if want.size)
+            remedy = f"Make room there, or set {' or '.join(keys)} to a folder on another disk."
+            problems.append(Problem(config.where(*sharing[0].key), words, remedy))
     if problems:
         raise ConfigError(problems)
 

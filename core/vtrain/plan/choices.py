@@ -25,12 +25,14 @@ from vtrain.plan.workload import memory_settings
 @dataclass(frozen=True)
 class Limit:
     """What there is. size: bytes for each process, of its card, or of the machine's memory where the CPU trains (on_cpu); where:
-    whose they are. host: bytes of the machine's memory beside a card, None: not known."""
+    whose they are. host: bytes of the machine's memory beside a card, None: not known. given: whether somebody chose that
+    size; else it is what there is."""
 
     size: int
     where: str
     host: int | None
     on_cpu: bool
+    given: bool = False
 
     def amount(self, estimate: MemoryEstimate) -> int:
         """Bytes of what it is for."""

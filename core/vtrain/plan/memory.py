@@ -17,7 +17,7 @@ the peak is at its first block or behind its last, and both are reckoned.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Literal
@@ -47,6 +47,9 @@ TEXT_WORK = 0.1
 ADAPTER = 0.95
 """Of what full training keeps for the backward pass: what an adapter's does, whose frozen layers keep no inputs. Counted of
 SANA-Video with an adapter on its attention: 0.92 of all, 0.85 where feed-forward layers are recomputed, 0.96 where blocks are."""
+
+PINNED = 1.5
+"""Bytes of page-locked memory for each byte of weights of unknown sizes (`pinned_share`): 1 to 2, and 1.44 on average."""
 
 LOSS_COPIES = 9
 """fp32 numbers for each latent at the peak of a step: clip, noise, noisy, target, prediction, error, its square, two gradients."""
@@ -92,7 +95,7 @@ class Workload:
     latents: of the largest clip, its tokens and numbers. kept: as the family measured it, None: it did not. encoders: of the
     family beside. largest: of the caches' clips. video: of validation, None without; video_tokens: its tokens; guided: whether
     each is solved with the negative prompt beside. running, filling: what is at work in training, and while the caches fill, and
-    whose size nobody measured.
+    whose size nobody measured. pinned: bytes of page-locked memory for each byte of weights that wait there.
     """
 
     parameters: int
@@ -109,6 +112,7 @@ class Workload:
     video_tokens: int = 0
     guided: bool = False
     layer: int = 0
+    pinned: float = 1.0
     running: tuple[str, ...] = ()
     filling: tuple[str, ...] = ()
 
@@ -137,8 +141,10 @@ class Phase:
 
     @property
     def on_cpu(self) -> int:
-        """Where the CPU trains: all of it in the machine's memory, where a checkpoint is written as it lies there."""
-        return int(self.tensors * (1 + FRAGMENTATION)) + self.on_host - self.host.get("gathered", 0)
+        """Where the CPU trains: all of it in the machine's memory, where a checkpoint is written as it lies there, and a text
+        encoder stays where it was loaded."""
+        elsewhere = sum(self.host.get(name, 0) for name in ("gathered", "loading"))
+        return int(self.tensors * (1 + FRAGMENTATION)) + self.on_host - elsewhere
 
 
 @dataclass(frozen=True)
@@ -176,7 +182,7 @@ class MemoryEstimate:
 
 FORWARD, BACKWARD, STEP = "training: forward", "training: backward", "training: optimizer step"
 TRAINING = (FORWARD, BACKWARD, STEP)
-CAPTIONS, CLIPS = "encoding captions", "encoding clips"
+CAPTIONS, CLIPS, LOADING = "encoding captions", "encoding clips", "loading the model"
 SOLVING, DECODING, SAVING = "validation: solving", "validation: decoding", "saving a checkpoint"
 
 
@@ -188,25 +194,38 @@ def estimate_of(work: Workload, settings: MemorySettings) -> MemoryEstimate:
         _filling(CLIPS, codec, work.largest, settings.video_batch),
         *(Phase(f"encoding {name}", {}, unknown=(f"the encoder of {name}",)) for name in work.filling),
     ]
-    phases = [*filling, *_training(work, settings)]
+    phases = [*filling, *_loading(work, settings), *_training(work, settings)]
     if work.video is not None:
         phases += [_solving(work, settings), _decoding(work, settings, codec)]
     phases.append(_saving(work, settings))
-    return MemoryEstimate(tuple(phase for phase in phases if phase.device or phase.unknown), settings)
+    return MemoryEstimate(tuple(each for each in phases if each.device or each.host or each.unknown), settings)
 
 
 TEXT, CODEC = "text encoder", "video codec"
 """Of a family's models beside its denoiser (SupportsEncoderMemory)."""
 
 
+def pinned_share(sizes: Sequence[int]) -> float:
+    """Bytes that page-locked memory takes for each byte of weights of these sizes: torch gives each the next power of two
+    (CachingHostAllocator.h). SANA-Video 2B: 1.34."""
+    return sum(1 << (size - 1).bit_length() for size in sizes) / sum(sizes) if sizes else PINNED
+
+
 def _filling(name: str, encoder: EncoderMemory | None, clip: ClipShape | None, batch: int) -> Phase:
     if encoder is None:
         return Phase(name, {}, unknown=(f"{name}: the size of the encoder",))
     if clip is None:
-        return Phase(name, {"encoders": encoder.weights, "activations": int(TEXT_WORK * encoder.weights)})
+        device = {"encoders": encoder.weights, "activations": int(TEXT_WORK * encoder.weights)}
+        return Phase(name, device, {"loading": encoder.weights})
     if encoder.encode is None:
         return Phase(name, {"encoders": encoder.weights}, unknown=(f"{name}: what the codec computes",))
     return Phase(name, {"encoders": encoder.weights, "activations": int(batch * encoder.encode.of(clip))})
+
+
+def _loading(work: Workload, settings: MemorySettings) -> Iterator[Phase]:
+    """A base that is quantised is read in bf16 first, all of it, in main memory; anything else goes where it is to be."""
+    if settings.quantised:
+        yield Phase(LOADING, {}, {"weights": 2 * work.parameters})
 
 
 def _trained(work: Workload, settings: MemorySettings) -> int:
@@ -222,12 +241,12 @@ def held(work: Workload, settings: MemorySettings) -> tuple[dict[str, int], dict
     device = {"weights": int(frozen - away + settings.trained * trained)}
     host = {"clips": AHEAD * settings.batch * work.latents * 8}
     if settings.rest_on == "host":
-        host["weights"] = int(away)
+        host["weights"] = int(work.pinned * away)
     state, average = int(settings.state * trained), int(settings.ema * trained)
     # Stepped on the host, the optimizer has copies there of what is trained and of its gradients; an average there has one of
-    # weights on their way.
-    copies = 2 * int(settings.trained * trained) if settings.state_on == "host" else 0
-    more = average if settings.ema_on == "host" else 0
+    # weights on their way. All of these are page-locked.
+    copies = 2 * int(work.pinned * settings.trained * trained) if settings.state_on == "host" else 0
+    more = int(work.pinned * average) if settings.ema_on == "host" else 0
     for key, size, place in (
         ("optimizer", state + copies, settings.state_on),
         ("average", average + more, settings.ema_on),

@@ -31,9 +31,8 @@ def offload_problems(config: Config, family: Family, processes: int) -> Iterator
     if config.model.table.train == "full":
         what = f"offload.group{' and offload.disk move' if table.disk else ' moves'} frozen weights, and full training has none: "
         what += "read again at each use, what the optimizer changed would be lost."
-        yield problem(
-            "group", what, 'Set model.train = "lora", or offload.optimizer = true for the optimizer\'s states.'
-        )
+        remedy = 'Set model.train = "lora", or offload.optimizer = true in its place: it moves the optimizer\'s states.'
+        yield problem("group", what, remedy)
     if config.precision.gradient_checkpointing is not True or config.precision.gradient_checkpointing_interval > 1:
         what = "offload.group needs every block to be recomputed: what is kept of one for the backward pass holds its weights."
         remedy = "Set precision.gradient_checkpointing = true, without an interval."

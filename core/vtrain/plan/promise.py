@@ -17,7 +17,7 @@ from vtrain.contract.rooms import Room, bytes_of
 from vtrain.plan.choices import Choice, Limit, Options
 from vtrain.plan.memory import CAPTIONS, CONTEXT, PROCESS, MemoryEstimate, MemorySettings, Phase, Workload, estimate_of
 from vtrain.plan.records import MemoryChoice, Plan
-from vtrain.plan.savings import ALL, SAVINGS, gib
+from vtrain.plan.savings import ALL, SAVINGS, enough, gib
 from vtrain.plan.workload import FLOAT32, block_memory, memory_settings, usual_adapter, workload
 
 
@@ -96,13 +96,13 @@ def _limit(plan: Plan, table: MemoryTable, room: Room) -> Limit:
         size = bytes_of(table.limit)
         if room.free is not None and room.free < size:
             return Limit(room.free, f"{words}, and memory.limit is {table.limit}", host, on_cpu)
-        return Limit(size, "memory.limit", host, on_cpu)
+        return Limit(size, "memory.limit", host, on_cpu, given=True)
     if room.free is None:
         what = 'memory.limit = "auto", and this machine does not say how much memory it has.'
         raise ConfigError(
             Problem(plan.config.where("memory", "limit"), what, 'Give an amount, such as limit = "16 GiB".')
         )
-    return Limit(room.free, words, host, on_cpu)
+    return Limit(room.free, words, host, on_cpu, given=room.name.startswith("--"))
 
 
 def _room_words(room: Room) -> str:
@@ -149,10 +149,12 @@ def refusal(options: Options, found: Sequence[Choice], limit: Limit) -> Problem:
     phase = max(least.estimate.phases, key=lambda each: each.on_cpu if limit.on_cpu else each.total)
     size = phase.on_cpu if limit.on_cpu else phase.total
     given, most = f"{gib(limit.size)} ({limit.where})", _most(phase, on_cpu=limit.on_cpu)
-    what = f"nothing that is allowed fits in {given}: {phase.name} takes {gib(size)}{_with(least)}, mostly {most}."
-    return Problem(
-        config.where("memory", "limit"), what, f"What would fit: {'; or '.join(_fitting(options, least, limit))}."
-    )
+    what = f"nothing that is allowed fits in {given}: {phase.name} takes {enough(size)}{_with(least)}, mostly {most}."
+    floor = _floor(least.estimate, limit)
+    room = "a limit of" if limit.given else "a machine with" if limit.on_cpu else "a card with"
+    free = "" if limit.given else " free"
+    fitting = [*_fitting(options, least, limit), f"{room} {enough(limit.amount(least.estimate))}{free}"]
+    return Problem(config.where("memory", "limit"), what, f"{floor}What would fit: {'; or '.join(fitting)}.")
 
 
 def _with(choice: Choice) -> str:
@@ -187,12 +189,8 @@ def _fitting(options: Options, least: Choice, limit: Limit) -> Iterator[str]:
         if size <= limit.size:
             yield f"{text} ({gib(size)})"
             break
-    else:
-        if text := _floor(least.estimate, limit):
-            yield text
     if not settings.adapter and limit.amount(found := _as_lora(plan, options.work, settings)) <= limit.size:
         yield f'model.train = "lora" ({gib(limit.amount(found))})'
-    yield f"a limit of {gib(limit.amount(least.estimate))}"
 
 
 def _as_lora(plan: Plan, work: Workload, settings: MemorySettings) -> MemoryEstimate:
@@ -207,7 +205,7 @@ def _floor(estimate: MemoryEstimate, limit: Limit) -> str:
     for phase in estimate.phases:
         size = phase.on_cpu if limit.on_cpu else phase.total
         if phase.name == CAPTIONS and size > limit.size:
-            return f"no smaller clip, as {CAPTIONS} takes {gib(size)}, whatever clips there are"
+            return f"Smaller clips do not help: {CAPTIONS} takes {enough(size)}, whatever clips there are. "
     return ""
 
 

@@ -6,6 +6,7 @@ at BUS, and what was measured where a comment says so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -176,3 +177,8 @@ def gib(size: float) -> str:
     """ "1.50 GiB", and three digits after the point for what would be 0.00."""
     found = size / 2**30
     return f"{found:.2f} GiB" if found >= 0.005 or not found else f"{found:.3f} GiB"
+
+
+def enough(size: int) -> str:
+    """The same, rounded up: as a limit it holds so many bytes."""
+    return f"{math.ceil(100 * size / 2**30) / 100:.2f} GiB"

@@ -19,7 +19,7 @@ from vtrain.contract.protocols import SupportsEncoderMemory
 from vtrain.plan.adapter import adapter_parameters
 from vtrain.plan.conditions import given_latents
 from vtrain.plan.datasets import token_grid
-from vtrain.plan.memory import MemoryEstimate, MemorySettings, Place, Recompute, Workload, estimate_of
+from vtrain.plan.memory import MemoryEstimate, MemorySettings, Place, Recompute, Workload, estimate_of, pinned_share
 from vtrain.plan.optimizer import spec_of
 from vtrain.plan.precision import adapter_targets, quantised, storage_of
 from vtrain.plan.records import Plan
@@ -102,6 +102,7 @@ def workload(plan: Plan) -> Workload:
         blocks=family.block_count,
         in_blocks=sum(layers) / family.parameters if layers else 1.0,
         layer=max(layers, default=0),
+        pinned=pinned_share(layers),
         adapter=adapter,
         guessed=guessed,
         tokens=tokens[largest],

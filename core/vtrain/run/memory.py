@@ -11,7 +11,7 @@ from vtrain.contract import Device, Ended, Event, Logged, VtrainError
 from vtrain.contract.rooms import least_room
 from vtrain.estimate.estimate import Doing, remedies
 from vtrain.estimate.memory import gib
-from vtrain.plan.memory import CAPTIONS, CLIPS, CONTEXT, DECODING, SAVING, SOLVING, TRAINING, Phase
+from vtrain.plan.memory import CAPTIONS, CLIPS, CONTEXT, DECODING, LOADING, SAVING, SOLVING, TRAINING, Phase
 from vtrain.plan.records import Plan
 from vtrain.plan.workload import memory_estimate
 from vtrain.run.prepare import planned
@@ -71,7 +71,7 @@ def keep_limit(plan: Plan, device: Device) -> None:
 
 PHASES: dict[Doing, tuple[str, ...]] = {
     "filling the caches": (CAPTIONS, CLIPS),
-    "loading the model": (SAVING,),
+    "loading the model": (LOADING, SAVING),
     "training": TRAINING,
     "validating": (SOLVING, DECODING),
 }

@@ -148,10 +148,14 @@ def open_source(
 def _weights(folder: Path, *, ema: bool) -> Weights:
     if ema and not (folder / "ema").is_dir():
         averaged = (folder / "averaged").is_dir()
-        what = "this checkpoint has no averaged weights: the run was made without [ema]."
+        what = "this checkpoint has no averaged weights: it was saved without [ema]."
         remedy = "Export without --ema" + (
             ": its optimizer's own averaged weights are exported then." * averaged or "."
         )
+        if beside := sorted(
+            each.parent for each in folder.parent.glob("*/ema") if CHECKPOINT.fullmatch(each.parent.name)
+        ):
+            remedy += f" {beside[-1].name} beside it has some."
         raise CheckpointError(Problem(str(folder), what, remedy))
     return "ema" if ema else "averaged" if (folder / "averaged").is_dir() else "last"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vtrain.contract import ConfigError, Denoiser, ModelError, Problem
-from vtrain.contract.adapters import OTHER, AdapterFile
+from vtrain.contract import ConfigError, Denoiser, ModelError, Problem, SupportsLora
+from vtrain.contract.adapters import OTHER, AdapterFile, read_adapter
+from vtrain.contract.lora_files import LORA_FILE
 from vtrain.plan.adapter import lora_scale, start_file
 from vtrain.plan.records import Plan
 from vtrain.train.parameters import ADAPTER, load_lora_state, lora_state
@@ -62,6 +64,23 @@ def adapter_state(file: AdapterFile, scale: float, own: Mapping[str, Tensor]) ->
             value = value.reshape(own[name].shape)
         state[name] = value.contiguous()
     return state
+
+
+def read_back(lora: SupportsLora, folder: Path, settings: Mapping[str, object]) -> dict[str, Tensor]:
+    """An adapter as a checkpoint has it, whose file says the scale that it was trained at. settings: `lora_settings`.
+
+    Raises ModelError. Of a file in a format of its family's own the weights alone are looked at.
+    """
+    path, rank, alpha = folder / LORA_FILE, settings["r"], settings["lora_alpha"]
+    assert isinstance(rank, int)
+    assert isinstance(alpha, int | float)
+    scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
+    if path.is_file():
+        for name, found in read_adapter(path).modules.items():
+            if not math.isclose(found.scale, scale, rel_tol=1e-6):
+                what = f"it says that {name} is scaled by {found.scale:.4g}, and it was trained at {scale:.4g}."
+                raise ModelError(Problem(str(path), what))
+    return lora.load_lora(folder)
 
 
 def changes_nothing(state: Mapping[str, Tensor]) -> bool:

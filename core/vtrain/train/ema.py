@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vtrain.config.tables import EmaTable
 from vtrain.contract import Denoiser, Device, SupportsLora
+from vtrain.train.adapter import read_back
 from vtrain.train.checkpoint import State, misread, read_model
 from vtrain.train.parameters import DENOISER, adapter_names
 from vtrain.train.pieces import on_cpu, size_of
@@ -288,7 +289,7 @@ class AveragePiece:
         if self.settings is None:
             return self.reload(folder / FOLDER).module.state_dict()
         assert isinstance(self.denoiser, SupportsLora)
-        return self.denoiser.load_lora(folder / FOLDER)
+        return read_back(self.denoiser, folder / FOLDER, self.settings)
 
     def remarks(self, folder: Path) -> tuple[str, ...]:
         """None."""

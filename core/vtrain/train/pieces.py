@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vtrain.contract import CheckpointError, Denoiser, Problem, SupportsLora
 from vtrain.contract.run_rules import SET_BY_THE_RUN, Built, built_groups, kept_in_groups, lost_state, state_fits
 from vtrain.registry.blame import PartFault
-from vtrain.train.adapter import changes_nothing
+from vtrain.train.adapter import changes_nothing, read_back
 from vtrain.train.checkpoint import State, misread, read_json
 from vtrain.train.parameters import load_lora_state, lora_state
 from vtrain.train.resume import MOST, STATE, RunState, write_state
@@ -132,7 +132,7 @@ class AdapterPiece:
 
     def reread(self, folder: Path) -> Mapping[str, Tensor]:
         """Raises ModelError."""
-        return self.lora.load_lora(folder)
+        return read_back(self.lora, folder, self.settings)
 
     def remarks(self, folder: Path) -> Iterator[str]:
         """Of what was written: an adapter that changes nothing."""

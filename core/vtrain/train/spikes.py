@@ -188,7 +188,10 @@ def readings_piece(plan: Plan, start: Start) -> ReadingsPiece:
     """That of a run, as the checkpoint holds it which the run continues from. Raises CheckpointError."""
     hint = ""
     if plan.storage.quantised:
-        hint = f'. The base is quantised (precision.base = "{plan.base}"): if it comes again, try "bf16"'
+        hint = (
+            f'. The base is quantised (precision.base = "{plan.base}"): if it comes again, go on with this adapter '
+            '(model.lora.start) in a new run with "bf16"'
+        )
     piece = ReadingsPiece(LossWatch(hint), Skipped(plan.config.train.skip_nonfinite))
     if start.folder is not None:
         piece.load(start.folder)

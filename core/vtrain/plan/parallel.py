@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vtrain.config.record import Config
-from vtrain.contract import OptimizerSpec, Problem
+from vtrain.contract import Catalog, OptimizerSpec, Problem
 from vtrain.contract.specs import listed
 from vtrain.plan.optimizer import spec_of
-from vtrain.registry import Catalog
 
 
 def parallel_problems(config: Config, catalog: Catalog | None) -> Iterator[Problem]:

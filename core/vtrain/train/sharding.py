@@ -8,6 +8,8 @@ that any number of processes, sharded or not, reads it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -40,7 +42,8 @@ class Shares:
             # were then, whatever an optimizer or an average does meanwhile.
             fully_shard(part, mesh=self._mesh, reshard_after_forward=True, ignored_params=packed)
         register_fsdp_forward_method(step, "predict")
-        self.whole = {name: weight for name, weight in step.named_parameters() if weight.requires_grad}
+        found: dict[str, Any] = {name: weight for name, weight in step.named_parameters() if weight.requires_grad}
+        self.whole: dict[str, DTensor] = found
         self.named: list[tuple[str, Tensor]] = [
             (name, nn.Parameter(_share_of(weight))) for name, weight in self.whole.items()
         ]
@@ -72,7 +75,8 @@ class Shares:
         """2-norm of all shares together. own: of this process's. Nothing waits for the device."""
         squares = own.square()
         dist.all_reduce(squares, group=self._mesh.get_group())
-        return squares.sqrt()
+        total: Tensor = squares.sqrt()
+        return total
 
     @property
     def denoiser(self) -> Denoiser:
@@ -94,4 +98,5 @@ class _Joined:
 
 def _share_of(weight: Tensor) -> Tensor:
     assert isinstance(weight, DTensor)
-    return weight.detach().to_local()
+    share: Tensor = weight.detach().to_local()
+    return share

@@ -27,7 +27,7 @@ from vtrain.data.caching.caches import Caches, fill_caches
 from vtrain.data.caching.pictures import Given
 from vtrain.plan.records import Plan, ValidationPlan
 from vtrain.run.prepare import planned
-from vtrain.train.assemble import load_model, weights_piece
+from vtrain.train.model import load_model, weights_piece
 from vtrain.train.resume import RunState, Start, read_state
 from vtrain.validate.generate import Validator, to_frames
 

@@ -143,8 +143,8 @@ def trained(config: Callable[..., Path]) -> Callable[..., tuple[Path, Any, Any]]
         from vtrain.contract import Device
         from vtrain.run.prepare import planned
         from vtrain.train import checkpoint, parameters
-        from vtrain.train.assemble import load_model, weights_piece
         from vtrain.train.ema import Average, AveragePiece
+        from vtrain.train.model import load_model, weights_piece
         from vtrain.train.pieces import AdapterPiece, CountersPiece
         from vtrain.train.resume import RunState, Start
         from vtrain.train.settings import settings

@@ -29,9 +29,9 @@ from vtrain.run import export as exports
 from vtrain.run import trained_model
 from vtrain.run.prepare import planned
 from vtrain.train import adapter, parameters
-from vtrain.train.assemble import load_model
 from vtrain.train.checkpoint import write
 from vtrain.train.ema import Average, AveragePiece
+from vtrain.train.model import load_model
 from vtrain.train.parameters import lora_state
 from vtrain.train.pieces import AdapterPiece
 from vtrain.train.resume import RunState, Start

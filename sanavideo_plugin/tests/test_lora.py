@@ -22,7 +22,7 @@ from vtrain.plan.records import Plan
 from vtrain.run.prepare import planned
 from vtrain.train import parameters
 from vtrain.train.adapter import adapter_state, start_adapter
-from vtrain.train.assemble import load_model
+from vtrain.train.model import load_model
 from vtrain.train.resume import RunState, Start
 from vtrain.train.settings import settings
 

@@ -17,7 +17,7 @@ from vtrain.contract import OptimizerSpec, Options, ParameterGroup
 from vtrain.contract.run_rules import built_groups
 from vtrain.testing import OptimizerTests, SpecTests
 from vtrain.testing.optimizer import Trained, grouped, saved, states_of, weights_of
-from vtrain.train.pieces import OptimizerPiece
+from vtrain.train.optimizer_piece import OptimizerPiece
 from vtrain_builtin.adamw import ADAMW
 
 

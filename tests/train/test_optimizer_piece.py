@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vtrain.contract import CheckpointError, ParameterGroup, PluginError
-from vtrain.train.pieces import SCALARS, TENSORS, OptimizerPiece
+from vtrain.train.optimizer_piece import SCALARS, TENSORS, OptimizerPiece
 from vtrain_builtin.plugin import vtrain_optimizers
 
 

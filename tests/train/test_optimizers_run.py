@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vtrain.contract import Event
 from vtrain.train.eval_weights import AVERAGED, AveragedPiece, eval_weights
-from vtrain.train.pieces import OptimizerPiece
+from vtrain.train.optimizer_piece import OptimizerPiece
 from vtrain.train.statistics import Statistics
 from vtrain.train.step import clip_gradients, gradient_norm
 from vtrain.validate.generate import Validation

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from vtrain.config.tables import LoraTable
 from vtrain.contract import CheckpointError
 from vtrain.train.checkpoint import Piece, State
+from vtrain.train.optimizer_piece import OptimizerPiece
 from vtrain.train.parameters import add_lora, lora_settings, lora_state
 from vtrain.train.pieces import (
     AdapterPiece,
     ConfigPiece,
     CountersPiece,
     DenoiserPiece,
-    OptimizerPiece,
     RegularizerPiece,
 )
 from vtrain.train.resume import RunState, read_state

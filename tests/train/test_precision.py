@@ -17,7 +17,7 @@ from vtrain.config.tables import LoraTable
 from vtrain.contract import Device, OptimizerSpec, ParameterGroup
 from vtrain.contract.precision import STORAGE, StorageName
 from vtrain.registry import discover
-from vtrain.train import assemble
+from vtrain.train import model
 from vtrain.train.parameters import add_lora, lora_state, trained
 from vtrain.train.precision import held_bytes, quantise, quantise_block, unpacked
 
@@ -90,8 +90,8 @@ def test_blocks_are_quantised_where_the_file_says(
 ) -> None:
     plan = plan_of(model='use = "toy"\ntrain = "lora"', precision=f'base = "int8"\nquantize_on = "{place}"')
     asked: list[bool] = []
-    monkeypatch.setattr(assemble, "quantise", lambda *args, there: asked.append(there) or "")
-    assemble.quantised_base(plan, bf16, "cpu")
+    monkeypatch.setattr(model, "quantise", lambda *args, there: asked.append(there) or "")
+    model.quantised_base(plan, bf16, "cpu")
     assert asked == [place == "accelerator"]
 
 

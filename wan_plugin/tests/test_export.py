@@ -23,7 +23,7 @@ from vtrain.plan.records import Plan
 from vtrain.run.prepare import planned
 from vtrain.train import checkpoint
 from vtrain.train.adapter import start_adapter
-from vtrain.train.assemble import load_model, weights_piece
+from vtrain.train.model import load_model, weights_piece
 from vtrain.train.parameters import lora_state
 from vtrain.train.pieces import CountersPiece
 from vtrain.train.resume import RunState, Start

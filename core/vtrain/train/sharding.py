@@ -22,8 +22,8 @@ from vtrain.train.step import Step
 
 
 class Shares:
-    """What this process has of all that is trained. named: (name, its share), plain parameters, named as the whole ones. whole: name
-    -> the parameter itself, a DTensor.
+    """What this process has of all that is trained. named: (name, its share), plain parameters, named as the whole ones. whole:
+    name -> the parameter itself, a DTensor.
 
     Shares are cut along the first dimension, as torch.chunk cuts: the last processes may have a smaller one, or none of a weight
     that is short.
@@ -98,5 +98,5 @@ class _Joined:
 
 def _share_of(weight: Tensor) -> Tensor:
     assert isinstance(weight, DTensor)
-    share: Tensor = weight.detach().to_local()
+    share: Tensor = weight.to_local().detach()
     return share

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -23,8 +23,6 @@ from vtrain.contract import (
     ParameterGroup,
     RunLength,
     SamplerSpec,
-    Saved,
-    Warned,
 )
 from vtrain.data.batches import Batches
 from vtrain.data.caching.caches import Caches
@@ -58,9 +56,9 @@ from vtrain.train.pieces import (
 )
 from vtrain.train.prefetch import Prefetcher
 from vtrain.train.processes import Processes
-from vtrain.train.readback import remarks
 from vtrain.train.resume import RunState, Start, encoder_marks, feature_marks, versions
 from vtrain.train.rollout import RolloutDraws
+from vtrain.train.saving import Saver
 from vtrain.train.settings import settings
 from vtrain.train.spikes import ReadingsPiece, readings_piece
 from vtrain.train.statistics import Statistics
@@ -105,6 +103,13 @@ class Trainer:
     notes: tuple[str, ...] = ()
     values: EvalWeights | None = None
     shares: Shares | None = None
+    saver: Saver = field(init=False)
+
+    def __post_init__(self) -> None:
+        config, beside = self.plan.config, self.processes.device.accelerated
+        saver = Saver(config.run.output_dir / CHECKPOINTS, config.checkpoint.keep, self.processes, beside=beside)
+        object.__setattr__(self, "saver", saver)
+        self.held.callback(saver.close)
 
     def run(
         self,
@@ -145,7 +150,7 @@ class Trainer:
                 config.train,
                 # Of the step itself: DDP's wrapper has its forward alone.
                 Ends(
-                    partial(self.save, also),
+                    _Saves(self, also),
                     validate,
                     requests,
                     self.step.observe,
@@ -189,8 +194,8 @@ class Trainer:
                 text = f"the features of {name} changed since the checkpoint: {what}"
                 yield Noted(f"{text}; training continues with its saved weights")
 
-    def save(self, also: Sequence[Piece], step: int, micro_batch: int) -> Iterator[Event]:
-        """Write the checkpoint of `step` on the first process and let old ones go. Raises CheckpointError on all."""
+    def save(self, also: Sequence[Piece], step: int, micro_batch: int, *, now: bool) -> Iterator[Event]:
+        """Begin the checkpoint of `step`, as `Saver.save` does."""
         values = {key: setting.value for key, setting in settings(self.plan).items()}
         config = self.plan.config
         marks = (self.data, self.base, self.features, self.encoders)
@@ -198,23 +203,29 @@ class Trainer:
         state = RunState(step, micro_batch, values, *marks, folder, versions(config), origin)
         pieces = (*self.pieces, *also, self.samples, self.readings, CountersPiece(state), ConfigPiece(config.text))
 
-        def write() -> tuple[Saved, list[str]]:
-            parent = config.run.output_dir / CHECKPOINTS
-            folder = checkpoint.write(parent, step, pieces)
-            said = remarks(folder, pieces)
-            try:
-                return Saved(step, folder, tuple(checkpoint.prune(parent, config.checkpoint.keep, folder))), said
-            # The new checkpoint is whole and has verified: old ones that stay cost disk alone.
-            except OSError as error:
-                return Saved(step, folder), [*said, f"an older checkpoint could not be deleted: {error}"]
+        yield from self.saver.save(step, pieces, now=now)
 
-        # The pieces in the order in which `checkpoint.write` gathers them on the first process: each may be collective.
-        if not self.processes.first:
-            for piece in pieces:
-                piece.gather(keep=False)
-        saved, troubles = self.processes.from_first(write)
-        yield saved
-        yield from map(Warned, troubles)
+
+@dataclass(frozen=True)
+class _Saves:
+    """The loop's way to a trainer's checkpoints. also: pieces that others keep in them."""
+
+    trainer: Trainer
+    also: Sequence[Piece]
+
+    @property
+    def writing(self) -> bool:
+        return self.trainer.saver.writing
+
+    @property
+    def written(self) -> bool:
+        return self.trainer.saver.written
+
+    def save(self, step: int, micro_batch: int, *, now: bool) -> Iterator[Event]:
+        yield from self.trainer.save(self.also, step, micro_batch, now=now)
+
+    def settle(self) -> Iterator[Event]:
+        yield from self.trainer.saver.settle()
 
 
 def rollout_draws(config: Config, per_epoch: float) -> RolloutDraws | None:

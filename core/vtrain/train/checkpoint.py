@@ -154,10 +154,12 @@ def _share(folder: Path) -> None:
                 path.chmod(rights)
 
 
-def write(parent: Path, step: int, pieces: Sequence[Piece]) -> Path:
-    """Make the checkpoint of `step` below `parent`. One piece after the other is gathered and written.
+def write(
+    parent: Path, step: int, pieces: Sequence[Piece], states: Sequence[State] | None = None, *, reload: bool = True
+) -> Path:
+    """Make the checkpoint of `step` below `parent`. One piece after the other is gathered, unless `states` are theirs, and written.
 
-    Called by the process that writes, while all others gather the same pieces. Raises CheckpointError, and leaves every
+    reload: whether a model may be loaded to compare it; without, ReloadNeeded is raised where one would be. Called by the process that writes, while all others gather the same pieces. Raises CheckpointError, and leaves every
     other checkpoint as it was, if it cannot be written.
     """
     final = parent / checkpoint_name(step)
@@ -170,9 +172,10 @@ def write(parent: Path, step: int, pieces: Sequence[Piece]) -> Path:
         aside.mkdir(parents=True)
         for piece in waiting:
             # No name holds a state that was gathered, so that it is gone from memory before the next one comes.
-            written[piece.name] = _write_piece(aside, piece, piece.gather(keep=True), trained)
+            state = piece.gather(keep=True) if states is None else states[len(written)]
+            written[piece.name] = _write_piece(aside, piece, state, trained)
         _share(aside)
-        _seal(aside, written, trained)
+        _seal(aside, written, trained, reload=reload)
         # A folder cannot be renamed onto one that is not empty. The old one goes only now that the new one is whole.
         if final.exists():
             shutil.rmtree(final)
@@ -180,8 +183,9 @@ def write(parent: Path, step: int, pieces: Sequence[Piece]) -> Path:
         _sync(parent)  # the new name is on the disk only once its folder is
     # safetensors raises its own error for what the disk refuses, which is no OSError.
     except (OSError, SafetensorError, _IncompleteError) as error:
-        for piece in waiting:
-            piece.gather(keep=False)  # the other processes do, and would wait for this one
+        if states is None:
+            for piece in waiting:
+                piece.gather(keep=False)  # the other processes do, and would wait for this one
         shutil.rmtree(aside, ignore_errors=True)
         newest = latest(parent)[0]
         remedy = f"The newest sound checkpoint is {newest}." if newest else "There is no earlier checkpoint."
@@ -209,7 +213,9 @@ def _write_piece(folder: Path, piece: Piece, state: State, trained: list[tuple[R
     return sorted(new)
 
 
-def _seal(folder: Path, written: Mapping[str, Collection[str]], trained: Collection[tuple[ReadBack, Marks]]) -> None:
+def _seal(
+    folder: Path, written: Mapping[str, Collection[str]], trained: Collection[tuple[ReadBack, Marks]], *, reload: bool
+) -> None:
     """Sync all files, then write the manifest of their sizes and hashes. Reads each file once.
 
     written: files of each piece. trained: pieces with the marks of what they gathered, which must be on the disk.
@@ -223,7 +229,7 @@ def _seal(folder: Path, written: Mapping[str, Collection[str]], trained: Collect
         entries[name] = {"size": path.stat().st_size, "sha256": sha256}
         _sync(path)
     for piece, gathered in trained:
-        if odd := fault_of(folder, piece, gathered, [found[name] for name in written[piece.name]]):
+        if odd := fault_of(folder, piece, gathered, [found[name] for name in written[piece.name]], reload=reload):
             raise _IncompleteError(odd)
     manifest = folder / MANIFEST
     content = {"format": FORMAT, "files": entries, "pieces": written}

@@ -52,13 +52,36 @@ class Requests(Protocol):
         ...
 
 
+class Saves(Protocol):
+    """How checkpoints are written. Every process calls it, at the same steps."""
+
+    @property
+    def writing(self) -> bool:
+        """Whether one is being written beside training, the same on every process."""
+        ...
+
+    @property
+    def written(self) -> bool:
+        """Whether this process has just finished one, so that `settle` does not wait."""
+        ...
+
+    def save(self, step: int, micro_batch: int, *, now: bool) -> Iterator[Event]:
+        """Begin the checkpoint after `step`, with none being written. micro_batch: the next one. now: wait for it. Raises
+        CheckpointError on all."""
+        ...
+
+    def settle(self) -> Iterator[Event]:
+        """Wait for the one that is being written. Raises CheckpointError on all if it could not be."""
+        ...
+
+
 Validate = Callable[[int], Iterator[Event]]
 """Optimizer steps done -> what happens while videos are generated. Never raises for a video that fails."""
 
 
 @dataclass(frozen=True)
 class Ends:
-    """What the loop calls at its edges. save: steps done, next micro-batch -> what happens while a checkpoint is written.
+    """What the loop calls at its edges.
 
     owed: optimizer steps done, whether a validation is due there -> whether one is still to be made. The first process asks.
     observe: a step's numbers when they are read, steps in order, and whether conclusions may be drawn from them.
@@ -66,7 +89,7 @@ class Ends:
     step that is not finite, before an error is raised or it is skipped. skipped: how many steps were not taken, and may be.
     """
 
-    save: Callable[[int, int], Iterator[Event]]
+    saves: Saves
     validate: Validate | None
     requests: Requests
     observe: Callable[[StepMetrics, bool], None] = lambda row, decide: None
@@ -140,7 +163,7 @@ class Loop:
         self.steps_per_epoch, self.average = steps_per_epoch, average
         self.per_step = table.accumulate * processes.count
         self.unread: list[Unread] = []
-        self.saved = 0
+        self.saved = self.begun = 0
         self.stepped = False
         self.clock = time.perf_counter()
         for group in optimizer.param_groups:
@@ -176,13 +199,17 @@ class Loop:
             yield Stepped(done)
             if self.logs(done):
                 yield from self.read()
-            stop, saving, validating = self.agreed(done, save, validate)
+            stop, saving, validating, written = self.agreed(done, save, validate)
+            if written:
+                yield from self.settled()
             if saving or stop or ended:
                 yield from self.checkpoint(done, save, must=stop or ended)
             if (validating or ended) and not stop:
                 yield from self.validation(done, validate)
                 # Videos take long: somebody may have asked meanwhile.
                 stop = self.processes.any(self.ends.requests.stop)[0]
+                if stop:
+                    yield from self.settled()
                 if stop and self.saved != done:
                     yield from self.checkpoint(done, save, must=True)
             if stop and (not ended or self.owed(done, due=True)):
@@ -307,8 +334,8 @@ class Loop:
                 raise broken.error
             self.clock = time.perf_counter()
 
-    def agreed(self, done: int, save: Interval, validate: Interval | None) -> tuple[bool, bool, bool]:
-        """(stop, save, validate) after this step, the same on every process. Does not wait for the device.
+    def agreed(self, done: int, save: Interval, validate: Interval | None) -> tuple[bool, bool, bool, bool]:
+        """(stop, save, validate, whether a checkpoint was written) after this step, the same everywhere. Waits for no device.
 
         Any process may have been asked to stop; what is due by the clock is due by the first one's.
         """
@@ -318,20 +345,26 @@ class Loop:
         if validate is not None and (self.processes.first or not validate.timed):
             validating = validate.due(done, now)
         save_asked, validation_asked = self.ends.requests.take()
-        stop, saving, validating = self.processes.any(
-            self.ends.requests.stop, saving or save_asked, validating or validation_asked
+        stop, saving, validating, written = self.processes.any(
+            self.ends.requests.stop,
+            saving or save_asked,
+            validating or validation_asked,
+            self.ends.saves.written,
         )
-        return stop, saving, validating
+        return stop, saving, validating, written
 
     def checkpoint(self, done: int, interval: Interval, *, must: bool) -> Iterator[Event]:
-        """Read all flags, then save. A save that fails is told; at the end of a run it is an error."""
+        """Read all flags, then save. One that fails is a warning; at the end of a run it is an error."""
         # Also of steps between two logged ones: no weights are saved while a loss before them is unread.
         yield from self.read()
         self.check_weights(done)
+        yield from self.settled()
         try:
             with at_step(done):
-                yield from self.ends.save(done, self.micro_batch + (done - self.first) * self.per_step)
-            self.saved = done
+                yield from self.ends.saves.save(done, self.micro_batch + (done - self.first) * self.per_step, now=must)
+            self.begun = done
+            if not self.ends.saves.writing:
+                self.saved = done
         except CheckpointError as error:
             if must:
                 raise
@@ -339,6 +372,17 @@ class Loop:
         # Also after a failure: by the clock it would otherwise be due again at the next step.
         interval.done(time.monotonic())
         self.restart_clock()
+
+    def settled(self) -> Iterator[Event]:
+        """What became of the checkpoint that was being written beside the last steps."""
+        if not self.ends.saves.writing:
+            return
+        try:
+            with at_step(self.begun):
+                yield from self.ends.saves.settle()
+            self.saved = self.begun
+        except CheckpointError as error:
+            yield Warned(str(error))
 
     def validation(self, done: int, interval: Interval | None) -> Iterator[Event]:
         """Read all flags, then generate."""

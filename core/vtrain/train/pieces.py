@@ -31,16 +31,16 @@ def on_cpu(tensors: Mapping[str, Tensor], *, keep: bool = True) -> dict[str, Ten
 
     What lies in shares with several processes is put together, one tensor after the other: all of them call it. keep: whether this
     process wants any; nothing is copied for one that does not.
-    What lies there so already is not copied: it is training's own memory, and must be written before the next step.
-    What lies on a card is: two billion fp32 weights take 8 GB of main memory until they are written, their two moments 16 GB.
+
+    All of it is a copy, which no step changes: two billion fp32 weights take 8 GB of main memory until they are written, their two
+    moments 16 GB.
     """
     found = {}
     for name, value in tensors.items():
-        whole = (
-            value.full_tensor() if hasattr(value, "full_tensor") else value
-        )  # of a DTensor, whose import takes seconds
+        # Of a DTensor, whose import takes seconds.
+        whole = value.full_tensor() if hasattr(value, "full_tensor") else value
         if keep:
-            found[name] = whole.detach().contiguous().cpu()
+            found[name] = whole.detach().to("cpu", copy=True).contiguous()
     return found
 
 

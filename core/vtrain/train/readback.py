@@ -98,14 +98,21 @@ def _spans(path: Path) -> list[tuple[int, int]]:
     return [(begin + tensor.begin, begin + tensor.end) for tensor in tensors]
 
 
-def fault_of(folder: Path, piece: ReadBack, gathered: Marks, files: Iterable[Sums]) -> str:
+class ReloadNeeded(Exception):
+    """A whole model has to be loaded to compare it with what was gathered."""
+
+
+def fault_of(folder: Path, piece: ReadBack, gathered: Marks, files: Iterable[Sums], *, reload: bool = True) -> str:
     """What of a piece is not in `folder` as it was gathered: absent, rounded, or with other content; "" if all of it is.
 
-    files: sums of those that it wrote. A type that holds the same numbers is no difference: bf16 may be read as fp32.
+    files: sums of those that it wrote. A type that holds the same numbers is no difference: bf16 may be read as fp32. reload:
+    whether a model may be loaded; raises ReloadNeeded where it may not and has to be.
     """
     wanted = Counter(mark for mark, _ in gathered.values())
     if not piece.cheap and not wanted - sum(files, Counter()):
         return ""
+    if not piece.cheap and not reload:
+        raise ReloadNeeded
     try:
         found = piece.reread(folder)
     except VtrainError as error:

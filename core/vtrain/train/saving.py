@@ -1,0 +1,119 @@
+"""Checkpoints written beside training: what they keep is copied to main memory, and a thread writes it while steps go on.
+
+One is written at a time. Training waits where the run ends, where main memory has no room for the copy, and on a CPU, which has
+no second one to compute with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from vtrain.contract import Event, Noted, Saved, Warned
+from vtrain.contract.rooms import host_memory
+from vtrain.contract.specs import bytes_text
+from vtrain.train import checkpoint
+from vtrain.train.checkpoint import Piece, State
+from vtrain.train.processes import Processes
+from vtrain.train.readback import ReloadNeeded, remarks
+
+LEAST = 64 << 20
+"""Bytes from which on a checkpoint is written beside training: a smaller one is on the disk before a thread would be worth it."""
+
+SPARE = 1 << 30
+"""Bytes of main memory that stay free."""
+
+
+@dataclass
+class _Work:
+    """A checkpoint to write. states: of its pieces in order; None: they are gathered as they are written."""
+
+    step: int
+    pieces: Sequence[Piece]
+    states: list[State] | None
+    future: Future[tuple[Saved, list[str]]] | None = None
+
+
+class Saver:
+    """Writes the checkpoints of a run below `parent`, of which `keep` stay. Every process has one, and calls it at the same steps.
+    beside: whether training goes on meanwhile, where it can."""
+
+    def __init__(self, parent: Path, keep: int | Literal["all"], processes: Processes, *, beside: bool) -> None:
+        self._parent, self._keep, self._processes, self._beside = parent, keep, processes, beside
+        self._pool: ThreadPoolExecutor | None = None
+        self._work: _Work | None = None
+        self._crowded = False
+
+    @property
+    def written(self) -> bool:
+        """Whether this process has finished what it was writing, so that `settle` does not wait."""
+        return self._work is not None and self._work.future is not None and self._work.future.done()
+
+    @property
+    def writing(self) -> bool:
+        """Whether one is being written, the same on every process."""
+        return self._work is not None
+
+    def save(self, step: int, pieces: Sequence[Piece], *, now: bool) -> Iterator[Event]:
+        """Begin to write the checkpoint of `step`; none is being written. now: wait until it is on the disk.
+
+        Raises CheckpointError on all processes.
+        """
+        assert self._work is None
+        size, room = self._processes.from_first(lambda: (sum(piece.bytes for piece in pieces), host_memory()))
+        large = self._beside and size >= LEAST
+        fits = room is None or size + SPARE <= room
+        if large and not fits and not self._crowded:
+            self._crowded = True
+            yield Noted(
+                f"training waits while checkpoints are written: a copy takes {bytes_text(size)} of main memory, and "
+                f"{bytes_text(room or 0)} are free"
+            )
+        if not large or not fits or now:
+            self._work = _Work(step, pieces, None)
+            yield from self.settle()
+            return
+        work = self._work = _Work(step, pieces, [piece.gather(keep=self._processes.first) for piece in pieces])
+        if self._processes.first:
+            self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+            work.future = self._pool.submit(self._write, work, reload=False)
+
+    def settle(self) -> Iterator[Event]:
+        """Wait for what is being written, and say what became of it. Raises CheckpointError on all processes."""
+        work, self._work = self._work, None
+        if work is None:
+            return
+        if work.states is None and not self._processes.first:
+            # In the order in which `checkpoint.write` gathers them on the first process: each may be collective.
+            for piece in work.pieces:
+                piece.gather(keep=False)
+        saved, troubles = self._processes.from_first(lambda: self._result(work))
+        yield saved
+        yield from map(Warned, troubles)
+
+    def _result(self, work: _Work) -> tuple[Saved, list[str]]:
+        if work.future is None:
+            return self._write(work)
+        try:
+            return work.future.result()
+        except ReloadNeeded:  # a model is loaded to compare it, which is not done beside another that computes
+            self._beside = False
+            return self._write(work)
+
+    def _write(self, work: _Work, *, reload: bool = True) -> tuple[Saved, list[str]]:
+        folder = checkpoint.write(self._parent, work.step, work.pieces, work.states, reload=reload)
+        said = remarks(folder, work.pieces)
+        try:
+            return Saved(work.step, folder, tuple(checkpoint.prune(self._parent, self._keep, folder))), said
+        # The new checkpoint is whole and has verified: old ones that stay cost disk alone.
+        except OSError as error:
+            return Saved(work.step, folder), [*said, f"an older checkpoint could not be deleted: {error}"]
+
+    def close(self) -> None:
+        """Wait for what is being written; nobody is told."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None

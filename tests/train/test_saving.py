@@ -1,0 +1,180 @@
+"""Checkpoints written beside training: of their own step to the last bit, one at a time, and nothing of a failure is lost."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vtrain import api
+from vtrain.contract import CheckpointError, Ended, Event, Noted, Problem, Saved, Stepped, Validated, Warned
+from vtrain.train import checkpoint, saving
+from vtrain.train.readback import ReloadNeeded
+
+pytestmark = pytest.mark.usefixtures("one_decoder")
+
+VALIDATION = """
+[validation]
+every = "3 steps"
+size = "64x64"
+frames = 9
+steps = 2
+prompts = { one = "gradient" }
+"""
+
+
+@pytest.fixture
+def beside(card_in_ram: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a card, however small a checkpoint is."""
+    monkeypatch.setattr(saving, "LEAST", 0)
+
+
+@pytest.fixture
+def slowly(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A disk that takes half a second for a checkpoint. Gives the threads that wrote one."""
+    threads: list[str] = []
+    real = checkpoint.write
+
+    def write(*args: Any, **how: Any) -> Path:
+        threads.append(threading.current_thread().name)
+        time.sleep(0.5)
+        return real(*args, **how)
+
+    monkeypatch.setattr(checkpoint, "write", write)
+    return threads
+
+
+def events_of(config: Path, taken: Callable[[Any, Event], None] = lambda session, event: None) -> list[Event]:
+    found = []
+    with api.run(config) as session:
+        for event in session:
+            found.append(event)
+            taken(session, event)
+    return found
+
+
+def alike(one: Any, other: Any, step: int) -> bool:
+    left, right = one.tensors(step), other.tensors(step)
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def stop_at(step: int) -> Callable[[Any, Event], None]:
+    def taken(session: Any, event: Event) -> None:
+        if event == Stepped(step):
+            session.ask("stop")
+
+    return taken
+
+
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_what_is_written_while_steps_go_on_is_of_its_own_step(
+    folder, another, beside: None, slowly: list[str], train: str
+) -> None:
+    """A run that is stopped at that step, where it waits for its checkpoint, has the same; and what is resumed from it is the run."""
+    values = {"train": train, "more": "\n[ema]\ndecay = 0.5\n"}
+    events = events_of(folder.write(**values))
+    order = [event for event in events if isinstance(event, Stepped | Saved)]
+    assert [event.step for event in order if isinstance(event, Saved)] == [3, 6]
+    assert next(at for at, event in enumerate(order) if isinstance(event, Saved)) > order.index(Stepped(4))
+    assert [name.partition("_")[0] for name in slowly] == ["checkpoint", "MainThread"]
+    stopped = another()
+    events_of(stopped.write(**values), stop_at(3))
+    assert alike(folder, stopped, 3)
+    resumed = another()
+    shutil.copytree(folder.output / "checkpoints" / "step-000003", resumed.output / "checkpoints" / "step-000003")
+    events_of(resumed.write(**values))
+    assert alike(folder, resumed, 6)
+
+
+def test_one_is_written_at_a_time_and_a_validation_waits_for_none(folder, beside: None, slowly: list[str]) -> None:
+    events = events_of(folder.write(save=1, steps=3, more=VALIDATION.replace("3 steps", "1 steps")))
+    saved = [event.step for event in events if isinstance(event, Saved)]
+    assert saved == [1, 2, 3]
+    validated = next(at for at, event in enumerate(events) if isinstance(event, Validated))
+    assert validated < next(at for at, event in enumerate(events) if isinstance(event, Saved))
+
+
+def test_what_a_thread_could_not_write_is_a_warning_at_once_and_the_run_continues(
+    folder, beside: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = checkpoint.write
+
+    def write(parent: Path, step: int, *args: Any, **how: Any) -> Path:
+        if step == 3:
+            raise CheckpointError(Problem(str(parent), "the disk is full."))
+        return real(parent, step, *args, **how)
+
+    monkeypatch.setattr(checkpoint, "write", write)
+    events = events_of(folder.write())
+    (warning,) = [event for event in events if isinstance(event, Warned) and "the disk is full" in event.text]
+    assert events.index(warning) < events.index(Stepped(6))
+    assert [event.step for event in events if isinstance(event, Saved)] == [6]
+    assert isinstance(events[-1], Ended)
+
+
+def test_a_stop_after_a_checkpoint_that_failed_saves_again(
+    folder, beside: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, fails = checkpoint.write, [True]
+
+    def write(*args: Any, **how: Any) -> Path:
+        if fails.pop() if fails else False:
+            raise CheckpointError(Problem("", "the disk is full."))
+        return real(*args, **how)
+
+    def taken(session: Any, event: Event) -> None:
+        if isinstance(event, Validated):
+            session.ask("stop")
+
+    monkeypatch.setattr(checkpoint, "write", write)
+    events = events_of(folder.write(more=VALIDATION), taken)
+    assert [event.step for event in events if isinstance(event, Saved)] == [3]
+    assert (folder.output / "checkpoints" / "step-000003" / "MANIFEST.json").is_file()
+
+
+def test_a_run_that_is_closed_waits_for_what_is_being_written(folder, beside: None, slowly: list[str]) -> None:
+    with api.run(folder.write()) as session:
+        next(event for event in session if event == Stepped(4))
+    assert checkpoint.fault(folder.output / "checkpoints" / "step-000003") is None
+
+
+def test_without_room_for_a_copy_training_waits_and_it_is_said_once(
+    folder, beside: None, slowly: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving, "host_memory", lambda: saving.SPARE)
+    events = events_of(folder.write(save=2))
+    assert set(slowly) == {"MainThread"}
+    said = [event.text for event in events if isinstance(event, Noted) and "training waits" in event.text]
+    assert len(said) == 1
+    assert "1.0 GiB are free" in said[0] or "1.00 GiB are free" in said[0], said
+
+
+def test_a_model_is_not_loaded_beside_another_that_computes(
+    folder, beside: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A family that stores weights in another form: what it wrote is read back by the main thread, and later ones are written there."""
+    real, asked = checkpoint.fault_of, []
+
+    def fault_of(*args: Any, reload: bool = True) -> str:
+        asked.append((threading.current_thread() is threading.main_thread(), reload))
+        if not reload:
+            raise ReloadNeeded
+        return real(*args, reload=reload)
+
+    monkeypatch.setattr(checkpoint, "fault_of", fault_of)
+    events = events_of(folder.write(save=2))
+    assert [event.step for event in events if isinstance(event, Saved)] == [2, 4, 6]
+    assert asked[0] == (False, False)
+    assert set(asked[1:]) == {(True, True)}
+
+
+def test_on_a_cpu_training_waits(folder, slowly: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saving, "LEAST", 0)
+    events_of(folder.write())
+    assert set(slowly) == {"MainThread"}

@@ -76,7 +76,7 @@ def stop_at(step: int) -> Callable[[Any, Event], None]:
 def test_what_is_written_while_steps_go_on_is_of_its_own_step(
     folder, another, beside: None, slowly: list[str], train: str
 ) -> None:
-    """A run that is stopped at that step, where it waits for its checkpoint, has the same; and what is resumed from it is the run."""
+    """A run that is stopped there, and waits for its checkpoint, has the same; and what is resumed from it is the run."""
     values = {"train": train, "more": "\n[ema]\ndecay = 0.5\n"}
     events = events_of(folder.write(**values))
     order = [event for event in events if isinstance(event, Stepped | Saved)]
@@ -158,7 +158,7 @@ def test_without_room_for_a_copy_training_waits_and_it_is_said_once(
 def test_a_model_is_not_loaded_beside_another_that_computes(
     folder, beside: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A family that stores weights in another form: what it wrote is read back by the main thread, and later ones are written there."""
+    """A family that stores weights in another form: what it wrote is read back by the main thread, as are later ones."""
     real, asked = checkpoint.fault_of, []
 
     def fault_of(*args: Any, reload: bool = True) -> str:

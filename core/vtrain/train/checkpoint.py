@@ -159,8 +159,9 @@ def write(
 ) -> Path:
     """Make the checkpoint of `step` below `parent`. One piece after the other is gathered, unless `states` are theirs, and written.
 
-    reload: whether a model may be loaded to compare it; without, ReloadNeeded is raised where one would be. Called by the process that writes, while all others gather the same pieces. Raises CheckpointError, and leaves every
-    other checkpoint as it was, if it cannot be written.
+    Called by the process that writes, while all others gather the same pieces. reload: whether a model may be loaded to compare it;
+    without, ReloadNeeded is raised where one would be. Raises CheckpointError, and leaves every other checkpoint as it was, if it
+    cannot be written.
     """
     final = parent / checkpoint_name(step)
     aside = parent / (checkpoint_name(step) + PARTIAL)

@@ -44,6 +44,7 @@ from vtrain.contract import Event, RunInfo
 if TYPE_CHECKING:
     from vtrain.contract import Tracker
     from vtrain.run.listeners import Listeners
+    from vtrain.train.assemble import Trainer
 
 TIME_LIMITS = {"small": 1.02, "tiny": 1.10, "wan-small": 1.02, "wan-tiny": 1.10}
 MEMORY_LIMIT = 1.05
@@ -129,18 +130,11 @@ def odd_listeners(output: Path, sink: TextIO) -> Listeners:
     return Listeners(trackers, RunInfo("run", str(output), {}, 0), {})
 
 
-@contextmanager
-def vtrain_block(config: Path, *, listening: bool = False) -> Iterator[Block]:
-    """A run as `vtrain run` starts it, without a terminal; each block runs to the next log line.
-
-    listening: with listeners, else without any.
-    """
-    from vtrain.contract import Logged
+def assembled(config: Path) -> Trainer:
+    """A run as `vtrain run` puts it together."""
     from vtrain.data.caching.caches import fill_caches
     from vtrain.data.scanning.scan import scan
     from vtrain.estimate.estimate import make_estimate
-    from vtrain.run.inbox import Inbox
-    from vtrain.run.output import Recorder
     from vtrain.run.prepare import planned
     from vtrain.train.assemble import assemble
     from vtrain.train.processes import Processes
@@ -152,9 +146,23 @@ def vtrain_block(config: Path, *, listening: bool = False) -> Iterator[Block]:
     filled = fill_caches(plan, found.samples, [], str(processes.device), lambda _: None)
     plan.config.run.output_dir.mkdir(parents=True, exist_ok=True)
     estimate, start = make_estimate(plan, found.survey), find_start(plan)
-    trainer = assemble(plan, estimate, start, filled.index, filled.caches, processes)
+    return assemble(plan, estimate, start, filled.index, filled.caches, processes)
+
+
+@contextmanager
+def vtrain_block(config: Path, *, listening: bool = False) -> Iterator[Block]:
+    """A run as `vtrain run` starts it, without a terminal; each block runs to the next log line.
+
+    listening: with listeners, else without any.
+    """
+    from vtrain.contract import Logged
+    from vtrain.run.inbox import Inbox
+    from vtrain.run.output import Recorder
+
+    trainer = assembled(config)
+    plan = trainer.plan
     recorder = Recorder(plan.config.run.output_dir)
-    recorder.begin(start.state.step)
+    recorder.begin(trainer.start.state.step)
     events = trainer.run(Inbox())
 
     listeners: Listeners | None = None

@@ -17,7 +17,6 @@ from vtrain.contract.measured import measured_blocks, measured_work
 from vtrain.contract.records import ClipBytes, EncoderMemory
 from vtrain.plan import optimizer
 from vtrain.plan.memory import (
-    AHEAD,
     BACKWARD,
     DECODING,
     FORWARD,
@@ -29,6 +28,7 @@ from vtrain.plan.memory import (
     TRAINING,
     MemoryEstimate,
     MemorySettings,
+    Phase,
     Recompute,
     Workload,
     estimate_of,
@@ -154,6 +154,66 @@ def test_what_passes_through_main_memory_on_its_way_is_counted_there() -> None:
     assert "loading the model" not in {each.name for each in estimate_of(work, SETTINGS).phases}
 
 
+VALIDATED = replace(WORK, video=ClipShape(5, 4, 6), video_tokens=11)
+
+
+def phase_of(found: MemoryEstimate, name: str) -> Phase:
+    (phase,) = (phase for phase in found.phases if phase.name == name)
+    return phase
+
+
+def test_weights_for_evaluation_are_a_second_set_on_the_device_in_all_of_a_validation() -> None:
+    both = estimate_of(VALIDATED, replace(SETTINGS, both=True))
+    for name in (SOLVING, DECODING):
+        assert parts(both, name)["weights"] == 2 * 4000
+        assert parts(estimate_of(VALIDATED, SETTINGS), name)["weights"] == 4000
+    assert {parts(both, name)["weights"] for name in (FORWARD, BACKWARD, STEP, SAVING)} == {4000}
+    adapter = estimate_of(VALIDATED, replace(SETTINGS, both=True, adapter=True, stored=2.0))
+    assert parts(adapter, SOLVING)["weights"] == 2 * 1000 + 2 * 4 * 50
+    # The denoiser leaves the device, and what is no part of it stays.
+    away = phase_of(estimate_of(VALIDATED, replace(SETTINGS, both=True, away=True)), DECODING)
+    assert (away.device["weights"], away.host["weights"]) == (4000, 4000)
+
+
+def test_weights_of_training_wait_in_main_memory_while_videos_are_solved_with_an_average_of_another_place() -> None:
+    found = estimate_of(VALIDATED, replace(SETTINGS, ema=4.0, ema_on="host", aside=True))
+    assert phase_of(found, SOLVING).host["weights"] == 4000
+    assert parts(found, SOLVING)["weights"] == 4000
+    assert not phase_of(found, DECODING).host["weights"], "they are back when videos are decoded"
+    adapter = replace(SETTINGS, ema=4.0, aside=True, adapter=True, resident=0.25)
+    waiting = int(1000 * 4 * 0.8 * 0.75)
+    assert phase_of(estimate_of(VALIDATED, adapter), SOLVING).host["weights"] == pytest.approx(waiting + 4 * 50, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("ema", "aside"),
+    [
+        ("", False),
+        ('on = "cpu"\nvalidation = "ema"', True),
+        ('on = "cpu"\nvalidation = "both"', True),
+        ('on = "cpu"\nvalidation = "raw"', False),
+        ('validation = "both"', False),
+    ],
+)
+def test_which_weights_wait_is_the_plans(plan_of: PlanOf, ema: str, aside: bool) -> None:
+    plan = plan_of(more=f"[ema]\n{ema}\n")
+    assert settings_of(plan).aside == aside
+    assert not settings_of(plan, on_cpu=True).aside, "of one type in one memory they are exchanged"
+    assert not settings_of(plan).both
+
+
+def test_an_average_of_bf16_weights_is_of_another_type_wherever_it_is(plan_of: PlanOf) -> None:
+    low = 'use = "adamw_bf16"\nlr = 1e-4'
+    plan = plan_of(optimizer=low, precision='base = "bf16"\nmixed = "bf16"', more='[ema]\nvalidation = "ema"\n')
+    assert settings_of(plan).aside
+    assert settings_of(plan, on_cpu=True).aside
+
+
+def test_an_optimizer_says_that_it_has_weights_for_evaluation(plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizer, "find_spec", lambda name: True)
+    assert settings_of(plan_of(optimizer='use = "schedulefree-adamw"\nlr = 1e-3')).both
+
+
 def test_encoders_are_counted_where_they_work() -> None:
     codec = EncoderMemory(500, ClipBytes(10, 2), ClipBytes(20, 3))
     work = replace(
@@ -167,69 +227,6 @@ def test_encoders_are_counted_where_they_work() -> None:
     assert parts(found, "validation: decoding")["activations"] == 24 * (20 + 5 * 3)
     away = estimate_of(work, replace(SETTINGS, away=True))
     assert "weights" not in parts(away, "validation: decoding")
-
-
-TEACHER = Teacher("crepa", "source", 2, EncoderMemory(300, ClipBytes(10, 2)), frames=3 / 9, features_bytes=60)
-"""Two clips at once; of WORK's clip of 9 frames three are seen."""
-AREA = 4 * 6
-
-
-def test_a_teacher_is_there_from_the_first_step_to_the_last_and_works_where_the_forward_pass_ends() -> None:
-    work = replace(WORK, teachers=(TEACHER,), video=ClipShape(5, 4, 6), video_tokens=11)
-    found = estimate_of(work, SETTINGS)
-    working = 2 * 3 * AREA * (12 + 3) + AREA * (10 + 9 * 2)
-    assert parts(found, FORWARD)["teacher"] == 300 + working
-    for name in (BACKWARD, STEP, SOLVING, DECODING, SAVING):
-        assert parts(found, name)["teacher"] == 300
-    (step,) = (phase for phase in found.phases if phase.name == STEP)
-    assert step.host["clips"] == AHEAD * (30 * 8 + 3 * AREA * 3), "frames wait as they were decoded"
-    assert "the encoder of features of crepa" not in found.unknown
-    # Recomputing the first block, when the teacher is done, may take more than the end of the forward pass.
-    recomputed = estimate_of(replace(work, tokens=900), replace(SETTINGS, recompute="blocks"))
-    assert parts(recomputed, FORWARD)["teacher"] == 300
-
-
-def test_a_teacher_that_sees_decoded_frames_has_the_codec_too() -> None:
-    teacher = replace(TEACHER, features="decoded", clips=1)
-    codec = EncoderMemory(500, ClipBytes(10, 2), ClipBytes(900, 3))
-    work = replace(WORK, teachers=(teacher, replace(teacher, name="other")), encoders={"video codec": codec})
-    found = estimate_of(work, SETTINGS)
-    assert parts(found, STEP)["teacher"] == 2 * 300 + 500, "one codec for both"
-    assert parts(found, FORWARD)["teacher"] == 2 * 300 + 500 + AREA * (900 + 9 * 3), "a clip being decoded is most"
-    small = replace(work, encoders={"video codec": replace(codec, decode=ClipBytes(0, 1))})
-    encoding = AREA * (12 * (9 + 3) + 10 + 9 * 2)
-    assert parts(estimate_of(small, SETTINGS), FORWARD)["teacher"] == 2 * 300 + 500 + encoding
-    unmeasured = replace(work, encoders={"video codec": EncoderMemory(500)})
-    assert "the video codec that decodes for crepa" in estimate_of(unmeasured, SETTINGS).unknown
-
-
-def test_cached_features_are_a_phase_of_filling_and_wait_for_their_step() -> None:
-    work = replace(WORK, teachers=(replace(TEACHER, features="cached"),))
-    found = estimate_of(work, SETTINGS)
-    working = 2 * 3 * AREA * (12 + 3) + AREA * (10 + 9 * 2)
-    assert parts(found, "encoding features of crepa") == {"encoders": 300, "activations": working}
-    assert "teacher" not in parts(found, FORWARD)
-    (step,) = (phase for phase in found.phases if phase.name == STEP)
-    assert step.host["clips"] == AHEAD * (30 * 8 + 60)
-
-
-@pytest.mark.parametrize("features", ["cached", "source", "decoded"])
-def test_an_encoder_that_does_not_say_what_it_takes_is_named(features: FeatureSource) -> None:
-    found = estimate_of(replace(WORK, teachers=(replace(TEACHER, features=features, memory=None),)), SETTINGS)
-    assert "the encoder of features of crepa" in found.unknown
-
-
-@pytest.mark.parametrize(("teacher", "clips"), [("cached", 3), ("source", 2), ("decoded", 1)])
-def test_teachers_are_the_plans(plan_of: PlanOf, teacher: str, clips: int) -> None:
-    part = f'[[regularizer]]\nuse = "toy-colours"\nblock = 1\nteacher = "{teacher}"\n'
-    plan = plan_of(train="steps = 5\nbatch_size = 2", cache="video_batch = 3", more=part)
-    (found,) = workload(plan).teachers
-    assert (found.name, found.features, found.clips, found.frames) == ("toy-colours", teacher, clips, 3 / 9)
-    assert found.features_bytes == 3 * 4 * 6 * 4 * 4
-    assert found.memory is not None
-    assert found.memory.weights == 3 * 4 * 4
-    names = [phase.name for phase in memory_estimate(plan).phases]
-    assert ("encoding features of toy-colours" in names) == (teacher == "cached")
 
 
 def test_what_nobody_measured_is_named() -> None:

@@ -65,7 +65,9 @@ class MemorySettings:
     recompute, every: what the backward pass computes again: every n-th block, or feed-forward layers. state: bytes of the optimizer
     for each trained weight, on state_on. ema: bytes of the average for each, on ema_on. resident: the share of frozen weights of
     blocks that are on the device at once; the others wait on rest_on. away: whether the denoiser leaves the device while videos
-    are decoded. accumulate: micro-batches of a step. processes: how many train together.
+    are decoded. both: whether validation has weights for evaluation in the place of training's, which stay on the device; aside:
+    whether it has the average there, while training's wait in main memory (train/ema.py, `swapped`). accumulate: micro-batches of
+    a step. processes: how many train together.
     """
 
     stored: float
@@ -82,6 +84,8 @@ class MemorySettings:
     resident: float = 1.0
     rest_on: Place = "host"
     away: bool = False
+    both: bool = False
+    aside: bool = False
     batch: int = 1
     accumulate: int = 1
     processes: int = 1
@@ -332,9 +336,19 @@ def _casts(work: Workload, settings: MemorySettings, left: int, *, ended: bool) 
     return int(2 * work.parameters * (work.in_blocks * alive / work.blocks + 1 - work.in_blocks))
 
 
+def _validating(work: Workload, settings: MemorySettings) -> tuple[dict[str, int], dict[str, int]]:
+    """`held` in a validation."""
+    device, host = held(work, settings)
+    if settings.both:
+        device["weights"] += int(settings.trained * _trained(work, settings))
+    return device, host
+
+
 def _solving(work: Workload, settings: MemorySettings) -> Phase:
     """Videos are solved: a forward pass without gradients, of the prompt and, guided, of the negative one."""
-    device, host = held(work, settings)
+    device, host = _validating(work, settings)
+    if settings.aside:
+        host = {**host, "weights": host.get("weights", 0) + int(settings.trained * _trained(work, settings))}
     if work.kept is None or not work.video_tokens:
         return Phase(SOLVING, device, host, ("validation: what a block computes",))
     working = (1 + work.guided) * work.video_tokens * (work.kept.working or work.kept.plain.block)
@@ -343,10 +357,11 @@ def _solving(work: Workload, settings: MemorySettings) -> Phase:
 
 
 def _decoding(work: Workload, settings: MemorySettings, codec: EncoderMemory | None) -> Phase:
-    device, host = held(work, settings)
-    if settings.away:
-        host = {**host, "weights": host.get("weights", 0) + device["weights"]}
-        device = {**device, "weights": 0}
+    device, host = _validating(work, settings)
+    if settings.away:  # all but what is no module's: training's weights beside those for evaluation
+        stays = device["weights"] - held(work, settings)[0]["weights"]
+        host = {**host, "weights": host.get("weights", 0) + device["weights"] - stays}
+        device = {**device, "weights": stays}
     elif settings.resident < 1:  # groups leave the device before
         blocks = int(settings.stored * work.parameters * work.in_blocks * settings.resident)
         device = {**device, "weights": device["weights"] - blocks}

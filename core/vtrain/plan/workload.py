@@ -46,6 +46,8 @@ def memory_settings(config: Config, family: Family, processes: int, *, on_cpu: b
     adapter, storage = config.model.table.train == "lora", storage_of(config)
     trained: DType = "fp32" if adapter or storage.name == "fp32" else "bf16"
     host: Place = "device" if on_cpu else "host"
+    average_on = host if ema is not None and ema.on == "cpu" else "device"
+    shown = ema is not None and ema.validation != "raw"
     return MemorySettings(
         stored=_stored(config, family),
         trained=FLOAT32 if trained == "fp32" else 2.0,
@@ -57,10 +59,13 @@ def memory_settings(config: Config, family: Family, processes: int, *, on_cpu: b
         state=spec_of(config).bytes_of_state(trained),
         state_on=host if offload.optimizer else "device",
         ema=FLOAT32 if ema is not None else 0.0,
-        ema_on=host if ema is not None and ema.on == "cpu" else "device",
+        ema_on=average_on,
         resident=1.0 if on_cpu else _resident(config, family),
         rest_on="host" if offload.disk is None else "disk",
         away=offload.model_cpu and not on_cpu,
+        both=spec_of(config).eval_weights,
+        # Exchanged where they are of one type and place, which takes no room.
+        aside=shown and (average_on == "host" or trained != "fp32"),
         batch=config.train.batch_size,
         accumulate=config.train.accumulate,
         processes=processes,

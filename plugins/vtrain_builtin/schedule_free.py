@@ -86,4 +86,5 @@ SCHEDULE_FREE = OptimizerSpec(
     sensible_lr=SENSIBLE_LR,
     library=("schedulefree", "vtrain[optimizers]"),
     advice=advice,
+    eval_weights=True,
 )

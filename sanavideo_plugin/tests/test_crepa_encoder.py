@@ -278,3 +278,4 @@ def test_another_encoder_takes_dinov2s_place() -> None:
     assert [tuple(weight.shape) for weight in module.parameters()][-2] == (3, 12)
     assert part.check([(ClipShape(5, 48, 80), grid)]) == []
     assert ("encoder", "means of colours") in part.describe()
+    assert part.feature_memory(1, ClipShape(5, 48, 80), grid) is None, "it does not say what it takes"

@@ -37,7 +37,14 @@ def crepa(encoder: Path, **values: object) -> Crepa:
 
 
 EXPECTED = frozenset(
-    {"SupportsCheck", "SupportsFeatures", "SupportsFeedback", "SupportsLearningRate", "SupportsPauses"}
+    {
+        "SupportsCheck",
+        "SupportsFeatureMemory",
+        "SupportsFeatures",
+        "SupportsFeedback",
+        "SupportsLearningRate",
+        "SupportsPauses",
+    }
 )
 """What CREPA and its module are meant to be able to do."""
 

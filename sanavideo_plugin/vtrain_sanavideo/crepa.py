@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vtrain.contract import (
+    ClipBytes,
     ClipShape,
     Device,
     DType,
+    EncoderMemory,
     FeatureShape,
     FeatureSource,
     HashFile,
@@ -26,7 +29,8 @@ from vtrain.contract import (
     TokenGrid,
     torch_type,
 )
-from vtrain_sanavideo.crepa_encoder import Dinov2, EncodePictures, Encoder
+from vtrain.contract.measured import dtype_bytes
+from vtrain_sanavideo.crepa_encoder import Dinov2, EncodePictures, Encoder, KnowsMemory
 from vtrain_sanavideo.crepa_options import CrepaOptions, Schedule
 
 if TYPE_CHECKING:
@@ -37,7 +41,10 @@ VERSION = "crepa features 1"
 
 
 class Crepa:
-    """A Regularizer, SupportsFeatures, SupportsCheck, SupportsWeight. encoder: takes the place of the one that the options name."""
+    """A Regularizer, SupportsFeatures, SupportsFeatureMemory, SupportsCheck, SupportsWeight.
+
+    encoder: takes the place of the one that the options name.
+    """
 
     def __init__(self, options: CrepaOptions, encoder: Encoder | None = None) -> None:
         self._options = options
@@ -65,6 +72,21 @@ class Crepa:
         if self._options.pooling:
             height, width = pooled(height), pooled(width)
         return FeatureShape(grid.frames, height, width, self._encoder.width)
+
+    def feature_memory(self, clips: int, clip: ClipShape, grid: TokenGrid) -> EncoderMemory | None:
+        """SupportsFeatureMemory: of `encoder_batch` frames at once, and of the features of all of them."""
+        frames = clips * grid.frames
+        if not isinstance(self._encoder, KnowsMemory):
+            return None
+        found = self._encoder.memory(min(self._options.encoder_batch, frames), clip, grid)
+        if found is None:
+            return None
+        weights, work = found
+        features = clips * math.prod(self.feature_shape(clip, grid)) * dtype_bytes(self._options.precision)
+        area = clip.height * clip.width
+        # Features wait in parts, and are there twice when these are put together. Frames of several clips are put in one row.
+        row = 12 * frames * area if clips > 1 else 0
+        return EncoderMemory(weights, ClipBytes(max(work, features) / area, (features + row) / (area * clip.frames)))
 
     def feature_fingerprint(self, hash_file: HashFile) -> str:
         parts = [VERSION, self._encoder.fingerprint(hash_file), self._options.pooling, self._options.precision]

@@ -3,12 +3,15 @@
 # mypy: allow-untyped-calls
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from vtrain.contract import DType, HashFile, Problem, TokenGrid, load_pretrained, opened
+from vtrain.contract import ClipShape, DType, HashFile, Problem, TokenGrid, load_pretrained, opened
+from vtrain.contract.measured import Measured, dtype_bytes, measured_bytes
 from vtrain_sanavideo import crepa_source
 from vtrain_sanavideo.crepa_options import CrepaOptions
 from vtrain_sanavideo.crepa_source import CLASSES, DinoSource
@@ -20,6 +23,10 @@ if TYPE_CHECKING:
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 """ImageNet's, of red, green and blue in [0, 1]."""
+
+MEASURED: Measured = json.loads(Path(__file__).with_name("memory.json").read_bytes())
+"""Under "<width> dinov2 <patch> x<MLP>", by storage type, bytes that the model takes for each of its tokens; under "dinov2
+pictures" what `imagenet` takes for each pixel that it is given and resizes, and for each that it gives."""
 
 EncodePictures = Callable[["Tensor", TokenGrid], "Tensor"]
 """(pictures (N, 3, H, W) fp32 in [-1, 1], grid of the clip's tokens) -> features (N, h', w', D') of `Encoder.grid`."""
@@ -54,6 +61,15 @@ class Encoder(Protocol):
         ...
 
 
+@runtime_checkable
+class KnowsMemory(Protocol):
+    """An Encoder that knows what it takes."""
+
+    def memory(self, pictures: int, clip: ClipShape, tokens: TokenGrid) -> tuple[int, float] | None:
+        """Bytes of (its weights, what it makes of so many frames of such clips at once); None: not known. Without torch."""
+        ...
+
+
 def imagenet(pictures: Tensor, height: int, width: int) -> Tensor:
     """(N, 3, H, W) in [-1, 1] -> (N, 3, height, width), resized and normalised as encoders trained on ImageNet expect.
 
@@ -71,7 +87,7 @@ def imagenet(pictures: Tensor, height: int, width: int) -> Tensor:
 
 
 class Dinov2:
-    """DINOv2 through transformers: an Encoder. Features are patch tokens; the CLS token and registers are skipped."""
+    """DINOv2 through transformers: an Encoder, KnowsMemory. Features are patch tokens; the CLS token and registers are skipped."""
 
     def __init__(self, options: CrepaOptions) -> None:
         self._size = options.size
@@ -96,6 +112,19 @@ class Dinov2:
         if self._size == "match":
             return tokens.height, tokens.width
         return self._size // self.patch, self._size // self.patch
+
+    def memory(self, pictures: int, clip: ClipShape, tokens: TokenGrid) -> tuple[int, float] | None:
+        """Made ready, or in the model: whichever takes more."""
+        key, weights = f"{self.width} dinov2 {self.patch} x{self._source.config.mlp_ratio:g}", self._source.numbers
+        token = measured_bytes(MEASURED, key, self._precision)
+        ready = measured_bytes(MEASURED, "dinov2 pictures", "fp32")
+        if not weights or token is None or ready is None:
+            return None
+        high, wide = self.grid(tokens)
+        seen, given = high * wide * self.patch**2, clip.height * clip.width
+        resized = 0 if (high * self.patch, wide * self.patch) == clip[1:] else ready[0] * given
+        work = max(resized, ready[1] * seen, token[0] * (high * wide + self._skipped))
+        return weights * dtype_bytes(self._precision), pictures * work
 
     def fingerprint(self, hash_file: HashFile) -> str:
         """Names the patch grid's rule, the storage type and the weights. Raises ModelError."""

@@ -6,6 +6,7 @@ through torch.load(weights_only=True), under transformers' names. torch hub's co
 
 from __future__ import annotations
 
+import math
 import pickletools
 import re
 import zipfile
@@ -32,6 +33,7 @@ from vtrain.contract import (
     misfits,
     read_config,
     read_json,
+    stored_shapes,
     weight_hashes,
     weight_problems,
 )
@@ -214,13 +216,14 @@ CLASSES: Mapping[str, str] = {"dinov2": "Dinov2Model", "dinov2_with_registers": 
 
 
 class DinoConfig(PartConfig):
-    """What of a config.json shapes features."""
+    """What of a config.json shapes features, and decides over memory."""
 
     model_type: str
     hidden_size: int = Field(ge=1)
     patch_size: int = Field(ge=1)
     num_channels: int = 3
     num_register_tokens: int = Field(0, ge=0)
+    mlp_ratio: float = 4
 
 
 class DinoSource(CheckpointSource):
@@ -298,6 +301,15 @@ class DinoSource(CheckpointSource):
             **({"embeddings.register_tokens": (1, registers, width)} if registers else {}),
         }
         return misfit_problems(self.folder, TRANSFORMERS_STEM, expected, some=True)
+
+    @property
+    def numbers(self) -> int:
+        """How many its weights are, by what the files say; 0 where they are not there yet."""
+        try:
+            shapes = self.hub_model.shapes() if self.file is not None else stored_shapes(self.folder, TRANSFORMERS_STEM)
+        except ModelError:
+            return 0
+        return sum(map(math.prod, shapes.values()))
 
     def weights(self) -> Path:
         """The folder with its weights, fetched from the hub if the cache lacks some. Raises ModelError."""

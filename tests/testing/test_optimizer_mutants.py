@@ -359,6 +359,12 @@ PLANTED: tuple[tuple[str, str, str, Callable[[], OptimizerSpec]], ...] = (
         lambda: made(Signs, direction=lambda self, mean: mean.sign() * torch.rand(mean.shape)),
     ),
     (
+        "weights for evaluation that it has not",
+        "test_weights_for_evaluation_are_said_in_the_spec",
+        "eval_weights is True, and SupportsEvalWeights False",
+        lambda: replace(SIGNS, eval_weights=True),
+    ),
+    (
         "usual_lr the wrong way round",
         "test_usual_learning_rates_are_below_the_largest_sensible_one",
         "usual_lr is (0.01, 1e-05)",

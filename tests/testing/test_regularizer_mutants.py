@@ -16,7 +16,9 @@ from vtrain_toy.smooth import Smooth, SmoothOptions
 from vtrain_toy.smoothness import Smoothness
 
 from vtrain.contract import (
+    ClipBytes,
     ClipShape,
+    EncoderMemory,
     FeatureEncoder,
     FeatureShape,
     HashFile,
@@ -145,6 +147,12 @@ def turned(self: Colours, clip: ClipShape, grid: TokenGrid) -> FeatureShape:
     return FeatureShape(grid.frames, grid.width, grid.height, 4)
 
 
+def half_said(self: Colours, clips: int, clip: ClipShape, grid: TokenGrid) -> EncoderMemory:
+    said = Colours.feature_memory(self, clips, clip, grid)
+    assert said.encode is not None
+    return EncoderMemory(said.weights, ClipBytes(0, said.encode.pixel / 2))
+
+
 def write_clean(term: LossTerm, view: StepView) -> LossTerm:
     view.clean.mul_(2)
     return term
@@ -233,6 +241,12 @@ PLANTED: tuple[tuple[str, str, str, Callable[[], Subject]], ...] = (
         "test_the_fingerprint_of_features_stays",
         "the fingerprint of features is another one the second time",
         lambda: colours(feature_fingerprint=lambda self, hash_file: str(next(counter))),
+    ),
+    (
+        "an encoder that takes twice what it says",
+        "test_the_encoder_takes_the_memory_that_it_says",
+        "its work takes 46,080 bytes, and feature_memory says 23,040",
+        lambda: colours(feature_memory=half_said),
     ),
     (
         "a feature encoder that stays in memory",

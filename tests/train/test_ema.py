@@ -13,7 +13,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vtrain.config.tables import EmaTable
 from vtrain.contract import Device
+from vtrain.testing.memory import MemoryPeak
 from vtrain.train.ema import Average, swapped
+from vtrain.train.eval_weights import EvalWeights, eval_weights
 
 
 def layers(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -118,6 +120,43 @@ def test_training_goes_on_as_if_nothing_had_been_swapped() -> None:
         return bits(module)
 
     assert same(trained(swapping=True), trained(swapping=False))
+
+
+def in_memory_while(values: Mapping[str, Tensor], module: nn.Module) -> int:
+    """Bytes that are there inside `swapped` and were not before."""
+    with MemoryPeak() as memory:
+        memory.count(module.parameters(), "weights")
+        memory.count([] if isinstance(values, EvalWeights) else values.values(), "values")
+        before = memory.now.total()
+        with swapped(module.named_parameters(), values):
+            found = memory.now.total() - before
+        assert memory.now.total() == before, "after it"
+    return found
+
+
+@pytest.mark.parametrize(("dtype", "copies"), [(torch.float32, 0), (torch.float64, 1)], ids=["exchanged", "aside"])
+def test_a_validation_with_the_average_takes_what_the_estimate_says(dtype: torch.dtype, copies: int) -> None:
+    """Nothing where it lies beside the weights in their type; elsewhere (here: of another type) training's weights once more. The
+    estimate of `MemorySettings.aside`."""
+    module = layers()
+    size = sum(each.nbytes for each in module.parameters())
+    average = {name: each.detach().to(dtype, copy=True) for name, each in module.named_parameters()}
+    assert in_memory_while(average, module) == copies * size
+
+
+def test_a_validation_with_weights_for_evaluation_takes_a_second_set() -> None:
+    """The estimate of `MemorySettings.both`."""
+
+    class Halved(torch.optim.SGD):
+        def eval_weight(self, weight: Tensor) -> Tensor:
+            return weight.detach() / 2
+
+    module = layers()
+    size = sum(each.nbytes for each in module.parameters())
+    named: list[tuple[str, Tensor]] = list(module.named_parameters())
+    values = eval_weights(Halved(module.parameters(), lr=0.1), named, named)
+    assert values is not None
+    assert in_memory_while(values, module) == size
 
 
 # -- the average ---------------------------------------------------------------------------------------------------------

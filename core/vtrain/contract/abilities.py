@@ -56,7 +56,12 @@ ABILITIES: Mapping[str, Abilities] = {
     ),
     "regularizer": Abilities(
         regularizers.Regularizer,
-        (regularizers.SupportsFeatures, regularizers.SupportsCheck, regularizers.SupportsWeight),
+        (
+            regularizers.SupportsFeatures,
+            regularizers.SupportsFeatureMemory,
+            regularizers.SupportsCheck,
+            regularizers.SupportsWeight,
+        ),
     ),
     "feature encoder": Abilities(regularizers.FeatureEncoder, ()),
     "loss module": Abilities(

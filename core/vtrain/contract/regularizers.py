@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from vtrain.contract.errors import Problem
 from vtrain.contract.geometry import ClipShape, FeatureShape, TokenGrid
 from vtrain.contract.protocols import DType, HashFile
-from vtrain.contract.records import LossTerm, Needs, RunLength, StepView
+from vtrain.contract.records import EncoderMemory, LossTerm, Needs, RunLength, StepView
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -45,6 +45,19 @@ class SupportsFeatures(Protocol):
 
     def open_feature_encoder(self, device: str) -> AbstractContextManager[FeatureEncoder]:
         """*torch* Load the encoder for the length of a with block; its memory is free afterwards. Raises ModelError."""
+        ...
+
+
+@runtime_checkable
+class SupportsFeatureMemory(Protocol):
+    """A regularizer with features (SupportsFeatures) that knows what its encoder takes in memory."""
+
+    def feature_memory(self, clips: int, clip: ClipShape, grid: TokenGrid) -> EncoderMemory | None:
+        """Of the encoder with so many clips of this shape at once; None if it is not known, such as of weights yet to be fetched.
+
+        weights: bytes, from files' headers. encode: measured; `encode.of(clip)` is what `encode` takes at its peak for all of them,
+        features included and the frames that it is given not. No torch.
+        """
         ...
 
 

@@ -97,6 +97,7 @@ class OptimizerSpec(Spec):
     make it keep: with others it may keep less, or nothing. state_bytes_of: the same by type of weights ("bf16"), where it differs.
     What it keeps are tensors and numbers in optimizer.state[parameter], and numbers, flags and tensors on the CPU in its groups:
     a checkpoint holds these, and state_dict is not asked.
+    eval_weights: whether it trains at other weights than those it is after (SupportsEvalWeights): a validation has both in memory.
     usual_lr: lowest and highest learning rate of usual training; beyond it the plan warns. sensible_lr: above it nothing is
     learned, which is an error. None: any.
     library: (module, requirement for pip) of what build imports beside torch, where the plugin's distribution does not depend on
@@ -112,6 +113,7 @@ class OptimizerSpec(Spec):
     state_bytes_of: Mapping[str, float] = field(default_factory=dict)
     library: tuple[str, str] | None = None
     advice: Callable[[Any, OptimizedRun], Sequence[str]] | None = None
+    eval_weights: bool = False
 
     def bytes_of_state(self, weights: str) -> float:
         """Bytes of state per parameter of this type: "fp32" or "bf16"."""

@@ -9,7 +9,7 @@ from vtrain.plan.memory import CONTEXT, FRAGMENTATION, PROCESS, MemoryEstimate, 
 from vtrain.plan.records import MemoryChoice, Plan
 from vtrain.plan.workload import memory_estimate, workload
 
-COLUMNS = ("weights", "gradients", "optimizer", "average", "activations", "encoders", "casts", "loss")
+COLUMNS = ("weights", "gradients", "optimizer", "average", "activations", "teacher", "encoders", "casts", "loss")
 """What a device holds, in the order of the table; a column that is 0 in all phases is left out."""
 
 

@@ -9,6 +9,7 @@ The terms of a training step (bytes; T tokens of a micro-batch of the largest bu
     optimizer     n x the state of the optimizer (OptimizerSpec.bytes_of_state)
     average       n x 4 of [ema]
     activations   BlockMemory, measured by the family on fake tensors: of what lives until the backward pass
+    teacher       encoders of regularizers' features that run at each step, with the codec that decodes for them (plan/teachers.py)
     loss          fp32 copies of prediction, target and error
 
 In the backward pass kept activations go, block by block, while gradients come: both are linear in the number of blocks done, so
@@ -24,6 +25,7 @@ from typing import Literal
 
 from vtrain.contract import BlockMemory, ClipShape
 from vtrain.contract.records import EncoderMemory
+from vtrain.plan.teachers import Teacher, at_work, given, resident, unknown
 
 Place = Literal["device", "host", "disk"]
 Recompute = Literal["nothing", "feed-forward", "blocks"]
@@ -34,9 +36,13 @@ FRAGMENTATION = 0.06
 CONTEXT = 600 << 20
 """Bytes of CUDA's own context and libraries on a card, beside all tensors: 0.4 to 0.6 GiB by card and driver."""
 
-PROCESS = 1000 << 20
-"""Bytes of main memory of a process that has imported torch and diffusers and trains, with what kernels take on a CPU:
-0.80 to 1.02 GiB measured, as the peak of the process less counted tensors (104 M parameters, LoRA and full, nine settings)."""
+IMPORTED = 600 << 20
+"""Bytes of main memory of a process before it loads the model: 0.40 GiB measured, with torch, transformers, diffusers and peft
+imported, and 0.56 where it has filled the caches."""
+
+PROCESS = IMPORTED + (400 << 20)
+"""With what kernels take on a CPU beside tensors, in all 0.80 to 1.02 GiB measured, as the peak of the process less counted tensors
+(104 M parameters, LoRA and full, nine settings)."""
 
 AHEAD = 4
 """Micro-batches that wait for their step."""
@@ -63,7 +69,9 @@ class MemorySettings:
     recompute, every: what the backward pass computes again: every n-th block, or feed-forward layers. state: bytes of the optimizer
     for each trained weight, on state_on. ema: bytes of the average for each, on ema_on. resident: the share of frozen weights of
     blocks that are on the device at once; the others wait on rest_on. away: whether the denoiser leaves the device while videos
-    are decoded. accumulate: micro-batches of a step. processes: how many train together.
+    are decoded. both: whether validation has weights for evaluation in the place of training's, which stay on the device; aside:
+    whether it has the average there, while training's wait in main memory (train/ema.py, `swapped`). accumulate: micro-batches of
+    a step. processes: how many train together.
     """
 
     stored: float
@@ -80,6 +88,8 @@ class MemorySettings:
     resident: float = 1.0
     rest_on: Place = "host"
     away: bool = False
+    both: bool = False
+    aside: bool = False
     batch: int = 1
     accumulate: int = 1
     processes: int = 1
@@ -95,7 +105,8 @@ class Workload:
     latents: of the largest clip, its tokens and numbers. kept: as the family measured it, None: it did not. encoders: of the
     family beside. largest: of the caches' clips. video: of validation, None without; video_tokens: its tokens; guided: whether
     each is solved with the negative prompt beside. running, filling: what is at work in training, and while the caches fill, and
-    whose size nobody measured. pinned: bytes of page-locked memory for each byte of weights that wait there.
+    whose size nobody measured. teachers: encoders of features, at each step or while the caches fill. pinned: bytes of page-locked
+    memory for each byte of weights that wait there.
     """
 
     parameters: int
@@ -115,6 +126,7 @@ class Workload:
     pinned: float = 1.0
     running: tuple[str, ...] = ()
     filling: tuple[str, ...] = ()
+    teachers: tuple[Teacher, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,6 +195,7 @@ class MemoryEstimate:
 FORWARD, BACKWARD, STEP = "training: forward", "training: backward", "training: optimizer step"
 TRAINING = (FORWARD, BACKWARD, STEP)
 CAPTIONS, CLIPS, LOADING = "encoding captions", "encoding clips", "loading the model"
+FEATURES = "encoding features"
 SOLVING, DECODING, SAVING = "validation: solving", "validation: decoding", "saving a checkpoint"
 
 
@@ -192,6 +205,7 @@ def estimate_of(work: Workload, settings: MemorySettings) -> MemoryEstimate:
     filling = [
         _filling(CAPTIONS, text, None, 1),
         _filling(CLIPS, codec, work.largest, settings.video_batch),
+        *(_features(each, work.largest) for each in work.teachers if not each.online),
         *(Phase(f"encoding {name}", {}, unknown=(f"the encoder of {name}",)) for name in work.filling),
     ]
     phases = [*filling, *_loading(work, settings), *_training(work, settings)]
@@ -222,6 +236,13 @@ def _filling(name: str, encoder: EncoderMemory | None, clip: ClipShape | None, b
     return Phase(name, {"encoders": encoder.weights, "activations": int(batch * encoder.encode.of(clip))})
 
 
+def _features(teacher: Teacher, clip: ClipShape | None) -> Phase:
+    name = f"{FEATURES} of {teacher.name}"
+    if teacher.why_not or clip is None or teacher.memory is None:
+        return Phase(name, {}, unknown=(teacher.why_not or name,))
+    return Phase(name, {"encoders": teacher.memory.weights, "activations": teacher.work(clip)})
+
+
 def _loading(work: Workload, settings: MemorySettings) -> Iterator[Phase]:
     """A base that is quantised is read in bf16 first, all of it, in main memory; anything else goes where it is to be."""
     if settings.quantised:
@@ -239,7 +260,9 @@ def held(work: Workload, settings: MemorySettings) -> tuple[dict[str, int], dict
     frozen = settings.stored * work.parameters * settings.adapter
     away = frozen * work.in_blocks * (1 - settings.resident)
     device = {"weights": int(frozen - away + settings.trained * trained)}
-    host = {"clips": AHEAD * settings.batch * work.latents * 8}
+    host = {"clips": AHEAD * settings.batch * (work.latents * 8 + given(work.teachers, work.largest))}
+    if teaching := resident(work.teachers, work.encoders.get(CODEC)):
+        device["teacher"] = teaching
     if settings.rest_on == "host":
         host["weights"] = int(work.pinned * away)
     state, average = int(settings.state * trained), int(settings.ema * trained)
@@ -263,21 +286,25 @@ def _training(work: Workload, settings: MemorySettings) -> Iterator[Phase]:
     copies = 2 if settings.processes > 1 else 1
     gradients = {"gradients": copies * int(settings.trained * _trained(work, settings))}
     inputs = {"loss": int(4 * LOSS_COPIES * settings.batch * work.latents)}
-    unknown = tuple(f"what {name} computes" for name in work.running)
+    codec = work.encoders.get(CODEC)
+    left_out = (*unknown(work.teachers, codec), *(f"what {name} computes" for name in work.running))
+    teaching = device.get("teacher", 0) + at_work(work.teachers, work.largest, codec)
     if work.kept is None or not work.tokens:
-        yield Phase(BACKWARD, {**device, **gradients, **inputs}, host, (*unknown, "activations of blocks"))
+        parts = {**device, **gradients, **inputs, "teacher": teaching}
+        yield Phase(BACKWARD, parts, host, (*left_out, "activations of blocks"))
         return
     tokens = settings.batch * work.tokens * (ADAPTER if settings.adapter else 1)
     before = gradients if settings.accumulate > 1 else {}
     forward = {**device, **before, **inputs}
-    # The forward pass has come to its end, or the backward pass has computed the first block again.
+    # The forward pass has come to its end, where teachers run, or the backward pass has computed the first block again.
     kept, again = (tokens * size for size in _kept(work.kept, settings, work.blocks))
-    ended = {**forward, "activations": int(kept), "casts": _casts(work, settings, work.blocks, ended=True)}
+    casts = _casts(work, settings, work.blocks, ended=True)
+    ended = {**forward, "activations": int(kept), "casts": casts, "teacher": teaching}
     turned = {**forward, "activations": int(kept + again), "casts": _casts(work, settings, work.blocks, ended=False)}
-    yield Phase(FORWARD, max(ended, turned, key=lambda parts: sum(parts.values())), host, unknown)
+    yield Phase(FORWARD, max(ended, turned, key=lambda parts: sum(parts.values())), host, left_out)
     last = tokens * sum(_kept(work.kept, settings, 1))
     casts = _casts(work, settings, 1, ended=False)
-    yield Phase(BACKWARD, {**device, **gradients, **inputs, "activations": int(last), "casts": casts}, host, unknown)
+    yield Phase(BACKWARD, {**device, **gradients, **inputs, "activations": int(last), "casts": casts}, host, left_out)
     yield Phase(STEP, {**device, **gradients}, host)
 
 
@@ -313,9 +340,19 @@ def _casts(work: Workload, settings: MemorySettings, left: int, *, ended: bool) 
     return int(2 * work.parameters * (work.in_blocks * alive / work.blocks + 1 - work.in_blocks))
 
 
+def _validating(work: Workload, settings: MemorySettings) -> tuple[dict[str, int], dict[str, int]]:
+    """`held` in a validation."""
+    device, host = held(work, settings)
+    if settings.both:
+        device["weights"] += int(settings.trained * _trained(work, settings))
+    return device, host
+
+
 def _solving(work: Workload, settings: MemorySettings) -> Phase:
     """Videos are solved: a forward pass without gradients, of the prompt and, guided, of the negative one."""
-    device, host = held(work, settings)
+    device, host = _validating(work, settings)
+    if settings.aside:
+        host = {**host, "weights": host.get("weights", 0) + int(settings.trained * _trained(work, settings))}
     if work.kept is None or not work.video_tokens:
         return Phase(SOLVING, device, host, ("validation: what a block computes",))
     working = (1 + work.guided) * work.video_tokens * (work.kept.working or work.kept.plain.block)
@@ -324,10 +361,11 @@ def _solving(work: Workload, settings: MemorySettings) -> Phase:
 
 
 def _decoding(work: Workload, settings: MemorySettings, codec: EncoderMemory | None) -> Phase:
-    device, host = held(work, settings)
-    if settings.away:
-        host = {**host, "weights": host.get("weights", 0) + device["weights"]}
-        device = {**device, "weights": 0}
+    device, host = _validating(work, settings)
+    if settings.away:  # all but what is no module's: training's weights beside those for evaluation
+        stays = device["weights"] - held(work, settings)[0]["weights"]
+        host = {**host, "weights": host.get("weights", 0) + device["weights"] - stays}
+        device = {**device, "weights": stays}
     elif settings.resident < 1:  # groups leave the device before
         blocks = int(settings.stored * work.parameters * work.in_blocks * settings.resident)
         device = {**device, "weights": device["weights"] - blocks}

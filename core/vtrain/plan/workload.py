@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import prod
 
 from vtrain.config.record import Config
@@ -12,9 +13,12 @@ from vtrain.contract import (
     Family,
     SupportsBlockMemory,
     SupportsBlockWeights,
+    SupportsFeatureMemory,
+    SupportsFeatures,
     takes_frame_levels,
 )
 from vtrain.contract.adapters import SupportsAdapterNames
+from vtrain.contract.measured import dtype_bytes
 from vtrain.contract.protocols import SupportsEncoderMemory
 from vtrain.plan.adapter import adapter_parameters
 from vtrain.plan.conditions import given_latents
@@ -23,6 +27,7 @@ from vtrain.plan.memory import MemoryEstimate, MemorySettings, Place, Recompute,
 from vtrain.plan.optimizer import spec_of
 from vtrain.plan.precision import adapter_targets, quantised, storage_of
 from vtrain.plan.records import Plan
+from vtrain.plan.teachers import Teacher
 
 FLOAT32 = 4.0
 
@@ -41,6 +46,8 @@ def memory_settings(config: Config, family: Family, processes: int, *, on_cpu: b
     adapter, storage = config.model.table.train == "lora", storage_of(config)
     trained: DType = "fp32" if adapter or storage.name == "fp32" else "bf16"
     host: Place = "device" if on_cpu else "host"
+    average_on = host if ema is not None and ema.on == "cpu" else "device"
+    shown = ema is not None and ema.validation != "raw"
     return MemorySettings(
         stored=_stored(config, family),
         trained=FLOAT32 if trained == "fp32" else 2.0,
@@ -52,10 +59,13 @@ def memory_settings(config: Config, family: Family, processes: int, *, on_cpu: b
         state=spec_of(config).bytes_of_state(trained),
         state_on=host if offload.optimizer else "device",
         ema=FLOAT32 if ema is not None else 0.0,
-        ema_on=host if ema is not None and ema.on == "cpu" else "device",
+        ema_on=average_on,
         resident=1.0 if on_cpu else _resident(config, family),
         rest_on="host" if offload.disk is None else "disk",
         away=offload.model_cpu and not on_cpu,
+        both=spec_of(config).eval_weights,
+        # Exchanged where they are of one type and place, which takes no room.
+        aside=shown and (average_on == "host" or trained != "fp32"),
         batch=config.train.batch_size,
         accumulate=config.train.accumulate,
         processes=processes,
@@ -96,7 +106,6 @@ def workload(plan: Plan) -> Workload:
     largest = max(shapes, key=lambda shape: (tokens[shape], prod(shape)))
     adapter, guessed = _adapter(plan)
     layers = _layers(family)
-    needs = {name: part.needs().features for name, part in plan.regularizers}
     return Workload(
         parameters=family.parameters,
         blocks=family.block_count,
@@ -113,12 +122,23 @@ def workload(plan: Plan) -> Workload:
         video=drawn.shape if drawn is not None else None,
         video_tokens=_tokens(family, drawn.shape) if drawn is not None else 0,
         guided=drawn is not None and drawn.guidance > 1,
-        running=tuple(needs),
-        filling=(
-            *(f"features of {name}" for name, features in needs.items() if features == "cached"),
-            *(each.name for each in plan.encoded),
-        ),
+        running=tuple(name for name, _ in plan.regularizers),
+        filling=tuple(each.name for each in plan.encoded),
+        teachers=tuple(_teachers(plan, largest)),
     )
+
+
+def _teachers(plan: Plan, clip: ClipShape) -> Iterator[Teacher]:
+    """The encoders of regularizers' features, with as many clips at once as each is given."""
+    config, grid = plan.config, token_grid(plan.family, clip)
+    for name, part in plan.regularizers:
+        source = part.needs().features
+        if source is None or grid is None or not isinstance(part, SupportsFeatures):
+            continue
+        clips = {"cached": config.cache.video_batch, "source": config.train.batch_size, "decoded": 1}[source]
+        memory = part.feature_memory(clips, clip, grid) if isinstance(part, SupportsFeatureMemory) else None
+        features = prod(part.feature_shape(clip, grid)) * dtype_bytes(part.feature_dtype)
+        yield Teacher(name, source, clips, memory, grid.frames / clip.frames, features)
 
 
 def _tokens(family: Family, shape: ClipShape) -> int:

@@ -11,7 +11,7 @@ from vtrain.contract import Device, Ended, Event, Logged, VtrainError
 from vtrain.contract.rooms import least_room
 from vtrain.estimate.estimate import Doing, remedies
 from vtrain.estimate.memory import gib
-from vtrain.plan.memory import CAPTIONS, CLIPS, CONTEXT, DECODING, LOADING, SAVING, SOLVING, TRAINING, Phase
+from vtrain.plan.memory import CAPTIONS, CLIPS, CONTEXT, DECODING, FEATURES, LOADING, SAVING, SOLVING, TRAINING, Phase
 from vtrain.plan.records import Plan
 from vtrain.plan.workload import memory_estimate
 from vtrain.run.prepare import planned
@@ -70,12 +70,12 @@ def keep_limit(plan: Plan, device: Device) -> None:
 
 
 PHASES: dict[Doing, tuple[str, ...]] = {
-    "filling the caches": (CAPTIONS, CLIPS),
+    "filling the caches": (CAPTIONS, CLIPS, FEATURES),
     "loading the model": (LOADING, SAVING),
     "training": TRAINING,
     "validating": (SOLVING, DECODING),
 }
-"""What a run does -> the phases of the estimate that it may be in."""
+"""What a run does -> how the phases of the estimate begin that it may be in."""
 
 
 def explained(plan: Plan, device: Device, doing: Doing) -> AbstractContextManager[None]:
@@ -98,4 +98,4 @@ def explained_doing(plan: Plan, doing: Doing, *, on_cpu: bool = False) -> str:
 def _phases(plan: Plan, doing: Doing, *, on_cpu: bool) -> list[Phase]:
     """Those in which the run may be, as far as anything of them is known."""
     found = memory_estimate(plan, on_cpu=on_cpu)
-    return [phase for phase in found.phases if phase.name in PHASES[doing] and phase.device]
+    return [phase for phase in found.phases if phase.name.startswith(PHASES[doing]) and phase.device]

@@ -55,6 +55,20 @@ def survivors(opening: Callable[[], AbstractContextManager[Opened]], use: Callab
     return left
 
 
+def encoder_memory(
+    opening: Callable[[], AbstractContextManager[Opened]], given: Tensor, use: Callable[[Opened], object]
+) -> tuple[int, int]:
+    """(bytes of the weights that opening it makes, bytes at the peak of what it is used for, without what it is given)."""
+    gc.collect()
+    before = set(_weights())
+    with opening() as opened, MemoryPeak() as memory:
+        weights = [weight for key, weight in _weights().items() if key not in before]
+        memory.count([given, *weights], "there")
+        kept, there = use(opened), memory.now["there"]
+    del kept
+    return sum(weight.nbytes for weight in weights), memory.peak - there
+
+
 Call = Callable[[], object]
 """A call of a denoiser's `predict` on clips of some length, whose result is kept until the next one."""
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from vtrain.contract import Device, OptimizerSpec, Options, ParameterGroup
+from vtrain.contract import Device, OptimizerSpec, Options, ParameterGroup, SupportsEvalWeights
 from vtrain.contract.run_rules import Built, built_groups, kept_in_groups, lost_state, state_fits
 from vtrain.testing.sampler import gap, noise, required
 
@@ -337,6 +337,11 @@ class OptimizerTests:
             ends = (straight.values(), resumed.values())
             odd = [weight for weight in ends[0] if not torch.equal(ends[0][weight], ends[1][weight])]
             assert not odd, f"a resumed run of {name} weights differs in {', '.join(odd)}"
+
+    def test_weights_for_evaluation_are_said_in_the_spec(self, spec: OptimizerSpec) -> None:
+        """eval_weights is True for an optimizer that is SupportsEvalWeights, and for no other; the plan's memory goes by it."""
+        supports = isinstance(self.trained(spec).optimizer, SupportsEvalWeights)
+        assert spec.eval_weights == supports, f"eval_weights is {spec.eval_weights}, and SupportsEvalWeights {supports}"
 
     def test_it_draws_nothing_from_the_global_generator(self, spec: OptimizerSpec) -> None:
         """Steps are the same whatever torch's generator is at, and leave it there: processes that train together seed theirs

@@ -20,12 +20,13 @@ from vtrain.contract import (
     Regularizer,
     RunLength,
     StepView,
+    SupportsFeatureMemory,
     SupportsFeatures,
     Text,
     TokenGrid,
 )
 from vtrain.contract.run_rules import loss_fault, metric_fault
-from vtrain.testing.memory import survivors
+from vtrain.testing.memory import encoder_memory, survivors
 from vtrain.testing.sampler import check_expected, check_names, digest, gap, level_of, moving_picture, noise, required
 
 
@@ -87,6 +88,24 @@ class FeatureTests:
         assert first == second, "the fingerprint of features is another one the second time"
         assert first, "the fingerprint of features is empty"
         assert part.feature_dtype in ("fp32", "bf16")
+
+    def test_the_encoder_takes_the_memory_that_it_says(self, regularizer: Regularizer) -> None:
+        """feature_memory gives the bytes of the weights that opening it makes, and its work within 15% of what is counted."""
+        part = encoding(regularizer)
+        if not isinstance(part, SupportsFeatureMemory):
+            pytest.skip("this regularizer does not say what its encoder takes (SupportsFeatureMemory)")
+        edge, grid = self.pixels * self.patch, TokenGrid(3, 12, 16)
+        clip = ClipShape(4 * grid.frames - 3, grid.height * edge, grid.width * edge)
+        said = part.feature_memory(2, clip, grid)
+        if said is None or said.encode is None:
+            pytest.skip("this encoder was never measured, or its weights are not there")
+        frames = moving_picture(clip._replace(frames=grid.frames), batch=2)
+        weights, work = encoder_memory(
+            lambda: part.open_feature_encoder("cpu"), frames, lambda encoder: encoder.encode(frames, grid)
+        )
+        assert said.weights == pytest.approx(weights, rel=0.01), f"its weights are {weights:,} bytes"
+        found = f"its work takes {work:,} bytes, and feature_memory says {said.encode.of(clip):,.0f}"
+        assert said.encode.of(clip) == pytest.approx(work, rel=0.15), found
 
     def test_the_encoder_is_no_part_of_the_module_and_is_released(self, regularizer: Regularizer) -> None:
         """Nothing of the encoder is in memory after its with block, a module loaded before and after included."""

@@ -123,6 +123,13 @@ class Device:
         return str(self._ask("get_device_name", str(self)))
 
     @property
+    def kernels(self) -> str:
+        """Whose kernels torch takes: the card's name, or that of the CPU's instructions, such as "AVX512"."""
+        import torch
+
+        return self.name if self.accelerated else torch.backends.cpu.get_cpu_capability()
+
+    @property
     def capability(self) -> tuple[int, int] | None:
         """CUDA's compute capability: (9, 0) is Hopper. None for others."""
         found = self._ask("get_device_capability", None) if self.kind == "cuda" else None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -58,6 +60,13 @@ class Processes:
         self.rank: int = self.accelerator.process_index
         self.first: bool = self.accelerator.is_main_process
         self.words = dist.new_group(backend="gloo", timeout=PATIENCE) if self.count > 1 else None
+
+    @property
+    def machine(self) -> dict[str, str]:
+        """What decides over the last bits of a run, beside its settings."""
+        device = self.device.kernels if self.device.accelerated else f"{_processor()}, {self.device.kernels}"
+        threads = str(torch.get_num_threads())
+        return {"torch": torch.__version__, "python": platform.python_version(), "device": device, "threads": threads}
 
     def wrap(self, step: nn.Module) -> nn.Module:
         """Autocast, and DDP when there are several processes. All that is to be on the device is there: it is not moved."""
@@ -117,3 +126,12 @@ class Processes:
             dist.destroy_process_group()
         else:
             AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _processor() -> str:
+    """Its name, as far as the system tells it: libraries choose among their kernels by it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

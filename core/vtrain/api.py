@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vtrain.run.export import Exported
     from vtrain.run.prepare import Prepared
     from vtrain.run.session import Session
-    from vtrain.run.verify import Certificate
+    from vtrain.run.certificate import Certificate
 
 
 def plan(

@@ -11,32 +11,22 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from vtrain.config import load
 from vtrain.config.keys import key_path
 from vtrain.contract import CheckpointError, VtrainError
 from vtrain.estimate.render import counted
-from vtrain.plan.places import CONFIG, EVENTS, METRICS, PLAN
+from vtrain.plan.places import CHECKPOINTS, CONFIG, EVENTS, METRICS, PLAN
 from vtrain.plan.savings import SAVINGS
 from vtrain.registry import discover
 from vtrain.registry.guard import stdout_on_stderr
+from vtrain.run.certificate import Finding
 from vtrain.run.lines import RECORDS, UNREAD, Chain, Records, Written
 from vtrain.train import checkpoint
 from vtrain.train.changes import SampleMarks
 from vtrain.train.resume import Relocation, RunState, read_state
 from vtrain.train.settings import compare, declared, shown
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something that is not what the run says it is. where: a file, or a place in one; what: how it differs."""
-
-    where: str
-    what: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.what}"
 
 
 @dataclass(frozen=True)
@@ -193,6 +183,36 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def counts_of(kept: Sequence[Kept], name: str) -> set[int]:
     """After how many lines of a file checkpoints say something of it."""
     return {each.records.files[name].lines for each in kept if each.records is not None and name in each.records.files}
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What lies in a run's folder. kept: its checkpoints, oldest first, at least one. metrics, events: None where there is no such
+    file. starts: events that say where and how it was started."""
+
+    folder: Path
+    kept: tuple[Kept, ...]
+    metrics: Lines | None
+    events: Lines | None
+
+    @property
+    def starts(self) -> list[Mapping[str, Any]]:
+        return self.events.events if self.events is not None else []
+
+    @property
+    def newest(self) -> Kept:
+        return self.kept[-1]
+
+    @classmethod
+    def read(cls, folder: Path, last: int | None = None) -> Self:
+        """last: step of the checkpoint up to which they are looked at; None: all."""
+        saved = checkpoint.steps_saved(folder / CHECKPOINTS)
+        kept = tuple(Kept.read(step, each) for step, each in saved if last is None or step <= last)
+        metrics, events = (
+            Lines(file, counts_of(kept, file.name), wanted=("started",)) if file.is_file() else None
+            for file in (folder / METRICS, folder / EVENTS)
+        )
+        return cls(folder, kept, metrics, events)
 
 
 def link_findings(kept: Sequence[Kept]) -> Iterator[Finding]:

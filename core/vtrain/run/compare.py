@@ -24,9 +24,9 @@ from vtrain.train.checkpoint import MANIFEST, read_json
 from vtrain.train.resume import STATE
 
 TOLERANCE = 1e-2
-"""Largest difference that another machine, another version of torch or a card without run.deterministic may make: of a number by its
-size, of a tensor by how far these steps moved it. Rounding alone makes 2e-7 in twenty steps in fp32, and 4e-3 in one number of bf16;
-known mistakes change a loss by 2e-2 or more (tests/golden)."""
+"""Largest difference that another machine, another version of torch or a card without run.deterministic may make: of a number by
+its size, of a tensor by how far these steps moved it. Rounding alone makes 2e-7 in twenty steps in fp32, and 4e-3 in one number of
+bf16; known mistakes change a loss by 2e-2 or more (tests/golden)."""
 
 NEVER = {CONFIG, RECORDS, TRACKERS, MANIFEST}
 """Files of a checkpoint that are not compared with those of another run: they are compared with the run's own."""
@@ -235,9 +235,5 @@ def _difference(where: str, name: str, one: Tensor, other: Tensor, start: Tensor
     by = then if start is None or start.shape != one.shape else then - start.double()
     size = float(gap.norm() / by.norm()) if by.norm() > 0 else math.inf
     moved = f", {size:.1g} of what these steps changed" if by is not then else f", {size:.1g} of its size"
-    return Difference(
-        where,
-        f"{name}: by {largest:.2g} at most from what is trained again{moved}",
-        size if math.isfinite(size) else math.inf,
-        largest,
-    )
+    what = f"{name}: by {largest:.2g} at most from what is trained again{moved}"
+    return Difference(where, what, size if math.isfinite(size) else math.inf, largest)

@@ -27,7 +27,8 @@ from vtrain.data.scanning.scan import Samples, scan
 from vtrain.plan.places import CHECKPOINTS
 from vtrain.plan.records import Plan
 from vtrain.plan.savings import SAVINGS
-from vtrain.run.chain import Finding, Kept
+from vtrain.run.certificate import Finding
+from vtrain.run.chain import Kept
 from vtrain.run.compare import Compared, Rows
 from vtrain.run.prepare import extra_texts, planned
 from vtrain.run.session import Session
@@ -74,7 +75,7 @@ class Scratch:
         folder.mkdir()
         changed = scratch_config(tomli.loads(leg.text), leg, folder / "output", self._own_cache)
         file = folder / "config.toml"
-        file.write_text("".join(f"{_key(key)} = {toml(value)}\n" for key, value in changed.items()), encoding="utf-8")
+        file.write_text(document(changed), encoding="utf-8")
         return file
 
     def plan(self, file: Path) -> Plan:
@@ -159,14 +160,19 @@ def scratch_config(tree: dict[str, Any], leg: Leg, output: Path, cache: Path) ->
     return tree
 
 
-def toml(value: object) -> str:
-    """A value of a TOML file, on one line."""
+def document(tree: Mapping[str, Any]) -> str:
+    """The text of a TOML file, a line for each key at its top."""
+    return "".join(f"{_key(key)} = {_toml(value)}\n" for key, value in tree.items())
+
+
+def _toml(value: object) -> str:
+    """A value, on one line."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{_key(key)} = {toml(each)}' for key, each in value.items())}}}"
+        return f"{{{', '.join(f'{_key(key)} = {_toml(each)}' for key, each in value.items())}}}"
     if isinstance(value, list):
-        return f"[{', '.join(map(toml, value))}]"
+        return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, str):
         return _quoted(value)
     return repr(value) if isinstance(value, int | float) else str(value)
@@ -213,9 +219,9 @@ class Here:
 
 def _hash_file(plan: Plan, sample: Sample, ref: SourceRef, ledger: Ledger) -> None:
     backend = plan.datasets[sample.place].backend
-    with suppress(OSError, FileFault):  # what cannot be read is not what was read
-        with backend.open(ref) as stream, hashed(stream) as (content, _):
-            ledger.record_hash(backend.location, ref, content)
+    # What cannot be read is not what was read.
+    with suppress(OSError, FileFault), backend.open(ref) as stream, hashed(stream) as (content, _):
+        ledger.record_hash(backend.location, ref, content)
 
 
 def _as_far_as_known(then: SampleMarks, now: SampleMarks) -> SampleMarks:

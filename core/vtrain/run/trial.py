@@ -1,0 +1,231 @@
+"""Which steps of a run are trained again, and what of them is the same: data and model are looked at before."""
+
+from __future__ import annotations
+
+import math
+import platform
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from vtrain import __version__
+from vtrain.config import load
+from vtrain.contract import CheckpointError, ConfigError, TrainingError, VtrainError
+from vtrain.estimate.render import counted
+from vtrain.plan.places import CHECKPOINTS, CONFIG, METRICS
+from vtrain.plan.records import Plan
+from vtrain.registry import discover
+from vtrain.run.certificate import Finding, Report, Retrained
+from vtrain.run.chain import RunFiles, reported
+from vtrain.run.compare import TOLERANCE, Compared, compare_checkpoints
+from vtrain.run.retrain import Here, Leg, Scratch, bases, otherwise, same_training, weight_findings
+from vtrain.train import checkpoint
+from vtrain.train.changes import different
+from vtrain.train.resume import RunState, versions
+
+
+def check_training(run: RunFiles, report: Report, *, everything: bool) -> None:
+    state = run.newest.state
+    legs = list(_legs(run, report, everything=everything))
+    if state is None:
+        report.skip(f"data, model and training: nothing says what they were at {run.newest.name}")
+        return
+    with tempfile.TemporaryDirectory(prefix="vtrain-verify-") as place:
+        reasons: list[str] = []
+        for number, base in enumerate(bases(run.folder, state) or [run.folder.parent]):
+            folder = Path(place, str(number)).resolve()
+            folder.mkdir()
+            try:
+                _Training(run, report, folder, base, state).check(legs)
+                return
+            except _CannotError as error:
+                reasons.append(str(error))
+        report.skip(f"data, model and training: {reasons[0]}")
+
+
+class _CannotError(Exception):
+    """Nothing can be planned in a folder; the text is the reason."""
+
+
+def _legs(run: RunFiles, report: Report, *, everything: bool) -> Iterator[Leg]:
+    """What is trained again, in order; what is not is said."""
+    begun = next((each for each in run.starts if not each["checkpoint"] or _foreign(run, each)), None)
+    origin, first = None, 0
+    if begun is not None and begun["checkpoint"]:
+        origin, first = Path(begun["checkpoint"]), begun["step"]
+    ways: list[Leg] = []
+    for before, end in pairwise([None, *run.kept]):
+        assert end is not None
+        state = end.state
+        if state is None or not (end.folder / CONFIG).is_file():
+            continue
+        start, step = (before.folder, before.step) if before is not None else (origin, first)
+        text = (end.folder / CONFIG).read_text(encoding="utf-8", errors="replace")
+        ways.append(Leg(start, step, end, end.step, text, state))
+    chosen = ways if everything else ways[-1:]
+    rest = run.metrics.last if run.metrics is not None else 0
+    if rest > run.newest.step and run.newest.state is not None and run.folder.joinpath(CONFIG).is_file():
+        text = (run.folder / CONFIG).read_text(encoding="utf-8", errors="replace")
+        settings = run.starts[-1]["settings"] if run.starts else run.newest.state.settings
+        tail = Leg(run.newest.folder, run.newest.step, None, rest, text, _with(run.newest.state, settings))
+        if everything:
+            chosen = [*chosen, tail]
+        else:
+            report.not_asked.append(f"{tail.words}, behind the last checkpoint")
+    report.not_asked += [each.words for each in ways if each not in chosen]
+    yield from chosen
+
+
+def _foreign(run: RunFiles, start: Mapping[str, Any]) -> bool:
+    """Whether a start went on from a checkpoint of another run."""
+    return Path(start["checkpoint"]).parent.name != CHECKPOINTS or (
+        Path(start["checkpoint"]).parent.parent.resolve() != run.folder.resolve()
+        and start["step"] not in {each.step for each in run.kept}
+        and start["session"] == 1
+    )
+
+
+def _with(state: RunState, settings: Mapping[str, Any]) -> RunState:
+    return replace(state, settings=settings)
+
+
+class _Training:
+    """Data, model and training of a run, looked at in a scratch folder. base: where paths of its configuration start."""
+
+    def __init__(self, run: RunFiles, report: Report, folder: Path, base: Path, state: RunState) -> None:
+        self.run, self.report, self.state = run, report, state
+        try:
+            config = load(run.newest.folder / CONFIG, discover(), base)
+        except VtrainError as error:
+            raise _CannotError(reported(error)) from error
+        self.scratch = Scratch(folder, base, config.cache.dir)
+
+    def check(self, legs: list[Leg]) -> None:
+        """Raises _CannotError where no plan can be made here, nothing having been said."""
+        if not legs:
+            self.report.skip("training: there is no checkpoint that it could lead to")
+            return
+        plans = []
+        try:
+            for leg in legs:
+                file = self.scratch.config(leg)
+                plans.append((leg, file, self.scratch.plan(file)))
+            plan = plans[-1][2]
+            here = Here.of(plan)
+        except VtrainError as error:
+            raise _CannotError(reported(error)) from error
+        self.report.versions = {
+            "vtrain": __version__,
+            **versions(plan.config),
+            **here.machine,
+            "system": platform.platform(),
+        }
+        same = self._same_weights(plan) & self._same_data(plan, here.device)
+        steps = sum(leg.last - leg.first for leg in legs)
+        if not same:
+            self.report.skip(
+                f"training: {counted(steps, 'step')} were not trained again, on another model or other data"
+            )
+            return
+        self.report.say(f"training {steps} of {legs[-1].last} steps again, on {here.device}")
+        for text in self.report.not_asked:
+            self.report.say(f"not trained again: {text} (--all does)")
+        for leg, file, made in plans:
+            self._leg(leg, file, made, here)
+
+    def _same_data(self, plan: Plan, device: str) -> bool:
+        then = self.run.newest.samples
+        if then is None:
+            self.report.skip(f"data: {self.run.newest.name} does not name its samples")
+            return True
+        try:
+            findings, files, captions = self.scratch.data(plan, then, device)
+        except VtrainError as error:
+            self.report.skip(f"data: {reported(error)}")
+            return False
+        self.report.compared |= {"samples": len(then.names), "files hashed": files, "captions": captions}
+        if self.report.found(findings):
+            return False
+        words = f"{counted(len(then.names), 'sample')} of {counted(files, 'file')} and {counted(captions, 'caption')}"
+        self.report.say(f"data: {words} as they were")
+        return True
+
+    def _same_weights(self, plan: Plan) -> bool:
+        try:
+            if self.report.found(weight_findings(plan, self.state)):
+                return False
+        except VtrainError as error:
+            self.report.skip(f"model: {reported(error)}")
+            return False
+        marks = len(self.state.encoders) + len(self.state.features) + bool(self.state.base)
+        self.report.compared["fingerprints"] = marks
+        if marks:
+            base = ", the weights under the adapter among them" if self.state.base else ""
+            self.report.say(f"model: {counted(marks, 'fingerprint')} as they were{base}")
+        else:
+            self.report.skip(f"model: an older vtrain left no fingerprints in {self.run.newest.name}")
+        return True
+
+    def _leg(self, leg: Leg, file: Path, plan: Plan, here: Here) -> None:
+        """Train it again and compare; what cannot be is said."""
+        if why := self._hindrance(leg):
+            self.report.skip(f"{leg.words}: {why}")
+            return
+        out = Compared()
+        try:
+            self._train(leg, file, out)
+        except (CheckpointError, TrainingError, ConfigError) as error:
+            own = all(str(self.scratch.folder) not in each.where for each in error.problems)
+            if own:
+                self.report.found([Finding(leg.words, f"it cannot be trained again: {reported(error)}")])
+            else:
+                self.report.skip(f"{leg.words}: {reported(error)}")
+            return
+        except VtrainError as error:
+            self.report.skip(f"{leg.words}: {reported(error)}")
+            return
+        self._judge(leg, out, plan, here)
+
+    def _train(self, leg: Leg, file: Path, out: Compared) -> None:
+        assert self.run.metrics is not None
+        made = self.scratch.retrain(file, leg, self.run.metrics.row, out)
+        if leg.end is not None:
+            compare_checkpoints(leg.end.folder, made, leg.start, not leg.end.fault, out)
+
+    def _hindrance(self, leg: Leg) -> str:
+        """Why a leg cannot be trained again; "" if it can."""
+        if self.run.metrics is None:
+            return f"there is no {METRICS}"
+        if leg.start is not None and (fault := checkpoint.fault(leg.start)) is not None:
+            return f"{leg.start.name} is not sound: {fault}"
+        newest, own = self.run.newest.samples, leg.end.samples if leg.end is not None else None
+        if newest is not None and own is not None and any(found for _, found in different(newest, own)):
+            return "other data was trained on then than there is now"
+        if leg.state.encoders != self.state.encoders or leg.state.features != self.state.features:
+            return "another model was trained on then than there is now"
+        for each in self.run.starts:
+            if leg.first < each["step"] < leg.last and not same_training(each["settings"], leg.state.settings):
+                return f"settings were others before step {each['step']}, and its checkpoint is not there any more"
+        return ""
+
+    def _judge(self, leg: Leg, out: Compared, plan: Plan, here: Here) -> None:
+        size = out.size
+        known = None if size == math.inf else size
+        self.report.retrained.append(
+            Retrained(leg.first, leg.last, out.rows, out.tensors, out.files, not out.differences, known)
+        )
+        what = f"{counted(out.rows, 'row')} of {METRICS} and {counted(out.tensors, 'tensor')}"
+        if not out.differences:
+            self.report.say(f"trained again: {leg.words}: {what} are the same, bit for bit")
+            return
+        why = otherwise(leg.state, here, versions(plan.config))
+        if not why or size > TOLERANCE:
+            found = [each for each in out.differences if not why or each.size > TOLERANCE]
+            self.report.found([Finding(each.where, each.what) for each in found])
+            return
+        most = max(out.differences, key=lambda each: each.size)
+        text = f"the bits of {leg.words}, for {'; '.join(why)}. {what} are the same within {TOLERANCE:g}"
+        self.report.skip(f"{text}; the largest difference is {most.size:.1g}: {most.where}: {most.what}")

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vtrain.contract import DType
     from vtrain.contract.pipelines import ExportFormat
+    from vtrain.run.certificate import Certificate
     from vtrain.run.export import Exported
     from vtrain.run.prepare import Prepared
     from vtrain.run.session import Session
-    from vtrain.run.certificate import Certificate
 
 
 def plan(

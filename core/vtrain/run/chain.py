@@ -25,7 +25,7 @@ from vtrain.run.certificate import Finding
 from vtrain.run.lines import RECORDS, UNREAD, Chain, Records, Written
 from vtrain.train import checkpoint
 from vtrain.train.changes import SampleMarks
-from vtrain.train.resume import Relocation, RunState, read_state
+from vtrain.train.resume import STATE, Relocation, RunState, read_state
 from vtrain.train.settings import compare, declared, shown
 
 
@@ -188,12 +188,13 @@ def counts_of(kept: Sequence[Kept], name: str) -> set[int]:
 @dataclass(frozen=True)
 class RunFiles:
     """What lies in a run's folder. kept: its checkpoints, oldest first, at least one. metrics, events: None where there is no such
-    file. starts: events that say where and how it was started."""
+    file. starts: events that say where and how it was started. whole: whether all checkpoints are looked at."""
 
     folder: Path
     kept: tuple[Kept, ...]
     metrics: Lines | None
     events: Lines | None
+    whole: bool = True
 
     @property
     def starts(self) -> list[Mapping[str, Any]]:
@@ -212,7 +213,21 @@ class RunFiles:
             Lines(file, counts_of(kept, file.name), wanted=("started",)) if file.is_file() else None
             for file in (folder / METRICS, folder / EVENTS)
         )
-        return cls(folder, kept, metrics, events)
+        return cls(folder, kept, metrics, events, last is None)
+
+    @property
+    def steps(self) -> int:
+        """How many it trained, as far as it is looked at."""
+        behind = self.metrics.last if self.metrics is not None and self.whole else 0
+        return max(self.newest.step, behind) - self.origin[1]
+
+    @property
+    def origin(self) -> tuple[Path | None, int]:
+        """Where its metrics begin: the checkpoint of another run that it went on from, or None; and that one's step."""
+        first = self.metrics.steps[0] - 1 if self.metrics is not None and self.metrics.steps else 0
+        started = (each for each in self.starts if each["checkpoint"] and each["step"] == first > 0)
+        found = next(started, None)
+        return (None, 0) if found is None else (Path(found["checkpoint"]), first)
 
 
 def link_findings(kept: Sequence[Kept]) -> Iterator[Finding]:
@@ -269,6 +284,15 @@ def config_findings(kept: Kept, base: Path) -> Iterator[Finding]:
             yield Finding(f"{kept.name}/{CONFIG}", what)
 
 
+def start_findings(kept: Kept, starts: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+    """Where the settings in a checkpoint are not those that its run was started with. starts: those events."""
+    for each in starts:
+        if kept.state is not None and kept.records is not None and each["session"] == kept.records.session:
+            yield from _unlike(
+                f"{kept.name}/{STATE}", kept.state.settings, each["settings"], "the run was started with", EVENTS
+            )
+
+
 def run_findings(run: Path, newest: Kept, started: Mapping[str, Any] | None) -> Iterator[Finding]:
     """Where config.toml and plan.json of a run are not what its last start and its newest checkpoint say. started: that event.
 
@@ -286,7 +310,7 @@ def run_findings(run: Path, newest: Kept, started: Mapping[str, Any] | None) -> 
     # One that was resumed and has not saved since may have another configuration.
     if state is None or (started is not None and newest.records and newest.records.session != started["session"]):
         return
-    where = f"{newest.name}/state.json"
+    where = f"{newest.name}/{STATE}"
     yield from _unlike(PLAN, settings, state.settings, "the run was trained with", where)
     if text != (newest.folder / CONFIG).read_bytes():
         yield Finding(CONFIG, f"it is not the one in {newest.name}")

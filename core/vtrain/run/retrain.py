@@ -44,6 +44,9 @@ OTHER = re.compile(
 """Settings that change no number: the scratch run has others, and two starts of a run may have."""
 
 
+SHORT = "by its configuration the run ends after step"
+
+
 @dataclass(frozen=True)
 class Leg:
     """Steps that are trained again, after `first` to `last`. start: the checkpoint they begin from, None for step 0. end: the one
@@ -134,7 +137,7 @@ class Scratch:
                         rows.take(asdict(each))
         rows.end()
         if done < leg.last:
-            raise ConfigError(Problem("", f"by its configuration the run ends after step {done}."))
+            raise ConfigError(Problem("", f"{SHORT} {done}."))
         return file.parent / "output" / CHECKPOINTS / checkpoint_name(leg.last)
 
 

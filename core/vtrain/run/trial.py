@@ -11,17 +11,20 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from vtrain import __version__
 from vtrain.config import load
-from vtrain.contract import CheckpointError, ConfigError, TrainingError, VtrainError
+from vtrain.contract import TrainingError, VtrainError
 from vtrain.estimate.render import counted
-from vtrain.plan.places import CHECKPOINTS, CONFIG, METRICS
+from vtrain.plan.places import CONFIG, METRICS
 from vtrain.plan.records import Plan
 from vtrain.registry import discover
 from vtrain.run.certificate import Finding, Report, Retrained
 from vtrain.run.chain import RunFiles, reported
 from vtrain.run.compare import TOLERANCE, Compared, compare_checkpoints
-from vtrain.run.retrain import Here, Leg, Scratch, bases, otherwise, same_training, weight_findings
+from vtrain.run.lines import Link
+from vtrain.run.retrain import SHORT, Here, Leg, Scratch, bases, otherwise, same_training, weight_findings
 from vtrain.train import checkpoint
 from vtrain.train.changes import different
 from vtrain.train.resume import RunState, versions
@@ -52,10 +55,7 @@ class _CannotError(Exception):
 
 def _legs(run: RunFiles, report: Report, *, everything: bool) -> Iterator[Leg]:
     """What is trained again, in order; what is not is said."""
-    begun = next((each for each in run.starts if not each["checkpoint"] or _foreign(run, each)), None)
-    origin, first = None, 0
-    if begun is not None and begun["checkpoint"]:
-        origin, first = Path(begun["checkpoint"]), begun["step"]
+    origin, first = run.origin
     ways: list[Leg] = []
     for before, end in pairwise([None, *run.kept]):
         assert end is not None
@@ -66,7 +66,7 @@ def _legs(run: RunFiles, report: Report, *, everything: bool) -> Iterator[Leg]:
         text = (end.folder / CONFIG).read_text(encoding="utf-8", errors="replace")
         ways.append(Leg(start, step, end, end.step, text, state))
     chosen = ways if everything else ways[-1:]
-    rest = run.metrics.last if run.metrics is not None else 0
+    rest = run.metrics.last if run.metrics is not None and run.whole else 0
     if rest > run.newest.step and run.newest.state is not None and run.folder.joinpath(CONFIG).is_file():
         text = (run.folder / CONFIG).read_text(encoding="utf-8", errors="replace")
         settings = run.starts[-1]["settings"] if run.starts else run.newest.state.settings
@@ -77,15 +77,6 @@ def _legs(run: RunFiles, report: Report, *, everything: bool) -> Iterator[Leg]:
             report.not_asked.append(f"{tail.words}, behind the last checkpoint")
     report.not_asked += [each.words for each in ways if each not in chosen]
     yield from chosen
-
-
-def _foreign(run: RunFiles, start: Mapping[str, Any]) -> bool:
-    """Whether a start went on from a checkpoint of another run."""
-    return Path(start["checkpoint"]).parent.name != CHECKPOINTS or (
-        Path(start["checkpoint"]).parent.parent.resolve() != run.folder.resolve()
-        and start["step"] not in {each.step for each in run.kept}
-        and start["session"] == 1
-    )
 
 
 def _with(state: RunState, settings: Mapping[str, Any]) -> RunState:
@@ -105,34 +96,33 @@ class _Training:
 
     def check(self, legs: list[Leg]) -> None:
         """Raises _CannotError where no plan can be made here, nothing having been said."""
-        if not legs:
-            self.report.skip("training: there is no checkpoint that it could lead to")
-            return
-        plans = []
+        newest = self.run.newest
+        text = (newest.folder / CONFIG).read_text(encoding="utf-8", errors="replace")
+        whole = Leg(newest.folder, newest.step, newest, newest.step, text, self.state)
+        ready = [leg for leg in legs if not self._hindrance(leg)]
         try:
-            for leg in legs:
-                file = self.scratch.config(leg)
-                plans.append((leg, file, self.scratch.plan(file)))
-            plan = plans[-1][2]
+            plan = self.scratch.plan(self.scratch.config(whole))
+            files = [(leg, self.scratch.config(leg)) for leg in ready]
+            plans = [(leg, file, self.scratch.plan(file)) for leg, file in files]
             here = Here.of(plan)
         except VtrainError as error:
             raise _CannotError(reported(error)) from error
         self.report.versions = {
-            "vtrain": __version__,
-            **versions(plan.config),
-            **here.machine,
-            "system": platform.platform(),
-        }
+            "vtrain": __version__, **versions(plan.config), **here.machine, "system": platform.platform(),
+        }  # fmt: skip
+        for leg in legs:
+            if why := self._hindrance(leg):
+                self.report.skip(f"{leg.words}: {why}")
         same = self._same_weights(plan) & self._same_data(plan, here.device)
-        steps = sum(leg.last - leg.first for leg in legs)
+        steps = sum(leg.last - leg.first for leg in ready)
         if not same:
             self.report.skip(
                 f"training: {counted(steps, 'step')} were not trained again, on another model or other data"
             )
             return
-        self.report.say(f"training {steps} of {legs[-1].last} steps again, on {here.device}")
-        for text in self.report.not_asked:
-            self.report.say(f"not trained again: {text} (--all does)")
+        self.report.say(f"training {steps} of {self.run.steps} steps again, on {here.device}")
+        for words in self.report.not_asked:
+            self.report.say(f"not trained again: {words} (--all does)")
         for leg, file, made in plans:
             self._leg(leg, file, made, here)
 
@@ -171,21 +161,24 @@ class _Training:
 
     def _leg(self, leg: Leg, file: Path, plan: Plan, here: Here) -> None:
         """Train it again and compare; what cannot be is said."""
-        if why := self._hindrance(leg):
-            self.report.skip(f"{leg.words}: {why}")
-            return
         out = Compared()
         try:
             self._train(leg, file, out)
-        except (CheckpointError, TrainingError, ConfigError) as error:
-            own = all(str(self.scratch.folder) not in each.where for each in error.problems)
-            if own:
+        except VtrainError as error:
+            # Of the scratch folder, the model, the data, the device: nothing of what the run says is wrong by that.
+            if isinstance(error, TrainingError) or any(
+                _names(leg, f"{each.where} {each.what}") for each in error.problems
+            ):
                 self.report.found([Finding(leg.words, f"it cannot be trained again: {reported(error)}")])
             else:
                 self.report.skip(f"{leg.words}: {reported(error)}")
             return
-        except VtrainError as error:
-            self.report.skip(f"{leg.words}: {reported(error)}")
+        except OSError as error:
+            self.report.skip(f"{leg.words}: {error}")
+            return
+        except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            what = f"it cannot be trained again: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            self.report.found([Finding(leg.words, what)])
             return
         self._judge(leg, out, plan, here)
 
@@ -199,16 +192,32 @@ class _Training:
         """Why a leg cannot be trained again; "" if it can."""
         if self.run.metrics is None:
             return f"there is no {METRICS}"
-        if leg.start is not None and (fault := checkpoint.fault(leg.start)) is not None:
-            return f"{leg.start.name} is not sound: {fault}"
+        if leg.start is not None and (fault := self._fault(leg.start, leg)):
+            return fault
         newest, own = self.run.newest.samples, leg.end.samples if leg.end is not None else None
         if newest is not None and own is not None and any(found for _, found in different(newest, own)):
             return "other data was trained on then than there is now"
         if leg.state.encoders != self.state.encoders or leg.state.features != self.state.features:
             return "another model was trained on then than there is now"
-        for each in self.run.starts:
-            if leg.first < each["step"] < leg.last and not same_training(each["settings"], leg.state.settings):
-                return f"settings were others before step {each['step']}, and its checkpoint is not there any more"
+        between = [each for each in self.run.starts if leg.first < each["step"] < leg.last]
+        begun = [each for each in self.run.starts if each["step"] <= leg.first][-1:]
+        if between and not all(same_training(each["settings"], leg.state.settings) for each in begun + between):
+            step = between[-1]["step"]
+            return f"settings were others before step {step}, and its checkpoint is not there any more"
+        return ""
+
+    def _fault(self, start: Path, leg: Leg) -> str:
+        """Why a leg cannot begin from a checkpoint; "" if it can."""
+        own = next((each for each in self.run.kept if each.folder == start), None)
+        if own is not None:
+            return f"{own.name} is not sound: {own.fault}" if own.fault else ""
+        if not start.is_dir():
+            return f"{start}, a checkpoint of another run, is not there any more"
+        if fault := checkpoint.fault(start):
+            return f"{start} is not sound: {fault}"
+        link = leg.end.records.before if leg.end is not None and leg.end.records is not None else None
+        if link is not None and link.step == leg.first and Link.to(leg.first, start) != link:
+            return f"{start} is another checkpoint than the one that the run went on from"
         return ""
 
     def _judge(self, leg: Leg, out: Compared, plan: Plan, here: Here) -> None:
@@ -229,3 +238,8 @@ class _Training:
         most = max(out.differences, key=lambda each: each.size)
         text = f"the bits of {leg.words}, for {'; '.join(why)}. {what} are the same within {TOLERANCE:g}"
         self.report.skip(f"{text}; the largest difference is {most.size:.1g}: {most.where}: {most.what}")
+
+
+def _names(leg: Leg, text: str) -> bool:
+    """Whether an error is of the checkpoint that a leg begins from, or of its configuration."""
+    return SHORT in text or (leg.start is not None and str(leg.start) in text)

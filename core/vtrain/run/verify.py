@@ -21,6 +21,7 @@ from vtrain.run.chain import (
     link_findings,
     reported,
     run_findings,
+    start_findings,
     unlinked,
 )
 from vtrain.run.output import hold
@@ -126,6 +127,7 @@ def _check_configuration(run: RunFiles, report: Report) -> None:
         try:
             base = next(iter(bases(run.folder, each.state)), run.folder.parent)
             report.found(config_findings(each, base))
+            report.found(start_findings(each, run.starts))
             report.compared["settings"] = report.compared.get("settings", 0) + len(each.state.settings)
         except VtrainError as error:
             report.found([Finding(f"{each.name}/{CONFIG}", f"it cannot be read: {reported(error)}")])

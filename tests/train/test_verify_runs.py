@@ -1,0 +1,137 @@
+"""`vtrain verify` on runs of every kind: what they were is trained again to the same bits, or it is said why not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vtrain import api
+from vtrain.contract import Logged
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+SMOOTH = '\n[[regularizer]]\nuse = "toy-smooth"\nblock = 1\nweight = 0.1\n'
+
+
+def checkpoint(folder: Any, step: int) -> Path:
+    return folder.output / "checkpoints" / f"step-{step:06d}"
+
+
+def all_bits(found: Any) -> list[tuple[int, int]]:
+    """The steps that were trained again, all bit for bit."""
+    assert found.findings == ()
+    assert all(each.bits for each in found.retrained)
+    return [(each.first, each.last) for each in found.retrained]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_runs_with_averages_regularizers_and_accumulation_are_sound(folder, within: Run, train: str) -> None:
+    """Slow: all is trained twice. Validation, trackers and the cache are the run's alone."""
+    more = (
+        SMOOTH
+        + '\n[ema]\ndecay = 0.9\nvalidation = "both"\n[validation]\nevery = "2 steps"\n[validation.prompts]\na = "a cat"\n'
+    )
+    folder.write(train=train, accumulate=2, save=2, steps=5, more=more)
+    within("run", folder.config)
+    found = api.verify(folder.output, all=True)
+    assert found.verdict == "sound"
+    assert all_bits(found) == [(0, 2), (2, 4), (4, 5)]
+
+
+@pytest.mark.slow
+def test_a_run_whose_settings_changed_at_a_resume_is_sound_as_long_as_that_checkpoint_is_there(
+    folder, within: Run
+) -> None:
+    """Slow: all is trained twice."""
+    within("run", folder.write(steps=3))
+    within("run", folder.write(steps=9, lr=5e-4))
+    assert all_bits(api.verify(folder.output, all=True)) == [(0, 3), (3, 6), (6, 9)]
+    shutil.rmtree(checkpoint(folder, 3))
+    found = api.verify(folder.output, all=True)
+    assert found.verdict == "sound as far as compared"
+    told = "steps 1 to 6 from step 0: settings were others before step 3, and its checkpoint is not there any more"
+    assert found.not_compared == (told,)
+    assert all_bits(found) == [(6, 9)]
+
+
+@pytest.mark.slow
+def test_a_run_that_went_back_to_an_earlier_checkpoint_is_sound(folder, within: Run) -> None:
+    """Slow: all is trained twice. What was left behind is no part of the chain."""
+    within("run", folder.write(steps=9))
+    text = folder.write(steps=9, lr=5e-4).read_text(encoding="utf-8")
+    folder.config.write_text(text.replace("seed = 7", 'seed = 7\nresume = "step-000003"'), encoding="utf-8")
+    within("run", folder.config)
+    records = json.loads((checkpoint(folder, 6) / "records.json").read_text(encoding="utf-8"))
+    assert records["before"]["step"] == 3
+    found = api.verify(folder.output, all=True)
+    assert found.verdict == "sound"
+    assert all_bits(found) == [(0, 3), (3, 6), (6, 9)]
+
+
+@pytest.mark.slow
+def test_a_run_that_began_from_another_runs_checkpoint_is_sound_as_long_as_that_is_there(
+    folder, another, within: Run
+) -> None:
+    """Slow: two runs, and one twice more."""
+    within("run", folder.write(steps=3))
+    other = another()
+    text = other.write(steps=9).read_text(encoding="utf-8")
+    start = checkpoint(folder, 3).as_posix()
+    other.config.write_text(text.replace("seed = 7", f'seed = 7\nresume = "{start}"'), encoding="utf-8")
+    within("run", other.config)
+    found = api.verify(other.output, all=True)
+    assert found.verdict == "sound"
+    assert all_bits(found) == [(3, 6), (6, 9)]
+    shutil.rmtree(start)
+    found = api.verify(other.output, all=True)
+    assert found.not_compared == (
+        f"steps 4 to 6 from step-000003: {start}, a checkpoint of another run, is not there any more",
+    )
+    assert all_bits(found) == [(6, 9)]
+
+
+@pytest.mark.slow
+def test_steps_behind_the_last_checkpoint_are_trained_again_with_all(folder, within: Run, one_decoder: None) -> None:
+    """Slow: a run that was left in its middle, and two verifications."""
+    folder.write(steps=9, log_every=1)
+    with api.run(folder.config) as session:
+        for event in session:
+            if isinstance(event, Logged) and event.steps[-1].step == 5:
+                break
+    found = api.verify(folder.output)
+    assert found.not_asked == ("steps 4 to 5 from step-000003, behind the last checkpoint",)
+    assert all_bits(api.verify(folder.output, all=True)) == [(0, 3), (3, 5)]
+    file = folder.output / "metrics.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    row = json.loads(lines[4])
+    file.write_text("".join(lines[:4]) + json.dumps({**row, "grad_norm": 1.5}) + "\n", encoding="utf-8")
+    (finding,) = api.verify(folder.output, all=True).findings
+    assert str(finding).startswith("metrics.jsonl: step 5: grad_norm is 1.5, and ")
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_is_trained_again_in_one(folder, vtrain: Run, one_decoder: None) -> None:
+    """Slow: torchrun. Micro-batches are the same in one process; of two the sum is the same in any order."""
+    vtrain("run", folder.write(steps=4, save=2), processes=2)
+    found = api.verify(folder.output, all=True)
+    assert found.verdict == "sound"
+    assert all_bits(found) == [(0, 2), (2, 4)]
+
+
+@pytest.mark.slow
+def test_without_the_cache_all_is_encoded_again_in_the_scratch_folder(folder, within: Run, one_decoder: None) -> None:
+    """Slow: clips and captions are encoded twice."""
+    cache = folder.path / "own-cache"
+    text = folder.write(steps=4, save=2).read_text(encoding="utf-8")
+    folder.config.write_text(text.replace(folder.cache.as_posix(), cache.as_posix()), encoding="utf-8")
+    within("run", folder.config)
+    shutil.rmtree(cache)
+    found = api.verify(folder.output)
+    assert found.verdict == "sound"
+    assert not cache.exists()

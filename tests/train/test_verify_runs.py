@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from vtrain import api
 from vtrain.contract import Logged
@@ -135,3 +137,40 @@ def test_without_the_cache_all_is_encoded_again_in_the_scratch_folder(folder, wi
     found = api.verify(folder.output)
     assert found.verdict == "sound"
     assert not cache.exists()
+
+
+@pytest.mark.slow
+def test_runs_with_masks_and_cached_features_are_sound_and_a_changed_mask_is_found(
+    folder, within: Run, toy_clips: Path, one_decoder: None
+) -> None:
+    """Slow: clips are encoded, too. One mask is black, so that its clip is none of the run's."""
+    (folder.path / "clips").unlink()
+    shutil.copytree(toy_clips / "clips", folder.path / "clips")
+    own = type(folder)(folder.path, folder.path / "cache")
+    masks = folder.path / "clips" / "masks"
+    masks.mkdir()
+    for number in range(3):
+        picture = np.zeros((64, 96 if number == 1 else 64, 3), dtype=np.uint8)
+        picture[:, : 32 * (number < 2)] = 255
+        Image.fromarray(picture).save(masks / f"clip_{number}.png")
+    more = '\n[[regularizer]]\nuse = "toy-colours"\nblock = 1\nteacher = "cached"\n'
+    text = own.write(more, steps=4, save=2).read_text(encoding="utf-8")
+    table = 'path = "clips"\non_bad_file = "move"\nquarantine = "bad"\n[data.masks]\nfolder = "masks"\n'
+    own.config.write_text(text.replace('path = "clips"\n', table), encoding="utf-8")
+    within("run", own.config)
+    found = api.verify(own.output, all=True)
+    assert found.verdict == "sound"
+    assert all_bits(found) == [(0, 2), (2, 4)]
+    assert found.compared["samples"] == 4
+    Image.fromarray(np.full((64, 64, 3), 255, dtype=np.uint8)).save(masks / "clip_0.png")
+    (finding,) = api.verify(own.output).findings
+    assert str(finding) == "data: 1 sample with another mask: clips/clip_0.mp4"
+
+
+@pytest.mark.slow
+def test_what_memory_chose_is_trained_again_as_it_was(folder, within: Run, one_decoder: None) -> None:
+    """Slow: all is trained twice. On another machine [memory] might choose otherwise."""
+    within("run", folder.write('\n[memory]\nlimit = "8 GiB"\n', steps=4, save=2))
+    found = api.verify(folder.output, all=True)
+    assert found.verdict == "sound"
+    assert all_bits(found) == [(0, 2), (2, 4)]

@@ -151,6 +151,8 @@ def _verify(
     json: Json = False,
 ) -> None:
     """Whether a run is what it says: files, data, model, and some of its steps trained again; with a finding the exit code is 2."""
+    if not json and run.is_dir():
+        typer.echo(f"{run}: loading torch, then reading every file")
     from vtrain.cli.verify import verify
 
     verify(run, everything, json)

@@ -7,6 +7,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -15,7 +16,7 @@ from typing import Any, Self
 
 from vtrain.config import load
 from vtrain.config.keys import key_path
-from vtrain.contract import CheckpointError, VtrainError
+from vtrain.contract import CheckpointError, Started, StepSkipped, VtrainError
 from vtrain.estimate.render import counted
 from vtrain.plan.places import CHECKPOINTS, CONFIG, EVENTS, METRICS, PLAN
 from vtrain.plan.savings import SAVINGS
@@ -27,6 +28,9 @@ from vtrain.train import checkpoint
 from vtrain.train.changes import SampleMarks
 from vtrain.train.resume import STATE, Relocation, RunState, read_state
 from vtrain.train.settings import compare, declared, shown
+
+STARTED, SKIPPED = Started.__name__.lower(), StepSkipped.__name__.lower()
+"""Names of events."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,9 @@ class Kept:
     def read(cls, step: int, folder: Path) -> Kept:
         """All its files are read, once."""
         fault, file = checkpoint.fault(folder) or "", folder / checkpoint.MANIFEST
-        manifest = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
-        odd: list[Finding] = []
+        manifest, odd = "", list[Finding]()
+        with suppress(OSError):  # then it is not sound, and that is said
+            manifest = hashlib.sha256(file.read_bytes()).hexdigest()
 
         def said(read: Callable[[Path], Any]) -> Any:
             try:
@@ -143,12 +148,13 @@ class Lines:
                 return None
             return found
 
-    def findings(self, kept: Sequence[Kept]) -> Iterator[Finding]:
-        """Where they are not what a checkpoint says they were, and steps that do not follow each other."""
+    def findings(self, kept: Sequence[Kept], skipped: Collection[int] = ()) -> Iterator[Finding]:
+        """Where they are not what a checkpoint says they were, and steps that do not follow each other. skipped: steps that were
+        not taken, of which there is no line."""
         if self.odd:
             yield Finding(self.name, f"line {self.odd[0]} is no line of this file")
         if self.name == METRICS:
-            yield from self._order()
+            yield from self._order(skipped)
         agreed = 0
         for each in kept:
             want = each.records.files.get(self.name) if each.records is not None else None
@@ -159,9 +165,9 @@ class Lines:
                 return  # those of later checkpoints follow from it
             agreed = want.lines
 
-    def _order(self) -> Iterator[Finding]:
+    def _order(self, skipped: Collection[int]) -> Iterator[Finding]:
         for number, (one, other) in enumerate(pairwise(self.steps), start=2):
-            if other != one + 1:
+            if other <= one or not all(step in skipped for step in range(one + 1, other)):
                 yield Finding(self.name, f"line {number} is of step {other}, after step {one}")
                 return
 
@@ -198,6 +204,15 @@ class RunFiles:
 
     @property
     def starts(self) -> list[Mapping[str, Any]]:
+        return [each for each in self._events if each["event"] == STARTED]
+
+    @property
+    def skipped(self) -> set[int]:
+        """Steps that were not taken."""
+        return {each["step"] for each in self._events if each["event"] == SKIPPED}
+
+    @property
+    def _events(self) -> Sequence[Mapping[str, Any]]:
         return self.events.events if self.events is not None else []
 
     @property
@@ -210,7 +225,7 @@ class RunFiles:
         saved = checkpoint.steps_saved(folder / CHECKPOINTS)
         kept = tuple(Kept.read(step, each) for step, each in saved if last is None or step <= last)
         metrics, events = (
-            Lines(file, counts_of(kept, file.name), wanted=("started",)) if file.is_file() else None
+            Lines(file, counts_of(kept, file.name), wanted=(STARTED, SKIPPED)) if file.is_file() else None
             for file in (folder / METRICS, folder / EVENTS)
         )
         return cls(folder, kept, metrics, events, last is None)

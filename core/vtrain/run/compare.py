@@ -67,15 +67,16 @@ class Rows:
         """row: of a step, as the file has it."""
         self._row, self._out = row, out
         self._first: Difference | None = None
-        self._steps = 0
+        self._steps, self._seen = 0, set[int]()
 
     def take(self, row: Mapping[str, Any]) -> None:
         """The next step's."""
         now = json.loads(json.dumps(row))
         before = self._row(now["step"])
         self._out.rows += 1
+        self._seen.add(now["step"])
         if before is None:
-            self._note(f"it has no step {now['step']}", math.inf)
+            self._note(f"it has no step {now['step']}, and there is one when it is trained again", math.inf)
             return
         for key in sorted({*now, *before} - {*MEASURED}):
             if (size := _gap(before.get(key), now.get(key))) > 0:
@@ -90,8 +91,11 @@ class Rows:
         elif size > self._first.size:
             self._first = Difference(METRICS, self._first.what, size)
 
-    def end(self) -> None:
-        """No more come."""
+    def end(self, first: int, last: int) -> None:
+        """No more come of the steps after `first`, to `last`."""
+        for step in range(first + 1, last + 1):
+            if step not in self._seen and self._row(step) is not None:
+                self._note(f"step {step} is none when it is trained again", math.inf)
         if self._first is not None:
             more = f"; {self._steps} of {self._out.rows} steps differ" if self._out.rows > 1 else ""
             self._out.differences.append(Difference(METRICS, self._first.what + more, self._first.size))

@@ -73,10 +73,13 @@ class Scratch:
         self._own_cache = folder / "cache"
 
     def config(self, leg: Leg) -> Path:
-        """The file of the scratch run of a leg."""
+        """The file of the scratch run of a leg. Raises ConfigError."""
         folder = self.folder / f"steps-{leg.first}-{leg.last}"
         folder.mkdir()
-        changed = scratch_config(tomli.loads(leg.text), leg, folder / "output", self._own_cache)
+        try:
+            changed = scratch_config(tomli.loads(leg.text), leg, folder / "output", self._own_cache)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(Problem("", f"its configuration cannot be read: {error}.")) from error
         file = folder / "config.toml"
         file.write_text(document(changed), encoding="utf-8")
         return file
@@ -120,7 +123,7 @@ class Scratch:
                 if (self.cache / name).is_file():
                     link = plan.config.cache.dir / name
                     link.parent.mkdir(parents=True, exist_ok=True)
-                    with suppress(FileExistsError):
+                    with suppress(OSError):  # it is there, or this system lets nobody link: then it is made again
                         link.symlink_to(self.cache / name)
 
     def retrain(self, file: Path, leg: Leg, row: Callable[[int], Mapping[str, Any] | None], out: Compared) -> Path:
@@ -135,7 +138,7 @@ class Scratch:
                 elif isinstance(event, Logged):
                     for each in event.steps:
                         rows.take(asdict(each))
-        rows.end()
+        rows.end(leg.first, done)
         if done < leg.last:
             raise ConfigError(Problem("", f"{SHORT} {done}."))
         return file.parent / "output" / CHECKPOINTS / checkpoint_name(leg.last)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -97,24 +98,20 @@ class _Training:
     def check(self, legs: list[Leg]) -> None:
         """Raises _CannotError where no plan can be made here, nothing having been said."""
         newest = self.run.newest
-        text = (newest.folder / CONFIG).read_text(encoding="utf-8", errors="replace")
-        whole = Leg(newest.folder, newest.step, newest, newest.step, text, self.state)
-        ready = [leg for leg in legs if not self._hindrance(leg)]
         try:
-            plan = self.scratch.plan(self.scratch.config(whole))
-            files = [(leg, self.scratch.config(leg)) for leg in ready]
-            plans = [(leg, file, self.scratch.plan(file)) for leg, file in files]
+            text = (newest.folder / CONFIG).read_text(encoding="utf-8", errors="replace")
+            plan = self._planned(Leg(newest.folder, newest.step, newest, newest.step, text, self.state))[1]
             here = Here.of(plan)
-        except VtrainError as error:
-            raise _CannotError(reported(error)) from error
+        except (VtrainError, OSError) as error:
+            raise _CannotError(reported(error) if isinstance(error, VtrainError) else str(error)) from error
+        ready = list(self._ready(legs))
         self.report.versions = {
             "vtrain": __version__, **versions(plan.config), **here.machine, "system": platform.platform(),
         }  # fmt: skip
-        for leg in legs:
-            if why := self._hindrance(leg):
-                self.report.skip(f"{leg.words}: {why}")
         same = self._same_weights(plan) & self._same_data(plan, here.device)
-        steps = sum(leg.last - leg.first for leg in ready)
+        steps = sum(leg.last - leg.first for leg, _, _ in ready)
+        if not ready:
+            return
         if not same:
             self.report.skip(
                 f"training: {counted(steps, 'step')} were not trained again, on another model or other data"
@@ -123,8 +120,25 @@ class _Training:
         self.report.say(f"training {steps} of {self.run.steps} steps again, on {here.device}")
         for words in self.report.not_asked:
             self.report.say(f"not trained again: {words} (--all does)")
-        for leg, file, made in plans:
+        for leg, file, made in ready:
             self._leg(leg, file, made, here)
+            shutil.rmtree(file.parent, ignore_errors=True)  # all of them may be large together
+
+    def _planned(self, leg: Leg) -> tuple[Path, Plan]:
+        file = self.scratch.config(leg)
+        return file, self.scratch.plan(file)
+
+    def _ready(self, legs: list[Leg]) -> Iterator[tuple[Leg, Path, Plan]]:
+        """Those that can be trained again; of the others it is said why not."""
+        for leg in legs:
+            why = self._hindrance(leg)
+            try:
+                if not why:
+                    yield leg, *self._planned(leg)
+            except VtrainError as error:
+                why = reported(error)
+            if why:
+                self.report.skip(f"{leg.words}: {why}")
 
     def _same_data(self, plan: Plan, device: str) -> bool:
         then = self.run.newest.samples

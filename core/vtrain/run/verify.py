@@ -41,7 +41,12 @@ def verify(path: Path, *, everything: bool = False, say: Callable[[str], None] =
         raise ConfigError(Problem("", "vtrain verify is one process.", "Start it without torchrun."))
     with _alone(folder) as writable:
         report = Report(say)
-        run = RunFiles.read(folder, last)
+        try:
+            run = RunFiles.read(folder, last)
+        except OSError as error:
+            raise CheckpointError(
+                Problem(str(error.filename or folder), f"it cannot be read: {error.strerror}.")
+            ) from error
         _check_records(run, report)
         _check_checkpoints(run, report)
         _check_configuration(run, report)
@@ -94,7 +99,7 @@ def _check_records(run: RunFiles, report: Report) -> None:
         if found is None:
             wrong += report.found([Finding(name, "it is not there")])
             continue
-        wrong += report.found(found.findings(run.kept))
+        wrong += report.found(found.findings(run.kept, run.skipped))
         report.compared[f"{name} lines"] = max(counts_of(run.kept, name), default=0)
         lines.append(f"{name} ({counted(found.count, 'line')})")
     wrong += report.found(link_findings(run.kept))

@@ -174,3 +174,35 @@ def test_what_memory_chose_is_trained_again_as_it_was(folder, within: Run, one_d
     found = api.verify(folder.output, all=True)
     assert found.verdict == "sound"
     assert all_bits(found) == [(0, 2), (2, 4)]
+
+
+@pytest.mark.slow
+def test_a_runs_folder_that_was_moved_alone_is_verified_with_the_data_where_it_was(folder, within: Run) -> None:
+    """Slow: a run and a verification. The folder above the new place is there, and has no clips."""
+    within("run", folder.write(steps=4, save=2))
+    moved = folder.path / "archive" / "out"
+    moved.parent.mkdir()
+    folder.output.rename(moved)
+    found = api.verify(moved)
+    assert found.verdict == "sound"
+    assert all_bits(found) == [(2, 4)]
+
+
+@pytest.mark.slow
+def test_one_checkpoint_alone_is_trained_again_from_step_0(folder, within: Run) -> None:
+    """Slow: a run and a verification."""
+    within("run", folder.write("keep = 1\n", steps=6))
+    found = api.verify(folder.output)
+    assert found.verdict == "sound"
+    assert all_bits(found) == [(0, 6)]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_cannot_be_trained_to_hinders_no_other(folder, within: Run) -> None:
+    """Slow: all is trained twice."""
+    within("run", folder.write(steps=9))
+    (checkpoint(folder, 6) / "config.toml").write_text("[run", encoding="utf-8")
+    found = api.verify(folder.output, all=True)
+    assert found.verdict == "not sound"
+    assert [(each.first, each.last) for each in found.retrained] == [(0, 3)]
+    assert len(found.not_compared) == 2

@@ -23,7 +23,7 @@ from vtrain.data.decoding.video import FileFault
 from vtrain.data.index import CONTENTS, build
 from vtrain.data.sample import Sample
 from vtrain.data.scanning.ledger import Ledger
-from vtrain.data.scanning.scan import Samples, scan
+from vtrain.data.scanning.scan import Samples
 from vtrain.plan.places import CHECKPOINTS
 from vtrain.plan.records import Plan
 from vtrain.plan.savings import SAVINGS
@@ -88,19 +88,18 @@ class Scratch:
         """Raises ConfigError, ModelError, PluginError."""
         return planned(file, base=self.base)
 
-    def data(self, plan: Plan, then: SampleMarks, device: str) -> tuple[list[Finding], int, int]:
+    def data(self, plan: Plan, samples: Samples, then: SampleMarks, device: str) -> tuple[list[Finding], int, int]:
         """What of the samples is not what a checkpoint names, how many files were hashed, and how many captions there are.
 
-        All files are looked at and hashed anew. Raises DataError where nothing is there.
+        All files are hashed anew. samples: of a scan that has looked at all of them. Raises DataError where none can be used.
         """
-        found = scan(plan)
-        files = self._hash(plan, found.samples)
-        now = SampleMarks.of(build(found.samples, lambda sample: (), lambda sample: ()))
-        captions = sum(len(sample.captions) for sample in found.samples)
+        files = self._hash(plan, samples)
+        now = SampleMarks.of(build(samples, lambda sample: (), lambda sample: ()))
+        captions = sum(len(sample.captions) for sample in samples)
         if odd := list(_data_findings(then, _as_far_as_known(then, now))):
             return odd, files, captions
-        self._share(plan, found.samples)
-        filled = fill_caches(plan, found.samples, extra_texts(plan), device)
+        self._share(plan, samples)
+        filled = fill_caches(plan, samples, extra_texts(plan), device)
         return list(_data_findings(then, SampleMarks.of(filled.index))), files, captions
 
     def _hash(self, plan: Plan, samples: Samples) -> int:

@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 
 from vtrain import __version__
 from vtrain.config import load
-from vtrain.contract import TrainingError, VtrainError
+from vtrain.contract import DataError, TrainingError, VtrainError
+from vtrain.data.scanning.scan import Scan, scan
 from vtrain.estimate.render import counted
 from vtrain.plan.places import CONFIG, METRICS
 from vtrain.plan.records import Plan
@@ -39,15 +40,16 @@ def check_training(run: RunFiles, report: Report, *, everything: bool) -> None:
         return
     with tempfile.TemporaryDirectory(prefix="vtrain-verify-") as place:
         reasons: list[str] = []
-        for number, base in enumerate(bases(run.folder, state) or [run.folder.parent]):
+        places = bases(run.folder, state) or [run.folder.parent]
+        for number, base in enumerate(places):
             folder = Path(place, str(number)).resolve()
             folder.mkdir()
             try:
-                _Training(run, report, folder, base, state).check(legs)
+                _Training(run, report, folder, base, state).check(legs, alone=number == len(places) - 1)
                 return
             except _CannotError as error:
                 reasons.append(str(error))
-        report.skip(f"data, model and training: {reasons[0]}")
+        report.skip(f"data, model and training: {reasons[-1]}")
 
 
 class _CannotError(Exception):
@@ -95,20 +97,22 @@ class _Training:
             raise _CannotError(reported(error)) from error
         self.scratch = Scratch(folder, base, config.cache.dir)
 
-    def check(self, legs: list[Leg]) -> None:
-        """Raises _CannotError where no plan can be made here, nothing having been said."""
+    def check(self, legs: list[Leg], *, alone: bool) -> None:
+        """Raises _CannotError where no plan can be made here, nothing having been said. alone: no other folder is left to look in:
+        without data the model is compared all the same."""
         newest = self.run.newest
         try:
             text = (newest.folder / CONFIG).read_text(encoding="utf-8", errors="replace")
             plan = self._planned(Leg(newest.folder, newest.step, newest, newest.step, text, self.state))[1]
             here = Here.of(plan)
+            found = self._scanned(plan, alone=alone)
         except (VtrainError, OSError) as error:
             raise _CannotError(reported(error) if isinstance(error, VtrainError) else str(error)) from error
         ready = list(self._ready(legs))
         self.report.versions = {
             "vtrain": __version__, **versions(plan.config), **here.machine, "system": platform.platform(),
         }  # fmt: skip
-        same = self._same_weights(plan) & self._same_data(plan, here.device)
+        same = self._same_weights(plan) & self._same_data(plan, found, here.device)
         steps = sum(leg.last - leg.first for leg, _, _ in ready)
         if not ready:
             return
@@ -123,6 +127,14 @@ class _Training:
         for leg, file, made in ready:
             self._leg(leg, file, made, here)
             shutil.rmtree(file.parent, ignore_errors=True)  # all of them may be large together
+
+    def _scanned(self, plan: Plan, *, alone: bool) -> Scan | DataError:
+        try:
+            return scan(plan)
+        except DataError as error:
+            if not alone:
+                raise
+            return error
 
     def _planned(self, leg: Leg) -> tuple[Path, Plan]:
         file = self.scratch.config(leg)
@@ -140,13 +152,15 @@ class _Training:
             if why:
                 self.report.skip(f"{leg.words}: {why}")
 
-    def _same_data(self, plan: Plan, device: str) -> bool:
+    def _same_data(self, plan: Plan, scanned: Scan | DataError, device: str) -> bool:
         then = self.run.newest.samples
         if then is None:
             self.report.skip(f"data: {self.run.newest.name} does not name its samples")
             return True
         try:
-            findings, files, captions = self.scratch.data(plan, then, device)
+            if isinstance(scanned, DataError):
+                raise scanned
+            findings, files, captions = self.scratch.data(plan, scanned.samples, then, device)
         except VtrainError as error:
             self.report.skip(f"data: {reported(error)}")
             return False

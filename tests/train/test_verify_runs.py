@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from PIL import Image
 
 from vtrain import api
 from vtrain.contract import Logged
+from vtrain.train import step
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 SMOOTH = '\n[[regularizer]]\nuse = "toy-smooth"\nblock = 1\nweight = 0.1\n'
@@ -206,3 +208,25 @@ def test_a_checkpoint_that_cannot_be_trained_to_hinders_no_other(folder, within:
     assert found.verdict == "not sound"
     assert [(each.first, each.last) for each in found.retrained] == [(0, 3)]
     assert len(found.not_compared) == 2
+
+
+@pytest.mark.slow
+def test_a_step_that_was_skipped_has_no_row_and_is_skipped_again(
+    folder, within: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slow: a run and a verification. The loss of step 2 is not finite each time."""
+    whole = step.Step.forward
+
+    def forward(self: Any, given: Any) -> Any:
+        found = whole(self, given)
+        factor = math.nan if given.step == 1 else 1.0
+        return step.StepOutput(found.loss * factor, found.flow * factor, found.metrics)
+
+    monkeypatch.setattr(step.Step, "forward", forward)
+    text = folder.write(steps=4, save=4).read_text(encoding="utf-8")
+    folder.config.write_text(text.replace("[train]", "[train]\nskip_nonfinite = 2"), encoding="utf-8")
+    within("run", folder.config)
+    assert [row["step"] for row in folder.rows()] == [1, 3, 4]
+    found = api.verify(folder.output)
+    assert found.verdict == "sound"
+    assert [each.rows for each in found.retrained] == [3]

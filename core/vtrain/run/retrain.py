@@ -217,6 +217,8 @@ class Here:
         """Raises DeviceError."""
         processes = Processes(plan.config.precision.mixed, plan.loaded)
         try:
+            if plan.config.run.deterministic:
+                processes.device.deterministic()  # before any work, as in a run
             return cls(str(processes.device), processes.device.accelerated, processes.machine)
         finally:
             processes.close()

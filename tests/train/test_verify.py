@@ -459,16 +459,17 @@ def test_all_finds_a_metric_before_the_oldest_checkpoint_though_all_hashes_fit(p
 
 @pytest.mark.parametrize(
     ("factor", "verdict"),
-    [(1 + 1e-6, "sound as far as compared"), pytest.param(1.05, "not sound", marks=pytest.mark.slow)],
+    [(1 + 1e-6, "sound as far as compared"), pytest.param(3.0, "not sound", marks=pytest.mark.slow)],
 )
 def test_what_another_torch_made_is_compared_within_a_tolerance(project: Project, factor: float, verdict: str) -> None:
-    change_tensor(project.checkpoint(9) / "optimizer.safetensors", lambda value: value * factor)
+    (file,) = (path for path in project.checkpoint(9).rglob("*.safetensors") if "optimizer" not in path.name)
+    change_tensor(file, lambda value: value * factor)
     project.json(9, "state.json", lambda state: state["machine"].update(torch="2.0.0"))
     found = api.verify(project.output)
     assert found.verdict == verdict
     if not found.findings:
         assert f"torch was 2.0.0, and is {torch.__version__}" in found.not_compared[0]
-        assert "optimizer.safetensors" in found.not_compared[0]
+        assert file.name in found.not_compared[0]
 
 
 # -- where it cannot be done ---------------------------------------------------------------------------------------------

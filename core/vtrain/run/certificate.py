@@ -38,7 +38,7 @@ class Finding:
 @dataclass(frozen=True)
 class Retrained:
     """Steps that were trained again: those after `first`, to `last`. bits: whether all is the same bit for bit. difference: the
-    largest, by the measure of `compare.TOLERANCE`; 0 where bits are the same, None where something is no number."""
+    largest, by the measures of `compare.TOLERANCE` and MOVED; 0 where bits are the same, None where something is no number."""
 
     first: int
     last: int

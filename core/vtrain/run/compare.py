@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,22 @@ from vtrain.run.listeners import FILE as TRACKERS
 from vtrain.train import changes
 from vtrain.train.changes import SampleMarks
 from vtrain.train.checkpoint import MANIFEST, read_json
+from vtrain.train.pieces import MARK, SCALARS, TENSORS
 from vtrain.train.resume import STATE
+from vtrain.train.spikes import FILE as READINGS
 
 TOLERANCE = 1e-2
-"""Largest difference that another machine, another version of torch or a card without run.deterministic may make: of a number by
-its size, of a tensor by how far these steps moved it. Rounding alone makes 2e-7 in twenty steps in fp32, and 4e-3 in one number of
-bf16; known mistakes change a loss by 2e-2 or more (tests/golden)."""
+"""Largest difference of a number, by its size, that another machine, another version of torch or a card without run.deterministic
+may make. Other instructions of one processor made 5e-6 in ten steps of a tiny SANA-Video in fp32; in bf16 9e-5 in ten and 3e-3 in
+sixty at a high rate. Known mistakes change a loss by 2e-2 or more (tests/golden)."""
+
+MOVED = 0.5
+"""The same of all tensors of a file, by how far these steps moved them (in the norm). The same runs made 3e-6 in fp32, 2e-3 in bf16
+and 0.09 in sixty steps of bf16 at a high rate. Weights that these steps did not train differ by 1."""
+
+FOLLOWS = {TENSORS, SCALARS, READINGS}
+"""Files whose numbers have no such limit: one gradient more or less decides over an optimizer's moments (a factor of 300 in sixty
+steps of bf16, where losses differed by 3e-3). That they have the same tensors is compared, and what they lead to."""
 
 NEVER = {CONFIG, RECORDS, TRACKERS, MANIFEST}
 """Files of a checkpoint that are not compared with those of another run: they are compared with the run's own."""
@@ -37,13 +48,13 @@ MEANT = ("step", "micro_batch", "data", "base", "features", "encoders", "adapter
 
 @dataclass(frozen=True)
 class Difference:
-    """where: a file; what: which of it differs, and how. size: by TOLERANCE's measure; inf for what is no number. largest: of the
-    numbers themselves, None where they are none."""
+    """where: a file; what: which of it differs, and how. size: of the difference, by the measure of `allowed`; inf for what is no
+    number. allowed: the largest where bits may differ."""
 
     where: str
     what: str
     size: float = math.inf
-    largest: float | None = None
+    allowed: float = TOLERANCE
 
 
 @dataclass
@@ -111,10 +122,17 @@ def _gap(one: object, other: object) -> float:
         found = abs(one - other) / max(abs(one), abs(other))
         return found if math.isfinite(found) else math.inf
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        if one and all(map(_is_number, [*one, *other])):  # of numbers by the largest: some may be near 0
+            found = max(abs(a - b) for a, b in zip(one, other, strict=True)) / (max(map(abs, [*one, *other])) or 1.0)
+            return found if math.isfinite(found) else max(map(_gap, one, other))
         return max(map(_gap, one, other), default=0.0)
     if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
         return max((_gap(one[key], other[key]) for key in one), default=0.0)
     return 0.0 if one == other else math.inf
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _short(value: object) -> str:
@@ -135,7 +153,9 @@ def compare_checkpoints(old: Path, new: Path, start: Path | None, sound: bool, o
             out.tensors += _count(new / name)
             continue
         try:
-            out.differences += _file_differences(old, new, start, name, out)
+            found = _file_differences(old, new, start, name, out)
+            largest = sys.float_info.max  # what is no number is more
+            out.differences += [replace(each, allowed=largest) if name in FOLLOWS else each for each in found]
         except (OSError, ValueError, CheckpointError, SafetensorError) as error:
             out.differences.append(Difference(f"{old.name}/{name}", f"it cannot be read: {error}"))
 
@@ -199,19 +219,61 @@ def _json_differences(where: str, then: object, now: object, at: str = "") -> It
 
 def _tensor_differences(where: str, old: Path, new: Path, start: Path | None, out: Compared) -> Iterator[Difference]:
     """One for the file: how many tensors differ, and the one that does most."""
-    found: list[Difference] = []
+    gaps = _Gaps()
     with safe_open(old, "pt") as then, safe_open(new, "pt") as now:
         names = sorted({*then.keys(), *now.keys()})
         for name in names:
             out.tensors += 1
             if name not in then.keys() or name not in now.keys():  # noqa: SIM118 (they are no dictionaries)
-                found.append(Difference(where, f"{name} is {'not there' if name in now.keys() else 'one too many'}"))  # noqa: SIM118
-            elif not _same(one := then.get_tensor(name), other := now.get_tensor(name)):
-                found.append(_difference(where, name, one, other, _tensor(start, name)))
-    if found:
-        most = max(found, key=lambda each: (each.size, each.largest or 0))
-        several = f"{len(found)} of {len(names)} tensors differ, most of all " if len(found) > 1 else ""
-        yield Difference(where, several + most.what, most.size, most.largest)
+                gaps.note(f"{name} is {'not there' if name in now.keys() else 'one too many'}", math.inf)  # noqa: SIM118
+                continue
+            gaps.add(name, then.get_tensor(name), now.get_tensor(name), _tensor(start, name))
+    if gaps.count:
+        several = f"{gaps.count} of {len(names)} tensors differ, most of all " if gaps.count > 1 else ""
+        yield Difference(where, several + gaps.most, gaps.size, MOVED)
+
+
+class _Gaps:
+    """Differences of the tensors of a file. count: how many differ; most: the one that does most, in words."""
+
+    def __init__(self) -> None:
+        self.count, self.most, self._worst, self._odd = 0, "", -1.0, False
+        self._sums: dict[str, list[float]] = {}
+
+    @property
+    def size(self) -> float:
+        """Of all tensors together, of each kind of an optimizer's: the norm of what differs by that of what changed."""
+        if self._odd:
+            return math.inf
+        sizes = [math.sqrt(gap / moved) if moved > 0 else math.inf for gap, moved in self._sums.values() if gap > 0]
+        return max(sizes, default=math.inf)
+
+    def note(self, what: str, size: float) -> None:
+        self.count += 1
+        self._odd |= not math.isfinite(size)
+        if size > self._worst or not self.most:
+            self.most, self._worst = what, size
+
+    def add(self, name: str, one: Tensor, other: Tensor, start: Tensor | None) -> None:
+        """one: the run's; other: trained again; start: where both began, None where that is not known."""
+        if one.dtype != other.dtype or one.shape != other.shape:
+            shapes = [f"{str(each.dtype).removeprefix('torch.')} {list(each.shape)}" for each in (one, other)]
+            self.note(f"{name} is {shapes[0]}, and {shapes[1]} when it is trained again", math.inf)
+            return
+        then, now = one.double(), other.double()
+        known = start is not None and start.shape == one.shape
+        moved = float((then - start.double() if known and start is not None else then).norm()) ** 2
+        sums = self._sums.setdefault(name.rpartition(MARK)[2] if MARK in name else "", [0.0, 0.0])
+        sums[1] += moved
+        if _same(one, other):
+            return
+        gap = (then - now).abs()
+        sums[0] += float(gap.norm()) ** 2
+        size = float(gap.norm()) / math.sqrt(moved) if moved > 0 else 0.0
+        by = "what these steps changed" if known else "its size"
+        text = f"{name}: by {float(gap.max()):.2g} at most from what is trained again, {size:.1g} of {by}"
+        self.note(text, size)
+        self._odd |= not math.isfinite(sums[0])
 
 
 def _tensor(file: Path | None, name: str) -> Tensor | None:
@@ -227,17 +289,3 @@ def _same(one: Tensor, other: Tensor) -> bool:
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     return torch.equal(*(each.contiguous().reshape(-1).view(torch.uint8) for each in (one, other)))
-
-
-def _difference(where: str, name: str, one: Tensor, other: Tensor, start: Tensor | None) -> Difference:
-    if one.dtype != other.dtype or one.shape != other.shape:
-        shapes = [f"{str(each.dtype).removeprefix('torch.')} {list(each.shape)}" for each in (one, other)]
-        return Difference(where, f"{name} is {shapes[0]}, and {shapes[1]} when it is trained again")
-    then, now = one.double(), other.double()
-    gap = (then - now).abs()
-    largest = float(gap.max())
-    by = then if start is None or start.shape != one.shape else then - start.double()
-    size = float(gap.norm() / by.norm()) if by.norm() > 0 else math.inf
-    moved = f", {size:.1g} of what these steps changed" if by is not then else f", {size:.1g} of its size"
-    what = f"{name}: by {largest:.2g} at most from what is trained again{moved}"
-    return Difference(where, what, size if math.isfinite(size) else math.inf, largest)

@@ -24,7 +24,7 @@ from vtrain.plan.records import Plan
 from vtrain.registry import discover
 from vtrain.run.certificate import Finding, Report, Retrained
 from vtrain.run.chain import RunFiles, reported
-from vtrain.run.compare import TOLERANCE, Compared, compare_checkpoints
+from vtrain.run.compare import Compared, compare_checkpoints
 from vtrain.run.lines import Link
 from vtrain.run.retrain import SHORT, Here, Leg, Scratch, bases, otherwise, same_training, weight_findings
 from vtrain.train import checkpoint
@@ -259,12 +259,11 @@ class _Training:
             self.report.say(f"trained again: {leg.words}: {what} are the same, bit for bit")
             return
         why = otherwise(leg.state, here, versions(plan.config))
-        if not why or size > TOLERANCE:
-            found = [each for each in out.differences if not why or each.size > TOLERANCE]
+        if found := [each for each in out.differences if not why or not each.size <= each.allowed]:
             self.report.found([Finding(each.where, each.what) for each in found])
             return
-        most = max(out.differences, key=lambda each: each.size)
-        text = f"the bits of {leg.words}, for {'; '.join(why)}. {what} are the same within {TOLERANCE:g}"
+        most = max(out.differences, key=lambda each: each.size / each.allowed)
+        text = f"the bits of {leg.words}, for {'; '.join(why)}. {what} are the same within the tolerance"
         self.report.skip(f"{text}; the largest difference is {most.size:.1g}: {most.where}: {most.what}")
 
 

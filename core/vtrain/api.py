@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vtrain.contract import DType
     from vtrain.contract.pipelines import ExportFormat
+    from vtrain.run.certificate import Certificate
     from vtrain.run.export import Exported
     from vtrain.run.prepare import Prepared
     from vtrain.run.session import Session
@@ -81,6 +82,17 @@ def export(
 
     place = None if to is None else Path(to).absolute()
     return export(Path(source), place, form, ema=ema, model=model, dtype=dtype, on_part=on_part)
+
+
+def verify(path: Path | str, all: bool = False, *, on_line: Callable[[str], None] = lambda text: None) -> Certificate:
+    """Whether a run is what it says, by its output folder or one of its checkpoints; its certificate, which is written there, too.
+
+    all: train all of its steps again, not only those that led to its last checkpoint. on_line: called with each line for people.
+    Raises CheckpointError where there is no run with a checkpoint, or one is going on there.
+    """
+    from vtrain.run.verify import verify
+
+    return verify(Path(path), everything=all, say=on_line)
 
 
 def fill(config: Path | str, *, process_ends: bool = False) -> Session:

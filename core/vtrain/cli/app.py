@@ -137,6 +137,27 @@ def _export(
     export(source, to, form, ema, dtype, model, json)
 
 
+@app.command("verify")
+def _verify(
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN|CHECKPOINT", help="a run's output folder, or one of its checkpoints", show_default=False
+        ),
+    ],
+    everything: Annotated[
+        bool, typer.Option("--all", help="train all of it again, not only from its last checkpoint but one to the last")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Whether a run is what it says: files, data, model, and some of its steps trained again; with a finding the exit code is 2."""
+    if not json and run.is_dir():
+        typer.echo(f"{run}: loading torch, then reading every file")
+    from vtrain.cli.verify import verify
+
+    verify(run, everything, json)
+
+
 @plugins.command("list")
 @uncollected(collect_first=False)
 def _plugins_list(json: Json = False) -> None:

@@ -27,19 +27,22 @@ class Document:
     text: str
     tree: Mapping[str, Any]
     lines: Mapping[KeyPath, int]
+    base: Path | None = None
 
     @property
     def folder(self) -> Path:
-        """The folder that relative paths in the file start from."""
-        return self.path.absolute().parent
+        """The folder that relative paths in the file start from: its own, or `base`."""
+        return self.path.absolute().parent if self.base is None else self.base
 
     def line(self, key: KeyPath) -> int:
         """Line of the value, or of the nearest table around it that the file has; 0 if there is none."""
         return next((self.lines[key[:end]] for end in range(len(key), 0, -1) if key[:end] in self.lines), 0)
 
 
-def read(path: Path) -> Document:
-    """Read a TOML file. Raises ConfigError: no such file, a folder, not UTF-8, empty, not TOML (with the line), not ours."""
+def read(path: Path, base: Path | None = None) -> Document:
+    """Read a TOML file. base: where its relative paths start, if not in its folder.
+
+    Raises ConfigError: no such file, a folder, not UTF-8, empty, not TOML (with the line), not ours."""
     text = _read_text(path)
     try:
         tree = tomli.loads(text)
@@ -56,7 +59,7 @@ def read(path: Path) -> Document:
     foreign = problem_of(str(path), [str(key[-1]) for key in paths(tree) if isinstance(key[-1], str)])
     if foreign is not None:
         raise ConfigError(foreign)
-    return Document(path, text, tree, _lines(tree, positions(text)))
+    return Document(path, text, tree, _lines(tree, positions(text)), base)
 
 
 def _fault(path: Path, text: str, error: tomli.TOMLDecodeError) -> Problem:

@@ -30,9 +30,10 @@ from vtrain.contract.specs import NOUNS, did_you_mean, listed, origin, part_or_e
 Raw = Mapping[str, Any]
 
 
-def load(path: Path, catalog: Catalog) -> Config:
-    """Read and check a file. Relative paths in it start at its folder. Raises ConfigError with every problem, in order of line."""
-    document = read(path)
+def load(path: Path, catalog: Catalog, base: Path | None = None) -> Config:
+    """Read and check a file. Relative paths in it start at `base`, absent: at its folder. Raises ConfigError with every problem, in
+    order of line."""
+    document = read(path, base)
     reader = Reader(document, catalog)
     _top_level(reader)
     held: dict[str, Any] = {}

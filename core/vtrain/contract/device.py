@@ -123,6 +123,13 @@ class Device:
         return str(self._ask("get_device_name", str(self)))
 
     @property
+    def kernels(self) -> str:
+        """Whose kernels torch takes: the card's name, or that of the CPU's instructions, such as "AVX512"."""
+        import torch
+
+        return self.name if self.accelerated else torch.backends.cpu.get_cpu_capability()
+
+    @property
     def capability(self) -> tuple[int, int] | None:
         """CUDA's compute capability: (9, 0) is Hopper. None for others."""
         found = self._ask("get_device_capability", None) if self.kind == "cuda" else None
@@ -199,11 +206,12 @@ class Device:
         if self.accelerated:
             self._module.manual_seed(seed)
 
-    def autocast(self, dtype: Literal["bf16"] | None) -> AbstractContextManager[Any]:
-        """Products in bf16 inside, or with None everything in the types that it has."""
+    def autocast(self, dtype: Literal["bf16"] | None, *, cached: bool = True) -> AbstractContextManager[Any]:
+        """Products in bf16 inside, or with None everything in the types that it has. cached: whether copies of weights in bf16 stay
+        until its end, for their next use."""
         import torch
 
-        return torch.autocast(self.kind, torch.bfloat16, enabled=dtype is not None)
+        return torch.autocast(self.kind, torch.bfloat16, enabled=dtype is not None, cache_enabled=cached)
 
     @property
     def autocasting(self) -> bool:

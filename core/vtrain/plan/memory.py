@@ -71,7 +71,7 @@ class MemorySettings:
     blocks that are on the device at once; the others wait on rest_on. away: whether the denoiser leaves the device while videos
     are decoded. both: whether validation has weights for evaluation in the place of training's, which stay on the device; aside:
     whether it has the average there, while training's wait in main memory (train/ema.py, `swapped`). accumulate: micro-batches of
-    a step. processes: how many train together.
+    a step. processes: how many train together. shards: among how many of them weights are spread.
     """
 
     stored: float
@@ -93,6 +93,7 @@ class MemorySettings:
     batch: int = 1
     accumulate: int = 1
     processes: int = 1
+    shards: int = 1
     video_batch: int = 1
 
 
@@ -260,15 +261,17 @@ def held(work: Workload, settings: MemorySettings) -> tuple[dict[str, int], dict
     frozen = settings.stored * work.parameters * settings.adapter
     away = frozen * work.in_blocks * (1 - settings.resident)
     device = {"weights": int(frozen - away + settings.trained * trained)}
+    if settings.shards > 1:
+        device["weights"] = _spread(work, settings)
     host = {"clips": AHEAD * settings.batch * (work.latents * 8 + given(work.teachers, work.largest))}
     if teaching := resident(work.teachers, work.encoders.get(CODEC)):
         device["teacher"] = teaching
     if settings.rest_on == "host":
         host["weights"] = int(work.pinned * away)
-    state, average = int(settings.state * trained), int(settings.ema * trained)
+    state, average = (int(size * trained / settings.shards) for size in (settings.state, settings.ema))
     # Stepped on the host, the optimizer has copies there of what is trained and of its gradients; an average there has one of
     # weights on their way. All of these are page-locked.
-    copies = 2 * int(work.pinned * settings.trained * trained) if settings.state_on == "host" else 0
+    copies = 2 * int(work.pinned * settings.trained * trained / settings.shards) if settings.state_on == "host" else 0
     more = int(work.pinned * average) if settings.ema_on == "host" else 0
     for key, size, place in (
         ("optimizer", state + copies, settings.state_on),
@@ -282,9 +285,7 @@ def held(work: Workload, settings: MemorySettings) -> tuple[dict[str, int], dict
 def _training(work: Workload, settings: MemorySettings) -> Iterator[Phase]:
     """The phases of a step: where the forward pass ends, where the backward pass does, and where the weights move."""
     device, host = held(work, settings)
-    # Several processes add them up in buckets of the same size (DDP).
-    copies = 2 if settings.processes > 1 else 1
-    gradients = {"gradients": copies * int(settings.trained * _trained(work, settings))}
+    gradients = {"gradients": _gradients(work, settings)}
     inputs = {"loss": int(4 * LOSS_COPIES * settings.batch * work.latents)}
     codec = work.encoders.get(CODEC)
     left_out = (*unknown(work.teachers, codec), *(f"what {name} computes" for name in work.running))
@@ -306,6 +307,25 @@ def _training(work: Workload, settings: MemorySettings) -> Iterator[Phase]:
     casts = _casts(work, settings, 1, ended=False)
     yield Phase(BACKWARD, {**device, **gradients, **inputs, "activations": int(last), "casts": casts}, host, left_out)
     yield Phase(STEP, {**device, **gradients}, host)
+
+
+def _gradients(work: Workload, settings: MemorySettings) -> int:
+    whole = int(settings.trained * _trained(work, settings))
+    if settings.shards == 1:
+        # Several processes add them up in buckets of the same size (DDP).
+        return (2 if settings.processes > 1 else 1) * whole
+    # A block's are whole until they are exchanged, and beside them lies what is sent.
+    return whole // settings.shards + 2 * int(whole * work.in_blocks / max(work.blocks, 1))
+
+
+def _spread(work: Workload, settings: MemorySettings) -> int:
+    """Weights of one of several processes that each keep a share: this, two blocks whole, of which one comes while the other
+    computes, and what lies in no block. What is quantised is whole on each."""
+    frozen, trained = settings.stored * work.parameters * settings.adapter, settings.trained * _trained(work, settings)
+    kept_whole = frozen if settings.quantised else 0.0
+    cut = frozen + trained - kept_whole
+    gathered = cut * (1 - work.in_blocks + 2 * work.in_blocks / max(work.blocks, 1))
+    return int(kept_whole + cut / settings.shards + gathered)
 
 
 def _kept(kept: BlockMemory, settings: MemorySettings, left: int) -> tuple[float, float]:
@@ -332,7 +352,7 @@ def _casts(work: Workload, settings: MemorySettings, left: int, *, ended: bool) 
         return 2 * work.layer
     if not settings.cast:
         return 0
-    if settings.recompute != "blocks" or (ended and not settings.adapter):
+    if settings.recompute != "blocks" or (ended and not settings.adapter and settings.shards == 1):
         alive = left if not ended else work.blocks
     else:
         recomputed = -(-left // settings.every)

@@ -69,6 +69,7 @@ def memory_settings(config: Config, family: Family, processes: int, *, on_cpu: b
         batch=config.train.batch_size,
         accumulate=config.train.accumulate,
         processes=processes,
+        shards=processes if config.parallel.shard else 1,
         video_batch=config.cache.video_batch,
     )
 

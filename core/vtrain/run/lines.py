@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from vtrain.contract.events import MEASURED
 from vtrain.estimate.render import counted
-from vtrain.train.checkpoint import State, read_model
+from vtrain.train.checkpoint import MANIFEST, State, read_model
 from vtrain.train.resume import MOST
 
 
@@ -157,13 +157,31 @@ SHOWN = 5
 RECORDS = "records.json"
 
 
+class Link(BaseModel):
+    """A checkpoint as the next one of its run names it: its step, and the SHA-256 of its manifest."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    step: int = Field(ge=0, le=MOST)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+    @classmethod
+    def to(cls, step: int, folder: Path) -> Self:
+        """Raises OSError."""
+        return cls(step=step, sha256=hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest())
+
+
 class Records(BaseModel):
-    """What a checkpoint says of the records beside it. session: the one that wrote it. files: name -> what it said by then."""
+    """What a checkpoint says of the records beside it. session: the one that wrote it. files: name -> what it said by then.
+
+    before: the checkpoint that the run saved before, or went on from; None for the first, and in one of before it was kept.
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     session: int = Field(ge=0, le=MOST)
     files: dict[str, Written]
+    before: Link | None = None
 
     @classmethod
     def read(cls, folder: Path | None) -> Self | None:

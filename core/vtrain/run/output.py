@@ -31,6 +31,7 @@ from vtrain.contract import (
     Logged,
     Noted,
     Problem,
+    Saved,
     StepMetrics,
     Stepped,
     SupportsFeatures,
@@ -47,7 +48,7 @@ from vtrain.estimate.render import counted
 from vtrain.plan.places import CHECKPOINTS, CONFIG, EVENTS, METRICS, PLAN, written_folders
 from vtrain.plan.records import Plan
 from vtrain.plan.text import text_marks
-from vtrain.run.lines import UNREAD, Chain, Records, append, cut_back, gaps, whole
+from vtrain.run.lines import UNREAD, Chain, Link, Records, append, cut_back, gaps, whole
 from vtrain.train import checkpoint
 from vtrain.train.resume import Start, condition_marks
 from vtrain.train.settings import settings
@@ -184,7 +185,8 @@ def write_run_files(plan: Plan, survey: Survey, estimate: Estimate, resumed: Map
 class Recorder:
     """Writes a run's events into its output folder. Until `begin` they are kept: a run that never starts leaves nothing.
 
-    session: how often the folder was started, this time counted; 0 until `begin`. chains: of each file, what it says.
+    session: how often the folder was started, this time counted; 0 until `begin`. chains: of each file, what it says. before: the
+    checkpoint that was saved last, or that the run goes on from.
     """
 
     def __init__(self, folder: Path, restore: Callable[[], None] = lambda: None) -> None:
@@ -192,6 +194,7 @@ class Recorder:
         self._folder, self._restore = folder, restore
         self.session = 0
         self.chains = {METRICS: Chain(), EVENTS: Chain()}
+        self.before: Link | None = None
         self._lines: list[dict[str, Any]] = []
         self._steps: tuple[StepMetrics, ...] = ()
         self._held: tuple[int, int] | None = None
@@ -229,13 +232,17 @@ class Recorder:
 
     def records(self) -> Records:
         """What the next checkpoint says of the files."""
-        return Records(session=self.session, files={name: chain.written() for name, chain in self.chains.items()})
+        files = {name: chain.written() for name, chain in self.chains.items()}
+        return Records(session=self.session, files=files, before=self.before)
 
     def record(self, event: Event) -> Iterator[Warned]:
         """Write an event down. A file that cannot be written is warned of, its lines kept for the next time."""
         # A line a step would repeat metrics.jsonl; one a clip or a solver step is noise.
         if isinstance(event, Stepped | Filling | Generating):
             return
+        if isinstance(event, Saved):
+            with suppress(OSError):  # somebody took it away at once
+                self.before = Link.to(event.step, event.folder)
         if isinstance(event, Logged):
             self._steps += event.steps
         else:
@@ -280,6 +287,7 @@ def open_records(
     told: list[Noted | Warned] = []
     try:
         dropped, faults = recorder.begin(step, before, whole_file=own)
+        recorder.before = None if start.folder is None else Link.to(step, start.folder)
         more = {"changes": [*resumed["changes"], *faults]} if resumed is not None else {}
         write_run_files(plan, survey, estimate, None if resumed is None else {**resumed, **more})
         told += [

@@ -31,11 +31,12 @@ class Prepared:
     estimate: Estimate
 
 
-def planned(path: Path, room: Room | None = None) -> Plan:
+def planned(path: Path, room: Room | None = None, base: Path | None = None) -> Plan:
     """Read and check the file. The number of processes is what the launcher (torchrun, accelerate) says.
 
     No data file is opened: that is the scan's. room: the memory of the machine that it is for; absent: this one's is looked up
-    where the file has [memory]. Raises ConfigError, ModelError or PluginError with all problems.
+    where the file has [memory]. base: where relative paths start, absent: at the file's folder.
+    Raises ConfigError, ModelError or PluginError with all problems.
     """
     said = os.environ.get("WORLD_SIZE") or "1"
     if not said.isdecimal() or not int(said):
@@ -44,7 +45,7 @@ def planned(path: Path, room: Room | None = None) -> Plan:
     with stdout_on_stderr():  # parts are built, and what their code prints must not stand in a command's JSON
         catalog = discover()
         with blame(tuple(catalog.parts.values())):  # validators of options are plugins' code
-            config = load(path, catalog)
+            config = load(path, catalog, base)
         if room is None and config.memory is not None:
             local = os.environ.get("LOCAL_WORLD_SIZE") or said
             room = find_room(int(local) if local.isdecimal() else int(said))

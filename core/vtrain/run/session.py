@@ -92,13 +92,15 @@ class Session:
         signals: bool = False,
         heard: Callable[[], None] = lambda: None,
         process_ends: bool = False,
+        base: Path | None = None,
     ) -> None:
         """until: filled, to end when the caches are. signals: whether Ctrl-C and SIGTERM ask the run to save and end, in the
         main thread alone; heard: called when they do. Without, Ctrl-C is a KeyboardInterrupt like any other.
 
-        process_ends: the process ends with the run, so that nothing need be made ready for another.
+        process_ends: the process ends with it, so that nothing need be made ready for another. base: where the file's paths start.
         """
-        self._path, self._until, self._signals, self._process_ends = config, until, signals, process_ends
+        self._path, self._base, self._until = config, base, until
+        self._signals, self._process_ends = signals, process_ends
         self._inbox = Inbox(heard)
         self._events: Generator[Event, None, None] | None = None
         self._listeners: Listeners | None = None
@@ -111,7 +113,7 @@ class Session:
         if self._signals and threading.current_thread() is not threading.main_thread():
             raise RuntimeError("signals=True works in the main thread only: Python gives signals to no other")
         with uncollected():
-            self.plan = planned(self._path)
+            self.plan = planned(self._path, base=self._base)
             from vtrain.train.processes import Processes
 
             self.processes: Processes = Processes(self.plan.config.precision.mixed, self.plan.loaded)
@@ -286,7 +288,6 @@ class Session:
 
     def _scanned(self, *, estimated: bool) -> Generator[Event, None, tuple[Scan, Estimate | None]]:
         """Look at every source file. estimated: also estimate the run, and check that there is room for it."""
-
         found, estimate = self.processes.from_first(
             lambda: scanned(self.plan) if estimated else (scan(self.plan), None)
         )
@@ -388,7 +389,8 @@ class Session:
         from vtrain.validate.generate import Validation, Validator, weight_sets
 
         plan, processes = self.plan, self.processes
-        autocast = partial(processes.device.autocast, "bf16" if plan.config.precision.mixed == "bf16" else None)
+        mixed: Literal["bf16"] | None = "bf16" if plan.config.precision.mixed == "bf16" else None
+        autocast = partial(processes.device.autocast, mixed, cached=trainer.shares is None)
         # Who runs a shared denoiser stops together, or the others would wait for its blocks.
         stopping = (lambda: processes.any(self._inbox.stop)[0]) if trainer.shares else (lambda: self._inbox.stop)
         average = trainer.average

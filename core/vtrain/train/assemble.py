@@ -200,7 +200,7 @@ class Trainer:
         config = self.plan.config
         marks = (self.data, self.base, self.features, self.encoders)
         folder, origin = str(config.path.parent.absolute()), self.start.state.adapter
-        state = RunState(step, micro_batch, values, *marks, folder, versions(config), origin)
+        state = RunState(step, micro_batch, values, *marks, folder, versions(config), origin, self.processes.machine)
         pieces = (*self.pieces, *also, self.samples, self.readings, CountersPiece(state), ConfigPiece(config.text))
 
         yield from self.saver.save(step, pieces, now=now)

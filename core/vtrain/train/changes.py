@@ -95,20 +95,18 @@ def data_changes(before: str, now: str, old: SampleMarks | None, new: SampleMark
                 f"the data changed since the checkpoint: {before} -> {now}; the order is the new data's from here"
             )
         return
-    parts = [
-        f"{counted(len(found), 'sample')} {what} ({_named(found)})" for what, found in _different(old, new) if found
-    ]
+    parts = [f"{counted(len(found), 'sample')} {what} ({named(found)})" for what, found in different(old, new) if found]
     if parts:
         order = "in the same order" if before == now else "in the new data's order"
         changed = "; ".join(parts)
         yield Noted(f"the data changed since the checkpoint: {changed}. Training continues with it as it is, {order}")
 
 
-def _named(found: list[bytes]) -> str:
+def named(found: list[bytes]) -> str:
     return ("first: " if len(found) > 1 else "") + found[0].decode(errors="replace")
 
 
-def _different(old: SampleMarks, new: SampleMarks) -> Iterator[tuple[str, list[bytes]]]:
+def different(old: SampleMarks, new: SampleMarks) -> Iterator[tuple[str, list[bytes]]]:
     """What became of samples, and the names of these."""
     if old.names == new.names:
         before = np.arange(len(new.names))

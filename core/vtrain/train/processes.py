@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -59,13 +61,38 @@ class Processes:
         self.first: bool = self.accelerator.is_main_process
         self.words = dist.new_group(backend="gloo", timeout=PATIENCE) if self.count > 1 else None
 
+<<<<<<< HEAD
     def wrap(self, step: nn.Module, *, sharded: bool = False) -> nn.Module:
         """Autocast, and DDP when there are several processes. All that is to be on the device is there: it is not moved.
 
         sharded: its processes keep shares of it (`Shares`), which exchange gradients by themselves.
         """
-        wrapped: nn.Module = self.accelerator.prepare_model(step, device_placement=False, evaluation_mode=sharded)
+        if sharded:
+            step.forward = self._uncached(step.forward)  # what is called inside of the hooks that gather weights
+            return step
+        wrapped: nn.Module = self.accelerator.prepare_model(step, device_placement=False)
+=======
+    @property
+    def machine(self) -> dict[str, str]:
+        """What decides over the last bits of a run, beside its settings."""
+        device = self.device.kernels if self.device.accelerated else f"{_processor()}, {self.device.kernels}"
+        threads = str(torch.get_num_threads())
+        return {"torch": torch.__version__, "python": platform.python_version(), "device": device, "threads": threads}
+
+    def wrap(self, step: nn.Module) -> nn.Module:
+        """Autocast, and DDP when there are several processes. All that is to be on the device is there: it is not moved."""
+        wrapped: nn.Module = self.accelerator.prepare_model(step, device_placement=False)
+>>>>>>> h-ver
         return wrapped
+
+    def _uncached(self, forward: Callable[..., T]) -> Callable[..., T]:
+        """Under autocast, without its copies of weights: of each block's they would stay until the last block has run."""
+
+        def within(*given: Any) -> T:
+            with self.device.autocast("bf16" if self.accelerator.mixed_precision == "bf16" else None, cached=False):
+                return forward(*given)
+
+        return within
 
     def let_go(self) -> None:
         """Forget what was wrapped: accelerate keeps a list of it, and with it all weights, for as long as this object lives."""
@@ -120,3 +147,12 @@ class Processes:
             dist.destroy_process_group()
         else:
             AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _processor() -> str:
+    """Its name, as far as the system tells it: libraries choose among their kernels by it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

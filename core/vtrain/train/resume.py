@@ -41,7 +41,7 @@ class RunState:
     features: regularizer -> fingerprint of the features that it learns from, of those that read some. encoders: marks of
     what makes clips and captions latents and embeddings (`encoder_marks`). folder: the configuration file's, absolute.
     versions: who did what (`versions`). These three are empty in checkpoints of before. adapter: "sha256 path" of the LoRA that the
-    adapter started from, "" for none.
+    adapter started from, "" for none. machine: what decides over the last bits (`Processes.machine`); empty in those of before.
     """
 
     step: int
@@ -54,6 +54,7 @@ class RunState:
     folder: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     adapter: str = ""
+    machine: Mapping[str, str] = field(default_factory=dict)
 
 
 Count = Annotated[int, Field(ge=0, le=MOST)]
@@ -74,6 +75,7 @@ class _Stored(BaseModel):
     folder: str = ""
     versions: dict[str, str] = {}
     adapter: str = ""
+    machine: dict[str, str] = {}
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,13 @@ class Processes:
         self.first: bool = self.accelerator.is_main_process
         self.words = dist.new_group(backend="gloo", timeout=PATIENCE) if self.count > 1 else None
 
-<<<<<<< HEAD
+    @property
+    def machine(self) -> dict[str, str]:
+        """What decides over the last bits of a run, beside its settings."""
+        device = self.device.kernels if self.device.accelerated else f"{_processor()}, {self.device.kernels}"
+        threads = str(torch.get_num_threads())
+        return {"torch": torch.__version__, "python": platform.python_version(), "device": device, "threads": threads}
+
     def wrap(self, step: nn.Module, *, sharded: bool = False) -> nn.Module:
         """Autocast, and DDP when there are several processes. All that is to be on the device is there: it is not moved.
 
@@ -71,18 +77,6 @@ class Processes:
             step.forward = self._uncached(step.forward)  # what is called inside of the hooks that gather weights
             return step
         wrapped: nn.Module = self.accelerator.prepare_model(step, device_placement=False)
-=======
-    @property
-    def machine(self) -> dict[str, str]:
-        """What decides over the last bits of a run, beside its settings."""
-        device = self.device.kernels if self.device.accelerated else f"{_processor()}, {self.device.kernels}"
-        threads = str(torch.get_num_threads())
-        return {"torch": torch.__version__, "python": platform.python_version(), "device": device, "threads": threads}
-
-    def wrap(self, step: nn.Module) -> nn.Module:
-        """Autocast, and DDP when there are several processes. All that is to be on the device is there: it is not moved."""
-        wrapped: nn.Module = self.accelerator.prepare_model(step, device_placement=False)
->>>>>>> h-ver
         return wrapped
 
     def _uncached(self, forward: Callable[..., T]) -> Callable[..., T]:

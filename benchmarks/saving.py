@@ -2,9 +2,9 @@
 
     python benchmarks/saving.py [--model small] [--pairs 8] [--json FILE]
 
-Full training of step.py's model, its weights and AdamW's moments, in wall seconds; nothing else runs. What stops a run is `Saver.save`,
-which copies; the thread that writes is waited for before the next turn. save_file writes one file, and syncs nothing. The last column
-is the whole way to a checkpoint that is synced, read back and sealed, which nobody waits for.
+Full training of step.py's model, its weights and AdamW's moments, in wall seconds; nothing else runs. What stops a run is
+`Saver.save`, which copies; the thread that writes is waited for before the next turn. save_file writes one file, and syncs nothing.
+The last column is the whole way to a checkpoint that is synced, read back and sealed, which nobody waits for.
 """
 
 from __future__ import annotations

@@ -260,9 +260,8 @@ def held(work: Workload, settings: MemorySettings) -> tuple[dict[str, int], dict
     trained = _trained(work, settings)
     frozen = settings.stored * work.parameters * settings.adapter
     away = frozen * work.in_blocks * (1 - settings.resident)
-    device = {"weights": int(frozen - away + settings.trained * trained)}
-    if settings.shards > 1:
-        device["weights"] = _spread(work, settings)
+    whole = frozen - away + settings.trained * trained
+    device = {"weights": int(whole) if settings.shards == 1 else _spread(work, settings)}
     host = {"clips": AHEAD * settings.batch * (work.latents * 8 + given(work.teachers, work.largest))}
     if teaching := resident(work.teachers, work.encoders.get(CODEC)):
         device["teacher"] = teaching
@@ -311,8 +310,7 @@ def _training(work: Workload, settings: MemorySettings) -> Iterator[Phase]:
 
 def _gradients(work: Workload, settings: MemorySettings) -> int:
     whole = int(settings.trained * _trained(work, settings))
-    if settings.shards == 1:
-        # Several processes add them up in buckets of the same size (DDP).
+    if settings.shards == 1:  # several processes add them up in buckets of the same size (DDP)
         return (2 if settings.processes > 1 else 1) * whole
     # A block's are whole until they are exchanged, and beside them lies what is sent.
     return whole // settings.shards + 2 * int(whole * work.in_blocks / max(work.blocks, 1))
@@ -321,11 +319,10 @@ def _gradients(work: Workload, settings: MemorySettings) -> int:
 def _spread(work: Workload, settings: MemorySettings) -> int:
     """Weights of one of several processes that each keep a share: this, two blocks whole, of which one comes while the other
     computes, and what lies in no block. What is quantised is whole on each."""
-    frozen, trained = settings.stored * work.parameters * settings.adapter, settings.trained * _trained(work, settings)
-    kept_whole = frozen if settings.quantised else 0.0
-    cut = frozen + trained - kept_whole
+    frozen = settings.stored * work.parameters * settings.adapter
+    cut = settings.trained * _trained(work, settings) + (0 if settings.quantised else frozen)
     gathered = cut * (1 - work.in_blocks + 2 * work.in_blocks / max(work.blocks, 1))
-    return int(kept_whole + cut / settings.shards + gathered)
+    return int(cut / settings.shards + gathered + (frozen if settings.quantised else 0))
 
 
 def _kept(kept: BlockMemory, settings: MemorySettings, left: int) -> tuple[float, float]:

@@ -22,7 +22,7 @@ from vtrain.run.listeners import FILE as TRACKERS
 from vtrain.train import changes
 from vtrain.train.changes import SampleMarks
 from vtrain.train.checkpoint import MANIFEST, read_json
-from vtrain.train.pieces import MARK, SCALARS, TENSORS
+from vtrain.train.optimizer_piece import MARK, SCALARS, TENSORS
 from vtrain.train.resume import STATE
 from vtrain.train.spikes import FILE as READINGS
 

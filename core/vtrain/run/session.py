@@ -389,16 +389,13 @@ class Session:
         from vtrain.validate.generate import Validation, Validator, weight_sets
 
         plan, processes = self.plan, self.processes
-        mixed: Literal["bf16"] | None = "bf16" if plan.config.precision.mixed == "bf16" else None
-        autocast = partial(processes.device.autocast, mixed, cached=trainer.shares is None)
+        autocast = partial(processes.autocast, cached=trainer.shares is None)
         # Who runs a shared denoiser stops together, or the others would wait for its blocks.
         stopping = (lambda: processes.any(self._inbox.stop)[0]) if trainer.shares else (lambda: self._inbox.stop)
-        average = trainer.average
-        weights = weight_sets(plan.config.ema, None if average is None else average.in_place)
+        weights = weight_sets(plan.config.ema, trainer.average and trainer.average.in_place)
         validator = Validator(
             made, plan.family, plan.sampler, caches, trainer.predicting, processes.device, autocast, stopping,
             given(plan, caches), weights, trainer.resting,
         )  # fmt: skip
-        full, parts = partial(explained, plan, processes.device, "validating"), plan.config.parts()
-        folder, together = plan.config.run.output_dir / SAMPLES, trainer.shares is not None
-        return Validation(validator, folder, processes, full, parts, together)
+        folder, full = plan.config.run.output_dir / SAMPLES, partial(explained, plan, processes.device, "validating")
+        return Validation(validator, folder, processes, full, plan.config.parts(), trainer.shares is not None)

@@ -83,10 +83,14 @@ class Processes:
         """Under autocast, without its copies of weights: of each block's they would stay until the last block has run."""
 
         def within(*given: Any) -> T:
-            with self.device.autocast("bf16" if self.accelerator.mixed_precision == "bf16" else None, cached=False):
+            with self.autocast(cached=False):
                 return forward(*given)
 
         return within
+
+    def autocast(self, *, cached: bool = True) -> AbstractContextManager[Any]:
+        """As in training (`Device.autocast`)."""
+        return self.device.autocast("bf16" if self.accelerator.mixed_precision == "bf16" else None, cached=cached)
 
     def let_go(self) -> None:
         """Forget what was wrapped: accelerate keeps a list of it, and with it all weights, for as long as this object lives."""

@@ -392,7 +392,7 @@ class Session:
         autocast = partial(processes.autocast, cached=trainer.shares is None)
         # Who runs a shared denoiser stops together, or the others would wait for its blocks.
         stopping = (lambda: processes.any(self._inbox.stop)[0]) if trainer.shares else (lambda: self._inbox.stop)
-        weights = weight_sets(plan.config.ema, trainer.average and trainer.average.in_place)
+        weights = weight_sets(plan.config.ema, None if trainer.average is None else trainer.average.in_place)
         validator = Validator(
             made, plan.family, plan.sampler, caches, trainer.predicting, processes.device, autocast, stopping,
             given(plan, caches), weights, trainer.resting,

@@ -58,12 +58,16 @@ FREE = {"adamw": "schedulefree-adamw", "cosine": "constant"}
 
 @pytest.mark.parametrize(
     ("train", "more", "changes"),
-    [("full", SMOOTH, {}), ("lora", "", {}), ("lora", "", FREE)],
-    ids=["full with a regularizer", "lora", "schedule-free"],
+    [
+        pytest.param("lora", "", {}, id="lora", marks=pytest.mark.long),
+        pytest.param("full", SMOOTH, {}, id="full with a regularizer", marks=pytest.mark.slow),
+        pytest.param("lora", "", FREE, id="schedule-free", marks=pytest.mark.slow),
+    ],
 )
 def test_sharded_processes_give_the_curve_of_one(
     folder, another, vtrain: Run, within: Run, train: str, more: str, changes: dict[str, str]
 ) -> None:
+    """Slow, but for one: each starts two processes that import torch."""
     settings = {"train": train, "steps": 8, "save": 4, "batch_size": 1, "lr": 1e-3}
     one = another()
     for each, more_of in ((one, more), (folder, more + SHARD)):
@@ -98,9 +102,11 @@ validation = "both"
 """
 
 
+@pytest.mark.slow
 def test_sharded_processes_average_validate_and_are_resumed_by_any_number(
     folder, another, vtrain: Run, within: Run
 ) -> None:
+    """Slow: two runs of two processes and two of one. Three prompts, so that one process solves one that nobody keeps."""
     settings = {"steps": 6, "save": 3, "batch_size": 1, "lr": 1e-3, "more": VALIDATION}
     one = another()
     within("run", one.write(accumulate=2, **settings))
@@ -117,11 +123,12 @@ def test_sharded_processes_average_validate_and_are_resumed_by_any_number(
         ).read_bytes() == video.read_bytes()
     resumed = another()
     shutil.copytree(folder.output / "checkpoints" / "step-000003", resumed.output / "checkpoints" / "step-000003")
-    print(within("run", resumed.write(accumulate=2, **settings)).stdout)
+    printed = within("run", resumed.write(accumulate=2, **settings)).stdout
+    assert "changed since the checkpoint: parallel.shard: true -> false" in printed
     for name, value in resumed.tensors(6).items():
         torch.testing.assert_close(value, right[name], rtol=0, atol=TOLERANCE)
     again = another()
     shutil.copytree(one.output / "checkpoints" / "step-000003", again.output / "checkpoints" / "step-000003")
-    print(vtrain("run", again.write(accumulate=1, **settings | {"more": VALIDATION + SHARD}), processes=2).stdout)
+    vtrain("run", again.write(accumulate=1, **settings | {"more": VALIDATION + SHARD}), processes=2)
     for name, value in again.tensors(6).items():
         torch.testing.assert_close(value, right[name], rtol=0, atol=TOLERANCE)

@@ -159,7 +159,7 @@ def _version_changes(before: Mapping[str, str], config: Config) -> Iterator[str]
         yield f"{was} became {now} since the checkpoint ({words}): the run continues with the new code"
 
 
-def _samples_change(before: Mapping[str, object], plan: Plan) -> Iterator[str]:
+def samples_change(before: Mapping[str, object], plan: Plan) -> Iterator[str]:
     """Where an optimizer step takes another number of samples than it did, which of how many processes there are depends."""
     train, keys = plan.config.train, ("train.batch_size", "train.accumulate", "processes")
     counts = [before.get(key) for key in keys]
@@ -239,7 +239,7 @@ def find_start(plan: Plan) -> Start:
         )
     notices.append(f"resuming from {folder} (step {state.step})")
     reported = (each for each in changes if each.resume != "free" and not (each.location and moved.alike(each)))
-    warnings = [*_version_changes(state.versions, plan.config), *_samples_change(state.settings, plan)]
+    warnings = [*_version_changes(state.versions, plan.config), *samples_change(state.settings, plan)]
     warnings += _encoder_changes(state.encoders, plan) if state.encoders else ()
     return Start(folder, state, tuple(notices), tuple(map(str, reported)), tuple(warnings))
 

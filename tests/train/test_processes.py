@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Callable
 
+import psutil
 import pytest
 import torch
+
+from vtrain import api
+from vtrain.contract import ConfigError
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -132,3 +138,53 @@ def test_sharded_processes_average_validate_and_are_resumed_by_any_number(
     vtrain("run", again.write(accumulate=1, **settings | {"more": VALIDATION + SHARD}), processes=2)
     for name, value in again.tensors(6).items():
         torch.testing.assert_close(value, right[name], rtol=0, atol=TOLERANCE)
+
+
+def of_two(folder, **values) -> None:
+    """A file that asks for two processes itself."""
+    text = folder.write(**values).read_text(encoding="utf-8")
+    folder.config.write_text(text.replace('output_dir = "out"', 'output_dir = "out"\nprocesses = 2'), encoding="utf-8")
+
+
+@pytest.mark.long
+def test_the_file_starts_its_processes_and_ctrl_c_saves_in_all(folder, start) -> None:
+    settings = {"steps": 3000, "save": 1000, "batch_size": 1, "log_every": 1}
+    of_two(folder, **settings)
+    running = start("run", folder.config)
+    for line in running.stdout:
+        if line.startswith("step 2/"):
+            running.send_signal(signal.SIGINT)
+            break
+    rest = running.communicate(timeout=60)[0]
+    assert running.returncode == 130, rest
+    assert "saved" in rest
+    assert "Traceback" not in rest
+    (done,) = (folder.output / "checkpoints").glob("step-*")
+    step = int(done.name.removeprefix("step-"))
+    assert folder.rows()[-1]["step"] == step
+    assert len(folder.rows()[-1]["samples"]) == 2
+
+
+@pytest.mark.long
+def test_a_process_that_is_killed_ends_all_with_its_own_message_alone(folder, start) -> None:
+    of_two(folder, steps=3000, save=1000, batch_size=1, log_every=1)
+    running = start("run", folder.config)
+    for line in running.stdout:
+        if line.startswith("step 2/"):
+            break
+    children = psutil.Process(running.pid).children()
+    assert len(children) == 2
+    children[1].kill()
+    began = time.monotonic()
+    rest = running.communicate(timeout=60)[0]
+    assert time.monotonic() - began < 30
+    assert running.returncode == 137, rest
+    assert "of 2 was killed by SIGKILL" in rest
+    assert "Traceback" not in rest
+    assert not psutil.pid_exists(children[0].pid)
+
+
+def test_a_program_of_ones_own_is_told_that_it_is_one_process(folder) -> None:
+    of_two(folder)
+    with pytest.raises(ConfigError, match=r"run\.processes is 2, and this is one process"), api.run(folder.config):
+        pass

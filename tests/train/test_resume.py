@@ -67,7 +67,7 @@ def test_a_killed_and_resumed_run_is_the_same_run_bit_for_bit(
         assert torch.equal(value, got[name]), name
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)])
 def test_a_signal_saves_and_ends_cleanly_and_the_run_goes_on_from_there(
     folder, another, within: Run, start: Begin, number: signal.Signals, code: int
 ) -> None:

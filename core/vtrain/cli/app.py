@@ -51,6 +51,14 @@ def _say_at_once(config: Path) -> None:
             typer.echo(f"{config}: loading torch, then looking at every file")
 
 
+def _in_all_processes(config: Path) -> None:
+    """Leave the command to as many processes as run.processes says, and end with them; to go on in each of these."""
+    from vtrain.cli.launch import launch, processes_of
+
+    if (count := processes_of(config)) > 1:
+        raise typer.Exit(launch(count, config))
+
+
 @app.callback()
 def _options(
     version: Annotated[
@@ -68,6 +76,7 @@ def _run(
     ] = False,
 ) -> None:
     """Train."""
+    _in_all_processes(config)
     if not json:
         _say_at_once(config)
     from vtrain.cli.run import run
@@ -241,7 +250,8 @@ def _config_show(config: ConfigFile, json: Json = False) -> None:
 
 @cache.command("fill")
 def _cache_fill(config: ConfigFile) -> None:
-    """Encode what a run would encode, without training; start it with torchrun to share the work."""
+    """Encode what a run would encode, without training; run.processes or torchrun share the work."""
+    _in_all_processes(config)
     _say_at_once(config)
     from vtrain.cli.cache import fill
 

@@ -33,6 +33,13 @@ class RunTable(Options):
         description="on a GPU, only operations that give the same bits each time, so that a resumed run is the same run "
         "there too; a little slower. Not needed on a CPU",
     )
+    processes: int = free(
+        1,
+        ge=1,
+        le=1024,
+        description="how many processes train together on this machine, each on a card of its own; `vtrain run` starts them. Under "
+        "torchrun and accelerate launch their number counts",
+    )
 
 
 class LoraTable(Options):

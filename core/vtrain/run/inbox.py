@@ -1,7 +1,7 @@
 """Everything that people ask of a run while it trains, in one place that is read at the end of each step.
 
-A request comes by a signal, by the control file in the output folder, or by a call. Ctrl-C, SIGTERM and SIGHUP (the terminal
-was closed): the first asks the run to save and end; a second Ctrl-C, a second or more later, ends it at once. A signal that
+A request comes by a signal, by the control file in the output folder, or by a call. Ctrl-C, SIGTERM, SIGHUP (the terminal was
+closed) and SIGUSR1 (Slurm's `--signal=USR1@120`, so long before a job's time is over): the first asks the run to save and end; a second Ctrl-C, a second or more later, ends it at once. A signal that
 the process was started to ignore stays ignored: a shell starts what a script puts in the background so that the terminal's
 Ctrl-C does not reach it, and nohup so that the terminal's end does not.
 """
@@ -19,7 +19,11 @@ from types import FrameType
 CONTROL = "control"
 """File in the output folder: words that ask something of the run, deleted when they were read."""
 WORDS = ("stop", "save", "validate")
-SIGNALS = (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()))
+SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    *(getattr(signal, name) for name in ("SIGHUP", "SIGUSR1") if hasattr(signal, name)),
+)
 ONE_PRESS = 1.0
 """Seconds within which several signals are one wish."""
 

@@ -32,24 +32,25 @@ class Prepared:
 
 
 def planned(path: Path, room: Room | None = None, base: Path | None = None) -> Plan:
-    """Read and check the file. The number of processes is what the launcher (torchrun, accelerate) says.
+    """Read and check the file. The number of processes is what the launcher (torchrun, accelerate) says, else run.processes.
 
     No data file is opened: that is the scan's. room: the memory of the machine that it is for; absent: this one's is looked up
     where the file has [memory]. base: where relative paths start, absent: at the file's folder.
     Raises ConfigError, ModelError or PluginError with all problems.
     """
-    said = os.environ.get("WORLD_SIZE") or "1"
-    if not said.isdecimal() or not int(said):
+    said = os.environ.get("WORLD_SIZE") or ""
+    if said and (not said.isdecimal() or not int(said)):
         what = f'the environment variable WORLD_SIZE is "{said}", which is no number of processes.'
         raise ConfigError(Problem("", what, "Start several processes with torchrun, or unset it."))
     with stdout_on_stderr():  # parts are built, and what their code prints must not stand in a command's JSON
         catalog = discover()
         with blame(tuple(catalog.parts.values())):  # validators of options are plugins' code
             config = load(path, catalog, base)
+        count = int(said or config.run.processes)
         if room is None and config.memory is not None:
-            local = os.environ.get("LOCAL_WORLD_SIZE") or said
-            room = find_room(int(local) if local.isdecimal() else int(said))
-        return with_decoders(make_plan(config, int(said), catalog, room))
+            local = os.environ.get("LOCAL_WORLD_SIZE") or ""
+            room = find_room(int(local) if local.isdecimal() else count)
+        return with_decoders(make_plan(config, count, catalog, room))
 
 
 def prepare(path: Path, on_file: Callable[[int], None] | None = None, room: Room | None = None) -> Prepared:
@@ -70,7 +71,10 @@ def scanned(plan: Plan, on_file: Callable[[int], None] | None = None) -> tuple[S
 
 def notices(plan: Plan, device: Device) -> list[str]:
     """What of the plan does nothing on the device that a run found."""
+    wanted = plan.config.run.processes
     found = list(device_notices(plan.config.offload, accelerated=device.accelerated, streams=Transfers.streams(device)))
+    if 1 < wanted != plan.processes:
+        found.append(f"run.processes is {wanted}, and the launcher started {plan.processes}: these count")
     if plan.memory is not None and plan.memory.on_cpu == device.accelerated:
         planned_for = "this machine's memory" if plan.memory.on_cpu else plan.memory.where
         found.append(f"[memory] was planned for {planned_for}, and the run is on {device}: its limit may not be kept")
@@ -80,3 +84,12 @@ def notices(plan: Plan, device: Device) -> list[str]:
 def extra_texts(plan: Plan) -> list[tuple[Caption, Role]]:
     """What a run encodes beside captions: validation's prompts."""
     return [(caption, role) for _, caption, role in plan.validation.texts] if plan.validation else []
+
+
+def alone_though(plan: Plan, count: int) -> Problem:
+    """Another number of processes works together than the plan is for."""
+    if os.environ.get("WORLD_SIZE"):
+        what = f"the launcher announced {plan.processes} processes in WORLD_SIZE, and {count} work together."
+        return Problem("", what, "Start it with torchrun, or unset WORLD_SIZE.")
+    what = f"run.processes is {plan.processes}, and this is one process: `vtrain run` starts the others, a program's own does not."
+    return Problem(plan.config.where("run", "processes"), what, "Use vtrain run or torchrun, or set run.processes = 1.")

@@ -39,7 +39,7 @@ from vtrain.train.processes import Processes
 from vtrain.train.resume import RunState, encoder_marks, feature_marks, held_beside
 
 OTHER = re.compile(
-    r"run\.(resume|output_dir|name)|(validation|tracker|checkpoint|memory|cache)\b.*|data\[\d+\]\.(on_bad_file|quarantine)"
+    r"run\.(resume|output_dir|name|processes)|(validation|tracker|checkpoint|memory|cache)\b.*|data\[\d+\]\.(on_bad_file|quarantine)"
 )
 """Settings that change no number: the scratch run has others, and two starts of a run may have."""
 
@@ -145,7 +145,12 @@ class Scratch:
 
 def scratch_config(tree: dict[str, Any], leg: Leg, output: Path, cache: Path) -> dict[str, Any]:
     """The run's configuration with another place, that saves at the end of the leg alone, shows nothing and moves no file."""
-    tree["run"] = {**tree["run"], "output_dir": str(output), "resume": "never" if leg.start is None else str(leg.start)}
+    tree["run"] = {
+        **tree["run"],
+        "processes": 1,
+        "output_dir": str(output),
+        "resume": "never" if leg.start is None else str(leg.start),
+    }
     tree["cache"] = {**tree.get("cache", {}), "dir": str(cache)}
     tree["checkpoint"] = {"every": f"{leg.last} steps", "keep": "all"}
     tree["tracker"] = []

@@ -28,7 +28,6 @@ from vtrain.contract import (
     Filled,
     Noted,
     Planned,
-    Problem,
     Quarantined,
     RunInfo,
     Scanned,
@@ -57,7 +56,7 @@ from vtrain.run.output import (
     validation_owed,
     write_run_files,
 )
-from vtrain.run.prepare import extra_texts, notices, planned, scanned
+from vtrain.run.prepare import alone_though, extra_texts, notices, planned, scanned
 
 if TYPE_CHECKING:
     from vtrain.data.caching.caches import Caches, FilledCaches
@@ -121,12 +120,8 @@ class Session:
             if self.plan.config.run.deterministic:
                 self.processes.device.deterministic()  # before any work: cuBLAS reads its setting once
         if self.processes.count != self.plan.processes:
-            what = (
-                f"the launcher announced {self.plan.processes} processes in WORLD_SIZE, "
-                f"and {self.processes.count} work together."
-            )
             self.processes.close()
-            raise ConfigError(Problem("", what, "Start it with torchrun, or unset WORLD_SIZE."))
+            raise ConfigError(alone_though(self.plan, self.processes.count))
         self._inbox.validates = self.plan.validation is not None
         self._recorder = Recorder(self.plan.config.run.output_dir, self._restore)
         self._events = self._stream()
@@ -166,11 +161,14 @@ class Session:
                 for event in self._chapters():
                     yield from self._passed(event)
         # Not BaseException: a generator that is closed may yield nothing more.
-        except Exception as error:
+        except Exception as raised:
+            error = self.processes.lost(raised) or raised
             lines = tuple(map(str, error.problems)) if isinstance(error, VtrainError) else (str(error),)
             yield from self._passed(Failed(type(error).__name__, lines))
             yield from self._listeners_end()
-            raise
+            if error is raised:
+                raise
+            raise error from raised
         else:
             yield from self._listeners_end()
         finally:

@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from torch import distributed as dist
 from torch import nn
 
-from vtrain.contract import Device, DeviceError, Problem, VtrainError
+from vtrain.contract import Device, DeviceError, Problem, TrainingError, VtrainError
 
 T = TypeVar("T")
 
@@ -127,6 +127,20 @@ class Processes:
         lists: list[Any] = [None] * self.count
         dist.all_gather_object(lists, values, group=self.words)
         return [value for part in lists for value in part]
+
+    def lost(self, error: BaseException) -> TrainingError | None:
+        """What is to be said of an error that came of another process's end; None for any other error."""
+        words = str(error)
+        torn = isinstance(error, dist.DistError) or any(sign in words for sign in ("gloo/transport", "closed by peer"))
+        if self.count == 1 or not (isinstance(error, RuntimeError) and torn):
+            return None
+        what = "another process of this run has ended, or cannot be reached any more, and this one waited for it."
+        remedy = (
+            "Its own words stand above or in its log. Start the command again: it resumes from the newest checkpoint."
+        )
+        found = TrainingError(Problem(f"process {self.rank + 1} of {self.count}", what, remedy))
+        found.reported = not self.first
+        return found
 
     def any(self, *votes: bool) -> tuple[bool, ...]:
         """For each vote, whether any process says yes."""

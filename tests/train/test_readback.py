@@ -41,7 +41,7 @@ class Written:
     files: ClassVar[tuple[str, ...]] = ("weights.safetensors",)
     bytes: ClassVar[int] = 64
 
-    def gather(self, *, keep: bool) -> State:
+    def gather(self, *, keep: bool, copy: bool = False) -> State:
         return State({"first": torch.arange(8.0), "second": torch.arange(8.0).reshape(2, 4) / 3})
 
     def write(self, folder: Path, state: State) -> None:

@@ -371,12 +371,12 @@ def test_a_stop_during_a_validation_saves_again_where_the_save_before_it_failed(
 ) -> None:
     real, fails = checkpoint.write, [True]
 
-    def write(parent: Path, step: int, pieces: Any) -> Path:
+    def write(parent: Path, step: int, pieces: Any, *states: Any, **how: Any) -> Path:
         if fails and fails.pop():
             for piece in pieces:
                 piece.gather(keep=False)
             raise CheckpointError(Problem(str(parent), "no room."))
-        return real(parent, step, pieces)
+        return real(parent, step, pieces, *states, **how)
 
     monkeypatch.setattr(checkpoint, "write", write)
     with api.run(folder.write(more=VALIDATION)) as session:

@@ -200,7 +200,7 @@ class RecordsPiece:
     files: ClassVar[tuple[str, ...]] = (RECORDS,)
     bytes: ClassVar[int] = 0
 
-    def gather(self, *, keep: bool) -> State:
+    def gather(self, *, keep: bool, copy: bool = False) -> State:
         return State(values=self.said().model_dump()) if keep else State()
 
     def write(self, folder: Path, state: State) -> None:

@@ -180,7 +180,7 @@ class ListenersPiece:
     files: ClassVar[tuple[str, ...]] = (FILE,)
     bytes: ClassVar[int] = 0
 
-    def gather(self, *, keep: bool) -> State:
+    def gather(self, *, keep: bool, copy: bool = False) -> State:
         return State(values=self.listeners.states()) if keep else State()
 
     def write(self, folder: Path, state: State) -> None:

@@ -77,7 +77,7 @@ class SamplesPiece:
         np.savez_compressed(file, names=text, lengths=lengths, contents=self.index.contents)
         return State(values={"file": file.getvalue()})
 
-    def gather(self, *, keep: bool) -> State:
+    def gather(self, *, keep: bool, copy: bool = False) -> State:
         return self.packed if keep else State()
 
     def write(self, folder: Path, state: State) -> None:

@@ -63,10 +63,11 @@ class Piece(Protocol):
         """Of the tensors that would be gathered now. Headers of files and numbers add a few KiB."""
         ...
 
-    def gather(self, *, keep: bool) -> State:
+    def gather(self, *, keep: bool, copy: bool = False) -> State:
         """The whole state. Every process calls it, for all pieces in order, since parts of it may lie with each.
 
-        keep: whether it is this process that writes; what the others get is empty.
+        keep: whether it is this process that writes; what the others get is empty. copy: whether what it gives is to stay as it is
+        while training goes on, wherever it lies.
         """
         ...
 
@@ -173,8 +174,9 @@ def write(
         aside.mkdir(parents=True)
         for piece in waiting:
             # No name holds a state that was gathered, so that it is gone from memory before the next one comes.
-            state = piece.gather(keep=True) if states is None else states[len(written)]
-            written[piece.name] = _write_piece(aside, piece, state, trained)
+            written[piece.name] = _write_piece(
+                aside, piece, piece.gather(keep=True) if states is None else states[len(written)], trained
+            )
         _share(aside)
         _seal(aside, written, trained, reload=reload)
         # A folder cannot be renamed onto one that is not empty. The old one goes only now that the new one is whole.

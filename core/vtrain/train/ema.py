@@ -259,7 +259,7 @@ class AveragePiece:
     def bytes(self) -> int:
         return size_of(self.average.weights.values())
 
-    def gather(self, *, keep: bool) -> State:
+    def gather(self, *, keep: bool, copy: bool = False) -> State:
         counts = _Counts(steps=self.average.steps, taken=self.average.taken)
         module, averaged = self.denoiser.module, self.average.weights
         if self.shares is not None:
@@ -268,7 +268,7 @@ class AveragePiece:
         found = {**module.state_dict(), **averaged}
         if self.settings is not None:
             found = {key: averaged[name] for key, name in adapter_names(module).items()}
-        return State(on_cpu(found, keep=keep), counts.model_dump() if keep else {})
+        return State(on_cpu(found, keep=keep, copy=copy), counts.model_dump() if keep else {})
 
     def write(self, folder: Path, state: State) -> None:
         below = folder / FOLDER

@@ -89,14 +89,14 @@ class AveragedPiece:
     def bytes(self) -> int:
         return self.of.bytes
 
-    def gather(self, *, keep: bool) -> State:
+    def gather(self, *, keep: bool, copy: bool = False) -> State:
         if not keep and self.shares is None:
             return State()
         live = self.of.live()
         trained = self._trained(live)
         found: dict[str, Tensor] = {}
         for key, value in live.items():  # one made at a time
-            found |= on_cpu({key: self._value(trained[key]) if key in trained else value}, keep=keep)
+            found |= on_cpu({key: self._value(trained[key]) if key in trained else value}, keep=keep, copy=copy)
         return State(found)
 
     def _trained(self, live: Mapping[str, Tensor]) -> dict[str, str]:

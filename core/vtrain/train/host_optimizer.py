@@ -35,10 +35,6 @@ class HostWeights:
         optimizer.register_step_pre_hook(lambda *_: self._take_gradients())
         optimizer.register_step_post_hook(lambda *_: self.give_back())
 
-    def take(self) -> None:
-        """Copy the parameters, which something else has changed: a checkpoint that was loaded."""
-        self._transfers.fetch(zip((each.detach() for each in self._trained), self._copies, strict=True))
-
     def give_back(self) -> None:
         """What the optimizer, or its other set of weights, is now, to the parameters."""
         self._transfers.put(zip(self._copies, (each.detach() for each in self._trained), strict=True))

@@ -61,7 +61,7 @@ class OptimizerPiece:
         """0 before the first step of a new run: the state comes with it."""
         return size_of(value for value in self._state().values() if isinstance(value, Tensor))
 
-    def gather(self, *, keep: bool) -> State:
+    def gather(self, *, keep: bool, copy: bool = False) -> State:
         if not keep and self.shares is None:
             return State()
         self.check()
@@ -76,7 +76,7 @@ class OptimizerPiece:
             if isinstance(value, Tensor)
         }
         counted = [{k: v for k, v in group.items() if not isinstance(v, Tensor)} for group in groups]
-        return State(on_cpu(tensors, keep=keep), {"state": scalars, "groups": counted} if keep else {})
+        return State(on_cpu(tensors, keep=keep, copy=copy), {"state": scalars, "groups": counted} if keep else {})
 
     def write(self, folder: Path, state: State) -> None:
         save_file(dict(state.tensors), folder / TENSORS)

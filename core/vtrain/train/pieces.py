@@ -26,21 +26,22 @@ if TYPE_CHECKING:
 CONFIG = "config.toml"
 
 
-def on_cpu(tensors: Mapping[str, Tensor], *, keep: bool = True) -> dict[str, Tensor]:
+def on_cpu(tensors: Mapping[str, Tensor], *, keep: bool = True, copy: bool = False) -> dict[str, Tensor]:
     """The same on the CPU, contiguous and out of the graph, as files take them.
 
     What lies in shares with several processes is put together, one tensor after the other: all of them call it. keep: whether this
     process wants any; nothing is copied for one that does not.
 
-    All of it is a copy, which no step changes: two billion fp32 weights take 8 GB of main memory until they are written, their two
-    moments 16 GB.
+    What lies there so already is not copied unless `copy` asks for it: it is training's own memory, and must be written before the
+    next step. What lies on a card is: two billion fp32 weights take 8 GB of main memory until they are written, their two moments
+    16 GB.
     """
     found = {}
     for name, value in tensors.items():
         # Of a DTensor, whose import takes seconds.
         whole = value.full_tensor() if hasattr(value, "full_tensor") else value
         if keep:
-            found[name] = whole.detach().to("cpu", copy=True).contiguous()
+            found[name] = whole.detach().contiguous().to("cpu", copy=copy)
     return found
 
 
@@ -68,8 +69,8 @@ class DenoiserPiece:
         """What it gathers, where it lies in training."""
         return self.denoiser.module.state_dict()
 
-    def gather(self, *, keep: bool) -> State:
-        return State(on_cpu(self.live(), keep=keep))
+    def gather(self, *, keep: bool, copy: bool = False) -> State:
+        return State(on_cpu(self.live(), keep=keep, copy=copy))
 
     def write(self, folder: Path, state: State) -> None:
         self.denoiser.save(folder, state.tensors)
@@ -109,8 +110,8 @@ class AdapterPiece:
         """What it gathers, where it lies in training."""
         return lora_state(self.denoiser.module)
 
-    def gather(self, *, keep: bool) -> State:
-        return State(on_cpu(self.live(), keep=keep))
+    def gather(self, *, keep: bool, copy: bool = False) -> State:
+        return State(on_cpu(self.live(), keep=keep, copy=copy))
 
     def write(self, folder: Path, state: State) -> None:
         self.lora.save_lora(folder, state.tensors, self.settings)
@@ -150,8 +151,8 @@ class RegularizerPiece:
     def bytes(self) -> int:
         return size_of(self.module.state_dict().values())
 
-    def gather(self, *, keep: bool) -> State:
-        return State(on_cpu(self.module.state_dict(), keep=keep))
+    def gather(self, *, keep: bool, copy: bool = False) -> State:
+        return State(on_cpu(self.module.state_dict(), keep=keep, copy=copy))
 
     def write(self, folder: Path, state: State) -> None:
         file = folder / self.files[0]
@@ -188,7 +189,7 @@ class CountersPiece:
     files: ClassVar[tuple[str, ...]] = (STATE,)
     bytes: ClassVar[int] = 0
 
-    def gather(self, *, keep: bool) -> State:
+    def gather(self, *, keep: bool, copy: bool = False) -> State:
         return State(values=asdict(self.state)) if keep else State()
 
     def write(self, folder: Path, state: State) -> None:
@@ -207,7 +208,7 @@ class ConfigPiece:
     files: ClassVar[tuple[str, ...]] = (CONFIG,)
     bytes: ClassVar[int] = 0
 
-    def gather(self, *, keep: bool) -> State:
+    def gather(self, *, keep: bool, copy: bool = False) -> State:
         return State(values={"text": self.text}) if keep else State()
 
     def write(self, folder: Path, state: State) -> None:

@@ -76,7 +76,9 @@ class Saver:
             self._work = _Work(step, pieces, None)
             yield from self.settle()
             return
-        work = self._work = _Work(step, pieces, [piece.gather(keep=self._processes.first) for piece in pieces])
+        work = self._work = _Work(
+            step, pieces, [piece.gather(keep=self._processes.first, copy=True) for piece in pieces]
+        )
         if self._processes.first:
             self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
             work.future = self._pool.submit(self._write, work, reload=False)

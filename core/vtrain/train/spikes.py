@@ -160,7 +160,7 @@ class ReadingsPiece:
     files: ClassVar[tuple[str, ...]] = (FILE,)
     bytes: ClassVar[int] = 0
 
-    def gather(self, *, keep: bool) -> State:
+    def gather(self, *, keep: bool, copy: bool = False) -> State:
         watch = self.watch
         made = Readings(
             levels=[level for level, _ in watch.clips],

@@ -2,9 +2,9 @@
 
 A request comes by a signal, by the control file in the output folder, or by a call. Ctrl-C, SIGTERM, SIGHUP (the terminal was
 closed) and SIGUSR1 (Slurm's `--signal=USR1@120`, so many seconds before a job's time is over): the first asks the run to save and
-end; a second Ctrl-C, a second or more later, ends it at once. A signal that the process was started to ignore stays so: a
-shell starts what a script puts in the background so that the terminal's Ctrl-C does not reach it, and nohup so that the terminal's end
-does not.
+end; a second Ctrl-C, a second or more later, ends it at once. A signal that the process was started to ignore stays ignored: a
+shell starts what a script puts in the background so that the terminal's Ctrl-C does not reach it, and nohup so that the terminal's
+end does not.
 """
 
 from __future__ import annotations

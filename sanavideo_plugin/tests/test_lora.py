@@ -16,6 +16,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vtrain.config.tables import LoraTable
 from vtrain.contract import ConfigError, Denoiser, ModelError
 from vtrain.contract.adapters import adapter_path, misfits_of, read_adapter
 from vtrain.plan.records import Plan
@@ -103,6 +104,16 @@ def test_a_family_that_names_no_weights_has_its_targets_looked_at_when_it_is_loa
     (problem,) = parameters.target_faults(Layers(), [target], "here")
     assert message in problem.what
     assert not list(parameters.target_faults(Layers(), ["to_q", "conv", "blocks.0.0"], "here"))
+
+
+def test_all_targets_that_cannot_be_are_named_at_once_when_it_is_loaded(plan: Callable[[str], Plan]) -> None:
+    made = plan("rank = 4")
+    denoiser = made.family.load_denoiser("cpu", "fp32")
+    with pytest.raises(ConfigError) as caught:
+        parameters.add_lora(denoiser, LoraTable.model_validate({"targets": ["nothing", "nowhere"]}), 0, "here")
+    first, second = caught.value.problems
+    assert '"nothing"' in first.what
+    assert '"nowhere"' in second.what
 
 
 def test_dora_on_a_base_of_bf16_predicts_at_first_what_the_base_does(plan: Callable[[str], Plan]) -> None:

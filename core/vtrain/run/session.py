@@ -42,6 +42,7 @@ from vtrain.estimate.estimate import Estimate, make_estimate
 from vtrain.estimate.render import sections
 from vtrain.plan.places import SAMPLES
 from vtrain.registry.blame import blame
+from vtrain.run.alike import check_alike
 from vtrain.run.collector import uncollected
 from vtrain.run.inbox import Inbox
 from vtrain.run.lines import RecordsPiece
@@ -209,6 +210,7 @@ class Session:
             return
         if warning := self._alone():
             yield Warned(warning)
+        check_alike(self.plan, self.processes)
         self.processes.from_first(lambda: self._inbox.watch(self.plan.config.run.output_dir))
         # Before anything is scanned or encoded: what refuses a resume is said at once.
         start = self._start()

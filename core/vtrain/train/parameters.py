@@ -57,7 +57,7 @@ def add_lora(denoiser: Denoiser, table: LoraTable, seed: int, where: str) -> Non
     if not isinstance(denoiser, SupportsLora):
         raise ConfigError(Problem(where, "this family has no adapters.", 'Use train = "full".'))
     if problems := list(target_faults(denoiser.module, table.targets or denoiser.lora_targets, where)):
-        raise ConfigError(*problems)
+        raise ConfigError(problems)
     denoiser.module.requires_grad_(False)
     Device().seed(seed)  # peft makes its weights on the CPU: the same on every device
     try:

@@ -25,7 +25,7 @@ from vtrain.contract import Condition, NoiseLevel, RunLength, Text
 from vtrain.run.inbox import Inbox
 from vtrain.testing.memory import MemoryPeak
 from vtrain.train.checkpointing import checkpoint_gradients
-from vtrain.train.loop import Ends, Loop
+from vtrain.train.loop import Ends, Loop, Unsaved
 from vtrain.train.parameters import add_lora, groups, trained
 from vtrain.train.prefetch import Prefetched
 from vtrain.train.processes import Processes
@@ -92,7 +92,7 @@ def loop_of(setup: Setup, step: Step, processes: Processes) -> Loop:
         None,  # type: ignore[arg-type]  # steps are fed by hand
         processes,
         TrainTable(steps=NEVER, log_every=NEVER),
-        Ends(lambda _step, _micro: iter(()), None, Inbox()),
+        Ends(Unsaved(), None, Inbox()),
         first=0,
         last=NEVER,
         micro_batch=0,

@@ -46,7 +46,7 @@ from vtrain.run.inbox import Inbox
 from vtrain.train.checkpointing import checkpoint_gradients
 from vtrain.train.ema import Average
 from vtrain.train.host_optimizer import HostWeights
-from vtrain.train.loop import Ends, Loop
+from vtrain.train.loop import Ends, Loop, Unsaved
 from vtrain.train.offload import offload
 from vtrain.train.parameters import add_lora, groups, trained
 from vtrain.train.precision import quantise
@@ -315,7 +315,7 @@ def vtrain_side(
             ),
             processes,
             config.train,
-            Ends(lambda _step, _micro: iter(()), None, Inbox(), skipped=Skipped(config.train.skip_nonfinite)),
+            Ends(Unsaved(), None, Inbox(), skipped=Skipped(config.train.skip_nonfinite)),
             first=0,
             last=NEVER,
             micro_batch=0,

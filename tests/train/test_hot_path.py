@@ -30,7 +30,7 @@ from vtrain.contract import (
 from vtrain.data.batches import pad
 from vtrain.run.inbox import Inbox
 from vtrain.train.ema import Average
-from vtrain.train.loop import Ends, Loop
+from vtrain.train.loop import Ends, Loop, Unsaved
 from vtrain.train.parameters import add_lora, groups, trained
 from vtrain.train.prefetch import Prefetched
 from vtrain.train.step import Step, StepInput
@@ -125,7 +125,7 @@ def test_an_optimizer_step_reads_nothing_from_the_device(
         None,  # type: ignore[arg-type] - the test feeds the loop itself
         OneProcess(),  # type: ignore[arg-type]
         table,
-        Ends(None, None, Inbox()),  # type: ignore[arg-type]
+        Ends(Unsaved(), None, Inbox()),
         first=0,
         last=100,
         micro_batch=0,

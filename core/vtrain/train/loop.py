@@ -75,6 +75,20 @@ class Saves(Protocol):
         ...
 
 
+class Unsaved:
+    """Of a loop without checkpoints."""
+
+    writing = written = False
+
+    def save(self, step: int, micro_batch: int, *, now: bool) -> Iterator[Event]:
+        """Nothing."""
+        return iter(())
+
+    def settle(self) -> Iterator[Event]:
+        """Nothing."""
+        return iter(())
+
+
 Validate = Callable[[int], Iterator[Event]]
 """Optimizer steps done -> what happens while videos are generated. Never raises for a video that fails."""
 

@@ -25,10 +25,11 @@ from vtrain.contract import Condition, NoiseLevel, RunLength, Text
 from vtrain.run.inbox import Inbox
 from vtrain.testing.memory import MemoryPeak
 from vtrain.train.checkpointing import checkpoint_gradients
-from vtrain.train.loop import Ends, Loop, Unsaved
+from vtrain.train.loop import Ends, Loop
 from vtrain.train.parameters import add_lora, groups, trained
 from vtrain.train.prefetch import Prefetched
 from vtrain.train.processes import Processes
+from vtrain.train.saving import Unsaved
 from vtrain.train.step import Step, StepInput, Term
 from vtrain_builtin.adamw import AdamWOptions, build_adamw
 from vtrain_sanavideo.crepa_loss import CrepaLoss

@@ -46,12 +46,13 @@ from vtrain.run.inbox import Inbox
 from vtrain.train.checkpointing import checkpoint_gradients
 from vtrain.train.ema import Average
 from vtrain.train.host_optimizer import HostWeights
-from vtrain.train.loop import Ends, Loop, Unsaved
+from vtrain.train.loop import Ends, Loop
 from vtrain.train.offload import offload
 from vtrain.train.parameters import add_lora, groups, trained
 from vtrain.train.precision import quantise
 from vtrain.train.prefetch import Prefetcher
 from vtrain.train.processes import Processes
+from vtrain.train.saving import Unsaved
 from vtrain.train.spikes import Skipped
 from vtrain.train.step import Step, Teacher, Term
 from vtrain_sanavideo.crepa import Crepa

@@ -30,9 +30,10 @@ from vtrain.contract import (
 from vtrain.data.batches import pad
 from vtrain.run.inbox import Inbox
 from vtrain.train.ema import Average
-from vtrain.train.loop import Ends, Loop, Unsaved
+from vtrain.train.loop import Ends, Loop
 from vtrain.train.parameters import add_lora, groups, trained
 from vtrain.train.prefetch import Prefetched
+from vtrain.train.saving import Unsaved
 from vtrain.train.step import Step, StepInput
 
 READS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::nonzero", "aten::equal"}

@@ -31,6 +31,7 @@ from vtrain.train.ema import Average
 from vtrain.train.prefetch import Prefetched, Prefetcher
 from vtrain.train.processes import Processes
 from vtrain.train.readings import Failure, Measured, Unread, rows
+from vtrain.train.saving import Saves
 from vtrain.train.spikes import Skipped, skipped_step, too_many
 from vtrain.train.statistics import Statistics
 from vtrain.train.step import StepOutput, clip_gradients, gradient_norm
@@ -50,43 +51,6 @@ class Requests(Protocol):
     def take(self) -> tuple[bool, bool]:
         """(save, validate): whether a checkpoint or a validation was asked for since the last call."""
         ...
-
-
-class Saves(Protocol):
-    """How checkpoints are written. Every process calls it, at the same steps."""
-
-    @property
-    def writing(self) -> bool:
-        """Whether one is being written beside training, the same on every process."""
-        ...
-
-    @property
-    def written(self) -> bool:
-        """Whether this process has just finished one, so that `settle` does not wait."""
-        ...
-
-    def save(self, step: int, micro_batch: int, *, now: bool) -> Iterator[Event]:
-        """Begin the checkpoint after `step`, with none being written. micro_batch: the next one. now: wait for it. Raises
-        CheckpointError on all."""
-        ...
-
-    def settle(self) -> Iterator[Event]:
-        """Wait for the one that is being written. Raises CheckpointError on all if it could not be."""
-        ...
-
-
-class Unsaved:
-    """Of a loop without checkpoints."""
-
-    writing = written = False
-
-    def save(self, step: int, micro_batch: int, *, now: bool) -> Iterator[Event]:
-        """Nothing."""
-        return iter(())
-
-    def settle(self) -> Iterator[Event]:
-        """Nothing."""
-        return iter(())
 
 
 Validate = Callable[[int], Iterator[Event]]

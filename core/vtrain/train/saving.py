@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from vtrain.contract import Event, Noted, Saved, Warned
 from vtrain.contract.rooms import host_memory
@@ -119,3 +119,40 @@ class Saver:
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
+
+
+class Saves(Protocol):
+    """How checkpoints are written. Every process calls it, at the same steps."""
+
+    @property
+    def writing(self) -> bool:
+        """Whether one is being written beside training, the same on every process."""
+        ...
+
+    @property
+    def written(self) -> bool:
+        """Whether this process has just finished one, so that `settle` does not wait."""
+        ...
+
+    def save(self, step: int, micro_batch: int, *, now: bool) -> Iterator[Event]:
+        """Begin the checkpoint after `step`, with none being written. micro_batch: the next one. now: wait for it. Raises
+        CheckpointError on all."""
+        ...
+
+    def settle(self) -> Iterator[Event]:
+        """Wait for the one that is being written. Raises CheckpointError on all if it could not be."""
+        ...
+
+
+class Unsaved:
+    """Of a loop without checkpoints."""
+
+    writing = written = False
+
+    def save(self, step: int, micro_batch: int, *, now: bool) -> Iterator[Event]:
+        """Nothing."""
+        return iter(())
+
+    def settle(self) -> Iterator[Event]:
+        """Nothing."""
+        return iter(())

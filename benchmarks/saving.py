@@ -24,7 +24,7 @@ LIMIT = 0.2
 
 
 def measured(folder: Path, model: str, pairs: int) -> tuple[Ratio, list[float], list[float], list[float], int]:
-    """(ratio, seconds until training goes on, of save_file, until the checkpoint is there, bytes)."""
+    """(ratio, seconds until training continues, of save_file, until the checkpoint is there, bytes)."""
     from vtrain.run.inbox import Inbox
     from vtrain.train.saving import Saver
 

@@ -13,11 +13,10 @@ import pytest
 from vtrain.config import load
 from vtrain.contract import ConfigError
 from vtrain.plan.memory import BACKWARD, STEP, TRAINING, MemorySettings, Workload, estimate_of
-from vtrain.plan.parallel import parallel_problems
+from vtrain.plan.parallel import parallel_problems, samples_change
 from vtrain.plan.records import Plan
 from vtrain.plan.workload import memory_settings
 from vtrain.registry import discover
-from vtrain.train.resume import samples_change
 
 PlanOf = Callable[..., Plan]
 SHARD = "\n[parallel]\nshard = true\n"

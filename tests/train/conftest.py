@@ -100,6 +100,13 @@ class Folder:
         self.config.write_text(text + more, encoding="utf-8")
         return self.config
 
+    @staticmethod
+    def validation(every: str = "3 steps", **prompts: str) -> str:
+        """A table for `more`. prompts: by nickname, one if none is given."""
+        named = ", ".join(f'"{name}" = "{text}"' for name, text in (prompts or {"one": "gradient"}).items())
+        size = 'size = "64x64"\nframes = 9\nsteps = 2'
+        return f'\n[validation]\nevery = "{every}"\n{size}\nprompts = {{ {named} }}\n'
+
     def rows(self) -> list[dict[str, Any]]:
         """metrics.jsonl without what differs between runs."""
         lines = (self.output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

@@ -20,14 +20,6 @@ from vtrain.contract import Event, Generating, Noted, Stepped, TrainingError, Va
 Run = Callable[..., subprocess.CompletedProcess[str]]
 pytestmark = pytest.mark.usefixtures("one_decoder")
 EMA = "\n[ema]\ndecay = 0.9\n"
-VALIDATION = """
-[validation]
-every = "3 steps"
-size = "64x64"
-frames = 9
-steps = 2
-prompts = { one = "gradient", two = "another" }
-"""
 
 
 def events_of(config: Path) -> list[Event]:
@@ -73,8 +65,10 @@ def test_a_resumed_run_has_the_average_of_the_uninterrupted_one_bit_for_bit(
 @pytest.mark.parametrize("train", ["full", "lora"])
 def test_training_with_an_average_is_the_same_training(folder, another, train: str) -> None:
     plain = another()
-    events_of(plain.write(train=train, more=VALIDATION))
-    events_of(folder.write(train=train, more=VALIDATION + EMA + 'validation = "both"\n'))
+    events_of(plain.write(train=train, more=folder.validation(one="gradient", two="another")))
+    events_of(
+        folder.write(train=train, more=folder.validation(one="gradient", two="another") + EMA + 'validation = "both"\n')
+    )
     assert folder.rows() == plain.rows()
     mine = folder.tensors(6)
     assert all(torch.equal(mine[name], value) for name, value in plain.tensors(6).items())
@@ -88,7 +82,9 @@ def test_training_with_an_average_is_the_same_training(folder, another, train: s
     [("raw", ["one", "two"]), ("ema", ["one.ema", "two.ema"]), ("both", ["one", "one.ema", "two", "two.ema"])],
 )
 def test_videos_are_made_with_the_weights_that_were_asked_for(folder, which: str, names: list[str]) -> None:
-    events = events_of(folder.write(lr=1e-2, more=VALIDATION + EMA + f'validation = "{which}"\n'))
+    events = events_of(
+        folder.write(lr=1e-2, more=folder.validation(one="gradient", two="another") + EMA + f'validation = "{which}"\n')
+    )
     done = [event for event in events if isinstance(event, Validated)][-1]
     assert done.failures == ()
     assert list(done.files) == names
@@ -129,7 +125,9 @@ def test_weights_that_break_the_run_reach_no_average_that_anybody_sees(folder) -
     """The update itself looks at nothing: the run ends before a checkpoint, and the one before is whole."""
     broken = "lr = 1e-3\nweight_decay = 1e38"
     events_of(folder.write(steps=3, save=3, more=EMA))
-    text = folder.write(steps=9, save=9, log_every=50, more=EMA + VALIDATION.replace("3 steps", "6 steps"))
+    text = folder.write(
+        steps=9, save=9, log_every=50, more=EMA + folder.validation("6 steps", one="gradient", two="another")
+    )
     text.write_text(text.read_text().replace("lr = 0.001", broken))
     with pytest.raises(TrainingError):
         events_of(folder.config)
@@ -155,7 +153,11 @@ def test_an_average_that_is_of_another_model_is_refused_by_name(folder, within: 
 
 def test_the_plan_says_how_long_the_average_is_and_where_it_lies(folder, within: Run) -> None:
     printed = within(
-        "plan", folder.write(steps=2000, more=VALIDATION + '\n[ema]\nupdate_every = 5\nvalidation = "both"\n')
+        "plan",
+        folder.write(
+            steps=2000,
+            more=folder.validation(one="gradient", two="another") + '\n[ema]\nupdate_every = 5\nvalidation = "both"\n',
+        ),
     ).stdout
     for words in (
         "decay 0.999, warm-up to step 8,990: at the end over about the last 223 of 2,000 steps, updated every 5 steps",
@@ -184,7 +186,7 @@ def test_what_does_not_go_with_the_run_is_a_warning(folder, within: Run, table: 
 
 
 def test_a_nickname_whose_file_would_be_anothers_is_refused(folder, within: Run) -> None:
-    more = VALIDATION.replace("two =", '"one.ema" =') + EMA
+    more = folder.validation(**{"one": "gradient", "one.ema": "another"}) + EMA
     done = within("plan", folder.write(more=more), check=2)
     assert 'is the video of "one" with averaged weights (ema.validation), too.' in done.stderr
     assert "Traceback" not in done.stderr

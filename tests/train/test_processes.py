@@ -61,7 +61,8 @@ SHARD = "\n[parallel]\nshard = true\n"
 
 
 SMOOTH = '\n[[regularizer]]\nuse = "toy-smooth"\nblock = 1\n'
-FREE = {"adamw": "schedulefree-adamw", "cosine": "constant"}
+FREE = {'"adamw"': '"schedulefree-adamw"', '"cosine"': '"constant"'}
+INT8 = {'mixed = "no"': 'mixed = "no"\nbase = "int8"'}
 
 
 @pytest.mark.parametrize(
@@ -70,6 +71,7 @@ FREE = {"adamw": "schedulefree-adamw", "cosine": "constant"}
         pytest.param("lora", "", {}, id="lora", marks=pytest.mark.long),
         pytest.param("full", SMOOTH, {}, id="full with a regularizer", marks=pytest.mark.slow),
         pytest.param("lora", "", FREE, id="schedule-free", marks=pytest.mark.slow),
+        pytest.param("lora", "", INT8, id="lora on int8", marks=pytest.mark.slow),
     ],
 )
 def test_sharded_processes_give_the_curve_of_one(
@@ -81,7 +83,7 @@ def test_sharded_processes_give_the_curve_of_one(
     for each, more_of in ((one, more), (folder, more + SHARD)):
         text = each.write(accumulate=4 if each is one else 2, more=more_of, **settings).read_text()
         for old, new in changes.items():
-            text = text.replace(f'use = "{old}"', f'use = "{new}"')
+            text = text.replace(old, new)
         each.config.write_text(text)
     within("run", one.config)
     done = vtrain("run", folder.config, processes=2)
@@ -96,29 +98,17 @@ def test_sharded_processes_give_the_curve_of_one(
         torch.testing.assert_close(left[name], value, rtol=0, atol=TOLERANCE)
 
 
-VALIDATION = """
-[validation]
-every = "3 steps"
-size = "64x64"
-frames = 9
-steps = 2
-prompts = { one = "gradient", two = "another", three = "a third" }
-
-[ema]
-decay = 0.5
-validation = "both"
-"""
-
-
 @pytest.mark.slow
 def test_sharded_processes_average_validate_and_are_resumed_by_any_number(
     folder, another, vtrain: Run, within: Run
 ) -> None:
     """Slow: two runs of two processes and two of one. Three prompts, so that one process solves one that nobody keeps."""
-    settings = {"steps": 6, "save": 3, "batch_size": 1, "lr": 1e-3, "more": VALIDATION}
+    more = folder.validation(one="gradient", two="another", three="a third")
+    more += '\n[ema]\ndecay = 0.5\nvalidation = "both"\n'
+    settings = {"steps": 6, "save": 3, "batch_size": 1, "lr": 1e-3, "more": more}
     one = another()
     within("run", one.write(accumulate=2, **settings))
-    done = vtrain("run", folder.write(accumulate=1, **settings | {"more": VALIDATION + SHARD}), processes=2)
+    done = vtrain("run", folder.write(accumulate=1, **settings | {"more": more + SHARD}), processes=2)
     assert "failed" not in done.stdout
     left, right = folder.tensors(6), one.tensors(6)
     assert left.keys() == right.keys()
@@ -136,7 +126,7 @@ def test_sharded_processes_average_validate_and_are_resumed_by_any_number(
         torch.testing.assert_close(value, right[name], rtol=0, atol=TOLERANCE)
     again = another()
     shutil.copytree(one.output / "checkpoints" / "step-000003", again.output / "checkpoints" / "step-000003")
-    vtrain("run", again.write(accumulate=1, **settings | {"more": VALIDATION + SHARD}), processes=2)
+    vtrain("run", again.write(accumulate=1, **settings | {"more": more + SHARD}), processes=2)
     for name, value in again.tensors(6).items():
         torch.testing.assert_close(value, right[name], rtol=0, atol=TOLERANCE)
 

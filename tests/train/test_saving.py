@@ -19,15 +19,6 @@ from vtrain.train.readback import ReloadNeeded
 
 pytestmark = pytest.mark.usefixtures("one_decoder")
 
-VALIDATION = """
-[validation]
-every = "3 steps"
-size = "64x64"
-frames = 9
-steps = 2
-prompts = { one = "gradient" }
-"""
-
 
 @pytest.fixture
 def beside(card_in_ram: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +84,7 @@ def test_what_is_written_while_steps_go_on_is_of_its_own_step(
 
 
 def test_one_is_written_at_a_time_and_a_validation_waits_for_none(folder, beside: None, slowly: list[str]) -> None:
-    events = events_of(folder.write(save=1, steps=3, more=VALIDATION.replace("3 steps", "1 steps")))
+    events = events_of(folder.write(save=1, steps=3, more=folder.validation("1 steps")))
     saved = [event.step for event in events if isinstance(event, Saved)]
     assert saved == [1, 2, 3]
     validated = next(at for at, event in enumerate(events) if isinstance(event, Validated))
@@ -133,7 +124,7 @@ def test_a_stop_after_a_checkpoint_that_failed_saves_again(
             session.ask("stop")
 
     monkeypatch.setattr(checkpoint, "write", write)
-    events = events_of(folder.write(more=VALIDATION), taken)
+    events = events_of(folder.write(more=folder.validation()), taken)
     assert [event.step for event in events if isinstance(event, Saved)] == [3]
     assert (folder.output / "checkpoints" / "step-000003" / "MANIFEST.json").is_file()
 

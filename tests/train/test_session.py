@@ -44,14 +44,6 @@ from vtrain.validate import generate
 
 pytestmark = pytest.mark.usefixtures("one_decoder")
 
-VALIDATION = """
-[validation]
-every = "3 steps"
-size = "64x64"
-frames = 9
-steps = 2
-prompts = { one = "gradient" }
-"""
 DIVERGES = "1e-3\nweight_decay = 1e38"
 TRACKERS = """
     import sys
@@ -130,7 +122,7 @@ def same(one: Any, other: Any, step: int) -> None:
 
 
 def test_a_run_is_an_iterator_of_events_in_the_order_of_its_chapters(folder) -> None:
-    events = events_of(folder.write(more=VALIDATION))
+    events = events_of(folder.write(more=folder.validation()))
     told = [type(event) for event in events]
     once = [Planned, Scanned, Estimated, Filled, Started, Ended]
     assert [kind for kind in told if kind in once] == once
@@ -253,7 +245,7 @@ def test_an_output_folder_that_goes_away_is_made_anew_and_nothing_is_lost(folder
 
 def test_a_request_from_the_program_or_the_control_file_is_done_at_the_end_of_the_step(folder) -> None:
     events = []
-    with api.run(folder.write(save=100, more=VALIDATION.replace("3 steps", "100 steps"))) as session:
+    with api.run(folder.write(save=100, more=folder.validation("100 steps"))) as session:
         for event in session:
             events.append(event)
             if isinstance(event, Stepped) and event.step == 1:
@@ -332,7 +324,7 @@ def test_what_a_tracker_keeps_goes_with_the_checkpoint(folder, within, install_p
 
 def test_a_validation_that_was_interrupted_is_made_when_the_run_resumes(folder, another) -> None:
     """Also the last one, of a run that has nothing else to do."""
-    config = folder.write(more=VALIDATION)
+    config = folder.write(more=folder.validation())
     for step in (3, 6):
         with api.run(config) as session:
             events = []
@@ -350,7 +342,7 @@ def test_a_validation_that_was_interrupted_is_made_when_the_run_resumes(folder, 
     third = [line["event"] for line in lines if line["session"] == 3]
     assert {"started", "validating", "validated", "ended"} <= set(third)
     straight = another()
-    events_of(straight.write(more=VALIDATION))
+    events_of(straight.write(more=folder.validation()))
     same(folder, straight, 6)
     for step in (3, 6):
         one, other = (each.output / "samples" / f"step-{step:06d}" / "one.mp4" for each in (folder, straight))
@@ -358,7 +350,7 @@ def test_a_validation_that_was_interrupted_is_made_when_the_run_resumes(folder, 
 
 
 def test_a_run_that_has_nothing_to_do_encodes_and_loads_nothing(folder) -> None:
-    config = folder.write(more=VALIDATION)
+    config = folder.write(more=folder.validation())
     events_of(config)
     config.write_text(config.read_text().replace(str(folder.cache), str(folder.output.parent / "empty")))
     events = events_of(config)
@@ -379,7 +371,7 @@ def test_a_stop_during_a_validation_saves_again_where_the_save_before_it_failed(
         return real(parent, step, pieces, *states, **how)
 
     monkeypatch.setattr(checkpoint, "write", write)
-    with api.run(folder.write(more=VALIDATION)) as session:
+    with api.run(folder.write(more=folder.validation())) as session:
         events = []
         for event in session:
             events.append(event)
@@ -391,7 +383,7 @@ def test_a_stop_during_a_validation_saves_again_where_the_save_before_it_failed(
 
 
 def test_a_stop_while_an_owed_validation_is_made_trains_no_step(folder) -> None:
-    config = folder.write(more=VALIDATION)
+    config = folder.write(more=folder.validation())
     for _ in range(2):
         with api.run(config) as session:
             events = []
@@ -411,7 +403,7 @@ def fail(*_: object, **__: object) -> None:
 def test_a_last_validation_that_fails_is_told_at_the_end_and_made_again_by_the_same_command(
     folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, why = folder.write(more=VALIDATION), ("ValueError: no codec",)
+    config, why = folder.write(more=folder.validation()), ("ValueError: no codec",)
     with monkeypatch.context() as broken:
         broken.setattr(generate.Validator, "solving", fail)
         for steps in ((3, 6), (6,)):
@@ -428,7 +420,7 @@ def test_a_validation_that_failed_before_others_is_told_at_the_end_and_the_last_
     folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events = []
-    with api.run(folder.write(more=VALIDATION)) as session, monkeypatch.context() as broken:
+    with api.run(folder.write(more=folder.validation())) as session, monkeypatch.context() as broken:
         broken.setattr(generate.Validator, "solving", fail)
         for event in session:
             events.append(event)
@@ -439,7 +431,7 @@ def test_a_validation_that_failed_before_others_is_told_at_the_end_and_the_last_
 
 
 def test_whoever_takes_events_while_videos_are_generated_is_not_without_gradients(folder) -> None:
-    with api.run(folder.write(more=VALIDATION)) as session:
+    with api.run(folder.write(more=folder.validation())) as session:
         assert all(is_grad_enabled() for event in session if isinstance(event, Generating))
 
 

@@ -179,12 +179,12 @@ def test_a_metric_that_was_changed_is_found_in_any_line(
         project.write(lines)
         first = number // 3 * 3 + 1
         at = f"step-00000{first + 2}"
-        told = f"lines {first} to {first + 2} (steps {first} to {first + 2}) do not say what they said at {at}"
-        assert files(project) == [f"metrics.jsonl: {told}"]
+        expected = f"lines {first} to {first + 2} (steps {first} to {first + 2}) do not say what they said at {at}"
+        assert files(project) == [f"metrics.jsonl: {expected}"]
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected"),
     [
         (lambda lines: [*lines[:4], *lines[5:]], "metrics.jsonl: line 5 is of step 6, after step 4"),
         (lambda lines: [lines[1], lines[0], *lines[2:]], "metrics.jsonl: line 2 is of step 1, after step 2"),
@@ -195,11 +195,11 @@ def test_a_metric_that_was_changed_is_found_in_any_line(
     ],
 )
 def test_rows_that_were_removed_swapped_or_repeated_are_found(
-    project: Project, files: Callable[[Project], list[str]], change: Callable[[list], list], told: str
+    project: Project, files: Callable[[Project], list[str]], change: Callable[[list], list], expected: str
 ) -> None:
     project.write(change(project.lines()))
     found = files(project)
-    assert found[0].startswith(told)
+    assert found[0].startswith(expected)
 
 
 def test_an_event_that_was_changed_or_removed_is_found(project: Project, files: Callable[[Project], list[str]]) -> None:
@@ -251,16 +251,16 @@ def test_a_checkpoint_that_was_changed_or_exchanged_is_found(
     file.write_bytes(data)
     assert files(project) == [f"step-000003: it is not sound: {name} is damaged: its content is not what was written"]
     reseal(project.checkpoint(3))
-    told = "step-000003/MANIFEST.json: it is not the one that step-000006 followed: its hash is another"
-    assert files(project) == [told]
+    expected = "step-000003/MANIFEST.json: it is not the one that step-000006 followed: its hash is another"
+    assert files(project) == [expected]
     restored()
     shutil.rmtree(project.checkpoint(9))
     shutil.copytree(project.checkpoint(6), project.checkpoint(9))
     found = files(project)
     assert "step-000009/state.json: step is 6, and the folder is that of step 9" in found
     project.json(9, "state.json", lambda state: state.update(step=9, micro_batch=18))
-    told = "step-000009/records.json: it followed step-000003: step-000006 is not of this chain"
-    assert told in files(project)
+    expected = "step-000009/records.json: it followed step-000003: step-000006 is not of this chain"
+    assert expected in files(project)
     restored()
     shutil.copytree(project.checkpoint(3), project.checkpoint(4))
     project.json(4, "state.json", lambda state: state.update(step=4, micro_batch=8))
@@ -294,8 +294,8 @@ def test_a_configuration_that_was_changed_is_found(project: Project, files: Call
     config.write_text(text, encoding="utf-8")
     own.write_text(text.replace("lr = 0.001", "lr = 0.002"), encoding="utf-8")
     reseal(project.checkpoint(6))
-    told = "step-000006/config.toml: optimizer.lr is 0.002, and the run was trained with 0.001 (state.json)"
-    assert told in files(project)
+    expected = "step-000006/config.toml: optimizer.lr is 0.002, and the run was trained with 0.001 (state.json)"
+    assert expected in files(project)
     own.write_text(text.replace("seed = 7", ""), encoding="utf-8")
     assert "step-000006/config.toml: run.seed is 42, and the run was trained with 7 (state.json)" in files(project)
     own.write_text("[run", encoding="utf-8")
@@ -321,9 +321,9 @@ def test_a_plan_or_a_state_that_was_changed_is_found(project: Project, files: Ca
         ),
         (lambda found: found.pop("settings"), "config.toml or plan.json: it is not as vtrain writes it"),
     ]
-    for change, told in changes:
+    for change, expected in changes:
         change_json(plan, change)
-        assert files(project)[0].startswith(told)
+        assert files(project)[0].startswith(expected)
         plan.write_bytes(whole)
     project.json(9, "state.json", lambda state: state["settings"].update({"optimizer.lr": 5e-4}))
     found = files(project)
@@ -475,7 +475,7 @@ def test_what_another_torch_made_is_compared_within_a_tolerance(project: Project
 # -- where it cannot be done ---------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_is_going_on_is_refused(project: Project, within: Run) -> None:
+def test_a_run_that_trains_now_is_refused(project: Project, within: Run) -> None:
     with hold(project.output):
         done = within("verify", project.output, check=2)
     assert "a run, or another vtrain verify, has this output folder: process" in done.stderr
@@ -483,7 +483,7 @@ def test_a_run_that_is_going_on_is_refused(project: Project, within: Run) -> Non
     assert not (project.output / "certificate.json").exists()
 
 
-def test_what_is_no_run_is_told_so(tmp_path: Path, project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_run_is_refused(tmp_path: Path, project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CheckpointError, match="there is no such folder"):
         api.verify(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match="neither a run's output folder nor one of its checkpoints"):

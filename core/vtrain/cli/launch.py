@@ -1,4 +1,4 @@
-"""Several processes of one command on this machine: started, told of signals, and ended together (run.processes)."""
+"""Several processes of one command on this machine: started, sent signals, and ended together (run.processes)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def launch(count: int, config: Path) -> int:
     with _passing_on(children):
         port = os.environ.get("MASTER_PORT") or str(_free_port())
         for rank in range(count):
-            command = [sys.executable, "-m", "vtrain.cli", *sys.argv[1:]]
+            command = [sys.executable, "-P", "-m", "vtrain.cli", *sys.argv[1:]]  # -P: not what lies in this folder
             # Groups of their own: Ctrl-C would reach them twice, and the second one means at once.
             children.append(subprocess.Popen(command, env=_environment(rank, count, port), start_new_session=True))
         failed = _watched(children)

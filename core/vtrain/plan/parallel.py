@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 
 from vtrain.config.record import Config
 from vtrain.contract import Catalog, OptimizerSpec, Problem
 from vtrain.contract.specs import listed
 from vtrain.plan.optimizer import spec_of
+from vtrain.plan.records import Plan
 
 
 def parallel_problems(config: Config, catalog: Catalog | None) -> Iterator[Problem]:
@@ -37,3 +39,22 @@ def parallel_warnings(config: Config, processes: int) -> Iterator[str]:
     """Settings without an effect."""
     if config.parallel.shard and processes == 1:
         yield "parallel.shard has no effect on one process: it has all weights"
+
+
+def samples_change(before: Mapping[str, object], plan: Plan) -> Iterator[str]:
+    """Where an optimizer step takes another number of samples than it did, which of how many processes there are depends."""
+    train, keys = plan.config.train, ("train.batch_size", "train.accumulate", "processes")
+    counts = [before.get(key) for key in keys]
+    if not all(isinstance(count, int) for count in counts):
+        return
+    took = math.prod(count for count in counts if isinstance(count, int))
+    at_once = train.batch_size * plan.processes
+    if took == at_once * train.accumulate:
+        return
+    keeps = f"train.accumulate = {took // at_once} keeps it at {took}"
+    if took % at_once:
+        keeps = f"no train.accumulate keeps it at {took}, which is no multiple of {at_once} (batch_size x processes)"
+    yield (
+        f"a step takes {at_once * train.accumulate} samples, and took {took} at the checkpoint: the run is another one from here "
+        f"on; {keeps}"
+    )

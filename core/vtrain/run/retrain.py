@@ -91,7 +91,7 @@ class Scratch:
     def data(self, plan: Plan, samples: Samples, then: SampleMarks, device: str) -> tuple[list[Finding], int, int]:
         """What of the samples is not what a checkpoint names, how many files were hashed, and how many captions there are.
 
-        All files are hashed anew. samples: of a scan that has looked at all of them. Raises DataError where none can be used.
+        All files are hashed again. samples: of a scan that has looked at all of them. Raises DataError where none can be used.
         """
         files = self._hash(plan, samples)
         now = SampleMarks.of(build(samples, lambda sample: (), lambda sample: ()))
@@ -256,7 +256,7 @@ def _data_findings(then: SampleMarks, now: SampleMarks) -> Iterator[Finding]:
 
 
 def weight_findings(plan: Plan, state: RunState) -> Iterator[Finding]:
-    """What of the model beside the trained weights is not what it was. All files are hashed anew. Raises ModelError, DataError."""
+    """What of the model beside the trained weights is not what it was. All files are hashed again. Raises ModelError, DataError."""
     now, words = {**encoder_marks(plan)}, held_beside(plan, state.encoders)
     for key, mark in state.encoders.items():
         if now.get(key) not in (None, mark):

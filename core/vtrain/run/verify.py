@@ -77,7 +77,7 @@ def _place(path: Path) -> tuple[Path, int | None]:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[bool]:
-    """No run goes on in the folder meanwhile; whether it can be written. Raises CheckpointError if one does."""
+    """No run trains in the folder meanwhile; whether it can be written. Raises CheckpointError if one does."""
     with ExitStack() as held:
         writable = True
         try:

@@ -67,7 +67,7 @@ class Piece(Protocol):
         """The whole state. Every process calls it, for all pieces in order, since parts of it may lie with each.
 
         keep: whether it is this process that writes; what the others get is empty. copy: whether what it gives is to stay as it is
-        while training goes on, wherever it lies.
+        while training continues, wherever it lies.
         """
         ...
 

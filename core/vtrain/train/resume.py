@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from vtrain.contract import CheckpointError, HashFile, Problem, SupportsFeatures
 from vtrain.contract.specs import NOUNS, origin
 from vtrain.data.sample import TRANSFORM_VERSION
 from vtrain.data.scanning.database import HASHES, FileHashes
+from vtrain.plan.parallel import samples_change
 from vtrain.plan.places import CHECKPOINT, CHECKPOINTS, checkpoints_there, resume_path
 from vtrain.plan.records import Plan
 from vtrain.plan.text import stage_names, text_marks
@@ -157,25 +157,6 @@ def _version_changes(before: Mapping[str, str], config: Config) -> Iterator[str]
     for (was, now), parts in found.items():
         words = ", ".join(f"{NOUNS[kind][0]} {name}" if name else kind for kind, _, name in parts)
         yield f"{was} became {now} since the checkpoint ({words}): the run continues with the new code"
-
-
-def samples_change(before: Mapping[str, object], plan: Plan) -> Iterator[str]:
-    """Where an optimizer step takes another number of samples than it did, which of how many processes there are depends."""
-    train, keys = plan.config.train, ("train.batch_size", "train.accumulate", "processes")
-    counts = [before.get(key) for key in keys]
-    if not all(isinstance(count, int) for count in counts):
-        return
-    took = math.prod(count for count in counts if isinstance(count, int))
-    at_once = train.batch_size * plan.processes
-    if took == at_once * train.accumulate:
-        return
-    keeps = f"train.accumulate = {took // at_once} keeps it at {took}"
-    if took % at_once:
-        keeps = f"no train.accumulate keeps it at {took}, which is no multiple of {at_once} (batch_size x processes)"
-    yield (
-        f"a step takes {at_once * train.accumulate} samples, and took {took} at the checkpoint: the run is another one from here "
-        f"on; {keeps}"
-    )
 
 
 def feature_marks(plan: Plan) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Checkpoints written beside training: what they keep is copied to main memory, and a thread writes it while steps go on.
+"""Checkpoints written beside training: what they keep is copied to main memory, and a thread writes it during the next steps.
 
 One is written at a time. Training waits where the run ends, where main memory has no room for the copy, and on a CPU, which has
 no second one to compute with.
@@ -39,7 +39,7 @@ class _Work:
 
 class Saver:
     """Writes the checkpoints of a run below `parent`, of which `keep` stay. Every process has one, and calls it at the same steps.
-    beside: whether training goes on meanwhile, where it can."""
+    beside: whether training continues meanwhile, where it can."""
 
     def __init__(self, parent: Path, keep: int | Literal["all"], processes: Processes, *, beside: bool) -> None:
         self._parent, self._keep, self._processes, self._beside = parent, keep, processes, beside
@@ -115,7 +115,7 @@ class Saver:
             return Saved(work.step, folder), [*said, f"an older checkpoint could not be deleted: {error}"]
 
     def close(self) -> None:
-        """Wait for what is being written; nobody is told."""
+        """Wait for what is being written. What became of it is not said: a resume looks at the folder."""
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None

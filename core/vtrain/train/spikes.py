@@ -189,7 +189,7 @@ def readings_piece(plan: Plan, start: Start) -> ReadingsPiece:
     hint = ""
     if plan.storage.quantised:
         hint = (
-            f'. The base is quantised (precision.base = "{plan.base}"): if it comes again, go on with this adapter '
+            f'. The base is quantised (precision.base = "{plan.base}"): if it comes again, continue with this adapter '
             '(model.lora.start) in a new run with "bf16"'
         )
     piece = ReadingsPiece(LossWatch(hint), Skipped(plan.config.train.skip_nonfinite))

@@ -50,6 +50,16 @@ def test_two_processes_give_the_curve_of_one_with_twice_the_accumulation(
         torch.testing.assert_close(left[name], value, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.long
+def test_a_typo_is_said_once_by_the_processes_of_a_machine(folder, start) -> None:
+    of_two(folder)
+    folder.config.write_text(folder.config.read_text().replace("log_every", "log_evry"))
+    running = start("run", folder.config)
+    printed = running.communicate(timeout=60)[0]
+    assert running.returncode == 2
+    assert printed.count("unknown key train.log_evry") == 1
+
+
 def test_an_error_of_the_users_is_told_once_by_two_processes(folder, vtrain: Run) -> None:
     folder.write(batch_size=50)
     done = vtrain("run", folder.config, processes=2, check=None)

@@ -53,7 +53,8 @@ def agreed(plan: Plan, path: Path, processes: Processes) -> Plan:
         if least != plan.memory.room:
             try:
                 plan = planned(path, least)
-            except VtrainError:
+            except VtrainError as error:
+                error.reported = not processes.first
                 processes.close()
                 raise
     keep_limit(plan, processes.device)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vtrain.config import load
-from vtrain.contract import Caption, ConfigError, Device, Problem, Role
+from vtrain.contract import Caption, ConfigError, Device, Problem, Role, VtrainError
 from vtrain.contract.rooms import Room, find_room
 from vtrain.contract.transfers import Transfers
 from vtrain.data.scanning.scan import Scan, scan, with_decoders
@@ -38,6 +38,14 @@ def planned(path: Path, room: Room | None = None, base: Path | None = None) -> P
     where the file has [memory]. base: where relative paths start, absent: at the file's folder.
     Raises ConfigError, ModelError or PluginError with all problems.
     """
+    try:
+        return _planned(path, room, base)
+    except VtrainError as error:
+        error.reported = os.environ.get("LOCAL_RANK", "0") != "0"  # all processes of a machine read the same: said once
+        raise
+
+
+def _planned(path: Path, room: Room | None, base: Path | None) -> Plan:
     said = os.environ.get("WORLD_SIZE") or ""
     if said and (not said.isdecimal() or not int(said)):
         what = f'the environment variable WORLD_SIZE is "{said}", which is no number of processes.'

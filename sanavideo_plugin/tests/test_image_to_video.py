@@ -159,15 +159,16 @@ def test_the_price_is_what_autograd_keeps_more(family: SanaVideoFamily, weights:
     assert more[0] > BLOCKS * block
 
 
+@pytest.mark.slow
 @TYPES
 @pytest.mark.parametrize("frame_levels", [False, True])
-@pytest.mark.parametrize("model", ["checkpoint", pytest.param("checkpoint_720p", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model", ["checkpoint", "checkpoint_720p"])
 def test_the_stored_memory_of_the_2b_model_is_what_is_measured(
     tmp_path: Path, request: pytest.FixtureRequest, model: str, weights: DType, compute: DType, frame_levels: bool
 ) -> None:
     """Its transformer at full size, on fake weights; the codec and the text of the tiny one, which do not count.
 
-    Slow of 720p (the same blocks once more).
+    Slow: eight seconds each.
     """
     own_checkpoint = Path(shutil.copytree(request.getfixturevalue(model), tmp_path / "model"))
     family = SanaVideoFamily(SanaVideoOptions(path=str(own_checkpoint)))

@@ -39,12 +39,12 @@ def weights(folder: Any, step: int, *below: str) -> dict[str, Tensor]:
     return load_file(found[0])
 
 
-@pytest.mark.parametrize("more", ["", "warmup = false\nupdate_every = 4\n"])
+@pytest.mark.parametrize("more", [pytest.param("", marks=pytest.mark.slow), "warmup = false\nupdate_every = 4\n"])
 @pytest.mark.parametrize("train", ["full", "lora"])
 def test_a_resumed_run_has_the_average_of_the_uninterrupted_one_bit_for_bit(
     folder, another, train: str, more: str
 ) -> None:
-    """Also where the checkpoint lies between two updates; and it is not the weights."""
+    """Also where the checkpoint lies between two updates; and it is not the weights. Slow: the simpler case, at every step."""
     straight, settings = another(), {"train": train, "steps": 12, "save": 6, "more": EMA + more}
     events_of(straight.write(**settings))
     with api.run(folder.write(**settings)) as session:
@@ -62,7 +62,7 @@ def test_a_resumed_run_has_the_average_of_the_uninterrupted_one_bit_for_bit(
     assert any(not torch.equal(averaged[name], raw[name]) for name in raw)
 
 
-@pytest.mark.parametrize("train", ["full", "lora"])
+@pytest.mark.parametrize("train", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_training_with_an_average_is_the_same_training(folder, another, train: str) -> None:
     plain = another()
     events_of(plain.write(train=train, more=folder.validation(one="gradient", two="another")))

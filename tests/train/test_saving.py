@@ -67,7 +67,7 @@ def stop_at(step: int) -> Callable[[Any, Event], None]:
 def test_what_is_written_while_steps_go_on_is_of_its_own_step(
     folder, another, beside: None, slowly: list[str], train: str
 ) -> None:
-    """A run that is stopped there, and waits for its checkpoint, has the same; and what is resumed from it is the run. Slow: LoRA."""
+    """A run that is stopped there, and waits for its checkpoint, has the same; what is resumed from it is the run. Slow: LoRA."""
     values = {"train": train, "more": "\n[ema]\ndecay = 0.5\n"}
     events = events_of(folder.write(**values))
     order = [event for event in events if isinstance(event, Stepped | Saved)]

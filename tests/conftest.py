@@ -163,12 +163,10 @@ def run_here() -> Callable[[Path], None]:
     """`vtrain run` in this process, which has imported all that a new one would have to."""
 
     def run(config: Path) -> None:
-        from accelerate.state import AcceleratorState
         from typer.testing import CliRunner
 
         from vtrain.cli.app import app
 
-        AcceleratorState._reset_state(reset_partial_state=True)  # else it stays at the first run's precision
         done = CliRunner().invoke(app, ["run", str(config)])
         assert done.exit_code == 0, (done.output, done.exception)
 
@@ -179,6 +177,14 @@ def run_here() -> Callable[[Path], None]:
 def _all_plugins_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A VTRAIN_PLUGINS of the shell that runs the tests changes none of them."""
     monkeypatch.delenv("VTRAIN_PLUGINS", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _accelerate_as_it_was() -> Iterator[None]:
+    """accelerate keeps the precision that it is first told for a whole process: the next test chooses its own."""
+    yield
+    if found := sys.modules.get("accelerate.state"):
+        found.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ import av
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from transformers import Dinov2Config, Dinov2Model
 
@@ -137,7 +136,6 @@ def run_here(file: Path) -> subprocess.CompletedProcess[str]:
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setenv("ACCELERATE_USE_CPU", "1")
         patch.setattr("sys.argv", ["vtrain", "run", str(file)])
-        AcceleratorState._reset_state(reset_partial_state=True)  # else it stays at the first run's precision
         with pytest.raises(SystemExit) as ended:
             main()
     return subprocess.CompletedProcess(str(file), int(ended.value.code or 0), out.getvalue(), err.getvalue())

@@ -88,7 +88,6 @@ def script_here(
         return capsys.readouterr().out, json.loads(numbers.read_text(encoding="utf-8"))
 
     yield run
-    AcceleratorState._reset_state(reset_partial_state=True)  # other tests choose their own precision
     for name in set(sys.modules) - known:
         if Path(getattr(sys.modules[name], "__file__", None) or "").parent == BENCHMARKS:
             del sys.modules[name]

@@ -64,7 +64,6 @@ def test_the_bare_loop_does_the_same_work_as_vtrain(
     forward, lerp, sides = transformer.forward, torch._foreach_lerp_, {"bare": Work(), "vtrain": Work()}
     config = step.config_of(tmp_path, model, mode, 6, "run")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
-    AcceleratorState._reset_state(reset_partial_state=True)
     blocks = {"bare": step.bare_block(config, model, mode, 6), "vtrain": step.vtrain_block(config)}
     for side, work in sides.items():
 

@@ -10,7 +10,6 @@ from types import ModuleType
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from vtrain_sanavideo.geometry import SanaVideoConfig
 
@@ -68,7 +67,6 @@ def test_crepa_adds_little_to_the_peak_of_a_step(module: Load) -> None:
     memory = module("crepa_memory")
     few = memory.REAL | {"num_layers": 3}
     setup = memory.Setup("lora", memory.Clip(480, 256, 49), few, torch.device("meta"), 1, False)
-    AcceleratorState._reset_state(reset_partial_state=True)  # else it stays at an earlier test's precision
     processes = memory.Processes("bf16")
     processes.accelerator.device_placement = False
     without, beside = (memory.count(setup, processes, crepa=crepa)[0] for crepa in (False, True))

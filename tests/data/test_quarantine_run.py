@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 from rich.console import Console
 
 from vtrain.cli.terminal import Terminal
@@ -37,10 +36,9 @@ def bad(setup, make_video):
 
 
 @pytest.fixture
-def processes() -> Iterator[Processes]:
-    """This one alone. accelerate keeps what it is told for a whole process; other tests are to find it as it was."""
-    yield Processes("no")
-    AcceleratorState._reset_state(reset_partial_state=True)
+def processes() -> Processes:
+    """This one alone."""
+    return Processes("no")
 
 
 def session_of(plan, processes: Processes) -> Session:

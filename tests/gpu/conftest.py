@@ -252,13 +252,10 @@ def child() -> Iterator[Callable[..., subprocess.Popen[str]]]:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """`vtrain run` in this process: importing and opening the card once for all. Gives what was printed."""
-    from accelerate.state import AcceleratorState
-
     from vtrain.cli.app import main
 
     def call(config: Path, check: int = 0) -> str:
         monkeypatch.setattr("sys.argv", ["vtrain", "run", str(config)])
-        AcceleratorState._reset_state(reset_partial_state=True)
         out = StringIO()
         with redirect_stdout(out), redirect_stderr(out), pytest.raises(SystemExit) as ended:
             main()

@@ -18,7 +18,6 @@ import av
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -162,7 +161,6 @@ def within(monkeypatch: pytest.MonkeyPatch, one_decoder: None) -> Callable[..., 
 
     def run(*arguments: str | Path, check: int | None = 0) -> subprocess.CompletedProcess[str]:
         monkeypatch.setattr("sys.argv", ["vtrain", *map(str, arguments)])
-        AcceleratorState._reset_state(reset_partial_state=True)  # else it stays at the first run's precision
         out, err = StringIO(), StringIO()
         with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
             main()

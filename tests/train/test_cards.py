@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from vtrain.contract import Device
 
@@ -107,6 +108,12 @@ def test_another_device_of_accelerates_is_an_error_and_no_mixture(
     assert "accelerate was set to compute on cpu, and this process would take cuda:0." in said
 
 
+def test_a_process_that_uses_accelerate_otherwise_is_an_error(folder, within: Run) -> None:
+    """Its precision holds for a whole process, and what vtrain does not own it does not reset."""
+    Accelerator(mixed_precision="bf16", cpu=True)
+    assert "accelerate is in use in this process already" in refused(within("run", folder.write(), check=None))
+
+
 def test_a_hidden_card_trains_on_the_cpu_and_says_so(
     folder, within: Run, card: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,7 +153,7 @@ def test_a_full_card_ends_a_run_with_what_lowers_its_memory(
         config.write_text(config.read_text().replace(folder.cache.as_posix(), "own-cache"))
     said = refused(within("run", config, check=None))
     # The toy's codec has no size that is known.
-    estimated = "" if doing == "filling the caches" else r" \(estimated: (at least )?0\.\d\d GiB for .*, mostly \w+\)"
+    estimated = "" if doing == "filling the caches" else r" \(estimated: (at least )?1.03 GiB for .*, mostly \w+\)"
     assert re.search(rf"out of memory while {doing}{estimated}: {asked} were asked for", said)
     assert remedy in said
 

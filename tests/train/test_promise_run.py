@@ -1,7 +1,8 @@
 """[memory] kept: the memory that runs of the 104 M model take on a CPU, against limits and against the estimate.
 
-What is judged is growth: the peak of a process less what it held before it loaded the model. Of limit and estimate their allowance
-for that goes off too (IMPORTED): imports would hide what a small model lacks.
+The estimate is judged by growth: the peak of a process less what it held before it loaded the model. Of the estimate its allowance
+for that goes off too (IMPORTED): imports would hide what a small model lacks. What kernels take depends on the processor: the whole
+process keeps the limit.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("lora", 1.6, True),
     ],
 )
-def test_a_run_grows_by_less_than_its_limit_and_by_what_was_estimated(
+def test_a_run_keeps_its_limit_and_grows_by_what_was_estimated(
     folder: Path, train: str, limit: float, recompute: bool
 ) -> None:
     """Training and a checkpoint, with full caches."""
@@ -107,7 +108,7 @@ def test_a_run_grows_by_less_than_its_limit_and_by_what_was_estimated(
     before, peak = (size / 2**30 for size in memory_of_run(config))
     imported, growth = IMPORTED / 2**30, peak - before
     assert before <= imported
-    assert growth <= limit - imported
+    assert peak <= limit
     assert promise["takes"] / 2**30 - imported == pytest.approx(growth, rel=0.15)
     settings = json.loads((folder / "out" / "plan.json").read_text())["settings"]
     assert bool(settings["precision.gradient_checkpointing"]) == recompute, "recorded as it was chosen"

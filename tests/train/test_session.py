@@ -18,6 +18,7 @@ from torch import equal, is_grad_enabled
 from vtrain import api
 from vtrain.contract import (
     CheckpointError,
+    ConfigError,
     Ended,
     Estimated,
     Event,
@@ -161,6 +162,25 @@ def test_two_runs_in_one_process_do_not_meet(folder, another) -> None:
     events_of(folder.write())
     same(folder, plain, 6)
     assert fast.rows() != plain.rows()
+
+
+def test_one_that_was_refused_on_entering_leaves_the_next_its_choice_of_precision(
+    folder, another, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate keeps what it is told first for a whole process."""
+
+    def refuse(*_: Any) -> None:
+        raise ConfigError(Problem("", "nothing fits.", "Use less."))
+
+    config = folder.write()
+    config.write_text(config.read_text().replace('mixed = "no"', 'mixed = "bf16"'))
+    with monkeypatch.context() as patch:
+        patch.setattr("vtrain.run.session.agreed", refuse)
+        with pytest.raises(ConfigError), api.run(config):
+            pass
+    with api.run(another().write(steps=2)) as session:
+        assert any(isinstance(event, Ended) for event in session)
+        assert session.processes.accelerator.mixed_precision == "no"
 
 
 def test_nothing_happens_while_nobody_takes_an_event(folder) -> None:

@@ -15,7 +15,6 @@ import av
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 
 from vtrain.cli.app import main
@@ -106,7 +105,6 @@ def run(folder: Path, wan21: Path, i2v: Path, ti2v: Path) -> Run:
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(out):
             patch.setenv("ACCELERATE_USE_CPU", "1")
             patch.setattr("sys.argv", ["vtrain", command, str(file)])
-            AcceleratorState._reset_state(reset_partial_state=True)  # else it stays at the first run's precision
             with pytest.raises(SystemExit) as ended:
                 main()
         return int(ended.value.code or 0), out.getvalue()

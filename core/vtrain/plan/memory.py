@@ -40,9 +40,9 @@ IMPORTED = 600 << 20
 """Bytes of main memory of a process before it loads the model: 0.40 GiB measured, with torch, transformers, diffusers and peft
 imported, and 0.56 where it has filled the caches."""
 
-PROCESS = IMPORTED + (400 << 20)
+PROCESS = IMPORTED + (450 << 20)
 """With what kernels take on a CPU beside tensors, in all 0.80 to 1.02 GiB measured, as the peak of the process less counted tensors
-(104 M parameters, LoRA and full, nine settings)."""
+(104 M parameters, LoRA and full, nine settings, two kinds of processor)."""
 
 AHEAD = 4
 """Micro-batches that wait for their step."""

@@ -55,7 +55,6 @@ def agreed(plan: Plan, path: Path, processes: Processes) -> Plan:
                 plan = planned(path, least)
             except VtrainError as error:
                 error.reported = not processes.first
-                processes.close()
                 raise
     keep_limit(plan, processes.device)
     return plan

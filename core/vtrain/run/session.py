@@ -117,12 +117,15 @@ class Session:
             from vtrain.train.processes import Processes
 
             self.processes: Processes = Processes(self.plan.config.precision.mixed, self.plan.loaded)
-            self.plan = agreed(self.plan, self._path, self.processes)
-            if self.plan.config.run.deterministic:
-                self.processes.device.deterministic()  # before any work: cuBLAS reads its setting once
-        if self.processes.count != self.plan.processes:
-            self.processes.close()
-            raise ConfigError(alone_though(self.plan, self.processes.count))
+            try:
+                self.plan = agreed(self.plan, self._path, self.processes)
+                if self.plan.config.run.deterministic:
+                    self.processes.device.deterministic()  # before any work: cuBLAS reads its setting once
+                if self.processes.count != self.plan.processes:
+                    raise ConfigError(alone_though(self.plan, self.processes.count))
+            except VtrainError:  # on all processes alike
+                self.processes.close()
+                raise
         self._inbox.validates = self.plan.validation is not None
         self._recorder = Recorder(self.plan.config.run.output_dir, self._restore)
         self._events = self._stream()

@@ -48,7 +48,13 @@ class Processes:
             slow = f"this processor has no bf16 instructions that torch uses: it is faster with {remedy}"
             self.notices = (*self.notices, slow)
         # Without an accelerator it must be told `cpu`, or torchrun starts unsynchronised copies.
-        self.accelerator = Accelerator(mixed_precision=mixed, cpu=not self.device.accelerated)
+        try:
+            self.accelerator = Accelerator(mixed_precision=mixed, cpu=not self.device.accelerated)
+        except ValueError as error:
+            what = f"accelerate is in use in this process already, otherwise than this run needs it: {error}"
+            raise DeviceError(
+                Problem("", what, "Train in a process of its own, or before accelerate is used.")
+            ) from None
         # accelerate names the card of a single process without its number.
         placed, ours = self.accelerator.device, self.device.torch
         if placed.type != ours.type or (ours.index is not None and placed.index not in (None, ours.index)):

@@ -1,12 +1,14 @@
-"""Every call by which a process changes files below a folder, counted in order, and the one before which it dies as by kill -9.
+"""Every call by which a process changes files below a folder, counted in order, and one before which it dies as by kill -9.
 
-What a killed process leaves is what its calls to the system had done by then. So a death before each call, and one with the file that
-was written last torn in its middle, are all that a kill can leave. It asks nothing of the code that it looks at: Python tells of its
-calls (audit events), `os.fsync` is wrapped, and so is safetensors, which writes without Python.
+What a killed process leaves is what its calls to the system had done by then. So a death before each call, and one with the file
+that was written last torn in its middle, are all that a kill can leave. It asks nothing of the code that it looks at: Python tells
+of its calls (audit events), `os.fsync` is wrapped, and so is safetensors, which writes without Python.
 """
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import signal
 import sys
@@ -16,6 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors
+import safetensors.numpy
+import safetensors.torch
+
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CHANGING = {"os.rename": 2, "os.remove": 1, "os.rmdir": 1, "os.mkdir": 1, "os.chmod": 1, "os.truncate": 1, "os.link": 2}
 """Audit events, and how many paths each begins with."""
@@ -23,16 +29,23 @@ CHANGING = {"os.rename": 2, "os.remove": 1, "os.rmdir": 1, "os.mkdir": 1, "os.ch
 
 @dataclass(frozen=True)
 class Point:
-    """A moment of a run: before its call `number`, counted from 0. torn: the file written since the call before ends in its middle."""
+    """A moment of a run: before its call `number`, from 0. torn: the file written since the call before ends in its middle.
+
+    refused: nothing is killed; from here on each call fails, as on a file system that has become read-only.
+    """
 
     number: int
     torn: bool = False
+    refused: bool = False
+
+    def __str__(self) -> str:
+        return f"{'torn ' * self.torn}{'read-only from' if self.refused else 'before'} call {self.number}"
 
 
 @dataclass
 class Failpoints:
-    """Of the process that calls `watch`. calls: what it did, such as "os.rename step-000002.partial"; torn: before which of them a file
-    had been written, so that it could be torn."""
+    """Of the process that calls `watch`. calls: what it did, such as "os.rename step-000002.partial"; torn: before which of them
+    a file had been written, so that it could be torn."""
 
     below: Path
     dies: Point | None = None
@@ -49,10 +62,6 @@ class Failpoints:
 
     def watch(self) -> None:
         """From here on, to the end of the process."""
-        import safetensors
-        import safetensors.numpy
-        import safetensors.torch
-
         fsync: Callable[[int], None] = os.fsync
         serialize: Callable[..., Any] = safetensors.serialize_file
 
@@ -89,7 +98,9 @@ class Failpoints:
             number = len(self.calls)
             if self._fresh:
                 self.torn.append(number)
-            if self.dies is not None and number == self.dies.number:
+            if self.dies is not None and self.dies.refused and number >= self.dies.number:
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+            if self.dies is not None and not self.dies.refused and number == self.dies.number:
                 self._dying = True
                 if self.dies.torn and self._fresh:
                     self._tear()
@@ -116,4 +127,27 @@ class Failpoints:
 
 def _of(descriptor: int) -> Path:
     """The file behind it (Linux)."""
-    return Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+    return Path(f"/proc/self/fd/{descriptor}").readlink()
+
+
+def forked(act: Callable[[], None], below: Path, dies: Point | None = None) -> Failpoints | None:
+    """Do it in a fork of this process, which dies there; what was called, None where it died. Raises RuntimeError if it fails."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        watched = Failpoints(below, dies)
+        try:
+            watched.watch()
+            act()
+            os.write(writing, json.dumps([watched.calls, watched.torn]).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as said:
+        found = said.read()
+    status = os.waitpid(child, 0)[1]
+    if os.WIFSIGNALED(status):
+        return None
+    if not found:
+        raise RuntimeError("it failed in the fork")
+    return Failpoints(below, None, *json.loads(found))

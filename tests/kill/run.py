@@ -1,11 +1,12 @@
-"""Kill runs with kill -9 wherever they can be killed, resume them, and compare what comes of it with the runs that were left alone.
+"""Kill runs with kill -9 wherever they can be killed, resume them, and compare what comes of it with runs that were left alone.
 
-    python tests/kill/run.py [--kills 200] [--seed 0] [--jobs 2] [--no-failpoints] [MODE ...]
+    python tests/kill/run.py [--kills 200] [--seed 0] [--jobs 2] [--points N] [MODE ...]
 
-For each mode a small run of the toy family: killed before every call that changes a file of its output folder, and with every file that
-it writes torn (`failpoints.py`); then at random moments, several times in a row or once. After each kill the folder must hold no half
-checkpoint, none that was sound before may be gone, and metrics.jsonl must have each step up to the newest once. Each run is resumed by
-the same command until it ends: rows, weights, optimizer and the hashes of the records must be those of the run that was left alone.
+For each mode a small run of the toy family: killed before every call that changes a file of its output folder, and with every file
+that it writes torn (`failpoints.py`); then at random moments, once or several times in a row. After each kill the folder must hold
+no half checkpoint, none that was sound before may be gone, and metrics.jsonl must have each step up to the newest once. Each run is
+resumed by the same command until it ends: rows, weights, optimizer, state and the hashes of the records must be those of the run
+that was left alone, and no other file may be there.
 
 Exit code 1 where one is not. The seed is printed; with it the same moments are drawn, as far as a machine's speed allows.
 """
@@ -28,19 +29,22 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VTRAIN_PLUGIN_TIMEOUT": "0"}
 sys.path[:0] = [str(Path(__file__).parent)]
 
-from failpoints import Failpoints, Point
+from failpoints import Failpoints, Point  # noqa: E402 - beside this file
 
+PRELOADED = (
+    "accelerate", "optimum.quanto", "peft", "torch.distributed.fsdp", "torch.distributed.tensor", "vtrain.cli.run",
+    "vtrain.data.caching.caches", "vtrain.data.caching.pictures", "vtrain.run.verify", "vtrain.train.assemble",
+    "vtrain.train.sharding", "vtrain_builtin.plugin", "vtrain_builtin.tensorboard", "vtrain_toy.denoiser",
+)  # fmt: skip
 PATIENCE = 120.0
 """Seconds after which a run that should end is one that hangs."""
-OTHERS = 60.0
-"""Seconds in which the other processes of a run have to end after one was killed."""
 TRAINING = 0.8
 """Of the random moments, how many are drawn from the time after the start; the others from the start on."""
 ROW = ("seconds", "data_wait", "memory")
@@ -49,14 +53,20 @@ ROW = ("seconds", "data_wait", "memory")
 
 @dataclass(frozen=True)
 class Mode:
-    """values: of `Folder.write`. changes: text of the configuration -> what stands there instead. processes: of the run. beside: whether
-    a thread writes checkpoints, as on a card. back: the run goes back to its first checkpoint, with a later one there."""
+    """values: of `Folder.write`. changes: text of the configuration -> what stands there instead. processes: of the run.
+
+    beside: whether a thread writes checkpoints, as on a card. back: the run goes back to its first checkpoint, a later one there.
+    refused: the output folder becomes read-only where another run would be killed. clock: it jumps by up to a day, either way, at
+    each look, and files are of any time.
+    """
 
     values: Mapping[str, Any] = field(default_factory=dict)
     changes: Mapping[str, str] = field(default_factory=dict)
     processes: int = 1
     beside: bool = False
     back: bool = False
+    refused: bool = False
+    clock: bool = False
 
 
 INT8 = {'mixed = "no"': 'mixed = "no"\nbase = "int8"'}
@@ -71,6 +81,9 @@ MODES: Mapping[str, Mode] = {
     "several datasets": Mode({}, {TWO: f'{TWO}id = "one"\n\n{TWO.replace("clips", "more")}id = "two"\nweight = 0.5\n'}),
     "written beside training": Mode({"more": "\n[ema]\ndecay = 0.5\n"}, beside=True),
     "going back": Mode({}, back=True),
+    "read-only disk": Mode({}, refused=True),
+    "read-only disk, beside": Mode({}, refused=True, beside=True),
+    "clock that jumps": Mode({}, clock=True),
     "2 processes": Mode({"batch_size": 1}, processes=2),
     "2 processes, shares": Mode({"batch_size": 1, "more": "\n[parallel]\nshard = true\n"}, processes=2),
 }
@@ -78,8 +91,10 @@ MODES: Mapping[str, Mode] = {
 
 @dataclass
 class Result:
-    """Of a mode. calls: that change files, of one run; points: at which it was killed there. random: kills at random moments. exact:
-    whether all that was resumed is the same bit for bit; difference: the largest, relative. failures: what was not as it must be."""
+    """Of a mode. calls: that change files, of one run; points: at which it was killed there. random: kills at random moments.
+
+    exact: whether all that was resumed is the same bit for bit; difference: the largest. failures: what was not as it must be.
+    """
 
     mode: str
     calls: int = 0
@@ -104,11 +119,7 @@ def fixtures() -> Any:
 
 def imported() -> None:
     """All that a run imports, once: each run is a fork of this process."""
-    for name in (
-        "accelerate", "optimum.quanto", "peft", "torch.distributed.tensor", "torch.distributed.fsdp", "vtrain.api", "vtrain.cli.app",
-        "vtrain.cli.run", "vtrain.data.caching.caches", "vtrain.data.caching.pictures", "vtrain.run.verify", "vtrain.train.assemble",
-        "vtrain.train.sharding", "vtrain_toy.denoiser", "vtrain_builtin.plugin",
-    ):  # fmt: skip
+    for name in PRELOADED:
         importlib.import_module(name)
     from vtrain.registry import discover
 
@@ -146,6 +157,8 @@ def _be_the_run(folder: Any, mode: Mode, rank: int, port: str, dies: Point | Non
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         if mode.beside:
             _written_beside()
+        if mode.clock:
+            _jumping(folder.output)
         points = Failpoints(folder.output, dies)
         if rank == 0 and (dies is not None or log is not None):
             points.watch()
@@ -164,6 +177,14 @@ def _written_beside() -> None:
     saving.Saver.__init__ = lambda self, *given, beside: plain(self, *given, beside=True)  # type: ignore[method-assign]
 
 
+def _jumping(output: Path) -> None:
+    """The clock, and the times of all files that are there."""
+    chance, real = random.Random(str(output)), time.time
+    time.time = lambda: real() + 86400 * chance.uniform(-1, 1)
+    for path in output.rglob("*"):
+        os.utime(path, (time.time(), time.time()))
+
+
 def _main(config: Path) -> int:
     import traceback
 
@@ -174,7 +195,7 @@ def _main(config: Path) -> int:
         main()
     except SystemExit as ended:
         return int(ended.code or 0)
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - as the interpreter does
         traceback.print_exc()
     return 1
 
@@ -188,7 +209,7 @@ def _free_port() -> int:
 def _wait_for_training(folder: Any, ids: Sequence[int]) -> None:
     """Until the run that was begun writes down that it starts, or has ended."""
     events = folder.output / "events.jsonl"
-    before, until = events.stat().st_ino if events.exists() else 0, time.monotonic() + OTHERS
+    before, until = events.stat().st_ino if events.exists() else 0, time.monotonic() + PATIENCE
     # A start makes the file anew; a first one makes it.
     while (not events.exists() or events.stat().st_ino == before) and time.monotonic() < until:
         if os.waitid(os.P_PID, ids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT):
@@ -239,7 +260,8 @@ def newest_sound(folder: Any, straight: Sequence[Mapping[str, Any]], least: int,
     step = int(newest.name.removeprefix("step-")) if newest is not None else 0
     assert step >= least, f"the checkpoint of step {least} was there and is gone; the newest is of {step}"
     before = [row for row in rows_of(folder) if row["step"] <= step]
-    assert [row["step"] for row in before] == list(range(1, step + 1)), "metrics.jsonl lacks steps before the newest checkpoint"
+    found = [row["step"] for row in before]
+    assert found == list(range(1, step + 1)), f"metrics.jsonl has steps {found} at the checkpoint of step {step}"
     close(before, straight[:step])
     return step
 
@@ -258,7 +280,8 @@ class Close:
             return max((self(found[key], wanted[key], f"{where} {key}") for key in wanted), default=0.0)
         if isinstance(wanted, list):
             assert len(found) == len(wanted), f"{where}: {len(found)} instead of {len(wanted)}"
-            return max((self(one, other, f"{where}[{at}]") for at, (one, other) in enumerate(zip(found, wanted))), default=0.0)  # noqa: B905
+            pairs = enumerate(zip(found, wanted, strict=True))
+            return max((self(one, other, f"{where}[{at}]") for at, (one, other) in pairs), default=0.0)
         if not isinstance(wanted, float):
             assert found == wanted, f"{where} is {found!r} instead of {wanted!r}"
             return 0.0
@@ -276,7 +299,8 @@ class Close:
             if not value.is_floating_point():
                 assert found[name].equal(value), name
             elif not found[name].equal(value):
-                self.number(float((found[name].double() - value.double()).abs().max() / value.abs().max().clamp(min=1.0)), name)
+                difference = (found[name].double() - value.double()).abs().max() / value.abs().max().clamp(min=1.0)
+                self.number(float(difference), name)
 
 
 def compared(folder: Any, straight: Any, last: int, close: Close) -> None:
@@ -284,7 +308,9 @@ def compared(folder: Any, straight: Any, last: int, close: Close) -> None:
     close(rows_of(folder), rows_of(straight), "row")
     close.tensors(folder.tensors(last), straight.tensors(last))
     one, other = (each.output / "checkpoints" / f"step-{last:06d}" for each in (folder, straight))
-    states = [(each / "state.json").read_text().replace(str(of.path), "") for each, of in ((one, folder), (other, straight))]
+    states = [
+        (each / "state.json").read_text().replace(str(of.path), "") for each, of in ((one, folder), (other, straight))
+    ]
     assert states[0] == states[1], "state.json differs"
     assert (one / "samples.npz").read_bytes() == (other / "samples.npz").read_bytes(), "samples.npz differs"
     if close.exact:
@@ -292,8 +318,14 @@ def compared(folder: Any, straight: Any, last: int, close: Close) -> None:
         assert hashes[0] == hashes[1], "records.json: another hash of metrics.jsonl"
     for text in _findings(folder):
         raise AssertionError(f"verify: {text}")
-    left = sorted(path.name for path in folder.output.rglob("*.partial"))
-    assert not left, f"left behind: {left}"
+    more = files_of(folder) ^ files_of(straight)
+    assert not more, f"only in one of both: {sorted(more)}"
+
+
+def files_of(folder: Any) -> set[str]:
+    """Below its output folder; those of TensorBoard are one more for each start."""
+    found = (path.relative_to(folder.output).as_posix() for path in folder.output.rglob("*"))
+    return {name for name in found if "tfevents" not in name}
 
 
 def _findings(folder: Any) -> Iterator[str]:
@@ -311,6 +343,20 @@ def _findings(folder: Any) -> Iterator[str]:
 # -- a mode ----------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Trial:
+    """A run that was left alone, and how others like it begin. before: the output folder that they begin with; least: step of the
+    checkpoint that is there from the beginning. rows: of the run's metrics.jsonl. watched: its calls."""
+
+    steps: int
+    save: int
+    before: Path | None
+    least: int
+    straight: Any
+    rows: list[dict[str, Any]]
+    watched: Failpoints
+
+
 class Place:
     """Where the runs of one mode are made. clips: a folder with `clips`, `more` and a cache that they share."""
 
@@ -325,7 +371,7 @@ class Place:
         path = self._place / f"run-{self._made}"
         path.mkdir(parents=True)
         made = self._runs.Folder(path, self._clips / "cache")
-        values = {"steps": steps, "save": save, "log_every": 1 if self.mode.processes > 1 else 2} | dict(self.mode.values)
+        values = {"steps": steps, "save": save, "log_every": 2} | dict(self.mode.values)
         text = made.write(**values).read_text(encoding="utf-8")
         changes = {"[checkpoint]\n": f"[checkpoint]\n{KEEP}"} | dict(self.mode.changes)
         if self.mode.back and before is not None:
@@ -351,81 +397,79 @@ class Place:
     def printed(self, folder: Any) -> str:
         return "\n".join(path.read_text()[-1500:] for path in sorted(folder.path.glob("printed-*.txt")))
 
-    def failpoints(self, steps: int = 4, save: int = 2, take: Callable[[list[Point]], list[Point]] = list) -> None:
-        """Killed at every one of a run's. take: which of them."""
-        log = self._place / "calls.json"
+    def trial(self, steps: int, save: int) -> Trial:
+        """A run that is left alone; in `back`, the one that goes back."""
+        log, before, least = self._place / "calls.json", None, 0
         straight = self.folder(steps, save)
         self.through(straight, log=log)
-        before = None
-        if self.mode.back:  # from here the run that is killed begins, with all checkpoints of the straight one
-            before = self._place / "before"
+        if self.mode.back:
+            before, least = self._place / f"before-{self._made}", save
             shutil.copytree(straight.output, before)
-            again = self.folder(steps, save, before)
-            self.through(again, log=log)
-            shutil.rmtree(again.path)
+            straight = self.folder(steps, save, before)
+            self.through(straight, log=log)
         calls, torn = json.loads(log.read_text())
-        self.result.calls = len(calls)
-        rows = rows_of(straight)
-        for point in take(Failpoints(Path(), None, calls, torn).points):
-            self._at_point(point, calls, rows, straight, steps, save, before)
+        return Trial(steps, save, before, least, straight, rows_of(straight), Failpoints(Path(), None, calls, torn))
 
-    def _at_point(self, point: Point, calls: list[str], rows: Any, straight: Any, steps: int, save: int, before: Path | None) -> None:
-        folder = self.folder(steps, save, before)
-        where = f"{self.name}, {'torn ' if point.torn else ''}before call {point.number} ({calls[point.number]})"
-        with self.judged(lambda: where, folder):
-            codes = ended(begun(folder, self.mode, dies=point), PATIENCE if self.mode.processes == 1 else OTHERS)
+    def failpoints(self, most: int | None) -> None:
+        """Killed at every one of a short run's. most: at so many of them, one of each stretch."""
+        trial = self.trial(steps=4, save=2)
+        self.result.calls = len(trial.watched.calls)
+        points = sorted(trial.watched.points, key=lambda point: (point.number, point.torn))
+        if self.mode.refused:
+            points = [replace(point, refused=True) for point in points if not point.torn]
+        stride = 1 if most is None else len(points) / most
+        for at in range(len(points) if most is None else min(most, len(points))):
+            self._at_point(points[int(at * stride)], trial)
+
+    def _at_point(self, point: Point, trial: Trial) -> None:
+        folder = self.folder(trial.steps, trial.save, trial.before)
+        with self.judged(lambda: f"{self.name}, {point} ({trial.watched.calls[point.number]})", folder):
+            codes = ended(begun(folder, self.mode, dies=point), PATIENCE)
             self.result.runs += 1
-            assert None not in codes, "a process hangs after the first was killed"
-            if codes[0] == -signal.SIGKILL:
+            said = self.printed(folder)
+            assert None not in codes, f"a process hangs after the first was killed\n{said}"
+            assert "Traceback" not in said or self.mode.processes > 1, said
+            if codes[0] == (2 if self.mode.refused else -signal.SIGKILL):
                 self.result.points += 1
-                newest_sound(folder, rows, save if self.mode.back else 0, self.close)
+                newest_sound(folder, trial.rows, trial.least, self.close)
                 self.through(folder)
             else:  # a thread's calls come in no fixed order: this time there were fewer
-                assert self.mode.beside, f"exit codes {codes}\n{self.printed(folder)}"
-            compared(folder, straight, steps, self.close)
+                assert self.mode.beside, f"exit codes {codes}\n{said}"
+            compared(folder, trial.straight, trial.steps, self.close)
 
-    def random(self, kills: int, seed: int, steps: int = 12, save: int = 2) -> None:
+    def random(self, kills: int, seed: int) -> None:
         """Killed at so many random moments, some of them in a row."""
         chance = random.Random(f"{seed} {self.name}")
-        straight = self.folder(steps, save)
-        before = None
-        if self.mode.back:
-            self.through(straight)
-            before = self._place / "before-random"
-            shutil.copytree(straight.output, before)
-        timed = self.folder(steps, save, before) if self.mode.back else straight
-        ids = begun(timed, self.mode)
-        _wait_for_training(timed, ids)
+        trial = self.trial(steps=12, save=2)
+        again = self.folder(trial.steps, trial.save, trial.before)
+        ids = begun(again, self.mode)
+        _wait_for_training(again, ids)
         began = time.monotonic()
         codes = ended(ids, PATIENCE)
-        assert set(codes) == {0}, f"exit codes {codes}\n{self.printed(timed)}"
-        lasts, rows = time.monotonic() - began, rows_of(straight)
+        assert set(codes) == {0}, f"exit codes {codes}\n{self.printed(again)}"
+        lasts = time.monotonic() - began
         while self.result.random < kills and len(self.result.failures) < 20:
-            self._killed_on_and_on(chance, lasts, straight, rows, steps, save, before, kills)
+            self._killed_on_and_on(chance, lasts, trial, min(chance.randint(1, 4), kills - self.result.random))
 
-    def _killed_on_and_on(
-        self, chance: random.Random, lasts: float, straight: Any, rows: Any, steps: int, save: int, before: Path | None, kills: int
-    ) -> None:
-        folder, newest, moments = self.folder(steps, save, before), save if self.mode.back else 0, list[float]()
-        with self.judged(lambda: f"{self.name}, killed after {moments} s", folder):
-            for _ in range(chance.randint(1, 4)):
-                moments.append(round(lasts * chance.random(), 3))
+    def _killed_on_and_on(self, chance: random.Random, lasts: float, trial: Trial, times: int) -> None:
+        folder, newest, moments = self.folder(trial.steps, trial.save, trial.before), trial.least, list[str]()
+        with self.judged(lambda: f"{self.name}, killed {', '.join(moments)}", folder):
+            for _ in range(times):
+                training, after = chance.random() < TRAINING, lasts * chance.random()
+                moments.append(f"{after:.3f} s after its {'training began' if training else 'start'}")
                 ids = begun(folder, self.mode)
-                if chance.random() < TRAINING:
+                if training:
                     _wait_for_training(folder, ids)
-                time.sleep(moments[-1])
-                killed = [ids, ids[:1], ids[-1:]][chance.randrange(3)]
-                for child in killed:
+                time.sleep(after)
+                for child in (ids, ids[:1], ids[-1:])[chance.randrange(3)]:
                     os.kill(child, signal.SIGKILL)
-                codes = ended(ids, OTHERS)
+                codes = ended(ids, PATIENCE)
                 self.result.runs += 1
                 assert None not in codes, f"a process hangs after another was killed\n{self.printed(folder)}"
-                self.result.random += (-signal.SIGKILL) in codes
-                newest = newest_sound(folder, rows, 0 if self.mode.back else newest, self.close)
-                if self.result.random >= kills:
-                    break
+                self.result.random += -signal.SIGKILL in codes
+                newest = newest_sound(folder, trial.rows, trial.least if self.mode.back else newest, self.close)
             self.through(folder)
-            compared(folder, straight, steps, self.close)
+            compared(folder, trial.straight, trial.steps, self.close)
 
     @contextlib.contextmanager
     def judged(self, where: Callable[[], str], folder: Any) -> Iterator[None]:
@@ -440,13 +484,13 @@ class Place:
         self.result.exact, self.result.difference = self.close.exact, self.close.difference
 
 
-def judge(name: str, place: Path, clips: Path, kills: int, seed: int, failpoints: bool) -> dict[str, Any]:
-    """A whole mode, in a process of its own."""
+def judge(name: str, place: Path, clips: Path, kills: int, seed: int, points: int | None) -> dict[str, Any]:
+    """A whole mode, in a process of its own. points: at most, None for all failpoints."""
     made = Place(name, place / name.replace(" ", "-"), clips, fixtures())
     try:
-        if failpoints:
-            made.failpoints()
-        if kills:
+        if points != 0:
+            made.failpoints(points)
+        if kills and not MODES[name].refused:
             made.random(kills, seed)
     except AssertionError as error:
         made.result.failures.append(f"{name}, left alone: {error}")
@@ -469,7 +513,8 @@ def table(results: Sequence[Result]) -> str:
     for each in results:
         how = "bit for bit" if each.exact else "to the tolerance"
         how = f"**{len(each.failures)} not**" if each.failures else how
-        lines.append(f"| {each.mode} | {each.points} of {each.calls} calls | {each.random} | {each.runs} | {how} | {each.difference:.1e} |")
+        points = f"{each.points} of {each.calls} calls"
+        lines.append(f"| {each.mode} | {points} | {each.random} | {each.runs} | {how} | {each.difference:.1e} |")
     points, kills = sum(each.points for each in results), sum(each.random for each in results)
     return "\n".join([*lines, f"| all | {points} | {kills} | {sum(each.runs for each in results)} | | |"])
 
@@ -480,7 +525,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200, help="at random moments, over all modes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="modes at a time")
-    parser.add_argument("--no-failpoints", action="store_true")
+    parser.add_argument("--points", type=int, help="at most so many failpoints of each mode; absent: all")
     asked = parser.parse_args()
     if unknown := set(asked.modes) - MODES.keys():
         parser.error(f"no such mode: {', '.join(sorted(unknown))}; there are {', '.join(MODES)}")
@@ -492,11 +537,11 @@ def main() -> int:
     clips_in(place, runs)
     filler = Place("several datasets", place / "fill", place, runs)
     filler.through(filler.folder(1, 1))  # the cache, for all
-    shares = [asked.kills // len(chosen) + (at < asked.kills % len(chosen)) for at in range(len(chosen))]
+    killed = [name for name in chosen if not MODES[name].refused]
+    shares = {name: asked.kills // len(killed) + (at < asked.kills % len(killed)) for at, name in enumerate(killed)}
     with ProcessPoolExecutor(asked.jobs, mp_context=multiprocessing.get_context("fork")) as pool:
         jobs = [
-            pool.submit(judge, name, place, place, share, asked.seed, not asked.no_failpoints)
-            for name, share in zip(chosen, shares, strict=True)
+            pool.submit(judge, name, place, place, shares.get(name, 0), asked.seed, asked.points) for name in chosen
         ]
         results = [Result(**job.result()) for job in jobs]
     print(table(results))

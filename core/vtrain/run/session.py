@@ -175,6 +175,7 @@ class Session:
             raise error from raised
         else:
             yield from self._listeners_end()
+            self._recorder.check_written()
         finally:
             if self._listeners is not None:
                 self._listeners.finish()

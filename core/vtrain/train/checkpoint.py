@@ -170,7 +170,7 @@ def write(
     written: dict[str, list[str]] = {}
     trained: list[tuple[ReadBack, Marks]] = []
     try:
-        shutil.rmtree(aside, ignore_errors=True)  # what a killed run left of the same step
+        _sweep(parent)
         aside.mkdir(parents=True)
         for piece in waiting:
             # No name holds a state that was gathered, so that it is gone from memory before the next one comes.
@@ -180,10 +180,11 @@ def write(
         _share(aside)
         _seal(aside, written, trained, reload=reload)
         # A folder cannot be renamed onto one that is not empty. The old one goes only now that the new one is whole.
-        if final.exists():
-            shutil.rmtree(final)
+        old = _put_away(final) if final.exists() else None
         aside.rename(final)
         _sync(parent)  # the new name is on the disk only once its folder is
+        if old is not None:
+            shutil.rmtree(old)
     # safetensors raises its own error for what the disk refuses, which is no OSError.
     except (OSError, SafetensorError, _IncompleteError) as error:
         if states is None:
@@ -197,6 +198,18 @@ def write(
         what = f"the checkpoint could not be written: {error}."
         raise CheckpointError(Problem(str(final), what, remedy)) from error
     return final
+
+
+def _put_away(folder: Path) -> Path:
+    """Rename a checkpoint that is to be deleted: killed in the middle of that, what is left bears no checkpoint's name."""
+    return folder.rename(folder.with_name(f"{folder.name}.old{PARTIAL}"))
+
+
+def _sweep(parent: Path) -> None:
+    """Delete what a killed run left: checkpoints that it had not finished writing or deleting."""
+    for path in parent.glob(f"*{PARTIAL}"):
+        if CHECKPOINT.fullmatch(path.name.removesuffix(PARTIAL).removesuffix(".old")):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _write_piece(folder: Path, piece: Piece, state: State, trained: list[tuple[ReadBack, Marks]]) -> list[str]:
@@ -384,13 +397,13 @@ def latest(parent: Path) -> tuple[Path | None, list[Fault]]:
 def set_aside(parent: Path, after: int) -> list[Path]:
     """Rename checkpoints later than step `after`, which a run that goes on from there leaves behind. Gives the new names."""
     moved = []
-    for step, folder in steps_saved(parent):
-        if step > after:
-            turn = 1
-            while (target := folder.with_name(f"{folder.name}.left-behind-{turn}")).exists():
-                turn += 1
-            moved.append(folder.rename(target))
-    return moved
+    # The newest first: killed in between, those that are left are still a run's, one after the other.
+    for _, folder in reversed([each for each in steps_saved(parent) if each[0] > after]):
+        turn = 1
+        while (target := folder.with_name(f"{folder.name}.left-behind-{turn}")).exists():
+            turn += 1
+        moved.append(folder.rename(target))
+    return moved[::-1]
 
 
 def prune(parent: Path, keep: int | Literal["all"], newest: Path) -> list[Path]:
@@ -405,5 +418,5 @@ def prune(parent: Path, keep: int | Literal["all"], newest: Path) -> list[Path]:
             Problem(str(newest), f"the new checkpoint did not verify: {reason}.", "Older ones are kept.")
         )
     for folder in gone:
-        shutil.rmtree(folder)
+        shutil.rmtree(_put_away(folder))
     return gone

@@ -82,7 +82,8 @@ class Failpoints:
         if event == "open" and not isinstance(args[0], int) and args[2] & WRITING:
             path = Path(os.fsdecode(args[0]))
             new = args[2] & os.O_TRUNC or not path.exists()
-            self.passed(event, path, writes_from=0 if new else path.stat().st_size)
+            nameless = path.is_dir()  # O_TMPFILE
+            self.passed(event, path, writes_from=None if nameless else 0 if new else path.stat().st_size)
         elif event in CHANGING:
             folder = next((each for each in args[CHANGING[event] :] if type(each) is int and each > 2), None)
             if event in ("os.remove", "os.rmdir") and folder is not None:

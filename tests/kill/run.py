@@ -323,9 +323,9 @@ def compared(folder: Any, straight: Any, last: int, close: Close) -> None:
 
 
 def files_of(folder: Any) -> set[str]:
-    """Below its output folder; those of TensorBoard are one more for each start."""
+    """Below its output folder. TensorBoard makes one more at each start, and going back may leave a checkpoint behind at each."""
     found = (path.relative_to(folder.output).as_posix() for path in folder.output.rglob("*"))
-    return {name for name in found if "tfevents" not in name}
+    return {name for name in found if "tfevents" not in name and "left-behind" not in name}
 
 
 def _findings(folder: Any) -> Iterator[str]:

@@ -144,9 +144,13 @@ def try_writing(config: Config) -> None:
 
 @contextmanager
 def occupied(config: Config) -> Iterator[str]:
-    """The output folder, held as by `hold`, once everything that the run will write can be. Raises CheckpointError."""
+    """The output folder, held as by `hold`, once everything that the run will write can be. Raises CheckpointError.
+
+    What a killed run had not finished writing or deleting goes.
+    """
     try_writing(config)
     with hold(config.run.output_dir) as warning:
+        checkpoint.sweep(config.run.output_dir / CHECKPOINTS)
         yield warning
 
 

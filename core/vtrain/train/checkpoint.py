@@ -170,7 +170,7 @@ def write(
     written: dict[str, list[str]] = {}
     trained: list[tuple[ReadBack, Marks]] = []
     try:
-        _sweep(parent)
+        sweep(parent)
         aside.mkdir(parents=True)
         for piece in waiting:
             # No name holds a state that was gathered, so that it is gone from memory before the next one comes.
@@ -205,8 +205,8 @@ def _put_away(folder: Path) -> Path:
     return folder.rename(folder.with_name(f"{folder.name}.old{PARTIAL}"))
 
 
-def _sweep(parent: Path) -> None:
-    """Delete what a killed run left: checkpoints that it had not finished writing or deleting."""
+def sweep(parent: Path) -> None:
+    """Delete what a killed run had not finished writing or deleting, as far as that can be done."""
     for path in parent.glob(f"*{PARTIAL}"):
         if CHECKPOINT.fullmatch(path.name.removesuffix(PARTIAL).removesuffix(".old")):
             shutil.rmtree(path, ignore_errors=True)

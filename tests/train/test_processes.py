@@ -15,6 +15,7 @@ import torch
 
 from vtrain import api
 from vtrain.contract import ConfigError
+from vtrain.train import checkpoint
 from vtrain.validate.videos import read_frames
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -183,6 +184,25 @@ def test_a_process_that_is_killed_ends_all_with_its_own_message_alone(folder, st
     assert "of 2 was killed by SIGKILL" in rest
     assert "Traceback" not in rest
     assert not psutil.pid_exists(children[0].pid)
+
+
+@pytest.mark.slow
+def test_processes_whose_launcher_is_killed_save_and_end(folder, start) -> None:
+    """Slow: two processes import torch."""
+    of_two(folder, steps=3000, save=1000, batch_size=1, log_every=1)
+    running = start("run", folder.config)
+    for line in running.stdout:
+        if line.startswith("step 2/"):
+            break
+    children = psutil.Process(running.pid).children()
+    assert len(children) == 2
+    running.kill()
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive
+    newest, faults = checkpoint.latest(folder.output / "checkpoints")
+    assert newest is not None
+    assert faults == []
+    assert len(folder.rows()) == int(newest.name.removeprefix("step-"))
 
 
 def test_a_program_of_ones_own_is_told_that_it_is_one_process(folder) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +217,27 @@ def test_training_that_waits_for_a_slow_disk_says_so(
     assert [text.partition(" is still being written")[0] for text in said] == [
         f"training waits: the checkpoint of step {step}" for step in (1, 2)
     ]
+
+
+def test_a_clock_that_jumps_changes_neither_when_is_saved_nor_which_is_the_newest(
+    folder, another, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A day ahead at each look, and a day back at the next; the newest checkpoint's files are the oldest."""
+    straight = another()
+    events_of(straight.write(save=2))
+    real, looks = time.time, count()
+    monkeypatch.setattr(time, "time", lambda: real() + 86400 * (next(looks) % 3 - 1))
+    events_of(folder.write(save=2))
+    assert folder.rows() == straight.rows()
+    assert alike(folder, straight, 6)
+    for step, path in checkpoint.steps_saved(folder.output / "checkpoints"):
+        for each in (path, *path.rglob("*")):
+            os.utime(each, (real() - 86400 * step, real() - 86400 * step))
+    assert checkpoint.latest(folder.output / "checkpoints") == (folder.output / "checkpoints" / "step-000006", [])
+    timed = another()
+    text = timed.write(save=2).read_text(encoding="utf-8").replace('every = "2 steps"', 'every = "10 min"')
+    timed.config.write_text(text, encoding="utf-8")
+    assert [event.step for event in events_of(timed.config) if isinstance(event, Saved)] == [6]
 
 
 HUNG = """

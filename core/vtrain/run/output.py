@@ -257,7 +257,7 @@ class Recorder:
             raise CheckpointError(Problem(str(self._folder), f"{' and '.join(what)} could not be written.", remedy))
 
     def record(self, event: Event) -> Iterator[Warned]:
-        """Write an event down. A file that cannot be written is warned of, its lines kept for the next time."""
+        """Write an event down. A file that cannot be written is warned of, its lines kept for the next time; not so the other."""
         # A line a step would repeat metrics.jsonl; one a clip or a solver step is noise.
         if isinstance(event, Stepped | Filling | Generating):
             return
@@ -270,23 +270,36 @@ class Recorder:
             self._lines.append({"time": round(time.time(), 3), **as_json(event)})
         if not self.session:
             return
+        kind = "metrics" if isinstance(event, Logged) else "events"
+        failed: dict[str, OSError] = {}
         try:
             # Another folder of that name is not the one that this run holds, with its files in it.
             if not self._folder.is_dir() or _identity(self._folder) != self._held:
                 yield Warned(f"the output folder went away and is made again: {self._folder}")
                 self._restore()
                 self._held = _identity(self._folder)
-            if self._steps:
-                # On the disk before the checkpoint of that step, from which a resumed run starts.
-                self._append(METRICS, [asdict(each) for each in self._steps], durable=True)
-                self._steps = ()
-            if self._lines:
-                heading = {"version": VERSION, "session": self.session}
-                self._append(EVENTS, [{**heading, **line} for line in self._lines], durable=False)
-                self._lines = []
         except OSError as error:
-            kind = "metrics" if isinstance(event, Logged) else "events"
-            yield Warned(f"{kind} could not be written and are kept for the next time: {error}")
+            failed[kind] = error
+        else:
+            for name, write in (("metrics", self._write_steps), ("events", self._write_lines)):
+                try:
+                    write()
+                except OSError as error:
+                    failed[name] = error
+        if kind in failed:
+            yield Warned(f"{kind} could not be written and are kept for the next time: {failed[kind]}")
+
+    def _write_steps(self) -> None:
+        if self._steps:
+            # On the disk before the checkpoint of that step, from which a resumed run starts.
+            self._append(METRICS, [asdict(each) for each in self._steps], durable=True)
+            self._steps = ()
+
+    def _write_lines(self) -> None:
+        if self._lines:
+            heading = {"version": VERSION, "session": self.session}
+            self._append(EVENTS, [{**heading, **line} for line in self._lines], durable=False)
+            self._lines = []
 
     def _append(self, name: str, lines: list[dict[str, Any]], *, durable: bool) -> None:
         append(self._folder / name, lines, durable=durable)

@@ -164,6 +164,7 @@ class Session:
             with blame(self.plan.config.parts()):
                 for event in self._chapters():
                     yield from self._passed(event)
+                self._recorder.check_written()
         # Not BaseException: a generator that is closed may yield nothing more.
         except Exception as raised:
             error = self.processes.lost(raised) or raised
@@ -175,7 +176,6 @@ class Session:
             raise error from raised
         else:
             yield from self._listeners_end()
-            self._recorder.check_written()
         finally:
             if self._listeners is not None:
                 self._listeners.finish()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="what a process calls is followed through /proc")
 
 SAVING = """
     import json, shutil, sys

@@ -140,8 +140,9 @@ class Saver:
             return
         try:
             saved, troubles = self._result(work)
-        except CheckpointError as error:
-            yield Warned(str(error))
+        except Exception as error:  # noqa: BLE001 - what ends the run is another error, which is raised
+            told = "" if isinstance(error, CheckpointError) else f"the checkpoint of step {work.step} was not written: "
+            yield Warned(f"{told}{error}")
             return
         yield saved
         yield from map(Warned, troubles)

@@ -518,7 +518,7 @@ HEAD = "| mode | failpoints | random kills | runs | resumed | largest difference
 def row(found: Result) -> str:
     how = "bit for bit" if found.exact else "to the tolerance"
     how = f"**{len(found.failures)} not**" if found.failures else how
-    points = f"{found.points} of {found.calls} calls"
+    points = f"{found.points}, at {found.calls} calls"
     return f"| {found.mode} | {points} | {found.random} | {found.runs} | {how} | {found.difference:.1e} |"
 
 

@@ -33,6 +33,8 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 MANIFEST = "MANIFEST.json"
 FORMAT = 1
 PARTIAL = ".partial"
+SPOOL = "spool.partial"
+"""Folder below that of the checkpoints where shares are put together."""
 LEFT_BY_FILE_MANAGERS = re.compile(r"\.DS_Store|\._.*|\.directory|Thumbs\.db|desktop\.ini", re.IGNORECASE)
 """File names that looking into a folder leaves there (macOS, KDE, Windows): nothing reads them, so they harm no checkpoint."""
 
@@ -43,6 +45,11 @@ class State:
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     values: Mapping[str, Any] = field(default_factory=dict)
+
+
+Keep = bool | Path
+"""Whether a process wants what is gathered; a folder: it does, and what several processes put together goes into files there, a
+tensor at a time, so that it is never in main memory as a whole."""
 
 
 class Piece(Protocol):
@@ -63,11 +70,11 @@ class Piece(Protocol):
         """Of the tensors that would be gathered now. Headers of files and numbers add a few KiB."""
         ...
 
-    def gather(self, *, keep: bool, copy: bool = False) -> State:
+    def gather(self, *, keep: Keep, copy: bool = False) -> State:
         """The whole state. Every process calls it, for all pieces in order, since parts of it may lie with each.
 
         keep: whether it is this process that writes; what the others get is empty. copy: whether what it gives is to stay as it is
-        while training continues, wherever it lies.
+        while training continues, wherever it lies. Raises OSError where `keep` is a folder, after all have done their part.
         """
         ...
 
@@ -165,17 +172,18 @@ def write(
     cannot be written.
     """
     final = parent / checkpoint_name(step)
-    aside = parent / (checkpoint_name(step) + PARTIAL)
+    aside, spool = parent / (checkpoint_name(step) + PARTIAL), parent / SPOOL
     waiting = iter(pieces)
     written: dict[str, list[str]] = {}
     trained: list[tuple[ReadBack, Marks]] = []
     try:
-        shutil.rmtree(aside, ignore_errors=True)  # what a killed run left of the same step
-        aside.mkdir(parents=True)
+        for left in (aside, spool):  # what a killed run left of the same step
+            shutil.rmtree(left, ignore_errors=True)
+            left.mkdir(parents=True)
         for piece in waiting:
             # No name holds a state that was gathered, so that it is gone from memory before the next one comes.
             written[piece.name] = _write_piece(
-                aside, piece, piece.gather(keep=True) if states is None else states[len(written)], trained
+                aside, piece, piece.gather(keep=spool) if states is None else states[len(written)], trained
             )
         _share(aside)
         _seal(aside, written, trained, reload=reload)
@@ -183,6 +191,7 @@ def write(
         if final.exists():
             shutil.rmtree(final)
         aside.rename(final)
+        shutil.rmtree(spool, ignore_errors=True)
         _sync(parent)  # the new name is on the disk only once its folder is
     # safetensors raises its own error for what the disk refuses, which is no OSError.
     except (OSError, SafetensorError, _IncompleteError) as error:
@@ -190,6 +199,7 @@ def write(
             for piece in waiting:
                 piece.gather(keep=False)  # the other processes do, and would wait for this one
         shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(spool, ignore_errors=True)
         newest = latest(parent)[0]
         remedy = f"The newest sound checkpoint is {newest}." if newest else "There is no earlier checkpoint."
         if not isinstance(error, _IncompleteError):

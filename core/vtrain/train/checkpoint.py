@@ -52,6 +52,25 @@ Keep = bool | Path
 tensor at a time, so that it is never in main memory as a whole."""
 
 
+class Copies:
+    """Main memory that copies of a piece's tensors lie in. It stays from one checkpoint to the next: to write to memory that the
+    system gives anew takes three times as long."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def of(self, name: str, value: Tensor) -> Tensor:
+        """A contiguous copy on the CPU, there until the next one of this name."""
+        kept = self._kept.get(name)
+        if kept is None or (kept.shape, kept.dtype) != (value.shape, value.dtype):
+            kept = self._kept[name] = value.new_empty(value.shape, device="cpu")
+        return kept.copy_(value)
+
+    @property
+    def bytes(self) -> int:
+        return sum(value.nbytes for value in self._kept.values())
+
+
 class Piece(Protocol):
     """One part of what a checkpoint keeps, such as the denoiser's weights or the optimizer's state."""
 
@@ -70,11 +89,12 @@ class Piece(Protocol):
         """Of the tensors that would be gathered now. Headers of files and numbers add a few KiB."""
         ...
 
-    def gather(self, *, keep: Keep, copy: bool = False) -> State:
+    def gather(self, *, keep: Keep, copy: Copies | None = None) -> State:
         """The whole state. Every process calls it, for all pieces in order, since parts of it may lie with each.
 
-        keep: whether it is this process that writes; what the others get is empty. copy: whether what it gives is to stay as it is
-        while training continues, wherever it lies. Raises OSError where `keep` is a folder, after all have done their part.
+        keep: whether it is this process that writes; what the others get is empty. copy: where what it gives is to lie, so that it
+        stays as it is while training continues; None: wherever it does. Raises OSError where `keep` is a folder, after all have
+        done their part.
         """
         ...
 

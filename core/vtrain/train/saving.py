@@ -16,7 +16,7 @@ from vtrain.contract import Event, Noted, Saved, Warned
 from vtrain.contract.rooms import host_memory
 from vtrain.contract.specs import bytes_text
 from vtrain.train import checkpoint
-from vtrain.train.checkpoint import Piece, State
+from vtrain.train.checkpoint import Copies, Piece, State
 from vtrain.train.processes import Processes
 from vtrain.train.readback import ReloadNeeded, remarks
 
@@ -25,6 +25,9 @@ LEAST = 64 << 20
 
 SPARE = 1 << 30
 """Bytes of main memory that stay free."""
+
+ROOMY = 8 << 30
+"""Bytes of it that must be free beside a copy for its memory to stay until the next one."""
 
 
 @dataclass
@@ -46,6 +49,7 @@ class Saver:
         self._pool: ThreadPoolExecutor | None = None
         self._work: _Work | None = None
         self._crowded = False
+        self._copies: dict[str, Copies] = {}
 
     @property
     def written(self) -> bool:
@@ -63,7 +67,7 @@ class Saver:
         Raises CheckpointError on all processes.
         """
         assert self._work is None
-        size, room = self._processes.from_first(lambda: (sum(piece.bytes for piece in pieces), host_memory()))
+        size, room = self._processes.from_first(lambda: (sum(piece.bytes for piece in pieces), self._room()))
         large = self._beside and size >= LEAST
         fits = room is None or size + SPARE <= room
         if large and not fits and not self._crowded:
@@ -72,13 +76,17 @@ class Saver:
                 f"training waits while checkpoints are written: a copy takes {bytes_text(size)} of main memory, and "
                 f"{bytes_text(room or 0)} are free"
             )
+        if not fits:
+            self._copies.clear()
         if not large or not fits or now:
             self._work = _Work(step, pieces, None)
             yield from self.settle()
             return
-        work = self._work = _Work(
-            step, pieces, [piece.gather(keep=self._processes.first, copy=True) for piece in pieces]
-        )
+        copies = [self._copies.setdefault(piece.name, Copies()) for piece in pieces]
+        states = [
+            piece.gather(keep=self._processes.first, copy=copy) for piece, copy in zip(pieces, copies, strict=True)
+        ]
+        work = self._work = _Work(step, pieces, states)
         if self._processes.first:
             self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
             work.future = self._pool.submit(self._write, work, reload=False)
@@ -93,8 +101,15 @@ class Saver:
             for piece in work.pieces:
                 piece.gather(keep=False)
         saved, troubles = self._processes.from_first(lambda: self._result(work))
+        if (free := host_memory()) is not None and free < ROOMY:
+            self._copies.clear()
         yield saved
         yield from map(Warned, troubles)
+
+    def _room(self) -> int | None:
+        """Bytes of main memory that a copy may take."""
+        free = host_memory()
+        return None if free is None else free + sum(copies.bytes for copies in self._copies.values())
 
     def _result(self, work: _Work) -> tuple[Saved, list[str]]:
         if work.future is None:

@@ -142,6 +142,34 @@ def test_sharded_processes_average_validate_and_are_resumed_by_any_number(
         torch.testing.assert_close(value, right[name], rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [((4, ""), (2, SHARD)), ((1, ""), (4, SHARD)), ((4, SHARD), (1, ""))],
+    ids=["4 to 2 with shares", "1 to 4 with shares", "4 with shares to 1"],
+)
+def test_another_number_of_processes_takes_the_run_on_to_the_same_curve(
+    folder, another, vtrain: Run, within: Run, first: tuple[int, str], then: tuple[int, str]
+) -> None:
+    """Slow: runs of four processes. A step has four samples; some weights have fewer rows than processes."""
+    settings = {"save": 4, "steps": 8, "batch_size": 1, "lr": 1e-3}
+    one = another()
+    within("run", one.write(accumulate=4, **settings))
+    for count, shard in (first, then):
+        config = folder.write(accumulate=4 // count, more=shard, **settings)
+        done = within("run", config) if count == 1 else vtrain("run", config, processes=count)
+        if (count, shard) == first:  # as it was killed after its fourth step
+            shutil.rmtree(folder.output / "checkpoints" / "step-000008")
+    assert "step-000004" in done.stdout, done.stdout
+    for a, b in zip(folder.rows(), one.rows(), strict=True):
+        assert a["samples"] == b["samples"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=TOLERANCE)
+    left, right = folder.tensors(8), one.tensors(8)
+    assert left.keys() == right.keys()
+    for name, value in right.items():
+        torch.testing.assert_close(left[name], value, rtol=0, atol=TOLERANCE)
+
+
 def of_two(folder, **values) -> None:
     """A file that asks for two processes itself."""
     text = folder.write(**values).read_text(encoding="utf-8")

@@ -89,6 +89,42 @@ def test_what_is_written_while_steps_go_on_is_of_its_own_step(
     assert alike(folder, resumed, 6)
 
 
+@pytest.mark.slow
+def test_copies_of_later_checkpoints_lie_in_the_memory_of_the_first_unless_that_is_scarce(
+    folder, another, beside: None, slowly: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slow: three runs."""
+    real, places = checkpoint.Copies.of, []
+
+    def of(copies: checkpoint.Copies, name: str, value: torch.Tensor) -> torch.Tensor:
+        got = real(copies, name, value)
+        places.append((name, got.data_ptr()))
+        return got
+
+    monkeypatch.setattr(checkpoint.Copies, "of", of)
+    values = {"save": 2, "more": "\n[ema]\ndecay = 0.5\n"}
+    events_of(folder.write(**values))
+    half = len(places) // 2
+    assert places[:half] == places[half:], "steps 2 and 4"
+    plain = another()
+    monkeypatch.setattr(saving, "host_memory", lambda: saving.SPARE)
+    events_of(plain.write(**values))
+    assert all(alike(folder, plain, step) for step in (2, 4, 6))
+    scarce = another()
+    monkeypatch.setattr(saving, "host_memory", lambda: saving.ROOMY - 1)
+    kept: list[int] = []
+    settle = saving.Saver.settle
+
+    def settled(saver: saving.Saver) -> Any:
+        yield from settle(saver)
+        kept.append(len(saver._copies))
+
+    monkeypatch.setattr(saving.Saver, "settle", settled)
+    events_of(scarce.write(**values))
+    assert len(places) > 2 * half
+    assert set(kept) == {0}
+
+
 def test_one_is_written_at_a_time_and_a_validation_waits_for_none(folder, beside: None, slowly: list[str]) -> None:
     events = events_of(folder.write(save=1, steps=3, more=folder.validation("1 steps")))
     saved = [event.step for event in events if isinstance(event, Saved)]

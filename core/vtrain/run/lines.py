@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from vtrain.contract.events import MEASURED
 from vtrain.estimate.render import counted
-from vtrain.train.checkpoint import MANIFEST, State, read_model
+from vtrain.train.checkpoint import MANIFEST, Copies, Keep, State, read_model
 from vtrain.train.resume import MOST
 
 
@@ -205,7 +205,7 @@ class RecordsPiece:
     files: ClassVar[tuple[str, ...]] = (RECORDS,)
     bytes: ClassVar[int] = 0
 
-    def gather(self, *, keep: bool, copy: bool = False) -> State:
+    def gather(self, *, keep: Keep, copy: Copies | None = None) -> State:
         return State(values=self.said().model_dump()) if keep else State()
 
     def write(self, folder: Path, state: State) -> None:

@@ -18,7 +18,7 @@ from vtrain.contract import CheckpointError, Event, Noted, Saved, Warned
 from vtrain.contract.rooms import host_memory
 from vtrain.contract.specs import bytes_text
 from vtrain.train import checkpoint
-from vtrain.train.checkpoint import Piece, State
+from vtrain.train.checkpoint import Copies, Piece, State
 from vtrain.train.processes import Processes
 from vtrain.train.readback import ReloadNeeded, remarks
 
@@ -30,6 +30,9 @@ SPARE = 1 << 30
 
 PATIENCE_S = 10.0
 """Seconds of waiting for the thread after which it is said that training waits."""
+
+ROOMY = 8 << 30
+"""Bytes of it that must be free beside a copy for its memory to stay until the next one."""
 
 
 @dataclass
@@ -50,6 +53,7 @@ class Saver:
         self._parent, self._keep, self._processes, self._beside = parent, keep, processes, beside
         self._work: _Work | None = None
         self._crowded = False
+        self._copies: dict[str, Copies] = {}
 
     @property
     def written(self) -> bool:
@@ -67,7 +71,7 @@ class Saver:
         Raises CheckpointError on all processes.
         """
         assert self._work is None
-        size, room = self._processes.from_first(lambda: (sum(piece.bytes for piece in pieces), host_memory()))
+        size, room = self._processes.from_first(lambda: (sum(piece.bytes for piece in pieces), self._room()))
         large = self._beside and size >= LEAST
         fits = room is None or size + SPARE <= room
         if large and not fits and not self._crowded:
@@ -76,13 +80,17 @@ class Saver:
                 f"training waits while checkpoints are written: a copy takes {bytes_text(size)} of main memory, and "
                 f"{bytes_text(room or 0)} are free"
             )
+        if not fits:
+            self._copies.clear()
         if not large or not fits or now:
             self._work = _Work(step, pieces, None)
             yield from self.settle()
             return
-        work = self._work = _Work(
-            step, pieces, [piece.gather(keep=self._processes.first, copy=True) for piece in pieces]
-        )
+        copies = [self._copies.setdefault(piece.name, Copies()) for piece in pieces]
+        states = [
+            piece.gather(keep=self._processes.first, copy=copy) for piece, copy in zip(pieces, copies, strict=True)
+        ]
+        work = self._work = _Work(step, pieces, states)
         if self._processes.first:
             work.future = Future()
             # A daemon, so that a disk that never answers does not keep a process that is to end.
@@ -112,8 +120,15 @@ class Saver:
             for piece in work.pieces:
                 piece.gather(keep=False)
         saved, troubles = self._processes.from_first(lambda: self._result(work))
+        if (free := host_memory()) is not None and free < ROOMY:
+            self._copies.clear()
         yield saved
         yield from map(Warned, troubles)
+
+    def _room(self) -> int | None:
+        """Bytes of main memory that a copy may take."""
+        free = host_memory()
+        return None if free is None else free + sum(copies.bytes for copies in self._copies.values())
 
     def _result(self, work: _Work) -> tuple[Saved, list[str]]:
         if work.future is None:

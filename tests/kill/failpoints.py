@@ -106,7 +106,7 @@ class Failpoints:
                 if self.dies.torn and self._fresh:
                     self._tear()
                 os.kill(os.getpid(), signal.SIGKILL)
-            self.calls.append(f"{call} {path.name}")
+            self.calls.append(f"{call} {path.relative_to(self.below)}")
             self._written = None if writes_from is None else (path, writes_from)
 
     @property

@@ -255,7 +255,7 @@ def newest_sound(folder: Any, straight: Sequence[Mapping[str, Any]], least: int,
     unsound = [path.name for _, path in checkpoint.steps_saved(parent) if checkpoint.fault(path)]
     assert not faults, f"latest passes over {[(each.folder.name, each.reason) for each in faults]}"
     assert not unsound, f"half checkpoints: {unsound}"
-    aside = sorted(path.name for path in parent.glob("*.partial")) if parent.is_dir() else []
+    aside = sorted(path.name for path in parent.glob("step-*.partial")) if parent.is_dir() else []
     assert len(aside) <= 1, f"more than one is left aside: {aside}"
     step = int(newest.name.removeprefix("step-")) if newest is not None else 0
     assert step >= least, f"the checkpoint of step {least} was there and is gone; the newest is of {step}"
@@ -419,6 +419,10 @@ class Place:
         trial = self.trial(steps=4, save=2)
         self.result.calls = len(trial.watched.calls)
         points = sorted(trial.watched.points, key=lambda point: (point.number, point.torn))
+        # Shares are put together through hundreds of files without a meaning of their own.
+        points = [
+            each for each in points if "spool.partial/" not in trial.watched.calls[each.number] or each.number % 25 == 0
+        ]
         if self.mode.refused:
             points = [replace(point, refused=True) for point in points if not point.torn]
         stride = 1 if most is None else len(points) / most

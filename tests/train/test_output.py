@@ -109,6 +109,17 @@ def test_metrics_that_could_not_be_written_to_the_end_are_an_error_of_a_run_that
     assert "metrics.jsonl lacks steps 1 to 6" in within("run", folder.config).stdout
 
 
+def test_what_a_killed_run_left_is_gone_after_the_next_start(folder, within: Run) -> None:
+    """Also where nothing is left to do."""
+    within("run", folder.write(steps=3))
+    files = set(folder.output.rglob("*"))
+    for name in ("checkpoints/step-000009.partial", "checkpoints/step-000001.old.partial", "checkpoints/spool.partial"):
+        (folder.output / name).mkdir()
+    (folder.output / ".seen-0").touch()
+    within("run", folder.config)
+    assert set(folder.output.rglob("*")) == files
+
+
 def test_who_holds_it_is_written_anew_by_each(tmp_path: Path) -> None:
     (tmp_path / output_lock.FILE).write_text("something longer than what a process writes of itself" * 3)
     with output_lock.hold(tmp_path) as warning:

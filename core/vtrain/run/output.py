@@ -49,6 +49,7 @@ from vtrain.estimate.render import counted
 from vtrain.plan.places import CHECKPOINTS, CONFIG, EVENTS, METRICS, PLAN, written_folders
 from vtrain.plan.records import Plan
 from vtrain.plan.text import text_marks
+from vtrain.run.alike import SEEN
 from vtrain.run.lines import UNREAD, Chain, Link, Records, append, cut_back, gaps, whole
 from vtrain.train import checkpoint
 from vtrain.train.resume import Start, condition_marks
@@ -151,6 +152,9 @@ def occupied(config: Config) -> Iterator[str]:
     try_writing(config)
     with hold(config.run.output_dir) as warning:
         checkpoint.sweep(config.run.output_dir / CHECKPOINTS)
+        for left in config.run.output_dir.glob(f"{SEEN}*"):
+            with suppress(OSError):
+                left.unlink()
         yield warning
 
 

@@ -45,6 +45,7 @@ PRELOADED = (
 )  # fmt: skip
 PATIENCE = 120.0
 """Seconds after which a run that should end is one that hangs."""
+SCRATCH = "checkpoints/spool.partial"
 TRAINING = 0.8
 """Of the random moments, how many are drawn from the time after the start; the others from the start on."""
 ROW = ("seconds", "data_wait", "memory")
@@ -419,10 +420,9 @@ class Place:
         trial = self.trial(steps=4, save=2)
         self.result.calls = len(trial.watched.calls)
         points = sorted(trial.watched.points, key=lambda point: (point.number, point.torn))
-        # Shares are put together through hundreds of files without a meaning of their own.
-        points = [
-            each for each in points if "spool.partial/" not in trial.watched.calls[each.number] or each.number % 25 == 0
-        ]
+        # Shares are put together through hundreds of scratch files: one call of each 25 stands for the others.
+        calls = trial.watched.calls
+        points = [each for each in points if SCRATCH not in calls[each.number] or each.number % 25 == 0]
         if self.mode.refused:
             points = [replace(point, refused=True) for point in points if not point.torn]
         stride = 1 if most is None else len(points) / most

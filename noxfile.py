@@ -183,8 +183,8 @@ def mutants(session: nox.Session) -> None:
 
 @nox.session
 def kill(session: nox.Session) -> None:
-    """Runs killed with kill -9 at every call that changes their folder and at 200 random moments, resumed and compared bit for bit:
-    `-- --kills 20 --points 10 full LoRA` takes less. Most of an hour on two cores; Linux."""
+    """Runs killed with kill -9 at every call that changes their folder and at 200 random moments, resumed and compared. An hour on
+    two cores, Linux. `-- --kills 20 --points 10 full LoRA` takes less; `-- --write` puts the table into docs/checkpoints.md."""
     install(session, extras="[test]")
     session.install("-q", "--no-deps", "-e", "tests/fixtures/toy_plugin")
     session.run("python", "tests/kill/run.py", *session.posargs)

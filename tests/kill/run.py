@@ -1,6 +1,6 @@
 """Kill runs with kill -9 wherever they can be killed, resume them, and compare what comes of it with runs that were left alone.
 
-    python tests/kill/run.py [--kills 200] [--seed 0] [--jobs 2] [--points N] [MODE ...]
+    python tests/kill/run.py [--kills 200] [--seed 0] [--jobs 2] [--points N] [--write] [MODE ...]
 
 For each mode a small run of the toy family: killed before every call that changes a file of its output folder, and with every file
 that it writes torn (`failpoints.py`); then at random moments, once or several times in a row. After each kill the folder must hold
@@ -34,9 +34,10 @@ from pathlib import Path
 from typing import Any
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VTRAIN_PLUGIN_TIMEOUT": "0"}
-sys.path[:0] = [str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "benchmarks")]
 
 from failpoints import Failpoints, Point  # noqa: E402 - beside this file
+from measured import put  # noqa: E402 - in benchmarks
 
 PRELOADED = (
     "accelerate", "optimum.quanto", "peft", "torch.distributed.fsdp", "torch.distributed.tensor", "vtrain.cli.run",
@@ -45,6 +46,7 @@ PRELOADED = (
 )  # fmt: skip
 PATIENCE = 120.0
 """Seconds after which a run that should end is one that hangs."""
+PAGE = Path(__file__).parents[2] / "docs" / "checkpoints.md"
 SCRATCH = "checkpoints/spool.partial"
 TRAINING = 0.8
 """Of the random moments, how many are drawn from the time after the start; the others from the start on."""
@@ -533,6 +535,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="modes at a time")
     parser.add_argument("--points", type=int, help="at most so many failpoints of each mode; absent: all")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/checkpoints.md")
     asked = parser.parse_args()
     if unknown := set(asked.modes) - MODES.keys():
         parser.error(f"no such mode: {', '.join(sorted(unknown))}; there are {', '.join(MODES)}")
@@ -556,7 +559,11 @@ def main() -> int:
             results.append(Result(**job.result()))
             print(row(results[-1]), flush=True)
     counts = [sum(getattr(each, name) for each in results) for name in ("points", "random", "runs")]
-    print("| all | {} | {} | {} | | |".format(*counts))
+    total = "| all | {} | {} | {} | | |".format(*counts)
+    print(total)
+    if asked.write:
+        lines = [HEAD, *(row(each) for each in sorted(results, key=lambda each: chosen.index(each.mode))), total]
+        put(PAGE, "kill", "\n".join(lines) + "\n")
     failures = [text for each in results for text in each.failures]
     if not failures:
         shutil.rmtree(place)

@@ -34,7 +34,7 @@ Output = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option("--output", metavar="FILE", help="a new file; default: print it", show_default=False),
 ]
-VOLUME = "what all machines share, and where it is mounted: configuration, output and cache are in it"
+VOLUME = "what all machines share, and where it is mounted; output and cache are in it"
 
 
 @launch.command("torchrun")
@@ -74,7 +74,7 @@ def _skypilot(
     gpu: Annotated[str, typer.Option("--gpu", help="as `sky gpus list` names it, such as H100", show_default=False)],
     nodes: Nodes = 1,
     per_node: PerNode = None,
-    volume: Annotated[str, typer.Option("--volume", metavar="NAME:FOLDER", help=f"{VOLUME}; default: buckets")] = "",
+    volume: Annotated[str, typer.Option("--volume", metavar="NAME:FOLDER", help=f"{VOLUME}. Default: buckets")] = "",
     grace: Grace = 120,
     output: Output = None,
 ) -> None:
@@ -88,7 +88,7 @@ def _skypilot(
             "several nodes need one output folder and one cache, and a bucket is not one: each node has its own copy."
         )
         raise ConfigError(Problem("--nodes", what, "Give --volume NAME:FOLDER, or use one node."))
-    _write(skypilot(job, gpu, *_volume(volume, job)), output)
+    _write(skypilot(job, gpu, *_volume(volume, job, uploaded=True)), output)
 
 
 @launch.command("kubeflow")
@@ -105,7 +105,7 @@ def _kubeflow(
     job = _job(config, nodes, per_node, grace)
     from vtrain.scaffold.launch import kubeflow
 
-    _write(kubeflow(job, image, *_volume(volume, job)), output)
+    _write(kubeflow(job, image, *_volume(volume, job, uploaded=False)), output)
 
 
 @uncollected(collect_first=False)
@@ -120,7 +120,7 @@ def _job(config: Path, nodes: int, per_node: int | None, grace: int) -> Job:
     return Job.of(plan, nodes, grace)
 
 
-def _volume(text: str, job: Job) -> tuple[str, PurePosixPath]:
+def _volume(text: str, job: Job, *, uploaded: bool) -> tuple[str, PurePosixPath]:
     """(name, folder) of NAME:FOLDER. Raises ConfigError."""
     from vtrain.contract import ConfigError, Problem
 
@@ -129,7 +129,7 @@ def _volume(text: str, job: Job) -> tuple[str, PurePosixPath]:
         return "", PurePosixPath("/")
     if not name or not folder.startswith("/"):
         raise ConfigError(Problem("--volume", f'"{text}" is no name and folder.', 'Such as "claim:/mnt/shared".'))
-    if outside := job.outside(PurePosixPath(folder)):
+    if outside := job.outside(PurePosixPath(folder), uploaded=uploaded):
         raise ConfigError(outside)
     return name, PurePosixPath(folder)
 

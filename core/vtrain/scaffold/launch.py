@@ -56,7 +56,8 @@ class Job:
         train = config.train
         samples = train.batch_size * train.accumulate * plan.processes
         summary = (
-            f"{nodes} node{'s' if nodes > 1 else ''} with {per_node} process{'es' if per_node > 1 else ''} each; a step takes "
+            f"{nodes} node{'s' if nodes > 1 else ''} with {per_node} process{'es' if per_node > 1 else ''}"
+            f"{' each' if nodes > 1 else ''}; a step takes "
             f"{samples} samples (batch_size {train.batch_size} x accumulate {train.accumulate} x {plan.processes} processes)"
         )
         name = re.sub(r"[^a-z0-9]+", "-", config.run.name.lower()).strip("-")[:40].rstrip("-") or "run"
@@ -69,13 +70,15 @@ class Job:
             tuple(f"{name}=={version}" for name, version in versions.items()),
         )  # fmt: skip
 
-    def outside(self, folder: PurePosixPath) -> list[Problem]:
-        """What all nodes have to see and is not in the folder that they share."""
-        needed = {"the configuration": self.config, "run.output_dir": self.output, "cache.dir": self.cache}
+    def outside(self, folder: PurePosixPath, *, uploaded: bool) -> list[Problem]:
+        """What all nodes have to see and is not in the folder that they share. uploaded: what is only read gets there by itself."""
+        needed = [("run.output_dir", self.output), ("cache.dir", self.cache)]
+        if not uploaded:
+            needed += [("the configuration", self.config), *(("what the run reads", path) for path in self.inputs)]
         remedy = "Put it there, or name the folder of the volume in which it is."
         return [
             Problem("--volume", f"{what} ({path}) is not in {folder}, which is all that the machines share.", remedy)
-            for what, path in needed.items()
+            for what, path in needed
             if not path.is_relative_to(folder)
         ]
 
@@ -170,11 +173,11 @@ def slurm(job: Job, time: str = "", partition: str = "", account: str = "") -> s
         "slurm",
         "Submit it with sbatch where `vtrain` and `torchrun` are on the path. Cores: as the nodes have them.",
     )
-    first, extra = "", tuple[str, ...]()
+    first = ""
     if job.nodes > 1:
         first = 'host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)\n'
-        first += f"port=$(({PORT} + SLURM_JOB_ID % 10000))\n"
-    line = _shell(torchrun_words(job, "$host:$port", "$SLURM_JOB_ID", *extra))
+        first += "port=$((20000 + SLURM_JOB_ID % 10000))\n"
+    line = _shell(torchrun_words(job, "$host:$port", "$SLURM_JOB_ID"))
     body = SLURM.format(cores=CORES, head=first, grace=job.grace, line=line)
     return f"#!/bin/bash\n{lines}#SBATCH --requeue\n#SBATCH --open-mode=append\n{head}\nset -u\n{body}"
 
@@ -213,7 +216,7 @@ def kubeflow(job: Job, image: str, volume: str, folder: PurePosixPath) -> str:
                 "name": "pytorch",
                 "image": image,
                 "command": words,
-                "resources": {"limits": {"nvidia.com/gpu": job.per_node}},
+                "resources": {"limits": {"nvidia.com/gpu": str(job.per_node)}},
                 "volumeMounts": [
                     {"name": "shared", "mountPath": str(folder)},
                     {"name": "memory", "mountPath": "/dev/shm"},

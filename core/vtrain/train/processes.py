@@ -47,6 +47,14 @@ class Processes:
                 raise DeviceError(Problem(f"{self.device} ({self.device.name})", what, remedy))
             slow = f"this processor has no bf16 instructions that torch uses: it is faster with {remedy}"
             self.notices = (*self.notices, slow)
+        together = int(os.environ.get("WORLD_SIZE") or 1) > 1
+        if together and self.device.torch.type == "cuda" and not dist.is_nccl_available():
+            what = (
+                "this torch was built without NCCL, through which processes on NVIDIA and AMD cards exchange gradients."
+            )
+            raise DeviceError(
+                Problem(str(self.device), what, "Install torch's own build for Linux, or train one process.")
+            )
         # Without an accelerator it must be told `cpu`, or torchrun starts unsynchronised copies.
         try:
             self.accelerator = Accelerator(mixed_precision=mixed, cpu=not self.device.accelerated)
@@ -55,6 +63,8 @@ class Processes:
             raise DeviceError(
                 Problem("", what, "Train in a process of its own, or before accelerate is used.")
             ) from None
+        except dist.DistError as error:
+            raise _unmet(error) from None
         # accelerate names the card of a single process without its number.
         placed, ours = self.accelerator.device, self.device.torch
         if placed.type != ours.type or (ours.index is not None and placed.index not in (None, ours.index)):
@@ -165,6 +175,19 @@ class Processes:
             dist.destroy_process_group()
         else:
             AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _unmet(error: Exception) -> DeviceError:
+    """Why processes did not find each other."""
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if "EADDRINUSE" in str(error):
+        what = f"port {port} of this machine (MASTER_PORT), where the processes are to meet, is in use."
+        return DeviceError(
+            Problem("", what, "Choose another one, or unset MASTER_PORT: run.processes then finds a free one.")
+        )
+    what = f"this process does not reach the first one at {address}, port {port} (MASTER_ADDR, MASTER_PORT): {error}"
+    remedy = "Name an address of the first machine that the others reach, and a port that no firewall closes."
+    return DeviceError(Problem(f"process {int(os.environ.get('RANK', '0')) + 1}", what, remedy))
 
 
 def _processor() -> str:

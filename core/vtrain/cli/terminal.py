@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -69,6 +70,7 @@ class Terminal:
         self._moved = Counter[bool]()
         self._output = Path()
         self._step: float | None = None
+        self._stepped: float | None = None
         self._save: float | None = None
         self.again = SAME
 
@@ -79,7 +81,7 @@ class Terminal:
     def heard(self) -> None:
         """A signal that asks to stop: said at once, for the step may take a while."""
         with suppress(OSError):  # SIGHUP comes when the terminal is gone, and training must not end in here
-            known = [f"a step takes {_about(self._step)}"] if self._step else []
+            known = [f"a step takes {_about(self._step)}"] if self._step is not None else []
             known += [f"the last checkpoint took {_about(self._save)} to write"] if self._save else []
             self.say("stopping; what is done will be saved" + (f" ({', '.join(known)})" if known else ""))
 
@@ -107,7 +109,9 @@ class Terminal:
             case Filling():
                 self._filling.show(event)
             case Stepped() | Logged() | Generating() if self._training is not None:
-                self._step = event.steps[-1].seconds if isinstance(event, Logged) else self._step
+                if isinstance(event, Stepped):
+                    before, self._stepped = self._stepped, time.monotonic()
+                    self._step = None if before is None else self._stepped - before
                 self._training.show(event)
             case Estimated():
                 show_sections(self.console, event.sections)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -13,8 +13,12 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils.dataclasses import KwargsHandler
 from torch import distributed as dist
 from torch import nn
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from vtrain.contract import Device, DeviceError, Problem, TrainingError, VtrainError
 
@@ -22,6 +26,17 @@ T = TypeVar("T")
 
 PATIENCE = timedelta(days=7)
 """How long processes wait for each other's word: the first may fill caches or save for hours. Gradients keep torch's own limit."""
+
+
+ALONE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+STALE = (
+    "torchrun on several machines keeps what processes that have died said of themselves, and those that it starts in their place "
+    "may wait for them for ever."
+)
+
+
+_GLOO = timedelta(minutes=30)
+"""torch's own limit on a CPU; accelerate gives a card's to a group that is made in another way than torch's."""
 
 
 class Processes:
@@ -55,9 +70,17 @@ class Processes:
             raise DeviceError(
                 Problem(str(self.device), what, "Install torch's own build for Linux, or train one process.")
             )
+        if _shares_store() and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and not _on_one_machine():
+            if _restarts():
+                raise DeviceError(
+                    Problem("", STALE, f"Set {ALONE} where torchrun is started, and start it everywhere again.")
+                )
+            self.notices = (*self.notices, f"{STALE} Set {ALONE} where torchrun is started")
         # Without an accelerator it must be told `cpu`, or torchrun starts unsynchronised copies.
         try:
-            self.accelerator = Accelerator(mixed_precision=mixed, cpu=not self.device.accelerated)
+            self.accelerator = Accelerator(
+                mixed_precision=mixed, cpu=not self.device.accelerated, kwargs_handlers=_meeting(self.device)
+            )
         except ValueError as error:
             what = f"accelerate is in use in this process already, otherwise than this run needs it: {error}"
             raise DeviceError(
@@ -175,6 +198,35 @@ class Processes:
             dist.destroy_process_group()
         else:
             AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _restarts() -> int:
+    """How often torchrun has started these processes again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+
+
+def _shares_store() -> bool:
+    """Whether processes find each other by a store that torchrun keeps for all that it starts, one after the other."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _on_one_machine() -> bool:
+    return os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+
+
+def _meeting(device: Device) -> list[KwargsHandler]:
+    """How processes find each other: those that torchrun started again apart from what the dead left in its store."""
+    if not (_restarts() and _shares_store()):
+        return []
+    with suppress(RuntimeError):  # by an earlier run of this process
+        register_rendezvous_handler("vtrain", _apart)  # type: ignore[no-untyped-call]
+    timeout = None if device.accelerated else _GLOO
+    return [InitProcessGroupKwargs(init_method="vtrain://", timeout=timeout)]
+
+
+def _apart(_url: str, **options: Any) -> Iterator[tuple[Any, int, int]]:
+    for store, rank, count in rendezvous("env://", **options):
+        yield PrefixStore(f"restart {_restarts()}", store), rank, count
 
 
 def _unmet(error: Exception) -> DeviceError:

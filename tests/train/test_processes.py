@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -183,6 +184,20 @@ def test_a_process_that_is_killed_ends_all_with_its_own_message_alone(folder, st
     assert "of 2 was killed by SIGKILL" in rest
     assert "Traceback" not in rest
     assert not psutil.pid_exists(children[0].pid)
+
+
+@pytest.mark.long
+def test_a_port_in_use_is_said_once_with_what_to_do(folder, start, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_two(folder)
+    with socket.create_server(("0.0.0.0", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        running = start("run", folder.config)
+        printed = running.communicate(timeout=60)[0]
+    assert running.returncode == 2, printed
+    assert printed.count(f"port {port} of this machine (MASTER_PORT), where the processes are to meet, is in use.") == 1
+    assert "unset MASTER_PORT" in printed
+    assert "Traceback" not in printed
 
 
 def test_a_program_of_ones_own_is_told_that_it_is_one_process(folder) -> None:

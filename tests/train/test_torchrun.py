@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -19,7 +18,8 @@ import pytest
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Start = Callable[..., subprocess.Popen[str]]
-SETTINGS = {"steps": 40, "save": 10, "batch_size": 1, "log_every": 1}
+STEPS = 120
+SETTINGS = {"steps": STEPS, "save": 10, "batch_size": 1, "log_every": 1}
 TOLERANCE = 1e-6
 """As tests/train/test_processes.py has it: gradients are summed in another order."""
 
@@ -77,7 +77,7 @@ def until(running: subprocess.Popen[str], words: str) -> list[str]:
 def same(folder: Any, straight: Any) -> None:
     """No step twice, none missing, and the numbers of the run that was never interrupted."""
     rows = folder.rows()
-    assert [row["step"] for row in rows] == list(range(1, 41))
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     for one, other in zip(rows, straight.rows(), strict=True):
         assert one["samples"] == other["samples"]
         assert one["loss"] == pytest.approx(other["loss"], rel=TOLERANCE)
@@ -185,7 +185,6 @@ def test_two_nodes_train_as_one_process_does(
     both = [launched(config, "--nodes", "2", before=node, HOST="node1") for node in nodes]
     printed = [each.communicate(timeout=180)[0] for each in both]
     assert not any(each.returncode for each in both), "".join(printed)
-    assert json.loads((folder.output / "plan.json").read_text())["processes"] == 2
     same(folder, straight)
 
 

@@ -39,7 +39,7 @@ VOLUME = "what all machines share, and where it is mounted; output and cache are
 
 @launch.command("torchrun")
 def _torchrun(
-    config: ConfigFile, nodes: Nodes = 1, per_node: PerNode = None, grace: Grace = 40, output: Output = None
+    config: ConfigFile, nodes: Nodes = 1, per_node: PerNode = None, grace: Grace = 120, output: Output = None
 ) -> None:
     """A script to start on each machine."""
     job = _job(config, nodes, per_node, grace)

@@ -25,6 +25,8 @@ RESTARTS = 3
 """How often torchrun starts all processes again after one has failed."""
 MARGIN = 10
 """Seconds before the machine's end at which torchrun ends what still runs."""
+JOIN = 3600
+"""Seconds for which nodes wait for one that is not there, or not any more."""
 PORT = 29500
 ROOT = PurePosixPath("/")
 CORES = 8
@@ -111,7 +113,8 @@ def torchrun_words(job: Job, endpoint: str, identity: str, *more: str) -> list[s
         where = ["--standalone", f"--nproc-per-node={job.per_node}"]
     else:
         where = [f"--nnodes={job.nodes}", f"--nproc-per-node={job.per_node}", "--rdzv-backend=c10d"]
-        where += [f"--rdzv-endpoint={endpoint}", f"--rdzv-id={identity}", *more]
+        where += [f"--rdzv-endpoint={endpoint}", f"--rdzv-id={identity}"]
+        where += [f"--rdzv-conf=join_timeout={JOIN}", *more]
     ends = [f"--max-restarts={RESTARTS}", f"--shutdown-timeout={job.grace - MARGIN}", f"--signals-to-handle={SIGNALS}"]
     return ["torchrun", *where, *ends, "-m", "vtrain.cli", "run", str(job.config)]
 

@@ -373,7 +373,12 @@ def test_a_validation_that_was_interrupted_is_made_when_the_run_resumes(folder, 
 def test_a_stop_between_micro_batches_leaves_the_step_and_the_resumed_run_makes_it_again(
     folder, another, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"batch_size": 1, "accumulate": 3, "more": '\n[[regularizer]]\nuse = "toy-smooth"\nblock = 1\n', "log_every": 1}
+    settings = {
+        "batch_size": 1,
+        "accumulate": 3,
+        "more": '\n[[regularizer]]\nuse = "toy-smooth"\nblock = 1\n',
+        "log_every": 1,
+    }
     config, made, own = folder.write(**settings), list[int](), Loop.micro_batch_of
     for stops, done in ((2, 0), (8, 2)):
         with api.run(config) as session:

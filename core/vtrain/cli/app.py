@@ -361,4 +361,15 @@ def main() -> None:
             raise
         if not error.reported:
             report_error(error)
-        sys.exit(error.exit_code)
+        _leave(error.exit_code)
+
+
+def _leave(code: int) -> None:
+    """End. Among processes that work together at once: torch ends by SIGABRT where others are still waited for."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_initialized():
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)

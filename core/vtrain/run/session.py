@@ -207,6 +207,7 @@ class Session:
         """A run, from beginning to end."""
         yield from self._introduced()
         if self._until == "filled":
+            check_alike(self.plan, self.processes, trains=False)
             found, _ = yield from self._scanned(estimated=False)
             yield from self._caches(found)
             yield from self._quarantined()

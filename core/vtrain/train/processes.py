@@ -63,7 +63,7 @@ class Processes:
             slow = f"this processor has no bf16 instructions that torch uses: it is faster with {remedy}"
             self.notices = (*self.notices, slow)
         together = int(os.environ.get("WORLD_SIZE") or 1) > 1
-        if together and self.device.torch.type == "cuda" and not dist.is_nccl_available():
+        if together and _exchange(self.device) == "nccl" and not dist.is_nccl_available():
             what = (
                 "this torch was built without NCCL, through which processes on NVIDIA and AMD cards exchange gradients."
             )
@@ -198,6 +198,11 @@ class Processes:
             dist.destroy_process_group()
         else:
             AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _exchange(device: Device) -> str:
+    """By what its processes exchange gradients, as torch has it: "nccl", "gloo" ..."""
+    return str(dist.get_default_backend_for_device(device.torch))
 
 
 def _restarts() -> int:

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from vtrain import api
-from vtrain.contract import ConfigError
+from vtrain.contract import ConfigError, Device, DeviceError
+from vtrain.train.processes import _launcher
 from vtrain.validate.videos import read_frames
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -198,6 +199,25 @@ def test_a_port_in_use_is_said_once_with_what_to_do(folder, start, monkeypatch: 
     assert printed.count(f"port {port} of this machine (MASTER_PORT), where the processes are to meet, is in use.") == 1
     assert "unset MASTER_PORT" in printed
     assert "Traceback" not in printed
+
+
+def test_torchrun_on_several_machines_with_one_store_is_warned_of_and_starts_nothing_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On one machine vtrain keeps each start apart; `vtrain launch` writes files in which torchrun does."""
+    given = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "TORCHELASTIC_MAX_RESTARTS": "3"}
+    for name, value in {**given, "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    (said,) = _launcher(Device())
+    assert said.endswith("Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun is started")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(DeviceError, match="may wait for them for ever"):
+        list(_launcher(Device()))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    assert not list(_launcher(Device()))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert not list(_launcher(Device()))
 
 
 def test_a_program_of_ones_own_is_told_that_it_is_one_process(folder) -> None:

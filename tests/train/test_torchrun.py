@@ -19,7 +19,7 @@ import pytest
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Start = Callable[..., subprocess.Popen[str]]
 STEPS = 120
-SETTINGS = {"steps": STEPS, "save": 10, "batch_size": 1, "log_every": 1}
+SETTINGS = {"steps": STEPS, "save": 10, "batch_size": 1, "accumulate": 2, "log_every": 1}
 TOLERANCE = 1e-6
 """As tests/train/test_processes.py has it: gradients are summed in another order."""
 
@@ -85,9 +85,9 @@ def same(folder: Any, straight: Any) -> None:
 
 @pytest.fixture
 def straight(another: Callable[[], Any], within: Run) -> Any:
-    """The same run, by one process with twice the accumulation."""
+    """The same run, by one process with as many samples a step."""
     one = another()
-    within("run", one.write(accumulate=2, **SETTINGS))
+    within("run", one.write(**{**SETTINGS, "accumulate": 4}))
     return one
 
 

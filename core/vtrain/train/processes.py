@@ -52,49 +52,9 @@ class Processes:
         """
         rank = int(os.environ.get("LOCAL_RANK", "0"))
         # A launcher that names the rank alone has started at least so many.
-        self.device, self.notices = Device.find(rank, int(os.environ.get("LOCAL_WORLD_SIZE", rank + 1)))
-        if "bf16" in (mixed, stored) and not self.device.has_bf16:
-            remedy = 'precision.mixed = "no" and precision.base = "fp32"'
-            if self.device.accelerated:
-                capability = ".".join(map(str, self.device.capability or ()))
-                what = f"this card computes no bf16 (its compute capability is {capability})."
-                remedy = f"Set {remedy}, or use a card of 8.0 (Ampere) or later."
-                raise DeviceError(Problem(f"{self.device} ({self.device.name})", what, remedy))
-            slow = f"this processor has no bf16 instructions that torch uses: it is faster with {remedy}"
-            self.notices = (*self.notices, slow)
-        together = int(os.environ.get("WORLD_SIZE") or 1) > 1
-        if together and _exchange(self.device) == "nccl" and not dist.is_nccl_available():
-            what = (
-                "this torch was built without NCCL, through which processes on NVIDIA and AMD cards exchange gradients."
-            )
-            raise DeviceError(
-                Problem(str(self.device), what, "Install torch's own build for Linux, or train one process.")
-            )
-        if _shares_store() and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and not _on_one_machine():
-            if _restarts():
-                raise DeviceError(
-                    Problem("", STALE, f"Set {ALONE} where torchrun is started, and start it everywhere again.")
-                )
-            self.notices = (*self.notices, f"{STALE} Set {ALONE} where torchrun is started")
-        # Without an accelerator it must be told `cpu`, or torchrun starts unsynchronised copies.
-        try:
-            self.accelerator = Accelerator(
-                mixed_precision=mixed, cpu=not self.device.accelerated, kwargs_handlers=_meeting(self.device)
-            )
-        except ValueError as error:
-            what = f"accelerate is in use in this process already, otherwise than this run needs it: {error}"
-            raise DeviceError(
-                Problem("", what, "Train in a process of its own, or before accelerate is used.")
-            ) from None
-        except dist.DistError as error:
-            raise _unmet(error) from None
-        # accelerate names the card of a single process without its number.
-        placed, ours = self.accelerator.device, self.device.torch
-        if placed.type != ours.type or (ours.index is not None and placed.index not in (None, ours.index)):
-            what = f"accelerate was set to compute on {placed}, and this process would take {self.device}."
-            AcceleratorState._reset_state(reset_partial_state=True)  # or the next run of this process could not choose
-            remedy = "Unset ACCELERATE_USE_CPU and ACCELERATE_TORCH_DEVICE; CUDA_VISIBLE_DEVICES chooses cards."
-            raise DeviceError(Problem("", what, remedy))
+        self.device, notices = Device.find(rank, int(os.environ.get("LOCAL_WORLD_SIZE", rank + 1)))
+        self.notices = (*notices, *_precision(self.device, mixed, stored), *_launcher(self.device))
+        self.accelerator = _accelerator(self.device, mixed)
         self.count: int = self.accelerator.num_processes
         self.rank: int = self.accelerator.process_index
         self.first: bool = self.accelerator.is_main_process
@@ -200,9 +160,56 @@ class Processes:
             AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def _exchange(device: Device) -> str:
-    """By what its processes exchange gradients, as torch has it: "nccl", "gloo" ..."""
-    return str(dist.get_default_backend_for_device(device.torch))
+def _precision(device: Device, *types: str) -> Iterator[str]:
+    """What is to be said of bf16 on it, where one of these is that. Raises DeviceError for a card without."""
+    if "bf16" not in types or device.has_bf16:
+        return
+    remedy = 'precision.mixed = "no" and precision.base = "fp32"'
+    if device.accelerated:
+        capability = ".".join(map(str, device.capability or ()))
+        what = f"this card computes no bf16 (its compute capability is {capability})."
+        remedy = f"Set {remedy}, or use a card of 8.0 (Ampere) or later."
+        raise DeviceError(Problem(f"{device} ({device.name})", what, remedy))
+    yield f"this processor has no bf16 instructions that torch uses: it is faster with {remedy}"
+
+
+def _launcher(device: Device) -> Iterator[str]:
+    """What is to be said of how processes were started. Raises DeviceError where they could not work together."""
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+        return
+    found = None
+    if dist.get_default_backend_for_device(device.torch) == "nccl" and not dist.is_nccl_available():
+        what = "this torch was built without NCCL, through which processes on NVIDIA and AMD cards exchange gradients."
+        found = Problem(str(device), what, "Install torch's own build for Linux, or train one process.")
+    on_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    if _shares_store() and not on_one_machine and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        if _restarts():
+            found = Problem("", STALE, f"Set {ALONE} where torchrun is started, and start it everywhere again.")
+        yield f"{STALE} Set {ALONE} where torchrun is started"
+    if found is not None:
+        error = DeviceError(found)
+        error.reported = os.environ.get("LOCAL_RANK", "0") != "0"  # all processes of a machine find the same: said once
+        raise error
+
+
+def _accelerator(device: Device, mixed: str) -> Accelerator:
+    """Raises DeviceError if it computes elsewhere, or if processes do not find each other."""
+    # Without an accelerator it must be told `cpu`, or torchrun starts unsynchronised copies.
+    try:
+        found = Accelerator(mixed_precision=mixed, cpu=not device.accelerated, kwargs_handlers=_meeting(device))
+    except ValueError as error:
+        what = f"accelerate is in use in this process already, otherwise than this run needs it: {error}"
+        raise DeviceError(Problem("", what, "Train in a process of its own, or before accelerate is used.")) from None
+    except dist.DistError as error:
+        raise _unmet(error) from None
+    # accelerate names the card of a single process without its number.
+    placed, ours = found.device, device.torch
+    if placed.type != ours.type or (ours.index is not None and placed.index not in (None, ours.index)):
+        what = f"accelerate was set to compute on {placed}, and this process would take {device}."
+        AcceleratorState._reset_state(reset_partial_state=True)  # or the next run of this process could not choose
+        remedy = "Unset ACCELERATE_USE_CPU and ACCELERATE_TORCH_DEVICE; CUDA_VISIBLE_DEVICES chooses cards."
+        raise DeviceError(Problem("", what, remedy))
+    return found
 
 
 def _restarts() -> int:
@@ -213,10 +220,6 @@ def _restarts() -> int:
 def _shares_store() -> bool:
     """Whether processes find each other by a store that torchrun keeps for all that it starts, one after the other."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
-def _on_one_machine() -> bool:
-    return os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
 
 
 def _meeting(device: Device) -> list[KwargsHandler]:

@@ -207,7 +207,7 @@ def skypilot(job: Job, gpu: str, volume: str = "", folder: PurePosixPath = ROOT)
     own = 'address=$(echo "$SKYPILOT_NODE_IPS" | sed -n "$((SKYPILOT_NODE_RANK + 1))p")\n'
     line = f"exec {_shell(torchrun_words(job, f'$host:{PORT}', job.name, '--local-addr=$address'))}\n"
     task["run"] = (host + own if job.nodes > 1 else "") + line
-    buckets = "Buckets: their names are everybody's, so change them; what is uploaded there may be seconds old when a machine goes."
+    buckets = "Buckets: choose names that nobody else has. What is in them when a machine goes was saved some time before that."
     lines = ["Start it with `sky jobs launch FILE`, which starts it again where a spot instance was taken away."]
     return _head(job, "skypilot", *lines, *([] if shared else [buckets])) + _yaml(task)
 

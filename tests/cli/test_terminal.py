@@ -6,13 +6,14 @@ import io
 import re
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from vtrain.cli.live import TrainingLines, generating, numbers
 from vtrain.cli.terminal import Terminal
-from vtrain.contract import Ended, Filling, Generating, Logged, Noted, Started, StepMetrics, Stepped, Validated
+from vtrain.contract import Ended, Filling, Generating, Logged, Noted, Saved, Started, StepMetrics, Stepped, Validated
 
 ROW = StepMetrics(3, 0.3, 1.25, 1.5, 1e-3, 0.5, [], [], 0.1, 0.0, 2**30)
 
@@ -25,6 +26,25 @@ def test_a_loss_of_several_terms_is_shown_with_each_of_them_apart() -> None:
 def test_a_flow_loss_alone_is_shown_once() -> None:
     assert "flow_loss" not in numbers(ROW, 10, 0.1)
     assert numbers(ROW, 10, 0.1).endswith("left 0:00:01  memory 1.0 GiB")
+
+
+def test_who_is_asked_to_stop_says_how_long_a_step_and_a_checkpoint_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = io.StringIO()
+    terminal = Terminal(Console(file=out, width=200))
+    clock = iter((10.0, 13.25))
+    monkeypatch.setattr("vtrain.cli.terminal.time.monotonic", lambda: next(clock))
+    terminal.show(Started(1, 0, 10, None, {}))
+    terminal.heard()
+    for event in (Stepped(1), Stepped(2), Saved(2, tmp_path, seconds=12.4)):
+        terminal.show(event)
+    terminal.heard()
+    said = [line for line in out.getvalue().splitlines() if line.startswith("stopping")]
+    assert said == [
+        "stopping; what is done will be saved",
+        "stopping; what is done will be saved (a step takes 3.2 s, the last checkpoint took 12 s to write)",
+    ]
 
 
 def test_where_the_line_is_short_what_matters_least_goes_first() -> None:

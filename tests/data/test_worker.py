@@ -178,6 +178,20 @@ def test_a_process_that_only_probes_imports_no_torch(children, folder, put, make
         assert process.memory_info().rss < 150 << 20
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_to_all_processes_of_a_run_leaves_its_decoders_alive(
+    children, folder, put, make_video, number
+) -> None:
+    """Slurm and systemd send theirs so; the run ends by itself, and may need them for its last step."""
+    ref = put("a.mp4", make_video(frames=5))
+    with Workers(1, 60) as workers:
+        found = workers.probe(folder, ref)
+        (process,) = children()
+        process.send_signal(number)
+        assert workers.probe(folder, ref) == found
+        assert children() == [process]
+
+
 @pytest.mark.usefixtures("stub")
 def test_a_decoder_that_crashes_is_a_fault_of_the_file_and_the_next_file_is_decoded(folder, put, make_video) -> None:
     bad, good = put("bad.mp4", b"SEGFAULT" * 10), put("good.mp4", make_video(frames=5))

@@ -73,6 +73,36 @@ def test_a_folder_that_another_machine_does_not_see_is_found_before_the_first_st
     assert len(caught.value.problems) == 2
 
 
+def test_another_machine_that_has_other_files_is_named_with_them(
+    plan_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names and sizes, not times: copies on each machine's own disk are as good as one folder."""
+    plan = plan_of()
+    clips = Path(plan.datasets[0].backend.location)
+    clips.mkdir(exist_ok=True)
+    (clips / "a.mp4").write_bytes(b"1")
+
+    def elsewhere(facts: Any) -> Any:
+        assert facts.files is not None
+        return replace(facts, host="b", files={"clips": change(facts.files["clips"])})
+
+    for name, value in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    change: Callable[[str], str] = str
+    check_alike(plan, Two(elsewhere))  # type: ignore[arg-type]
+    change = "{} and others".format
+    with pytest.raises(
+        ConfigError,
+        match=r"process 2 of 2 \(on b\) has in .*: 1 file .* and others; process 1 of 2 \(on .*\) has: 1 file",
+    ):
+        check_alike(plan, Two(elsewhere))  # type: ignore[arg-type]
+    clips.rename(tmp_path / "gone")
+    with pytest.raises(ConfigError, match=r"does not exist.* and others; process 1"):
+        check_alike(plan, Two(elsewhere))  # type: ignore[arg-type]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    check_alike(plan, Two(lambda facts: replace(facts, host=str(facts.files))))  # type: ignore[arg-type]
+
+
 def test_what_comes_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(alike, "PATIENCE", 0.3)
     asked: list[float] = []

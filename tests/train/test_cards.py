@@ -99,6 +99,20 @@ def test_two_processes_for_one_card_are_an_error(
     assert "one process for each card" in said
 
 
+def test_a_torch_without_nccl_is_an_error_of_several_processes_alone(
+    folder, within: Run, card: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card(count=2)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    config = folder.write()
+    assert "NCCL" not in refused(within("run", config, check=None)), "the stand-in is no card, which is another error"
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    said = refused(within("run", config, check=None))
+    assert "cuda:0: this torch was built without NCCL" in said
+    assert "train one process" in said
+
+
 def test_another_device_of_accelerates_is_an_error_and_no_mixture(
     folder, within: Run, card: Callable[..., Any]
 ) -> None:

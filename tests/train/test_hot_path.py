@@ -68,6 +68,9 @@ class OneProcess:
     def gathered(self, values: list[Any]) -> list[Any]:
         return values
 
+    def any(self, *votes: bool) -> tuple[bool, ...]:
+        return votes
+
 
 def fed(family: Family, sampler: Sampler) -> Iterator[Prefetched]:
     shape = family.latent_shape(ClipShape(5, 64, 64))

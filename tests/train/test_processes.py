@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -14,8 +15,9 @@ import pytest
 import torch
 
 from vtrain import api
-from vtrain.contract import ConfigError
+from vtrain.contract import ConfigError, Device, DeviceError
 from vtrain.train import checkpoint
+from vtrain.train.processes import _launcher
 from vtrain.validate.videos import read_frames
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -231,6 +233,39 @@ def test_processes_whose_launcher_is_killed_save_and_end(folder, start) -> None:
     assert newest is not None
     assert faults == []
     assert len(folder.rows()) == int(newest.name.removeprefix("step-"))
+
+
+@pytest.mark.long
+def test_a_port_in_use_is_said_once_with_what_to_do(folder, start, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_two(folder)
+    with socket.create_server(("0.0.0.0", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        running = start("run", folder.config)
+        printed = running.communicate(timeout=60)[0]
+    assert running.returncode == 2, printed
+    assert printed.count(f"port {port} of this machine (MASTER_PORT), where the processes are to meet, is in use.") == 1
+    assert "unset MASTER_PORT" in printed
+    assert "Traceback" not in printed
+
+
+def test_torchrun_on_several_machines_with_one_store_is_warned_of_and_starts_nothing_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On one machine vtrain keeps each start apart; `vtrain launch` writes files in which torchrun does."""
+    given = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "TORCHELASTIC_MAX_RESTARTS": "3"}
+    for name, value in {**given, "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    (said,) = _launcher(Device())
+    assert said.endswith("Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun is started")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(DeviceError, match="may wait for them for ever"):
+        list(_launcher(Device()))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    assert not list(_launcher(Device()))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert not list(_launcher(Device()))
 
 
 def test_a_program_of_ones_own_is_told_that_it_is_one_process(folder) -> None:

@@ -11,7 +11,7 @@ import pytest
 from vtrain.config.tables import LrScheduleTable
 from vtrain.contract import Duration
 from vtrain.plan.optimizer import lr_factor
-from vtrain.train.loop import Interval
+from vtrain.train.saving import Interval
 
 
 def factors(table: LrScheduleTable, steps: int, per_epoch: float = 10.0) -> list[float]:

@@ -41,6 +41,7 @@ from vtrain.contract import (
 from vtrain.contract.events import as_json, from_json
 from vtrain.run import listeners
 from vtrain.train import checkpoint
+from vtrain.train.loop import Loop
 from vtrain.validate import generate
 
 pytestmark = pytest.mark.usefixtures("one_decoder")
@@ -367,6 +368,55 @@ def test_a_validation_that_was_interrupted_is_made_when_the_run_resumes(folder, 
     for step in (3, 6):
         one, other = (each.output / "samples" / f"step-{step:06d}" / "one.mp4" for each in (folder, straight))
         assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_stop_between_micro_batches_leaves_the_step_and_the_resumed_run_makes_it_again(
+    folder, another, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {
+        "batch_size": 1,
+        "accumulate": 3,
+        "more": '\n[[regularizer]]\nuse = "toy-smooth"\nblock = 1\n',
+        "log_every": 1,
+    }
+    config, made, own = folder.write(**settings), list[int](), Loop.micro_batch_of
+    for stops, done in ((2, 0), (8, 2)):
+        with api.run(config) as session:
+
+            def counted(self: Loop, *given: Any, session: Any = session, stops: int = stops) -> Any:
+                made.append(1)
+                if len(made) == stops:
+                    session.ask("stop")
+                return own(self, *given)
+
+            made.clear()
+            monkeypatch.setattr(Loop, "micro_batch_of", counted)
+            events = list(session)
+        assert end(events) == Ended(done, 6, "stopped")
+        assert len(made) == stops, "the third micro-batch was not begun"
+        saved = [event.step for event in events if isinstance(event, Saved)]
+        assert saved == ([done] if done else [])
+    monkeypatch.undo()
+    events_of(config)
+    straight = another()
+    events_of(straight.write(**settings))
+    same(folder, straight, 6)
+
+
+def test_a_stop_while_videos_are_decoded_makes_no_more_of_them_and_the_resumed_run_makes_all(folder) -> None:
+    config = folder.write(more=folder.validation(one="gradient", two="another"))
+    with api.run(config) as session:
+        events = []
+        for event in session:
+            events.append(event)
+            if isinstance(event, Generating) and (event.step, event.stage, event.video) == (3, "decoding", 1):
+                session.ask("stop")
+    assert end(events) == Ended(3, 6, "stopped")
+    (validated,) = (event for event in events if isinstance(event, Validated))
+    assert validated.interrupted
+    assert not (folder.output / "samples" / "step-000003" / "two.mp4").exists()
+    assert [event.step for event in events_of(config) if isinstance(event, Validated)] == [3, 6]
+    assert (folder.output / "samples" / "step-000003" / "two.mp4").exists()
 
 
 def test_a_run_that_has_nothing_to_do_encodes_and_loads_nothing(folder) -> None:

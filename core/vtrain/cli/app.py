@@ -11,6 +11,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from vtrain.cli.launch import launch
 from vtrain.run.collector import uncollected
 
 app = typer.Typer(
@@ -31,6 +32,7 @@ app.add_typer(plugins, name="plugins")
 app.add_typer(config, name="config")
 app.add_typer(cache, name="cache")
 app.add_typer(data, name="data")
+app.add_typer(launch, name="launch")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="the TOML file of the run", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
@@ -53,7 +55,7 @@ def _say_at_once(config: Path) -> None:
 
 def _in_all_processes(config: Path) -> None:
     """Leave the command to as many processes as run.processes says, and end with them; return in each of these."""
-    from vtrain.cli.launch import follow, launch, processes_of
+    from vtrain.cli.children import follow, launch, processes_of
 
     if (count := processes_of(config)) > 1:
         raise typer.Exit(launch(count, config))
@@ -360,4 +362,15 @@ def main() -> None:
             raise
         if not error.reported:
             report_error(error)
-        sys.exit(error.exit_code)
+        _leave(error.exit_code)
+
+
+def _leave(code: int) -> None:
+    """End. Among processes that work together at once: torch ends by SIGABRT where others are still waited for."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_initialized():
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)

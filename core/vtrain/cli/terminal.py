@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -68,6 +69,9 @@ class Terminal:
         self._training: TrainingLines | None = None
         self._moved = Counter[bool]()
         self._output = Path()
+        self._step: float | None = None
+        self._stepped: float | None = None
+        self._save: float | None = None
         self.again = SAME
 
     def mute(self) -> None:
@@ -77,7 +81,9 @@ class Terminal:
     def heard(self) -> None:
         """A signal that asks to stop: said at once, for the step may take a while."""
         with suppress(OSError):  # SIGHUP comes when the terminal is gone, and training must not end in here
-            self.say("stopping after this step; what is done will be saved")
+            known = [f"a step takes {_about(self._step)}"] if self._step is not None else []
+            known += [f"the last checkpoint took {_about(self._save)} to write"] if self._save else []
+            self.say("stopping; what is done will be saved" + (f" ({', '.join(known)})" if known else ""))
 
     @contextmanager
     def following(self, session: Session) -> Iterator[None]:
@@ -103,6 +109,9 @@ class Terminal:
             case Filling():
                 self._filling.show(event)
             case Stepped() | Logged() | Generating() if self._training is not None:
+                if isinstance(event, Stepped):
+                    before, self._stepped = self._stepped, time.monotonic()
+                    self._step = None if before is None else self._stepped - before
                 self._training.show(event)
             case Estimated():
                 show_sections(self.console, event.sections)
@@ -115,6 +124,7 @@ class Terminal:
                 self.again = _again(str(event.settings.get("run.resume", "latest")))
                 self._training = TrainingLines(self.console, event.steps, event.step)
             case Saved():
+                self._save = event.seconds
                 self.say(f"saved {event.folder}" + (f", {len(event.deleted)} older deleted" if event.deleted else ""))
             case Validating():
                 self.say(f"validating: {counted(event.videos, 'video')}")
@@ -180,6 +190,10 @@ class Terminal:
             self._warn(f"validation at step {event.step} failed: {failure}")
         if event.interrupted:
             self.say(f"validation at step {event.step} stopped; it is made when the run resumes")
+
+
+def _about(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
 
 
 def _again(resume: str) -> str:

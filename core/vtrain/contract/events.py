@@ -229,11 +229,12 @@ class StepSkipped:
 @dataclass(frozen=True)
 class Saved:
     """A checkpoint was written. step: optimizer steps done by then. folder: the checkpoint's. deleted: older ones that
-    checkpoint.keep let go."""
+    checkpoint.keep let go. seconds: that writing it took, from beginning to end, beside training or not."""
 
     step: int
     folder: Path
     deleted: tuple[Path, ...] = ()
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""What processes that train together must have alike: one configuration, the same packages, and folders that all of them see."""
+"""What processes that work together must have alike: one configuration, the same packages and files, folders that all see."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from vtrain.contract import ConfigError, Problem
+from vtrain.contract import ConfigError, DataBackend, DataError, Problem, SupportsShards
 from vtrain.plan.records import Plan
 
 if TYPE_CHECKING:
@@ -27,20 +28,25 @@ SEEN = ".seen-"
 
 @dataclass(frozen=True)
 class _Facts:
-    """Of one process. configuration: hash of its file's text. packages: what it trains with -> version. host: its machine."""
+    """Of one process. configuration: hash of its file's text. packages: what it trains with -> version. host: its machine.
+
+    files: dataset's id -> what its machine has of it, in words; of the first process of each of several machines.
+    """
 
     host: str
     configuration: str
     packages: Mapping[str, str]
+    files: Mapping[str, str] | None = None
 
 
-def check_alike(plan: Plan, processes: Processes) -> None:
-    """Raises ConfigError on all, where one has another configuration or other packages, or does not see the first one's folders."""
+def check_alike(plan: Plan, processes: Processes, *, trains: bool = True) -> None:
+    """Raises ConfigError on all, where one has another configuration, other packages or other data, or does not see the first one's
+    folders. trains: or fills caches alone, and has no output."""
     if processes.count == 1:
         return
     found = processes.gathered([_facts(plan)])
-    problems = list(_differences(found, str(plan.config.path)))
-    problems += _unseen(found, processes, (plan.config.run.output_dir, plan.config.cache.dir))
+    problems = [*_differences(found, str(plan.config.path)), *_other_files(found, plan)]
+    problems += _unseen(found, processes, [plan.config.cache.dir, *([plan.config.run.output_dir] if trains else [])])
     if problems:
         error = ConfigError(problems)
         error.reported = not processes.first
@@ -53,7 +59,24 @@ def _facts(plan: Plan) -> _Facts:
     from vtrain.train.resume import versions
 
     configuration = hashlib.sha256(plan.config.text.encode()).hexdigest()
-    return _Facts(socket.gethostname(), configuration, {**versions(plan.config), "torch": f"torch {torch.__version__}"})
+    packages = {**versions(plan.config), "torch": f"torch {torch.__version__}"}
+    several = os.environ.get("LOCAL_WORLD_SIZE") not in (None, os.environ.get("WORLD_SIZE"))
+    files = None
+    if several and os.environ.get("LOCAL_RANK") == "0":
+        files = {each.id: _files(each.backend) for each in plan.datasets if each.backend.location.startswith("/")}
+    return _Facts(socket.gethostname(), configuration, packages, files)
+
+
+def _files(backend: DataBackend) -> str:
+    """How many files there are, and a hash of their names and sizes: copies on each machine's own disk have other times."""
+    digest, count = hashlib.sha256(), 0
+    try:
+        for ref in backend.shards() if isinstance(backend, SupportsShards) else backend.refs():
+            digest.update(f"{ref.id}\0{ref.size}\n".encode())
+            count += 1
+    except DataError as error:
+        return "; ".join(problem.what for problem in error.problems)
+    return f"{count} file{'' if count == 1 else 's'} (names and sizes: {digest.hexdigest()[:8]})"
 
 
 def _named(found: Sequence[_Facts], rank: int) -> str:
@@ -71,6 +94,19 @@ def _differences(found: Sequence[_Facts], file: str) -> Iterator[Problem]:
             if one != other:
                 what = f"{_named(found, rank)} has {other} where {_named(found, 0)} has {one}."
                 yield Problem("", what, "Install the same versions everywhere.")
+
+
+def _other_files(found: Sequence[_Facts], plan: Plan) -> Iterator[Problem]:
+    first = found[0].files or {}
+    for rank, each in enumerate(found):
+        for dataset in plan.datasets:
+            one, other = first.get(dataset.id), (each.files or {}).get(dataset.id)
+            if one is None or other is None or one == other:
+                continue
+            what = f"{_named(found, rank)} has in {dataset.backend.location}: {other}; {_named(found, 0)} has: {one}."
+            yield Problem(
+                dataset.where, what, "Give all machines the same files: a folder that they share, or whole copies."
+            )
 
 
 def _unseen(found: Sequence[_Facts], processes: Processes, folders: Sequence[Path]) -> list[Problem]:

@@ -21,6 +21,17 @@ from vtrain.registry.blame import blame
 from vtrain.registry.guard import stdout_on_stderr
 from vtrain.run.collector import uncollected
 
+_LARGE = 1 << 50
+"""Bytes of memory on machines that are not known here: a plan chooses again where it runs."""
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """Machines that a run is planned for and not on. per_node: processes of each, None: run.processes."""
+
+    nodes: int
+    per_node: int | None = None
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -31,21 +42,22 @@ class Prepared:
     estimate: Estimate
 
 
-def planned(path: Path, room: Room | None = None, base: Path | None = None) -> Plan:
+def planned(path: Path, room: Room | None = None, base: Path | None = None, elsewhere: Elsewhere | None = None) -> Plan:
     """Read and check the file. The number of processes is what the launcher (torchrun, accelerate) says, else run.processes.
 
     No data file is opened: that is the scan's. room: the memory of the machine that it is for; absent: this one's is looked up
-    where the file has [memory]. base: where relative paths start, absent: at the file's folder.
+    where the file has [memory]. base: where relative paths start, absent: at the file's folder. elsewhere: on other
+    machines, of whose memory nothing is known here.
     Raises ConfigError, ModelError or PluginError with all problems.
     """
     try:
-        return _planned(path, room, base)
+        return _planned(path, room, base, elsewhere)
     except VtrainError as error:
         error.reported = os.environ.get("LOCAL_RANK", "0") != "0"  # all processes of a machine read the same: said once
         raise
 
 
-def _planned(path: Path, room: Room | None, base: Path | None) -> Plan:
+def _planned(path: Path, room: Room | None, base: Path | None, elsewhere: Elsewhere | None) -> Plan:
     said = os.environ.get("WORLD_SIZE") or ""
     if said and (not said.isdecimal() or not int(said)):
         what = f'the environment variable WORLD_SIZE is "{said}", which is no number of processes.'
@@ -55,7 +67,10 @@ def _planned(path: Path, room: Room | None, base: Path | None) -> Plan:
         with blame(tuple(catalog.parts.values())):  # validators of options are plugins' code
             config = load(path, catalog, base)
         count = int(said or config.run.processes)
-        if room is None and config.memory is not None:
+        if elsewhere is not None:
+            count = elsewhere.nodes * (elsewhere.per_node or config.run.processes)
+            room = Room(_LARGE, 0, "--nodes", _LARGE) if config.memory is not None else None
+        elif room is None and config.memory is not None:
             local = os.environ.get("LOCAL_WORLD_SIZE") or ""
             room = find_room(int(local) if local.isdecimal() else count)
         return with_decoders(make_plan(config, count, catalog, room))
@@ -79,10 +94,10 @@ def scanned(plan: Plan, on_file: Callable[[int], None] | None = None) -> tuple[S
 
 def notices(plan: Plan, device: Device) -> list[str]:
     """What of the plan does nothing on the device that a run found."""
-    wanted = plan.config.run.processes
+    wanted, started = plan.config.run.processes, int(os.environ.get("LOCAL_WORLD_SIZE") or plan.processes)
     found = list(device_notices(plan.config.offload, accelerated=device.accelerated, streams=Transfers.streams(device)))
-    if 1 < wanted != plan.processes:
-        found.append(f"run.processes is {wanted}, and the launcher started {plan.processes}: these count")
+    if 1 < wanted != started:
+        found.append(f"run.processes is {wanted}, and the launcher started {started}: these count")
     if plan.memory is not None and plan.memory.on_cpu == device.accelerated:
         planned_for = "this machine's memory" if plan.memory.on_cpu else plan.memory.where
         found.append(f"[memory] was planned for {planned_for}, and the run is on {device}: its limit may not be kept")

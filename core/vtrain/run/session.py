@@ -207,6 +207,7 @@ class Session:
         """A run, from beginning to end."""
         yield from self._introduced()
         if self._until == "filled":
+            check_alike(self.plan, self.processes, trains=False)
             found, _ = yield from self._scanned(estimated=False)
             yield from self._caches(found)
             yield from self._quarantined()
@@ -378,7 +379,9 @@ class Session:
             owed = partial(validation_owed, self.plan.config.run.output_dir)
             for event in trainer.run(self._inbox, validate, also, owed):
                 if isinstance(event, Ended):
-                    self.signal = self._inbox.signal if event.reason == "stopped" else None
+                    # Of all alike: who stops because another was asked to has not finished either, as torchrun must know.
+                    asked = self.processes.gathered([self._inbox.signal or 0]) if event.reason == "stopped" else [0]
+                    self.signal = max(asked) or None
                     event = replace(event, signal=self.signal)
                 yield failed.told(memory.seen(event))
                 for complaint in self._inbox.complaints():
@@ -398,7 +401,7 @@ class Session:
         weights = weight_sets(plan.config.ema, None if trainer.average is None else trainer.average.in_place)
         validator = Validator(
             made, plan.family, plan.sampler, caches, trainer.predicting, processes.device, autocast, stopping,
-            given(plan, caches), weights, trainer.resting,
+            given(plan, caches), weights, trainer.resting, lambda: self._inbox.stop,
         )  # fmt: skip
         folder, full = plan.config.run.output_dir / SAMPLES, partial(explained, plan, processes.device, "validating")
         return Validation(validator, folder, processes, full, plan.config.parts(), trainer.shares is not None)

@@ -44,7 +44,7 @@ from vtrain.train.ema import Average, has_average
 from vtrain.train.eval_weights import AveragedPiece, EvalWeights, eval_weights, validating_with
 from vtrain.train.failures import recorded
 from vtrain.train.host_optimizer import HostWeights
-from vtrain.train.loop import Ends, Interval, Loop, Requests, Validate
+from vtrain.train.loop import Ends, Loop, Requests, Validate
 from vtrain.train.model import average_changed, averaged, load_model, weights_piece
 from vtrain.train.offload import offload, resting
 from vtrain.train.optimizer_piece import OptimizerPiece
@@ -58,7 +58,7 @@ from vtrain.train.prefetch import Prefetcher
 from vtrain.train.processes import Processes
 from vtrain.train.resume import RunState, Start, encoder_marks, feature_marks, versions
 from vtrain.train.rollout import RolloutDraws
-from vtrain.train.saving import Saver
+from vtrain.train.saving import Interval, Saver
 from vtrain.train.settings import settings
 from vtrain.train.spikes import ReadingsPiece, readings_piece
 from vtrain.train.statistics import Statistics

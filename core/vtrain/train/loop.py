@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from vtrain.config.tables import CheckpointTable, TrainTable
 from vtrain.contract import (
     CheckpointError,
-    Duration,
     Ended,
     Event,
     Logged,
@@ -31,7 +30,7 @@ from vtrain.train.ema import Average
 from vtrain.train.prefetch import Prefetched, Prefetcher
 from vtrain.train.processes import Processes
 from vtrain.train.readings import Failure, Measured, Unread, rows
-from vtrain.train.saving import Saves
+from vtrain.train.saving import Interval, Saves
 from vtrain.train.spikes import Skipped, skipped_step, too_many
 from vtrain.train.statistics import Statistics
 from vtrain.train.step import StepOutput, clip_gradients, gradient_norm
@@ -57,6 +56,10 @@ Validate = Callable[[int], Iterator[Event]]
 """Optimizer steps done -> what happens while videos are generated. Never raises for a video that fails."""
 
 
+class BrokenOff(Exception):
+    """A stop was asked for between two micro-batches of a step, of which nothing is kept: it is made again at the resume."""
+
+
 @dataclass(frozen=True)
 class Ends:
     """What the loop calls at its edges.
@@ -76,35 +79,6 @@ class Ends:
     seen: Callable[[StepMetrics], Iterator[Event]] = lambda row: iter(())
     failed: Callable[[Failure], Iterator[Event]] = lambda failure: iter(())
     skipped: Skipped = field(default_factory=Skipped)
-
-
-class Interval:
-    """Tells after which optimizer steps something is due. In steps or epochs it is a pure function of the step.
-
-    In seconds it counts from its making, and again from each `done`.
-    """
-
-    def __init__(self, every: Duration, steps_per_epoch: float, now: float) -> None:
-        """now: seconds on the clock that `due` and `done` are given."""
-        self.steps = every.in_steps(steps_per_epoch)
-        self.seconds = every.value
-        self.last = now
-
-    def due(self, steps: int, now: float) -> bool:
-        """steps: optimizer steps done, >= 1."""
-        return self.falls_on(steps) if self.steps is not None else now - self.last >= self.seconds
-
-    def falls_on(self, steps: int) -> bool:
-        """Whether it is due after this step whatever the clock says."""
-        return self.steps is not None and steps % self.steps == 0
-
-    def done(self, now: float) -> None:
-        """What was due has been done."""
-        self.last = now
-
-    @property
-    def timed(self) -> bool:
-        return self.steps is None
 
 
 class Loop:
@@ -171,7 +145,11 @@ class Loop:
         """Optimizer steps, with what is due after each."""
         for number in range(self.first, self.last):
             with at_step(number + 1):
-                failure = self.optimizer_step(number, fed)
+                try:
+                    failure = self.optimizer_step(number, fed)
+                except BrokenOff:
+                    yield from self.left(number, save)
+                    return
                 if failure is not None:
                     yield from self.skip(failure)
                 elif not self.stepped:
@@ -218,11 +196,15 @@ class Loop:
     def optimizer_step(self, number: int, fed: Iterator[Prefetched]) -> Failure | None:
         """Forward and backward of each micro-batch, clip, step. Nothing here waits for the device, unless steps may be skipped.
 
-        Gives what is not finite of a step that is not taken; its gradients are still there.
+        Gives what is not finite of a step that is not taken; its gradients are still there. Raises BrokenOff.
         """
         statistics = self.statistics if self.logs(number + 1) else None
         extra: dict[str, Tensor] = {}
-        micro = tuple(self.micro_batch_of(next(fed), turn, statistics, extra) for turn in range(self.table.accumulate))
+        micro: list[Measured] = []
+        for turn in range(self.table.accumulate):
+            if turn and self.processes.any(self.ends.requests.stop)[0]:
+                raise BrokenOff
+            micro.append(self.micro_batch_of(next(fed), turn, statistics, extra))
         if self.shares is not None:
             self.shares.take_gradients()
         before = statistics.gradients(extra) if statistics else {}
@@ -231,7 +213,7 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.factor(number)
         lr = self.optimizer.param_groups[0]["lr"]  # the denoiser's: groups of other rates come after
-        measured = Unread(number + 1, micro, lr, norm, extra)
+        measured = Unread(number + 1, tuple(micro), lr, norm, extra)
         if self.ends.skipped.limit is not None and (failure := self.broken(measured)) is not None:
             return failure
         if (clip := self.table.gradient_clip) is not None and clip.max:
@@ -266,6 +248,15 @@ class Loop:
         if not self.processes.any(not finite)[0]:
             return None
         return rows([step], self.processes, self.steps_per_epoch, 0.0, 0)[1]
+
+    def left(self, done: int, save: Interval) -> Iterator[Event]:
+        """Save and end at the last whole step."""
+        for parameter in self.parameters:
+            parameter.grad = None
+        yield from self.settled()
+        if self.saved != done and done > self.first:
+            yield from self.checkpoint(done, save, must=True)
+        yield Ended(done, self.last, "stopped")
 
     def skip(self, failure: Failure) -> Iterator[Event]:
         """Leave weights and optimizer as they were. Raises TrainingError where too many steps were skipped."""

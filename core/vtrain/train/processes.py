@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -13,8 +13,12 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils.dataclasses import KwargsHandler
 from torch import distributed as dist
 from torch import nn
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from vtrain.contract import Device, DeviceError, Problem, TrainingError, VtrainError
 from vtrain.train.heartbeat import Heartbeat, gone
@@ -24,6 +28,17 @@ T = TypeVar("T")
 PATIENCE = timedelta(days=7)
 """How long processes wait for each other's word at most: the first may fill caches or save for hours, and a heartbeat tells
 whether it does. Gradients keep torch's own limit."""
+
+
+ALONE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+STALE = (
+    "torchrun on several machines keeps what processes that have died said of themselves, and those that it starts in their place "
+    "may wait for them for ever."
+)
+
+
+_GLOO = timedelta(minutes=30)
+"""torch's own limit on a CPU; accelerate gives a card's to a group that is made in another way than torch's."""
 
 
 class Processes:
@@ -39,31 +54,9 @@ class Processes:
         """
         rank = int(os.environ.get("LOCAL_RANK", "0"))
         # A launcher that names the rank alone has started at least so many.
-        self.device, self.notices = Device.find(rank, int(os.environ.get("LOCAL_WORLD_SIZE", rank + 1)))
-        if "bf16" in (mixed, stored) and not self.device.has_bf16:
-            remedy = 'precision.mixed = "no" and precision.base = "fp32"'
-            if self.device.accelerated:
-                capability = ".".join(map(str, self.device.capability or ()))
-                what = f"this card computes no bf16 (its compute capability is {capability})."
-                remedy = f"Set {remedy}, or use a card of 8.0 (Ampere) or later."
-                raise DeviceError(Problem(f"{self.device} ({self.device.name})", what, remedy))
-            slow = f"this processor has no bf16 instructions that torch uses: it is faster with {remedy}"
-            self.notices = (*self.notices, slow)
-        # Without an accelerator it must be told `cpu`, or torchrun starts unsynchronised copies.
-        try:
-            self.accelerator = Accelerator(mixed_precision=mixed, cpu=not self.device.accelerated)
-        except ValueError as error:
-            what = f"accelerate is in use in this process already, otherwise than this run needs it: {error}"
-            raise DeviceError(
-                Problem("", what, "Train in a process of its own, or before accelerate is used.")
-            ) from None
-        # accelerate names the card of a single process without its number.
-        placed, ours = self.accelerator.device, self.device.torch
-        if placed.type != ours.type or (ours.index is not None and placed.index not in (None, ours.index)):
-            what = f"accelerate was set to compute on {placed}, and this process would take {self.device}."
-            AcceleratorState._reset_state(reset_partial_state=True)  # or the next run of this process could not choose
-            remedy = "Unset ACCELERATE_USE_CPU and ACCELERATE_TORCH_DEVICE; CUDA_VISIBLE_DEVICES chooses cards."
-            raise DeviceError(Problem("", what, remedy))
+        self.device, notices = Device.find(rank, int(os.environ.get("LOCAL_WORLD_SIZE", rank + 1)))
+        self.notices = (*notices, *_precision(self.device, mixed, stored), *_launcher(self.device))
+        self.accelerator = _accelerator(self.device, mixed)
         self.count: int = self.accelerator.num_processes
         self.rank: int = self.accelerator.process_index
         self.first: bool = self.accelerator.is_main_process
@@ -170,6 +163,96 @@ class Processes:
         self.heartbeat.stop()
         if not failed:
             dist.destroy_process_group()
+
+
+def _precision(device: Device, *types: str) -> Iterator[str]:
+    """What is to be said of bf16 on it, where one of these is that. Raises DeviceError for a card without."""
+    if "bf16" not in types or device.has_bf16:
+        return
+    remedy = 'precision.mixed = "no" and precision.base = "fp32"'
+    if device.accelerated:
+        capability = ".".join(map(str, device.capability or ()))
+        what = f"this card computes no bf16 (its compute capability is {capability})."
+        remedy = f"Set {remedy}, or use a card of 8.0 (Ampere) or later."
+        raise DeviceError(Problem(f"{device} ({device.name})", what, remedy))
+    yield f"this processor has no bf16 instructions that torch uses: it is faster with {remedy}"
+
+
+def _launcher(device: Device) -> Iterator[str]:
+    """What is to be said of how processes were started. Raises DeviceError where they could not work together."""
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+        return
+    found = None
+    if dist.get_default_backend_for_device(device.torch) == "nccl" and not dist.is_nccl_available():
+        what = "this torch was built without NCCL, through which processes on NVIDIA and AMD cards exchange gradients."
+        found = Problem(str(device), what, "Install torch's own build for Linux, or train one process.")
+    on_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    if _shares_store() and not on_one_machine and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        if _restarts():
+            found = Problem("", STALE, f"Set {ALONE} where torchrun is started, and start it everywhere again.")
+        yield f"{STALE} Set {ALONE} where torchrun is started"
+    if found is not None:
+        error = DeviceError(found)
+        error.reported = os.environ.get("LOCAL_RANK", "0") != "0"  # all processes of a machine find the same: said once
+        raise error
+
+
+def _accelerator(device: Device, mixed: str) -> Accelerator:
+    """Raises DeviceError if it computes elsewhere, or if processes do not find each other."""
+    # Without an accelerator it must be told `cpu`, or torchrun starts unsynchronised copies.
+    try:
+        found = Accelerator(mixed_precision=mixed, cpu=not device.accelerated, kwargs_handlers=_meeting(device))
+    except ValueError as error:
+        what = f"accelerate is in use in this process already, otherwise than this run needs it: {error}"
+        raise DeviceError(Problem("", what, "Train in a process of its own, or before accelerate is used.")) from None
+    except dist.DistError as error:
+        raise _unmet(error) from None
+    # accelerate names the card of a single process without its number.
+    placed, ours = found.device, device.torch
+    if placed.type != ours.type or (ours.index is not None and placed.index not in (None, ours.index)):
+        what = f"accelerate was set to compute on {placed}, and this process would take {device}."
+        AcceleratorState._reset_state(reset_partial_state=True)  # or the next run of this process could not choose
+        remedy = "Unset ACCELERATE_USE_CPU and ACCELERATE_TORCH_DEVICE; CUDA_VISIBLE_DEVICES chooses cards."
+        raise DeviceError(Problem("", what, remedy))
+    return found
+
+
+def _restarts() -> int:
+    """How often torchrun has started these processes again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+
+
+def _shares_store() -> bool:
+    """Whether processes find each other by a store that torchrun keeps for all that it starts, one after the other."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _meeting(device: Device) -> list[KwargsHandler]:
+    """How processes find each other: those that torchrun started again apart from what the dead left in its store."""
+    if not (_restarts() and _shares_store()):
+        return []
+    with suppress(RuntimeError):  # by an earlier run of this process
+        register_rendezvous_handler("vtrain", _apart)  # type: ignore[no-untyped-call]
+    timeout = None if device.accelerated else _GLOO
+    return [InitProcessGroupKwargs(init_method="vtrain://", timeout=timeout)]
+
+
+def _apart(_url: str, **options: Any) -> Iterator[tuple[Any, int, int]]:
+    for store, rank, count in rendezvous("env://", **options):
+        yield PrefixStore(f"restart {_restarts()}", store), rank, count
+
+
+def _unmet(error: Exception) -> DeviceError:
+    """Why processes did not find each other."""
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if "EADDRINUSE" in str(error):
+        what = f"port {port} of this machine (MASTER_PORT), where the processes are to meet, is in use."
+        return DeviceError(
+            Problem("", what, "Choose another one, or unset MASTER_PORT: run.processes then finds a free one.")
+        )
+    what = f"this process does not reach the first one at {address}, port {port} (MASTER_ADDR, MASTER_PORT): {error}"
+    remedy = "Name an address of the first machine that the others reach, and a port that no firewall closes."
+    return DeviceError(Problem(f"process {int(os.environ.get('RANK', '0')) + 1}", what, remedy))
 
 
 def _processor() -> str:

@@ -7,6 +7,7 @@ no second one to compute with.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Protocol
 
-from vtrain.contract import CheckpointError, Event, Noted, Saved, Warned
+from vtrain.contract import CheckpointError, Duration, Event, Noted, Saved, Warned
 from vtrain.contract.rooms import host_memory
 from vtrain.contract.specs import bytes_text
 from vtrain.train import checkpoint
@@ -140,13 +141,15 @@ class Saver:
             return self._write(work)
 
     def _write(self, work: _Work, *, reload: bool = True) -> tuple[Saved, list[str]]:
+        begun = time.monotonic()
         folder = checkpoint.write(self._parent, work.step, work.pieces, work.states, reload=reload)
-        said = remarks(folder, work.pieces)
+        said, deleted = remarks(folder, work.pieces), list[Path]()
         try:
-            return Saved(work.step, folder, tuple(checkpoint.prune(self._parent, self._keep, folder))), said
+            deleted = checkpoint.prune(self._parent, self._keep, folder)
         # The new checkpoint is whole and has verified: old ones that stay cost disk alone.
         except OSError as error:
-            return Saved(work.step, folder), [*said, f"an older checkpoint could not be deleted: {error}"]
+            said = [*said, f"an older checkpoint could not be deleted: {error}"]
+        return Saved(work.step, folder, tuple(deleted), round(time.monotonic() - begun, 3)), said
 
     def left(self) -> Iterator[Event]:
         """Where a run ends by an error: wait for what is being written, and say what became of it. No other process is asked."""
@@ -175,6 +178,35 @@ class Saver:
         work, self._work = self._work, None
         if work is not None and work.future is not None and kind is not KeyboardInterrupt:
             wait([work.future])
+
+
+class Interval:
+    """Tells after which optimizer steps something is due. In steps or epochs it is a pure function of the step.
+
+    In seconds it counts from its making, and again from each `done`.
+    """
+
+    def __init__(self, every: Duration, steps_per_epoch: float, now: float) -> None:
+        """now: seconds on the clock that `due` and `done` are given."""
+        self.steps = every.in_steps(steps_per_epoch)
+        self.seconds = every.value
+        self.last = now
+
+    def due(self, steps: int, now: float) -> bool:
+        """steps: optimizer steps done, >= 1."""
+        return self.falls_on(steps) if self.steps is not None else now - self.last >= self.seconds
+
+    def falls_on(self, steps: int) -> bool:
+        """Whether it is due after this step whatever the clock says."""
+        return self.steps is not None and steps % self.steps == 0
+
+    def done(self, now: float) -> None:
+        """What was due has been done."""
+        self.last = now
+
+    @property
+    def timed(self) -> bool:
+        return self.steps is None
 
 
 class Saves(Protocol):

@@ -138,7 +138,7 @@ class Validator:
 
     pictures: nickname -> what is given beside the prompt, of those that have a picture. weights: with which weights each prompt
     is generated: what follows a nickname in the name of its file -> a context in which the denoiser has them. resting: in its
-    with block the denoiser may be off the device.
+    with block the denoiser may be off the device. asked: `stopping` for this process alone, between the videos that it decodes.
     """
 
     plan: ValidationPlan
@@ -152,6 +152,7 @@ class Validator:
     pictures: Mapping[str, Given] = field(default_factory=dict)
     weights: Mapping[str, Weights] = field(default_factory=lambda: {RAW: nullcontext})
     resting: Callable[[], AbstractContextManager[None]] = nullcontext
+    asked: Callable[[], bool] = lambda: False
 
     def start(self) -> Tensor:
         """The starting noise (1, C, f, h, w), fp32 from a CPU generator: the same on every device and at every step."""
@@ -269,6 +270,8 @@ class Validator:
         files = {}
         with self.resting(), self.family.open_video_codec(str(self.device)) as codec:
             for number, name in enumerate((name + end for end in self.weights for name in kept), start=1):
+                if self.asked():
+                    raise Interrupted
                 yield Generating(step, "decoding", number, count, steps, steps)
                 files[name] = folder / f"{name}.mp4"
                 with torch.no_grad():

@@ -209,8 +209,10 @@ def _import_decode(torchcodec: bool) -> None:
 
 
 def _limit(memory: int) -> None:
-    """No core dumps, no more memory than this, and no life after the parent's. Ctrl-C is the parent's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """No core dumps, no more memory than this, and no life after the parent's. Signals are the parent's business: a terminal, Slurm
+    and systemd send theirs to all processes of a run, which still decodes what its last step needs."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _, most = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (memory if most == resource.RLIM_INFINITY else min(memory, most), most))

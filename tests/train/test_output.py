@@ -109,6 +109,21 @@ def test_metrics_that_could_not_be_written_to_the_end_are_an_error_of_a_run_that
     assert "metrics.jsonl lacks steps 1 to 6" in within("run", folder.config).stdout
 
 
+def test_a_folder_that_becomes_read_only_at_the_start_is_told_without_a_traceback(
+    folder, within: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlink = Path.unlink
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "control":
+            raise OSError(errno.EROFS, "Read-only file system")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    done = within("run", folder.write(steps=3), check=2)
+    assert f"{folder.output}: the output folder cannot be written: [Errno 30] Read-only file system." in done.stderr
+
+
 def test_what_a_killed_run_left_is_gone_after_the_next_start(folder, within: Run) -> None:
     """Also where nothing is left to do."""
     within("run", folder.write(steps=3))

@@ -78,7 +78,7 @@ class Inbox:
         return said
 
     def watch(self, folder: Path) -> None:
-        """Read the control file of a run's output folder from here on; what an earlier run left there is forgotten."""
+        """Read the control file of a run's output folder from here on; what an earlier run left there goes. Raises OSError."""
         self._control = folder / CONTROL
         # A "stop" that an earlier run left unread would end this one at its first step.
         self._control.unlink(missing_ok=True)

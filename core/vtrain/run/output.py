@@ -73,7 +73,7 @@ def hold(folder: Path) -> Iterator[str]:
         # Opened without truncation: whoever is refused reads in it who has the folder.
         file = (folder / FILE).open("a+b", buffering=0)
     except OSError as error:
-        raise _unwritable(folder, error) from error
+        raise unwritable(folder, error) from error
     with file:
         outcome = lock(file, _PLACE)
         if outcome == "taken":
@@ -88,7 +88,7 @@ def hold(folder: Path) -> Iterator[str]:
             try:
                 _sign(file)
             except OSError as error:
-                raise _unwritable(folder, error) from error
+                raise unwritable(folder, error) from error
             yield ""
         else:
             yield f"{folder} is on a file system without locks: make sure that no other run uses it"
@@ -110,7 +110,7 @@ def _sign(file: BinaryIO) -> None:
     file.write(text.encode() + b"\n")
 
 
-def _unwritable(folder: Path, error: OSError) -> CheckpointError:
+def unwritable(folder: Path, error: OSError) -> CheckpointError:
     return CheckpointError(Problem(str(folder), f"the output folder cannot be written: {error}."))
 
 
@@ -332,7 +332,7 @@ def open_records(
         write_run_files(plan, survey, estimate, None if resumed is None else {**resumed, **more})
         told += [Noted(f"a later checkpoint was renamed to {folder}") for folder in later]
     except OSError as error:
-        raise _unwritable(output, error) from error
+        raise unwritable(output, error) from error
     if dropped:
         told.append(Noted(f"{counted(dropped, 'later step')} {'was' if dropped == 1 else 'were'} cut from {METRICS}"))
     if start.folder is not None and not own:

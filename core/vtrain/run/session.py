@@ -54,6 +54,7 @@ from vtrain.run.output import (
     hold,
     occupied,
     open_records,
+    unwritable,
     validation_owed,
     write_run_files,
 )
@@ -215,7 +216,7 @@ class Session:
         if warning := self._alone():
             yield Warned(warning)
         check_alike(self.plan, self.processes)
-        self.processes.from_first(lambda: self._inbox.watch(self.plan.config.run.output_dir))
+        self.processes.from_first(self._watch)
         # Before anything is scanned or encoded: what refuses a resume is said at once.
         start = self._start()
         found, estimate = yield from self._scanned(estimated=True)
@@ -249,6 +250,14 @@ class Session:
         """The first process holds the output folder, to the end of the stream. Gives a warning, "" for none. Raises
         CheckpointError on all if another run has it, or if something cannot be written."""
         return self.processes.from_first(lambda: self._lock.enter_context(occupied(self.plan.config)))
+
+    def _watch(self) -> None:
+        """Hear what the control file asks from here on. Raises CheckpointError."""
+        folder = self.plan.config.run.output_dir
+        try:
+            self._inbox.watch(folder)
+        except OSError as error:
+            raise unwritable(folder, error) from error
 
     def _restore(self) -> None:
         """Make the output folder again that somebody deleted or moved.

@@ -182,6 +182,15 @@ def mutants(session: nox.Session) -> None:
 
 
 @nox.session
+def kill(session: nox.Session) -> None:
+    """Runs killed with kill -9 at every call that changes their folder and at 200 random moments, resumed and compared. An hour on
+    two cores, Linux. `-- --kills 20 --points 10 full LoRA` takes less; `-- --write` puts the table into docs/checkpoints.md."""
+    install(session, extras="[test]")
+    session.install("-q", "--no-deps", "-e", "tests/fixtures/toy_plugin")
+    session.run("python", "tests/kill/run.py", *session.posargs)
+
+
+@nox.session
 def gpu(session: nox.Session) -> None:
     """The tests that need a GPU, on this machine's. A machine without network: tests/gpu/wheels.py."""
     install(session, extras="[test]")

@@ -119,6 +119,18 @@ def test_the_startup_benchmark_compares_commands_and_says_of_which_install(scrip
 
 
 @pytest.mark.slow
+def test_a_process_has_its_share_and_what_two_blocks_take_while_they_are_whole(script: Script) -> None:
+    """Weights of a block that computes and of the one that comes, and as many gradients; and what lies in no block, whole."""
+    text, numbers = script("processes.py", "--model", "tiny", "--counts", "2", "--memory-only")
+    alone, two = (numbers["memory"][count] for count in ("1", "2"))
+    states = 16 * alone["numbers"]
+    computed = alone["most"] - states
+    assert 0 < computed < states / 2
+    assert states / 2 < two["most"] <= states / 2 + computed + 4 * (4 * two["block"]) + 2 * (4 * two["rest"])
+    assert text.count("| tiny ") == 2
+
+
+@pytest.mark.slow
 def test_the_gpu_benchmark_runs_on_a_cpu_with_a_tiny_model(script_here: Script) -> None:
     text, numbers = script_here("gpu_sana2b.py", "--device", "cpu", "--tiny", "--blocks", "2", "--steps", "1")
     (here,) = numbers["cards"]

@@ -12,7 +12,7 @@ import pytest
 
 from vtrain.config import load
 from vtrain.contract import ConfigError
-from vtrain.plan.memory import BACKWARD, STEP, TRAINING, MemorySettings, Workload, estimate_of
+from vtrain.plan.memory import BACKWARD, SAVING, STEP, TRAINING, MemorySettings, Workload, estimate_of
 from vtrain.plan.parallel import parallel_problems, samples_change
 from vtrain.plan.records import Plan
 from vtrain.plan.workload import memory_settings
@@ -77,8 +77,16 @@ def test_a_share_takes_its_part_and_two_blocks(plan_of: PlanOf) -> None:
     assert full["weights"] == 1000 + 4000 * (0.2 + 2 * 0.08)
     assert full["optimizer"] == 2000
     assert full["gradients"] == 1000 + 2 * 320
+    saving = {count: _saving_host(work, replace(settings, shards=count)) for count in (1, 4)}
+    assert saving == {1: 8000, 4: pytest.approx(1600, abs=1)}, (
+        "the optimizer's states at once; shares of them a tensor at a time"
+    )
     frozen = parts(replace(settings, adapter=True, quantised=True, stored=1.0))
     assert frozen["weights"] == 1000 + 100 + 400 * (0.2 + 2 * 0.08), "what is quantised is whole on each"
+
+
+def _saving_host(work: Workload, settings: MemorySettings) -> int:
+    return next(phase.host["gathered"] for phase in estimate_of(work, settings).phases if phase.name == SAVING)
 
 
 @pytest.mark.parametrize(

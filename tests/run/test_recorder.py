@@ -28,7 +28,7 @@ from vtrain.contract import (
 from vtrain.contract.events import VERSION, from_json
 from vtrain.plan.places import EVENTS, METRICS
 from vtrain.run import output as chapter
-from vtrain.run.lines import RECORDS, Records
+from vtrain.run.lines import RECORDS, Records, append
 from vtrain.run.output import Recorder, hold, validation_owed
 
 
@@ -275,6 +275,34 @@ def test_metrics_that_could_not_be_written_are_with_the_next_event(
         assert len(record(recorder, logged(1, 2))) == 1
     assert record(recorder, Noted("the last event")) == []
     assert [line["step"] for line in lines(tmp_path / METRICS)] == [1, 2]
+
+
+def test_metrics_that_were_never_written_are_an_error_at_the_end_and_missed_at_the_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint is of a step whose numbers stood in no file when it was saved."""
+    recorder = Recorder(tmp_path)
+    recorder.begin(0)
+    record(recorder, logged(1))
+    recorder.check_written()
+    monkeypatch.setattr(chapter, "append", _refuse)
+    record(recorder, logged(2, 3))
+    with pytest.raises(CheckpointError, match=r"2 lines of metrics\.jsonl could not be written"):
+        recorder.check_written()
+    before = recorder.records()
+    assert (before.files[METRICS].lines, before.unwritten) == (1, 2)
+    monkeypatch.undo()
+    assert Recorder(tmp_path).begin(3, before)[1] == ["metrics.jsonl lacks steps 2 to 3"]
+
+
+def test_a_file_with_odd_lines_is_there_at_every_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is copied, not renamed, before what is kept of it takes its place."""
+    append(tmp_path / METRICS, [{"step": 1}, {"odd": 1}], durable=False)
+    kept = (tmp_path / METRICS).read_bytes()
+    monkeypatch.setattr(Path, "replace", _refuse)
+    with pytest.raises(OSError, match="No space"):
+        Recorder(tmp_path).begin(1)
+    assert (tmp_path / METRICS).read_bytes() == kept
 
 
 def _refuse(*_: object, **__: object) -> None:

@@ -38,7 +38,7 @@ class Text:
     def files(self) -> tuple[str, ...]:
         return self.declared
 
-    def gather(self, *, keep: bool, copy: bool = False) -> State:
+    def gather(self, *, keep: checkpoint.Keep, copy: checkpoint.Copies | None = None) -> State:
         return State(values={"text": self.text} if keep else {})
 
     def write(self, folder: Path, state: State) -> None:
@@ -63,8 +63,8 @@ class Weights:
     def bytes(self) -> int:
         return 4 * self.count
 
-    def gather(self, *, keep: bool, copy: bool = False) -> State:
-        self.log.append(f"gather {keep}")
+    def gather(self, *, keep: checkpoint.Keep, copy: checkpoint.Copies | None = None) -> State:
+        self.log.append(f"gather {bool(keep)}")
         return State({"w": torch.arange(float(self.count))}) if keep else State()
 
     def write(self, folder: Path, state: State) -> None:
@@ -141,6 +141,33 @@ def test_later_checkpoints_are_set_aside_and_not_lost(tmp_path: Path) -> None:
     assert [path.name for path in moved] == ["step-000002.left-behind-1", "step-000003.left-behind-1"]
     assert all(checkpoint.fault(path) is None for path in moved)
     assert checkpoint.latest(tmp_path)[0] == tmp_path / "step-000001"
+
+
+def test_later_checkpoints_are_set_aside_the_newest_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted in between, those that are left follow each other as they did."""
+    for step in (1, 2, 3):
+        checkpoint.write(tmp_path, step, PIECES)
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path.name == "step-000002":
+            raise OSError("no more")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match="no more"):
+        checkpoint.set_aside(tmp_path, after=1)
+    assert [step for step, _ in checkpoint.steps_saved(tmp_path)] == [1, 2]
+
+
+def test_what_was_not_finished_goes_and_nothing_else(tmp_path: Path) -> None:
+    left = ("step-000002.partial", "step-000001.old.partial")
+    stays = ("step-000003", "step-000004.left-behind-1", "mine.partial", "step-1.partial", "step-000002.mine.partial")
+    for name in (*left, *stays):
+        (tmp_path / name / "inner").mkdir(parents=True)
+    checkpoint.sweep(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(stays)
+    checkpoint.sweep(tmp_path / "nowhere")
 
 
 def test_an_interrupted_write_leaves_the_earlier_checkpoint_and_is_swept_by_the_next(tmp_path: Path) -> None:
@@ -360,7 +387,7 @@ def test_the_state_of_one_piece_is_gone_from_memory_before_the_next_is_gathered(
     gathered: list[weakref.ref[State]] = []
 
     class Watched(Weights):
-        def gather(self, *, keep: bool, copy: bool = False) -> State:
+        def gather(self, *, keep: checkpoint.Keep, copy: checkpoint.Copies | None = None) -> State:
             assert not [state for state in gathered if state() is not None]
             state = super().gather(keep=keep)
             gathered.append(weakref.ref(state))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 HOLD = """
 import sys, time
 from pathlib import Path
+from typing import Any
 from vtrain.run.output import hold
 
 with hold(Path(sys.argv[1])):
@@ -84,6 +86,38 @@ def test_a_disk_that_takes_nothing_is_told_before_anything_is_done(
     assert "Set run.output_dir to another folder, or free space." in done.stderr
     assert not folder.output.exists()
     assert not list(folder.path.glob(".vtrain*"))
+
+
+def test_metrics_that_could_not_be_written_to_the_end_are_an_error_of_a_run_that_is_saved(
+    folder, within: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = output_lock.append
+
+    def full(path: Path, *lines: Any, **how: Any) -> None:
+        if path.name == "metrics.jsonl":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(path, *lines, **how)
+
+    monkeypatch.setattr(output_lock, "append", full)
+    done = within("run", folder.write(), check=2)
+    assert "WARNING: metrics could not be written and are kept for the next time: [Errno 28]" in done.stdout
+    assert "6 lines of metrics.jsonl could not be written." in done.stderr
+    assert (folder.output / "checkpoints" / "step-000006").is_dir()
+    assert '"event": "failed"' in (folder.output / "events.jsonl").read_text(encoding="utf-8")
+    monkeypatch.undo()
+    folder.write(steps=7)
+    assert "metrics.jsonl lacks steps 1 to 6" in within("run", folder.config).stdout
+
+
+def test_what_a_killed_run_left_is_gone_after_the_next_start(folder, within: Run) -> None:
+    """Also where nothing is left to do."""
+    within("run", folder.write(steps=3))
+    files = set(folder.output.rglob("*"))
+    for name in ("checkpoints/step-000009.partial", "checkpoints/step-000001.old.partial", "checkpoints/spool.partial"):
+        (folder.output / name).mkdir()
+    (folder.output / ".seen-0").touch()
+    within("run", folder.config)
+    assert set(folder.output.rglob("*")) == files
 
 
 def test_who_holds_it_is_written_anew_by_each(tmp_path: Path) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import subprocess
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vtrain.config.tables import LoraTable
@@ -24,6 +25,7 @@ from vtrain.train.pieces import (
     CountersPiece,
     DenoiserPiece,
     RegularizerPiece,
+    on_cpu,
 )
 from vtrain.train.resume import RunState, read_state
 
@@ -97,6 +99,61 @@ def test_what_lies_on_the_cpu_is_gathered_without_a_copy(pieces: tuple[Piece, ..
     name, weight = optimizer.named[0]
     gathered = optimizer.gather(keep=True).tensors[f"{name}::exp_avg"]
     assert gathered.data_ptr() == optimizer.optimizer.state[weight]["exp_avg"].data_ptr()
+
+
+class Spread:
+    """Something whose shares lie with several processes. alive: how many whole ones there are in memory; the most at once."""
+
+    def __init__(self, value: Tensor, alive: list[int]) -> None:
+        self.value, self.alive = value, alive
+
+    def full_tensor(self) -> Tensor:
+        whole = self.value.clone()
+        self.alive[0] += 1
+        self.alive[1] = max(self.alive)
+        weakref.finalize(whole.untyped_storage(), self.gone)
+        return whole
+
+    def gone(self) -> None:
+        self.alive[0] -= 1
+
+
+def test_shares_are_put_together_one_after_the_other_and_never_all_in_memory(tmp_path: Path) -> None:
+    alive = [0, 0]
+    kinds = torch.float32, torch.bfloat16, torch.int64, torch.uint8
+    values = {str(dtype): torch.arange(24).reshape(2, 3, 4).to(dtype) for dtype in kinds}
+    values |= {"nothing": torch.zeros(0, 4), "a number": torch.tensor(3.5)}
+    spread: Any = {name: Spread(value, alive) for name, value in values.items()}
+    own = torch.ones(3)
+    found = on_cpu({**spread, "own": own}, keep=tmp_path)
+    assert alive == [1, 2], "one at a time, beside the empty one, which is no file"
+    assert list(tmp_path.iterdir()) == []
+    assert found.pop("own").data_ptr() == own.data_ptr()
+    for name, value in values.items():
+        assert found[name].dtype == value.dtype
+        assert torch.equal(found[name], value)
+    save_file(found, tmp_path / "found.safetensors")
+    assert all(torch.equal(value, values[name]) for name, value in load_file(tmp_path / "found.safetensors").items())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is a full disk on Linux")
+def test_a_full_disk_is_told_after_this_process_has_done_its_part_for_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vtrain.train.pieces.NamedTemporaryFile", lambda dir: Path("/dev/full").open("wb"))  # noqa: SIM115
+    alive = [0, 0]
+    asked: Any = {str(number): Spread(torch.ones(4), alive) for number in range(5)}
+    counted = 0
+
+    def count(self: Spread) -> Tensor:
+        nonlocal counted
+        counted += 1
+        return self.value.clone()
+
+    monkeypatch.setattr(Spread, "full_tensor", count)
+    with pytest.raises(OSError, match="No space left on device"):
+        on_cpu(asked, keep=tmp_path)
+    assert counted == 5
 
 
 def test_writing_looks_at_what_was_gathered_and_not_at_what_has_become_of_it(

@@ -16,6 +16,7 @@ import torch
 
 from vtrain import api
 from vtrain.contract import ConfigError, Device, DeviceError
+from vtrain.train import checkpoint
 from vtrain.train.processes import _launcher
 from vtrain.validate.videos import read_frames
 
@@ -143,6 +144,34 @@ def test_sharded_processes_average_validate_and_are_resumed_by_any_number(
         torch.testing.assert_close(value, right[name], rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [((4, ""), (2, SHARD)), ((1, ""), (4, SHARD)), ((4, SHARD), (1, ""))],
+    ids=["4 to 2 with shares", "1 to 4 with shares", "4 with shares to 1"],
+)
+def test_another_number_of_processes_takes_the_run_on_to_the_same_curve(
+    folder, another, vtrain: Run, within: Run, first: tuple[int, str], then: tuple[int, str]
+) -> None:
+    """Slow: runs of four processes. A step has four samples; some weights have fewer rows than processes."""
+    settings = {"save": 4, "steps": 8, "batch_size": 1, "lr": 1e-3}
+    one = another()
+    within("run", one.write(accumulate=4, **settings))
+    for count, shard in (first, then):
+        config = folder.write(accumulate=4 // count, more=shard, **settings)
+        done = within("run", config) if count == 1 else vtrain("run", config, processes=count)
+        if (count, shard) == first:  # as it was killed after its fourth step
+            shutil.rmtree(folder.output / "checkpoints" / "step-000008")
+    assert "step-000004" in done.stdout, done.stdout
+    for a, b in zip(folder.rows(), one.rows(), strict=True):
+        assert a["samples"] == b["samples"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=TOLERANCE)
+    left, right = folder.tensors(8), one.tensors(8)
+    assert left.keys() == right.keys()
+    for name, value in right.items():
+        torch.testing.assert_close(left[name], value, rtol=0, atol=TOLERANCE)
+
+
 def of_two(folder, **values) -> None:
     """A file that asks for two processes itself."""
     text = folder.write(**values).read_text(encoding="utf-8")
@@ -218,6 +247,25 @@ def test_torchrun_on_several_machines_with_one_store_is_warned_of_and_starts_not
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert not list(_launcher(Device()))
+
+
+@pytest.mark.slow
+def test_processes_whose_launcher_is_killed_save_and_end(folder, start) -> None:
+    """Slow: two processes import torch."""
+    of_two(folder, steps=3000, save=1000, batch_size=1, log_every=1)
+    running = start("run", folder.config)
+    for line in running.stdout:
+        if line.startswith("step 2/"):
+            break
+    children = psutil.Process(running.pid).children()
+    assert len(children) == 2
+    running.kill()
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive
+    newest, faults = checkpoint.latest(folder.output / "checkpoints")
+    assert newest is not None
+    assert faults == []
+    assert len(folder.rows()) == int(newest.name.removeprefix("step-"))
 
 
 def test_a_program_of_ones_own_is_told_that_it_is_one_process(folder) -> None:

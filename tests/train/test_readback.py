@@ -20,7 +20,7 @@ from vtrain.config.tables import EmaTable, LoraTable
 from vtrain.contract import CheckpointError, Device
 from vtrain.train import readback
 from vtrain.train.adapter import changes_nothing
-from vtrain.train.checkpoint import State, write
+from vtrain.train.checkpoint import Copies, Keep, State, write
 from vtrain.train.ema import Average, AveragePiece
 from vtrain.train.eval_weights import AVERAGED, AveragedPiece, EvalWeights
 from vtrain.train.parameters import add_lora, lora_state, trained
@@ -41,7 +41,7 @@ class Written:
     files: ClassVar[tuple[str, ...]] = ("weights.safetensors",)
     bytes: ClassVar[int] = 64
 
-    def gather(self, *, keep: bool, copy: bool = False) -> State:
+    def gather(self, *, keep: Keep, copy: Copies | None = None) -> State:
         return State({"first": torch.arange(8.0), "second": torch.arange(8.0).reshape(2, 4) / 3})
 
     def write(self, folder: Path, state: State) -> None:

@@ -203,6 +203,66 @@ def test_a_full_disk_in_the_middle_is_told_and_the_last_good_checkpoint_stays(
     assert within("run", folder.config).stdout.count("saved") == 1
 
 
+SMALL = """
+mount -t tmpfs -o size=8m small "$1" || exit 9
+FILLS=4 "$2" -c "$3" run "$4"; echo "exit code $?"
+rm "$1/ballast"
+FILLS=0 "$2" -c "$3" run "$4"; echo "exit code $?"
+cp -r "$1" "$5"
+"""
+FILLS = """
+import os
+from contextlib import suppress
+from vtrain.train import checkpoint
+real = checkpoint.write
+def write(parent, step, *rest, **how):
+    ballast = parent.parent / "ballast"
+    if step == int(os.environ["FILLS"]):
+        with suppress(OSError), ballast.open("wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+    return real(parent, step, *rest, **how)
+checkpoint.write = write
+from vtrain.cli.app import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_that_was_full_and_has_room_again_ends_in_the_same_run(
+    folder, another, within: Run, tmp_path: Path
+) -> None:
+    """A file system of its own, which something else fills when three checkpoints are there. Slow: two starts."""
+    if subprocess.run(["unshare", "-Urm", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this system lets no process mount")
+    straight = another()
+    settings = {"steps": 6, "save": 1, "log_every": 1}
+    within("run", straight.write(**settings))
+    text = folder.write(**settings).read_text(encoding="utf-8")
+    folder.config.write_text(text + 'keep = "all"\n', encoding="utf-8")
+    folder.output.mkdir()
+    given = [folder.output, sys.executable, FILLS, folder.config, tmp_path / "copy"]
+    done = subprocess.run(
+        ["unshare", "-Urm", "sh", "-c", SMALL, "sh", *map(str, given)],
+        capture_output=True, text=True, check=False, timeout=200,
+    )  # fmt: skip
+    said = done.stdout + done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith("exit code")] == [
+        "exit code 2",
+        "exit code 0",
+    ], said
+    assert said.count("the checkpoint could not be written") == 3, said
+    assert "No space left on device" in said
+    assert "Traceback" not in said
+    assert "(step 3)" in done.stdout
+    folder.output.rmdir()
+    (tmp_path / "copy").rename(folder.output)
+    assert folder.rows() == straight.rows()
+    got, expected = folder.tensors(6), straight.tensors(6)
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
 STOP_WHILE_FILLING = """
 import os, signal
 from vtrain.data.caching.fill import _ArtifactFilling

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +18,9 @@ import pytest
 import torch
 
 from vtrain import api
-from vtrain.contract import CheckpointError, Ended, Event, Noted, Problem, Saved, Stepped, Validated, Warned
+from vtrain.contract import CheckpointError, Ended, Event, Failed, Noted, Problem, Saved, Stepped, Validated, Warned
 from vtrain.train import checkpoint, saving
+from vtrain.train.loop import Loop
 from vtrain.train.readback import ReloadNeeded
 
 pytestmark = pytest.mark.usefixtures("one_decoder")
@@ -81,6 +87,42 @@ def test_what_is_written_while_steps_go_on_is_of_its_own_step(
     shutil.copytree(folder.output / "checkpoints" / "step-000003", resumed.output / "checkpoints" / "step-000003")
     events_of(resumed.write(**values))
     assert alike(folder, resumed, 6)
+
+
+@pytest.mark.slow
+def test_copies_of_later_checkpoints_lie_in_the_memory_of_the_first_unless_that_is_scarce(
+    folder, another, beside: None, slowly: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slow: three runs."""
+    real, places = checkpoint.Copies.of, []
+
+    def of(copies: checkpoint.Copies, name: str, value: torch.Tensor) -> torch.Tensor:
+        got = real(copies, name, value)
+        places.append((name, got.data_ptr()))
+        return got
+
+    monkeypatch.setattr(checkpoint.Copies, "of", of)
+    values = {"save": 2, "more": "\n[ema]\ndecay = 0.5\n"}
+    events_of(folder.write(**values))
+    half = len(places) // 2
+    assert places[:half] == places[half:], "steps 2 and 4"
+    plain = another()
+    monkeypatch.setattr(saving, "host_memory", lambda: saving.SPARE)
+    events_of(plain.write(**values))
+    assert all(alike(folder, plain, step) for step in (2, 4, 6))
+    scarce = another()
+    monkeypatch.setattr(saving, "host_memory", lambda: saving.ROOMY - 1)
+    kept: list[int] = []
+    settle = saving.Saver.settle
+
+    def settled(saver: saving.Saver) -> Any:
+        yield from settle(saver)
+        kept.append(len(saver._copies))
+
+    monkeypatch.setattr(saving.Saver, "settle", settled)
+    events_of(scarce.write(**values))
+    assert len(places) > 2 * half
+    assert set(kept) == {0}
 
 
 def test_one_is_written_at_a_time_and_a_validation_waits_for_none(folder, beside: None, slowly: list[str]) -> None:
@@ -169,3 +211,107 @@ def test_on_a_cpu_training_waits(folder, slowly: list[str], monkeypatch: pytest.
     monkeypatch.setattr(saving, "LEAST", 0)
     events_of(folder.write())
     assert set(slowly) == {"MainThread"}
+
+
+@pytest.mark.parametrize(
+    "fails", [CheckpointError(Problem("", "the disk is full.")), ValueError("the disk is full"), None]
+)
+def test_what_became_of_a_save_is_said_where_the_run_ends_by_another_error(
+    folder, beside: None, monkeypatch: pytest.MonkeyPatch, fails: Exception | None
+) -> None:
+    real, step = checkpoint.write, Loop.optimizer_step
+
+    def write(parent: Path, *args: Any, **how: Any) -> Path:
+        time.sleep(0.5)
+        if fails is not None:
+            raise fails
+        return real(parent, *args, **how)
+
+    def broken(self: Loop, number: int, fed: Any) -> Any:
+        if number == 3:
+            raise RuntimeError("something else")
+        return step(self, number, fed)
+
+    monkeypatch.setattr(checkpoint, "write", write)
+    monkeypatch.setattr(Loop, "optimizer_step", broken)
+    events: list[Event] = []
+    with pytest.raises(RuntimeError, match="something else"), api.run(folder.write()) as session:
+        events.extend(session)  # what came before the error stays in the list
+    said = [event for event in events if isinstance(event, Saved | Warned) and "gradient" not in str(event)]
+    assert [type(event) for event in said] == [Warned if fails else Saved]
+    assert isinstance(events[-1], Failed)
+    recorded = (folder.output / "events.jsonl").read_text(encoding="utf-8")
+    assert ("the disk is full" in recorded) == (fails is not None)
+    assert (checkpoint.latest(folder.output / "checkpoints")[0] is None) == (fails is not None)
+
+
+def test_training_that_waits_for_a_slow_disk_says_so(
+    folder, beside: None, slowly: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving, "PATIENCE_S", 0.05)
+    events = events_of(folder.write(save=1, steps=3))
+    said = [event.text for event in events if isinstance(event, Noted) and "training waits" in event.text]
+    # The last one is written while there is nothing else to do.
+    assert [text.partition(" is still being written")[0] for text in said] == [
+        f"training waits: the checkpoint of step {step}" for step in (1, 2)
+    ]
+
+
+def test_a_clock_that_jumps_changes_neither_when_is_saved_nor_which_is_the_newest(
+    folder, another, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A day ahead at each look, and a day back at the next; the newest checkpoint's files are the oldest."""
+    straight = another()
+    events_of(straight.write(save=2))
+    real, looks = time.time, count()
+    monkeypatch.setattr(time, "time", lambda: real() + 86400 * (next(looks) % 3 - 1))
+    events_of(folder.write(save=2))
+    assert folder.rows() == straight.rows()
+    assert alike(folder, straight, 6)
+    for step, path in checkpoint.steps_saved(folder.output / "checkpoints"):
+        for each in (path, *path.rglob("*")):
+            os.utime(each, (real() - 86400 * step, real() - 86400 * step))
+    assert checkpoint.latest(folder.output / "checkpoints") == (folder.output / "checkpoints" / "step-000006", [])
+    timed = another()
+    text = timed.write(save=2).read_text(encoding="utf-8").replace('every = "2 steps"', 'every = "10 min"')
+    timed.config.write_text(text, encoding="utf-8")
+    assert [event.step for event in events_of(timed.config) if isinstance(event, Saved)] == [6]
+
+
+HUNG = """
+import os, sys, threading
+from vtrain.train import saving
+real, plain = os.fsync, saving.Saver.__init__
+def fsync(descriptor):
+    if threading.current_thread().name == "checkpoint":
+        threading.Event().wait()
+    real(descriptor)
+os.fsync, saving.LEAST, saving.PATIENCE_S = fsync, 0, 0.2
+saving.Saver.__init__ = lambda self, *given, beside: plain(self, *given, beside=True)
+from vtrain.cli.app import main
+main()
+"""
+
+
+@pytest.mark.long
+def test_a_disk_that_never_answers_stops_no_step_before_the_next_save_and_no_second_ctrl_c(folder) -> None:
+    """What the thread was writing is no checkpoint."""
+    config = folder.write(save=3, steps=9, log_every=1)
+    command = [sys.executable, "-c", HUNG, "run", str(config)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if "training waits" in line:
+                break
+        assert any(line.startswith("step 6/9") for line in lines), lines
+        assert "the checkpoint of step 3 is still being written" in lines[-1]
+        process.send_signal(signal.SIGINT)
+        time.sleep(1.5)
+        assert process.poll() is None, "one Ctrl-C asks; it saves before it ends"
+        process.send_signal(signal.SIGINT)
+        rest = process.communicate(timeout=20)[0]
+    assert process.returncode == 130, rest
+    assert "Traceback" not in rest
+    assert checkpoint.steps_saved(folder.output / "checkpoints") == []

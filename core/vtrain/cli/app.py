@@ -55,10 +55,11 @@ def _say_at_once(config: Path) -> None:
 
 def _in_all_processes(config: Path) -> None:
     """Leave the command to as many processes as run.processes says, and end with them; return in each of these."""
-    from vtrain.cli.children import launch, processes_of
+    from vtrain.cli.children import follow, launch, processes_of
 
     if (count := processes_of(config)) > 1:
         raise typer.Exit(launch(count, config))
+    follow()
 
 
 @app.callback()

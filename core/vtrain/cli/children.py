@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -22,6 +23,8 @@ GRACE = 10.0
 LAST = 5.0
 """Seconds from the signal that asks a process to end to the one that it cannot refuse."""
 PAUSE = 0.05
+LAUNCHER = "VTRAIN_LAUNCHER"
+"""Environment variable of the processes that `launch` starts: its own process."""
 PASSED_ON = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 
 
@@ -65,7 +68,23 @@ def _environment(rank: int, count: int, port: str) -> dict[str, str]:
     return {
         "OMP_NUM_THREADS": threads, "MASTER_ADDR": "127.0.0.1", **os.environ, "MASTER_PORT": port,
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+        LAUNCHER: str(os.getpid()),
     }  # fmt: skip
+
+
+def follow() -> None:
+    """In a process that `launch` has started: end as at SIGTERM, all saved, once the launcher is gone, as by kill -9. Nobody would
+    pass a signal on any more, and the output folder would stay taken."""
+    launcher = os.environ.get(LAUNCHER)
+    if launcher is None or os.name == "nt" or str(os.getppid()) != launcher:  # else it is of a process further up
+        return
+
+    def watch() -> None:
+        while str(os.getppid()) == launcher:
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="launcher", daemon=True).start()
 
 
 def _free_port() -> int:

@@ -396,7 +396,9 @@ def _decoding(work: Workload, settings: MemorySettings, codec: EncoderMemory | N
 
 
 def _saving(work: Workload, settings: MemorySettings) -> Phase:
-    """A checkpoint is written: what it keeps is gathered in main memory, one piece after the other."""
+    """A checkpoint is written: what it keeps is gathered in main memory, one piece after the other, or, of shares, a tensor after
+    the other, which is none larger than a block or what lies in none."""
     device, host = held(work, settings)
-    gathered = int(_trained(work, settings) * max(settings.trained, settings.state, settings.ema))
+    part = max(work.in_blocks / max(work.blocks, 1), 1 - work.in_blocks) if settings.shards > 1 else 1
+    gathered = int(_trained(work, settings) * max(settings.trained, settings.state, settings.ema) * part)
     return Phase(SAVING, device, {**host, "gathered": gathered})

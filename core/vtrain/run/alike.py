@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 PATIENCE = 15.0
 """Seconds that a file which another machine made may take to be seen: network file systems look again after a while."""
 
+SEEN = ".seen-"
+"""How the names of such files begin."""
+
 
 @dataclass(frozen=True)
 class _Facts:
@@ -108,7 +111,7 @@ def _other_files(found: Sequence[_Facts], plan: Plan) -> Iterator[Problem]:
 
 def _unseen(found: Sequence[_Facts], processes: Processes, folders: Sequence[Path]) -> list[Problem]:
     """Folders in which a process does not find what the first one has just put there."""
-    name = f".seen-{uuid4().hex}"
+    name = f"{SEEN}{uuid4().hex}"
 
     def put() -> str:
         for folder in folders:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, pairwise
@@ -19,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from vtrain.contract.events import MEASURED
 from vtrain.estimate.render import counted
-from vtrain.train.checkpoint import MANIFEST, State, read_model
+from vtrain.train.checkpoint import MANIFEST, Copies, Keep, State, read_model
 from vtrain.train.resume import MOST
 
 
@@ -118,9 +119,11 @@ def cut_back(
             file.write(raw.rstrip(b"\r\n") + b"\n")
             chain.add(line)
             edited |= before is not None and before.lines == chain.lines and before != chain.written()
+        file.flush()
+        os.fsync(file.fileno())
     kept_as = _spare(path) if odd else None
     if kept_as is not None:
-        path.rename(kept_as)
+        shutil.copyfile(path, kept_as)
     # Aside, then renamed: a crash leaves the old file or the new one.
     aside.replace(path)
     return CutBack(dropped, odd, kept_as, max(0, before.lines - chain.lines) if before is not None else 0, edited)
@@ -175,6 +178,7 @@ class Records(BaseModel):
     """What a checkpoint says of the records beside it. session: the one that wrote it. files: name -> what it said by then.
 
     before: the checkpoint that the run saved before, or went on from; None for the first, and in one of before it was kept.
+    unwritten: steps whose numbers could not be written to metrics.jsonl by then, as on a full disk.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
@@ -182,6 +186,7 @@ class Records(BaseModel):
     session: int = Field(ge=0, le=MOST)
     files: dict[str, Written]
     before: Link | None = None
+    unwritten: int = Field(0, ge=0, le=MOST)
 
     @classmethod
     def read(cls, folder: Path | None) -> Self | None:
@@ -200,7 +205,7 @@ class RecordsPiece:
     files: ClassVar[tuple[str, ...]] = (RECORDS,)
     bytes: ClassVar[int] = 0
 
-    def gather(self, *, keep: bool, copy: bool = False) -> State:
+    def gather(self, *, keep: Keep, copy: Copies | None = None) -> State:
         return State(values=self.said().model_dump()) if keep else State()
 
     def write(self, folder: Path, state: State) -> None:

@@ -24,7 +24,7 @@ from vtrain.contract.abilities import lacking
 from vtrain.contract.plugin_rules import line_of, said
 from vtrain.contract.specs import listed
 from vtrain.train import checkpoint
-from vtrain.train.checkpoint import State
+from vtrain.train.checkpoint import Copies, Keep, State
 
 PATIENCE_S = 60.0
 """Seconds that the end of a run waits for all listeners together."""
@@ -180,7 +180,7 @@ class ListenersPiece:
     files: ClassVar[tuple[str, ...]] = (FILE,)
     bytes: ClassVar[int] = 0
 
-    def gather(self, *, keep: bool, copy: bool = False) -> State:
+    def gather(self, *, keep: Keep, copy: Copies | None = None) -> State:
         return State(values=self.listeners.states()) if keep else State()
 
     def write(self, folder: Path, state: State) -> None:

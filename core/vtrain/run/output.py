@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 
 from vtrain.config.keys import key_text
@@ -48,6 +49,7 @@ from vtrain.estimate.render import counted
 from vtrain.plan.places import CHECKPOINTS, CONFIG, EVENTS, METRICS, PLAN, written_folders
 from vtrain.plan.records import Plan
 from vtrain.plan.text import text_marks
+from vtrain.run.alike import SEEN
 from vtrain.run.lines import UNREAD, Chain, Link, Records, append, cut_back, gaps, whole
 from vtrain.train import checkpoint
 from vtrain.train.resume import Start, condition_marks
@@ -130,26 +132,29 @@ def try_writing(config: Config) -> None:
     problems = {}
     for key, folder in written_folders(config):
         place = next(each for each in (folder, *folder.parents) if each.exists())
-        test = place / f".vtrain-write-test-{os.getpid()}"
         try:
-            with test.open("xb") as file:
+            with TemporaryFile(dir=place) as file:  # without a name, where the system can: nothing of it stays
                 file.write(b"-")
                 os.fsync(file.fileno())
         except OSError as error:
             what = f"nothing can be written there: {error.strerror or error}."
             problems[key, place] = Problem(str(place), what, f"Set {key_text(key)} to another folder, or free space.")
-        finally:
-            with suppress(OSError):
-                test.unlink(missing_ok=True)
     if problems:
         raise CheckpointError(problems.values())
 
 
 @contextmanager
 def occupied(config: Config) -> Iterator[str]:
-    """The output folder, held as by `hold`, once everything that the run will write can be. Raises CheckpointError."""
+    """The output folder, held as by `hold`, once everything that the run will write can be. Raises CheckpointError.
+
+    What a killed run had not finished writing or deleting goes.
+    """
     try_writing(config)
     with hold(config.run.output_dir) as warning:
+        checkpoint.sweep(config.run.output_dir / CHECKPOINTS)
+        for left in config.run.output_dir.glob(f"{SEEN}*"):
+            with suppress(OSError):
+                left.unlink()
         yield warning
 
 
@@ -160,7 +165,7 @@ def write_run_files(plan: Plan, survey: Survey, estimate: Estimate, resumed: Map
     """
     output = plan.config.run.output_dir
     output.mkdir(parents=True, exist_ok=True)
-    (output / CONFIG).write_text(plan.config.text, encoding="utf-8")
+    put(output / CONFIG, plan.config.text)
     hash_file = FileHashes(plan.config.cache.dir / HASHES)
     fingerprints = {
         **text_marks(plan.family, hash_file),
@@ -179,7 +184,17 @@ def write_run_files(plan: Plan, survey: Survey, estimate: Estimate, resumed: Map
         "fingerprints": fingerprints,
         "resumed": resumed,
     }
-    (output / PLAN).write_text(json.dumps(whole, indent=2), encoding="utf-8")
+    put(output / PLAN, json.dumps(whole, indent=2))
+
+
+def put(file: Path, text: str) -> None:
+    """Write a file aside, then rename it: a crash leaves the old one or the new one. Raises OSError."""
+    aside = file.with_name(f".{file.name}.partial")
+    with aside.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    aside.replace(file)
 
 
 class Recorder:
@@ -222,7 +237,9 @@ class Recorder:
 
         metrics = cut_back(self._folder / METRICS, kept_step, self.chains[METRICS], known.get(METRICS))
         events = cut_back(self._folder / EVENTS, kept_event, self.chains[EVENTS], known.get(EVENTS))
-        expected = known[METRICS].lines if METRICS in known else step * whole_file
+        expected = step * whole_file
+        if before is not None and METRICS in known:
+            expected = known[METRICS].lines + before.unwritten
         missing = gaps(steps, step) if len(steps) - 1 < expected else ""
         faults = [f"{METRICS} lacks {missing}"] if missing else []
         faults += [*metrics.faults(METRICS, told=bool(missing)), *events.faults(EVENTS)]
@@ -233,10 +250,18 @@ class Recorder:
     def records(self) -> Records:
         """What the next checkpoint says of the files."""
         files = {name: chain.written() for name, chain in self.chains.items()}
-        return Records(session=self.session, files=files, before=self.before)
+        return Records(session=self.session, files=files, before=self.before, unwritten=len(self._steps))
+
+    def check_written(self) -> None:
+        """Raises CheckpointError where lines could not be written to the last: there is no next time."""
+        lost = {METRICS: len(self._steps), EVENTS: len(self._lines)} if self.session else {}
+        what = [f"{counted(count, 'line')} of {name}" for name, count in lost.items() if count]
+        if what:
+            remedy = "The checkpoints that were saved are whole. Make room on the disk before the next run."
+            raise CheckpointError(Problem(str(self._folder), f"{' and '.join(what)} could not be written.", remedy))
 
     def record(self, event: Event) -> Iterator[Warned]:
-        """Write an event down. A file that cannot be written is warned of, its lines kept for the next time."""
+        """Write an event down. A file that cannot be written is warned of, its lines kept for the next time; not so the other."""
         # A line a step would repeat metrics.jsonl; one a clip or a solver step is noise.
         if isinstance(event, Stepped | Filling | Generating):
             return
@@ -249,23 +274,36 @@ class Recorder:
             self._lines.append({"time": round(time.time(), 3), **as_json(event)})
         if not self.session:
             return
+        kind = "metrics" if isinstance(event, Logged) else "events"
+        failed: dict[str, OSError] = {}
         try:
             # Another folder of that name is not the one that this run holds, with its files in it.
             if not self._folder.is_dir() or _identity(self._folder) != self._held:
                 yield Warned(f"the output folder went away and is made again: {self._folder}")
                 self._restore()
                 self._held = _identity(self._folder)
-            if self._steps:
-                # On the disk before the checkpoint of that step, from which a resumed run starts.
-                self._append(METRICS, [asdict(each) for each in self._steps], durable=True)
-                self._steps = ()
-            if self._lines:
-                heading = {"version": VERSION, "session": self.session}
-                self._append(EVENTS, [{**heading, **line} for line in self._lines], durable=False)
-                self._lines = []
         except OSError as error:
-            kind = "metrics" if isinstance(event, Logged) else "events"
-            yield Warned(f"{kind} could not be written and are kept for the next time: {error}")
+            failed[kind] = error
+        else:
+            for name, write in (("metrics", self._write_steps), ("events", self._write_lines)):
+                try:
+                    write()
+                except OSError as error:
+                    failed[name] = error
+        if kind in failed:
+            yield Warned(f"{kind} could not be written and are kept for the next time: {failed[kind]}")
+
+    def _write_steps(self) -> None:
+        if self._steps:
+            # On the disk before the checkpoint of that step, from which a resumed run starts.
+            self._append(METRICS, [asdict(each) for each in self._steps], durable=True)
+            self._steps = ()
+
+    def _write_lines(self) -> None:
+        if self._lines:
+            heading = {"version": VERSION, "session": self.session}
+            self._append(EVENTS, [{**heading, **line} for line in self._lines], durable=False)
+            self._lines = []
 
     def _append(self, name: str, lines: list[dict[str, Any]], *, durable: bool) -> None:
         append(self._folder / name, lines, durable=durable)
@@ -286,13 +324,13 @@ def open_records(
     before = Records.read(start.folder) if own else None
     told: list[Noted | Warned] = []
     try:
+        # First: killed behind it, there is no checkpoint of steps that are cut from the records.
+        later = checkpoint.set_aside(checkpoints, step)
         dropped, faults = recorder.begin(step, before, whole_file=own)
         recorder.before = None if start.folder is None else Link.to(step, start.folder)
         more = {"changes": [*resumed["changes"], *faults]} if resumed is not None else {}
         write_run_files(plan, survey, estimate, None if resumed is None else {**resumed, **more})
-        told += [
-            Noted(f"a later checkpoint was renamed to {folder}") for folder in checkpoint.set_aside(checkpoints, step)
-        ]
+        told += [Noted(f"a later checkpoint was renamed to {folder}") for folder in later]
     except OSError as error:
         raise _unwritable(output, error) from error
     if dropped:

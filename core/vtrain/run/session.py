@@ -138,8 +138,7 @@ class Session:
             if self._events is not None:
                 self._events.close()
         finally:
-            if error is None or self.processes.count == 1:  # after a failure the others may wait inside a collective
-                self.processes.close()
+            self.processes.close(failed=error is not None)
             if not self._process_ends:
                 gc.unfreeze()  # `uncollected` froze what belongs to this run
                 self.processes.device.release()
@@ -164,6 +163,7 @@ class Session:
             with blame(self.plan.config.parts()):
                 for event in self._chapters():
                     yield from self._passed(event)
+                self._recorder.check_written()
         # Not BaseException: a generator that is closed may yield nothing more.
         except Exception as raised:
             error = self.processes.lost(raised) or raised

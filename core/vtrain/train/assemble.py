@@ -109,7 +109,7 @@ class Trainer:
         config, beside = self.plan.config, self.processes.device.accelerated
         saver = Saver(config.run.output_dir / CHECKPOINTS, config.checkpoint.keep, self.processes, beside=beside)
         object.__setattr__(self, "saver", saver)
-        self.held.callback(saver.close)
+        self.held.push(saver.close)
 
     def run(
         self,
@@ -226,6 +226,9 @@ class _Saves:
 
     def settle(self) -> Iterator[Event]:
         yield from self.trainer.saver.settle()
+
+    def left(self) -> Iterator[Event]:
+        yield from self.trainer.saver.left()
 
 
 def rollout_draws(config: Config, per_epoch: float) -> RolloutDraws | None:

@@ -20,7 +20,7 @@ import numpy as np
 from vtrain.contract import Noted
 from vtrain.data.index import CONTENTS, Index
 from vtrain.estimate.render import counted
-from vtrain.train.checkpoint import State, misread
+from vtrain.train.checkpoint import Copies, Keep, State, misread
 
 FILE = "samples.npz"
 _UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
@@ -77,7 +77,7 @@ class SamplesPiece:
         np.savez_compressed(file, names=text, lengths=lengths, contents=self.index.contents)
         return State(values={"file": file.getvalue()})
 
-    def gather(self, *, keep: bool, copy: bool = False) -> State:
+    def gather(self, *, keep: Keep, copy: Copies | None = None) -> State:
         return self.packed if keep else State()
 
     def write(self, folder: Path, state: State) -> None:

@@ -33,6 +33,8 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 MANIFEST = "MANIFEST.json"
 FORMAT = 1
 PARTIAL = ".partial"
+SPOOL = "spool.partial"
+"""Folder below that of the checkpoints where shares are put together."""
 LEFT_BY_FILE_MANAGERS = re.compile(r"\.DS_Store|\._.*|\.directory|Thumbs\.db|desktop\.ini", re.IGNORECASE)
 """File names that looking into a folder leaves there (macOS, KDE, Windows): nothing reads them, so they harm no checkpoint."""
 
@@ -43,6 +45,30 @@ class State:
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     values: Mapping[str, Any] = field(default_factory=dict)
+
+
+Keep = bool | Path
+"""Whether a process wants what is gathered; a folder: it does, and what several processes put together goes into files there, a
+tensor at a time, so that it is never in main memory as a whole."""
+
+
+class Copies:
+    """Main memory that copies of a piece's tensors lie in. It stays from one checkpoint to the next: to write to memory that the
+    system gives anew takes three times as long."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def of(self, name: str, value: Tensor) -> Tensor:
+        """A contiguous copy on the CPU, there until the next one of this name."""
+        kept = self._kept.get(name)
+        if kept is None or (kept.shape, kept.dtype) != (value.shape, value.dtype):
+            kept = self._kept[name] = value.new_empty(value.shape, device="cpu")
+        return kept.copy_(value)
+
+    @property
+    def bytes(self) -> int:
+        return sum(value.nbytes for value in self._kept.values())
 
 
 class Piece(Protocol):
@@ -63,11 +89,12 @@ class Piece(Protocol):
         """Of the tensors that would be gathered now. Headers of files and numbers add a few KiB."""
         ...
 
-    def gather(self, *, keep: bool, copy: bool = False) -> State:
+    def gather(self, *, keep: Keep, copy: Copies | None = None) -> State:
         """The whole state. Every process calls it, for all pieces in order, since parts of it may lie with each.
 
-        keep: whether it is this process that writes; what the others get is empty. copy: whether what it gives is to stay as it is
-        while training continues, wherever it lies.
+        keep: whether it is this process that writes; what the others get is empty. copy: where what it gives is to lie, so that it
+        stays as it is while training continues; None: wherever it does. Raises OSError where `keep` is a folder, after all have
+        done their part.
         """
         ...
 
@@ -165,31 +192,35 @@ def write(
     cannot be written.
     """
     final = parent / checkpoint_name(step)
-    aside = parent / (checkpoint_name(step) + PARTIAL)
+    aside, spool = parent / (checkpoint_name(step) + PARTIAL), parent / SPOOL
     waiting = iter(pieces)
     written: dict[str, list[str]] = {}
     trained: list[tuple[ReadBack, Marks]] = []
     try:
-        shutil.rmtree(aside, ignore_errors=True)  # what a killed run left of the same step
-        aside.mkdir(parents=True)
+        sweep(parent)
+        for folder in (aside, spool):
+            folder.mkdir(parents=True)
         for piece in waiting:
             # No name holds a state that was gathered, so that it is gone from memory before the next one comes.
             written[piece.name] = _write_piece(
-                aside, piece, piece.gather(keep=True) if states is None else states[len(written)], trained
+                aside, piece, piece.gather(keep=spool) if states is None else states[len(written)], trained
             )
         _share(aside)
         _seal(aside, written, trained, reload=reload)
         # A folder cannot be renamed onto one that is not empty. The old one goes only now that the new one is whole.
-        if final.exists():
-            shutil.rmtree(final)
+        old = _put_away(final) if final.exists() else None
         aside.rename(final)
+        shutil.rmtree(spool, ignore_errors=True)
         _sync(parent)  # the new name is on the disk only once its folder is
+        if old is not None:
+            shutil.rmtree(old)
     # safetensors raises its own error for what the disk refuses, which is no OSError.
     except (OSError, SafetensorError, _IncompleteError) as error:
         if states is None:
             for piece in waiting:
                 piece.gather(keep=False)  # the other processes do, and would wait for this one
         shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(spool, ignore_errors=True)
         newest = latest(parent)[0]
         remedy = f"The newest sound checkpoint is {newest}." if newest else "There is no earlier checkpoint."
         if not isinstance(error, _IncompleteError):
@@ -197,6 +228,19 @@ def write(
         what = f"the checkpoint could not be written: {error}."
         raise CheckpointError(Problem(str(final), what, remedy)) from error
     return final
+
+
+def _put_away(folder: Path) -> Path:
+    """Rename a checkpoint that is to be deleted: killed in the middle of that, what is left bears no checkpoint's name."""
+    return folder.rename(folder.with_name(f"{folder.name}.old{PARTIAL}"))
+
+
+def sweep(parent: Path) -> None:
+    """Delete what a killed run had not finished writing or deleting, as far as that can be done."""
+    shutil.rmtree(parent / SPOOL, ignore_errors=True)
+    for path in parent.glob(f"*{PARTIAL}"):
+        if CHECKPOINT.fullmatch(path.name.removesuffix(PARTIAL).removesuffix(".old")):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _write_piece(folder: Path, piece: Piece, state: State, trained: list[tuple[ReadBack, Marks]]) -> list[str]:
@@ -384,13 +428,13 @@ def latest(parent: Path) -> tuple[Path | None, list[Fault]]:
 def set_aside(parent: Path, after: int) -> list[Path]:
     """Rename checkpoints later than step `after`, which a run that goes on from there leaves behind. Gives the new names."""
     moved = []
-    for step, folder in steps_saved(parent):
-        if step > after:
-            turn = 1
-            while (target := folder.with_name(f"{folder.name}.left-behind-{turn}")).exists():
-                turn += 1
-            moved.append(folder.rename(target))
-    return moved
+    # The newest first: killed in between, those that are left are still a run's, one after the other.
+    for _, folder in reversed([each for each in steps_saved(parent) if each[0] > after]):
+        turn = 1
+        while (target := folder.with_name(f"{folder.name}.left-behind-{turn}")).exists():
+            turn += 1
+        moved.append(folder.rename(target))
+    return moved[::-1]
 
 
 def prune(parent: Path, keep: int | Literal["all"], newest: Path) -> list[Path]:
@@ -405,5 +449,5 @@ def prune(parent: Path, keep: int | Literal["all"], newest: Path) -> list[Path]:
             Problem(str(newest), f"the new checkpoint did not verify: {reason}.", "Older ones are kept.")
         )
     for folder in gone:
-        shutil.rmtree(folder)
+        shutil.rmtree(_put_away(folder))
     return gone

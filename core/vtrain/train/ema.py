@@ -18,7 +18,7 @@ from torch import Tensor
 from vtrain.config.tables import EmaTable
 from vtrain.contract import Denoiser, Device, SupportsLora
 from vtrain.train.adapter import read_back
-from vtrain.train.checkpoint import State, misread, read_model
+from vtrain.train.checkpoint import Copies, Keep, State, misread, read_model
 from vtrain.train.parameters import DENOISER, adapter_names
 from vtrain.train.pieces import on_cpu, size_of
 from vtrain.train.resume import MOST
@@ -259,7 +259,7 @@ class AveragePiece:
     def bytes(self) -> int:
         return size_of(self.average.weights.values())
 
-    def gather(self, *, keep: bool, copy: bool = False) -> State:
+    def gather(self, *, keep: Keep, copy: Copies | None = None) -> State:
         counts = _Counts(steps=self.average.steps, taken=self.average.taken)
         module, averaged = self.denoiser.module, self.average.weights
         if self.shares is not None:

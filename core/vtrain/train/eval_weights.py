@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vtrain.contract import Event, SupportsEvalWeights
-from vtrain.train.checkpoint import State
+from vtrain.train.checkpoint import Copies, Keep, State
 from vtrain.train.ema import swapped
 from vtrain.train.parameters import DENOISER, adapter_names
 from vtrain.train.pieces import AdapterPiece, DenoiserPiece, on_cpu
@@ -89,7 +89,7 @@ class AveragedPiece:
     def bytes(self) -> int:
         return self.of.bytes
 
-    def gather(self, *, keep: bool, copy: bool = False) -> State:
+    def gather(self, *, keep: Keep, copy: Copies | None = None) -> State:
         if not keep and self.shares is None:
             return State()
         live = self.of.live()

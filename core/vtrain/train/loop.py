@@ -135,7 +135,11 @@ class Loop:
         # Its thread ends also where nobody takes another event, or one is raised.
         with closing(self.prefetcher.stream(self.order())) as fed:
             self.restart_clock()
-            yield from self.steps(fed, save, validate)
+            try:
+                yield from self.steps(fed, save, validate)
+            except Exception:
+                yield from self.ends.saves.left()
+                raise
 
     def steps(self, fed: Iterator[Prefetched], save: Interval, validate: Interval | None) -> Iterator[Event]:
         """Optimizer steps, with what is due after each."""

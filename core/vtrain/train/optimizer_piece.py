@@ -20,7 +20,7 @@ from torch import Tensor
 from vtrain.contract import CheckpointError, Problem
 from vtrain.contract.run_rules import SET_BY_THE_RUN, Built, built_groups, kept_in_groups, lost_state, state_fits
 from vtrain.registry.blame import PartFault
-from vtrain.train.checkpoint import State, misread, read_json
+from vtrain.train.checkpoint import Copies, Keep, State, misread, read_json
 from vtrain.train.pieces import on_cpu, size_of
 from vtrain.train.resume import MOST
 
@@ -61,7 +61,7 @@ class OptimizerPiece:
         """0 before the first step of a new run: the state comes with it."""
         return size_of(value for value in self._state().values() if isinstance(value, Tensor))
 
-    def gather(self, *, keep: bool, copy: bool = False) -> State:
+    def gather(self, *, keep: Keep, copy: Copies | None = None) -> State:
         if not keep and self.shares is None:
             return State()
         self.check()

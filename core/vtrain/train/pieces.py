@@ -8,15 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vtrain.contract import CheckpointError, Denoiser, Problem, SupportsLora
 from vtrain.train.adapter import changes_nothing, read_back
-from vtrain.train.checkpoint import State, misread
+from vtrain.train.checkpoint import Copies, Keep, State, misread
 from vtrain.train.parameters import load_lora_state, lora_state
 from vtrain.train.resume import STATE, RunState, write_state
 
@@ -26,23 +28,53 @@ if TYPE_CHECKING:
 CONFIG = "config.toml"
 
 
-def on_cpu(tensors: Mapping[str, Tensor], *, keep: bool = True, copy: bool = False) -> dict[str, Tensor]:
-    """The same on the CPU, contiguous and out of the graph, as files take them.
+def on_cpu(tensors: Mapping[str, Tensor], *, keep: Keep = True, copy: Copies | None = None) -> dict[str, Tensor]:
+    """The same on the CPU, contiguous and out of the graph, as files take them. Raises OSError where `keep` is a folder.
 
     What lies in shares with several processes is put together, one tensor after the other: all of them call it. keep: whether this
-    process wants any; nothing is copied for one that does not.
+    process wants any, and where (`Keep`); nothing is copied for one that does not.
 
-    What lies there so already is not copied unless `copy` asks for it: it is training's own memory, and must be written before the
+    What lies there so already is not copied unless there is a `copy`: it is training's own memory, and must be written before the
     next step. What lies on a card is: two billion fp32 weights take 8 GB of main memory until they are written, their two moments
     16 GB.
     """
-    found = {}
+    found: dict[str, Tensor] = {}
+    failed: OSError | None = None
     for name, value in tensors.items():
-        # Of a DTensor, whose import takes seconds.
-        whole = value.full_tensor() if hasattr(value, "full_tensor") else value
-        if keep:
-            found[name] = whole.detach().contiguous().to("cpu", copy=copy)
+        try:
+            got = _gathered(name, value, keep if failed is None else False, copy)
+        except OSError as error:  # the others wait for this process's part of what is left
+            failed = error
+        else:
+            found |= {} if got is None else {name: got}
+    if failed is not None:
+        raise failed
     return found
+
+
+def _gathered(name: str, value: Tensor, keep: Keep, copy: Copies | None) -> Tensor | None:
+    """One of them. No name holds what was put together when it is in a file."""
+    # Of a DTensor, whose import takes seconds.
+    whole: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+    if not keep:
+        return None
+    if copy is not None:
+        return copy.of(name, whole.detach())
+    got = whole.detach().contiguous().to("cpu")
+    return _in_a_file(got, keep) if isinstance(keep, Path) and whole is not value and got.numel() else got
+
+
+def _in_a_file(value: Tensor, folder: Path) -> Tensor:
+    """The same, read from a file without a name, which is gone when the tensor is: the system takes its memory when it needs it.
+
+    Written, not mapped to be written: a full disk is an error then, and no signal that ends the process.
+    """
+    flat = value.reshape(-1)
+    with NamedTemporaryFile(dir=folder) as file:
+        file.write(flat.view(torch.uint8).numpy().data)
+        file.flush()
+        read = torch.from_file(file.name, shared=False, size=flat.numel(), dtype=flat.dtype)
+    return read.view(value.shape)
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:
@@ -69,7 +101,7 @@ class DenoiserPiece:
         """What it gathers, where it lies in training."""
         return self.denoiser.module.state_dict()
 
-    def gather(self, *, keep: bool, copy: bool = False) -> State:
+    def gather(self, *, keep: Keep, copy: Copies | None = None) -> State:
         return State(on_cpu(self.live(), keep=keep, copy=copy))
 
     def write(self, folder: Path, state: State) -> None:
@@ -110,7 +142,7 @@ class AdapterPiece:
         """What it gathers, where it lies in training."""
         return lora_state(self.denoiser.module)
 
-    def gather(self, *, keep: bool, copy: bool = False) -> State:
+    def gather(self, *, keep: Keep, copy: Copies | None = None) -> State:
         return State(on_cpu(self.live(), keep=keep, copy=copy))
 
     def write(self, folder: Path, state: State) -> None:
@@ -151,7 +183,7 @@ class RegularizerPiece:
     def bytes(self) -> int:
         return size_of(self.module.state_dict().values())
 
-    def gather(self, *, keep: bool, copy: bool = False) -> State:
+    def gather(self, *, keep: Keep, copy: Copies | None = None) -> State:
         return State(on_cpu(self.module.state_dict(), keep=keep, copy=copy))
 
     def write(self, folder: Path, state: State) -> None:
@@ -189,7 +221,7 @@ class CountersPiece:
     files: ClassVar[tuple[str, ...]] = (STATE,)
     bytes: ClassVar[int] = 0
 
-    def gather(self, *, keep: bool, copy: bool = False) -> State:
+    def gather(self, *, keep: Keep, copy: Copies | None = None) -> State:
         return State(values=asdict(self.state)) if keep else State()
 
     def write(self, folder: Path, state: State) -> None:
@@ -208,7 +240,7 @@ class ConfigPiece:
     files: ClassVar[tuple[str, ...]] = (CONFIG,)
     bytes: ClassVar[int] = 0
 
-    def gather(self, *, keep: bool, copy: bool = False) -> State:
+    def gather(self, *, keep: Keep, copy: Copies | None = None) -> State:
         return State(values={"text": self.text}) if keep else State()
 
     def write(self, folder: Path, state: State) -> None:

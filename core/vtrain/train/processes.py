@@ -21,11 +21,13 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from vtrain.contract import Device, DeviceError, Problem, TrainingError, VtrainError
+from vtrain.train.heartbeat import Heartbeat, gone
 
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=7)
-"""How long processes wait for each other's word: the first may fill caches or save for hours. Gradients keep torch's own limit."""
+"""How long processes wait for each other's word at most: the first may fill caches or save for hours, and a heartbeat tells
+whether it does. Gradients keep torch's own limit."""
 
 
 ALONE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
@@ -59,6 +61,7 @@ class Processes:
         self.rank: int = self.accelerator.process_index
         self.first: bool = self.accelerator.is_main_process
         self.words = dist.new_group(backend="gloo", timeout=PATIENCE) if self.count > 1 else None
+        self.heartbeat = Heartbeat.of_group(self.rank, self.count) if self.count > 1 else None
 
     @property
     def machine(self) -> dict[str, str]:
@@ -112,6 +115,7 @@ class Processes:
                 box = [make()]
             except VtrainError as error:
                 box = [error]
+        self.any()
         dist.broadcast_object_list(box, src=0, group=self.words)
         if not isinstance(box[0], VtrainError):
             made: T = box[0]
@@ -124,6 +128,7 @@ class Processes:
         if self.count == 1:
             return values
         lists: list[Any] = [None] * self.count
+        self.any()
         dist.all_gather_object(lists, values, group=self.words)
         return [value for part in lists for value in part]
 
@@ -133,31 +138,31 @@ class Processes:
         torn = isinstance(error, dist.DistError) or any(sign in words for sign in ("gloo/transport", "closed by peer"))
         if self.count == 1 or not (isinstance(error, RuntimeError) and torn):
             return None
-        what = "another process of this run has ended, or cannot be reached any more, and this one waited for it."
-        remedy = (
-            "Its own words stand above or in its log. Start the command again: it resumes from the newest checkpoint."
-        )
-        found = TrainingError(Problem(f"process {self.rank + 1} of {self.count}", what, remedy))
+        what = "another process of this run has ended, or cannot be reached any more; its own words stand above or in its log."
+        found = gone(self.rank, self.count, what)
         found.reported = not self.first
         return found
 
     def any(self, *votes: bool) -> tuple[bool, ...]:
-        """For each vote, whether any process says yes."""
-        if self.count == 1:
+        """For each vote, whether any process says yes. Without votes: wait for all, for as long as all give signs of life."""
+        if self.heartbeat is None:
             return votes
-        counted = torch.tensor(votes, dtype=torch.int32)
-        dist.all_reduce(counted, dist.ReduceOp.MAX, group=self.words)
-        return tuple(bool(vote) for vote in counted.tolist())
+        counted = torch.tensor([*votes, False], dtype=torch.int32)
+        self.heartbeat.wait(dist.all_reduce(counted, dist.ReduceOp.MAX, group=self.words, async_op=True))
+        return tuple(bool(vote) for vote in counted[:-1].tolist())
 
-    def close(self) -> None:
-        """Leave the process group, if there is one. After a failure it is better left alone: peers may be in it.
+    def close(self, *, failed: bool = False) -> None:
+        """Leave the process group, if there is one. failed: this process alone has, and others may be inside a collective, which
+        leaving would join: they find out as it ends.
 
         Alone, the next run of this process may choose another precision, which accelerate keeps for as long as its state lives.
         """
-        if self.count > 1:
-            dist.destroy_process_group()
-        else:
+        if self.heartbeat is None:
             AcceleratorState._reset_state(reset_partial_state=True)
+            return
+        self.heartbeat.stop()
+        if not failed:
+            dist.destroy_process_group()
 
 
 def _precision(device: Device, *types: str) -> Iterator[str]:

@@ -6,18 +6,20 @@ no second one to compute with.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Literal, Protocol
 
-from vtrain.contract import Duration, Event, Noted, Saved, Warned
+from vtrain.contract import CheckpointError, Duration, Event, Noted, Saved, Warned
 from vtrain.contract.rooms import host_memory
 from vtrain.contract.specs import bytes_text
 from vtrain.train import checkpoint
-from vtrain.train.checkpoint import Piece, State
+from vtrain.train.checkpoint import Copies, Piece, State
 from vtrain.train.processes import Processes
 from vtrain.train.readback import ReloadNeeded, remarks
 
@@ -26,6 +28,12 @@ LEAST = 64 << 20
 
 SPARE = 1 << 30
 """Bytes of main memory that stay free."""
+
+PATIENCE_S = 10.0
+"""Seconds of waiting for the thread after which it is said that training waits."""
+
+ROOMY = 8 << 30
+"""Bytes of it that must be free beside a copy for its memory to stay until the next one."""
 
 
 @dataclass
@@ -44,9 +52,9 @@ class Saver:
 
     def __init__(self, parent: Path, keep: int | Literal["all"], processes: Processes, *, beside: bool) -> None:
         self._parent, self._keep, self._processes, self._beside = parent, keep, processes, beside
-        self._pool: ThreadPoolExecutor | None = None
         self._work: _Work | None = None
         self._crowded = False
+        self._copies: dict[str, Copies] = {}
 
     @property
     def written(self) -> bool:
@@ -64,7 +72,7 @@ class Saver:
         Raises CheckpointError on all processes.
         """
         assert self._work is None
-        size, room = self._processes.from_first(lambda: (sum(piece.bytes for piece in pieces), host_memory()))
+        size, room = self._processes.from_first(lambda: (sum(piece.bytes for piece in pieces), self._room()))
         large = self._beside and size >= LEAST
         fits = room is None or size + SPARE <= room
         if large and not fits and not self._crowded:
@@ -73,29 +81,55 @@ class Saver:
                 f"training waits while checkpoints are written: a copy takes {bytes_text(size)} of main memory, and "
                 f"{bytes_text(room or 0)} are free"
             )
+        if not fits:
+            self._copies.clear()
         if not large or not fits or now:
             self._work = _Work(step, pieces, None)
             yield from self.settle()
             return
-        work = self._work = _Work(
-            step, pieces, [piece.gather(keep=self._processes.first, copy=True) for piece in pieces]
-        )
+        copies = [self._copies.setdefault(piece.name, Copies()) for piece in pieces]
+        states = [
+            piece.gather(keep=self._processes.first, copy=copy) for piece, copy in zip(pieces, copies, strict=True)
+        ]
+        work = self._work = _Work(step, pieces, states)
         if self._processes.first:
-            self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-            work.future = self._pool.submit(self._write, work, reload=False)
+            work.future = Future()
+            # A daemon, so that a disk that never answers does not keep a process that is to end.
+            threading.Thread(
+                target=self._write_beside, args=(work, work.future), name="checkpoint", daemon=True
+            ).start()
+
+    def _write_beside(self, work: _Work, future: Future[tuple[Saved, list[str]]]) -> None:
+        try:
+            future.set_result(self._write(work, reload=False))
+        except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
+            future.set_exception(error)
 
     def settle(self) -> Iterator[Event]:
         """Wait for what is being written, and say what became of it. Raises CheckpointError on all processes."""
-        work, self._work = self._work, None
+        work = self._work
         if work is None:
             return
+        if work.future is not None and not wait([work.future], PATIENCE_S).done:
+            yield Noted(
+                f"training waits: the checkpoint of step {work.step} is still being written to {self._parent}. "
+                "A second Ctrl-C ends the run without it"
+            )
+        self._work = None
         if work.states is None and not self._processes.first:
             # In the order in which `checkpoint.write` gathers them on the first process: each may be collective.
             for piece in work.pieces:
                 piece.gather(keep=False)
         saved, troubles = self._processes.from_first(lambda: self._result(work))
+        if (free := host_memory()) is not None and free < ROOMY:
+            self._copies.clear()
         yield saved
         yield from map(Warned, troubles)
+
+    def _room(self) -> int | None:
+        """Bytes of main memory that a copy may take."""
+        free = host_memory()
+        return None if free is None else free + sum(copies.bytes for copies in self._copies.values())
 
     def _result(self, work: _Work) -> tuple[Saved, list[str]]:
         if work.future is None:
@@ -117,11 +151,33 @@ class Saver:
             said = [*said, f"an older checkpoint could not be deleted: {error}"]
         return Saved(work.step, folder, tuple(deleted), round(time.monotonic() - begun, 3)), said
 
-    def close(self) -> None:
-        """Wait for what is being written. What became of it is not said: a resume looks at the folder."""
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
+    def left(self) -> Iterator[Event]:
+        """Where a run ends by an error: wait for what is being written, and say what became of it. No other process is asked."""
+        work, self._work = self._work, None
+        if work is None or work.future is None:
+            return
+        try:
+            saved, troubles = self._result(work)
+        except Exception as error:  # noqa: BLE001 - what ends the run is another error, which is raised
+            told = "" if isinstance(error, CheckpointError) else f"the checkpoint of step {work.step} was not written: "
+            yield Warned(f"{told}{error}")
+            return
+        yield saved
+        yield from map(Warned, troubles)
+
+    def close(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        trace: TracebackType | None = None,
+    ) -> None:
+        """Wait for what is being written, but not after a second Ctrl-C, which ends a run at once.
+
+        Who closes a run in the middle is not told what became of it: a resume looks at the folder.
+        """
+        work, self._work = self._work, None
+        if work is not None and work.future is not None and kind is not KeyboardInterrupt:
+            wait([work.future])
 
 
 class Interval:
@@ -175,6 +231,10 @@ class Saves(Protocol):
         """Wait for the one that is being written. Raises CheckpointError on all if it could not be."""
         ...
 
+    def left(self) -> Iterator[Event]:
+        """The same where this process ends by an error: it asks no other, and what went wrong is a warning."""
+        ...
+
 
 class Unsaved:
     """Of a loop without checkpoints."""
@@ -188,3 +248,5 @@ class Unsaved:
     def settle(self) -> Iterator[Event]:
         """Nothing."""
         return iter(())
+
+    left = settle

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from vtrain.contract import LossSpike, Problem, StepMetrics, StepSkipped, TrainingError
 from vtrain.plan.records import Plan
-from vtrain.train.checkpoint import State, read_model
+from vtrain.train.checkpoint import Copies, Keep, State, read_model
 from vtrain.train.readings import Failure, clip_texts
 from vtrain.train.resume import MOST, Start
 
@@ -160,7 +160,7 @@ class ReadingsPiece:
     files: ClassVar[tuple[str, ...]] = (FILE,)
     bytes: ClassVar[int] = 0
 
-    def gather(self, *, keep: bool, copy: bool = False) -> State:
+    def gather(self, *, keep: Keep, copy: Copies | None = None) -> State:
         watch = self.watch
         made = Readings(
             levels=[level for level, _ in watch.clips],

@@ -145,6 +145,7 @@ def trained(config: Callable[..., Path]) -> Callable[..., tuple[Path, Any, Any]]
         from vtrain.train import checkpoint, parameters
         from vtrain.train.ema import Average, AveragePiece
         from vtrain.train.model import load_model, weights_piece
+        from vtrain.train.piece import Piece
         from vtrain.train.pieces import AdapterPiece, CountersPiece
         from vtrain.train.resume import RunState, Start
         from vtrain.train.settings import settings
@@ -160,7 +161,7 @@ def trained(config: Callable[..., Path]) -> Callable[..., tuple[Path, Any, Any]]
                     weight += size * torch.randn(weight.shape, generator=generator).to(weight)
         piece = weights_piece(plan, denoiser)
         state = RunState(2, 2, values, "", base)
-        pieces: list[checkpoint.Piece] = [piece, CountersPiece(state)]
+        pieces: list[Piece] = [piece, CountersPiece(state)]
         if average and isinstance(piece, AdapterPiece):
             kept = Average(parameters.trained(denoiser.module), EmaTable(), Device())
             for value in kept.weights.values():

@@ -20,7 +20,7 @@ from torch import nn
 
 from vtrain.contract import CheckpointError
 from vtrain.train import checkpoint
-from vtrain.train.checkpoint import State
+from vtrain.train.piece import Copies, Keep, State
 from vtrain.train.pieces import RegularizerPiece
 
 
@@ -38,7 +38,7 @@ class Text:
     def files(self) -> tuple[str, ...]:
         return self.declared
 
-    def gather(self, *, keep: checkpoint.Keep, copy: checkpoint.Copies | None = None) -> State:
+    def gather(self, *, keep: Keep, copy: Copies | None = None) -> State:
         return State(values={"text": self.text} if keep else {})
 
     def write(self, folder: Path, state: State) -> None:
@@ -63,7 +63,7 @@ class Weights:
     def bytes(self) -> int:
         return 4 * self.count
 
-    def gather(self, *, keep: checkpoint.Keep, copy: checkpoint.Copies | None = None) -> State:
+    def gather(self, *, keep: Keep, copy: Copies | None = None) -> State:
         self.log.append(f"gather {bool(keep)}")
         return State({"w": torch.arange(float(self.count))}) if keep else State()
 
@@ -387,7 +387,7 @@ def test_the_state_of_one_piece_is_gone_from_memory_before_the_next_is_gathered(
     gathered: list[weakref.ref[State]] = []
 
     class Watched(Weights):
-        def gather(self, *, keep: checkpoint.Keep, copy: checkpoint.Copies | None = None) -> State:
+        def gather(self, *, keep: Keep, copy: Copies | None = None) -> State:
             assert not [state for state in gathered if state() is not None]
             state = super().gather(keep=keep)
             gathered.append(weakref.ref(state))

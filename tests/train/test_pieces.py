@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from vtrain.config.tables import LoraTable
 from vtrain.contract import CheckpointError
-from vtrain.train.checkpoint import Piece, State
 from vtrain.train.optimizer_piece import OptimizerPiece
 from vtrain.train.parameters import add_lora, lora_settings, lora_state
+from vtrain.train.piece import Piece, State
 from vtrain.train.pieces import (
     AdapterPiece,
     ConfigPiece,

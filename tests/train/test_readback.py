@@ -20,10 +20,11 @@ from vtrain.config.tables import EmaTable, LoraTable
 from vtrain.contract import CheckpointError, Device
 from vtrain.train import readback
 from vtrain.train.adapter import changes_nothing
-from vtrain.train.checkpoint import Copies, Keep, State, write
+from vtrain.train.checkpoint import write
 from vtrain.train.ema import Average, AveragePiece
 from vtrain.train.eval_weights import AVERAGED, AveragedPiece, EvalWeights
 from vtrain.train.parameters import add_lora, lora_state, trained
+from vtrain.train.piece import Copies, Keep, State
 from vtrain.train.pieces import AdapterPiece, DenoiserPiece
 from vtrain.train.readback import marks_of, read_through, remarks
 

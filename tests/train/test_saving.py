@@ -21,6 +21,7 @@ from vtrain import api
 from vtrain.contract import CheckpointError, Ended, Event, Failed, Noted, Problem, Saved, Stepped, Validated, Warned
 from vtrain.train import checkpoint, saving
 from vtrain.train.loop import Loop
+from vtrain.train.piece import Copies
 from vtrain.train.readback import ReloadNeeded
 
 pytestmark = pytest.mark.usefixtures("one_decoder")
@@ -94,14 +95,14 @@ def test_copies_of_later_checkpoints_lie_in_the_memory_of_the_first_unless_that_
     folder, another, beside: None, slowly: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Slow: three runs."""
-    real, places = checkpoint.Copies.of, []
+    real, places = Copies.of, []
 
-    def of(copies: checkpoint.Copies, name: str, value: torch.Tensor) -> torch.Tensor:
+    def of(copies: Copies, name: str, value: torch.Tensor) -> torch.Tensor:
         got = real(copies, name, value)
         places.append((name, got.data_ptr()))
         return got
 
-    monkeypatch.setattr(checkpoint.Copies, "of", of)
+    monkeypatch.setattr(Copies, "of", of)
     values = {"save": 2, "more": "\n[ema]\ndecay = 0.5\n"}
     events_of(folder.write(**values))
     half = len(places) // 2

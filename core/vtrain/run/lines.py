@@ -20,7 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from vtrain.contract.events import MEASURED
 from vtrain.estimate.render import counted
-from vtrain.train.checkpoint import MANIFEST, Copies, Keep, State, read_model
+from vtrain.train.checkpoint import MANIFEST, read_model
+from vtrain.train.piece import Copies, Keep, State
 from vtrain.train.resume import MOST
 
 

@@ -24,7 +24,7 @@ from vtrain.contract.abilities import lacking
 from vtrain.contract.plugin_rules import line_of, said
 from vtrain.contract.specs import listed
 from vtrain.train import checkpoint
-from vtrain.train.checkpoint import Copies, Keep, State
+from vtrain.train.piece import Copies, Keep, State
 
 PATIENCE_S = 60.0
 """Seconds that the end of a run waits for all listeners together."""

@@ -63,7 +63,7 @@ from vtrain.run.prepare import alone_though, extra_texts, notices, planned, scan
 if TYPE_CHECKING:
     from vtrain.data.caching.caches import Caches, FilledCaches
     from vtrain.train.assemble import Trainer
-    from vtrain.train.checkpoint import Piece
+    from vtrain.train.piece import Piece
     from vtrain.train.processes import Processes
     from vtrain.train.resume import Start
     from vtrain.validate.generate import Validation

@@ -38,7 +38,6 @@ from vtrain.registry.spelling import check_part
 from vtrain.train import checkpoint
 from vtrain.train.adapter import start_adapter
 from vtrain.train.changes import SampleMarks, SamplesPiece, data_changes
-from vtrain.train.checkpoint import Piece
 from vtrain.train.checkpointing import checkpoint_gradients
 from vtrain.train.ema import Average, has_average
 from vtrain.train.eval_weights import AveragedPiece, EvalWeights, eval_weights, validating_with
@@ -49,6 +48,7 @@ from vtrain.train.model import average_changed, averaged, load_model, weights_pi
 from vtrain.train.offload import offload, resting
 from vtrain.train.optimizer_piece import OptimizerPiece
 from vtrain.train.parameters import groups, own_rates, trained
+from vtrain.train.piece import Piece
 from vtrain.train.pieces import (
     ConfigPiece,
     CountersPiece,

@@ -20,7 +20,8 @@ import numpy as np
 from vtrain.contract import Noted
 from vtrain.data.index import CONTENTS, Index
 from vtrain.estimate.render import counted
-from vtrain.train.checkpoint import Copies, Keep, State, misread
+from vtrain.train.checkpoint import misread
+from vtrain.train.piece import Copies, Keep, State
 
 FILE = "samples.npz"
 _UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)

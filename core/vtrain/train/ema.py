@@ -18,8 +18,9 @@ from torch import Tensor
 from vtrain.config.tables import EmaTable
 from vtrain.contract import Denoiser, Device, SupportsLora
 from vtrain.train.adapter import read_back
-from vtrain.train.checkpoint import Copies, Keep, State, misread, read_model
+from vtrain.train.checkpoint import misread, read_model
 from vtrain.train.parameters import DENOISER, adapter_names
+from vtrain.train.piece import Copies, Keep, State
 from vtrain.train.pieces import on_cpu, size_of
 from vtrain.train.resume import MOST
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from vtrain.contract import Event, SupportsEvalWeights
-from vtrain.train.checkpoint import Copies, Keep, State
 from vtrain.train.ema import swapped
 from vtrain.train.parameters import DENOISER, adapter_names
+from vtrain.train.piece import Copies, Keep, State
 from vtrain.train.pieces import AdapterPiece, DenoiserPiece, on_cpu
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from torch import Tensor
 from vtrain.contract import CheckpointError, Problem
 from vtrain.contract.run_rules import SET_BY_THE_RUN, Built, built_groups, kept_in_groups, lost_state, state_fits
 from vtrain.registry.blame import PartFault
-from vtrain.train.checkpoint import Copies, Keep, State, misread, read_json
+from vtrain.train.checkpoint import misread, read_json
+from vtrain.train.piece import Copies, Keep, State
 from vtrain.train.pieces import on_cpu, size_of
 from vtrain.train.resume import MOST
 

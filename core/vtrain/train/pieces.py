@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from vtrain.contract import CheckpointError, Denoiser, Problem, SupportsLora
 from vtrain.train.adapter import changes_nothing, read_back
-from vtrain.train.checkpoint import Copies, Keep, State, misread
+from vtrain.train.checkpoint import misread
 from vtrain.train.parameters import load_lora_state, lora_state
+from vtrain.train.piece import Copies, Keep, State
 from vtrain.train.resume import STATE, RunState, write_state
 
 if TYPE_CHECKING:

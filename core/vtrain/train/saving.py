@@ -19,7 +19,7 @@ from vtrain.contract import CheckpointError, Duration, Event, Noted, Saved, Warn
 from vtrain.contract.rooms import host_memory
 from vtrain.contract.specs import bytes_text
 from vtrain.train import checkpoint
-from vtrain.train.checkpoint import Copies, Piece, State
+from vtrain.train.piece import Copies, Piece, State
 from vtrain.train.processes import Processes
 from vtrain.train.readback import ReloadNeeded, remarks
 

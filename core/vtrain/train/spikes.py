@@ -20,7 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from vtrain.contract import LossSpike, Problem, StepMetrics, StepSkipped, TrainingError
 from vtrain.plan.records import Plan
-from vtrain.train.checkpoint import Copies, Keep, State, read_model
+from vtrain.train.checkpoint import read_model
+from vtrain.train.piece import Copies, Keep, State
 from vtrain.train.readings import Failure, clip_texts
 from vtrain.train.resume import MOST, Start
 

@@ -28,12 +28,17 @@ TOLERANCE = 1e-6
 relative, weights 4.5e-8 absolute at most."""
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(("train", "more"), [("full", IMAGE_TO_VIDEO), ("lora", "")], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("train", "more"),
+    [
+        pytest.param("full", IMAGE_TO_VIDEO, id="full", marks=pytest.mark.long),
+        pytest.param("lora", "", id="lora", marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes_give_the_curve_of_one_with_twice_the_accumulation(
     folder, another, vtrain: Run, within: Run, train: str, more: str
 ) -> None:
-    """Full training starts half of its draws from a clean first frame; the adapter none."""
+    """Full training starts half of its draws from a clean first frame; the adapter, which is slow, none."""
     settings = {"train": train, "more": more, "steps": 8, "save": 4, "batch_size": 1, "lr": 1e-3}
     one = another()
     within("run", one.write(accumulate=4, **settings))
@@ -235,8 +240,9 @@ def test_processes_whose_launcher_is_killed_save_and_end(folder, start) -> None:
     assert len(folder.rows()) == int(newest.name.removeprefix("step-"))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_port_in_use_is_said_once_with_what_to_do(folder, start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slow: two processes import torch."""
     of_two(folder)
     with socket.create_server(("0.0.0.0", 0)) as taken:
         port = taken.getsockname()[1]

@@ -181,7 +181,7 @@ def _all_plugins_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _accelerate_as_it_was() -> Iterator[None]:
-    """accelerate keeps the precision that it is first told for a whole process: the next test chooses its own."""
+    """accelerate keeps the precision that it is given first for a whole process: the next test chooses its own."""
     yield
     if found := sys.modules.get("accelerate.state"):
         found.AcceleratorState._reset_state(reset_partial_state=True)

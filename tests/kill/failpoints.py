@@ -1,8 +1,8 @@
 """Every call by which a process changes files below a folder, counted in order, and one before which it dies as by kill -9.
 
 What a killed process leaves is what its calls to the system had done by then. So a death before each call, and one with the file
-that was written last torn in its middle, are all that a kill can leave. It asks nothing of the code that it looks at: Python tells
-of its calls (audit events), `os.fsync` is wrapped, and so is safetensors, which writes without Python.
+that was written last torn in its middle, are all that a kill can leave. It asks nothing of the code that it looks at: Python
+reports its calls (audit events), `os.fsync` is wrapped, and so is safetensors, which writes without Python.
 """
 
 from __future__ import annotations

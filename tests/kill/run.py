@@ -215,7 +215,7 @@ def _wait_for_training(folder: Any, ids: Sequence[int]) -> None:
     """Until the run that was begun writes down that it starts, or has ended."""
     events = folder.output / "events.jsonl"
     before, until = events.stat().st_ino if events.exists() else 0, time.monotonic() + PATIENCE
-    # A start makes the file anew; a first one makes it.
+    # Each start makes this file.
     while (not events.exists() or events.stat().st_ino == before) and time.monotonic() < until:
         if os.waitid(os.P_PID, ids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT):
             return

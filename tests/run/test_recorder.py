@@ -214,11 +214,8 @@ def test_what_cannot_be_written_is_warned_of_and_written_the_next_time(
     recorder.begin(0)
     record(recorder, logged(1))
 
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
     with monkeypatch.context() as patch:
-        patch.setattr(chapter, "append", full)
+        patch.setattr(chapter, "append", _refuse)
         (first,) = record(recorder, logged(2))
         (second,) = record(recorder, Noted("still here"))
     assert "metrics could not be written and are kept for the next time" in first.text

@@ -177,6 +177,18 @@ def test_another_number_of_processes_takes_the_run_on_to_the_same_curve(
         torch.testing.assert_close(left[name], value, rtol=0, atol=TOLERANCE)
 
 
+def training(folder, start) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+    """A command that has started two processes, at their second step, and these."""
+    of_two(folder, steps=3000, save=1000, batch_size=1, log_every=1)
+    running = start("run", folder.config)
+    for line in running.stdout:
+        if line.startswith("step 2/"):
+            break
+    children = psutil.Process(running.pid).children()
+    assert len(children) == 2
+    return running, children
+
+
 def of_two(folder, **values) -> None:
     """A file that asks for two processes itself."""
     text = folder.write(**values).read_text(encoding="utf-8")
@@ -185,13 +197,8 @@ def of_two(folder, **values) -> None:
 
 @pytest.mark.long
 def test_the_file_starts_its_processes_and_ctrl_c_saves_in_all(folder, start) -> None:
-    settings = {"steps": 3000, "save": 1000, "batch_size": 1, "log_every": 1}
-    of_two(folder, **settings)
-    running = start("run", folder.config)
-    for line in running.stdout:
-        if line.startswith("step 2/"):
-            running.send_signal(signal.SIGINT)
-            break
+    running, _ = training(folder, start)
+    running.send_signal(signal.SIGINT)
     rest = running.communicate(timeout=60)[0]
     assert running.returncode == 130, rest
     assert "saved" in rest
@@ -204,13 +211,7 @@ def test_the_file_starts_its_processes_and_ctrl_c_saves_in_all(folder, start) ->
 
 @pytest.mark.long
 def test_a_process_that_is_killed_ends_all_with_its_own_message_alone(folder, start) -> None:
-    of_two(folder, steps=3000, save=1000, batch_size=1, log_every=1)
-    running = start("run", folder.config)
-    for line in running.stdout:
-        if line.startswith("step 2/"):
-            break
-    children = psutil.Process(running.pid).children()
-    assert len(children) == 2
+    running, children = training(folder, start)
     children[1].kill()
     began = time.monotonic()
     rest = running.communicate(timeout=60)[0]
@@ -224,13 +225,7 @@ def test_a_process_that_is_killed_ends_all_with_its_own_message_alone(folder, st
 @pytest.mark.slow
 def test_processes_whose_launcher_is_killed_save_and_end(folder, start) -> None:
     """Slow: two processes import torch."""
-    of_two(folder, steps=3000, save=1000, batch_size=1, log_every=1)
-    running = start("run", folder.config)
-    for line in running.stdout:
-        if line.startswith("step 2/"):
-            break
-    children = psutil.Process(running.pid).children()
-    assert len(children) == 2
+    running, children = training(folder, start)
     running.kill()
     _, alive = psutil.wait_procs(children, timeout=30)
     assert not alive

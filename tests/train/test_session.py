@@ -168,7 +168,7 @@ def test_two_runs_in_one_process_do_not_meet(folder, another) -> None:
 def test_one_that_was_refused_on_entering_leaves_the_next_its_choice_of_precision(
     folder, another, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """accelerate keeps what it is told first for a whole process."""
+    """accelerate keeps what it is given first for a whole process."""
 
     def refuse(*_: Any) -> None:
         raise ConfigError(Problem("", "nothing fits.", "Use less."))

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def launched(within: Run) -> Iterator[Start]:
-    """Write the file, start it by `before` and go on; what still runs at the end of the test is killed."""
+    """Write the file, start it by `before`, and return; what still runs at the end of the test is killed."""
     running: list[subprocess.Popen[str]] = []
 
     def begin(

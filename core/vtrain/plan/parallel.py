@@ -11,6 +11,10 @@ from vtrain.contract.specs import listed
 from vtrain.plan.optimizer import spec_of
 from vtrain.plan.records import Plan
 
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""Environment variable of torchrun: at "1" each start of the processes has a store of its own to meet in; in torchrun's own they
+would meet those that have died."""
+
 
 def parallel_problems(config: Config, catalog: Catalog | None) -> Iterator[Problem]:
     """Settings that cannot work with [parallel] shard, with however many processes."""

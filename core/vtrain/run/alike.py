@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from vtrain.contract import ConfigError, DataBackend, DataError, Problem, SupportsShards
+from vtrain.estimate.render import counted
 from vtrain.plan.records import Plan
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def _files(backend: DataBackend) -> str:
             count += 1
     except DataError as error:
         return "; ".join(problem.what for problem in error.problems)
-    return f"{count} file{'' if count == 1 else 's'} (names and sizes: {digest.hexdigest()[:8]})"
+    return f"{counted(count, 'file')} (names and sizes: {digest.hexdigest()[:8]})"
 
 
 def _named(found: Sequence[_Facts], rank: int) -> str:

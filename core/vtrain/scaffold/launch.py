@@ -17,10 +17,10 @@ import yaml  # type: ignore[import-untyped]
 
 from vtrain.config.record import TABLES, Config, Part
 from vtrain.contract import Options, Problem
+from vtrain.estimate.render import counted
+from vtrain.plan.parallel import OWN_STORE
 from vtrain.plan.records import Plan
 
-ALONE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-"""At "1" each start of the processes has a store of its own to meet in: in torchrun's they would meet those that have died."""
 RESTARTS = 3
 """How often torchrun starts all processes again after one has failed."""
 MARGIN = 10
@@ -60,7 +60,7 @@ class Job:
         train = config.train
         samples = train.batch_size * train.accumulate * plan.processes
         summary = (
-            f"{nodes} node{'s' if nodes > 1 else ''} with {per_node} process{'es' if per_node > 1 else ''}"
+            f"{counted(nodes, 'node')} with {per_node} process{'es' if per_node > 1 else ''}"
             f"{' each' if nodes > 1 else ''}; a step takes "
             f"{samples} samples (batch_size {train.batch_size} x accumulate {train.accumulate} x {plan.processes} processes)"
         )
@@ -98,8 +98,7 @@ def _paths(config: Config) -> Iterator[Path]:
 
 
 def _values(options: Options) -> Iterator[Path]:
-    for name in type(options).model_fields:
-        value = getattr(options, name)
+    for _, value in options:
         for each in value.values() if isinstance(value, Mapping) else (value,):
             if isinstance(each, str) and each.startswith("/"):
                 each = Path(each)  # of a part's own: a folder, or the name of a model
@@ -136,13 +135,15 @@ def _head(job: Job, kind: str, *lines: str) -> str:
 def torchrun(job: Job) -> str:
     """A shell script with the line for each node."""
     if job.nodes == 1:
-        return f"#!/bin/sh\n{_head(job, 'torchrun')}export {ALONE}=1\nexec {_shell(torchrun_words(job, '', ''))}\n"
+        return f"#!/bin/sh\n{_head(job, 'torchrun')}export {OWN_STORE}=1\nexec {_shell(torchrun_words(job, '', ''))}\n"
     head = _head(
         job,
         "torchrun",
         f"Start it on each of the {job.nodes} nodes, with HOST set to the name or address of one of them, the same on all.",
     )
-    check = f': "${{HOST:?set it to the name or address of the first node}}" "${{PORT:={PORT}}}"\nexport {ALONE}=1\n'
+    check = (
+        f': "${{HOST:?set it to the name or address of the first node}}" "${{PORT:={PORT}}}"\nexport {OWN_STORE}=1\n'
+    )
     return f"#!/bin/sh\n{head}{check}exec {_shell(torchrun_words(job, '$HOST:$PORT', job.name))}\n"
 
 
@@ -183,7 +184,7 @@ def slurm(job: Job, time: str = "", partition: str = "", account: str = "") -> s
         first = 'host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)\n'
         first += "port=$((20000 + SLURM_JOB_ID % 10000))\n"
     line = _shell(torchrun_words(job, "$host:$port", "$SLURM_JOB_ID"))
-    body = SLURM.format(cores=CORES, alone=ALONE, head=first, grace=job.grace, line=line)
+    body = SLURM.format(cores=CORES, alone=OWN_STORE, head=first, grace=job.grace, line=line)
     return f"#!/bin/bash\n{lines}#SBATCH --requeue\n#SBATCH --open-mode=append\n{head}\nset -u\n{body}"
 
 
@@ -201,7 +202,7 @@ def skypilot(job: Job, gpu: str, volume: str = "", folder: PurePosixPath = ROOT)
         for kind, path in (("output", job.output), ("cache", job.cache)):
             mounts[str(path)] = {"name": f"{job.name}-{kind}", "mode": "MOUNT_CACHED"}
     task |= {"file_mounts": mounts} if mounts else {}
-    task["envs"] = {ALONE: "1"}
+    task["envs"] = {OWN_STORE: "1"}
     task["setup"] = f"pip install {shlex.join(job.installed)}\n"
     host = 'host=$(echo "$SKYPILOT_NODE_IPS" | head -n 1)\n'
     own = 'address=$(echo "$SKYPILOT_NODE_IPS" | sed -n "$((SKYPILOT_NODE_RANK + 1))p")\n'
@@ -222,7 +223,7 @@ def kubeflow(job: Job, image: str, volume: str, folder: PurePosixPath) -> str:
                 "name": "pytorch",
                 "image": image,
                 "command": words,
-                "env": [{"name": ALONE, "value": "1"}],
+                "env": [{"name": OWN_STORE, "value": "1"}],
                 "resources": {"limits": {"nvidia.com/gpu": str(job.per_node)}},
                 "volumeMounts": [
                     {"name": "shared", "mountPath": str(folder)},

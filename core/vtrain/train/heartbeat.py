@@ -1,4 +1,4 @@
-"""Which processes of a run are still there, while one waits for the others: slow is told from gone.
+"""Which processes of a run are still there, while one waits for the others: a slow one is distinguished from one that is gone.
 
 A thread of each process counts up a number of its own in the store through which torch brought them together. Who waits looks at
 the others' numbers. A process that ends closes its connections, which a waiting one notices at once; one whose machine has lost its

@@ -148,7 +148,7 @@ class Loop:
                 try:
                     failure = self.optimizer_step(number, fed)
                 except BrokenOff:
-                    yield from self.left(number, save)
+                    yield from self.stopped_at(number, save)
                     return
                 if failure is not None:
                     yield from self.skip(failure)
@@ -249,7 +249,7 @@ class Loop:
             return None
         return rows([step], self.processes, self.steps_per_epoch, 0.0, 0)[1]
 
-    def left(self, done: int, save: Interval) -> Iterator[Event]:
+    def stopped_at(self, done: int, save: Interval) -> Iterator[Event]:
         """Save and end at the last whole step."""
         for parameter in self.parameters:
             parameter.grad = None

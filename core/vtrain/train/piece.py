@@ -29,7 +29,7 @@ tensor at a time, so that it is never in main memory as a whole."""
 
 class Copies:
     """Main memory that copies of a piece's tensors lie in. It stays from one checkpoint to the next: to write to memory that the
-    system gives anew takes three times as long."""
+    system has just given takes three times as long."""
 
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}

@@ -21,16 +21,16 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from vtrain.contract import Device, DeviceError, Problem, TrainingError, VtrainError
+from vtrain.plan.parallel import OWN_STORE
 from vtrain.train.heartbeat import Heartbeat, gone
 
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=7)
-"""How long processes wait for each other's word at most: the first may fill caches or save for hours, and a heartbeat tells
+"""How long processes wait for each other's word at most: the first may fill caches or save for hours, and a heartbeat shows
 whether it does. Gradients keep torch's own limit."""
 
 
-ALONE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
 STALE = (
     "torchrun on several machines keeps what processes that have died said of themselves, and those that it starts in their place "
     "may wait for them for ever."
@@ -189,8 +189,8 @@ def _launcher(device: Device) -> Iterator[str]:
     on_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
     if _shares_store() and not on_one_machine and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         if _restarts():
-            found = Problem("", STALE, f"Set {ALONE} where torchrun is started, and start it everywhere again.")
-        yield f"{STALE} Set {ALONE} where torchrun is started"
+            found = Problem("", STALE, f"Set {OWN_STORE}=1 where torchrun is started, and start it everywhere again.")
+        yield f"{STALE} Set {OWN_STORE}=1 where torchrun is started"
     if found is not None:
         error = DeviceError(found)
         error.reported = os.environ.get("LOCAL_RANK", "0") != "0"  # all processes of a machine find the same: said once

@@ -159,8 +159,10 @@ class Saver:
         try:
             saved, troubles = self._result(work)
         except Exception as error:  # noqa: BLE001 - what ends the run is another error, which is raised
-            told = "" if isinstance(error, CheckpointError) else f"the checkpoint of step {work.step} was not written: "
-            yield Warned(f"{told}{error}")
+            which = (
+                "" if isinstance(error, CheckpointError) else f"the checkpoint of step {work.step} was not written: "
+            )
+            yield Warned(f"{which}{error}")
             return
         yield saved
         yield from map(Warned, troubles)
@@ -173,7 +175,7 @@ class Saver:
     ) -> None:
         """Wait for what is being written, but not after a second Ctrl-C, which ends a run at once.
 
-        Who closes a run in the middle is not told what became of it: a resume looks at the folder.
+        Who closes a run in the middle does not learn what became of it: a resume looks at the folder.
         """
         work, self._work = self._work, None
         if work is not None and work.future is not None and kind is not KeyboardInterrupt:

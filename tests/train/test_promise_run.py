@@ -1,8 +1,8 @@
 """[memory] kept: the memory that runs of the 104 M model take on a CPU, against limits and against the estimate.
 
 The estimate is judged by growth: the peak of a process less what it held before it loaded the model. Of the estimate its allowance
-for that goes off too (IMPORTED): imports would hide what a small model lacks. What kernels take depends on the processor: the whole
-process keeps the limit.
+for that goes off too (IMPORTED): imports would hide what a small model lacks. What kernels and the allocator take varies from run to
+run: the whole process keeps the limit.
 """
 
 from __future__ import annotations

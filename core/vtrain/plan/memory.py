@@ -41,8 +41,8 @@ IMPORTED = 600 << 20
 imported, and 0.56 where it has filled the caches."""
 
 PROCESS = IMPORTED + (450 << 20)
-"""With what kernels take on a CPU beside tensors, in all 0.80 to 1.02 GiB measured, as the peak of the process less counted tensors
-(104 M parameters, LoRA and full, nine settings, two kinds of processor)."""
+"""With what kernels and the allocator take on a CPU beside tensors, in all 0.80 to 1.02 GiB measured, as the peak of the process less
+counted tensors (104 M parameters, LoRA and full, nine settings, two machines); it varies by 0.1 GiB from run to run."""
 
 AHEAD = 4
 """Micro-batches that wait for their step."""
